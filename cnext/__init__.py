@@ -1,0 +1,18 @@
+"""Continual learning of dual-to-dual multimodal models. Importing this package imports nothing heavy."""
+
+import importlib
+from typing import Any
+
+__version__ = "0.1.0"
+
+_LAZY = {
+    "RunConfig": "cnext.running.config",
+    "run": "cnext.running.runner",
+}
+__all__ = ["RunConfig", "__version__", "run"]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        return getattr(importlib.import_module(_LAZY[name]), name)
+    raise AttributeError(f"module 'cnext' has no attribute {name!r}")

@@ -1,0 +1,1 @@
+"""Backbones: dual-to-dual models behind one small interface."""

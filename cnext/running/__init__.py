@@ -1,0 +1,1 @@
+"""Running: configuration, the runner, checkpoints, the report."""

@@ -1,0 +1,1 @@
+"""Scoring: answers to scores, scores to a matrix, a matrix to metrics."""

@@ -1,0 +1,41 @@
+"""Base types of scoring: what a model answered, and what that answer earned."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import numpy
+
+    from cnext.tasks.base import Sample, Task
+
+PROFILES = ("strict", "paper")
+"""strict: what each score ought to mean (default). paper: the released evaluators, bug for bug."""
+
+ERROR_TYPES = ("hallucination", "instruction_unfollowing", "other")
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """A model's answer. text: decoded answer without image tokens. image: (H, W, 3) uint8, or None if none was drawn."""
+
+    text: str
+    image: numpy.ndarray | None = None
+
+
+@dataclass(frozen=True)
+class Score:
+    """One answer's score in percent (0 to 100) under each profile, and what its shortfall is booked to.
+
+    error: one of ERROR_TYPES, or "" where the strict score is 100.
+    """
+
+    strict: float
+    paper: float
+    error: str = ""
+
+
+Scorer = Callable[["Task", Sequence["Sample"], Sequence[Prediction]], list[Score]]
+"""Scores a task's whole list of answers at once, in order; one Score per sample."""

@@ -1,0 +1,1 @@
+"""Tasks: manifests, readers of their file formats, orders, and the synthetic suite."""
