@@ -85,6 +85,7 @@ class Suite:
     """A list of tasks, their named orders, and one training recipe per budget.
 
     synthetic: name of the generator that writes the data folder, "" where the user supplies it.
+    clip: the CLIP model that scores pictures, as ``cnext.scoring.make_scorers`` takes it.
     """
 
     name: str
@@ -93,6 +94,7 @@ class Suite:
     orders: dict[str, tuple[str, ...]]
     budgets: dict[str, Recipe]
     synthetic: str = ""
+    clip: str = "openai/ViT-B-32"
 
     def task(self, name: str) -> Task:
         """The task of that name. Raises UserError with the valid names."""

@@ -1,0 +1,18 @@
+"""Adapters: branch roles, the linear layer that carries the branches, attaching and detaching."""
+
+from cnext.adapters.attach import attach, branch_parameters, detach, layers, set_trainable
+from cnext.adapters.linear import AdapterLinear, Branch
+from cnext.adapters.roles import BRANCH_ROLES, BranchRole, roles_of
+
+__all__ = [
+    "BRANCH_ROLES",
+    "AdapterLinear",
+    "Branch",
+    "BranchRole",
+    "attach",
+    "branch_parameters",
+    "detach",
+    "layers",
+    "roles_of",
+    "set_trainable",
+]

@@ -1,0 +1,86 @@
+"""PEMA, as cnext defines it: one merge at the end of each task, by a damped inverse of the Fisher information."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from cnext import ops
+from cnext.averaging.base import MovingAverage, by_kind, gradients
+from cnext.errors import UserError
+
+
+class Pema(MovingAverage):
+    """theta <- beta theta_start + (1 - beta) theta, beta = F_old / (F_old + c F_t) per parameter (damping aside).
+
+    F_t is the mean squared gradient over the second half of the task's steps, divided by its mean over all parameters
+    of the task, so that tasks whose losses differ in scale weigh the same. F_old is the sum of F_t over earlier tasks,
+    kept by name, so beta is 0 where no earlier task trained a parameter, and the first task averages nothing. Elements
+    whose squared gradient is not finite are skipped. State: float32 F_old; within a task also F_t and theta_start.
+
+    Args:
+        c: plasticity; larger keeps less of the old. 2 to 10 is a sensible range.
+        damping: lambda of Eq. 3.
+
+    Reference: Continual-NExT, arXiv 2602.18055, section 4, with the damping given per parameter.
+    """
+
+    name = "pema"
+
+    def __init__(self, c: float = 5.0, damping: float = 1e-5) -> None:
+        super().__init__()
+        if not c > 0 or not damping >= 0:
+            raise UserError(f"Pema: expected c > 0 and damping >= 0, got c={c} and damping={damping}")
+        self.c = c
+        self.damping = damping
+        self.fisher_old: dict[str, Tensor] = {}
+        self.fisher_new: dict[str, Tensor] = {}
+        self.theta_start: dict[str, Tensor] = {}
+
+    def slots(self) -> dict[str, dict[str, Tensor]]:
+        return {"fisher_old": self.fisher_old, "fisher_new": self.fisher_new, "theta_start": self.theta_start}
+
+    def start(self) -> None:
+        for name, parameter in self.parameters.items():
+            self.theta_start[name] = parameter.detach().clone()
+            self.fisher_new[name] = torch.zeros_like(parameter, dtype=torch.float32, requires_grad=False)
+            past = self.fisher_old.get(name)
+            if past is None:
+                past = self.fisher_new[name].clone()
+            elif past.shape != parameter.shape:
+                raise UserError(f"Pema: {name!r} has shape {tuple(parameter.shape)}; it was {tuple(past.shape)} before")
+            self.fisher_old[name] = past.to(parameter.device)
+
+    def read_gradients(self) -> None:
+        if self.step < self.steps // 2:
+            return
+        found = gradients(self.parameters)
+        for names in by_kind(found):
+            ops.fisher_accumulate_([self.fisher_new[name] for name in names], [found[name] for name in names])
+
+    def finish(self) -> dict[str, tuple[float, float]]:
+        if self.step <= self.steps // 2:
+            raise UserError(
+                f"end_task after {self.step} of {self.steps} steps: the Fisher information comes from the second half; "
+                "open the task with the number of steps that it takes"
+            )
+        total = sum(float(ops.sums([self.fisher_new[n] for n in names]).sum()) for names in by_kind(self.fisher_new))
+        size = sum(tensor.numel() for tensor in self.fisher_new.values())
+        new_scale = size / total if total > 0 else 0.0
+        statistics = {}
+        for names in by_kind(self.parameters):
+            lists: list[list[Tensor]] = [
+                [slot[name] for name in names]
+                for slot in (self.parameters, self.theta_start, self.fisher_new, self.fisher_old)
+            ]
+            rows = ops.pema_merge_(*lists, new_scale=new_scale, c=self.c, damping=self.damping)
+            statistics |= dict(zip(names, rows.tolist(), strict=True))
+        self.fisher_new, self.theta_start = {}, {}
+        return {name: spread([statistics[name]]) for name in self.parameters}
+
+
+def spread(rows: list[list[float]]) -> tuple[float, float]:
+    """Mean and standard deviation from rows of (number, sum, sum of squares, ...)."""
+    number, total, squares = (sum(row[k] for row in rows) for k in range(3))
+    mean = total / number if number else 0.0
+    return mean, max(squares / number - mean * mean, 0.0) ** 0.5 if number else 0.0

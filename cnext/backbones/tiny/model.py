@@ -1,0 +1,247 @@
+"""The tiny dual-to-dual backbone, shaped like SEED-X and small enough for one core.
+
+A frozen visual encoder gives 16 features per picture; a LLaMA decoder reads them through an input projection, and
+writes a picture by the token ``<img>`` followed by 16 query positions whose last hidden states an output projection
+regresses to the features of the picture wanted. A detokenizer turns features into pixels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from cnext.backbones.base import Backbone, Loss
+from cnext.backbones.tiny.tokenizer import TinyTokenizer
+from cnext.backbones.tiny.vision import TOKENS, WIDTH, Detokenizer, VisualEncoder, to_image, to_input
+from cnext.scoring.base import Prediction
+from cnext.tasks.base import Sample
+
+WEIGHTS = Path(__file__).parent / "weights.safetensors"
+IGNORED = -100
+IMAGE_LOSS_WEIGHT = 6.0
+BATCH = 100
+"""Samples per forward pass where nothing is learnt (encoding and generation)."""
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """One sample as the decoder sees it. ids, labels: (L,) int64.  features, target: (16, 64) float32 or None."""
+
+    ids: Tensor
+    labels: Tensor
+    features: Tensor | None
+    target: Tensor | None
+
+
+class TinyBackbone(Backbone):
+    """The embedded default: about 0.87 M parameters in the decoder and its projections."""
+
+    name: ClassVar[str] = "tiny"
+    targets: ClassVar[tuple[str, ...]] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+    def __init__(self) -> None:
+        from transformers import LlamaConfig, LlamaForCausalLM
+
+        super().__init__()
+        self.tokenizer = TinyTokenizer()
+        hidden = 128
+        self.decoder = LlamaForCausalLM(
+            LlamaConfig(
+                vocab_size=len(self.tokenizer),
+                hidden_size=hidden,
+                intermediate_size=344,
+                num_hidden_layers=4,
+                num_attention_heads=4,
+                max_position_embeddings=512,
+                bos_token_id=self.tokenizer["<s>"],
+                eos_token_id=self.tokenizer["</s>"],
+                pad_token_id=self.tokenizer["<pad>"],
+                tie_word_embeddings=False,
+            )
+        )
+        self.encoder = VisualEncoder()
+        self.detokenizer = Detokenizer()
+        self.input_projection = nn.Linear(WIDTH, hidden)
+        self.input_position = nn.Parameter(torch.zeros(TOKENS, hidden))
+        self.image_queries = nn.Parameter(torch.randn(TOKENS, hidden) * 0.02)
+        self.output_projection = nn.Sequential(nn.Linear(hidden, hidden), nn.GELU(), nn.Linear(hidden, WIDTH))
+
+    @classmethod
+    def load(cls, device: torch.device | str = "cpu", weights: Path = WEIGHTS) -> TinyBackbone:
+        """The pretrained model, frozen, in float32. Raises FileNotFoundError where the weights are missing."""
+        from safetensors.torch import load_file
+
+        model = cls()
+        model.load_state_dict({name: tensor.float() for name, tensor in load_file(weights).items()})
+        return model.requires_grad_(False).eval().to(device)
+
+    @property
+    def language_model(self) -> nn.Module:
+        return self.decoder.model
+
+    @property
+    def device(self) -> torch.device:
+        return self.image_queries.device
+
+    def prompt(self, sample: Sample) -> list[int]:
+        """Ids of the first instruction: <s> [inst] <img> 16 x <patch> </img> text [/inst], the picture where one is read."""
+        token = self.tokenizer
+        picture = [token["<img>"], *[token["<patch>"]] * TOKENS, token["</img>"]] if sample.image else []
+        return [token["<s>"], token["[inst]"], *picture, *token.encode(sample.turns[0].instruction), token["[/inst]"]]
+
+    def _conversation(self, sample: Sample) -> tuple[list[int], list[int]]:
+        token = self.tokenizer
+        ids = self.prompt(sample)
+        labels = [IGNORED] * len(ids)
+        for index, turn in enumerate(sample.turns):
+            if index:
+                user = [token["\n"], token["[inst]"], *token.encode(turn.instruction), token["[/inst]"]]
+                ids += user
+                labels += [IGNORED] * len(user)
+            answer = token.encode(turn.answer)
+            ids += answer
+            labels += answer
+        if sample.target_image:
+            ids += [token["<img>"], *[token["<patch>"]] * TOKENS]
+            labels += [token["<img>"], *[IGNORED] * TOKENS]
+        else:
+            ids.append(token["</s>"])
+            labels.append(token["</s>"])
+        return ids, labels
+
+    @torch.no_grad()
+    def features(self, images: Sequence[Path]) -> Tensor:
+        """The frozen encoder's features of image files, (N, 16, 64) on the model's device."""
+        import numpy
+        from PIL import Image
+
+        parts = []
+        for start in range(0, len(images), BATCH):
+            pixels = []
+            for path in images[start : start + BATCH]:
+                with Image.open(path) as image:
+                    pixels.append(numpy.asarray(image.convert("RGB").resize((48, 48))))
+            parts.append(self.encoder(to_input(torch.from_numpy(numpy.stack(pixels)).to(self.device))))
+        return torch.cat(parts) if parts else torch.empty(0, TOKENS, WIDTH, device=self.device)
+
+    def encode(self, samples: Sequence[Sample]) -> list[Encoded]:
+        read = iter(self.features([sample.image for sample in samples if sample.image]))
+        written = iter(self.features([sample.target_image for sample in samples if sample.target_image]))
+        encoded = []
+        for sample in samples:
+            encoded.append(
+                self.assemble(sample, next(read) if sample.image else None, next(written) if sample.target_image else None)
+            )
+        return encoded
+
+    def assemble(self, sample: Sample, features: Tensor | None, target: Tensor | None) -> Encoded:
+        """A sample whose pictures are encoded already: features read and features to write, (16, 64) each or None."""
+        ids, labels = self._conversation(sample)
+        return Encoded(torch.tensor(ids), torch.tensor(labels), features, target)
+
+    def _embed(self, ids: Tensor, features: Sequence[Tensor | None], targets: Sequence[bool]) -> tuple[Tensor, Tensor]:
+        """Input embeddings (B, L, hidden), and the mask (B, L) of the query positions that write a picture."""
+        embeddings = self.decoder.model.embed_tokens(ids)
+        slots = ids == self.tokenizer["<patch>"]
+        ordinal = slots.cumsum(1)
+        reads = torch.tensor([feature is not None for feature in features], device=ids.device)
+        read_slots = slots & reads[:, None] & (ordinal <= TOKENS)
+        write_slots = slots & ~read_slots
+        stacked = [feature for feature in features if feature is not None]
+        if stacked:
+            inputs = self.input_projection(torch.stack(stacked)) + self.input_position
+            embeddings = embeddings.masked_scatter(read_slots[..., None], inputs)
+        if any(targets):
+            queries = self.image_queries.repeat(sum(targets), 1)
+            embeddings = embeddings.masked_scatter(write_slots[..., None], queries)
+        return embeddings, write_slots
+
+    def loss(self, encoded: Sequence[Encoded]) -> Loss:
+        """CE + 6 MSE; CE: mean over supervised tokens, MSE: mean over the elements of the features regressed."""
+        pad = nn.utils.rnn.pad_sequence
+        ids = pad([item.ids for item in encoded], True, self.tokenizer["<pad>"]).to(self.device)
+        labels = pad([item.labels for item in encoded], True, IGNORED).to(self.device)[:, 1:]
+        targets = [item.target for item in encoded if item.target is not None]
+        embeddings, write_slots = self._embed(
+            ids, [item.features for item in encoded], [item.target is not None for item in encoded]
+        )
+        # Causal attention and padding on the right: no position that counts sees a padded one, so no mask is needed.
+        hidden = self.decoder.model(inputs_embeds=embeddings, use_cache=False).last_hidden_state
+        supervised = labels != IGNORED
+        text = F.cross_entropy(self.decoder.lm_head(hidden[:, :-1][supervised]), labels[supervised])
+        image = torch.zeros((), device=self.device)
+        if targets:
+            drawn = self.output_projection(hidden[write_slots]).unflatten(0, (-1, TOKENS))
+            image = F.mse_loss(drawn, torch.stack(targets))
+        tokens = int(supervised.sum()) + TOKENS * len(targets)
+        return Loss(text + IMAGE_LOSS_WEIGHT * image, text.detach(), image.detach(), tokens)
+
+    @torch.no_grad()
+    def generate(self, samples: Sequence[Sample], max_new_tokens: int) -> list[Prediction]:
+        answers: list[Prediction] = []
+        for start in range(0, len(samples), BATCH):
+            answers += self._generate(samples[start : start + BATCH], max_new_tokens)
+        return answers
+
+    def _generate(self, samples: Sequence[Sample], max_new_tokens: int) -> list[Prediction]:
+        token = self.tokenizer
+        prompts = [self.prompt(sample) for sample in samples]
+        read = iter(self.features([sample.image for sample in samples if sample.image]))
+        features = [next(read) if sample.image else None for sample in samples]
+        written = self._greedy(prompts, features, max_new_tokens)
+        images: dict[int, Tensor] = {}
+        drawing = [index for index, ids in enumerate(written) if ids and ids[-1] == token["<img>"]]
+        if drawing:
+            pictures = self._draw([prompts[i] + written[i] for i in drawing], [features[i] for i in drawing])
+            images = dict(zip(drawing, pictures, strict=True))
+        return [
+            Prediction(token.decode(ids), images[index].cpu().numpy() if index in images else None)
+            for index, ids in enumerate(written)
+        ]
+
+    def _greedy(self, prompts: list[list[int]], features: list[Tensor | None], max_new_tokens: int) -> list[list[int]]:
+        """The likeliest next token, one at a time with a key-value cache, until </s> (dropped) or <img> (kept)."""
+        from transformers import DynamicCache
+
+        token, device = self.tokenizer, self.device
+        longest = max(map(len, prompts))
+        ids = torch.tensor([[token["<pad>"]] * (longest - len(p)) + p for p in prompts], device=device)
+        mask = (ids != token["<pad>"]).long()
+        inputs, _ = self._embed(ids, features, [False] * len(prompts))
+        cache = DynamicCache(config=self.decoder.config)
+        stops = torch.tensor([token["</s>"], token["<img>"]], device=device)
+        never = torch.tensor([token["<pad>"], token["<s>"], token["<patch>"]], device=device)
+        finished = torch.zeros(len(prompts), dtype=torch.bool, device=device)
+        columns: list[Tensor] = []
+        for _ in range(max_new_tokens):
+            positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -inputs.shape[1] :]
+            hidden = self.decoder.model(
+                inputs_embeds=inputs, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True
+            ).last_hidden_state[:, -1]
+            logits = self.decoder.lm_head(hidden).index_fill(1, never, -torch.inf)
+            chosen = logits.argmax(-1).masked_fill(finished, token["<pad>"])
+            columns.append(chosen)
+            finished |= torch.isin(chosen, stops)
+            if finished.all():
+                break
+            inputs = self.decoder.model.embed_tokens(chosen)[:, None]
+            mask = torch.cat([mask, mask.new_ones(len(prompts), 1)], 1)
+        unwanted = (token["</s>"], token["<pad>"])
+        return [[index for index in row if index not in unwanted] for row in torch.stack(columns, 1).tolist()]
+
+    def _draw(self, sequences: list[list[int]], features: list[Tensor | None]) -> Tensor:
+        """Pictures for sequences that end in <img>, (N, 48, 48, 3) uint8: one pass over the 16 queries after it."""
+        slots = [self.tokenizer["<patch>"]] * TOKENS
+        ids = nn.utils.rnn.pad_sequence(
+            [torch.tensor(ids + slots) for ids in sequences], True, self.tokenizer["<pad>"]
+        ).to(self.device)
+        embeddings, write_slots = self._embed(ids, features, [True] * len(sequences))
+        hidden = self.decoder.model(inputs_embeds=embeddings, use_cache=False).last_hidden_state
+        drawn = self.output_projection(hidden[write_slots]).unflatten(0, (-1, TOKENS))
+        return to_image(self.detokenizer(drawn))

@@ -1,0 +1,64 @@
+"""The tiny backbone's eyes and hand: pictures to features (frozen) and features back to pictures."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+TOKENS, WIDTH, GRID = 16, 64, 4
+"""A picture is 16 features (a 4 x 4 grid) of width 64."""
+
+
+def to_input(images: Tensor) -> Tensor:
+    """Pixels for the encoder. images: (B, 48, 48, 3) uint8. Returns (B, 3, 48, 48) float32 in [-1, 1]."""
+    return images.permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+def to_image(pixels: Tensor) -> Tensor:
+    """Pixels for people. pixels: (B, 3, 48, 48) in [-1, 1]. Returns (B, 48, 48, 3) uint8."""
+    return ((pixels.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1)
+
+
+class VisualEncoder(nn.Module):
+    """(B, 3, 48, 48) to (B, 16, 64): each feature sees its own part of the picture, with zero mean and unit variance."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(
+            nn.Conv2d(3, 32, 4, 2, 1),
+            nn.GELU(),
+            nn.Conv2d(32, 64, 4, 2, 1),
+            nn.GELU(),
+            nn.Conv2d(64, 96, 3, 3),
+            nn.GELU(),
+            nn.Conv2d(96, 96, 1),
+            nn.GELU(),
+            nn.Conv2d(96, WIDTH, 1),
+        )
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        return F.layer_norm(self.layers(pixels).flatten(2).transpose(1, 2), (WIDTH,))
+
+
+class Detokenizer(nn.Module):
+    """(B, 16, 64) features to (B, 3, 48, 48) pixels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.position = nn.Parameter(torch.zeros(1, WIDTH, GRID, GRID))
+        self.layers = nn.Sequential(
+            nn.Conv2d(WIDTH, 128, 3, 1, 1),
+            nn.GELU(),
+            nn.ConvTranspose2d(128, 64, 3, 3),
+            nn.GELU(),
+            nn.Conv2d(64, 64, 3, 1, 1),
+            nn.GELU(),
+            nn.ConvTranspose2d(64, 32, 4, 2, 1),
+            nn.GELU(),
+            nn.ConvTranspose2d(32, 3, 4, 2, 1),
+        )
+
+    def forward(self, features: Tensor) -> Tensor:
+        grid = features.transpose(1, 2).unflatten(2, (GRID, GRID))
+        return self.layers(grid + self.position)

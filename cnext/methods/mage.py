@@ -1,0 +1,81 @@
+"""MAGE: four equal-weight branches by modality role, only the task's own trained, and a Fisher-weighted moving average.
+
+Text and image have a general branch each (trained where the modality is read) and an expert branch each (trained where
+it is written). At the end of a task every parameter is averaged with its value from before, by a damped inverse of
+the Fisher information (rule `pema`, see cnext.averaging.pema; the released code's own rules are there by name).
+
+Reference: Continual-NExT, arXiv 2602.18055, section 4.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from cnext import adapters
+from cnext.adapters import BRANCH_ROLES, roles_of
+from cnext.averaging import Pema
+from cnext.backbones.base import Backbone
+from cnext.methods.base import Method
+from cnext.tasks.base import Task
+
+
+@dataclass
+class Mage(Method):
+    """y = W x + scale * sum over the four roles of B_i A_i x."""
+
+    rank: int = 8
+    """Rank of each of the four branches."""
+    scale: float = 1.0
+    """Factor of the branches (alpha / total rank)."""
+    dropout: float = 0.0
+    """Dropout on the branches' input while training; the mask is shared by the branches."""
+    c: float = 5.0
+    """Plasticity: how much a new task's Fisher information counts against that of the tasks before it."""
+    damping: float = 1e-5
+    """Floor of the damping, the paper's lambda."""
+
+    def setup(self, backbone: Backbone, generator: torch.Generator) -> None:
+        adapters.attach(
+            backbone.language_model,
+            backbone.targets,
+            {role.name: self.rank for role in BRANCH_ROLES},
+            scale=self.scale,
+            dropout=self.dropout,
+            generator=generator,
+        )
+        self.average = Pema(c=self.c, damping=self.damping)
+
+    def trainable(self, backbone: Backbone, task: Task) -> dict[str, nn.Parameter]:
+        names = [role.name for role in roles_of(task.reads, task.writes)]
+        self.groups = {name: adapters.branch_parameters(backbone.language_model, [name]) for name in names}
+        return adapters.set_trainable(backbone.language_model, names)
+
+    def before_task(self, parameters: dict[str, nn.Parameter], steps: int) -> None:
+        self.average.begin_task(parameters, steps)
+
+    def transform_gradients(self, parameters: dict[str, nn.Parameter]) -> None:
+        self.average.update()
+
+    def after_task(self) -> dict[str, Any] | None:
+        """Mean and standard deviation of beta, the weight of the old, over each branch's parameters."""
+        betas = self.average.end_task()
+        return {branch: _pooled(betas, group) for branch, group in self.groups.items()}
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return self.average.state_dict()
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        self.average.load_state_dict(state)
+
+
+def _pooled(spreads: dict[str, tuple[float, float]], group: dict[str, nn.Parameter]) -> dict[str, float]:
+    """Mean and standard deviation over all elements of a group, from those of its parameters."""
+    sizes = {name: parameter.numel() for name, parameter in group.items()}
+    total = sum(sizes.values())
+    mean = sum(sizes[name] * spreads[name][0] for name in group) / total
+    square = sum(sizes[name] * (spreads[name][1] ** 2 + spreads[name][0] ** 2) for name in group) / total
+    return {"mean": mean, "std": max(square - mean**2, 0.0) ** 0.5}

@@ -1,0 +1,79 @@
+"""Which implementation of an op runs: the compiled core (C++, CUDA), Triton, or plain torch.
+
+``impl=None`` takes the device's best. An explicit ``impl`` is exact, and raises where it is missing.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import warnings
+from functools import cache
+from types import ModuleType
+
+from cnext.errors import UserError, unknown
+
+IMPLS = ("cpp", "cuda", "triton", "reference")
+_BEST = {"cpu": ("cpp",), "cuda": ("cuda", "triton")}
+_last: dict[str, str] = {}
+
+
+@cache
+def core(name: str) -> ModuleType | None:
+    """The compiled module ``cnext._cpu`` ("cpp") or ``cnext._cuda`` ("cuda"); None where it was not built."""
+    module = {"cpp": "cnext._cpu", "cuda": "cnext._cuda"}[name]
+    return importlib.import_module(module) if importlib.util.find_spec(module) else None
+
+
+@cache
+def _triton_interprets() -> bool:
+    from triton import knobs
+
+    return knobs.runtime.interpret
+
+
+def missing(impl: str, device: str) -> str:
+    """Why ``impl`` cannot run on a device type; "" where it can."""
+    if impl == "reference":
+        return ""
+    if impl == "triton":
+        if importlib.util.find_spec("triton") is None:
+            return "triton is not installed"
+        if device == "cuda" or _triton_interprets():
+            return ""
+        return f"triton does not run on {device} (set TRITON_INTERPRET=1 before Python starts to interpret it there)"
+    if core(impl) is None:
+        needs = {"cpp": "a C++17 compiler", "cuda": "a CUDA toolkit"}[impl]
+        return f"cnext was built without it; reinstall with {needs} at hand"
+    needed = {"cpp": "cpu", "cuda": "cuda"}[impl]
+    return "" if device == needed else f"it runs on {needed} tensors, and these are on {device}"
+
+
+@cache
+def _best(device: str) -> str:
+    for impl in _BEST.get(device, ()):
+        if not missing(impl, device):
+            return impl
+    warnings.warn(
+        f"cnext has no compiled kernels for {device} here and runs on plain torch", RuntimeWarning, stacklevel=2
+    )
+    return "reference"
+
+
+def choose(op: str, device: str, impl: str | None) -> str:
+    """The implementation of ``op`` to run on a device type, remembered for `last_path`.
+
+    Raises:
+        UserError: ``impl`` is not known, or cannot run here.
+    """
+    if impl is not None and impl not in IMPLS:
+        raise unknown("impl", impl, IMPLS)
+    if impl is not None and (reason := missing(impl, device)):
+        raise UserError(f"{op}: impl={impl!r} is missing: {reason}")
+    _last[op] = impl or _best(device)
+    return _last[op]
+
+
+def last_path(op: str) -> str | None:
+    """The implementation that ``op`` last ran ("cpp", "cuda", "triton", "reference"), or None."""
+    return _last.get(op)

@@ -1,0 +1,145 @@
+"""What a run is: everything that decides its numbers, resolved before anything starts."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from cnext.errors import UserError, unknown
+from cnext.tasks import suites
+from cnext.tasks.base import Recipe, Suite
+
+SPLITS = ("test", "validation")
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """One run: one method on one order of a suite with one seed.
+
+    out: the study's folder; the run's own folder is ``<out>/<method>/<order>/seed-<seed>``.
+    data: the folder with the suite's files; None: the cache, for suites that are generated.
+    block_steps: optimizer steps between two checkpoints; what an interruption can cost at most.
+    """
+
+    method: str = "mage"
+    hyperparameters: dict[str, Any] = field(default_factory=dict)
+    backbone: str = "tiny"
+    suite: str = "next-tiny"
+    budget: str = "default"
+    order: str = "paper"
+    seed: int = 0
+    split: str = "test"
+    out: Path = Path("runs")
+    data: Path | None = None
+    device: str = "auto"
+    threads: int = 1
+    block_steps: int = 50
+    learning_rate: float | None = None
+    batch_size: int | None = None
+
+    @property
+    def folder(self) -> Path:
+        label = re.sub(r"[^A-Za-z0-9_-]+", "-", self.order)
+        return Path(self.out) / self.method / label / f"seed-{self.seed}"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A RunConfig with every name looked up and every default filled in."""
+
+    config: RunConfig
+    suite: Suite
+    order: tuple[str, ...]
+    recipe: Recipe
+    device: str
+    hyperparameters: dict[str, Any]
+
+    def as_dict(self) -> dict[str, Any]:
+        """What config.json holds: all that decides the numbers of a run, and nothing else."""
+        config = self.config
+        recipe = dataclasses.asdict(self.recipe)
+        recipe["steps"] = {task: self.recipe.steps[task] for task in self.order}
+        values = {
+            "method": config.method,
+            "hyperparameters": self.hyperparameters,
+            "backbone": config.backbone,
+            "suite": self.suite.name,
+            "budget": config.budget,
+            "order": config.order,
+            "tasks": list(self.order),
+            "seed": config.seed,
+            "split": config.split,
+            "data": None if config.data is None else str(config.data),
+            "device": self.device,
+            "threads": config.threads,
+            "block_steps": config.block_steps,
+            "recipe": recipe,
+        }
+        # Through JSON, so that what is compared with a file (tuples, paths) has the file's types.
+        return json.loads(json.dumps(values))
+
+
+def cache() -> Path:
+    """Where generated suites are kept: $CNEXT_CACHE, else $XDG_CACHE_HOME/cnext, else ~/.cache/cnext."""
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(os.environ.get("CNEXT_CACHE") or Path(base) / "cnext")
+
+
+def _at_least(name: str, value: float, least: float) -> None:
+    if value < least:
+        raise UserError(f"{name} must be at least {least}, got {value}")
+
+
+def plan(config: RunConfig) -> Plan:
+    """Looks up every name of a RunConfig. Raises UserError naming what is unknown, and the valid names."""
+    from cnext import backbones, methods
+
+    suite = suites.load(config.suite)
+    order = suites.order(suite, config.order)
+    if config.budget not in suite.budgets:
+        raise unknown("budget", config.budget, list(suite.budgets))
+    if config.split not in SPLITS:
+        raise unknown("split", config.split, SPLITS)
+    if config.backbone not in backbones.modules():
+        raise unknown("backbone", config.backbone, sorted(backbones.modules()))
+    for name, least in (("seed", 0), ("threads", 1), ("block_steps", 1)):
+        _at_least(name, getattr(config, name), least)
+    recipe = suite.budgets[config.budget]
+    if config.learning_rate is not None:
+        if not 0 < config.learning_rate < float("inf"):
+            raise UserError(f"learning_rate must be positive and finite, got {config.learning_rate}")
+        recipe = dataclasses.replace(recipe, learning_rate=config.learning_rate)
+    if config.batch_size is not None:
+        _at_least("batch_size", config.batch_size, 1)
+        recipe = dataclasses.replace(recipe, batch_size=config.batch_size)
+    missing = [task for task in order if task not in recipe.steps]
+    if missing:
+        raise UserError(f"budget {config.budget} of suite {suite.name} gives no steps for: {', '.join(missing)}")
+    if config.data is None and not suite.synthetic:
+        raise UserError(f"suite {suite.name} needs --data, the folder that holds its files")
+    kind = methods.load(config.method)
+    known = {field.name: field for field in dataclasses.fields(kind)}
+    for name in config.hyperparameters:
+        if name not in known:
+            raise unknown(f"hyperparameter of {config.method}", name, list(known))
+    hyperparameters = dataclasses.asdict(kind(**config.hyperparameters))
+    return Plan(config, suite, order, recipe, _device(config.device), hyperparameters)
+
+
+def _device(name: str) -> str:
+    import torch
+
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise unknown("device", name, ["auto", "cpu", "cuda", "cuda:N"]) from error
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise UserError(f"device {name} is not there: torch sees {torch.cuda.device_count()} CUDA devices")
+    return name

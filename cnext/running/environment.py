@@ -1,0 +1,42 @@
+"""What a result was made with: versions, platform, and which parts of the compiled core are there."""
+
+from __future__ import annotations
+
+import functools
+import importlib.metadata
+import os
+import platform
+from typing import Any
+
+PACKAGES = ("cnext", "torch", "triton", "transformers", "peft", "diffusers", "accelerate", "open_clip_torch", "numpy", "pillow")
+IMPLS = {"cpp": "cpu", "cuda": "cuda", "triton": "cuda"}
+
+
+@functools.cache
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def versions() -> dict[str, str | None]:
+    """Versions of Python and of the packages that decide numbers; None where one is not installed."""
+    return {"python": platform.python_version(), **{package: _version(package) for package in PACKAGES}}
+
+
+def describe() -> dict[str, Any]:
+    """versions, platform, processor, thread count, devices, and the parts of the compiled core."""
+    import torch
+
+    from cnext.ops import dispatch
+
+    return {
+        "versions": versions(),
+        "platform": platform.platform(),
+        "processor": platform.processor() or platform.machine(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "devices": [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())],
+        "core": {impl: dispatch.missing(impl, device) or "ready" for impl, device in IMPLS.items()},
+    }

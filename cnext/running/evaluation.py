@@ -1,0 +1,68 @@
+"""Evaluating one task: answers, scores, and both written to the run's folder."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from math import fsum
+from pathlib import Path
+from typing import Any
+
+from cnext.backbones.base import Backbone
+from cnext.running.checkpoint import write_text
+from cnext.scoring.base import ERROR_TYPES, Prediction, Score, Scorer
+from cnext.tasks.base import Sample, Task
+
+
+def evaluate(backbone: Backbone, task: Task, samples: Sequence[Sample], scorer: Scorer, run: Path, stage: str) -> dict[str, Any]:
+    """Answers and scores a task's samples; writes ``predictions/<stage>/<task>.jsonl`` and the pictures drawn.
+
+    Returns: the mean scores of both profiles, and the error shares of the strict one, in percent of all samples.
+    """
+    predictions = backbone.generate(samples, task.max_new_tokens)
+    scores = scorer(task, samples, predictions)
+    _write(run, stage, task, samples, predictions, scores)
+    count = len(scores)
+    return {
+        "samples": count,
+        "strict": fsum(score.strict for score in scores) / count,
+        "paper": fsum(score.paper for score in scores) / count,
+        "errors": {kind: fsum(100 - s.strict for s in scores if s.error == kind) / count for kind in ERROR_TYPES},
+    }
+
+
+def _write(
+    run: Path,
+    stage: str,
+    task: Task,
+    samples: Sequence[Sample],
+    predictions: Sequence[Prediction],
+    scores: Sequence[Score],
+) -> None:
+    from PIL import Image
+
+    folder = run / "predictions" / stage
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = []
+    for index, (sample, prediction, score) in enumerate(zip(samples, predictions, scores, strict=True)):
+        image = None
+        if prediction.image is not None:
+            # Numbered and not named by the sample's id, which comes from a file and may be no file name.
+            image = f"predictions/{stage}/{task.name}/{index:06d}.png"
+            (folder / task.name).mkdir(exist_ok=True)
+            Image.fromarray(prediction.image).save(run / image, compress_level=1)
+        rows.append(
+            {
+                "id": sample.id,
+                "instruction": sample.turns[0].instruction,
+                "answer": sample.turns[0].answer,
+                "text": prediction.text,
+                "image": image,
+                "source_image": sample.image and str(sample.image.absolute()),
+                "target_image": sample.target_image and str(sample.target_image.absolute()),
+                "strict": score.strict,
+                "paper": score.paper,
+                "error": score.error,
+            }
+        )
+    write_text(folder / f"{task.name}.jsonl", "".join(json.dumps(row) + "\n" for row in rows))

@@ -1,0 +1,114 @@
+"""The report's findings from the scores: the headline, the score matrix, accuracy over stages, and why it forgets."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from cnext.running.report import plots
+from cnext.running.report.blocks import Block, Folded, Key, Numbers, Picture, Plots, Section, Table, Text
+from cnext.running.report.plots import mean_seen
+from cnext.running.report.run import Run
+from cnext.scoring.base import ERROR_TYPES
+
+
+def points(value: float | None, signed: bool = False) -> str:
+    """A figure in percentage points with one decimal and a true minus sign; a dash where there is none."""
+    if value is None or not np.isfinite(value):
+        return "–"
+    rounded = round(value, 1)
+    return f"{abs(rounded) if rounded == 0 else rounded:{'+' if signed and rounded else ''}.1f}".replace("-", "\N{MINUS SIGN}")
+
+
+def headline(run: Run) -> Section:
+    """What was run, whether to believe it, and its four figures."""
+    results, metrics, count = run.results, run.results.get("metrics", {}), len(run.tasks)
+    samples = sorted(set(results.get("samples", {}).values()))
+    facts = [f"{key} {results[key]}" for key in ("backbone", "budget", "order", "seed", "split") if key in results]
+    facts += [f"{' to '.join(map(str, samples[:: max(1, len(samples) - 1)]))} samples a task"] if samples else []
+    blocks: list[Block] = [Text(" · ".join(facts), "facts")]
+    if not run.finished:
+        done = f"Unfinished: evaluated up to stage {run.last} of {count}."
+        blocks.append(Text(f"{done} The figures below hold for the stages so far; the same command resumes it.", "banner"))
+    if results.get("budget") == "smoke":
+        blocks.append(Text("A smoke run: it shows that everything works, and its scores mean nothing.", "banner"))
+    zero_shot = mean_seen(run.scores[0])
+    numbers = (
+        ("Avg.ACC", metrics.get("avg_acc"), "mean score at the end, over all tasks learnt"),
+        ("Forgetting", metrics.get("forgetting"), "points lost since a task was learnt, mean of all but the last task"),
+        ("New.ACC", metrics.get("new_acc"), "mean score of each task right after learning it"),
+        ("Zero-shot", zero_shot, "mean score before any training"),
+    )
+    blocks.append(Numbers([(name, points(value), meaning) for name, value, meaning in numbers]))
+    return Section(f"{results['method']} on {results['suite']}", blocks)
+
+
+def matrix(run: Run) -> Section:
+    """The score matrix as a heat map and as a table."""
+    names = [run.stage(stage) for stage in range(len(run.tasks) + 1)]
+    rows = [
+        [name, *(points(value) for value in row), points(mean_seen(row[: stage or None]))]
+        for stage, (name, row) in enumerate(zip(names, run.scores, strict=True))
+    ]
+    table = Table(["after stage", *run.tasks, "average"], rows)
+    heat = plots.score_matrix(run.scores, names, run.tasks)
+    note = (
+        "Score in percent on each task (column) after each stage (row). Outlined: the task just learnt. Below it the small "
+        "figure is the change since then. Blank: not evaluated. Average: over the tasks learnt by that stage, zero-shot over all."
+    )
+    samples = run.results.get("samples", {}).values()
+    if samples:
+        note += f" One standard error of a score is at most {points(50 / min(samples) ** 0.5)} points."
+    picture = Picture("score_matrix.svg", heat, f"Heat map of the score matrix of {run.results['method']}; table below.")
+    return Section("Score matrix", [Text(note), Plots([picture]), Folded("The same as a table", table)])
+
+
+def stages(run: Run) -> Section:
+    """Accuracy over the stages, one panel a task, the stage average first."""
+    titles = ["stage average", *(run.stage(number) for number in range(1, len(run.tasks) + 1))]
+    pictures = []
+    for number, title in enumerate(titles):
+        task = number - 1 if number else None
+        learnt, end = (None, None) if task is None else run.scores[[number, run.last], task]
+        alt = f"Score over stages: {title}" + (f", learnt {points(learnt)}, at the end {points(end)}" if number else "")
+        pictures.append(Picture(f"stages_{number}.svg", plots.accuracy(run.scores, task, title), alt))
+    note = (
+        "Score in percent over the stages, numbered as in the matrix. Open dot: zero-shot. The line begins where the task is "
+        "learnt; grey lines are the other tasks. Labels: the score when learnt, and in bold the last one."
+    )
+    return Section("Accuracy over stages", [Text(note), Plots(pictures)])
+
+
+def why_it_forgets(run: Run) -> Section:
+    """What the lost points went to: the shares of each error when learnt and at the end."""
+    matrices = run.results.get("error_matrix") or {}
+    if run.last == 0 or set(matrices) != set(ERROR_TYPES):
+        return Section("", [])
+    shares = {error: run.staged(matrices[error]) for error in ERROR_TYPES}
+    pictures, rows = [], []
+    for task, name in enumerate(run.tasks[: run.last]):
+        times = {"learnt": task + 1, "end": run.last} if task + 1 < run.last else {"learnt": run.last}
+        bars = {time: {error: shares[error][stage, task] for error in ERROR_TYPES} for time, stage in times.items()}
+        if any(not np.isfinite(share) for parts in bars.values() for share in parts.values()):
+            continue
+        words = "; ".join(
+            f"{time}: " + ", ".join(f"{error.replace('_', ' ')} {points(share)}" for error, share in parts.items())
+            for time, parts in bars.items()
+        )
+        drawn = plots.errors(bars, run.stage(task + 1))
+        pictures.append(Picture(f"errors_{task + 1}.svg", drawn, f"Error shares of {name}, {words}"))
+        if "end" in bars:
+            growth = [bars["end"][error] - bars["learnt"][error] for error in ERROR_TYPES]
+            rows.append([name, *(points(value, signed=True) for value in (*growth, sum(growth)))])
+    metrics = run.results.get("metrics", {})
+    sums = [metrics.get(name) for name in ("avg_hal", "avg_iuf", "avg_oth", "forgetting")]
+    rows.append(["mean", *(points(value, signed=True) for value in sums)])
+    note = (
+        "What keeps each task from 100 percent, when it was learnt and at the end, in percent of all its samples: "
+        "hallucination (an answer of the right form that is wrong), instruction unfollowing (an answer of the wrong form) and "
+        "other. Told apart by rules alone, without a judge."
+    )
+    head = ["growth since learnt", "hallucination", "instruction unfollowing", "other", "sum"]
+    caption = "Last row: Avg.HAL + Avg.IUF + Avg.OTH = Forgetting, in points."
+    key = Key([(error.replace("_", " "), plots.ERROR_COLOURS[error]) for error in ERROR_TYPES])
+    table = [Table(head, rows, caption)] if len(rows) > 1 else []
+    return Section("Why it forgets", [Text(note), key, Plots(pictures), *table])

@@ -1,0 +1,68 @@
+"""results.json: everything about a run that the same command gives again, bit for bit. Measured costs are elsewhere."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from cnext.running import environment
+from cnext.running.config import Plan
+from cnext.scoring.base import ERROR_TYPES, PROFILES
+from cnext.scoring.matrix import ScoreMatrix, metrics
+
+Scores = dict[tuple[int, str], dict[str, Any]]
+
+
+def _matrix(scores: Scores, order: tuple[str, ...], *keys: str) -> ScoreMatrix:
+    matrix = ScoreMatrix(len(order))
+    for (stage, task), row in scores.items():
+        value: Any = row
+        for key in keys:
+            value = value[key]
+        if stage:
+            matrix.set(stage - 1, order.index(task), value)
+    return matrix
+
+
+def results(planned: Plan, scores: Scores, ledger: dict[str, Any], adapter_parameters: int) -> dict[str, Any]:
+    """The results of a run, from the rows of its scores.jsonl and the ledger of its last checkpoint."""
+    order, tasks = planned.order, [planned.suite.task(name) for name in planned.order]
+    errors = {kind: _matrix(scores, order, "errors", kind) for kind in ERROR_TYPES}
+    profiles = {}
+    for profile in PROFILES:
+        matrix = _matrix(scores, order, profile)
+        zero_shot = [scores[0, name][profile] for name in order]
+        profiles[profile] = {
+            "score_matrix": matrix.to_rows(),
+            "zero_shot": zero_shot,
+            "metrics": metrics(
+                matrix,
+                zero_shot,
+                # The types of errors are those of the strict profile; the paper profile has none of its own.
+                errors if profile == "strict" else None,
+                [task.writes for task in tasks],
+            ),
+        }
+    trained = ledger["trained"]
+    config = planned.as_dict()
+    return {
+        **{key: config[key] for key in ("method", "hyperparameters", "backbone", "suite", "budget", "order", "seed", "split")},
+        "finished": all((len(order), name) in scores for name in order),
+        "tasks": list(order),
+        "reads": {task.name: list(task.reads) for task in tasks},
+        "writes": {task.name: list(task.writes) for task in tasks},
+        "samples": {name: scores[0, name]["samples"] for name in order},
+        "profile": "strict",
+        **profiles["strict"],
+        "error_matrix": {kind: matrix.to_rows() for kind, matrix in errors.items()},
+        "profiles": {"paper": profiles["paper"]},
+        "averaging": [row for row in ledger["averaging"] if row],
+        "cost": {
+            "adapter_parameters": adapter_parameters,
+            "trainable_params": max((row["parameters"] for row in trained.values()), default=0),
+            "trainable_params_by_task": {name: row["parameters"] for name, row in trained.items()},
+            "stored_bytes": ledger["stored_bytes"],
+            "optimizer_steps": sum(row["steps"] for row in trained.values()),
+            "supervised_tokens": sum(row["tokens"] for row in trained.values()),
+        },
+        "versions": environment.versions(),
+    }

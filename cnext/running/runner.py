@@ -1,0 +1,219 @@
+"""The runner: learns a suite's tasks one after another, evaluates after each, and goes on where it was interrupted."""
+
+from __future__ import annotations
+
+import resource
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from cnext import adapters, backbones, methods
+from cnext.running import environment, report
+from cnext.running.checkpoint import load, write_json
+from cnext.running.config import Plan, RunConfig, cache, plan
+from cnext.running.evaluation import evaluate
+from cnext.running.folder import RunFolder
+from cnext.running.progress import Progress
+from cnext.running.results import results
+from cnext.running.training import TaskTrainer, stable_seed
+from cnext.scoring import make_scorers
+from cnext.tasks import formats, synthetic
+from cnext.tasks.base import Recipe, Sample, Suite
+
+ZERO_SHOT = "zero-shot"
+
+
+def run(config: RunConfig, progress: Progress | None = None) -> dict[str, Any]:
+    """Runs a configuration to its end, or goes on with it where an earlier process stopped. Returns its results.
+
+    Raises: UserError for anything that the user has to mend, before training starts wherever that is possible.
+    """
+    planned = plan(config)
+    torch.set_num_threads(config.threads)
+    with progress or Progress() as shown:
+        return Runner(planned, shown).run()
+
+
+def data_folder(suite: Suite, recipe: Recipe, data: Path | None) -> Path:
+    """The folder with the suite's files; a synthetic suite is drawn into the cache first."""
+    if data is not None or suite.synthetic != "next-tiny":
+        return Path(data or ".")
+    name = f"{suite.name}-v{synthetic.FORMAT_VERSION}-{recipe.train_samples}-{recipe.test_samples}"
+    return synthetic.write_next_tiny(cache() / name, recipe.train_samples, recipe.test_samples)
+
+
+def read_suite(planned: Plan, data: Path) -> dict[str, dict[str, list[Sample]]]:
+    """Every sample that the run will use: split ("train" and the one evaluated) to task name to samples."""
+    recipe, split = planned.recipe, planned.config.split
+    limits = {"train": recipe.train_samples, split: recipe.test_samples}
+    return {
+        name: {task: formats.read(planned.suite.task(task), data, name, limit) for task in planned.order}
+        for name, limit in limits.items()
+    }
+
+
+class Runner:
+    """One run. ``stage`` counts the tasks trained: 0 is the pretrained model, t the model after the t-th task."""
+
+    def __init__(self, planned: Plan, progress: Progress) -> None:
+        self.plan, self.config, self.progress = planned, planned.config, progress
+        self.folder = RunFolder(self.config.folder, planned.as_dict())
+        self.tasks = [planned.suite.task(name) for name in planned.order]
+        progress.say(f"run folder: {self.folder.path}")
+        self.samples = read_suite(planned, data_folder(planned.suite, planned.recipe, self.config.data))
+        self.backbone = backbones.load(self.config.backbone).load(planned.device)
+        self.method = methods.load(self.config.method)(**planned.hyperparameters)
+        generator = torch.Generator().manual_seed(stable_seed(self.config.seed, "adapters"))
+        self.method.setup(self.backbone, generator)
+        self.branches = adapters.branch_parameters(self.backbone.language_model)
+        self.scorers = make_scorers(planned.suite.clip, planned.device)
+        self.tasks_done, self.step, self.tensors = 0, 0, {}
+        self.ledger: dict[str, Any] = {"trained": {}, "averaging": [], "measured": {}}
+        """What is known of the stages so far: parameters and tokens (exact), statistics, and times (measured)."""
+
+    def run(self) -> dict[str, Any]:
+        started = time.perf_counter()
+        try:
+            self._restore()
+            self.scores = self.folder.scores()
+            self.progress.plan(self.plan, self.tasks_done, self.step)
+            self._evaluate(self.tasks_done)
+            for stage in range(self.tasks_done + 1, len(self.tasks) + 1):
+                self._train(stage)
+                self._evaluate(stage)
+                self._write(started)
+            outcome = self._write(started)
+            html, _ = report.write_report(self.folder.path)
+            self.progress.finished(outcome, html)
+            return outcome
+        finally:
+            self.folder.close()
+
+    def _restore(self) -> None:
+        latest = self.folder.latest()
+        if latest is None:
+            self.folder.cut_steps(0, 0)
+            return
+        self.tensors, values = load(latest)
+        self.tasks_done, self.step, self.ledger = values["tasks_done"], values["step"], values["ledger"]
+        with torch.no_grad():
+            for name, parameter in self.branches.items():
+                parameter.copy_(self.tensors["adapters"][name])
+        if not self.step:
+            self.method.load_state_dict(self.tensors["method"])
+        self.folder.cut_steps(self.tasks_done + bool(self.step), self.step or sys.maxsize)
+        self.progress.say(f"going on from {latest.name}")
+
+    def _train(self, stage: int) -> None:
+        task = self.tasks[stage - 1]
+        steps = self.plan.recipe.steps[task.name]
+        parameters = self.method.trainable(self.backbone, task)
+        started, rows, statistics = time.perf_counter(), [], None
+        trained = {"parameters": sum(p.numel() for p in parameters.values()), "steps": 0, "tokens": 0}
+        if parameters:
+            seed = (self.config.seed, task.name)
+            trainer = TaskTrainer(
+                self.backbone, self.method, parameters, self.samples["train"][task.name], self.plan.recipe, steps, seed
+            )
+            self.method.before_task(parameters, steps)
+            if self.step:
+                trained = self.ledger["trained"][task.name]
+                trainer.load_state_dict(self.tensors["optimizer"], self.step)
+                self.method.load_state_dict(self.tensors["method"])
+            self.backbone.train()
+            while trainer.step < steps:
+                row = trainer.train_step()
+                trained["steps"] += 1
+                trained["tokens"] += row["tokens"]
+                rows.append({"stage": stage, "task": task.name, **row})
+                self.progress.step(stage, task.name, row, steps)
+                if trainer.step % self.config.block_steps == 0 and trainer.step < steps:
+                    self._measure(task.name, train_seconds=time.perf_counter() - started)
+                    started = time.perf_counter()
+                    self.ledger["trained"][task.name] = trained
+                    self._save(rows, f"{stage}_{task.name}_step{trainer.step}", stage - 1, trainer)
+            self.backbone.eval()
+            statistics = self.method.after_task()
+        self._measure(task.name, train_seconds=time.perf_counter() - started)
+        self.ledger["trained"][task.name] = trained
+        self.ledger["averaging"].append(statistics and {"task": task.name, "branches": statistics})
+        self._save(rows, f"{stage}_{task.name}", stage, None)
+        self.step, self.tensors = 0, {}
+
+    def _measure(self, name: str, **seconds: float) -> None:
+        row = self.ledger["measured"].setdefault(name, {"train_seconds": 0.0, "evaluate_seconds": 0.0})
+        for key, value in seconds.items():
+            row[key] += value
+
+    def _save(self, rows: list[dict[str, Any]], label: str, tasks_done: int, trainer: TaskTrainer | None) -> None:
+        """Logs the steps since the last checkpoint, then writes the next one."""
+        self.folder.log_steps(rows)
+        rows.clear()
+        state = self.method.state_dict()
+        tensors = {"adapters": self.branches, "method": state, "optimizer": trainer.state_dict() if trainer else {}}
+        stored = sum(t.numel() * t.element_size() for kept in (self.branches, state) for t in kept.values())
+        self.ledger["stored_bytes"] = stored
+        values = {"tasks_done": tasks_done, "step": trainer.step if trainer else 0, "ledger": self.ledger}
+        self.folder.save(tensors, values, label)
+
+    def _evaluate(self, stage: int) -> None:
+        """Evaluates after a stage on every task seen (all of them before the first), as far as not done already."""
+        if self.step:
+            return
+        started = time.perf_counter()
+        trained = self.tasks[stage - 1].name if stage else ZERO_SHOT
+        for task in self.tasks[:stage] if stage else self.tasks:
+            if (stage, task.name) in self.scores:
+                continue
+            if stage and not any(row["parameters"] for row in self.ledger["trained"].values()):
+                self._log_score({**self.scores[0, task.name], "stage": stage, "trained": trained})
+                continue
+            samples = self.samples[self.config.split][task.name]
+            with self.progress.evaluating(stage, trained, task.name, len(samples)), self.method.for_eval():
+                row = evaluate(
+                    self.backbone, task, samples, self.scorers[task.scorer], self.folder.path, f"{stage}_{trained}"
+                )
+            self._log_score({"stage": stage, "trained": trained, "task": task.name, "scorer": task.scorer, **row})
+        self._measure(trained, evaluate_seconds=time.perf_counter() - started)
+        self.progress.stage(stage, trained, [self.scores[stage, t.name] for t in self.tasks if (stage, t.name) in self.scores])
+
+    def _log_score(self, row: dict[str, Any]) -> None:
+        self.folder.log_score(row)
+        self.scores[row["stage"], row["task"]] = row
+
+    def _write(self, started: float) -> dict[str, Any]:
+        outcome = results(self.plan, self.scores, self.ledger, sum(p.numel() for p in self.branches.values()))
+        write_json(self.folder.path / "results.json", outcome)
+        write_json(self.folder.path / "cost.json", self._cost(time.perf_counter() - started))
+        write_json(self.folder.path / "environment.json", environment.describe())
+        return outcome
+
+    def _cost(self, seconds: float) -> dict[str, Any]:
+        """What was measured. Times of an interrupted run are those of its saved steps."""
+        stages = []
+        for name, measured in self.ledger["measured"].items():
+            trained = self.ledger["trained"].get(name, {"steps": 0, "tokens": 0})
+            busy = measured["train_seconds"]
+            stages.append(
+                {
+                    "task": name,
+                    **measured,
+                    "steps": trained["steps"],
+                    "tokens": trained["tokens"],
+                    "tokens_per_second": trained["tokens"] / busy if busy else None,
+                    "seconds_per_step": busy / trained["steps"] if trained["steps"] else None,
+                }
+            )
+        # Linux counts in KiB, macOS in bytes.
+        resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+        device = torch.cuda.max_memory_allocated() if self.plan.device.startswith("cuda") else None
+        return {
+            "stages": stages,
+            "last_process_seconds": seconds,
+            "total_seconds": sum(row["train_seconds"] + row["evaluate_seconds"] for row in stages),
+            "peak_memory_bytes": resident,
+            "peak_device_memory_bytes": device,
+        }

@@ -1,0 +1,166 @@
+"""CLIP models through open_clip's own API, and the small one that scores the embedded suite.
+
+A small CLIP is a folder of three files: ``model.json`` (open_clip's model configuration without the vocabulary size),
+``vocabulary.json`` (a list of words, the id of each its place: 0 pads, 1 is unknown, the last ends the text, so that
+open_clip's argmax pooling finds it) and ``weights.safetensors``.
+"""
+
+from __future__ import annotations
+
+import json
+import string
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from cnext.errors import UserError
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+TINY_CLIP = Path(__file__).parent / "tiny_clip"
+"""The folder of the small CLIP that is installed with cnext."""
+
+MODEL_FILE, VOCABULARY_FILE, WEIGHTS_FILE = "model.json", "vocabulary.json", "weights.safetensors"
+_PREPROCESSING = {"image_mean": (0.5, 0.5, 0.5), "image_std": (0.5, 0.5, 0.5)}
+_NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
+_BATCH = 64
+
+
+class WordTokenizer:
+    """Texts to ids over a closed vocabulary: lower case, punctuation removed, split on white space.
+
+    Called as open_clip's tokenizers are. Texts beyond the context lose their last words, never the end of text.
+
+    Args:
+        vocabulary: distinct words; the first two and the last are pad, unknown and end of text, and match no word.
+        context_length: ids per text.
+    """
+
+    def __init__(self, vocabulary: Sequence[str], context_length: int) -> None:
+        if len(vocabulary) < 3 or len(set(vocabulary)) != len(vocabulary):
+            raise UserError(
+                "expected a vocabulary of distinct words between pad, unknown (ids 0 and 1) and end of text (the last "
+                f"id), got {len(vocabulary)} words, {len(set(vocabulary))} of them distinct; mend {VOCABULARY_FILE}"
+            )
+        self.context_length = context_length
+        self._end = len(vocabulary) - 1
+        self._ids = {word: i for i, word in enumerate(vocabulary) if 1 < i < self._end}
+
+    def __call__(self, texts: str | Sequence[str]) -> torch.Tensor:
+        """Ids of the texts, shape (N, context_length), int64."""
+        texts = [texts] if isinstance(texts, str) else texts
+        ids = torch.zeros(len(texts), self.context_length, dtype=torch.int64)
+        for row, text in zip(ids, texts, strict=True):
+            words = text.lower().translate(_NO_PUNCTUATION).split()[: self.context_length - 1]
+            row[: len(words) + 1] = torch.tensor([*(self._ids.get(word, 1) for word in words), self._end])
+        return ids
+
+
+@dataclass(frozen=True)
+class Clip:
+    """A CLIP model in evaluation mode with the image transform and the tokenizer that belong to it."""
+
+    model: torch.nn.Module
+    transform: Callable[[Image], torch.Tensor]
+    tokenizer: Callable[[Sequence[str]], torch.Tensor]
+    device: str = "cpu"
+
+    def encode_images(self, images: Sequence[Image]) -> torch.Tensor:
+        """Unit embeddings of images, shape (N, D), float64 on the CPU."""
+        return self._encode(images, self._pixels, self.model.encode_image)
+
+    def encode_texts(self, texts: Sequence[str]) -> torch.Tensor:
+        """Unit embeddings of texts, shape (N, D), float64 on the CPU."""
+        return self._encode(texts, self.tokenizer, self.model.encode_text)
+
+    def _pixels(self, images: Sequence[Image]) -> torch.Tensor:
+        return torch.stack([self.transform(image) for image in images])
+
+    @torch.no_grad()
+    def _encode(self, items: Sequence, prepare: Callable, encode: Callable) -> torch.Tensor:
+        parts = [
+            encode(prepare(items[start : start + _BATCH]).to(self.device)).cpu().double()
+            for start in range(0, len(items), _BATCH)
+        ]
+        return torch.nn.functional.normalize(torch.cat(parts), dim=-1)
+
+
+@cache
+def load_clip(name: str, device: str) -> Clip:
+    """The CLIP model of that name, loaded once per process.
+
+    Args:
+        name: "tiny", the small CLIP installed with cnext; "<tag>/<model>", weights that open_clip knows and downloads
+            on first use, as "openai/ViT-B-32" of the benchmark; or the path of a small CLIP's folder.
+        device: where it runs.
+
+    Raises:
+        UserError: there is no such model, or its files or weights cannot be had.
+    """
+    import open_clip
+
+    tag, _, model_name = name.partition("/")
+    if name == "tiny":
+        model, transform, tokenizer = _load_folder(TINY_CLIP)
+    elif (model_name, tag) in open_clip.list_pretrained():
+        quick_gelu = open_clip.get_pretrained_cfg(model_name, tag).get("quick_gelu", False)
+        try:
+            model, _, transform = open_clip.create_model_and_transforms(
+                model_name, pretrained=tag, force_quick_gelu=quick_gelu
+            )
+        except RuntimeError as error:
+            raise UserError(
+                f"expected the weights of CLIP {name!r} from the network or open_clip's cache, got: {error}; "
+                "load it once where there is a network"
+            ) from error
+        tokenizer = open_clip.get_tokenizer(model_name)
+    elif Path(name).is_dir():
+        model, transform, tokenizer = _load_folder(Path(name))
+    else:
+        raise UserError(
+            f"unknown CLIP {name!r}; valid: tiny, a folder with {MODEL_FILE}, {VOCABULARY_FILE} and {WEIGHTS_FILE}, "
+            "or <tag>/<model> as open_clip.list_pretrained() has them, as in openai/ViT-B-32"
+        )
+    return Clip(model.to(device).eval(), transform, tokenizer, device)
+
+
+def build_tiny_clip(
+    vocabulary: Sequence[str], folder: Path = TINY_CLIP
+) -> tuple[torch.nn.Module, Callable, WordTokenizer]:
+    """A small CLIP with random weights, to be trained, as (model, image transform, tokenizer).
+
+    Save its state dict with safetensors as ``weights.safetensors`` and the vocabulary as ``vocabulary.json``.
+
+    Args:
+        vocabulary: as ``WordTokenizer`` takes it.
+        folder: where ``model.json`` is.
+    """
+    return _create(folder, vocabulary, weights=None)
+
+
+def _load_folder(folder: Path) -> tuple[torch.nn.Module, Callable, WordTokenizer]:
+    missing = [name for name in (MODEL_FILE, VOCABULARY_FILE, WEIGHTS_FILE) if not (folder / name).is_file()]
+    if missing:
+        raise UserError(f"{folder}: expected a CLIP model's files, {', '.join(missing)} missing; pretrain it first")
+    vocabulary = json.loads((folder / VOCABULARY_FILE).read_text(encoding="utf-8"))
+    return _create(folder, vocabulary, weights=folder / WEIGHTS_FILE)
+
+
+def _create(
+    folder: Path, vocabulary: Sequence[str], weights: Path | None
+) -> tuple[torch.nn.Module, Callable, WordTokenizer]:
+    import open_clip
+
+    # open_clip knows a model by its file's stem, and the file added last wins.
+    open_clip.add_model_config(folder / MODEL_FILE)
+    name = (folder / MODEL_FILE).stem
+    text = {**open_clip.get_model_config(name)["text_cfg"], "vocab_size": len(vocabulary)}
+    model, _, transform = open_clip.create_model_and_transforms(
+        name, pretrained=str(weights) if weights else None, text_cfg=text, **_PREPROCESSING
+    )
+    return model, transform, WordTokenizer(vocabulary, text["context_length"])

@@ -1,0 +1,68 @@
+"""What a wrong answer's shortfall is booked to, by rules alone.
+
+Instruction unfollowing wins where both hold: a malformed answer is never looked at for what it claims.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import fsum
+
+from cnext.scoring.answers import contains_words, normalise, repeats_a_word
+from cnext.scoring.base import ERROR_TYPES, Prediction, Score
+
+MAX_WORDS = 5
+"""The most words that count as "a single word or phrase"; a longer reference raises it to its own length."""
+
+
+def text_error(prediction: Prediction, reference: str) -> str:
+    """The error type of a wrong short answer.
+
+    instruction_unfollowing: an image was drawn, nothing was said, more than ``MAX_WORDS`` words were said, or a word
+    more than twice.
+    other: well formed, and the answer's words contain the reference's or the reverse ("red circle" for "red"):
+    wrong under exact match, yet nothing was made up.
+    hallucination: any other well-formed answer.
+    """
+    allowed = max(MAX_WORDS, len(reference.split()))
+    malformed = (
+        prediction.image is not None
+        or not normalise(prediction.text)
+        or len(prediction.text.split()) > allowed
+        or repeats_a_word(prediction.text)
+    )
+    if malformed:
+        return "instruction_unfollowing"
+    if contains_words(prediction.text, reference) or contains_words(reference, prediction.text):
+        return "other"
+    return "hallucination"
+
+
+def box_error(prediction: Prediction, parsable: bool) -> str:
+    """The error type of a wrong box: instruction_unfollowing where an image was drawn or no box can be parsed."""
+    return "hallucination" if parsable and prediction.image is None else "instruction_unfollowing"
+
+
+def image_error(prediction: Prediction) -> str:
+    """The error type of an image short of 100: instruction_unfollowing where none was drawn."""
+    return "instruction_unfollowing" if prediction.image is None else "hallucination"
+
+
+def error_shares(scores: Sequence[Score], profile: str = "strict") -> dict[str, float]:
+    """Percent of the attainable score lost to each error type: E_c = (1/n) Σ_{s of type c} (100 - score_s).
+
+    The shares add up to 100 minus the mean score. Under "paper", what is lost by an answer that strict holds right
+    (a box that the released parser misreads) is booked to "other".
+
+    Args:
+        scores: at least one score.
+        profile: one of ``PROFILES``.
+
+    Returns:
+        A share for every one of ``ERROR_TYPES``.
+    """
+    assert scores, "no scores to share out"
+    lost: dict[str, list[float]] = {kind: [] for kind in ERROR_TYPES}
+    for score in scores:
+        lost[score.error or "other"].append(100.0 - getattr(score, profile))
+    return {kind: fsum(parts) / len(scores) for kind, parts in lost.items()}

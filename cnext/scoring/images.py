@@ -1,0 +1,117 @@
+"""Scorers of drawn images: against a caption (Flickr30k: `clip_text`) or a target image (HQEdit: `clip_image`)."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from cnext.scoring.base import Prediction, Score
+from cnext.scoring.errors import image_error
+from cnext.tasks.base import DataError
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+    from cnext.scoring.clip import Clip
+    from cnext.tasks.base import Sample, Task
+
+_INSTRUCTION = re.compile(r"\A\s*please generate the image\s*[:.]\s*", re.IGNORECASE)
+
+
+def caption_of(instruction: str) -> str:
+    """The caption alone: the instruction without a leading "Please generate the image:" (or with a period)."""
+    return _INSTRUCTION.sub("", instruction)
+
+
+@dataclass(frozen=True)
+class ImageScorers:
+    """The two image scorers on one CLIP model, which is loaded when the first image is scored.
+
+    clip, device: as in ``cnext.scoring.clip.load_clip``.
+    """
+
+    clip: str = "tiny"
+    device: str = "cpu"
+
+    def clip_text(self, task: Task, samples: Sequence[Sample], predictions: Sequence[Prediction]) -> list[Score]:
+        """Cosine of the drawn image and its text, times 100.
+
+        strict: max(0, cos) with the caption alone; 0 without an image.
+        paper: cos with the whole instruction, its prefix included, negative values kept. Without an image the previous
+        sample's score counts again; the released code raises NameError where the very first sample has none, this
+        one scores 0. Texts beyond the model's context are cut, where the released code raises.
+
+        Reference: the released ``eval_gene.py``.
+        """
+        drawn = [i for i, prediction in enumerate(predictions) if prediction.image is not None]
+        strict: dict[int, float] = {}
+        paper: dict[int, float] = {}
+        if drawn:
+            clip = self._load()
+            images = clip.encode_images([_drawn_image(predictions[i]) for i in drawn])
+            instructions = [samples[i].turns[0].instruction for i in drawn]
+            captions = clip.encode_texts([caption_of(text) for text in instructions])
+            strict = dict(zip(drawn, _percent_cosines(images, captions), strict=True))
+            paper = dict(zip(drawn, _percent_cosines(images, clip.encode_texts(instructions)), strict=True))
+
+        scores = []
+        previous = 0.0
+        for i, (_, prediction) in enumerate(zip(samples, predictions, strict=True)):
+            previous = paper.get(i, previous)
+            scores.append(_score(prediction, strict.get(i, 0.0), previous))
+        return scores
+
+    def clip_image(self, task: Task, samples: Sequence[Sample], predictions: Sequence[Prediction]) -> list[Score]:
+        """Cosine of the drawn and the target image, times 100.
+
+        strict: max(0, cos); 0 without an image.
+        paper: cos, negative values kept; 0 without an image.
+
+        Raises:
+            DataError: a sample names no target image.
+
+        Reference: the released ``eval_edit.py``.
+        """
+        drawn = [i for i, prediction in enumerate(predictions) if prediction.image is not None]
+        cosines: dict[int, float] = {}
+        if drawn:
+            clip = self._load()
+            images = clip.encode_images([_drawn_image(predictions[i]) for i in drawn])
+            targets = clip.encode_images([_target_image(samples[i]) for i in drawn])
+            cosines = dict(zip(drawn, _percent_cosines(images, targets), strict=True))
+        return [
+            _score(prediction, cosines.get(i, 0.0), cosines.get(i, 0.0))
+            for i, (_, prediction) in enumerate(zip(samples, predictions, strict=True))
+        ]
+
+    def _load(self) -> Clip:
+        from cnext.scoring.clip import load_clip
+
+        return load_clip(self.clip, self.device)
+
+
+def _score(prediction: Prediction, cosine: float, paper: float) -> Score:
+    strict = max(0.0, cosine)
+    return Score(strict=strict, paper=paper, error="" if strict == 100.0 else image_error(prediction))
+
+
+def _percent_cosines(a, b) -> list[float]:
+    # Unit vectors in float64: rounding alone may carry the cosine of an image with itself past 1.
+    return (100.0 * (a * b).sum(-1)).clamp(-100.0, 100.0).tolist()
+
+
+def _drawn_image(prediction: Prediction) -> Image:
+    from PIL import Image
+
+    return Image.fromarray(prediction.image)
+
+
+def _target_image(sample: Sample) -> Image:
+    from PIL import Image
+
+    if sample.target_image is None:
+        raise DataError(f"{sample.origin or sample.id}: expected a target image to score against, got none")
+    with Image.open(sample.target_image) as image:
+        return image.convert("RGB")

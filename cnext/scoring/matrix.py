@@ -1,0 +1,197 @@
+"""The score matrix of one run and the metrics of continual learning that follow from it. Standard library alone.
+
+R[t][i] is the score (percent) on task i after stage t, both counted from 1 in training order; R[0][i] is zero-shot.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from math import fsum, isclose, isfinite, isnan, nan
+
+from cnext.errors import UserError
+from cnext.scoring.base import ERROR_TYPES
+
+IDENTITY_TOLERANCE = 1e-6
+"""How far the two identities of ``metrics`` may be off, in percent: float64 rounding and nothing more."""
+
+FORMULAS: dict[str, str] = {
+    "avg_acc": "(1/T) Σ_i R[T][i]; divisor T",
+    "new_acc": "(1/T) Σ_i R[i][i]; divisor T",
+    "maa": "(1/T) Σ_t a_t with the stage averages a_t = (1/t) Σ_{i<=t} R[t][i]; divisor T",
+    "forgetting": "(1/(T-1)) Σ_{i<T} (R[i][i] - R[T][i]), signed; divisor T-1; the paper's form",
+    "forgetting_max": "(1/(T-1)) Σ_{i<T} (max_{i<=l<T} R[l][i] - R[T][i]); divisor T-1; Chaudhry et al. 2018",
+    "bwt": "(1/(T-1)) Σ_{i<T} (R[T][i] - R[i][i]) = -forgetting; divisor T-1; GEM",
+    "fwt": "(1/(T-1)) Σ_{i>1} (R[i-1][i] - R[0][i]); divisor T-1; GEM, with zero-shot as the base",
+    "worst_acc": "min_i R[T][i]",
+    "worst_forgetting": "max_{i<T} (R[i][i] - R[T][i])",
+    "recovery": "Σ_t Σ_{i<t} max(0, R[t][i] - R[t-1][i]); a sum, no divisor",
+    "avg_acc_text": "mean of R[T][i] over the tasks i that write text",
+    "avg_acc_image": "mean of R[T][i] over the tasks i that write images",
+    "forgetting_text": "mean of R[i][i] - R[T][i] over the tasks i < T that write text",
+    "forgetting_image": "mean of R[i][i] - R[T][i] over the tasks i < T that write images",
+    "forgetting_intermodal": "mean of R[t-1][i] - R[t][i] over i < t where tasks t and i share no output modality",
+    "forgetting_intramodal": "mean of R[t-1][i] - R[t][i] over i < t where tasks t and i share an output modality",
+    "avg_hal": "(1/(T-1)) Σ_{i<T} (HAL[T][i] - HAL[i][i]), shares of all test samples; divisor T-1",
+    "avg_iuf": "(1/(T-1)) Σ_{i<T} (IUF[T][i] - IUF[i][i]), shares of all test samples; divisor T-1",
+    "avg_oth": "(1/(T-1)) Σ_{i<T} (OTH[T][i] - OTH[i][i]), shares of all test samples; divisor T-1",
+}
+"""Each metric's formula and divisor. T is the number of stages done, which is all tasks in a finished run."""
+
+_ERROR_METRICS = dict(zip(("avg_hal", "avg_iuf", "avg_oth"), ERROR_TYPES, strict=True))
+
+
+class ScoreMatrix:
+    """R[t][i] for T tasks, indexed from 0: ``matrix[t, i]`` is the score on task i after training task t.
+
+    NaN where not evaluated, never 0.
+    """
+
+    def __init__(self, size: int) -> None:
+        self._rows = [[nan] * size for _ in range(size)]
+
+    @classmethod
+    def from_rows(cls, rows: Sequence[Sequence[float | None]]) -> ScoreMatrix:
+        """The matrix of JSON rows, null where not evaluated. An unfinished run may leave out the last rows.
+
+        Raises:
+            UserError: a row of another length, too many rows, or a value that is no finite number.
+        """
+        matrix = cls(len(rows[0]) if rows else 0)
+        if len(rows) > len(matrix) or any(len(row) != len(matrix) for row in rows):
+            raise UserError(
+                f"expected a score matrix of at most {len(matrix)} rows of {len(matrix)} scores, "
+                f"got rows of {', '.join(str(len(row)) for row in rows)}"
+            )
+        for t, row in enumerate(rows):
+            for i, value in enumerate(row):
+                if value is not None:
+                    matrix.set(t, i, value)
+        return matrix
+
+    def to_rows(self) -> list[list[float | None]]:
+        """The matrix as JSON rows, None where not evaluated."""
+        return [[None if isnan(value) else value for value in row] for row in self._rows]
+
+    def set(self, t: int, i: int, value: float) -> None:
+        """Enter the score on task i after training task t.
+
+        Raises:
+            UserError: the value is no finite number.
+        """
+        if isinstance(value, bool) or not isinstance(value, int | float) or not isfinite(value):
+            raise UserError(f"expected a finite score for task {i} after stage {t} (or null in JSON), got {value!r}")
+        if not (0 <= t < len(self) and 0 <= i < len(self)):
+            raise IndexError(f"({t}, {i}) is outside a score matrix of {len(self)} tasks")
+        self._rows[t][i] = float(value)
+
+    def __getitem__(self, index: tuple[int, int]) -> float:
+        t, i = index
+        return self._rows[t][i]
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, ScoreMatrix) and self.to_rows() == other.to_rows()
+
+    __hash__ = None
+
+    @property
+    def stages_done(self) -> int:
+        """How many leading stages are evaluated on every task up to their own."""
+        for t, row in enumerate(self._rows):
+            if any(isnan(value) for value in row[: t + 1]):
+                return t
+        return len(self)
+
+    def stage_averages(self) -> list[float]:
+        """a_t = (1/t) Σ_{i<=t} R[t][i] for every stage done."""
+        return [fsum(self._rows[t][: t + 1]) / (t + 1) for t in range(self.stages_done)]
+
+
+def metrics(
+    matrix: ScoreMatrix,
+    zero_shot: Sequence[float | None] | None = None,
+    error_matrices: Mapping[str, ScoreMatrix] | None = None,
+    writes: Sequence[Sequence[str]] | None = None,
+) -> dict[str, float | None]:
+    """Every metric of ``FORMULAS`` over the stages done; None where it is undefined or its inputs are missing.
+
+    Args:
+        matrix: scores in percent.
+        zero_shot: R[0], in training order, for ``fwt``.
+        error_matrices: the share of each of ``ERROR_TYPES`` in percent of all test samples, in the same layout.
+        writes: the output modalities of each task, in training order.
+
+    Returns:
+        One entry for every key of ``FORMULAS``.
+
+    Raises:
+        UserError: the error shares of a cell do not add up to 100 minus its score.
+    """
+    result: dict[str, float | None] = dict.fromkeys(FORMULAS)
+    done = matrix.stages_done
+    if done == 0:
+        return result
+    last = done - 1
+    final = [matrix[last, i] for i in range(done)]
+    new = [matrix[i, i] for i in range(done)]
+    drops = [new[i] - final[i] for i in range(last)]
+
+    result["avg_acc"] = _mean(final)
+    result["new_acc"] = _mean(new)
+    result["maa"] = _mean(matrix.stage_averages())
+    result["forgetting"] = _mean(drops)
+    result["forgetting_max"] = _mean([max(matrix[t, i] for t in range(i, last)) - final[i] for i in range(last)])
+    result["bwt"] = _mean([-drop for drop in drops])
+    result["worst_acc"] = min(final)
+    result["worst_forgetting"] = max(drops, default=None)
+    steps = [(t, i, matrix[t - 1, i] - matrix[t, i]) for t in range(1, done) for i in range(t)]
+    result["recovery"] = fsum(max(0.0, -step) for _, _, step in steps)
+    if zero_shot is not None:
+        result["fwt"] = _forward_transfer(matrix, zero_shot, done)
+    if writes is not None:
+        for modality in ("text", "image"):
+            result[f"avg_acc_{modality}"] = _mean([final[i] for i in range(done) if modality in writes[i]])
+            result[f"forgetting_{modality}"] = _mean([drops[i] for i in range(last) if modality in writes[i]])
+        between = [step for t, i, step in steps if set(writes[t]).isdisjoint(writes[i])]
+        within = [step for t, i, step in steps if not set(writes[t]).isdisjoint(writes[i])]
+        result["forgetting_intermodal"], result["forgetting_intramodal"] = _mean(between), _mean(within)
+
+    if last:
+        expected = done / last * (result["new_acc"] - result["avg_acc"])
+        assert isclose(result["forgetting"], expected, abs_tol=IDENTITY_TOLERANCE), (result["forgetting"], expected)
+    if error_matrices is not None:
+        result |= _error_growth(matrix, error_matrices, last)
+    return result
+
+
+def _mean(values: Sequence[float]) -> float | None:
+    return fsum(values) / len(values) if values else None
+
+
+def _forward_transfer(matrix: ScoreMatrix, zero_shot: Sequence[float | None], done: int) -> float | None:
+    pairs = [(matrix[i - 1, i], zero_shot[i]) for i in range(1, done)]
+    if any(isnan(ahead) or base is None or isnan(base) for ahead, base in pairs):
+        return None
+    return _mean([ahead - base for ahead, base in pairs])
+
+
+def _error_growth(matrix: ScoreMatrix, errors: Mapping[str, ScoreMatrix], last: int) -> dict[str, float | None]:
+    cells = [(t, i) for i in range(last) for t in (i, last)]
+    if not cells or any(isnan(errors[kind][cell]) for kind in ERROR_TYPES for cell in cells):
+        return dict.fromkeys(_ERROR_METRICS)
+    for t, i in cells:
+        total = fsum(errors[kind][t, i] for kind in ERROR_TYPES)
+        if not isclose(total, 100.0 - matrix[t, i], abs_tol=IDENTITY_TOLERANCE):
+            raise UserError(
+                f"expected the error shares of task {i + 1} after stage {t + 1} to add up to 100 minus its score, "
+                f"{100.0 - matrix[t, i]:.6f}, got {total:.6f}; scores and shares are not of the same answers"
+            )
+    growth = {
+        name: _mean([errors[kind][last, i] - errors[kind][i, i] for i in range(last)])
+        for name, kind in _ERROR_METRICS.items()
+    }
+    forgetting = fsum(matrix[i, i] - matrix[last, i] for i in range(last)) / last
+    assert isclose(fsum(growth.values()), forgetting, abs_tol=2 * IDENTITY_TOLERANCE), (growth, forgetting)
+    return growth

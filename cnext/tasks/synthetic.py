@@ -1,0 +1,205 @@
+"""The synthetic suite `next-tiny`: the six tasks in small, drawn from a seed and written in the paper's file formats.
+
+Layout of the folder: ``<task>/annotations/train_001.jsonl``, ``<task>/questions/{test,validation}.json`` and
+``<task>/images/{train,test,validation}/*.png`` (HQEdit: ``images/{source,target}_images/``).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from random import Random
+from typing import Any
+
+from cnext.tasks import scenes
+from cnext.tasks.scenes import COLORS, ICONS, PLACES, SHAPES, SIZE, WORDS, Icon, Lettering, Scene, Thing, article
+
+SHORT = "Answer the question using a single word or phrase."
+DRAW = "Please generate the image:"
+LOCATE = "Please provide the bounding box coordinate of the region this sentence describes:"
+FORMAT_VERSION = 1
+"""Raised when the same seed no longer gives the same files, so that old folders are not reused."""
+
+
+@dataclass(frozen=True)
+class Example:
+    """One item before it is written. content: what decides its split (see scenes.split_of)."""
+
+    instruction: str
+    answer: str
+    picture: Scene | Icon | Lettering
+    target: Scene | None = None
+    box: tuple[float, float, float, float] | None = None
+
+    @property
+    def content(self) -> str:
+        return self.answer if self.instruction == DRAW else scenes.key(self.picture)
+
+
+def vqa(rng: Random, kinds: tuple[str, ...] = ("color", "shape", "count", "place", "exists")) -> Example:
+    scene = scenes.random_scene(rng)
+    thing = rng.choice(scene.things)
+    kind = rng.choice(kinds)
+    if kind == "color":
+        question, answer = f"What color is the {thing.shape}?", thing.color
+    elif kind == "shape":
+        question, answer = f"What shape is the {thing.color} object?", thing.shape
+    elif kind == "count":
+        question, answer = "How many objects are there?", str(len(scene.things))
+    elif kind == "place":
+        question, answer = f"What object is in the {thing.place}?", thing.shape
+    else:
+        asked = thing if rng.random() < 0.5 else replace(thing, color=rng.choice(list(COLORS)))
+        question = f"Is there {article(asked.color)} {asked.shape}?"
+        answer = "yes" if asked.color == thing.color else "no"
+    return Example(f"{question} {SHORT}", answer, scene)
+
+
+def classification(rng: Random, names: tuple[str, ...] = tuple(ICONS)) -> Example:
+    icon = scenes.random_icon(rng, names)
+    return Example(f"What is the object in the image? {SHORT}", icon.name, icon)
+
+
+def text_to_image(rng: Random, most: int = 2) -> Example:
+    scene = scenes.random_scene(rng, 1, most)
+    return Example(DRAW, scene.caption, scene)
+
+
+def reading(rng: Random, words: tuple[str, ...] = tuple(WORDS)) -> Example:
+    word = rng.choice(words)
+    return Example(f"What word is written in the image? {SHORT}", word, scenes.random_lettering(rng, word))
+
+
+def box_text(thing: Thing) -> str:
+    """A thing's box as the benchmark writes it: "[x1,y1,x2,y2]", two decimals of the picture's side."""
+    return "[" + ",".join(f"{min(max(edge / SIZE, 0.0), 0.99):.2f}" for edge in thing.box) + "]"
+
+
+def grounding(rng: Random, most: int = 3) -> Example:
+    scene = scenes.random_scene(rng, 1, most)
+    thing = rng.choice(scene.things)
+    expression = rng.choice(
+        (
+            f"the {thing.color} {thing.shape}",
+            f"the {thing.shape}",
+            f"the {thing.color} object",
+            f"the object in the {thing.place}",
+        )
+    )
+    return Example(f"{LOCATE} {expression}.", box_text(thing), scene, box=thing.box)
+
+
+def editing(rng: Random, kinds: tuple[str, ...] = ("color", "shape", "remove", "add")) -> Example:
+    kind = rng.choice(kinds)
+    scene = scenes.random_scene(rng, 2 if kind == "remove" else 1, 2 if kind == "add" else 3)
+    thing = rng.choice(scene.things)
+    taken = [{getattr(t, name) for t in scene.things} for name in ("shape", "color", "place")]
+    shape, color, place = (
+        rng.choice([name for name in pool if name not in used])
+        for pool, used in zip((SHAPES, COLORS, PLACES), taken, strict=True)
+    )
+    if kind == "color":
+        text, target = f"Change the color of the {thing.shape} to {color}.", scene.swap(thing, replace(thing, color=color))
+    elif kind == "shape":
+        text, target = f"Turn the {thing.shape} into a {shape}.", scene.swap(thing, replace(thing, shape=shape))
+    elif kind == "remove":
+        text, target = f"Remove the {thing.shape}.", scene.without(thing)
+    else:
+        new = scenes.random_thing(rng, shape, color, place)
+        text, target = f"Add {article(color)} {shape} in the {place}.", replace(scene, things=(*scene.things, new))
+    return Example(f"{DRAW} {text}", "", scene, target)
+
+
+EXAMPLES: dict[str, Callable[[Random], Example]] = {
+    "VQAv2": vqa,
+    "ImageNet": classification,
+    "Flickr30k": text_to_image,
+    "OCRVQA": reading,
+    "RefCOCO": grounding,
+    "HQEdit": editing,
+}
+
+
+def examples(task: str, split: str, seed: int = 0) -> Iterator[Example]:
+    """The endless stream of a task's examples of one split. The same arguments give the same stream."""
+    rng = Random(f"next-tiny/{FORMAT_VERSION}/{seed}/{task}/{split}")
+    while True:
+        example = EXAMPLES[task](rng)
+        if scenes.split_of(example.content) == split:
+            yield example
+
+
+def _save(pixels: Any, path: Path) -> None:
+    from PIL import Image
+
+    Image.fromarray(pixels).save(path, compress_level=1)
+
+
+def _write_task(folder: Path, task: str, split: str, count: int, seed: int) -> None:
+    edit = task == "HQEdit"
+    roots = [folder / "images" / name / split for name in (("source_images", "target_images") if edit else ("",))]
+    for root in roots:
+        root.mkdir(parents=True)
+    rows: list[dict[str, Any]] = []
+    for index, example in zip(range(count), examples(task, split, seed), strict=False):
+        name = f"{split}/{index:05d}.png"
+        _save(scenes.draw(example.picture), roots[0] / f"{index:05d}.png")
+        if edit:
+            assert example.target is not None
+            _save(scenes.draw(example.target), roots[1] / f"{index:05d}.png")
+            row: dict[str, Any] = {
+                "source_image": f"source_images/{name}",
+                "target_image": f"target_images/{name}",
+                "instruction": example.instruction,
+            }
+        elif split == "train":
+            row = {"image": name, "data": [example.instruction, example.answer]}
+        else:
+            row = {"question_id": f"{task}-{split}-{index:05d}", "image": name, "text": example.instruction}
+            if example.box is not None:
+                x1, y1, x2, y2 = example.box
+                row["size"] = [SIZE, SIZE]
+                row["origin_answer_bbox"] = f"[{x1:.2f},{y1:.2f},{x2 - x1:.2f},{y2 - y1:.2f}]"
+                row["answer_bbox"] = example.answer
+            elif task == "Flickr30k":
+                row["text"] = f"{example.instruction} {example.answer}"
+            else:
+                row["answer"] = example.answer
+        rows.append(row)
+    if split == "train":
+        path = folder / "annotations" / "train_001.jsonl"
+        text = "".join(json.dumps(row) + "\n" for row in rows)
+    else:
+        path = folder / "questions" / f"{split}.json"
+        text = json.dumps(rows, indent=1)
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(text)
+
+
+def write_next_tiny(folder: Path, train: int, test: int, seed: int = 0) -> Path:
+    """Writes the suite's six tasks to ``folder`` unless it is there already, whole or not at all.
+
+    Args: train, test: samples per task (validation has as many as test).  Returns: the folder.
+    """
+    if folder.is_dir():
+        return folder
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    try:
+        for task in EXAMPLES:
+            for split, count in (("train", train), ("test", test), ("validation", test)):
+                _write_task(unfinished / task, task, split, count, seed)
+        try:
+            os.rename(unfinished, folder)
+        except OSError:
+            # Another process finished the same folder first: its files are the same, ours can go.
+            if not folder.is_dir():
+                raise
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+    return folder

@@ -1,0 +1,144 @@
+// The Python module cnext._cpu: picks the instruction set, and runs a rule over lists of tensors on threads.
+#include <pybind11/numpy.h>
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <algorithm>
+#include <cstring>
+#include <limits>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+
+#include "foreach.h"
+
+namespace py = pybind11;
+
+namespace {
+
+constexpr int64_t kChunk = 16384;  // elements per piece of work: the operands of one piece stay within L2
+
+using Table = py::array_t<int64_t, py::array::c_style>;
+
+struct InstructionSet {
+  const char* name;
+  bool runs_here;
+  KernelTable table;
+};
+
+std::vector<InstructionSet> instruction_sets() {
+  std::vector<InstructionSet> sets;
+#ifdef CNEXT_HAVE_avx512
+  sets.push_back({"avx512",
+                  __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"),
+                  averaging_avx512()});
+#endif
+#ifdef CNEXT_HAVE_avx2
+  sets.push_back({"avx2", bool(__builtin_cpu_supports("avx2")), averaging_avx2()});
+#endif
+  sets.push_back({"baseline", true, averaging_baseline()});
+  return sets;
+}
+
+InstructionSet& active() {
+  static InstructionSet set = [] {
+    for (const InstructionSet& set : instruction_sets())
+      if (set.runs_here) return set;
+    throw std::logic_error("no instruction set");
+  }();
+  return set;
+}
+
+std::string use_instruction_set(const std::string& name) {
+  const std::string before = active().name;
+  for (const InstructionSet& set : instruction_sets())
+    if (name == set.name && set.runs_here) {
+      active() = set;
+      return before;
+    }
+  throw std::invalid_argument("instruction set " + name + " was not built or does not run here");
+}
+
+const Kernel& find(const std::string& rule, const std::string& dtypes) {
+  const KernelTable table = active().table;
+  for (int i = 0; i < table.size; ++i)
+    if (rule == table.kernels[i].rule && dtypes == table.kernels[i].dtypes) return table.kernels[i];
+  throw std::invalid_argument("no C++ kernel for rule " + rule + " with dtypes " + dtypes);
+}
+
+double identity(char kind) {
+  const double inf = std::numeric_limits<double>::infinity();
+  return kind == '+' ? 0.0 : kind == '<' ? inf : -inf;
+}
+
+double combine(char kind, double a, double b) { return kind == '+' ? a + b : kind == '<' ? std::min(a, b) : std::max(a, b); }
+
+struct Chunk {
+  int64_t tensor, begin, count;
+};
+
+// addresses: (operands, tensors) of data pointers; sizes: (tensors,) of elements; columns and rows: addresses of
+// float64 arrays, (tensors, counted columns) that is written and (tensors, row_width) that is read, or 0.
+void foreach (const std::string& rule, const std::string& dtypes, const Table& addresses, const Table& sizes,
+              const std::vector<double>& scalars, uintptr_t columns, uintptr_t rows, int64_t row_width, int threads) {
+  const Kernel& kernel = find(rule, dtypes);
+  const int operands = int(dtypes.size());
+  const int width = int(std::strlen(kernel.kinds));
+  if (addresses.ndim() != 2 || sizes.ndim() != 1 || addresses.shape(0) != operands ||
+      addresses.shape(1) != sizes.shape(0))
+    throw std::invalid_argument("addresses must be (operands, tensors) and sizes (tensors,)");
+  if (width && !columns) throw std::invalid_argument("rule " + rule + " counts, and needs an address for it");
+  const int64_t tensors = sizes.shape(0);
+  const int64_t* size = sizes.data();
+  const int64_t* address = addresses.data();
+  py::gil_scoped_release nogil;
+
+  std::vector<Chunk> chunks;
+  for (int64_t t = 0; t < tensors; ++t)
+    for (int64_t begin = 0; begin < size[t]; begin += kChunk)
+      chunks.push_back({t, begin, std::min(kChunk, size[t] - begin)});
+  std::vector<double> partial(chunks.size() * width);
+  for (size_t i = 0; i < partial.size(); ++i) partial[i] = identity(kernel.kinds[i % width]);
+
+  const int64_t count = int64_t(chunks.size());
+  threads = int(std::max<int64_t>(1, std::min<int64_t>(threads, count / 2)));
+#pragma omp parallel for schedule(static) num_threads(threads)
+  for (int64_t i = 0; i < count; ++i) {
+    const Chunk& chunk = chunks[i];
+    void* pointers[8];
+    for (int k = 0; k < operands; ++k)
+      pointers[k] = reinterpret_cast<void*>(address[k * tensors + chunk.tensor] + chunk.begin * (dtypes[k] == 'f' ? 4 : 2));
+    const double* row = rows ? reinterpret_cast<const double*>(rows) + chunk.tensor * row_width : nullptr;
+    kernel.run(scalars.data(), row, pointers, chunk.count, partial.data() + i * width);
+  }
+
+  double* out = reinterpret_cast<double*>(columns);
+  for (int64_t i = 0; i < tensors * width; ++i) out[i] = identity(kernel.kinds[i % width]);
+  for (int64_t i = 0; i < count; ++i)
+    for (int k = 0; k < width; ++k) {
+      double& to = out[chunks[i].tensor * width + k];
+      to = combine(kernel.kinds[k], to, partial[i * width + k]);
+    }
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_cpu, m) {
+  m.doc() = "C++ kernels of cnext, over raw addresses.";
+  m.def("foreach", &foreach, py::arg("rule"), py::arg("dtypes"), py::arg("addresses").noconvert(),
+        py::arg("sizes").noconvert(), py::arg("scalars"), py::arg("columns") = 0, py::arg("rows") = 0,
+        py::arg("row_width") = 0, py::arg("threads") = 1);
+  m.def("instruction_set", [] { return std::string(active().name); });
+  m.def("instruction_sets", [] {
+    std::vector<std::string> names;
+    for (const InstructionSet& set : instruction_sets())
+      if (set.runs_here) names.push_back(set.name);
+    return names;
+  });
+  m.def("use_instruction_set", &use_instruction_set, py::arg("name"), "Switches to one by name; returns the one before.");
+}

@@ -1,0 +1,120 @@
+"""Both profiles of the box scorer, and the two parsers."""
+
+import random
+
+import numpy
+import pytest
+
+from cnext.scoring import SCORERS
+from cnext.scoring.base import Prediction, Score
+from cnext.scoring.boxes import iou, parse_box, parse_box_as_released
+from cnext.tasks.base import DataError, Sample, Turn
+
+
+def score(text: str, reference: str, size: tuple[int, int] | None = None, image: numpy.ndarray | None = None) -> Score:
+    sample = Sample("7", (Turn("Where?", reference),), size=size, origin="test.json#7")
+    (result,) = SCORERS["box"](None, [sample], [Prediction(text, image)])
+    return result
+
+
+@pytest.mark.parametrize(
+    ("text", "box"),
+    [
+        ("[0.27,0.42,0.83,0.73]", (0.27, 0.42, 0.83, 0.73)),
+        (" [ 0.27, .42 ,0.83,1 ]. ", (0.27, 0.42, 0.83, 1.0)),
+        ("The box is [0,0,1,1].", (0.0, 0.0, 1.0, 1.0)),
+        ("[-0.01,0,1.02,1]", (-0.01, 0.0, 1.02, 1.0)),
+        ("0.27,0.42,0.83,0.73", None),
+        ("(0.27,0.42,0.83,0.73)", None),
+        ("[0.27,0.42,0.83]", None),
+        ("[0.27,0.42,0.83,0.73,0.9]", None),
+        ("[0.27,0.42,0.83,0.73", None),
+        ("[0,0,1,1] [0,0,1,1]", None),
+        ("[0.8,0.4,0.2,0.7]", None),
+        ("[0.2,0.7,0.8,0.7]", None),
+        ("[nan,0,1,1]", None),
+        ("[0.1.2,0,1,1]", None),
+        ("", None),
+    ],
+)
+def test_parse_box(text: str, box: tuple | None) -> None:
+    assert parse_box(text) == box
+
+
+@pytest.mark.parametrize(
+    ("text", "box"),
+    [
+        ("[0.27,0.42,0.83,0.73]", (0.27, 0.42, 0.83, 0.7)),
+        ("[1.00,0.42,0.83,0.73]", (0.0, 0.42, 0.83, 0.7)),
+        ("[0.27,0.42,0.83,0.7]", (0.27, 0.42, 0.83, 0.0)),
+        ("(0.27,0.42,0.83,0.73)\n", (0.27, 0.42, 0.83, 0.7)),
+        ("0.27,0.42,0.83,0.73", (0.27, 0.42, 0.83, 0.7)),
+        ("[0.27,0.42,0.83,0.73].", (0.27, 0.42, 0.83, 0.73)),
+        ("[0,0.42,0.83,0.73]", None),
+        ("[0.27,0.42,0.83]", None),
+        ("[0.27,0.42,0.83,0.73,0.91]", None),
+        ("a cat", None),
+        ("", None),
+    ],
+)
+def test_parse_box_as_released(text: str, box: tuple | None) -> None:
+    assert parse_box_as_released(text) == box
+
+
+def test_iou_equals_counting_cells() -> None:
+    draw = random.Random(0)
+    for _ in range(50):
+        boxes = []
+        for _ in range(2):
+            (x1, x2), (y1, y2) = (sorted(draw.sample(range(9), 2)) for _ in range(2))
+            boxes.append((x1, y1, x2, y2))
+        cells = [{(x, y) for x in range(b[0], b[2]) for y in range(b[1], b[3])} for b in boxes]
+        assert iou(*boxes) == pytest.approx(len(cells[0] & cells[1]) / len(cells[0] | cells[1]))
+        assert iou(*boxes) == iou(*reversed(boxes))
+
+
+def test_iou_of_boxes_without_area_is_zero() -> None:
+    assert iou((0.5, 0.5, 0.5, 0.5), (0.5, 0.5, 0.5, 0.5)) == 0.0
+
+
+@pytest.mark.parametrize("size", [None, (640, 480), (333, 500)], ids=str)
+@pytest.mark.parametrize(
+    ("text", "reference", "strict", "paper"),
+    [
+        pytest.param("[0.27,0.42,0.83,0.73]", "[0.27,0.42,0.83,0.73]", 100, 100, id="equal"),
+        pytest.param("[0.27,0.60,0.83,0.69]", "[0.27,0.60,0.83,0.69]", 100, 0, id="flat box, last digit lost"),
+        pytest.param("[0.27,0.42,0.83,0.7]", "[0.27,0.42,0.83,0.7]", 100, 0, id="one decimal"),
+        pytest.param("[0.00,0.00,0.50,1.00]", "[0.00,0.00,1.00,1.00]", 100, 0, id="exactly one half"),
+        pytest.param("[0.00,0.00,0.51,1.00]", "[0.00,0.00,1.00,1.00]", 100, 100, id="over one half"),
+        pytest.param("[0.00,0.00,0.49,1.00]", "[0.00,0.00,1.00,1.00]", 0, 0, id="under one half"),
+        pytest.param("0.27,0.42,0.83,0.73", "[0.27,0.42,0.83,0.73]", 0, 100, id="no brackets"),
+        pytest.param("", "[0.27,0.42,0.83,0.73]", 0, 0, id="empty"),
+    ],
+)
+def test_profiles(text: str, reference: str, size: tuple | None, strict: float, paper: float) -> None:
+    result = score(text, reference, size)
+    assert (result.strict, result.paper) == (strict, paper)
+
+
+def test_an_image_for_a_box_is_wrong_in_strict_alone() -> None:
+    box = "[0.27,0.42,0.83,0.73]"
+    drawn = score(box, box, image=numpy.zeros((4, 4, 3), numpy.uint8))
+    assert drawn == Score(0.0, 100.0, "instruction_unfollowing")
+
+
+def test_the_wrong_reference_names_its_place() -> None:
+    with pytest.raises(DataError, match=r"test\.json#7.*'somewhere'"):
+        score("[0,0,1,1]", "somewhere")
+
+
+def test_perfect_answers_lose_a_tenth_to_the_released_parser() -> None:
+    draw = random.Random(0)
+    boxes = []
+    while len(boxes) < 2000:
+        x1, y1 = draw.uniform(0, 0.9), draw.uniform(0, 0.9)
+        x2, y2 = min(x1 + draw.uniform(0.05, 0.6), 1), min(y1 + draw.uniform(0.05, 0.6), 1)
+        boxes.append(f"[{x1:.2f},{y1:.2f},{x2:.2f},{y2:.2f}]")
+    samples = [Sample(str(i), (Turn("Where?", box),)) for i, box in enumerate(boxes)]
+    scores = SCORERS["box"](None, samples, [Prediction(box) for box in boxes])
+    assert all(result.strict == 100 for result in scores)
+    assert 80 < sum(result.paper for result in scores) / len(scores) < 97
