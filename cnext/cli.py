@@ -96,7 +96,9 @@ def _parser() -> argparse.ArgumentParser:
     report = add("report", _report, "write report.html and report.md of a run folder again")
     report.add_argument("run", type=Path, help="a run folder, for example runs/mage/paper/seed-0")
     add("doctor", _doctor, "show versions, devices, and which parts of the compiled core are there")
-    tiny = add("pretrain-tiny", _pretrain_tiny, "pretrain the tiny backbone and its CLIP from nothing (about 20 minutes)")
+    tiny = add(
+        "pretrain-tiny", _pretrain_tiny, "pretrain the tiny backbone and its CLIP from nothing (about 20 minutes)"
+    )
     tiny.add_argument("--out", type=Path, required=True, help="folder for the weights and the model card")
     tiny.add_argument("--seed", type=int, default=0, help="seed of data and initialization (default: 0)")
     tiny.add_argument("--scale", type=float, default=1.0, help="factor on every stage's steps (default: 1)")

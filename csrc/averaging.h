@@ -55,7 +55,7 @@ CNEXT_HD bool finite(float x) {
 // fisher += scale * grad^2; an element whose square is not finite is skipped.
 struct FisherAccumulate {
   static constexpr int operands = 2, outputs = 1, columns = 0;
-  static constexpr char kind(int) { return '+'; }
+  CNEXT_HD static constexpr char kind(int) { return '+'; }
   float scale;
   CNEXT_HD FisherAccumulate(const double* scalars, const double*) : scale(float(scalars[0])) {}
   CNEXT_HD void operator()(float* x, float*) const {
@@ -67,7 +67,7 @@ struct FisherAccumulate {
 // The sum of one operand.
 struct Sum {
   static constexpr int operands = 1, outputs = 0, columns = 1;
-  static constexpr char kind(int) { return '+'; }
+  CNEXT_HD static constexpr char kind(int) { return '+'; }
   CNEXT_HD Sum(const double*, const double*) {}
   CNEXT_HD void operator()(float* x, float* s) const { s[0] = x[0]; }
 };
@@ -76,7 +76,7 @@ struct Sum {
 // fisher_old += f. Operands: theta, fisher_old, theta_old, fisher_new. Counts beta: number, sum, squares, least, most.
 struct PemaMerge {
   static constexpr int operands = 4, outputs = 2, columns = 5;
-  static constexpr char kind(int k) { return "+++<>"[k]; }
+  CNEXT_HD static constexpr char kind(int k) { return "+++<>"[k]; }
   float new_scale, c, damping;
   CNEXT_HD PemaMerge(const double* scalars, const double*)
       : new_scale(float(scalars[0])), c(float(scalars[1])), damping(float(scalars[2])) {}
@@ -101,7 +101,7 @@ CNEXT_HD float mix(float ema, float theta, float beta) { return theta + beta * (
 // Operands: ema, theta. A theta that is not finite leaves ema alone.
 struct EmaStep {
   static constexpr int operands = 2, outputs = 1, columns = 0;
-  static constexpr char kind(int) { return '+'; }
+  CNEXT_HD static constexpr char kind(int) { return '+'; }
   float beta;
   CNEXT_HD EmaStep(const double* scalars, const double*) : beta(float(scalars[0])) {}
   CNEXT_HD void operator()(float* x, float*) const { x[0] = finite(x[1]) ? mix(x[0], x[1], beta) : x[0]; }
@@ -111,13 +111,13 @@ struct EmaStep {
 // are 0); ema <- mix. Operands: ema, fisher, theta, grad. Counts elements used, the sum of fisher, beta and beta^2.
 struct PemaStep {
   static constexpr int operands = 4, outputs = 2, columns = 4;
-  static constexpr char kind(int) { return '+'; }
+  CNEXT_HD static constexpr char kind(int) { return '+'; }
   float decay, scale, level;
   CNEXT_HD PemaStep(const double* scalars, const double* row)
       : decay(float(scalars[0])), scale(float(scalars[1])), level(float(row[0])) {}
   CNEXT_HD void operator()(float* x, float* s) const {
     const float square = x[3] * x[3] * scale;
-    const bool use = finite(square) && finite(x[2]);
+    const bool use = finite(square) & finite(x[2]);
     const float fisher = x[1] * decay + square;
     const float denominator = fisher + level;
     const float beta = denominator > 0.0f ? level / denominator : 1.0f;
@@ -135,24 +135,23 @@ struct PemaStep {
 // Counts elements used, beta inside, beta at or below 0, beta at or above 1 (or not a number).
 struct PemaLiteral {
   static constexpr int operands = 4, outputs = 2, columns = 4;
-  static constexpr char kind(int) { return '+'; }
-  float decay, scale, damping, fallback;
-  bool clamp;
+  CNEXT_HD static constexpr char kind(int) { return '+'; }
+  float decay, scale, damping, below, above;  // beta where the equation gives 0 or less, and 1 or more
   CNEXT_HD PemaLiteral(const double* scalars, const double*)
-      : decay(float(scalars[0])), scale(float(scalars[1])), damping(float(scalars[2])), fallback(float(scalars[3])),
-        clamp(scalars[4] != 0.0) {}
+      : decay(float(scalars[0])), scale(float(scalars[1])), damping(float(scalars[2])),
+        below(scalars[4] != 0.0 ? 0.0f : float(scalars[3])), above(scalars[4] != 0.0 ? 1.0f : float(scalars[3])) {}
   CNEXT_HD void operator()(float* x, float* s) const {
     const float square = x[3] * x[3] * scale;
-    const bool use = finite(square) && finite(x[2]);
+    const bool use = finite(square) & finite(x[2]);
     const float fisher = x[1] * decay + square;
     const float raw = (x[3] + 1.0f) / ((x[2] - x[0]) * fisher + damping);
-    const bool inside = raw > 0.0f && raw < 1.0f;
+    const bool inside = (raw > 0.0f) & (raw < 1.0f);
     const bool low = raw <= 0.0f;
-    const float beta = inside ? raw : clamp ? (low ? 0.0f : 1.0f) : fallback;
+    const float beta = inside ? raw : low ? below : above;
     s[0] = use ? 1.0f : 0.0f;
-    s[1] = use && inside ? 1.0f : 0.0f;
-    s[2] = use && low ? 1.0f : 0.0f;
-    s[3] = use && !inside && !low ? 1.0f : 0.0f;
+    s[1] = inside ? s[0] : 0.0f;
+    s[2] = low ? s[0] : 0.0f;
+    s[3] = s[0] - s[1] - s[2];
     x[0] = use ? mix(x[0], x[2], beta) : x[0];
     x[1] = use ? fisher : x[1];
   }
@@ -161,7 +160,7 @@ struct PemaLiteral {
 // The three norms of DEMA: |theta - ema|, |grad|, |grad - grad_prev|. Operands: ema, grad_prev, theta, grad.
 struct DemaNorms {
   static constexpr int operands = 4, outputs = 0, columns = 3;
-  static constexpr char kind(int) { return '+'; }
+  CNEXT_HD static constexpr char kind(int) { return '+'; }
   CNEXT_HD DemaNorms(const double*, const double*) {}
   CNEXT_HD void operator()(float* x, float* s) const {
     s[0] = magnitude(x[2] - x[0]);
@@ -175,7 +174,7 @@ struct DemaNorms {
 // alpha towards theta, and grad_prev becomes grad. Operands as DemaNorms.
 struct DemaStep {
   static constexpr int operands = 4, outputs = 2, columns = 0;
-  static constexpr char kind(int) { return '+'; }
+  CNEXT_HD static constexpr char kind(int) { return '+'; }
   float beta;
   CNEXT_HD DemaStep(const double* scalars, const double* row) {
     const double alpha = scalars[0] * (1.0 + row[1]) / (row[0] * row[2]);
@@ -193,7 +192,7 @@ struct DemaStep {
 template <bool Own>
 struct AdamwPemaStep {
   static constexpr int operands = Own ? 6 : 5, outputs = Own ? 5 : 4, columns = 4;
-  static constexpr char kind(int) { return '+'; }
+  CNEXT_HD static constexpr char kind(int) { return '+'; }
   float weight1, beta2, weight2, eps, decay, scale, level, shrink, size, correction;
   CNEXT_HD AdamwPemaStep(const double* scalars, const double* row)
       : weight1(float(1.0 - scalars[0])), beta2(float(scalars[1])), weight2(float(1.0 - scalars[1])),
@@ -201,7 +200,7 @@ struct AdamwPemaStep {
         shrink(float(row[1])), size(float(row[2])), correction(float(row[3])) {}
   CNEXT_HD void operator()(float* x, float* s) const {
     const float grad = x[operands - 1];
-    const bool use = finite(grad * grad) && finite(x[0]);
+    const bool use = finite(grad * grad) & finite(x[0]);
     const float average = x[1] + weight1 * (grad - x[1]);
     const float square = x[2] * beta2 + weight2 * grad * grad;
     const float theta = x[0] * shrink - size * average / (sqrtf(square) / correction + eps);

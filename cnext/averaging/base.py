@@ -5,7 +5,6 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from itertools import groupby
 from typing import ClassVar
 
 import torch
@@ -22,11 +21,11 @@ class MovingAverage(ABC):
             loss(batch).backward()
             average.update()
             optimizer.step(); optimizer.zero_grad()
-            average.after_step()
         average.end_task()
 
-    After ``end_task`` the parameters are the average. Where the average lives beside the parameters during a task,
-    ``for_eval`` puts it into them for a while. All tensors are read and written in place on their own device, nothing
+    ``update`` sees the parameters that the gradient was taken at, so a per-step rule averages a pair that belongs
+    together; the last step's result is averaged by ``end_task``, after which the parameters are the average. Where the
+    average lives beside the parameters during a task, ``for_eval`` puts it into them for a while. All tensors are read and written in place on their own device, nothing
     waits for the device before ``end_task``, and under data parallelism every rank computes the same average, because
     ``.grad`` is read after its reduction.
     """
@@ -40,7 +39,7 @@ class MovingAverage(ABC):
         """Steps of the open task that `update` has seen."""
         self.steps = 0
         """Steps that the open task will take."""
-        self._swapped = False
+        self._held: dict[str, Tensor] | None = None
 
     def begin_task(self, parameters: Mapping[str, nn.Parameter], steps: int) -> None:
         """Opens a task that trains these parameters from their present values.
@@ -59,15 +58,19 @@ class MovingAverage(ABC):
         self.parameters, self.step, self.steps = dict(parameters), 0, steps
         self.start()
 
-    def update(self) -> None:
+    def update(self, losses: Tensor | None = None) -> None:
         """Reads ``.grad`` (None is zero): after the backward pass, before clipping and before any penalty is added.
 
+        Args:
+            losses: (batch,) the samples' own losses, for a rule that was made with ``unit="sample"`` alone.
+
         Raises:
-            UserError: called oftener than ``steps`` times, or outside a task.
+            UserError: called oftener than ``steps`` times, outside a task, or while the average is swapped in.
         """
         if self.step >= self.steps:
             raise UserError(f"update: the task was opened for {self.steps} steps, and all of them are done")
-        self.read_gradients()
+        self._require_live("update")
+        self.read_gradients(losses)
         self.step += 1
 
     def end_task(self) -> dict[str, tuple[float, float]]:
@@ -88,11 +91,8 @@ class MovingAverage(ABC):
     def start(self) -> None:
         """A task has been opened; ``self.parameters`` hold their starting values."""
 
-    def read_gradients(self) -> None:  # noqa: B027
-        """One step's gradients are in ``.grad``."""
-
-    def after_step(self) -> None:  # noqa: B027
-        """The optimizer has stepped."""
+    def read_gradients(self, losses: Tensor | None) -> None:  # noqa: B027
+        """One step's gradients are in ``.grad``. Called by `update`."""
 
     @abstractmethod
     def finish(self) -> dict[str, tuple[float, float]]:
@@ -106,26 +106,30 @@ class MovingAverage(ABC):
         """What evaluation should see instead of the parameters, by name; empty: the parameters themselves."""
         return {}
 
+    @torch.no_grad()
     def swap_in(self) -> None:
-        """Exchanges parameters and average, values only. Training must not go on before `swap_out`.
+        """Puts the average into the parameters and keeps their values. Training must not go on before `swap_out`.
 
         Raises:
             UserError: swapped in already.
         """
         self._require_live("swap_in")
-        self._exchange()
-        self._swapped = True
+        self._held = {name: self.parameters[name].detach().clone() for name in self.evaluated()}
+        for name, average in self.evaluated().items():
+            self.parameters[name].copy_(average)
 
+    @torch.no_grad()
     def swap_out(self) -> None:
         """Undoes `swap_in`, to the bit.
 
         Raises:
             UserError: not swapped in.
         """
-        if not self._swapped:
+        if self._held is None:
             raise UserError("swap_out: nothing is swapped in; call swap_in first")
-        self._exchange()
-        self._swapped = False
+        for name, value in self._held.items():
+            self.parameters[name].copy_(value)
+        self._held = None
 
     @contextmanager
     def for_eval(self) -> Iterator[None]:
@@ -137,16 +141,8 @@ class MovingAverage(ABC):
             self.swap_out()
 
     def _require_live(self, what: str) -> None:
-        if self._swapped:
+        if self._held is not None:
             raise UserError(f"{what}: the average is swapped in; call swap_out first")
-
-    @torch.no_grad()
-    def _exchange(self) -> None:
-        for name, average in self.evaluated().items():
-            parameter = self.parameters[name]
-            held = parameter.clone()
-            parameter.copy_(average)
-            average.copy_(held)
 
     def state_dict(self) -> dict[str, Tensor]:
         """The whole state, flat, as safetensors takes it: ``kind.parameter name``, and 0-d counters.
@@ -157,7 +153,7 @@ class MovingAverage(ABC):
         self._require_live("state_dict")
         state = {"step": torch.tensor(self.step), "steps": torch.tensor(self.steps)}
         for kind, tensors in self.slots().items():
-            state |= {f"{kind}.{name}": tensor.contiguous() for name, tensor in tensors.items()}
+            state |= {f"{kind}.{name}": _alone(tensor) for name, tensor in tensors.items()}
         return state
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
@@ -198,21 +194,31 @@ class MovingAverage(ABC):
                 )
 
 
+def _alone(tensor: Tensor) -> Tensor:
+    """The tensor in memory that it shares with no other, contiguous."""
+    tensor = tensor.detach().contiguous()
+    return tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()
+
+
 def by_kind(tensors: Mapping[str, Tensor]) -> Iterable[list[str]]:
     """Names in groups whose tensors have one device and one dtype, which is what an op takes in one call."""
+    groups: dict[tuple[torch.device, torch.dtype], list[str]] = {}
+    for name, tensor in tensors.items():
+        groups.setdefault((tensor.device, tensor.dtype), []).append(name)
+    return groups.values()
 
-    def kind(name: str) -> tuple[str, str]:
-        return str(tensors[name].device), str(tensors[name].dtype)
 
-    return [list(names) for _, names in groupby(sorted(tensors, key=kind), key=kind)]
+def laid_out(gradient: Tensor | None, parameter: Tensor) -> Tensor:
+    """The gradient laid out in memory as its parameter is; zeros where there is none."""
+    if gradient is None:
+        return torch.zeros_like(parameter, requires_grad=False)
+    if gradient.layout == parameter.layout and gradient.stride() == parameter.stride():
+        return gradient
+    return torch.empty_like(parameter, dtype=gradient.dtype, requires_grad=False).copy_(gradient)
 
 
-def gradients(parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
-    """``.grad`` by name where there is one, laid out in memory as its parameter is."""
-    found = {}
-    for name, parameter in parameters.items():
-        gradient = parameter.grad
-        if gradient is not None:
-            same = gradient.layout == parameter.layout and gradient.stride() == parameter.stride()
-            found[name] = gradient if same else torch.empty_like(parameter).copy_(gradient)
-    return found
+def spread(row: list[float]) -> tuple[float, float]:
+    """Mean and standard deviation from number, sum and sum of squares."""
+    number, total, squares = row
+    mean = total / number if number else 0.0
+    return mean, max(squares / number - mean * mean, 0.0) ** 0.5 if number else 0.0

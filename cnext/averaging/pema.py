@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from cnext import ops
-from cnext.averaging.base import MovingAverage, by_kind, gradients
+from cnext.averaging.base import MovingAverage, by_kind, spread
+from cnext.averaging.fisher import FisherAccumulator
 from cnext.errors import UserError
 
 
@@ -21,18 +22,19 @@ class Pema(MovingAverage):
     Args:
         c: plasticity; larger keeps less of the old. 2 to 10 is a sensible range.
         damping: lambda of Eq. 3.
+        unit: whose gradients are squared, see `cnext.averaging.FisherAccumulator`.
 
     Reference: Continual-NExT, arXiv 2602.18055, section 4, with the damping given per parameter.
     """
 
     name = "pema"
 
-    def __init__(self, c: float = 5.0, damping: float = 1e-5) -> None:
+    def __init__(self, c: float = 5.0, damping: float = 1e-5, unit: str = "step") -> None:
         super().__init__()
         if not c > 0 or not damping >= 0:
             raise UserError(f"Pema: expected c > 0 and damping >= 0, got c={c} and damping={damping}")
-        self.c = c
-        self.damping = damping
+        self.c, self.damping = c, damping
+        self.accumulator = FisherAccumulator(unit)
         self.fisher_old: dict[str, Tensor] = {}
         self.fisher_new: dict[str, Tensor] = {}
         self.theta_start: dict[str, Tensor] = {}
@@ -42,21 +44,17 @@ class Pema(MovingAverage):
 
     def start(self) -> None:
         for name, parameter in self.parameters.items():
-            self.theta_start[name] = parameter.detach().clone()
-            self.fisher_new[name] = torch.zeros_like(parameter, dtype=torch.float32, requires_grad=False)
-            past = self.fisher_old.get(name)
-            if past is None:
-                past = self.fisher_new[name].clone()
-            elif past.shape != parameter.shape:
+            zeros = torch.zeros_like(parameter, dtype=torch.float32, requires_grad=False)
+            past = self.fisher_old.get(name, zeros)
+            if past.shape != parameter.shape:
                 raise UserError(f"Pema: {name!r} has shape {tuple(parameter.shape)}; it was {tuple(past.shape)} before")
-            self.fisher_old[name] = past.to(parameter.device)
+            self.theta_start[name] = parameter.detach().clone()
+            self.fisher_old[name] = past.to(parameter.device) if past is not zeros else zeros.clone()
+            self.fisher_new[name] = zeros
+        self.accumulator.open(self.parameters, self.fisher_new, lambda: self.step >= self.steps // 2)
 
-    def read_gradients(self) -> None:
-        if self.step < self.steps // 2:
-            return
-        found = gradients(self.parameters)
-        for names in by_kind(found):
-            ops.fisher_accumulate_([self.fisher_new[name] for name in names], [found[name] for name in names])
+    def read_gradients(self, losses: Tensor | None) -> None:
+        self.accumulator.step(losses)
 
     def finish(self) -> dict[str, tuple[float, float]]:
         if self.step <= self.steps // 2:
@@ -64,23 +62,19 @@ class Pema(MovingAverage):
                 f"end_task after {self.step} of {self.steps} steps: the Fisher information comes from the second half; "
                 "open the task with the number of steps that it takes"
             )
-        total = sum(float(ops.sums([self.fisher_new[n] for n in names]).sum()) for names in by_kind(self.fisher_new))
+        groups = list(by_kind(self.parameters))
+        total = sum(float(ops.sums([self.fisher_new[name] for name in names]).sum()) for names in groups)
         size = sum(tensor.numel() for tensor in self.fisher_new.values())
-        new_scale = size / total if total > 0 else 0.0
         statistics = {}
-        for names in by_kind(self.parameters):
-            lists: list[list[Tensor]] = [
-                [slot[name] for name in names]
-                for slot in (self.parameters, self.theta_start, self.fisher_new, self.fisher_old)
-            ]
-            rows = ops.pema_merge_(*lists, new_scale=new_scale, c=self.c, damping=self.damping)
-            statistics |= dict(zip(names, rows.tolist(), strict=True))
+        for names in groups:
+            operands = (self.parameters, self.theta_start, self.fisher_new, self.fisher_old)
+            rows = ops.pema_merge_(
+                *([slot[name] for name in names] for slot in operands),
+                new_scale=size / total if total > 0 else 0.0,
+                c=self.c,
+                damping=self.damping,
+            )
+            statistics |= {name: spread(row[:3]) for name, row in zip(names, rows.tolist(), strict=True)}
+        self.accumulator.close()
         self.fisher_new, self.theta_start = {}, {}
-        return {name: spread([statistics[name]]) for name in self.parameters}
-
-
-def spread(rows: list[list[float]]) -> tuple[float, float]:
-    """Mean and standard deviation from rows of (number, sum, sum of squares, ...)."""
-    number, total, squares = (sum(row[k] for row in rows) for k in range(3))
-    mean = total / number if number else 0.0
-    return mean, max(squares / number - mean * mean, 0.0) ** 0.5 if number else 0.0
+        return {name: statistics[name] for name in self.parameters}

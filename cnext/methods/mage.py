@@ -1,8 +1,7 @@
-"""MAGE: four equal-weight branches by modality role, only the task's own trained, and a Fisher-weighted moving average.
+"""MAGE: four branches by modality role, only the task's own trained, and a Fisher-weighted moving average.
 
 Text and image have a general branch each (trained where the modality is read) and an expert branch each (trained where
-it is written). At the end of a task every parameter is averaged with its value from before, by a damped inverse of
-the Fisher information (rule `pema`, see cnext.averaging.pema; the released code's own rules are there by name).
+it is written). At the end of a task every parameter is averaged with its value from before (cnext.averaging.pema).
 
 Reference: Continual-NExT, arXiv 2602.18055, section 4.
 """

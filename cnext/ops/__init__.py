@@ -1,6 +1,29 @@
 """Public ops. Each has a reference in plain torch and compiled implementations; see `cnext.ops.dispatch`."""
 
-from cnext.ops.averaging import fisher_accumulate_, pema_merge_, sums
+from cnext.ops.averaging import (
+    GUARDS,
+    adamw_pema_step_,
+    dema_step_,
+    ema_step_,
+    fisher_accumulate_,
+    pema_literal_,
+    pema_merge_,
+    pema_released_,
+    pema_step_,
+    sums,
+)
 from cnext.ops.dispatch import last_path
 
-__all__ = ["fisher_accumulate_", "last_path", "pema_merge_", "sums"]
+__all__ = [
+    "GUARDS",
+    "adamw_pema_step_",
+    "dema_step_",
+    "ema_step_",
+    "fisher_accumulate_",
+    "last_path",
+    "pema_literal_",
+    "pema_merge_",
+    "pema_released_",
+    "pema_step_",
+    "sums",
+]

@@ -1,157 +1,35 @@
 """The ops of moving averages: Fisher accumulation and the averaging steps, over lists of tensors, in place.
 
-Every list holds tensors of one device; the tensors of an index have one shape. State is float32; parameters and
-gradients are float32 or bfloat16. Tensors that are written may share memory with nothing else.
+Every list holds tensors of one device; the tensors of an index have one shape and one dense layout. State is float32;
+parameters and gradients are float32 or bfloat16, an ``ema`` either. What is written may share memory with nothing else.
+Every op takes ``impl``: "cpp", "cuda", "triton" or "reference"; None for the device's best. An op raises
+`cnext.errors.UserError` where a tensor's dtype, shape, device or layout is wrong, memory is shared, or ``impl`` is
+missing. Gradients and parameters that are not finite are skipped element by element: they never reach a state.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
-
-import numpy
 import torch
 from torch import Tensor
 
-from cnext.ops import checks, dispatch, reference
+from cnext.errors import UserError
+from cnext.ops.rules import OPS
 
-_LIBRARY = torch.library.Library("cnext", "FRAGMENT")
-_LETTER = {torch.float32: "f", torch.bfloat16: "b"}
+GUARDS = ("fallback", "clamp")
 
-
-@dataclass(frozen=True)
-class Op:
-    """One op over lists of tensors.
-
-    name: as registered.  rule: the kernels' name of it.
-    roles: argument name to role (see `checks.metadata`), in the order of the signature.
-    order: argument names as the kernels take them; the first ``outputs`` are written.
-    scalars: names of the numbers, in the kernels' order, with their defaults (None: required).
-    columns: width of the float64 statistics, (tensors, columns); 0 where the op returns nothing.
-    """
-
-    name: str
-    rule: str
-    roles: Mapping[str, str]
-    order: tuple[str, ...]
-    outputs: int
-    scalars: Mapping[str, float | None]
-    columns: int
-
-    @property
-    def written(self) -> tuple[str, ...]:
-        return self.order[: self.outputs]
-
-    @property
-    def schema(self) -> str:
-        alias = {name: f"({chr(ord('a') + i)}!)" for i, name in enumerate(self.written)}
-        lists = [f"Tensor{alias.get(name, '')}[] {name}" for name in self.roles]
-        numbers = [f"float {name}" + ("" if value is None else f"={value}") for name, value in self.scalars.items()]
-        arguments = ", ".join([*lists, "*", *numbers, "str? impl=None"])
-        return f"{self.name}({arguments}) -> {'Tensor' if self.columns else '()'}"
-
-    def statistics(self, like: Tensor, tensors: int) -> Tensor | None:
-        return like.new_empty((tensors, self.columns), dtype=torch.float64) if self.columns else None
-
-    def fake(self, *lists: list[Tensor], impl: str | None = None, **scalars: float) -> Tensor | None:
-        checks.metadata(self.name, dict(zip(self.roles, lists, strict=True)), self.roles)
-        return self.statistics(lists[0][0], len(lists[0]))
-
-    def run(self, *lists: list[Tensor], impl: str | None = None, **scalars: float) -> Tensor | None:
-        named = dict(zip(self.roles, lists, strict=True))
-        checks.metadata(self.name, named, self.roles)
-        checks.layout(self.name, named)
-        ordered = {name: named[name] for name in self.order}
-        pointers = checks.addresses(self.name, ordered, self.written)
-        path = dispatch.choose(self.name, lists[0][0].device.type, impl)
-        scalars = {name: scalars.get(name, default) for name, default in self.scalars.items()}
-        if path == "reference":
-            with torch.no_grad():
-                out = getattr(reference, self.name)(*lists, **scalars)
-            return out.view(len(lists[0]), self.columns) if self.columns else None
-        out = self.statistics(lists[0][0], len(lists[0]))
-        _launch(path, self, ordered, pointers, list(scalars.values()), out)
-        torch.autograd.graph.increment_version([tensor for name in self.written for tensor in named[name]])
-        return out
-
-
-def _launch(
-    path: str,
-    op: Op,
-    ordered: dict[str, list[Tensor]],
-    pointers: numpy.ndarray,
-    scalars: list[float],
-    out: Tensor | None,
-) -> None:
-    """Runs the kernels of ``op`` on one of the compiled paths."""
-    base = ordered[op.order[0]]
-    if path == "triton":
-        from cnext.kernels import averaging as triton_kernels
-
-        triton_kernels.foreach(op.rule, ordered, pointers, scalars, out)
-        return
-    dtypes = "".join(_LETTER[tensors[0].dtype] for tensors in ordered.values())
-    sizes = numpy.array([tensor.numel() for tensor in base], dtype=numpy.int64)
-    columns = 0 if out is None else out.data_ptr()
-    module: Any = dispatch.core(path)
-    if path == "cpp":
-        module.foreach(op.rule, dtypes, pointers, sizes, scalars, columns=columns, threads=torch.get_num_threads())
-        return
-    blocks = module.blocks(sizes)
-    workspace = torch.empty((blocks, op.columns), dtype=torch.float64, device=base[0].device) if op.columns else None
-    tickets = torch.zeros(len(base), dtype=torch.int32, device=base[0].device) if op.columns else None
-    with torch.cuda.device(base[0].device):
-        module.foreach(
-            op.rule,
-            dtypes,
-            pointers,
-            sizes,
-            scalars,
-            columns=columns,
-            partial=0 if workspace is None else workspace.data_ptr(),
-            tickets=0 if tickets is None else tickets.data_ptr(),
-            stream=torch.cuda.current_stream().cuda_stream,
-        )
-
-
-_FISHER = {"fisher": "s", "grad": "p"}
-_MERGE = {"theta": "p", "theta_old": "p", "fisher_new": "s", "fisher_old": "s"}
-OPS = {
-    op.name: op
-    for op in (
-        Op("fisher_accumulate_", "fisher_accumulate", _FISHER, ("fisher", "grad"), 1, {"scale": 1.0}, 0),
-        Op("sums", "sums", {"tensors": "s"}, ("tensors",), 0, {}, 1),
-        Op(
-            "pema_merge_",
-            "pema_merge",
-            _MERGE,
-            ("theta", "fisher_old", "theta_old", "fisher_new"),
-            2,
-            {"new_scale": None, "c": 5.0, "damping": 1e-5},
-            5,
-        ),
-    )
-}
 for _op in OPS.values():
-    _LIBRARY.define(_op.schema)
-    _LIBRARY.impl(_op.name, _op.run, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"cnext::{_op.name}", _op.fake, lib=_LIBRARY)
+    _op.register()
 
 
 def fisher_accumulate_(
     fisher: list[Tensor], grad: list[Tensor], *, scale: float = 1.0, impl: str | None = None
 ) -> None:
-    """fisher += scale * grad^2, in place, in one pass. An element whose square is not finite is skipped.
+    """fisher += scale * grad^2, in place, in one pass.
 
     Args:
-        fisher: float32 tensors, written.
-        grad: float32 or bfloat16 tensors of the same shapes.
+        fisher: float32, written.
+        grad: float32 or bfloat16.
         scale: factor of the square.
-        impl: "cpp", "cuda", "triton" or "reference"; None for the device's best.
-
-    Raises:
-        UserError: a tensor's dtype, shape, device or layout is wrong, memory is shared, or ``impl`` is missing.
 
     Reference: Continual-NExT, arXiv 2602.18055, Eq. 2.
     """
@@ -160,11 +38,7 @@ def fisher_accumulate_(
 
 
 def sums(tensors: list[Tensor], *, impl: str | None = None) -> Tensor:
-    """The sum of each float32 tensor, (tensors,) float64; the same for any number of threads.
-
-    Raises:
-        UserError: as `fisher_accumulate_`.
-    """
+    """The sum of each float32 tensor, (tensors,) float64; compiled, the same for any number of threads."""
     if not tensors:
         return torch.empty(0, dtype=torch.float64)
     return torch.ops.cnext.sums(tensors, impl=impl).view(-1)
@@ -185,23 +59,20 @@ def pema_merge_(
 
     theta <- beta theta_old + (1 - beta) theta,  beta = mu / (f + mu + damping),  mu = fisher_old / c,
     f = new_scale * fisher_new;  then fisher_old <- fisher_old + f. Where fisher_old is 0, beta is 0 and theta stays.
-    beta minimises f/2 (x - theta)^2 + mu/2 (x - theta_old)^2, the two tasks' losses to second order.
+    beta minimises f/2 (x - theta)^2 + mu/2 (x - theta_old)^2, the two tasks' losses to second order. A theta that is
+    not finite stays so: it is the model itself, not a state.
 
     Args:
         theta: float32 or bfloat16 parameters after the task, written.
         theta_old: the same before the task.
-        fisher_new: float32, the task's Fisher information in any unit; a value that is not finite counts as 0.
+        fisher_new: float32, the task's Fisher information in any unit.
         fisher_old: float32, the sum over earlier tasks, written.
         new_scale: brings ``fisher_new`` to the unit of ``fisher_old``.
         c: plasticity; larger keeps less of the old.
         damping: lambda of Eq. 3.
-        impl: as in `fisher_accumulate_`.
 
     Returns:
         (tensors, 5) float64: number, sum, sum of squares, least and most of beta, per tensor.
-
-    Raises:
-        UserError: as `fisher_accumulate_`.
 
     Reference: Continual-NExT, arXiv 2602.18055, Eq. 3 and 4, with the damping given per parameter.
     """
@@ -209,4 +80,186 @@ def pema_merge_(
         return torch.empty((0, 5), dtype=torch.float64)
     return torch.ops.cnext.pema_merge_(
         theta, theta_old, fisher_new, fisher_old, new_scale=new_scale, c=c, damping=damping, impl=impl
+    )
+
+
+def ema_step_(theta: list[Tensor], ema: list[Tensor], *, beta: float, impl: str | None = None) -> None:
+    """ema <- beta ema + (1 - beta) theta, in place, in one pass. theta, ema: float32 or bfloat16; ema is written."""
+    if theta or ema:
+        torch.ops.cnext.ema_step_(theta, ema, beta=beta, impl=impl)
+
+
+def pema_step_(
+    theta: list[Tensor],
+    grad: list[Tensor],
+    fisher: list[Tensor],
+    ema: list[Tensor],
+    level: Tensor,
+    *,
+    decay: float = 1.0,
+    scale: float = 1.0,
+    impl: str | None = None,
+) -> Tensor:
+    """Fisher accumulation and the per-step average, in place, in one pass.
+
+    fisher <- decay fisher + scale grad^2,  beta = level / (fisher + level), 1 where both are 0,
+    ema <- beta ema + (1 - beta) theta.
+
+    Args:
+        theta, grad: float32 or bfloat16.
+        fisher: float32, written.
+        ema: float32 or bfloat16, written.
+        level: (tensors,) float64 on the same device, at least 0: the damping lambda of each tensor.
+
+    Returns:
+        (tensors, 4) float64: elements used, sum of the new fisher, sum of beta, sum of beta^2.
+    """
+    if not theta:
+        return torch.empty((0, 4), dtype=torch.float64)
+    return torch.ops.cnext.pema_step_(theta, grad, fisher, ema, level, decay=decay, scale=scale, impl=impl)
+
+
+def pema_literal_(
+    theta: list[Tensor],
+    grad: list[Tensor],
+    fisher: list[Tensor],
+    ema: list[Tensor],
+    *,
+    decay: float = 0.0,
+    scale: float = 1.0,
+    damping: float = 1e-5,
+    guard: str = "fallback",
+    fallback: float = 0.99,
+    impl: str | None = None,
+) -> Tensor:
+    """The paper's equation element by element, in place, in one pass.
+
+    fisher <- decay fisher + scale grad^2,  beta = (grad + 1) / ((theta - ema) fisher + damping),
+    ema <- beta ema + (1 - beta) theta. Where beta is not inside (0, 1), guard "fallback" takes the constant
+    ``fallback`` instead, and "clamp" the nearer end.
+
+    Args:
+        theta, grad: float32 or bfloat16.
+        fisher: float32, written.
+        ema: float32 or bfloat16, written.
+
+    Returns:
+        (tensors, 4) float64: elements used, beta inside (0, 1), beta at or below 0, beta at or above 1.
+
+    Reference: Continual-NExT, arXiv 2602.18055, Eq. 4 and its released code.
+    """
+    if guard not in GUARDS:
+        raise UserError(f"pema_literal_: guard is {guard!r}; expected one of {', '.join(GUARDS)}")
+    if not theta:
+        return torch.empty((0, 4), dtype=torch.float64)
+    numbers = {"decay": decay, "scale": scale, "damping": damping, "fallback": fallback}
+    clamp = float(guard == "clamp")
+    return torch.ops.cnext.pema_literal_(theta, grad, fisher, ema, **numbers, clamp=clamp, impl=impl)
+
+
+def dema_step_(
+    theta: list[Tensor],
+    grad: list[Tensor],
+    ema: list[Tensor],
+    grad_prev: list[Tensor],
+    *,
+    factor: float = 2.0,
+    fallback: float = 0.01,
+    impl: str | None = None,
+) -> Tensor:
+    """CIA's dynamic average, one weight per tensor, in place, in two passes and without waiting for the device.
+
+    a = |theta - ema|_1,  b = |grad|_1,  c = |grad - grad_prev|_1,  alpha = factor (1 + b) / (a c), or ``fallback``
+    where that is not inside (0, 1);  ema <- (1 - alpha) ema + alpha theta;  grad_prev <- grad. A gradient that is not
+    finite makes its tensor take the fallback.
+
+    Args:
+        theta, grad: float32 or bfloat16.
+        ema: float32 or bfloat16, written.
+        grad_prev: the last step's gradient, of the dtype of ``grad``, written.
+
+    Returns:
+        (tensors, 3) float64: a, b, c.
+
+    Reference: Qiao et al., CIA, ICML 2025, as released.
+    """
+    if not theta:
+        return torch.empty((0, 3), dtype=torch.float64)
+    return torch.ops.cnext.dema_step_(theta, grad, ema, grad_prev, factor=factor, fallback=fallback, impl=impl)
+
+
+def pema_released_(
+    theta: list[Tensor],
+    grad: list[Tensor],
+    ema: list[Tensor],
+    *,
+    damping: float = 1e-5,
+    fallback: float = 0.99,
+    impl: str | None = None,
+) -> None:
+    """The formula of the released loop on matrices (p, q), in place, through its exact low-rank identity.
+
+    alpha = (G + 1) (D^T F + damping I)^-1,  D = theta - ema,  F = G o G;  ema <- alpha o ema + (1 - alpha) o theta.
+    For p < q the q x q inverse is never formed: alpha = ((G + 1) - (G + 1) D^T (damping I + F D^T)^-1 F) / damping.
+    A singular matrix takes ``fallback``. The rule diverges, in float32 too; it is here to be compared with.
+
+    Args:
+        theta, grad: float32 or bfloat16, two-dimensional.
+        ema: float32 or bfloat16, written.
+
+    Reference: the code released with Continual-NExT, arXiv 2602.18055; Woodbury, 1950.
+    """
+    for i, tensor in enumerate(theta):
+        if tensor.ndim != 2:
+            raise UserError(f"pema_released_: theta[{i}] has shape {tuple(tensor.shape)}; expected a matrix")
+    if theta:
+        torch.ops.cnext.pema_released_(theta, grad, ema, damping=damping, fallback=fallback, impl=impl)
+
+
+def adamw_pema_step_(
+    theta: list[Tensor],
+    grad: list[Tensor],
+    exp_avg: list[Tensor],
+    exp_avg_sq: list[Tensor],
+    fisher: list[Tensor] | None,
+    ema: list[Tensor],
+    level: Tensor,
+    *,
+    step: int | Tensor,
+    lr: float | Tensor,
+    betas: tuple[float, float] = (0.9, 0.999),
+    eps: float = 1e-8,
+    weight_decay: float = 0.0,
+    decay: float = 1.0,
+    scale: float = 1.0,
+    impl: str | None = None,
+) -> Tensor:
+    """One step of AdamW and then `pema_step_` on its result, in place, in one pass.
+
+    Args:
+        theta, grad: float32 or bfloat16; theta is written.
+        exp_avg, exp_avg_sq: float32 moments, written.
+        fisher: float32, written; None takes ``exp_avg_sq`` as the Fisher information and so needs no state for it.
+        ema: float32 or bfloat16, written.
+        level: as `pema_step_`.
+        step: number of this step, from 1; 0-d tensors on the device for ``step`` and ``lr`` make it capturable.
+        lr, betas, eps, weight_decay: as torch.optim.AdamW.
+
+    Returns:
+        As `pema_step_`.
+    """
+    if not theta:
+        return torch.empty((0, 4), dtype=torch.float64)
+    numbers = (1 - lr * weight_decay, lr / (1 - betas[0] ** step), (1 - betas[1] ** step) ** 0.5)
+    rows = torch.empty((len(theta), 4), dtype=torch.float64, device=level.device)
+    rows[:, 0] = level
+    for k, number in enumerate(numbers, 1):
+        rows[:, k] = number
+    scalars = {"beta1": betas[0], "beta2": betas[1], "eps": eps}
+    if fisher is None:
+        return torch.ops.cnext.adamw_pema_step_shared_(
+            theta, grad, exp_avg, exp_avg_sq, ema, rows, **scalars, impl=impl
+        )
+    return torch.ops.cnext.adamw_pema_step_(
+        theta, grad, exp_avg, exp_avg_sq, fisher, ema, rows, **scalars, decay=decay, scale=scale, impl=impl
     )

@@ -15,6 +15,7 @@ from cnext.errors import UserError, unknown
 
 IMPLS = ("cpp", "cuda", "triton", "reference")
 _BEST = {"cpu": ("cpp",), "cuda": ("cuda", "triton")}
+_PLAIN = ("this op is plain torch only", "")
 _last: dict[str, str] = {}
 
 
@@ -60,17 +61,20 @@ def _best(device: str) -> str:
     return "reference"
 
 
-def choose(op: str, device: str, impl: str | None) -> str:
+def choose(op: str, device: str, impl: str | None, compiled: bool = True) -> str:
     """The implementation of ``op`` to run on a device type, remembered for `last_path`.
+
+    Args:
+        compiled: whether the op has any other implementation than plain torch.
 
     Raises:
         UserError: ``impl`` is not known, or cannot run here.
     """
     if impl is not None and impl not in IMPLS:
         raise unknown("impl", impl, IMPLS)
-    if impl is not None and (reason := missing(impl, device)):
+    if impl is not None and (reason := missing(impl, device) if compiled else _PLAIN[impl == "reference"]):
         raise UserError(f"{op}: impl={impl!r} is missing: {reason}")
-    _last[op] = impl or _best(device)
+    _last[op] = impl or (_best(device) if compiled else "reference")
     return _last[op]
 
 

@@ -42,6 +42,185 @@ def pema_merge_(
     return torch.stack(rows)
 
 
+def ema_step_(theta: list[Tensor], ema: list[Tensor], *, beta: float) -> None:
+    """See `cnext.ops.ema_step_`."""
+    for now, average in zip(theta, ema, strict=True):
+        _mix_(average, now, beta, now.isfinite())
+
+
+def pema_step_(
+    theta: list[Tensor],
+    grad: list[Tensor],
+    fisher: list[Tensor],
+    ema: list[Tensor],
+    level: Tensor,
+    *,
+    decay: float = 1.0,
+    scale: float = 1.0,
+) -> Tensor:
+    """See `cnext.ops.pema_step_`."""
+    rows = []
+    for t, (now, g, f, average) in enumerate(zip(theta, grad, fisher, ema, strict=True)):
+        square = g.to(f.dtype).square().mul_(scale)
+        use = square.isfinite() & now.isfinite()
+        f.copy_(torch.where(use, f * decay + square, f))
+        rows.append(_average_(average, now, f, level[t], use))
+    return torch.stack(rows)
+
+
+def pema_literal_(
+    theta: list[Tensor],
+    grad: list[Tensor],
+    fisher: list[Tensor],
+    ema: list[Tensor],
+    *,
+    decay: float = 0.0,
+    scale: float = 1.0,
+    damping: float = 1e-5,
+    fallback: float = 0.99,
+    clamp: float = 0.0,
+) -> Tensor:
+    """See `cnext.ops.pema_literal_`."""
+    below, above = (0.0, 1.0) if clamp else (fallback, fallback)
+    rows = []
+    for now, g, f, average in zip(theta, grad, fisher, ema, strict=True):
+        gradient = g.to(f.dtype)
+        square = gradient.square().mul_(scale)
+        use = square.isfinite() & now.isfinite()
+        f.copy_(torch.where(use, f * decay + square, f))
+        raw = (gradient + 1.0) / ((now.to(f.dtype) - average.to(f.dtype)) * f + damping)
+        inside, low = (raw > 0) & (raw < 1), raw <= 0
+        _mix_(average, now, torch.where(inside, raw, torch.where(low, below, above)), use)
+        counted = (use, use & inside, use & low, use & ~inside & ~low)
+        rows.append(torch.stack([mask.sum(dtype=torch.float64) for mask in counted]))
+    return torch.stack(rows)
+
+
+def dema_step_(
+    theta: list[Tensor],
+    grad: list[Tensor],
+    ema: list[Tensor],
+    grad_prev: list[Tensor],
+    *,
+    factor: float = 2.0,
+    fallback: float = 0.01,
+) -> Tensor:
+    """See `cnext.ops.dema_step_`."""
+    rows = []
+    for now, g, average, previous in zip(theta, grad, ema, grad_prev, strict=True):
+        state = torch.promote_types(average.dtype, torch.float32)
+        now_, average_, g_, previous_ = (tensor.to(state) for tensor in (now, average, g, previous))
+        norms = torch.stack([x.abs().sum(dtype=torch.float64) for x in (now_ - average_, g_, g_ - previous_)])
+        alpha = factor * (1 + norms[1]) / (norms[0] * norms[2])
+        beta = 1 - torch.where((alpha > 0) & (alpha < 1), alpha, fallback)
+        _mix_(average, now, beta.to(state), now.isfinite())
+        previous.copy_(g)
+        rows.append(norms)
+    return torch.stack(rows)
+
+
+def adamw_pema_step_(
+    theta: list[Tensor],
+    grad: list[Tensor],
+    exp_avg: list[Tensor],
+    exp_avg_sq: list[Tensor],
+    fisher: list[Tensor],
+    ema: list[Tensor],
+    rows: Tensor,
+    *,
+    beta1: float = 0.9,
+    beta2: float = 0.999,
+    eps: float = 1e-8,
+    decay: float = 1.0,
+    scale: float = 1.0,
+) -> Tensor:
+    """See `cnext.ops.adamw_pema_step_`."""
+    out = []
+    for t, (now, g, m, v, f, average) in enumerate(zip(theta, grad, exp_avg, exp_avg_sq, fisher, ema, strict=True)):
+        gradient = g.to(m.dtype)
+        use = (gradient * gradient).isfinite() & now.isfinite()
+        _adamw_(now, gradient, m, v, rows[t], (beta1, beta2, eps), use)
+        f.copy_(torch.where(use, f * decay + gradient.square() * scale, f))
+        out.append(_average_(average, now, f, rows[t, 0], use))
+    return torch.stack(out)
+
+
+def adamw_pema_step_shared_(
+    theta: list[Tensor],
+    grad: list[Tensor],
+    exp_avg: list[Tensor],
+    exp_avg_sq: list[Tensor],
+    ema: list[Tensor],
+    rows: Tensor,
+    *,
+    beta1: float = 0.9,
+    beta2: float = 0.999,
+    eps: float = 1e-8,
+) -> Tensor:
+    """See `cnext.ops.adamw_pema_step_`."""
+    out = []
+    for t, (now, g, m, v, average) in enumerate(zip(theta, grad, exp_avg, exp_avg_sq, ema, strict=True)):
+        gradient = g.to(m.dtype)
+        use = (gradient * gradient).isfinite() & now.isfinite()
+        _adamw_(now, gradient, m, v, rows[t], (beta1, beta2, eps), use)
+        out.append(_average_(average, now, v, rows[t, 0], use))
+    return torch.stack(out)
+
+
+def pema_released_(
+    theta: list[Tensor], grad: list[Tensor], ema: list[Tensor], *, damping: float = 1e-5, fallback: float = 0.99
+) -> None:
+    """See `cnext.ops.pema_released_`."""
+    for now, g, average in zip(theta, grad, ema, strict=True):
+        state = torch.promote_types(average.dtype, torch.float32)
+        now_, gradient, average_ = now.to(state), g.to(state), average.to(state)
+        distance, fisher, numerator = now_ - average_, gradient.square(), gradient + 1
+        rows, columns = now.shape
+        identity = torch.eye(min(rows, columns), dtype=state, device=now.device)
+        small = fisher @ distance.T if rows < columns else distance.T @ fisher
+        inverse, failed = torch.linalg.inv_ex(small + damping * identity)
+        if rows < columns:
+            alpha = (numerator - (numerator @ distance.T) @ inverse @ fisher) / damping
+        else:
+            alpha = numerator @ inverse
+        alpha = torch.where(failed != 0, fallback, alpha)
+        mixed = average_ * alpha + now_ * (1 - alpha)
+        average.copy_(torch.where(mixed.isfinite(), mixed, average_))
+
+
+def _mix_(ema: Tensor, theta: Tensor, beta: Tensor | float, use: Tensor) -> None:
+    """ema <- theta + beta (ema - theta) where ``use``, in float32 or wider."""
+    state = torch.promote_types(ema.dtype, torch.float32)
+    now, average = theta.to(state), ema.to(state)
+    ema.copy_(torch.where(use, now + beta * (average - now), average))
+
+
+def _average_(ema: Tensor, theta: Tensor, fisher: Tensor, level: Tensor, use: Tensor) -> Tensor:
+    """The averaging of `pema_step_` on an updated fisher; (4,) float64: elements used, sums of fisher, beta, beta^2."""
+    level = level.to(fisher.dtype)
+    denominator = fisher + level
+    beta = torch.where(denominator > 0, level / denominator, 1.0)
+    _mix_(ema, theta, beta, use)
+    counted = beta.where(use, 0.0).double()
+    return torch.stack(
+        [use.sum(dtype=torch.float64), fisher.sum(dtype=torch.float64), counted.sum(), counted.square().sum()]
+    )
+
+
+def _adamw_(
+    theta: Tensor, grad: Tensor, m: Tensor, v: Tensor, row: Tensor, constants: tuple[float, float, float], use: Tensor
+) -> None:
+    """One AdamW step where ``use``, in the operations and the order of torch.optim.AdamW."""
+    beta1, beta2, eps = constants
+    shrink, size, correction = row[1:].tolist()
+    average = m.lerp(grad, 1 - beta1)
+    square = (v * beta2).addcmul_(grad, grad, value=1 - beta2)
+    denominator = (square.sqrt() / correction).add_(eps)
+    moved = (theta.to(m.dtype) * shrink).addcdiv_(average, denominator, value=-size)
+    for tensor, value in ((theta, moved), (m, average), (v, square)):
+        tensor.copy_(torch.where(use, value, tensor))
+
+
 def _spread(beta: Tensor) -> Tensor:
     """(5,) float64: number, sum, sum of squares, least and most of beta."""
     wide = beta.double()

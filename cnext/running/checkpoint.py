@@ -61,7 +61,9 @@ def manifest(folder: Path) -> dict[str, Any]:
     try:
         return json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise UserError(f"the checkpoint {folder} has no readable {MANIFEST}: {error}; delete it to go on from the one before") from error
+        raise UserError(
+            f"the checkpoint {folder} has no readable {MANIFEST}: {error}; delete it to go on from the one before"
+        ) from error
 
 
 def load(folder: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:

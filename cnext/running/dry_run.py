@@ -10,6 +10,8 @@ from pathlib import Path
 import torch
 
 from cnext import adapters, backbones, methods
+from cnext.backbones.base import Backbone
+from cnext.methods.base import Method
 from cnext.running.config import Plan
 from cnext.running.training import TaskTrainer, stable_seed
 from cnext.tasks import formats, synthetic
@@ -25,7 +27,7 @@ def _duration(seconds: float) -> str:
 
 
 def estimate(planned: Plan) -> str:
-    """The plan as text. Times ``TIMED_STEPS`` steps and ``TIMED_SAMPLES`` answers of every task; writes nothing that stays."""
+    """The plan as text, with ``TIMED_STEPS`` steps and ``TIMED_SAMPLES`` answers of every task timed. Leaves no file."""
     config, recipe = planned.config, planned.recipe
     torch.set_num_threads(config.threads)
     with tempfile.TemporaryDirectory() as scratch:
@@ -36,9 +38,9 @@ def estimate(planned: Plan) -> str:
         method = methods.load(config.method)(**planned.hyperparameters)
         method.setup(backbone, torch.Generator().manual_seed(stable_seed(config.seed, "adapters")))
         small = dataclasses.replace(recipe, train_samples=TIMED_SAMPLES, test_samples=TIMED_SAMPLES)
+        heading = f"plan: {config.method} on {config.backbone}, suite {planned.suite.name} ({config.budget})"
         lines = [
-            f"plan: {config.method} on {config.backbone}, suite {planned.suite.name} ({config.budget}), order {config.order}, "
-            f"seed {config.seed}, device {planned.device}",
+            f"{heading}, order {config.order}, seed {config.seed}, device {planned.device}",
             f"{'task':<12} {'reads':<12} {'writes':<8} {'steps':>6} {'trained':>10}   time to train, to answer once",
         ]
         total = 0.0
@@ -53,10 +55,10 @@ def estimate(planned: Plan) -> str:
             training = step_seconds * recipe.steps[name]
             # A task is answered zero-shot, after its own training, and after every later task.
             total += training + answers * (1 + len(planned.order) - index)
-            lines.append(
-                f"{name:<12} {'+'.join(task.reads):<12} {'+'.join(task.writes):<8} {recipe.steps[name] if trained else 0:>6} "
-                f"{trained:>10,}   {_duration(training)}, {_duration(answers)}"
-            )
+            reads, writes = "+".join(task.reads), "+".join(task.writes)
+            steps = recipe.steps[name] if trained else 0
+            times = f"{_duration(training)}, {_duration(answers)}"
+            lines.append(f"{name:<12} {reads:<12} {writes:<8} {steps:>6} {trained:>10,}   {times}")
         parameters = adapters.branch_parameters(backbone.language_model).values()
         state = [*parameters, *method.state_dict().values()]
         size = sum(tensor.numel() * tensor.element_size() for tensor in state)
@@ -66,7 +68,7 @@ def estimate(planned: Plan) -> str:
     return "\n".join(lines)
 
 
-def _time_steps(planned: Plan, backbone: object, method: object, train: list[Sample], name: str) -> tuple[int, float]:
+def _time_steps(planned: Plan, backbone: Backbone, method: Method, train: list[Sample], name: str) -> tuple[int, float]:
     parameters = method.trainable(backbone, planned.suite.task(name))
     if not parameters:
         return 0, 0.0

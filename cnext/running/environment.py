@@ -8,7 +8,18 @@ import os
 import platform
 from typing import Any
 
-PACKAGES = ("cnext", "torch", "triton", "transformers", "peft", "diffusers", "accelerate", "open_clip_torch", "numpy", "pillow")
+PACKAGES = (
+    "cnext",
+    "torch",
+    "triton",
+    "transformers",
+    "peft",
+    "diffusers",
+    "accelerate",
+    "open_clip_torch",
+    "numpy",
+    "pillow",
+)
 IMPLS = {"cpp": "cpu", "cuda": "cuda", "triton": "cuda"}
 
 

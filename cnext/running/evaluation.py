@@ -10,14 +10,17 @@ from typing import Any
 
 from cnext.backbones.base import Backbone
 from cnext.running.checkpoint import write_text
-from cnext.scoring.base import ERROR_TYPES, Prediction, Score, Scorer
+from cnext.scoring.base import PROFILES, Prediction, Score, Scorer
+from cnext.scoring.errors import error_shares
 from cnext.tasks.base import Sample, Task
 
 
-def evaluate(backbone: Backbone, task: Task, samples: Sequence[Sample], scorer: Scorer, run: Path, stage: str) -> dict[str, Any]:
+def evaluate(
+    backbone: Backbone, task: Task, samples: Sequence[Sample], scorer: Scorer, run: Path, stage: str
+) -> dict[str, Any]:
     """Answers and scores a task's samples; writes ``predictions/<stage>/<task>.jsonl`` and the pictures drawn.
 
-    Returns: the mean scores of both profiles, and the error shares of the strict one, in percent of all samples.
+    Returns: the mean score and the error shares of both profiles, in percent of all samples.
     """
     predictions = backbone.generate(samples, task.max_new_tokens)
     scores = scorer(task, samples, predictions)
@@ -27,7 +30,7 @@ def evaluate(backbone: Backbone, task: Task, samples: Sequence[Sample], scorer: 
         "samples": count,
         "strict": fsum(score.strict for score in scores) / count,
         "paper": fsum(score.paper for score in scores) / count,
-        "errors": {kind: fsum(100 - s.strict for s in scores if s.error == kind) / count for kind in ERROR_TYPES},
+        "errors": {profile: error_shares(scores, profile) for profile in PROFILES},
     }
 
 

@@ -1,4 +1,4 @@
-"""A run's folder: its configuration, its append-only logs, its checkpoints, and where to go on after an interruption."""
+"""A run's folder: its configuration, its append-only logs, its checkpoints, and where to go on from."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import IO, Any
 
@@ -17,7 +18,9 @@ from cnext.running import checkpoint
 def _differences(old: Any, new: Any, path: str = "") -> list[str]:
     if isinstance(old, dict) and isinstance(new, dict):
         keys = sorted(old.keys() | new.keys())
-        return [line for key in keys for line in _differences(old.get(key), new.get(key), f"{path}.{key}" if path else key)]
+        return [
+            line for key in keys for line in _differences(old.get(key), new.get(key), f"{path}.{key}" if path else key)
+        ]
     return [] if old == new else [f"  {path}: {json.dumps(old)} there, {json.dumps(new)} asked for"]
 
 
@@ -54,18 +57,23 @@ class RunFolder:
             changed = _differences(old, config)
             if changed:
                 listed = "\n".join(changed)
-                raise UserError(f"{path} holds a run of another configuration:\n{listed}\ngive another --out or delete the folder")
+                raise UserError(
+                    f"{path} holds a run of another configuration:\n{listed}\ngive another --out or delete the folder"
+                )
         elif path.is_dir() and any(not other.name.startswith(".") for other in path.iterdir()):
             raise UserError(f"{path} is not empty and holds no config.json; give another --out")
         path.mkdir(parents=True, exist_ok=True)
         self._lock = self._locked()
-        if not file.is_file():
-            checkpoint.write_json(file, config)
-        self.checkpoints.mkdir(exist_ok=True)
+        with ExitStack() as undo:
+            undo.callback(self.close)
+            if not file.is_file():
+                checkpoint.write_json(file, config)
+            self.checkpoints.mkdir(exist_ok=True)
+            undo.pop_all()
 
     def _locked(self) -> IO[str]:
         """The open lock file. The system lets go of it with the process, however that ends."""
-        lock = open(self.path / ".lock", "w")
+        lock = open(self.path / ".lock", "w")  # noqa: SIM115 (closed by close)
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:

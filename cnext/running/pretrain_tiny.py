@@ -20,13 +20,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from cnext.backbones.tiny.model import Encoded, TinyBackbone
-from cnext.backbones.tiny.vision import WIDTH, Detokenizer, VisualEncoder, to_input
+from cnext.backbones.tiny.vision import WIDTH, to_input
 from cnext.scoring.clip import build_tiny_clip
 from cnext.tasks import scenes, synthetic
 from cnext.tasks.base import Sample, Turn
-from cnext.tasks.scenes import COLORS, PLACES, SHAPES, Icon, Lettering, Scene
+from cnext.tasks.scenes import COLORS, ICONS, PLACES, SHAPES, Icon, Lettering, Scene
 from cnext.tasks.synthetic import Example
 
+SAYABLE = [*COLORS, *SHAPES, *ICONS]
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 PICTURE = Path("picture")
 """Stands for "a picture is read (or written)" in samples that exist in memory only."""
@@ -119,14 +120,21 @@ def _copy(rng: Random) -> Item:
     return "Copy picture", "", picture, picture
 
 
+def _saying(rng: Random) -> Item:
+    """Words repeated. A word that was never written in pretraining could not be told from the others of its kind."""
+    words = " ".join(rng.sample(SAYABLE, rng.randint(1, 4)))
+    return f"Say: {words}", words, None, None
+
+
 CORPUS: dict[Callable[[Random], Item], float] = {
     _caption: 0.15,
-    _question: 0.25,
-    _location: 0.22,
+    _question: 0.23,
+    _location: 0.20,
     _spelling: 0.12,
     _drawing: 0.12,
     _edit: 0.12,
     _copy: 0.02,
+    _saying: 0.04,
 }
 SEEN_ICONS = ("house", "fish", "cup", "face")
 
@@ -176,7 +184,9 @@ def _encode(model: TinyBackbone, items: list[Item]) -> list[Encoded]:
 
     return [
         model.assemble(
-            Sample("", (Turn(item[0], item[1]),), PICTURE if item[2] else None, PICTURE if item[3] else None), read, written
+            Sample("", (Turn(item[0], item[1]),), PICTURE if item[2] else None, PICTURE if item[3] else None),
+            read,
+            written,
         )
         for item, read, written in zip(items, features(2), features(3), strict=True)
     ]
@@ -204,45 +214,65 @@ class _Descent:
 
 
 def pretrain_vision(model: TinyBackbone, steps: int, seed: int, log: Callable[[str], None]) -> dict[str, float]:
-    """Autoencoder with semantic heads (shape and color per quadrant, letters), which stand for pretrained semantics.
+    """Autoencoder with semantic heads, which stand for the semantics of a pretrained encoder.
 
-    Loss: 4 x pixel MSE + 0.1 x (shape CE + color CE) + 0.1 x letters CE, with noise of 0.1 on the features.
-    Returns: the final losses and the heads' accuracies.
+    Loss: 4 x pixel MSE + 0.1 x (shape CE + color CE, per quadrant) + 0.1 x icon CE + 0.2 x letter CE, with noise of 0.1
+    on the features. Returns: the final pixel error and the heads' accuracies.
     """
     rng = Random(f"vision/{seed}")
-    shapes, colors = nn.Linear(4 * WIDTH, 1 + len(SHAPES)), nn.Linear(4 * WIDTH, 1 + len(COLORS))
-    letters = nn.Linear(16 * WIDTH, 3 * len(LETTERS))
-    descent = _Descent([model.encoder, model.detokenizer, shapes, colors, letters], 2e-3, steps, log)
+    names = list(ICONS)
+    heads = nn.ModuleDict(
+        {
+            "shape": nn.Linear(4 * WIDTH, 1 + len(SHAPES)),
+            "color": nn.Linear(4 * WIDTH, 1 + len(COLORS)),
+            "icon": nn.Linear(16 * WIDTH, len(names)),
+            "letter": nn.Linear(16 * WIDTH, 3 * len(LETTERS)),
+        }
+    )
+    weights = {"shape": 0.1, "color": 0.1, "icon": 0.1, "letter": 0.2}
+    descent = _Descent([model.encoder, model.detokenizer, heads], 2e-3, steps, log)
     shown: dict[str, Tensor] = {}
     for _ in range(steps):
-        pictures = [_scene(rng) for _ in range(32)] + [_icon(rng) for _ in range(8)] + [_letters(rng) for _ in range(24)]
-        pixels = to_input(torch.from_numpy(numpy.stack([scenes.draw(picture) for picture in pictures])))
+        drawn, icons, words = (
+            [_scene(rng) for _ in range(28)],
+            [_icon(rng) for _ in range(12)],
+            [_letters(rng) for _ in range(32)],
+        )
+        pixels = to_input(torch.from_numpy(numpy.stack([scenes.draw(picture) for picture in (*drawn, *icons, *words)])))
         features = model.encoder(pixels)
-        drawn = model.detokenizer(features + 0.1 * torch.randn_like(features))
-        pixel = F.mse_loss(drawn, pixels)
+        pixel = F.mse_loss(model.detokenizer(features + 0.1 * torch.randn_like(features)), pixels)
+        of_scenes, of_icons, of_words = features.split([len(drawn), len(icons), len(words)])
         # (scene, row half, row, column half, column, width) to one vector per quadrant, in the order of PLACES
-        quadrants = features[:32].unflatten(1, (2, 2, 2, 2)).transpose(2, 3).reshape(32, 4, 4 * WIDTH)
-        shape_wanted, color_wanted = torch.zeros(32, 4, dtype=torch.long), torch.zeros(32, 4, dtype=torch.long)
-        for index, scene in enumerate(pictures[:32]):
+        quadrants = of_scenes.unflatten(1, (2, 2, 2, 2)).transpose(2, 3).reshape(len(drawn), 4, 4 * WIDTH)
+        shape, color = torch.zeros(len(drawn), 4, dtype=torch.long), torch.zeros(len(drawn), 4, dtype=torch.long)
+        for index, scene in enumerate(drawn):
             for thing in scene.things:
                 place = list(PLACES).index(thing.place)
-                shape_wanted[index, place] = 1 + SHAPES.index(thing.shape)
-                color_wanted[index, place] = 1 + list(COLORS).index(thing.color)
-        letters_wanted = torch.tensor([[LETTERS.index(letter) for letter in p.word] for p in pictures[40:]])
-        heads = (
-            (shapes(quadrants), shape_wanted),
-            (colors(quadrants), color_wanted),
-            (letters(features[40:].flatten(1)).unflatten(1, (3, len(LETTERS))), letters_wanted),
-        )
-        semantic = sum(F.cross_entropy(guess.flatten(0, 1), wanted.flatten()) for guess, wanted in heads)
-        accuracies = [(guess.argmax(-1) == wanted).float().mean() for guess, wanted in heads]
-        shown = {"pixel_mse": pixel, **dict(zip(("shape_accuracy", "color_accuracy", "letter_accuracy"), accuracies, strict=True))}
-        descent.step(4 * pixel + 0.1 * semantic, **shown)
+                shape[index, place] = 1 + SHAPES.index(thing.shape)
+                color[index, place] = 1 + list(COLORS).index(thing.color)
+        guesses = {
+            "shape": (heads["shape"](quadrants), shape),
+            "color": (heads["color"](quadrants), color),
+            "icon": (heads["icon"](of_icons.flatten(1)), torch.tensor([names.index(icon.name) for icon in icons])),
+            "letter": (
+                heads["letter"](of_words.flatten(1)).unflatten(1, (3, len(LETTERS))),
+                torch.tensor([[LETTERS.index(letter) for letter in word.word] for word in words]),
+            ),
+        }
+        loss = 4 * pixel
+        shown = {"pixel_mse": pixel}
+        for name, (guess, wanted) in guesses.items():
+            loss = loss + weights[name] * F.cross_entropy(guess.flatten(0, -2), wanted.flatten())
+            shown[f"{name}_accuracy"] = (guess.argmax(-1) == wanted).float().mean()
+        descent.step(loss, **shown)
     return {name: round(value.item(), 4) for name, value in shown.items()}
 
 
-def pretrain_decoder(model: TinyBackbone, phases: tuple[int, int], seed: int, log: Callable[[str], None]) -> dict[str, float]:
+def pretrain_decoder(
+    model: TinyBackbone, phases: tuple[int, int], seed: int, log: Callable[[str], None]
+) -> dict[str, float]:
     """Both phases of the decoder: AdamW, batches of 32, CE + 6 MSE. Returns: the last 100 steps' mean losses."""
+    torch.manual_seed(seed)
     model.encoder.requires_grad_(False)
     model.detokenizer.requires_grad_(False)
     final: dict[str, float] = {}
@@ -261,7 +291,7 @@ def pretrain_decoder(model: TinyBackbone, phases: tuple[int, int], seed: int, lo
 
 def clip_vocabulary() -> list[str]:
     """Pad, unknown, every word of the captions and of the instruction before them, end of text."""
-    words = {*COLORS, *SHAPES, *"a an in the and please generate image".split()}
+    words = {*COLORS, *SHAPES, *["a", "an", "in", "the", "and", "please", "generate", "image"]}
     words |= {word for place in PLACES for word in place.split()}
     return ["<pad>", "<unknown>", *sorted(words), "<end>"]
 
@@ -272,17 +302,20 @@ def _pictured_caption(rng: Random, scene: Scene) -> str:
     return f"{synthetic.DRAW} {caption}" if rng.random() < 0.3 else caption
 
 
-def pretrain_clip(model: TinyBackbone, steps: int, seed: int, log: Callable[[str], None]) -> tuple[nn.Module, dict[str, float]]:
+def pretrain_clip(
+    model: TinyBackbone, steps: int, seed: int, log: Callable[[str], None]
+) -> tuple[nn.Module, dict[str, float]]:
     """The CLIP that scores pictures: symmetric contrastive loss at a fixed temperature, batches of 96 scenes.
 
     Half of the pictures pass through the autoencoder first, so that the detokenizer's blur is not held against it.
     Returns: the model and its final loss, in-batch accuracy, and cosines of matched and of other pairs.
     """
+    torch.manual_seed(seed)
     rng = Random(f"clip/{seed}")
     clip, _, tokenizer = build_tiny_clip(clip_vocabulary())
     clip.logit_scale.requires_grad_(False)
     clip.train()
-    descent = _Descent([clip], 2e-3, steps, log)
+    descent = _Descent([clip], 1e-3, steps, log)
     shown: dict[str, Tensor] = {}
     for _ in range(steps):
         drawn = [_scene(rng, 1, 3) for _ in range(96)]
@@ -313,7 +346,7 @@ def _save(module: nn.Module, path: Path) -> None:
     save_file({name: tensor.half().contiguous() for name, tensor in module.state_dict().items()}, path)
 
 
-STAGES = {"vision": 1600, "decoder phase 1": 2600, "decoder phase 2": 1300, "clip": 900}
+STAGES = {"vision": 2200, "decoder phase 1": 2600, "decoder phase 2": 1300, "clip": 1200}
 
 
 def pretrain(out: Path, seed: int = 0, scale: float = 1.0, threads: int = 1) -> None:
@@ -349,7 +382,14 @@ def pretrain(out: Path, seed: int = 0, scale: float = 1.0, threads: int = 1) -> 
         "CLIP": clip,
     }
     (tiny / "MODEL_CARD.md").write_text(
-        _card(seed, threads, steps, seconds, final, {name: sum(p.numel() for p in m.parameters()) for name, m in counts.items()})
+        _card(
+            seed,
+            threads,
+            steps,
+            seconds,
+            final,
+            {name: sum(p.numel() for p in m.parameters()) for name, m in counts.items()},
+        )
     )
     print(f"written: {tiny}, {clip_folder}")
 

@@ -13,7 +13,7 @@ from cnext.running.config import Plan
 
 
 class Progress:
-    """Shows a run on standard error (the bars) and standard output (the results). ``with`` starts and stops the bars."""
+    """Shows a run: bars on standard error, results on standard output. ``with`` starts and stops the bars."""
 
     def __init__(self) -> None:
         from rich.console import Console
@@ -49,7 +49,9 @@ class Progress:
     def plan(self, planned: Plan, tasks_done: int, step: int) -> None:
         """The overall bar: all optimizer steps of the run, those of an earlier process counted in."""
         steps = [planned.recipe.steps[name] for name in planned.order]
-        self.ids["all"] = self.bars.add_task("all tasks", total=sum(steps), completed=sum(steps[:tasks_done]) + step, shown="")
+        self.ids["all"] = self.bars.add_task(
+            "all tasks", total=sum(steps), completed=sum(steps[:tasks_done]) + step, shown=""
+        )
 
     def step(self, stage: int, name: str, row: dict[str, Any], steps: int) -> None:
         if name not in self.ids:

@@ -26,26 +26,24 @@ def _matrix(scores: Scores, order: tuple[str, ...], *keys: str) -> ScoreMatrix:
 def results(planned: Plan, scores: Scores, ledger: dict[str, Any], adapter_parameters: int) -> dict[str, Any]:
     """The results of a run, from the rows of its scores.jsonl and the ledger of its last checkpoint."""
     order, tasks = planned.order, [planned.suite.task(name) for name in planned.order]
-    errors = {kind: _matrix(scores, order, "errors", kind) for kind in ERROR_TYPES}
     profiles = {}
     for profile in PROFILES:
         matrix = _matrix(scores, order, profile)
+        errors = {kind: _matrix(scores, order, "errors", profile, kind) for kind in ERROR_TYPES}
         zero_shot = [scores[0, name][profile] for name in order]
         profiles[profile] = {
             "score_matrix": matrix.to_rows(),
             "zero_shot": zero_shot,
-            "metrics": metrics(
-                matrix,
-                zero_shot,
-                # The types of errors are those of the strict profile; the paper profile has none of its own.
-                errors if profile == "strict" else None,
-                [task.writes for task in tasks],
-            ),
+            "metrics": metrics(matrix, zero_shot, errors, [task.writes for task in tasks]),
+            "error_matrix": {kind: shares.to_rows() for kind, shares in errors.items()},
         }
     trained = ledger["trained"]
     config = planned.as_dict()
     return {
-        **{key: config[key] for key in ("method", "hyperparameters", "backbone", "suite", "budget", "order", "seed", "split")},
+        **{
+            key: config[key]
+            for key in ("method", "hyperparameters", "backbone", "suite", "budget", "order", "seed", "split")
+        },
         "finished": all((len(order), name) in scores for name in order),
         "tasks": list(order),
         "reads": {task.name: list(task.reads) for task in tasks},
@@ -53,7 +51,6 @@ def results(planned: Plan, scores: Scores, ledger: dict[str, Any], adapter_param
         "samples": {name: scores[0, name]["samples"] for name in order},
         "profile": "strict",
         **profiles["strict"],
-        "error_matrix": {kind: matrix.to_rows() for kind, matrix in errors.items()},
         "profiles": {"paper": profiles["paper"]},
         "averaging": [row for row in ledger["averaging"] if row],
         "cost": {

@@ -5,6 +5,7 @@ from __future__ import annotations
 import resource
 import sys
 import time
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -33,8 +34,9 @@ def run(config: RunConfig, progress: Progress | None = None) -> dict[str, Any]:
     """
     planned = plan(config)
     torch.set_num_threads(config.threads)
-    with progress or Progress() as shown:
-        return Runner(planned, shown).run()
+    with progress or Progress() as shown, closing(RunFolder(config.folder, planned.as_dict())) as folder:
+        shown.say(f"run folder: {folder.path}")
+        return Runner(planned, folder, shown).run()
 
 
 def data_folder(suite: Suite, recipe: Recipe, data: Path | None) -> Path:
@@ -58,11 +60,9 @@ def read_suite(planned: Plan, data: Path) -> dict[str, dict[str, list[Sample]]]:
 class Runner:
     """One run. ``stage`` counts the tasks trained: 0 is the pretrained model, t the model after the t-th task."""
 
-    def __init__(self, planned: Plan, progress: Progress) -> None:
-        self.plan, self.config, self.progress = planned, planned.config, progress
-        self.folder = RunFolder(self.config.folder, planned.as_dict())
+    def __init__(self, planned: Plan, folder: RunFolder, progress: Progress) -> None:
+        self.plan, self.config, self.folder, self.progress = planned, planned.config, folder, progress
         self.tasks = [planned.suite.task(name) for name in planned.order]
-        progress.say(f"run folder: {self.folder.path}")
         self.samples = read_suite(planned, data_folder(planned.suite, planned.recipe, self.config.data))
         self.backbone = backbones.load(self.config.backbone).load(planned.device)
         self.method = methods.load(self.config.method)(**planned.hyperparameters)
@@ -76,21 +76,18 @@ class Runner:
 
     def run(self) -> dict[str, Any]:
         started = time.perf_counter()
-        try:
-            self._restore()
-            self.scores = self.folder.scores()
-            self.progress.plan(self.plan, self.tasks_done, self.step)
-            self._evaluate(self.tasks_done)
-            for stage in range(self.tasks_done + 1, len(self.tasks) + 1):
-                self._train(stage)
-                self._evaluate(stage)
-                self._write(started)
-            outcome = self._write(started)
-            html, _ = report.write_report(self.folder.path)
-            self.progress.finished(outcome, html)
-            return outcome
-        finally:
-            self.folder.close()
+        self._restore()
+        self.scores = self.folder.scores()
+        self.progress.plan(self.plan, self.tasks_done, self.step)
+        self._evaluate(self.tasks_done)
+        for stage in range(self.tasks_done + 1, len(self.tasks) + 1):
+            self._train(stage)
+            self._evaluate(stage)
+            self._write(started)
+        outcome = self._write(started)
+        html, _ = report.write_report(self.folder.path)
+        self.progress.finished(outcome, html)
+        return outcome
 
     def _restore(self) -> None:
         latest = self.folder.latest()
@@ -178,7 +175,9 @@ class Runner:
                 )
             self._log_score({"stage": stage, "trained": trained, "task": task.name, "scorer": task.scorer, **row})
         self._measure(trained, evaluate_seconds=time.perf_counter() - started)
-        self.progress.stage(stage, trained, [self.scores[stage, t.name] for t in self.tasks if (stage, t.name) in self.scores])
+        self.progress.stage(
+            stage, trained, [self.scores[stage, t.name] for t in self.tasks if (stage, t.name) in self.scores]
+        )
 
     def _log_score(self, row: dict[str, Any]) -> None:
         self.folder.log_score(row)

@@ -1,8 +1,8 @@
 """``cnext-run``: one run, or several methods, orders and seeds one after another.
 
-    cnext-run --method mage
-    cnext-run --method mage lora --seeds 0 1 2
-    cnext-run --method mage --budget smoke
+cnext-run --method mage
+cnext-run --method mage lora --seeds 0 1 2
+cnext-run --method mage --budget smoke
 """
 
 from __future__ import annotations
@@ -87,7 +87,9 @@ def configs(flags: Any) -> list[RunConfig]:
     return [
         RunConfig(
             method=method,
-            hyperparameters=dataclasses.asdict(getattr(flags, method.replace("-", "_"), None) or methods.load(method)()),
+            hyperparameters=dataclasses.asdict(
+                getattr(flags, method.replace("-", "_"), None) or methods.load(method)()
+            ),
             order=order,
             seed=seed,
             **shared,

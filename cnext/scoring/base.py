@@ -19,7 +19,7 @@ ERROR_TYPES = ("hallucination", "instruction_unfollowing", "other")
 
 @dataclass(frozen=True)
 class Prediction:
-    """A model's answer. text: decoded answer without image tokens. image: (H, W, 3) uint8, or None if none was drawn."""
+    """A model's answer. text: decoded, without image tokens. image: (H, W, 3) uint8, or None if none was drawn."""
 
     text: str
     image: numpy.ndarray | None = None
@@ -27,8 +27,9 @@ class Prediction:
 
 @dataclass(frozen=True)
 class Score:
-    """One answer's score in percent (0 to 100) under each profile, and what its shortfall is booked to.
+    """One answer's score in percent under each profile, and what its shortfall is booked to.
 
+    strict: 0 to 100. paper: may be negative, where a released evaluator takes a cosine as it is.
     error: one of ERROR_TYPES, or "" where the strict score is 100.
     """
 

@@ -1,6 +1,6 @@
 """Readers of the benchmark's files: train JSONL and test JSON of the three formats, checked before anything runs.
 
-conversation   {"image", "data": [question, answer, ...]}  |  {"question_id", "image", "text", "answer" or "answer_bbox"}
+conversation   {"image", "data": [question, answer, ...]}  |  {"question_id", "image", "text", "answer"/"answer_bbox"}
 generation     {"image", "data": ["Please generate the image.", caption]}  |  {"question_id", "text"[, "image"]}
 editing        {"source_image", "target_image", "instruction"}  (both files)
 
@@ -71,7 +71,9 @@ def generation(row: Row, root: Path, name: str, origin: str) -> Sample:
         (turn, *more) = _turns(row)
         if more:
             raise ValueError("'data' of a picture to draw must be one pair: instruction and caption")
-        return Sample(name, (Turn(f"{turn.instruction} {turn.answer}"),), None, _image(row, "image", root), origin=origin)
+        return Sample(
+            name, (Turn(f"{turn.instruction} {turn.answer}"),), None, _image(row, "image", root), origin=origin
+        )
     target = _image(row, "image", root) if "image" in row else None
     return Sample(name, (Turn(_text(row, "text")),), None, target, origin=origin)
 

@@ -27,11 +27,76 @@ COLORS = {
 }
 SHAPES = ("circle", "square", "triangle", "diamond", "cross", "ring")
 PLACES = {"top left": (0, 0), "top right": (1, 0), "bottom left": (0, 1), "bottom right": (1, 1)}
-WORDS = (
-    "ant arm axe bag bat bee bib bow box bud bug bun cab cap cat cob cow cub dad dog dot ear egg elf fan fig fin fog "
-    "fox gem gum hat hen hog hut ice ink jam jar jaw jet jug key kid kit leg lid lip log map mop mud net nut oak oil "
-    "owl pan paw pea pen pig pot rat rug toy van wig zip"
-).split()
+WORDS = [
+    "ant",
+    "arm",
+    "axe",
+    "bag",
+    "bat",
+    "bee",
+    "bib",
+    "bow",
+    "bud",
+    "bug",
+    "bun",
+    "cab",
+    "cap",
+    "cat",
+    "cob",
+    "cow",
+    "cub",
+    "dad",
+    "dog",
+    "dot",
+    "ear",
+    "egg",
+    "elf",
+    "fan",
+    "fig",
+    "fin",
+    "fog",
+    "fox",
+    "gem",
+    "gum",
+    "hat",
+    "hen",
+    "hog",
+    "hut",
+    "ice",
+    "ink",
+    "jam",
+    "jar",
+    "jaw",
+    "jet",
+    "jug",
+    "key",
+    "kid",
+    "kit",
+    "leg",
+    "lid",
+    "lip",
+    "log",
+    "map",
+    "mop",
+    "mud",
+    "net",
+    "nut",
+    "oak",
+    "oil",
+    "owl",
+    "pan",
+    "paw",
+    "pea",
+    "pen",
+    "pig",
+    "pot",
+    "rat",
+    "rug",
+    "toy",
+    "van",
+    "wig",
+    "zip",
+]
 
 # Primitives in units of the icon's half width, drawn in order: kind, coordinates, index of the icon's two colors.
 ICONS = {
@@ -48,14 +113,21 @@ ICONS = {
     ],
     "sun": [
         *(
-            ("polygon", (a * 0.98, b * 0.98, b * 0.2 + a * 0.4, -a * 0.2 + b * 0.4, -b * 0.2 + a * 0.4, a * 0.2 + b * 0.4), 1)
+            (
+                "polygon",
+                (a * 0.98, b * 0.98, b * 0.2 + a * 0.4, -a * 0.2 + b * 0.4, -b * 0.2 + a * 0.4, a * 0.2 + b * 0.4),
+                1,
+            )
             for a, b in ((1, 0), (-1, 0), (0, 1), (0, -1), (0.7, 0.7), (-0.7, 0.7), (0.7, -0.7), (-0.7, -0.7))
         ),
         ("ellipse", (-0.5, -0.5, 0.5, 0.5), 0),
     ],
     "flower": [
         ("rectangle", (-0.07, 0, 0.07, 0.98), 1),
-        *(("ellipse", (a - 0.32, b - 0.62, a + 0.32, b + 0.02), 0) for a, b in ((-0.4, 0), (0.4, 0), (0, -0.35), (0, 0.3))),
+        *(
+            ("ellipse", (a - 0.32, b - 0.62, a + 0.32, b + 0.02), 0)
+            for a, b in ((-0.4, 0), (0.4, 0), (0, -0.35), (0, 0.3))
+        ),
         ("ellipse", (-0.2, -0.5, 0.2, -0.1), 1),
     ],
     "cup": [
@@ -187,7 +259,9 @@ def random_icon(rng: Random, names: tuple[str, ...] = tuple(ICONS)) -> Icon:
 
 def random_lettering(rng: Random, word: str) -> Lettering:
     points = rng.choice((15, 17))
-    return Lettering(word, rng.choice(list(COLORS)), random_background(rng), rng.randint(2, 8), rng.randint(6, 24), points)
+    return Lettering(
+        word, rng.choice(list(COLORS)), random_background(rng), rng.randint(2, 8), rng.randint(6, 24), points
+    )
 
 
 def _distance(shape: str, x: numpy.ndarray, y: numpy.ndarray, radius: float) -> numpy.ndarray:
@@ -202,9 +276,7 @@ def _distance(shape: str, x: numpy.ndarray, y: numpy.ndarray, radius: float) -> 
         return numpy.maximum((2 * abs(x) - y - radius) / 5**0.5, y - 0.9 * radius)
     if shape == "cross":
         long, wide = radius, radius / 3
-        return numpy.minimum(
-            numpy.maximum(abs(x) - long, abs(y) - wide), numpy.maximum(abs(x) - wide, abs(y) - long)
-        )
+        return numpy.minimum(numpy.maximum(abs(x) - long, abs(y) - wide), numpy.maximum(abs(x) - wide, abs(y) - long))
     assert shape == "ring", shape
     return abs(numpy.hypot(x, y) - 0.75 * radius) - 0.25 * radius
 
@@ -230,9 +302,7 @@ def _draw_icon(icon: Icon) -> numpy.ndarray:
     brush = ImageDraw.Draw(image)
     palette = (*(COLORS[name] for name in icon.colors), icon.background)
     for kind, points, color in ICONS[icon.name]:
-        scaled = [
-            fine * ((icon.x, icon.y)[index % 2] + icon.radius * point) for index, point in enumerate(points)
-        ]
+        scaled = [fine * ((icon.x, icon.y)[index % 2] + icon.radius * point) for index, point in enumerate(points)]
         extra = (180, 360) if kind == "chord" else ()
         getattr(brush, kind)(scaled, *extra, fill=palette[color])
     return numpy.asarray(image.resize((SIZE, SIZE), Image.Resampling.BOX))

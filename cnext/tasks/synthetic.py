@@ -104,7 +104,10 @@ def editing(rng: Random, kinds: tuple[str, ...] = ("color", "shape", "remove", "
         for pool, used in zip((SHAPES, COLORS, PLACES), taken, strict=True)
     )
     if kind == "color":
-        text, target = f"Change the color of the {thing.shape} to {color}.", scene.swap(thing, replace(thing, color=color))
+        text, target = (
+            f"Change the color of the {thing.shape} to {color}.",
+            scene.swap(thing, replace(thing, color=color)),
+        )
     elif kind == "shape":
         text, target = f"Turn the {thing.shape} into a {shape}.", scene.swap(thing, replace(thing, shape=shape))
     elif kind == "remove":

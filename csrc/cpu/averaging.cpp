@@ -9,28 +9,30 @@
 
 namespace {
 
-constexpr int kLanes = 32;     // independent accumulators: the sum's order depends on nothing but the element's index
-constexpr int kFlush = 8192;   // elements summed in float before they go into a double
+constexpr int kLanes = 32;   // independent accumulators: the sum's order depends on nothing but the element's index
+constexpr int kStrip = 512;  // elements whose counts are held in L1 before they are combined
+constexpr int kFlush = 16;   // strips combined in float before they go into a double
 
 CNEXT_HD double combine(char kind, double a, double b) {
   return kind == '+' ? a + b : kind == '<' ? (b < a ? b : a) : (b > a ? b : a);
 }
 
+// The local arrays live here and not in the loops, where `omp simd` would make an array of each of them.
 template <class Rule, class... T>
-CNEXT_HD void element(const Rule& rule, float* s, T&... p) {
+CNEXT_HD void element(const Rule& rule, float (*counted)[kStrip], int64_t i, T&... p) {
   float x[] = {load(p)...};
+  float s[Rule::columns + 1];
   rule(x, s);
   int k = 0;
   ((k < Rule::outputs ? store(p, x[k]) : void(), ++k), ...);
+#pragma GCC unroll 8
+  for (int c = 0; c < Rule::columns; ++c) counted[c][i] = s[c];
 }
 
 template <class Rule, class... T>
-void plain(const Rule rule, int64_t n, T* __restrict... p) {
+void loop(const Rule rule, int64_t n, float (*__restrict counted)[kStrip], T* __restrict... p) {
 #pragma omp simd
-  for (int64_t i = 0; i < n; ++i) {
-    float s[1];
-    element(rule, s, p[i]...);
-  }
+  for (int64_t i = 0; i < n; ++i) element(rule, counted, i, p[i]...);
 }
 
 template <class Rule>
@@ -38,33 +40,26 @@ CNEXT_HD float first(int k) {
   return Rule::kind(k) == '+' ? 0.0f : Rule::kind(k) == '<' ? __builtin_inff() : -__builtin_inff();
 }
 
+CNEXT_HD float combine(char kind, float a, float b) {
+  return kind == '+' ? a + b : kind == '<' ? (b < a ? b : a) : (b > a ? b : a);
+}
+
 template <class Rule, class... T>
-void counting(const Rule rule, int64_t n, double* columns, T* __restrict... p) {
+void counting(const Rule rule, int64_t n, double* columns, T*... p) {
   constexpr int C = Rule::columns;
-  for (int64_t begin = 0; begin < n; begin += kFlush) {
-    const int64_t end = n - begin < kFlush ? n : begin + kFlush;
-    float lanes[C][kLanes];
-    for (int k = 0; k < C; ++k)
-      for (int j = 0; j < kLanes; ++j) lanes[k][j] = first<Rule>(k);
-    int64_t i = begin;
-    for (; i + kLanes <= end; i += kLanes) {
-#pragma omp simd
-      for (int j = 0; j < kLanes; ++j) {
-        float s[C];
-        element(rule, s, p[i + j]...);
-        for (int k = 0; k < C; ++k)
-          lanes[k][j] = Rule::kind(k) == '+'   ? lanes[k][j] + s[k]
-                        : Rule::kind(k) == '<' ? (s[k] < lanes[k][j] ? s[k] : lanes[k][j])
-                                               : (s[k] > lanes[k][j] ? s[k] : lanes[k][j]);
-      }
+  float counted[C][kStrip], lanes[C][kLanes];
+  for (int64_t begin = 0, strips = 1; begin < n; begin += kStrip, ++strips) {
+    const int64_t count = n - begin < kStrip ? n - begin : kStrip;
+    loop(rule, count, counted, p + begin...);
+    for (int k = 0; k < C; ++k) {
+      if (strips % kFlush == 1)
+        for (int j = 0; j < kLanes; ++j) lanes[k][j] = first<Rule>(k);
+      for (int64_t i = count; i < kStrip; ++i) counted[k][i] = first<Rule>(k);
+      for (int i = 0; i < kStrip; i += kLanes)
+        for (int j = 0; j < kLanes; ++j) lanes[k][j] = combine(Rule::kind(k), lanes[k][j], counted[k][i + j]);
+      if (strips % kFlush == 0 || begin + kStrip >= n)
+        for (int j = 0; j < kLanes; ++j) columns[k] = combine(Rule::kind(k), columns[k], double(lanes[k][j]));
     }
-    for (int j = 0; i < end; ++i, ++j) {
-      float s[C];
-      element(rule, s, p[i]...);
-      for (int k = 0; k < C; ++k) lanes[k][j] = float(combine(Rule::kind(k), lanes[k][j], s[k]));
-    }
-    for (int k = 0; k < C; ++k)
-      for (int j = 0; j < kLanes; ++j) columns[k] = combine(Rule::kind(k), columns[k], lanes[k][j]);
   }
 }
 
@@ -74,7 +69,7 @@ void unpack(const double* scalars, const double* row, void* const* operands, int
   static_assert(sizeof...(T) == Rule::operands, "one type per operand");
   const Rule rule(scalars, row);
   if constexpr (Rule::columns == 0)
-    plain(rule, n, static_cast<T*>(operands[I])...);
+    loop(rule, n, nullptr, static_cast<T*>(operands[I])...);
   else
     counting(rule, n, columns, static_cast<T*>(operands[I])...);
 }

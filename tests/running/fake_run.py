@@ -29,7 +29,7 @@ QUESTIONS = {
 
 
 def retention(task: int, stage: int) -> float:
-    """The share of a task's samples that is answered rightly after a stage; both counted from 1, stage 0 is zero-shot."""
+    """The share of a task's samples answered rightly after a stage; both counted from 1, stage 0 is zero-shot."""
     if stage < task:
         return 0.06 * task % 0.2
     return max(0.05, 0.9 - 0.06 * task - 0.09 * (stage - task) + (0.12 if (stage + task) % 4 == 3 else 0.0))
@@ -67,7 +67,7 @@ def write_fake_run(
     strict = profiles.pop("strict")
     branches = ("text-general", "image-general", "text-expert", "image-expert")
     merges = [
-        {"task": task, "branches": {b: {"mean": 1 - 1 / (t + 0.6 * i + 1), "std": 0.12} for i, b in enumerate(branches)}}
+        {"task": task, "branches": {b: {"mean": 1 - 1 / (t + 0.6 * i + 1), "std": 0.1} for i, b in enumerate(branches)}}
         for t, task in enumerate(tasks[:done])
     ]
     results = {
@@ -75,7 +75,7 @@ def write_fake_run(
         "split": "test", "tasks": list(tasks), "reads": {task: READS.get(task, ["text", "image"]) for task in tasks},
         "writes": writes, "profile": "strict", **strict, "profiles": profiles,
         "samples": dict.fromkeys(tasks, samples), "averaging": merges if averaging else None,
-        "cost": {"trainable_params": 311808, "stored_bytes": 2494464, "optimizer_steps": 100 * done, "supervised_tokens": 182400},
+        "cost": {"trainable_params": 311808, "stored_bytes": 2494464, "optimizer_steps": 100 * done},
         "versions": {"cnext": "0.1.0", "torch": "2.15.0"},
     }  # fmt: skip
     recipe = {"steps": dict.fromkeys(tasks, 100), "batch_size": 16, "learning_rate": 0.002}
@@ -87,8 +87,10 @@ def write_fake_run(
     spent = {"train_seconds": 7.4, "evaluate_seconds": 3.1, "steps": 100, "tokens": 30400}
     spent |= {"tokens_per_second": 4108.1, "seconds_per_step": 0.074}
     stages_spent = [{"task": task, **spent} for task in tasks[:done]]
-    _write(run / "cost.json", {"stages": stages_spent, "total_seconds": 10.5 * done, "peak_memory_bytes": 1_310_000_000})
-    _write(run / "environment.json", {"python": "3.12.1", "cores": 2, "versions": {"numpy": "2.1"}, "core": {"cpp": True}})
+    cost = {"stages": stages_spent, "total_seconds": 10.5 * done, "peak_memory_bytes": 1_310_000_000}
+    _write(run / "cost.json", cost)
+    environment = {"python": "3.12.1", "cores": 2, "versions": {"numpy": "2.1"}, "core": {"cpp": True}}
+    _write(run / "environment.json", environment)
     noise = random.Random(0)
     losses = (
         {"stage": t, "task": task, "step": s, "loss": 0.3 + 2.5 * math.exp(-s / 18) * noise.uniform(0.6, 1.3)}
@@ -99,7 +101,9 @@ def write_fake_run(
     return run
 
 
-def _answer(run: Path, tasks: tuple[str, ...], task: str, stage: int, samples: int, size: int, writes: list[str]) -> list[dict]:
+def _answer(
+    run: Path, tasks: tuple[str, ...], task: str, stage: int, samples: int, size: int, writes: list[str]
+) -> list[dict]:
     """Writes the predictions of one task after one stage, and the pictures they need."""
     folder = run / "predictions" / (f"{stage}_{tasks[stage - 1]}" if stage else "0_zero-shot")
     share, rows = retention(tasks.index(task) + 1, stage), []
@@ -107,18 +111,23 @@ def _answer(run: Path, tasks: tuple[str, ...], task: str, stage: int, samples: i
         color, shape = list(COLOURS)[index % 4], ("circle", "square", "diamond")[index % 3]
         right, source = (index * 7 % samples + 0.5) / samples < share, run / "data" / f"{color}_{shape}.png"
         other = list(COLOURS)[(index + stage) % 4]
-        row = {"id": f"{task}-{index}", "instruction": QUESTIONS[task].format(color=color, shape=shape), "answer": color}
+        row = {
+            "id": f"{task}-{index}",
+            "instruction": QUESTIONS.get(task, "what is it ?").format(color=color, shape=shape),
+            "answer": color,
+        }
         row |= {"text": color, "image": None, "source_image": str(source), "target_image": None, "error": ""}
         if "image" in writes:
-            score = round((88 if right else 46) + index % 7 - 2.5 * stage, 1)
             blank = stage == 4 or (stage == 0 and index % 2)
-            before = None if task == "Flickr30k" else str(source.with_name(f"{list(COLOURS)[(index + 1) % 4]}_{shape}.png"))
+            score = 0.0 if blank else round((88 if right else 46) + index % 7 - 2.5 * stage, 1)
+            before = source.with_name(f"{list(COLOURS)[(index + 1) % 4]}_{shape}.png")
             row |= {"answer": "", "text": "a picture" if blank else "", "target_image": str(source), "error": "other"}
-            row |= {"strict": score, "paper": score + 4, "source_image": before}
+            row |= {"strict": score, "paper": score + 4, "source_image": None if task == "Flickr30k" else str(before)}
             if not blank:
                 image = f"{folder.relative_to(run)}/{task}/{row['id']}.png"
                 row["image"] = image
-                _save(run / image, picture(color if right else other, shape, size, 0.1 if right else 0.15 * (stage + 1)))
+                blur = 0.1 if right else 0.15 * (stage + 1)
+                _save(run / image, picture(color if right else other, shape, size, blur))
         else:
             row |= {"strict": 100.0 * right, "paper": 100.0 * (right or index % 8 == 0)}
             if not right:
@@ -148,7 +157,9 @@ def _profile(cells: dict, tasks: tuple[str, ...], done: int, writes: dict, profi
     strict = profile == "strict"
     values = metrics(matrix, zero_shot, shares if strict else None, [writes[task] for task in tasks])
     result = {"score_matrix": matrix.to_rows()[:done], "zero_shot": zero_shot, "metrics": values}
-    return {**result, "error_matrix": {error: share.to_rows()[:done] for error, share in shares.items()}} if strict else result
+    if strict:
+        result["error_matrix"] = {error: share.to_rows()[:done] for error, share in shares.items()}
+    return result
 
 
 def _save(path: Path, image: np.ndarray) -> None:

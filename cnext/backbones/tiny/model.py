@@ -90,7 +90,7 @@ class TinyBackbone(Backbone):
         return self.image_queries.device
 
     def prompt(self, sample: Sample) -> list[int]:
-        """Ids of the first instruction: <s> [inst] <img> 16 x <patch> </img> text [/inst], the picture where one is read."""
+        """Ids of the first instruction: <s> [inst] <img> 16 <patch> </img> text [/inst]; no <img> where none is read."""
         token = self.tokenizer
         picture = [token["<img>"], *[token["<patch>"]] * TOKENS, token["</img>"]] if sample.image else []
         return [token["<s>"], token["[inst]"], *picture, *token.encode(sample.turns[0].instruction), token["[/inst]"]]
@@ -136,7 +136,9 @@ class TinyBackbone(Backbone):
         encoded = []
         for sample in samples:
             encoded.append(
-                self.assemble(sample, next(read) if sample.image else None, next(written) if sample.target_image else None)
+                self.assemble(
+                    sample, next(read) if sample.image else None, next(written) if sample.target_image else None
+                )
             )
         return encoded
 

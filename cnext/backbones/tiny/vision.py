@@ -21,7 +21,7 @@ def to_image(pixels: Tensor) -> Tensor:
 
 
 class VisualEncoder(nn.Module):
-    """(B, 3, 48, 48) to (B, 16, 64): each feature sees its own part of the picture, with zero mean and unit variance."""
+    """(B, 3, 48, 48) to (B, 16, 64): each feature sees its part of the picture, with zero mean and unit variance."""
 
     def __init__(self) -> None:
         super().__init__()

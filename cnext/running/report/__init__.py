@@ -30,8 +30,8 @@ def write_report(run: Path) -> tuple[Path, Path]:
     record = Run.read(run)
     sections = [section for build in SECTIONS if (section := build(record)).blocks]
     page, text, files = run / "report.html", run / "report.md", run / FILES
-    page.write_text(_html(sections), encoding="utf-8")
-    text.write_text(_markdown(sections), encoding="utf-8")
+    page.write_text(_html(sections), encoding="utf-8", errors="replace")
+    text.write_text(_markdown(sections), encoding="utf-8", errors="replace")
     files.mkdir(exist_ok=True)
     for section in sections:
         for picture in section.pictures():
@@ -54,7 +54,8 @@ def _html(sections: list[Section]) -> str:
     )
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1"><meta name="color-scheme" content="light dark">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        '<meta name="color-scheme" content="light dark">'
         f"<title>{escape(head.title)}</title>"
         f"<style>{bright}@media screen and (prefers-color-scheme:dark){{{dark}}}{style}</style></head>"
         f"<body><main><header><h1>{escape(head.title)}</h1>{''.join(block.html() for block in head.blocks)}</header>"

@@ -26,7 +26,7 @@ def mark_row(cells: list[str]) -> str:
 
 @dataclass(frozen=True)
 class Text:
-    """A paragraph; kind: "" or a class of the style sheet (banner, note)."""
+    """A paragraph; kind: "" or a class of the style sheet (banner, facts, task)."""
 
     text: str
     kind: str = ""
@@ -36,7 +36,8 @@ class Text:
         return f'<p class="{self.kind}"{role}>{escape(self.text)}</p>'
 
     def markdown(self) -> str:
-        return f"> **{mark(self.text)}**" if self.kind == "banner" else mark(self.text)
+        before, after = {"banner": ("> **", "**"), "task": ("### ", "")}.get(self.kind, ("", ""))
+        return f"{before}{mark(self.text)}{after}"
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,7 @@ class Numbers:
         return f'<dl class="numbers">{"".join(parts)}</dl>'
 
     def markdown(self) -> str:
-        return Table(["", "", ""], [list(row) for row in self.numbers]).markdown()
+        return Table(["", "", ""], [list(row) for row in self.numbers], words=(2,)).markdown()
 
 
 @dataclass(frozen=True)
@@ -80,7 +81,8 @@ class Table:
 
     def html(self) -> str:
         kinds = ['class="words"' if column in self.words else "" for column in range(len(self.head))]
-        head = "".join(f'<th scope="col" {kind}>{escape(name)}</th>' for name, kind in zip(self.head, kinds, strict=True))
+        pairs = zip(self.head, kinds, strict=True)
+        head = "".join(f'<th scope="col" {kind}>{escape(name)}</th>' for name, kind in pairs)
         rows = "".join(
             f'<tr><th scope="row">{escape(row[0])}</th>'
             + "".join(f"<td {kind}>{escape(cell)}</td>" for cell, kind in zip(row[1:], kinds[1:], strict=True))
@@ -174,7 +176,8 @@ class Strip:
 
     def html(self) -> str:
         frames = "".join(frame.html() for frame in self.frames)
-        return f'<figure class="strip"><figcaption>{escape(self.prompt)}</figcaption><ol style="--count:{len(self.frames)}">{frames}</ol></figure>'
+        strip = f'<ol style="--count:{len(self.frames)}">{frames}</ol>'
+        return f'<figure class="strip"><figcaption>{escape(self.prompt)}</figcaption>{strip}</figure>'
 
     def markdown(self) -> str:
         rows = [

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from cnext.running.report.run import mean_seen, points
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
@@ -79,24 +81,14 @@ def _stylesheet() -> str:
 
 
 def _panel(title: str, left: float = 0.28, right: float = 0.42, height: float = 0.95) -> tuple[Figure, Axes]:
-    """A figure 2.4 inches wide with its title and one pair of axes of that height, between margins in inches."""
+    """A figure 2.15 inches wide with its title and one pair of axes of that height, between margins in inches."""
     from matplotlib.figure import Figure
 
-    width, bottom, top = 2.4, 0.22, 0.32
+    width, bottom, top = 2.15, 0.22, 0.32
     total = bottom + height + top
     figure = Figure(figsize=(width, total))
     figure.text(0, 1 - 0.11 / total, title, size=8.5, weight="bold", va="center")
     return figure, figure.add_axes((left / width, bottom / total, 1 - (left + right) / width, height / total))
-
-
-def mean_seen(values: np.ndarray) -> float:
-    """Mean of the values that are not NaN; NaN where there are none."""
-    seen = values[np.isfinite(values)]
-    return float(seen.mean()) if len(seen) else np.nan
-
-
-def _number(value: float, signed: bool = False) -> str:
-    return f"{value:{'+' if signed else ''}.1f}".replace("-", "\N{MINUS SIGN}")
 
 
 @svg
@@ -120,7 +112,7 @@ def score_matrix(scores: np.ndarray, stages: Sequence[str], tasks: Sequence[str]
         axes.text(-label / cell[0], top + 0.5, name, va="center", color=MUTED)
         average = mean_seen(scores[stage][: stage or None])
         if np.isfinite(average):
-            axes.text(count + 0.62, top + 0.5, _number(average), weight="bold", size=9.5, **CENTRED)
+            axes.text(count + 0.62, top + 0.5, points(average), weight="bold", size=9.5, **CENTRED)
         for column, value in enumerate(scores[stage]):
             if not np.isfinite(value):
                 continue
@@ -129,9 +121,9 @@ def score_matrix(scores: np.ndarray, stages: Sequence[str], tasks: Sequence[str]
             if stage == column + 1:
                 axes.add_patch(Rectangle(corner, *size, fill=False, ec=INK, lw=1.2))
             later = stage > column + 1 and np.isfinite(scores[column + 1, column])
-            axes.text(column + 0.5, top + (0.36 if later else 0.5), _number(value), size=9.5, **CENTRED)
+            axes.text(column + 0.5, top + (0.36 if later else 0.5), points(value), size=9.5, **CENTRED)
             if later:
-                change = _number(value - scores[column + 1, column], signed=True)
+                change = points(value - scores[column + 1, column], signed=True)
                 axes.text(column + 0.5, top + 0.74, change, size=7, **CENTRED)
     return figure
 
@@ -153,9 +145,9 @@ def accuracy(scores: np.ndarray, task: int | None, title: str) -> Figure:
         first, end = seen[0], seen[-1]
         axes.plot([0, first], [start, line[first]], color=colour, lw=0.7, ls=(0, (1, 2)))
         axes.plot(line, color=colour, lw=width, marker="o", ms=3.2)
-        axes.text(end + 0.18, line[end], _number(line[end]), weight="bold", size=8, va="center")
+        axes.text(end + 0.18, line[end], points(line[end]), weight="bold", size=8, va="center")
         if end > first:
-            axes.text(first, line[first] + 6, _number(line[first]), ha="center", va="bottom", color=MUTED, size=7)
+            axes.text(first, line[first] + 6, points(line[first]), ha="center", va="bottom", color=MUTED, size=7)
     axes.plot(0, start, "o", ms=3.6, mfc=PAPER, mec=colour, mew=1)
     axes.set(xlim=(-0.25, len(scores) - 0.6), ylim=(-4, 108), xticks=range(len(scores)), yticks=(0, 50, 100))
     axes.grid(axis="y", color=FAINT, lw=0.4)
@@ -171,10 +163,10 @@ def errors(shares: dict[str, dict[str, float]], title: str) -> Figure:
         left = 0.0
         for error, share in parts.items():
             axes.barh(row, share, 0.72, left=left, color=ERROR_COLOURS[error], lw=0)
-            if share >= 10:
+            if 10 <= share < sum(parts.values()):
                 axes.text(left + share / 2, row, f"{share:.0f}", color=ON_ERROR_COLOURS[error], size=7, **CENTRED)
             left += share
-        axes.text(left + 1.5, row, _number(left), size=8, weight="bold", va="center_baseline")
+        axes.text(left + 1.5, row, points(left), size=8, weight="bold", va="center_baseline")
     axes.set(xlim=(0, 100), ylim=(len(shares) - 0.5, -0.5), xticks=(0, 50, 100), yticks=range(len(shares)))
     axes.set_yticklabels(list(shares))
     return figure
@@ -200,14 +192,14 @@ def loss(values: np.ndarray, task: int, title: str) -> Figure:
 
 @svg
 def retention(branch: dict[int, tuple[float, float]], count: int, title: str) -> Figure:
-    """Mean and spread of beta, the share of the average that a merge keeps, at each stage of one branch: {stage: (mean, std)}."""
+    """Beta, the share of its old value that a parameter keeps, of one branch over the stages: {stage: (mean, std)}."""
     stages, means, spreads = list(branch), *zip(*branch.values(), strict=True)
     figure, axes = _panel(title)
     axes.errorbar(stages, means, spreads, color=MUTED, lw=0, elinewidth=0.8)
     axes.plot(stages, means, "o", ms=4, color=INK)
-    for stage, mean in zip(stages, means, strict=True):
-        axes.text(stage + 0.16, mean, f"{mean:.2f}", size=7, va="center")
-    axes.set(xlim=(0.6, count + 0.7), ylim=(-0.04, 1.08), xticks=range(1, count + 1), yticks=(0, 0.5, 1))
+    for stage, mean, spread in zip(stages, means, spreads, strict=True):
+        axes.text(stage, mean + spread + 0.04, f"{mean:.2f}".removeprefix("0"), size=7, ha="center")
+    axes.set(xlim=(0.5, count + 0.5), ylim=(-0.04, 1.15), xticks=range(1, count + 1), yticks=(0, 0.5, 1))
     axes.set_yticklabels(("0", ".5", "1"))
     axes.grid(axis="y", color=FAINT, lw=0.4)
     return figure

@@ -9,8 +9,7 @@ import numpy as np
 
 from cnext.running.report import plots
 from cnext.running.report.blocks import Block, Code, Picture, Plots, Section, Table, Text
-from cnext.running.report.run import Run
-from cnext.running.report.scores import points
+from cnext.running.report.run import NOTHING, Run, points
 from cnext.scoring.matrix import FORMULAS
 
 
@@ -26,7 +25,7 @@ def training(run: Run) -> Section:
             )
             for stage, values in sorted(run.losses.items())
         ]
-        note = "Training loss over optimizer steps: mean, and the band from least to greatest. Scales differ between tasks."
+        note = "Training loss over optimizer steps: mean, and band from least to greatest. Scales differ between tasks."
         blocks += [Text(note), Plots(pictures)]
     branches: dict[str, dict[int, tuple[float, float]]] = {}
     for merge in run.results.get("averaging") or []:
@@ -42,8 +41,8 @@ def training(run: Run) -> Section:
             for number, (branch, stages) in enumerate(branches.items(), 1)
         ]
         note = (
-            "Moving average: beta, the share of its old value that a parameter keeps when a stage is merged into the average. "
-            "Dot: mean over the branch's parameters; bar: one standard deviation."
+            "Moving average: beta, the share of its old value that a parameter keeps when a stage is merged into the "
+            "average. Dot: mean over the branch's parameters; bar: one standard deviation."
         )
         blocks += [Text(note), Plots(pictures)]
     return Section("Training", blocks)
@@ -56,11 +55,12 @@ def metrics(run: Run) -> Section:
     rows = []
     for name, value in values.items():
         others = [profile.get("metrics", {}).get(name) for profile in profiles.values()]
-        rows.append([name, points(value), *(cell for other in others for cell in _beside(value, other)), FORMULAS.get(name, "")])
+        beside = [cell for other in others for cell in _beside(value, other)]
+        rows.append([name, points(value), *beside, FORMULAS.get(name, "")])
     columns = [column for profile in profiles for column in (profile, "gap")]
     note = (
-        "R[t][i] is the score in percent on task i after stage t of T, both in training order. Strict: what each score ought to "
-        "mean. Paper: the released evaluators, bug for bug. Gap: the second less the first."
+        "R[t][i] is the score in percent on task i after stage t of T, both in training order. Strict: what each score "
+        "ought to mean. Paper: the released evaluators, bug for bug. Gap: the second less the first."
     )
     formulas = Table(["metric", main, *columns, "formula and divisor"], rows, words=(2 + len(columns),))
     blocks: list[Block] = [Text(note), formulas]
@@ -70,7 +70,8 @@ def metrics(run: Run) -> Section:
         for task, label in enumerate(run.tasks):
             stages = (0, task + 1, max(run.last, task + 1))
             pairs = [(run.scores[stage, task], other[stage, task]) for stage in stages]
-            rows.append([label, *(cell for first, second in pairs for cell in (points(first), *_beside(first, second)))])
+            cells = [(points(first), *_beside(first, second)) for first, second in pairs]
+            rows.append([label, *(cell for triple in cells for cell in triple)])
         head = [f"{time}, {kind}" for time in ("zero-shot", "learnt", "end") for kind in (main, name, "gap")]
         blocks.append(Table(["task", *head], rows, f"Scores under the profiles {main} and {name}, in percent."))
     return Section("Metrics", blocks if values else [])
@@ -88,6 +89,7 @@ def costs(run: Run) -> Section:
         ("trainable parameters", "trainable_params", _count),
         ("stored between tasks", "stored_bytes", _size),
         ("peak memory", "peak_memory_bytes", _size),
+        ("peak device memory", "peak_device_memory_bytes", _size),
         ("optimizer steps", "optimizer_steps", _count),
         ("supervised tokens", "supervised_tokens", _count),
         ("time in all", "total_seconds", _time),
@@ -103,7 +105,7 @@ def costs(run: Run) -> Section:
             ("tokens a second", "tokens_per_second", _count),
         )
         stages = [
-            [stage["task"], *("–" if stage.get(key) is None else show(stage[key]) for _, key, show in columns)]
+            [stage["task"], *(NOTHING if stage.get(key) is None else show(stage[key]) for _, key, show in columns)]
             for stage in cost["stages"]
         ]
         blocks.append(Table(["stage", *(name for name, _, _ in columns)], stages))
@@ -118,7 +120,7 @@ def reproduction(run: Run) -> Section:
     versions = {**run.environment.get("versions", {}), **run.results.get("versions", {})}
     machine = [[name, _plain(value)] for name, value in run.environment.items() if name != "versions"]
     for head, rows in (
-        ("version", [[name, str(version)] for name, version in versions.items()]),
+        ("version", [[name, version or "not installed"] for name, version in versions.items()]),
         ("environment", machine),
         ("configuration", [[name, _plain(value)] for name, value in run.config.items()]),
     ):
@@ -132,14 +134,15 @@ def command(config: dict) -> str:
     recipe = config.get("recipe", {})
     named = ("method", "backbone", "suite", "budget", "order", "split", "data", "device", "threads", "block_steps")
     options = {name: config.get(name) for name in named} | {"seeds": config.get("seed")}
-    options |= {name: recipe.get(name) for name in ("learning_rate", "batch_size")} | config.get("hyperparameters", {})
+    options |= {name: recipe.get(name) for name in ("learning_rate", "batch_size")}
+    options |= {f"{config.get('method')}.{name}": value for name, value in config.get("hyperparameters", {}).items()}
     words = ["cnext-run"]
     for name, value in options.items():
-        flag = name.replace("_", "-")
+        group, dot, flag = name.replace("_", "-").rpartition(".")
         if isinstance(value, bool):
-            words.append(f"--{flag}" if value else f"--no-{flag}")
+            words.append(f"--{group}{dot}{flag if value else f'no-{flag}'}")
         elif value is not None:
-            words += [f"--{flag}", *map(str, value if isinstance(value, list) else [value])]
+            words += [f"--{group}{dot}{flag}", *map(str, value if isinstance(value, list) else [value])]
     return shlex.join(words)
 
 

@@ -13,6 +13,22 @@ from cnext.errors import UserError
 
 REQUIRED = ("method", "suite", "tasks", "score_matrix")
 
+NOTHING = "\N{EN DASH}"
+
+
+def points(value: float | None, signed: bool = False) -> str:
+    """A figure in percentage points with one decimal and a true minus sign; a dash where there is none."""
+    if value is None or not np.isfinite(value):
+        return NOTHING
+    rounded = round(value, 1) or 0.0
+    return f"{rounded:{'+' if signed and rounded else ''}.1f}".replace("-", "\N{MINUS SIGN}")
+
+
+def mean_seen(values: np.ndarray) -> float:
+    """Mean of the values that are not NaN; NaN where there are none."""
+    seen = values[np.isfinite(values)]
+    return float(seen.mean()) if len(seen) else np.nan
+
 
 def read_json(path: Path) -> dict:
     """The object in a JSON file. Raises UserError naming the file where it is not one."""
@@ -26,7 +42,7 @@ def read_json(path: Path) -> dict:
 
 
 def read_rows(path: Path) -> list[dict]:
-    """The rows of a JSONL file, none where it is missing. A last line without its newline was cut off: it is left out."""
+    """The rows of a JSONL file, none where it is missing; a last line that was cut off is left out."""
     if not path.is_file():
         return []
     *lines, _cut_off = path.read_text(encoding="utf-8").split("\n")

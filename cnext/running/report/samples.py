@@ -7,8 +7,7 @@ from pathlib import Path
 
 from cnext.errors import UserError
 from cnext.running.report.blocks import Block, Frame, Picture, Section, Strip, Text
-from cnext.running.report.run import Run
-from cnext.running.report.scores import points
+from cnext.running.report.run import Run, points
 
 SMALL, LARGE = 128, 256
 """Pictures up to SMALL pixels a side are enlarged by whole pixels to at most 2 SMALL, larger ones shrunk to LARGE."""
@@ -20,20 +19,18 @@ def drawings(run: Run) -> Section:
     """One prompt of each task that writes images: what was given, what was wanted, what was drawn at each stage."""
     blocks: list[Block] = []
     for number, task in enumerate(run.tasks, 1):
-        stages = _answers(run, task) if "image" in run.modalities("writes", task) else {}
-        samples = [sample for sample in next(iter(stages.values()), {}) if all(sample in rows for rows in stages.values())]
+        samples = _samples(run, task) if "image" in run.modalities("writes", task) else []
         if not samples:
             continue
-        chosen = max(samples, key=lambda sample: _interest(run, [rows[sample] for rows in stages.values()]))
-        row = stages[max(stages)][chosen]
+        chosen = max(samples, key=lambda sample: _interest(run, list(sample.values())))
+        row = chosen[max(chosen)]
         frames = [
             _given(row[key], f"drawing_{number}_{label}.png", label)
             for key, label in (("source_image", "given"), ("target_image", "wanted"))
             if row.get(key)
         ]
-        for stage, rows in stages.items():
-            name, answer = f"drawing_{number}_{stage}.png", rows[chosen]
-            label, verdict = run.stage(stage), points(answer["strict"])
+        for stage, answer in chosen.items():
+            name, label, verdict = f"drawing_{number}_{stage}.png", run.stage(stage), points(answer["strict"])
             if answer.get("image") and (path := run.path / answer["image"]).is_file():
                 frames.append(Frame(label, picture(path, name, f"{task}, drawn at stage {label}"), verdict))
             else:
@@ -41,8 +38,8 @@ def drawings(run: Run) -> Section:
                 frames.append(Frame(label, None, verdict, f"no image{wrote}"))
         blocks.append(Strip(f"{task}: {_shorten(row['instruction'], 300)}", frames))
     note = (
-        "For each task that writes images, of the samples drawn at most stages the one whose score changed most. Above each "
-        "picture its stage, below it its score in percent."
+        "For each task that writes images, of the samples drawn at most stages the one whose score changed most. Above "
+        "each picture its stage, below it its score in percent."
     )
     return Section("Drawn over the stages", [Text(note), *blocks] if blocks else [])
 
@@ -51,37 +48,38 @@ def answers(run: Run) -> Section:
     """Of each task that writes text, answers that were right when it was learnt and are wrong at the end."""
     blocks: list[Block] = []
     for number, task in enumerate(run.tasks[: run.last], 1):
-        stages = _answers(run, task) if "text" in run.modalities("writes", task) else {}
-        if number >= run.last or not {number, run.last} <= stages.keys():
+        samples = _samples(run, task) if "text" in run.modalities("writes", task) else []
+        if number >= run.last or not samples or not {number, run.last} <= samples[0].keys():
             continue
-        learnt, end = stages[number], stages[run.last]
-        right = [sample for sample, row in learnt.items() if row["strict"] >= RIGHT and sample in end]
-        lost = [sample for sample in right if end[sample]["strict"] < WRONG]
-        different: dict[str, str] = {}
+        right = [sample for sample in samples if sample[number]["strict"] >= RIGHT]
+        lost = [sample for sample in right if sample[run.last]["strict"] < WRONG]
+        different: dict[str, dict[int, dict]] = {}
         for sample in lost:
-            different.setdefault(end[sample]["text"], sample)
-        blocks.append(Text(f"{task}: of {len(right)} answers right when learnt, {len(lost)} are wrong at the end.", "task"))
+            different.setdefault(sample[run.last]["text"], sample)
+        title = f"{task}: of {len(right)} answers right when learnt, {len(lost)} wrong at the end"
+        blocks.append(Text(title, "task"))
         for index, sample in enumerate(list(different.values())[:SHOWN], 1):
-            row = end[sample]
+            row = sample[run.last]
             source = row.get("source_image")
             frames = [_given(source, f"answer_{number}_{index}.png", "given")] if source else []
             frames.append(Frame("expected", _shorten(row["answer"])))
-            frames += [_said(run.stage(stage), rows[sample]) for stage, rows in stages.items() if sample in rows]
+            frames += [_said(run.stage(stage), said) for stage, said in sample.items()]
             blocks.append(Strip(_shorten(row["instruction"], 300), frames))
-    note = f"Answers right when learnt and wrong at the end: the first of each different wrong answer, at most {SHOWN} a task."
+    note = f"Right when learnt and wrong at the end: the first of each different wrong answer, at most {SHOWN} a task."
     return Section("Answers over the stages", [Text(note), *blocks] if blocks else [])
 
 
-def _answers(run: Run, task: str) -> dict[int, dict[str, dict]]:
-    """{stage: {sample id: row}} for the stages at which the task was evaluated."""
-    stages = {stage: run.predictions(stage, task) for stage in range(len(run.tasks) + 1)}
-    return {stage: {row["id"]: row for row in rows} for stage, rows in stages.items() if rows}
+def _samples(run: Run, task: str) -> list[dict[int, dict]]:
+    """A task's samples, each as {stage: row} over the stages at which it was answered; their order never changes."""
+    stages = {stage: rows for stage in range(len(run.tasks) + 1) if (rows := run.predictions(stage, task))}
+    return [dict(zip(stages, rows, strict=True)) for rows in zip(*stages.values(), strict=True)]
 
 
 def _interest(run: Run, rows: list[dict]) -> tuple[int, float]:
     """(at how many stages it was drawn, by how many points its score varies)."""
+    drawn = [row for row in rows if row.get("image") and (run.path / row["image"]).is_file()]
     scores = [row["strict"] for row in rows]
-    return sum(bool(row.get("image")) and (run.path / row["image"]).is_file() for row in rows), max(scores) - min(scores)
+    return len(drawn), max(scores) - min(scores)
 
 
 def _shorten(text: str, limit: int = 160) -> str:

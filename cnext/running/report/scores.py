@@ -6,17 +6,8 @@ import numpy as np
 
 from cnext.running.report import plots
 from cnext.running.report.blocks import Block, Folded, Key, Numbers, Picture, Plots, Section, Table, Text
-from cnext.running.report.plots import mean_seen
-from cnext.running.report.run import Run
+from cnext.running.report.run import Run, mean_seen, points
 from cnext.scoring.base import ERROR_TYPES
-
-
-def points(value: float | None, signed: bool = False) -> str:
-    """A figure in percentage points with one decimal and a true minus sign; a dash where there is none."""
-    if value is None or not np.isfinite(value):
-        return "–"
-    rounded = round(value, 1)
-    return f"{abs(rounded) if rounded == 0 else rounded:{'+' if signed and rounded else ''}.1f}".replace("-", "\N{MINUS SIGN}")
 
 
 def headline(run: Run) -> Section:
@@ -27,8 +18,8 @@ def headline(run: Run) -> Section:
     facts += [f"{' to '.join(map(str, samples[:: max(1, len(samples) - 1)]))} samples a task"] if samples else []
     blocks: list[Block] = [Text(" · ".join(facts), "facts")]
     if not run.finished:
-        done = f"Unfinished: evaluated up to stage {run.last} of {count}."
-        blocks.append(Text(f"{done} The figures below hold for the stages so far; the same command resumes it.", "banner"))
+        text = f"Unfinished: evaluated up to stage {run.last} of {count}. The figures hold for the stages so far; "
+        blocks.append(Text(f"{text}the same command resumes it.", "banner"))
     if results.get("budget") == "smoke":
         blocks.append(Text("A smoke run: it shows that everything works, and its scores mean nothing.", "banner"))
     zero_shot = mean_seen(run.scores[0])
@@ -52,13 +43,14 @@ def matrix(run: Run) -> Section:
     table = Table(["after stage", *run.tasks, "average"], rows)
     heat = plots.score_matrix(run.scores, names, run.tasks)
     note = (
-        "Score in percent on each task (column) after each stage (row). Outlined: the task just learnt. Below it the small "
-        "figure is the change since then. Blank: not evaluated. Average: over the tasks learnt by that stage, zero-shot over all."
+        "Score in percent on each task (column) after each stage (row). Outlined: the task just learnt; the small "
+        "figures beneath are the change since then. Blank: not evaluated. Average: over the tasks learnt by that "
+        "stage, zero-shot over all."
     )
     samples = run.results.get("samples", {}).values()
     if samples:
         note += f" One standard error of a score is at most {points(50 / min(samples) ** 0.5)} points."
-    picture = Picture("score_matrix.svg", heat, f"Heat map of the score matrix of {run.results['method']}; table below.")
+    picture = Picture("score_matrix.svg", heat, "Heat map of the score matrix, which the table below it repeats")
     return Section("Score matrix", [Text(note), Plots([picture]), Folded("The same as a table", table)])
 
 
@@ -68,12 +60,13 @@ def stages(run: Run) -> Section:
     pictures = []
     for number, title in enumerate(titles):
         task = number - 1 if number else None
-        learnt, end = (None, None) if task is None else run.scores[[number, run.last], task]
-        alt = f"Score over stages: {title}" + (f", learnt {points(learnt)}, at the end {points(end)}" if number else "")
+        line = [mean_seen(row[: stage or None]) if task is None else row[task] for stage, row in enumerate(run.scores)]
+        spoken = ", ".join(f"stage {stage} {points(value)}" for stage, value in enumerate(line) if stage >= number)
+        alt = f"Score over stages of {title}: {spoken}"
         pictures.append(Picture(f"stages_{number}.svg", plots.accuracy(run.scores, task, title), alt))
     note = (
-        "Score in percent over the stages, numbered as in the matrix. Open dot: zero-shot. The line begins where the task is "
-        "learnt; grey lines are the other tasks. Labels: the score when learnt, and in bold the last one."
+        "Score in percent over the stages, numbered as in the matrix. Open dot: zero-shot. The line begins where the "
+        "task is learnt; grey lines are the other tasks. Labels: the score when learnt, and in bold the last one."
     )
     return Section("Accuracy over stages", [Text(note), Plots(pictures)])
 
@@ -104,8 +97,8 @@ def why_it_forgets(run: Run) -> Section:
     rows.append(["mean", *(points(value, signed=True) for value in sums)])
     note = (
         "What keeps each task from 100 percent, when it was learnt and at the end, in percent of all its samples: "
-        "hallucination (an answer of the right form that is wrong), instruction unfollowing (an answer of the wrong form) and "
-        "other. Told apart by rules alone, without a judge."
+        "hallucination (an answer of the right form that is wrong), instruction unfollowing (an answer of the wrong "
+        "form) and other. Told apart by rules alone, without a judge."
     )
     head = ["growth since learnt", "hallucination", "instruction unfollowing", "other", "sum"]
     caption = "Last row: Avg.HAL + Avg.IUF + Avg.OTH = Forgetting, in points."

@@ -47,11 +47,15 @@ def load(name: str) -> Suite:
     path = folder / "suite.json"
     values = _json(path)
     try:
-        tasks = tuple(_build(Task, {"name": task, **_json(folder / f"{task}.json")}, folder / task) for task in values["tasks"])
+        tasks = tuple(
+            _build(Task, {"name": task, **_json(folder / f"{task}.json")}, folder / task) for task in values["tasks"]
+        )
         orders = {label: tuple(order) for label, order in values["orders"].items()}
         budgets = {label: _build(Recipe, recipe, path) for label, recipe in values["budgets"].items()}
     except (KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"the manifest {path} needs 'tasks' (a list), 'orders' and 'budgets' (objects): {error!r}") from error
+        raise UserError(
+            f"the manifest {path} needs 'tasks' (a list), 'orders' and 'budgets' (objects): {error!r}"
+        ) from error
     return Suite(
         name=folder.name,
         description=values.get("description", ""),
@@ -82,6 +86,4 @@ def order(suite: Suite, spec: str) -> tuple[str, ...]:
     listed = tuple(spec.split(","))
     if set(listed) <= set(known) and len(set(listed)) == len(listed):
         return listed
-    raise unknown(
-        "order", spec, [*suite.orders, "reverse", "alphabet", "random:K", f"or a list of: {','.join(known)}"]
-    )
+    raise unknown("order", spec, [*suite.orders, "reverse", "alphabet", "random:K", f"or a list of: {','.join(known)}"])

@@ -1,0 +1,93 @@
+"""Fisher information as a sum of squared gradients, and the unit that is squared."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from cnext import ops
+from cnext.averaging.base import by_kind, laid_out
+from cnext.errors import UserError, unknown
+
+UNITS = ("step", "micro-batch", "sample")
+
+
+class FisherAccumulator:
+    """F += the squared gradients of a step's units. What a unit is decides what F means:
+
+    - "step": the gradient that the optimizer uses, as ``.grad`` holds it: accumulated or reduced, one square. One pass.
+    - "micro-batch": every backward pass by itself, seen by hooks before ``.grad`` sums them, with whatever scale the
+      loss had in it.
+    - "sample": every sample by itself, the paper's Eq. 2. One more backward pass per sample.
+
+    The square of a mean is not the mean of squares: over a batch of n unrelated gradients F of "step" is 1/n of the
+    mean over "sample". F is a sum, so k batches of n samples give the F of one batch of k n for "sample"; for "step"
+    they do where ``.grad`` has accumulated to the same; for "micro-batch" they do not. Divide by the number of units
+    for a mean.
+
+    Args:
+        unit: one of UNITS.
+
+    Reference: Continual-NExT, arXiv 2602.18055, Eq. 2.
+    """
+
+    def __init__(self, unit: str = "step") -> None:
+        if unit not in UNITS:
+            raise unknown("unit", unit, UNITS)
+        self.unit = unit
+        self.parameters: Mapping[str, nn.Parameter] = {}
+        self.fisher: Mapping[str, Tensor] = {}
+        self._hooks: list[RemovableHandle] = []
+
+    def open(
+        self, parameters: Mapping[str, nn.Parameter], fisher: Mapping[str, Tensor], active: Callable[[], bool]
+    ) -> None:
+        """From now on, gradients of ``parameters`` go into the float32 ``fisher`` of their names while ``active()``."""
+        distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+        if self.unit != "step" and distributed and torch.distributed.get_world_size() > 1:
+            raise UserError(
+                f"unit {self.unit!r} reads gradients before they are reduced, so ranks would differ; use unit 'step'"
+            )
+        self.parameters, self.fisher, self.active = parameters, fisher, active
+        if self.unit == "micro-batch":
+            self._hooks = [parameter.register_hook(self._hook(name)) for name, parameter in parameters.items()]
+
+    def step(self, losses: Tensor | None) -> None:
+        """The step's backward passes are done (unit "sample": may be to come).
+
+        Args:
+            losses: (batch,) the samples' own losses with their graph alive, for the unit "sample".
+        """
+        if (losses is not None) != (self.unit == "sample"):
+            expected = "the samples' losses, (batch,)" if self.unit == "sample" else "no losses"
+            raise UserError(f"unit {self.unit!r} expects {expected}; got {'none' if losses is None else 'losses'}")
+        if not self.active():
+            return
+        if losses is not None:
+            names, parameters = list(self.parameters), list(self.parameters.values())
+            for loss in losses.unbind():
+                found = torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True)
+                self._add(dict(zip(names, found, strict=True)))
+        elif self.unit == "step":
+            self._add({name: parameter.grad for name, parameter in self.parameters.items()})
+
+    def close(self) -> None:
+        """Lets go of the parameters."""
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks, self.parameters, self.fisher = [], {}, {}
+
+    def _hook(self, name: str) -> Callable[[Tensor], None]:
+        def add(gradient: Tensor) -> None:
+            if self.active():
+                self._add({name: gradient})
+
+        return add
+
+    def _add(self, gradients: Mapping[str, Tensor | None]) -> None:
+        found = {name: laid_out(g, self.parameters[name]) for name, g in gradients.items() if g is not None}
+        for names in by_kind(found):
+            ops.fisher_accumulate_([self.fisher[name] for name in names], [found[name] for name in names])

@@ -1,0 +1,206 @@
+"""The rules that average at every step: an average beside the parameters, which replaces them when the task ends."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from cnext import ops
+from cnext.averaging.base import MovingAverage, by_kind, laid_out, spread
+from cnext.errors import UserError
+
+
+class PerStepAverage(MovingAverage):
+    """Keeps ``ema``, which starts the task as the parameters; subclasses say how a step moves it.
+
+    Args:
+        dtype: of the average. In bfloat16 a step of less than 1/256 of a value is lost.
+    """
+
+    def __init__(self, dtype: torch.dtype = torch.float32) -> None:
+        super().__init__()
+        self.dtype = dtype
+        self.ema: dict[str, Tensor] = {}
+
+    def slots(self) -> dict[str, dict[str, Tensor]]:
+        return {"ema": self.ema}
+
+    def evaluated(self) -> Mapping[str, Tensor]:
+        return self.ema
+
+    def start(self) -> None:
+        for name, parameter in self.parameters.items():
+            self.ema[name] = parameter.detach().to(self.dtype, copy=True)
+        self.groups = list(by_kind(self.parameters))
+
+    def finish(self) -> dict[str, tuple[float, float]]:
+        with torch.no_grad():
+            for name, parameter in self.parameters.items():
+                parameter.copy_(self.ema[name])
+        for slot in self.slots().values():
+            slot.clear()
+        return {}
+
+    def like(self, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+        """A zero for every parameter, in its own dtype or another."""
+        return {n: torch.zeros_like(p, dtype=dtype, requires_grad=False) for n, p in self.parameters.items()}
+
+    def listed(self, slot: Mapping[str, Tensor], names: list[str]) -> list[Tensor]:
+        return [slot[name] for name in names]
+
+    def gradients(self, names: list[str]) -> list[Tensor]:
+        return [laid_out(self.parameters[name].grad, self.parameters[name]) for name in names]
+
+
+class Constant(PerStepAverage):
+    """ema <- beta ema + (1 - beta) theta, with beta = retention^(1 / steps).
+
+    Args:
+        retention: weight that the task's starting values keep until its end. A beta by itself means nothing before it
+            is multiplied over the steps.
+        beta: takes this beta whatever the number of steps.
+    """
+
+    name = "constant"
+
+    def __init__(self, retention: float = 0.13, beta: float | None = None, dtype: torch.dtype = torch.float32) -> None:
+        super().__init__(dtype)
+        if not 0 < retention < 1 or not (beta is None or 0 <= beta <= 1):
+            raise UserError(f"Constant: expected retention in (0, 1) and beta in [0, 1], got {retention} and {beta}")
+        self.retention, self.beta = retention, beta
+
+    def read_gradients(self, losses: Tensor | None) -> None:
+        beta = self.retention ** (1 / self.steps) if self.beta is None else self.beta
+        for names in self.groups:
+            ops.ema_step_(self.listed(self.parameters, names), self.listed(self.ema, names), beta=beta)
+
+    def finish(self) -> dict[str, tuple[float, float]]:
+        self.read_gradients(None)
+        return super().finish()
+
+
+class PemaStep(PerStepAverage):
+    """Every step, per parameter: beta = level / (F + level), level = kappa mean(F) of the tensor.
+
+    F is the sum of the task's squared gradients. Only its shape within a tensor matters, as the level follows its mean
+    (over the steps before this one). kappa = b / (1 - b) with b = retention^(1 / steps), so an element with the mean F
+    keeps ``retention`` of its starting value over the task, and one with a smaller F more.
+
+    Args:
+        retention: what is kept over the task where F is at its mean.
+        kappa: takes this kappa whatever the number of steps.
+    """
+
+    name = "pema-step"
+
+    def __init__(self, retention: float = 0.05, kappa: float | None = None, dtype: torch.dtype = torch.float32) -> None:
+        super().__init__(dtype)
+        if not 0 < retention < 1 or not (kappa is None or kappa > 0):
+            raise UserError(f"PemaStep: expected retention in (0, 1) and kappa > 0, got {retention} and {kappa}")
+        self.retention, self.kappa = retention, kappa
+        self.fisher: dict[str, Tensor] = {}
+        self.level: dict[str, Tensor] = {}
+
+    def slots(self) -> dict[str, dict[str, Tensor]]:
+        return {"ema": self.ema, "fisher": self.fisher, "level": self.level}
+
+    def start(self) -> None:
+        super().start()
+        beta = self.retention ** (1 / self.steps)
+        kappa = beta / (1 - beta) if self.kappa is None else self.kappa
+        self.fisher |= self.like(torch.float32)
+        self._levels, self._factors, self._rows = [], [], []
+        for names in self.groups:
+            sizes = [float(self.parameters[name].numel()) for name in names]
+            device = self.parameters[names[0]].device
+            self._factors.append(kappa / torch.tensor(sizes, dtype=torch.float64, device=device))
+            self._levels.append(torch.zeros(len(names), dtype=torch.float64, device=device))
+            self._rows.append(torch.zeros(len(names), 4, dtype=torch.float64, device=device))
+            self.level |= dict(zip(names, self._levels[-1].unbind(), strict=True))
+
+    def read_gradients(self, losses: Tensor | None) -> None:
+        self._average(1.0)
+
+    def _average(self, scale: float) -> None:
+        for k, names in enumerate(self.groups):
+            theta = self.listed(self.parameters, names)
+            gradients = self.gradients(names) if scale else theta
+            state = self.listed(self.fisher, names), self.listed(self.ema, names)
+            rows = ops.pema_step_(theta, gradients, *state, self._levels[k], scale=scale)
+            self._levels[k].copy_(rows[:, 1] * self._factors[k])
+            self._rows[k].copy_(rows)
+
+    def finish(self) -> dict[str, tuple[float, float]]:
+        self._average(0.0)
+        rows = {
+            n: row
+            for names, rows in zip(self.groups, self._rows, strict=True)
+            for n, row in zip(names, rows.tolist(), strict=True)
+        }
+        super().finish()
+        return {name: spread([rows[name][0], *rows[name][2:]]) for name in self.parameters}
+
+
+class PemaLiteral(PerStepAverage):
+    """The paper's Eq. 4 per parameter and step, beta = (g + 1) / ((theta - ema) g^2 + damping), guarded.
+
+    At the sizes that occur beta is about 1 / damping nearly everywhere, so the guard decides: "fallback" makes the rule
+    a constant average, "clamp" keeps the parameters where they were. ``inside`` is the share of beta in (0, 1) over
+    the last task; below 1% `end_task` warns.
+
+    Args:
+        guard: "fallback" or "clamp", for beta outside (0, 1).
+        fallback: the constant of the guard "fallback".
+        damping: lambda of Eq. 3.
+    """
+
+    name = "pema-literal"
+
+    def __init__(
+        self,
+        guard: str = "fallback",
+        fallback: float = 0.99,
+        damping: float = 1e-5,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        super().__init__(dtype)
+        if guard not in ops.GUARDS:
+            raise UserError(f"PemaLiteral: guard is {guard!r}; expected one of {', '.join(ops.GUARDS)}")
+        self.numbers = {"guard": guard, "fallback": fallback, "damping": damping}
+        self.fisher: dict[str, Tensor] = {}
+        self.counts: dict[str, Tensor] = {}
+        self.inside = float("nan")
+
+    def slots(self) -> dict[str, dict[str, Tensor]]:
+        return {"ema": self.ema, "fisher": self.fisher, "counts": self.counts}
+
+    def start(self) -> None:
+        super().start()
+        self.fisher |= self.like(torch.float32)
+        self._counted = []
+        for names in self.groups:
+            device = self.parameters[names[0]].device
+            self._counted.append(torch.zeros(len(names), 4, dtype=torch.float64, device=device))
+            self.counts |= dict(zip(names, self._counted[-1].unbind(), strict=True))
+
+    def read_gradients(self, losses: Tensor | None) -> None:
+        for names, counted in zip(self.groups, self._counted, strict=True):
+            state = self.listed(self.fisher, names), self.listed(self.ema, names)
+            theta = self.listed(self.parameters, names)
+            counted += ops.pema_literal_(theta, self.gradients(names), *state, **self.numbers)
+
+    def finish(self) -> dict[str, tuple[float, float]]:
+        number, inside = (sum(float(counted[:, k].sum()) for counted in self._counted) for k in (0, 1))
+        self.inside = inside / number if number else float("nan")
+        super().finish()
+        if number and self.inside < 0.01:
+            warnings.warn(
+                f"pema-literal: {100 * (1 - self.inside):.2f}% of beta lay outside (0, 1), where the guard "
+                f"{self.numbers['guard']!r} decided; the run is a constant average in all but name",
+                RuntimeWarning,
+                stacklevel=3,
+            )
+        return {}

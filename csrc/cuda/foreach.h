@@ -1,0 +1,40 @@
+// Launches a rule over lists of tensors on a stream. No Python here, and no torch.
+#pragma once
+
+#include <cstdint>
+
+constexpr int64_t kBlockElements = 4096;  // elements that one thread block works on
+
+using Stream = struct CUstream_st*;  // cudaStream_t, named so that no CUDA header is needed
+
+struct Lists {
+  const int64_t* addresses;  // (operands, tensors)
+  const int64_t* sizes;      // (tensors,) elements
+  int64_t tensors;
+};
+
+struct Numbers {
+  double scalars[8];
+  const double* rows;  // (tensors, row_width) on the device, or null
+  int64_t row_width;
+};
+
+struct Counts {
+  double* columns;   // (tensors, columns), written
+  double* partial;   // (blocks, columns), scratch
+  uint32_t* tickets;  // (tensors,) zeros; zeros again afterwards
+};
+
+struct Kernel {
+  const char* rule;
+  const char* dtypes;  // one letter per operand: f float32, b bfloat16
+  const char* kinds;   // one letter per counted column
+  const char* (*launch)(const Lists&, const Numbers&, const Counts&, Stream);  // an error's text, or null
+};
+
+struct KernelTable {
+  const Kernel* kernels;
+  int size;
+};
+
+KernelTable averaging_kernels();

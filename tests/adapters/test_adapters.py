@@ -1,0 +1,138 @@
+"""Branch roles, the adapter layer's formula, and that attaching, freezing and detaching do just that."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from cnext import adapters
+from cnext.adapters import BRANCH_ROLES, AdapterLinear, Branch, roles_of
+
+
+@pytest.mark.parametrize(
+    ("reads", "writes", "expected"),
+    [
+        (("text", "image"), ("text",), {"text-general", "image-general", "text-expert"}),
+        (("text",), ("image",), {"text-general", "image-expert"}),
+        (("text", "image"), ("image",), {"text-general", "image-general", "image-expert"}),
+        (("text",), ("text", "image"), {"text-general", "text-expert", "image-expert"}),
+    ],
+    ids=["comprehension", "generation", "editing", "interleaved"],
+)
+def test_roles_of_a_task(reads: tuple, writes: tuple, expected: set) -> None:
+    """The released freeze table: all but 3 trained for comprehension, 0 and 3 for Flickr30k, all but 2 for HQEdit."""
+    assert {role.name for role in roles_of(reads, writes)} == expected
+
+
+def test_roles_keep_the_released_order() -> None:
+    assert [role.name for role in BRANCH_ROLES] == ["text-general", "image-general", "text-expert", "image-expert"]
+
+
+def test_an_unknown_modality_is_named() -> None:
+    with pytest.raises(ValueError, match="unknown modality audio; valid: text, image"):
+        roles_of(("audio", "text"), ("text",))
+
+
+def filled(out_features: int, in_features: int, ranks: dict[str, int], **options: float) -> AdapterLinear:
+    branches = {name: Branch(torch.randn(rank, in_features), out_features) for name, rank in ranks.items()}
+    for branch in branches.values():
+        nn.init.normal_(branch.B)
+    return AdapterLinear(nn.Linear(in_features, out_features), branches, **options)
+
+
+@pytest.mark.parametrize("ranks", [{"a": 8}, {"a": 8, "b": 8, "c": 8, "d": 8}, {"a": 1, "b": 5}], ids=["1", "4", "odd"])
+@pytest.mark.parametrize("shape", [(7,), (3, 7), (2, 3, 7), (0, 7)], ids=str)
+def test_the_formula(ranks: dict[str, int], shape: tuple[int, ...]) -> None:
+    torch.manual_seed(0)
+    layer, x = filled(5, 7, ranks, scale=0.5).double(), torch.randn(shape, dtype=torch.float64)
+    expected = F.linear(x, layer.base.weight, layer.base.bias)
+    for branch in layer.branches.values():
+        expected = expected + 0.5 * (x @ branch.A.T) @ branch.B.T
+    torch.testing.assert_close(layer(x), expected)
+
+
+def test_four_branches_are_one_lora_of_their_concatenation() -> None:
+    torch.manual_seed(0)
+    four, x = filled(5, 7, dict.fromkeys("abcd", 2)), torch.randn(3, 7)
+    one = filled(5, 7, {"lora": 8})
+    one.base = four.base
+    with torch.no_grad():
+        one.branches["lora"].A.copy_(torch.cat([branch.A for branch in four.branches.values()]))
+        one.branches["lora"].B.copy_(torch.cat([branch.B for branch in four.branches.values()], 1))
+    torch.testing.assert_close(four(x), one(x), rtol=1e-5, atol=1e-5)
+
+
+def test_a_frozen_branch_adds_to_the_output_and_gets_no_gradient() -> None:
+    torch.manual_seed(0)
+    layer, x = filled(5, 7, {"frozen": 2, "live": 2}), torch.randn(3, 7)
+    layer.requires_grad_(False)
+    layer.branches["live"].requires_grad_(True)
+    before = layer(x)
+    before.sum().backward()
+    assert layer.branches["frozen"].A.grad is None
+    assert layer.branches["live"].A.grad.abs().sum() > 0
+    with torch.no_grad():
+        layer.branches["frozen"].B.zero_()
+    assert not torch.equal(layer(x), before)
+
+
+def test_dropout_acts_on_the_branches_in_training_only() -> None:
+    torch.manual_seed(0)
+    layer, x = filled(5, 7, {"a": 4}, dropout=0.5), torch.randn(64, 7)
+    base = layer.base(x)
+    assert torch.equal(layer.eval()(x), layer(x))
+    dropped = layer.train()(x)
+    assert not torch.equal(dropped, layer.eval()(x))
+    with torch.no_grad():
+        layer.branches["a"].B.zero_()
+    assert torch.equal(layer.train()(x), base), "the base must see x whole"
+
+
+class Toy(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.q_proj, self.v_proj, self.norm = nn.Linear(6, 6), nn.Linear(6, 4), nn.LayerNorm(4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.norm(self.v_proj(self.q_proj(x)))
+
+
+def test_attach_changes_nothing_until_trained_and_detach_gives_the_model_back() -> None:
+    model, x = Toy(), torch.randn(3, 6)
+    original, before = copy.deepcopy(model.state_dict()), model(x)
+    adapters.attach(model, ("q_proj", "v_proj"), {"a": 2, "b": 3})
+    assert torch.equal(model(x), before)
+    with torch.no_grad():
+        for parameter in adapters.branch_parameters(model).values():
+            parameter.normal_()
+    assert not torch.equal(model(x), before)
+    adapters.detach(model)
+    assert torch.equal(model(x), before)
+    assert original.keys() == model.state_dict().keys()
+
+
+def test_targets_that_match_nothing_are_named() -> None:
+    with pytest.raises(ValueError, match=r"no linear layer of the model is named k_proj, norm"):
+        adapters.attach(Toy(), ("q_proj", "k_proj", "norm"), {"a": 2})
+
+
+def test_the_same_total_rank_starts_from_the_same_numbers() -> None:
+    one, four = Toy(), Toy()
+    for model, ranks in ((one, {"lora": 8}), (four, dict.fromkeys("abcd", 2))):
+        adapters.attach(model, ("q_proj",), ranks, generator=torch.Generator().manual_seed(3))
+    whole = adapters.layers(one)["q_proj"].branches["lora"].A
+    parts = torch.cat([branch.A for branch in adapters.layers(four)["q_proj"].branches.values()])
+    assert torch.equal(whole, parts)
+    assert whole.abs().max() <= 6**-0.5
+
+
+def test_set_trainable_unfreezes_the_named_branches_alone() -> None:
+    model = adapters.attach(Toy(), ("q_proj", "v_proj"), {"a": 2, "b": 3})
+    chosen = adapters.set_trainable(model, ["b"])
+    assert set(chosen) == {f"{layer}.b.{part}" for layer in ("q_proj", "v_proj") for part in "AB"}
+    live = {id(parameter) for parameter in model.parameters() if parameter.requires_grad}
+    assert live == {id(parameter) for parameter in chosen.values()}

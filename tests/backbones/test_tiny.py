@@ -1,0 +1,165 @@
+"""The tiny backbone: its tokenizer, its sequences, its loss, and greedy generation with a cache."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from cnext.backbones.tiny.model import IGNORED, IMAGE_LOSS_WEIGHT, TinyBackbone
+from cnext.backbones.tiny.tokenizer import TinyTokenizer
+from cnext.backbones.tiny.vision import TOKENS
+from cnext.tasks import formats, suites
+from cnext.tasks.base import Sample, Turn
+
+TASKS = ("VQAv2", "ImageNet", "Flickr30k", "OCRVQA", "RefCOCO", "HQEdit")
+
+
+def samples(data: Path, task: str, split: str = "train") -> list[Sample]:
+    return formats.read(suites.load("next-tiny").task(task), data, split)
+
+
+@pytest.mark.parametrize(
+    ("text", "decoded"),
+    [
+        ("Red", "red"),
+        ("[0.38,0.41,0.51,0.67]", "[0.38,0.41,0.51,0.67]"),
+        ("fox", "fox"),
+        ("it is a fox ring", "it is a fox ring"),
+        ("what? (red)", "what? red"),
+        ("", ""),
+    ],
+)
+def test_tokenizer_round_trip(text: str, decoded: str) -> None:
+    tokenizer = TinyTokenizer()
+    assert tokenizer.decode(tokenizer.encode(text)) == decoded
+
+
+def test_a_box_is_17_tokens_and_an_unknown_word_its_letters() -> None:
+    tokenizer = TinyTokenizer()
+    assert len(tokenizer.encode("[0.38,0.41,0.51,0.67]")) == 17
+    assert [tokenizer.tokens[i] for i in tokenizer.encode("Fox")] == ["#f", "#o", "#x"]
+
+
+def test_special_tokens_cannot_be_typed_into_an_answer() -> None:
+    tokenizer = TinyTokenizer()
+    assert tokenizer.decode(tokenizer.encode("red <img> </s> ring")) == "red ring"
+
+
+def test_parameter_counts(tiny: TinyBackbone) -> None:
+    count = {name: sum(p.numel() for p in module.parameters()) for name, module in tiny.named_children()}
+    assert (count["encoder"], count["detokenizer"]) == (105_312, 219_939)
+    assert 840_000 < sum(count.values()) - count["encoder"] - count["detokenizer"] < 880_000
+    assert not any(parameter.requires_grad for parameter in tiny.parameters())
+
+
+def test_text_sequence(tiny: TinyBackbone) -> None:
+    """Two turns: only the answers and the end are supervised; the picture comes before the first question."""
+    token = tiny.tokenizer
+    sample = Sample("1", (Turn("what color", "red"), Turn("what shape", "ring")), image=Path("picture"))
+    item = tiny.assemble(sample, torch.zeros(TOKENS, 64), None)
+    names = [token.tokens[index] for index in item.ids]
+    assert names[:3] == ["<s>", "[inst]", "<img>"]
+    assert names[3 : 3 + TOKENS] == ["<patch>"] * TOKENS
+    assert names[3 + TOKENS :] == [
+        "</img>",
+        "what",
+        "color",
+        "[/inst]",
+        "red",
+        "\n",
+        "[inst]",
+        "what",
+        "shape",
+        "[/inst]",
+        "ring",
+        "</s>",
+    ]
+    assert [token.tokens[label] for label in item.labels if label != IGNORED] == ["red", "ring", "</s>"]
+
+
+def test_image_sequence(tiny: TinyBackbone) -> None:
+    """A picture to write is <img>, supervised, and 16 queries, which are not."""
+    sample = Sample("1", (Turn("draw red ring"),), target_image=Path("picture"))
+    item = tiny.assemble(sample, None, torch.zeros(TOKENS, 64))
+    token = tiny.tokenizer
+    assert [token.tokens[index] for index in item.ids][-TOKENS - 1 :] == ["<img>"] + ["<patch>"] * TOKENS
+    assert [token.tokens[label] for label in item.labels if label != IGNORED] == ["<img>"]
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_loss_by_hand(tiny: TinyBackbone, data: Path, task: str) -> None:
+    """The batch's loss equals CE + 6 MSE put together sample by sample, without padding."""
+    encoded = tiny.encode(samples(data, task)[:5])
+    loss = tiny.loss(encoded)
+    logits, labels, drawn, wanted = [], [], [], []
+    for item in encoded:
+        embeddings, writes = tiny._embed(item.ids[None], [item.features], [item.target is not None])
+        hidden = tiny.decoder.model(inputs_embeds=embeddings).last_hidden_state[0]
+        keep = item.labels[1:] != IGNORED
+        logits.append(tiny.decoder.lm_head(hidden[:-1][keep]))
+        labels.append(item.labels[1:][keep])
+        if item.target is not None:
+            drawn.append(tiny.output_projection(hidden[writes[0]]))
+            wanted.append(item.target)
+    text = F.cross_entropy(torch.cat(logits), torch.cat(labels))
+    image = F.mse_loss(torch.stack(drawn), torch.stack(wanted)) if drawn else torch.zeros(())
+    torch.testing.assert_close(loss.text, text)
+    torch.testing.assert_close(loss.image, image)
+    torch.testing.assert_close(loss.total, text + IMAGE_LOSS_WEIGHT * image)
+    assert loss.tokens == sum(map(len, labels)) + TOKENS * len(wanted)
+
+
+def test_greedy_generation_equals_a_plain_loop(tiny: TinyBackbone, data: Path) -> None:
+    """The cache and the padding on the left change no token."""
+    token = tiny.tokenizer
+    mixed = (
+        samples(data, "VQAv2", "test")[:4]
+        + samples(data, "RefCOCO", "test")[:4]
+        + samples(data, "Flickr30k", "test")[:2]
+    )
+    answers = tiny.generate(mixed, 20)
+    for sample, answer in zip(mixed, answers, strict=True):
+        features = tiny.features([sample.image])[0] if sample.image else None
+        ids, written = tiny.prompt(sample), []
+        for _ in range(20):
+            embeddings, _ = tiny._embed(torch.tensor([ids + written]), [features], [False])
+            logits = tiny.decoder.lm_head(tiny.decoder.model(inputs_embeds=embeddings).last_hidden_state[0, -1])
+            logits[[token["<pad>"], token["<s>"], token["<patch>"]]] = -torch.inf
+            written.append(int(logits.argmax()))
+            if written[-1] in (token["</s>"], token["<img>"]):
+                break
+        assert token.decode(written) == answer.text
+        assert (written[-1] == token["<img>"]) == (answer.image is not None)
+
+
+def test_drawing_reads_no_target(tiny: TinyBackbone, data: Path) -> None:
+    """The answer to a sample does not depend on its reference answer or its target image."""
+    sample = samples(data, "HQEdit", "test")[0]
+    blind = Sample(sample.id, (Turn(sample.turns[0].instruction, "nonsense"),), sample.image, Path("nowhere.png"))
+    one, other = tiny.generate([sample], 8)[0], tiny.generate([blind], 8)[0]
+    assert one.text == other.text
+    assert (one.image is None) == (other.image is None)
+    assert one.image is None or (one.image == other.image).all()
+
+
+def test_pictures_have_the_right_form(tiny: TinyBackbone, data: Path) -> None:
+    drawn = [p.image for p in tiny.generate(samples(data, "Flickr30k", "test"), 8) if p.image is not None]
+    assert drawn, "the pretrained model draws"
+    assert all(image.shape == (48, 48, 3) and image.dtype.name == "uint8" for image in drawn)
+
+
+def test_encoder_and_detokenizer_agree(tiny: TinyBackbone, data: Path) -> None:
+    """The autoencoder's round trip is far closer to the picture than another picture is."""
+    paths = [sample.image for sample in samples(data, "VQAv2")]
+    features = tiny.features(paths)
+    pixels = tiny.detokenizer(features)
+    error = F.mse_loss(tiny.encoder(pixels), features)
+    assert error < 0.25 * F.mse_loss(features.roll(1, 0), features)
+
+
+def test_missing_weights_are_named(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError):
+        TinyBackbone.load(weights=tmp_path / "none.safetensors")

@@ -1,0 +1,40 @@
+"""What all tests share: one thread, a small suite in a folder of its own, and the tiny backbone."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from cnext.backbones.tiny.model import TinyBackbone
+from cnext.tasks import suites, synthetic
+
+torch.set_num_threads(1)
+TRAIN, TEST, STEPS = 32, 8, 4
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The synthetic suite's files, a few of each."""
+    return synthetic.write_next_tiny(tmp_path_factory.mktemp("suite") / "data", TRAIN, TEST)
+
+
+@pytest.fixture(scope="session")
+def toy_suite(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """next-tiny with a budget of a few steps and samples, as a suite folder of a user's own."""
+    folder = tmp_path_factory.mktemp("suites") / "toy"
+    shutil.copytree(suites.FOLDER / "next-tiny", folder)
+    manifest = json.loads((folder / "suite.json").read_text())
+    recipe = manifest["budgets"]["default"] | {"train_samples": TRAIN, "test_samples": TEST, "warmup_steps": 1}
+    manifest["budgets"] = {"default": recipe | {"steps": dict.fromkeys(manifest["tasks"], STEPS)}}
+    (folder / "suite.json").write_text(json.dumps(manifest))
+    return folder
+
+
+@pytest.fixture
+def tiny() -> TinyBackbone:
+    """The pretrained tiny backbone, fresh."""
+    return TinyBackbone.load()

@@ -1,0 +1,113 @@
+"""MAGE: which branches a task trains, what the frozen ones are spared, and the merge against a plain loop."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from methods.sequence import RECIPE, STEPS, Sequence
+
+from cnext import adapters
+from cnext.backbones.tiny.model import TinyBackbone
+from cnext.methods.lora import Lora
+from cnext.methods.mage import Mage
+from cnext.tasks.base import Task
+
+
+@pytest.mark.parametrize(
+    ("reads", "writes", "frozen"),
+    [
+        (("text", "image"), ("text",), {"image-expert"}),
+        (("text",), ("image",), {"image-general", "text-expert"}),
+        (("text", "image"), ("image",), {"text-expert"}),
+    ],
+    ids=["comprehension", "generation", "editing"],
+)
+def test_the_modalities_and_not_the_name_decide(tiny: TinyBackbone, reads: tuple, writes: tuple, frozen: set) -> None:
+    method = Mage()
+    method.setup(tiny, torch.Generator().manual_seed(0))
+    trained = method.trainable(tiny, Task("any name", reads, writes, "conversation", "short_answer", "", "", "", ""))
+    still = adapters.branch_parameters(tiny.language_model, frozen)
+    every = adapters.branch_parameters(tiny.language_model)
+    assert trained.keys() == every.keys() - still.keys()
+    assert not any(parameter.requires_grad for parameter in still.values())
+
+
+def test_as_many_parameters_as_lora(tiny: TinyBackbone) -> None:
+    other = TinyBackbone.load()
+    for backbone, method in ((tiny, Mage()), (other, Lora())):
+        method.setup(backbone, torch.Generator().manual_seed(0))
+    counts = [sum(p.numel() for p in adapters.branch_parameters(b.language_model).values()) for b in (tiny, other)]
+    assert counts == [312_320, 312_320]
+
+
+def test_frozen_branches_get_no_gradient_no_optimizer_state_and_no_decay(data: Path) -> None:
+    """The recipe decays by 0.1; the released code shrinks its frozen branches with it."""
+    sequence = Sequence("mage", data)
+    sequence.learn("HQEdit")
+    trainer = sequence.open("Flickr30k")
+    frozen = adapters.branch_parameters(sequence.tiny.language_model, ["image-general", "text-expert"])
+    before = {name: parameter.detach().clone() for name, parameter in frozen.items()}
+    assert any(parameter.abs().max() > 0 for name, parameter in frozen.items() if name.endswith("image-general.B"))
+    for _ in range(STEPS):
+        trainer.train_step()
+    assert all(torch.equal(before[name], parameter) for name, parameter in frozen.items())
+    assert all(parameter.grad is None for parameter in frozen.values())
+    optimized = {id(p) for group in trainer.optimizer.param_groups for p in group["params"]}
+    assert not optimized & {id(parameter) for parameter in frozen.values()}
+    assert not {id(p) for p in trainer.optimizer.state} & {id(parameter) for parameter in frozen.values()}
+
+
+def test_the_merge_against_a_plain_loop(data: Path) -> None:
+    """Two tasks: beta = mu / (F_t + mu + damping) with mu = F_old / C, F_t the normalized mean of squared gradients
+    over the second half of the steps; a branch that no task trained before keeps what it learnt."""
+    sequence = Sequence("mage", data)
+    method = sequence.method
+    fisher_old: dict[str, torch.Tensor] = {}
+    for name in ("VQAv2", "HQEdit"):
+        trainer = sequence.open(name)
+        start = {key: p.detach().double() for key, p in sequence.parameters.items()}
+        squares = {key: torch.zeros_like(value) for key, value in start.items()}
+        plain = method.transform_gradients
+
+        def observed(parameters: dict, *, trainer=trainer, squares=squares, plain=plain) -> None:
+            if trainer.step >= STEPS // 2:
+                for key, parameter in parameters.items():
+                    squares[key] += parameter.grad.double() ** 2
+            plain(parameters)
+
+        trainer.method.transform_gradients = observed
+        while trainer.step < STEPS:
+            trainer.train_step()
+        end = {key: p.detach().double() for key, p in sequence.parameters.items()}
+        method.after_task()
+        del trainer.method.transform_gradients
+        mean = sum(s.sum() for s in squares.values()) / sum(s.numel() for s in squares.values())
+        for key, parameter in sequence.parameters.items():
+            fisher = squares[key] / mean
+            mu = fisher_old.get(key, torch.zeros_like(fisher)) / method.c
+            beta = mu / (fisher + mu + method.damping)
+            torch.testing.assert_close(
+                parameter.detach().double(), beta * start[key] + (1 - beta) * end[key], rtol=1e-4, atol=1e-7
+            )
+            fisher_old[key] = fisher_old.get(key, 0) + fisher
+    fresh = [key for key in sequence.parameters if ".image-expert." in key]
+    assert fresh
+    assert all(torch.equal(sequence.parameters[key].detach().double(), end[key]) for key in fresh)
+
+
+def test_statistics_are_of_the_branches_trained(data: Path) -> None:
+    sequence = Sequence("mage", data)
+    sequence.learn("VQAv2")
+    trainer = sequence.open("Flickr30k")
+    while trainer.step < STEPS:
+        trainer.train_step()
+    statistics = sequence.method.after_task()
+    assert set(statistics) == {"text-general", "image-expert"}
+    assert 0 < statistics["text-general"]["mean"] < 1
+    assert statistics["image-expert"] == {"mean": 0.0, "std": 0.0}
+
+
+def test_the_recipe_of_these_tests_decays() -> None:
+    assert RECIPE.weight_decay > 0

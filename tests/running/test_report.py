@@ -1,0 +1,323 @@
+"""The report of finished, unfinished and odd runs, read back as a reader and a browser would."""
+
+from __future__ import annotations
+
+import html
+import io
+import itertools
+import json
+import re
+import shlex
+from html.parser import HTMLParser
+from pathlib import Path
+from xml.etree import ElementTree
+
+import numpy as np
+import pytest
+from PIL import Image
+from running.fake_run import HOSTILE, ORDER, write_fake_run
+
+from cnext.errors import UserError
+from cnext.running.report import plots, write_report
+from cnext.running.report.record import command
+from cnext.running.report.run import Run, points
+from cnext.running.report.samples import answers, drawings, picture
+from cnext.scoring.matrix import FORMULAS
+
+VOID = {"meta", "img", "br"}
+
+
+class Page(HTMLParser):
+    """What a page holds: its elements with their attributes, its tables as rows of text, and whether tags balance."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.elements: list[tuple[str, dict]] = []
+        self.tables: list[list[list[str]]] = []
+        self.open: list[str] = []
+        self.feed(text)
+        assert self.open == []
+
+    def handle_starttag(self, tag: str, attributes: list) -> None:
+        self.elements.append((tag, dict(attributes)))
+        if tag not in VOID:
+            self.open.append(tag)
+        if tag == "table":
+            self.tables.append([])
+        if tag == "tr":
+            self.tables[-1].append([])
+        if tag in ("td", "th"):
+            self.tables[-1][-1].append("")
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if self.open and self.open[-1] in ("td", "th"):
+            self.tables[-1][-1][-1] += data
+
+    def table(self, corner: str) -> dict[str, list[str]]:
+        """The rows of the table whose first head cell is that, by their first cell."""
+        [table] = [table for table in self.tables if table[0][0] == corner]
+        return {row[0]: row[1:] for row in table[1:]}
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = write_fake_run(tmp_path_factory.mktemp("finished"))
+    write_report(folder)
+    return folder
+
+
+def report(folder: Path) -> Page:
+    return Page(write_report(folder)[0].read_text())
+
+
+def results(folder: Path) -> dict:
+    return json.loads((folder / "results.json").read_text())
+
+
+def test_page_is_one_offline_file(run: Path) -> None:
+    text = (run / "report.html").read_text()
+    page = Page(text)
+    assert not {tag for tag, _ in page.elements} & {"script", "link", "iframe", "object"}
+    images = [attributes for tag, attributes in page.elements if tag == "img"]
+    assert len(images) > 30
+    assert all(image["src"].startswith("data:image/") and image["alt"] for image in images)
+    assert not re.search(r"""(src|href|url\()\s*=?\s*["']?(https?:|//|file:)""", text)
+    assert all("scope" in attributes for tag, attributes in page.elements if tag == "th")
+    assert "prefers-color-scheme:dark" in text
+
+
+def test_every_section_is_there(run: Path) -> None:
+    titles = re.findall(r"<h2>(.*?)</h2>", (run / "report.html").read_text())
+    assert titles == [
+        "Score matrix",
+        "Accuracy over stages",
+        "Why it forgets",
+        "Drawn over the stages",
+        "Answers over the stages",
+        "Training",
+        "Metrics",
+        "Costs",
+        "To run it again",
+    ]
+    assert re.findall(r"^## (.*)", (run / "report.md").read_text(), re.M) == titles
+
+
+def test_tables_hold_the_results(run: Path) -> None:
+    page, found = Page((run / "report.html").read_text()), results(run)
+    matrix = page.table("after stage")
+    for stage, row in enumerate(found["score_matrix"], 1):
+        cells = matrix[f"{stage} {ORDER[stage - 1]}"]
+        assert cells[:-1] == [points(value) for value in row]
+        assert cells[-1] == points(sum(row[:stage]) / stage)
+    shown = page.table("metric")
+    paper = found["profiles"]["paper"]["metrics"]
+    assert shown.keys() == found["metrics"].keys()
+    for name, (strict, other, _, formula) in shown.items():
+        assert (strict, other, formula) == (points(found["metrics"][name]), points(paper[name]), FORMULAS[name])
+    assert shown["avg_acc"][2] == points(paper["avg_acc"] - found["metrics"]["avg_acc"], signed=True)
+    mean = page.table("growth since learnt")["mean"]
+    assert mean[-1] == points(found["metrics"]["forgetting"], signed=True)
+
+
+def test_scores_per_task_under_both_profiles(run: Path) -> None:
+    found, row = results(run), Page((run / "report.html").read_text()).table("task")["ImageNet"]
+    matrices = [found["score_matrix"], found["profiles"]["paper"]["score_matrix"]]
+    learnt, end = ([matrix[stage][1] for matrix in matrices] for stage in (1, 5))
+    assert row[3:5] == [points(value) for value in learnt]
+    assert row[6:8] == [points(value) for value in end]
+    assert row[8] == points(end[1] - end[0], signed=True)
+
+
+def test_headline_in_large_figures(run: Path) -> None:
+    text, found = (run / "report.html").read_text(), results(run)
+    large = re.findall(r"<dd><b>(.*?)</b>", text)
+    metrics = [found["metrics"][name] for name in ("avg_acc", "forgetting", "new_acc")]
+    assert large == [points(value) for value in [*metrics, sum(found["zero_shot"]) / 6]]
+    assert 'class="banner"' not in text
+
+
+def test_untrusted_text_stays_text(run: Path) -> None:
+    text, marked = (run / "report.html").read_text(), (run / "report.md").read_text()
+    assert HOSTILE not in text
+    assert html.escape(HOSTILE) in text
+    assert "<script>" not in marked
+    assert r"\<script\>alert('x')\</script\> \| \*\*red\*\* \& \`blue\`" in marked
+
+
+def test_untrusted_names_stay_text(tmp_path: Path) -> None:
+    page = report(write_fake_run(tmp_path, ("a&b<i>", 'c"d$x_1$'), method="<b>m</b>"))
+    assert "i" not in {tag for tag, _ in page.elements}
+    assert "1 a&b<i>" in page.table("after stage")
+
+
+def test_markdown_pictures_exist_and_parse(run: Path) -> None:
+    names = re.findall(r"!\[[^\n]*?\]\(report_files/([\w.]+)\)", (run / "report.md").read_text())
+    files = {file.name for file in (run / "report_files").iterdir()}
+    assert set(names) == files
+    for name in names:
+        if name.endswith(".svg"):
+            ElementTree.parse(run / "report_files" / name)
+
+
+def test_report_is_deterministic(run: Path) -> None:
+    before = [(run / name).read_bytes() for name in ("report.html", "report.md")]
+    assert [path.read_bytes() for path in write_report(run)] == before
+
+
+@pytest.mark.parametrize("stages", [0, 1, 3])
+def test_unfinished_run(tmp_path: Path, stages: int) -> None:
+    folder = write_fake_run(tmp_path, stages=stages, samples=8)
+    page, text = report(folder), (folder / "report.html").read_text()
+    assert f"Unfinished: evaluated up to stage {stages} of 6." in text
+    assert page.table("after stage")["6 HQEdit"] == [points(None)] * 7
+    assert ("Why it forgets" in text) == (stages > 0)
+    assert (folder / "report_files" / "loss_3.svg").is_file() == (stages == 3)
+
+
+def test_unfinished_matrix_may_have_empty_rows(tmp_path: Path) -> None:
+    folder = write_fake_run(tmp_path, stages=2, samples=8)
+    found = results(folder)
+    found["score_matrix"] += [None, [None] * 6]
+    (folder / "results.json").write_text(json.dumps(found))
+    assert Run.read(folder).last == 2
+
+
+def test_results_alone_are_enough(tmp_path: Path, run: Path) -> None:
+    (tmp_path / "results.json").write_bytes((run / "results.json").read_bytes())
+    assert report(tmp_path).table("after stage")
+    assert "Drawn over the stages" not in (tmp_path / "report.html").read_text()
+
+
+def test_smoke_banner(tmp_path: Path) -> None:
+    folder = write_fake_run(tmp_path, samples=4, budget="smoke")
+    assert report(folder).elements
+    assert "its scores mean nothing" in (folder / "report.html").read_text()
+
+
+@pytest.mark.parametrize(
+    "tasks",
+    [("VQAv2",), ("VQAv2", "OCRVQA"), ("HQEdit",), tuple(f"a rather long task {n}" for n in range(11))],
+    ids=["one", "text-only", "image-only", "eleven"],
+)
+def test_any_number_of_tasks(tmp_path: Path, tasks: tuple[str, ...]) -> None:
+    folder = write_fake_run(tmp_path, tasks, samples=6, averaging=False)
+    page, text = report(folder), (folder / "report.html").read_text()
+    assert len(page.table("after stage")) == len(tasks) + 1
+    assert ("Drawn over the stages" in text) == ("HQEdit" in tasks)
+    assert "Moving average" not in text
+
+
+def test_contact_sheet(run: Path) -> None:
+    first, edit = drawings(Run.read(run)).blocks[1:]
+    assert [frame.label for frame in first.frames] == ["wanted", *map(Run.read(run).stage, (0, 3, 4, 5, 6))]
+    assert [frame.content is None for frame in first.frames] == [False, False, False, True, False, False]
+    assert first.frames[3].empty == "no image, but the words: a picture"
+    assert [frame.label for frame in edit.frames] == ["given", "wanted", "0 zero-shot", "6 HQEdit"]
+    rows = {row["id"]: row for row in Run.read(run).predictions(5, "Flickr30k")}
+    assert first.frames[4].verdict in {points(row["strict"]) for row in rows.values()}
+
+
+def test_lost_answers(run: Path) -> None:
+    record = Run.read(run)
+    learnt, end = ({row["id"]: row for row in record.predictions(stage, "VQAv2")} for stage in (1, 6))
+    right = [sample for sample, row in learnt.items() if row["strict"] == 100]
+    lost = [sample for sample in right if end[sample]["strict"] == 0]
+    title, *strips = answers(record).blocks[1:5]
+    assert title.text == f"VQAv2: of {len(right)} answers right when learnt, {len(lost)} wrong at the end"
+    assert len(lost) > 3
+    for strip in strips:
+        verdicts = {frame.label: frame.verdict for frame in strip.frames}
+        assert verdicts["1 VQAv2"] == "✓"
+        assert verdicts["6 HQEdit"].startswith("✗ ")
+    assert len({strip.frames[-1].content for strip in strips}) == 3
+
+
+def test_data_left_on_another_machine(tmp_path: Path) -> None:
+    folder = write_fake_run(tmp_path, ("VQAv2", "HQEdit"), samples=12)
+    for file in (folder / "data").iterdir():
+        file.unlink()
+    write_report(folder)
+    assert "file is not here" in (folder / "report.html").read_text()
+
+
+def test_small_pictures_are_enlarged_by_whole_pixels(tmp_path: Path) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (32, 48, 3), np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "small.png")
+    shown = Image.open(io.BytesIO(picture(tmp_path / "small.png", "shown.png", "").data))
+    assert np.array_equal(np.asarray(shown), pixels.repeat(5, 0).repeat(5, 1))
+
+
+def test_large_pictures_are_shrunk(tmp_path: Path) -> None:
+    Image.new("L", (1024, 512)).save(tmp_path / "large.png")
+    shown = Image.open(io.BytesIO(picture(tmp_path / "large.png", "shown.png", "").data))
+    assert shown.size == (256, 128)
+
+
+def test_loss_of_a_step_run_twice_counts_once(run: Path, tmp_path: Path) -> None:
+    rows = [{"stage": 1, "step": step, "loss": float(loss)} for step, loss in ((1, 9), (2, 8), (1, 7), (2, 6), (3, 5))]
+    (tmp_path / "results.json").write_bytes((run / "results.json").read_bytes())
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"stage": 1, "st')
+    assert Run.read(tmp_path).losses[1].tolist() == [7, 6, 5]
+
+
+def test_command_resolves_to_the_configuration(run: Path) -> None:
+    config = json.loads((run / "config.json").read_text())
+    words = shlex.split(
+        command({**config, "order": "a b,c", "hyperparameters": {"rank": 8, "freeze": False, "x": None}})
+    )
+    pairs = list(itertools.pairwise(words))
+    assert words[0] == "cnext-run"
+    assert {("--method", "mage"), ("--seeds", "0"), ("--order", "a b,c"), ("--mage.rank", "8")} <= set(pairs)
+    assert "--mage.no-freeze" in words
+    assert "--mage.x" not in words
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("results.json", None, "no such file; give a folder in which cnext-run has evaluated a stage"),
+        ("results.json", "{", "could not read one"),
+        ("results.json", "[]", "found list"),
+        ("results.json", '{"method": "mage"}', r"lacks \['suite', 'tasks', 'score_matrix'\]"),
+        ("cost.json", "{", "could not read one"),
+        ("train.jsonl", "{}}\n", "one JSON object a line"),
+        ("predictions/6_HQEdit/HQEdit/HQEdit-2.png", "no picture", "expected an image"),
+    ],
+    ids=["missing", "broken", "list", "keys", "cost", "row", "image"],
+)
+def test_bad_files_are_named(tmp_path: Path, name: str, content: str | None, message: str) -> None:
+    folder = write_fake_run(tmp_path, samples=4)
+    broken = folder / name
+    targets = list(broken.parent.glob("*.png")) if name.endswith("png") else [broken]
+    for target in targets:
+        target.unlink() if content is None else target.write_text(content)
+    with pytest.raises(UserError, match=message) as caught:
+        write_report(folder)
+    assert str(broken.parent) in str(caught.value)
+
+
+def contrast(first: str, second: str) -> float:
+    """The contrast ratio of WCAG 2.1."""
+
+    def luminance(colour: str) -> float:
+        parts = np.array([int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)])
+        linear = np.where(parts <= 0.04045, parts / 12.92, ((parts + 0.055) / 1.055) ** 2.4)
+        return float(linear @ (0.2126, 0.7152, 0.0722)) + 0.05
+
+    return max(luminance(first), luminance(second)) / min(luminance(first), luminance(second))
+
+
+@pytest.mark.parametrize("paper", [plots.PAPER, plots.DARK[plots.PAPER]], ids=["light", "dark"])
+def test_contrast(paper: str) -> None:
+    texts = [plots.INK, plots.MUTED] if paper == plots.PAPER else [plots.DARK[plots.INK], plots.DARK[plots.MUTED]]
+    assert min(contrast(paper, colour) for colour in texts) >= 4.5
+    assert min(contrast(paper, colour) for colour in plots.TASK_COLOURS) >= 3
+    assert min(contrast(plots.ERROR_COLOURS[error], ink) for error, ink in plots.ON_ERROR_COLOURS.items()) >= 4.5
+
+
+def test_points() -> None:
+    shown = [points(12.34), points(-0.04), points(-2.0, signed=True), points(2.0, signed=True), points(None)]
+    assert shown == ["12.3", "0.0", "\N{MINUS SIGN}2.0", "+2.0", "\N{EN DASH}"]

@@ -1,0 +1,92 @@
+"""The house keeps its floors: imports go downwards only, heavy libraries load where they are used."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import cnext
+
+ROOT = Path(cnext.__file__).parent
+FILES = sorted(path for path in ROOT.rglob("*.py"))
+LIGHT = {"torch", "numpy", "cnext"}
+SIBLINGS = ("methods", "backbones", "tasks", "scoring")
+BELOW = {
+    "errors": set(),
+    "ops": {"errors", "kernels"},
+    "kernels": set(),
+    "adapters": {"errors", "ops"},
+    "averaging": {"errors", "ops"},
+    **{name: {"errors", "ops", "adapters", "averaging"} for name in SIBLINGS},
+    "running": {"errors", "ops", "adapters", "averaging", *SIBLINGS},
+    "cli": {"errors", "running", *SIBLINGS},
+}
+
+
+def floor(path: Path) -> str:
+    return path.relative_to(ROOT).parts[0].removesuffix(".py")
+
+
+def imports(tree: ast.AST) -> list[str]:
+    found = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "relative import"
+            # "from cnext import ops" names the module "cnext.ops"
+            found += (
+                [f"{node.module}.{alias.name}" for alias in node.names] if node.module == "cnext" else [node.module]
+            )
+    return found
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_imports_go_downwards(path: Path) -> None:
+    if path == ROOT / "__init__.py":
+        return
+    here = floor(path)
+    for name in imports(ast.parse(path.read_text())):
+        parts = name.split(".")
+        if parts[0] != "cnext" or len(parts) == 1:
+            continue
+        there = parts[1]
+        if there == here:
+            continue
+        if here in SIBLINGS and there in SIBLINGS:
+            assert parts[2:3] == ["base"], f"{here} imports {name}: the four share their base types only"
+            continue
+        assert there in BELOW[here], f"{here} imports {name}, which is not below it"
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_module_top_imports_nothing_heavy(path: Path) -> None:
+    top = [node for node in ast.parse(path.read_text()).body if isinstance(node, ast.Import | ast.ImportFrom)]
+    for name in imports(ast.Module(body=top, type_ignores=[])):
+        package = name.split(".")[0]
+        assert package in LIGHT or package in sys.stdlib_module_names, f"{package} at module top"
+
+
+@pytest.mark.parametrize(
+    "code",
+    ["import cnext", "import cnext.cli", "from cnext.cli import main; main(['list'])"],
+    ids=["package", "cli", "list"],
+)
+def test_loads_without_torch(code: str) -> None:
+    heavy = "sys.modules.keys() & {'torch', 'numpy', 'transformers'}"
+    check = f"import sys; {code}; assert not ({heavy}), {heavy}"
+    subprocess.run([sys.executable, "-c", check], check=True, stdout=subprocess.DEVNULL)
+
+
+def test_public_names_resolve() -> None:
+    assert {name for name in cnext.__all__ if getattr(cnext, name)} == set(cnext.__all__)
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "methods").glob("*.py")), ids=lambda path: path.stem)
+def test_a_method_is_at_most_80_lines(path: Path) -> None:
+    if path.stem not in ("__init__", "base"):
+        assert len(path.read_text().splitlines()) <= 80
