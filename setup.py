@@ -61,7 +61,9 @@ CXX, NVCC = find_cxx(), find_nvcc()
 
 def cxx_flags() -> str:
     """Flags of every C++ source. No contraction: each instruction set then rounds the same way."""
-    flags = "-std=c++17 -O3 -fPIC -fvisibility=hidden -ffp-contract=off -fno-math-errno -fno-trapping-math -Wall -Wextra"
+    flags = (
+        "-std=c++17 -O3 -fPIC -fvisibility=hidden -Wall -Wextra -ffp-contract=off -fno-math-errno -fno-trapping-math"
+    )
     flags += " -Wno-unknown-pragmas" if sys.platform == "darwin" else " -fopenmp"
     if os.environ.get("CNEXT_WERROR"):
         flags += " -Werror"
@@ -128,7 +130,7 @@ def extensions() -> list[Extension]:
 
 
 PACKAGES = find_packages(include=["cnext", "cnext.*"])
-DATA = ["*.json", "*.safetensors", "*.md", "*.html", "*.txt", "py.typed"]
+DATA = ["*.json", "*.css", "*.safetensors", "*.md", "*.html", "*.txt", "py.typed"]
 setup(
     packages=[*PACKAGES, "cnext.kernels"],
     package_dir={"cnext": "cnext", "cnext.kernels": "kernels/triton"},

@@ -25,9 +25,9 @@ class MovingAverage(ABC):
 
     ``update`` sees the parameters that the gradient was taken at, so a per-step rule averages a pair that belongs
     together; the last step's result is averaged by ``end_task``, after which the parameters are the average. Where the
-    average lives beside the parameters during a task, ``for_eval`` puts it into them for a while. All tensors are read and written in place on their own device, nothing
-    waits for the device before ``end_task``, and under data parallelism every rank computes the same average, because
-    ``.grad`` is read after its reduction.
+    average lives beside the parameters during a task, ``for_eval`` puts it into them for a while. All tensors are read
+    and written in place on their own device, nothing waits for the device before ``end_task``, and under data
+    parallelism every rank computes the same average, because ``.grad`` is read after its reduction.
     """
 
     name: ClassVar[str]
@@ -91,8 +91,8 @@ class MovingAverage(ABC):
     def start(self) -> None:
         """A task has been opened; ``self.parameters`` hold their starting values."""
 
-    def read_gradients(self, losses: Tensor | None) -> None:  # noqa: B027
-        """One step's gradients are in ``.grad``. Called by `update`."""
+    def read_gradients(self, losses: Tensor | None) -> None:
+        """One step's gradients are in ``.grad``. Called by `update`; a rule without an average ignores them."""
 
     @abstractmethod
     def finish(self) -> dict[str, tuple[float, float]]:

@@ -12,15 +12,19 @@ from cnext.ops.averaging import (
     pema_step_,
     sums,
 )
+from cnext.ops.branches import dropout_mask, lora_branches, lora_branches_grouped
 from cnext.ops.dispatch import last_path
 
 __all__ = [
     "GUARDS",
     "adamw_pema_step_",
     "dema_step_",
+    "dropout_mask",
     "ema_step_",
     "fisher_accumulate_",
     "last_path",
+    "lora_branches",
+    "lora_branches_grouped",
     "pema_literal_",
     "pema_merge_",
     "pema_released_",

@@ -56,6 +56,8 @@ class Op:
         """Makes ``torch.ops.cnext.<name>``, for every device and for fake tensors."""
         _LIBRARY.define(self.schema)
         _LIBRARY.impl(self.name, self.run, "CompositeExplicitAutograd")
+        # No gradient flows through these ops, so their results must not look as if one did.
+        _LIBRARY.impl(self.name, torch.library.fallthrough_kernel, "Autograd")
         torch.library.register_fake(f"cnext::{self.name}", self.fake, lib=_LIBRARY)
 
     def checked(self, arguments: tuple[Any, ...]) -> tuple[dict[str, list[Tensor]], Tensor | None]:

@@ -13,6 +13,7 @@ from typing import Any
 from cnext.errors import UserError, unknown
 from cnext.tasks import suites
 from cnext.tasks.base import Recipe, Suite
+from cnext.tasks.synthetic import GENERATORS
 
 SPLITS = ("test", "validation")
 
@@ -120,6 +121,8 @@ def plan(config: RunConfig) -> Plan:
     missing = [task for task in order if task not in recipe.steps]
     if missing:
         raise UserError(f"budget {config.budget} of suite {suite.name} gives no steps for: {', '.join(missing)}")
+    if suite.synthetic and suite.synthetic not in GENERATORS:
+        raise unknown("generator (suite.json, 'synthetic')", suite.synthetic, list(GENERATORS))
     if config.data is None and not suite.synthetic:
         raise UserError(f"suite {suite.name} needs --data, the folder that holds its files")
     kind = methods.load(config.method)

@@ -27,7 +27,7 @@ def _duration(seconds: float) -> str:
 
 
 def estimate(planned: Plan) -> str:
-    """The plan as text, with ``TIMED_STEPS`` steps and ``TIMED_SAMPLES`` answers of every task timed. Leaves no file."""
+    """The plan as text: ``TIMED_STEPS`` steps and ``TIMED_SAMPLES`` answers of every task are timed. Leaves no file."""
     config, recipe = planned.config, planned.recipe
     torch.set_num_threads(config.threads)
     with tempfile.TemporaryDirectory() as scratch:

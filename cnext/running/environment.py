@@ -49,5 +49,11 @@ def describe() -> dict[str, Any]:
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "devices": [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())],
-        "core": {impl: dispatch.missing(impl, device) or "ready" for impl, device in IMPLS.items()},
+        "core": {impl: dispatch.missing(impl, device) or _readiness(device) for impl, device in IMPLS.items()},
     }
+
+
+def _readiness(device: str) -> str:
+    import torch
+
+    return "ready" if device == "cpu" or torch.cuda.is_available() else "there, but torch sees no CUDA device"

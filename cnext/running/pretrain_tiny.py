@@ -128,9 +128,9 @@ def _saying(rng: Random) -> Item:
 
 CORPUS: dict[Callable[[Random], Item], float] = {
     _caption: 0.15,
-    _question: 0.23,
-    _location: 0.20,
-    _spelling: 0.12,
+    _question: 0.21,
+    _location: 0.19,
+    _spelling: 0.15,
     _drawing: 0.12,
     _edit: 0.12,
     _copy: 0.02,

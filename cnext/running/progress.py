@@ -76,6 +76,7 @@ class Progress:
         self.say(f"after {stage} {trained}: {scores}  (mean {mean:.1f})")
 
     def finished(self, outcome: dict[str, Any], report: Path) -> None:
+        self.bars.stop()
         values = outcome["metrics"]
         shown = (("Avg.ACC", "avg_acc"), ("Forgetting", "forgetting"), ("New.ACC", "new_acc"))
         parts = [f"{label} {values[key]:.2f}" for label, key in shown if values[key] is not None]

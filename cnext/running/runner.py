@@ -21,8 +21,9 @@ from cnext.running.progress import Progress
 from cnext.running.results import results
 from cnext.running.training import TaskTrainer, stable_seed
 from cnext.scoring import make_scorers
+from cnext.scoring.clip import load_clip
 from cnext.tasks import formats, synthetic
-from cnext.tasks.base import Recipe, Sample, Suite
+from cnext.tasks.base import DataError, Sample
 
 ZERO_SHOT = "zero-shot"
 
@@ -39,22 +40,32 @@ def run(config: RunConfig, progress: Progress | None = None) -> dict[str, Any]:
         return Runner(planned, folder, shown).run()
 
 
-def data_folder(suite: Suite, recipe: Recipe, data: Path | None) -> Path:
+def data_folder(planned: Plan) -> Path:
     """The folder with the suite's files; a synthetic suite is drawn into the cache first."""
-    if data is not None or suite.synthetic != "next-tiny":
-        return Path(data or ".")
-    name = f"{suite.name}-v{synthetic.FORMAT_VERSION}-{recipe.train_samples}-{recipe.test_samples}"
-    return synthetic.write_next_tiny(cache() / name, recipe.train_samples, recipe.test_samples)
+    recipe = planned.recipe
+    if planned.config.data is not None:
+        return planned.config.data
+    name = f"{planned.suite.name}-v{synthetic.FORMAT_VERSION}-{recipe.train_samples}-{recipe.test_samples}"
+    return synthetic.GENERATORS[planned.suite.synthetic](cache() / name, recipe.train_samples, recipe.test_samples)
 
 
 def read_suite(planned: Plan, data: Path) -> dict[str, dict[str, list[Sample]]]:
-    """Every sample that the run will use: split ("train" and the one evaluated) to task name to samples."""
-    recipe, split = planned.recipe, planned.config.split
-    limits = {"train": recipe.train_samples, split: recipe.test_samples}
-    return {
-        name: {task: formats.read(planned.suite.task(task), data, name, limit) for task in planned.order}
-        for name, limit in limits.items()
-    }
+    """Every sample that the run will use: split ("train" and the one evaluated) to task name to samples.
+
+    Raises: DataError with every unusable row of every file.
+    """
+    limits = {"train": planned.recipe.train_samples, planned.config.split: planned.recipe.test_samples}
+    samples: dict[str, dict[str, list[Sample]]] = {split: {} for split in limits}
+    problems = []
+    for name in planned.order:
+        for split, limit in limits.items():
+            try:
+                samples[split][name] = formats.read(planned.suite.task(name), data, split, limit)
+            except DataError as error:
+                problems.append(str(error))
+    if problems:
+        raise DataError("\n".join(problems))
+    return samples
 
 
 class Runner:
@@ -63,13 +74,16 @@ class Runner:
     def __init__(self, planned: Plan, folder: RunFolder, progress: Progress) -> None:
         self.plan, self.config, self.folder, self.progress = planned, planned.config, folder, progress
         self.tasks = [planned.suite.task(name) for name in planned.order]
-        self.samples = read_suite(planned, data_folder(planned.suite, planned.recipe, self.config.data))
+        self.samples = read_suite(planned, data_folder(planned))
         self.backbone = backbones.load(self.config.backbone).load(planned.device)
         self.method = methods.load(self.config.method)(**planned.hyperparameters)
         generator = torch.Generator().manual_seed(stable_seed(self.config.seed, "adapters"))
         self.method.setup(self.backbone, generator)
         self.branches = adapters.branch_parameters(self.backbone.language_model)
         self.scorers = make_scorers(planned.suite.clip, planned.device)
+        if any("image" in task.writes for task in self.tasks):
+            # Now, and not when the first picture is scored: a CLIP that is not there stops the run before it starts.
+            load_clip(planned.suite.clip, planned.device)
         self.tasks_done, self.step, self.tensors = 0, 0, {}
         self.ledger: dict[str, Any] = {"trained": {}, "averaging": [], "measured": {}}
         """What is known of the stages so far: parameters and tokens (exact), statistics, and times (measured)."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import inspect
 import itertools
 import statistics
 from dataclasses import dataclass, field
@@ -73,8 +74,10 @@ def _parse(arguments: list[str]) -> Any:
         if any(item.init for item in dataclasses.fields(kind)):
             groups.append((name.replace("-", "_"), kind, field(default_factory=kind)))
     flags = dataclasses.make_dataclass("Flags", groups, bases=(Flags,))
-    flags.__doc__ = Flags.__doc__
-    return tyro.cli(flags, prog="cnext-run", args=arguments, description=Flags.__doc__)
+    description = inspect.cleandoc(Flags.__doc__ or "")
+    return tyro.cli(
+        flags, prog="cnext-run", args=arguments, description=description, config=(tyro.conf.FlagCreatePairsOff,)
+    )
 
 
 def configs(flags: Any) -> list[RunConfig]:

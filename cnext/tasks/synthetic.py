@@ -115,7 +115,7 @@ def editing(rng: Random, kinds: tuple[str, ...] = ("color", "shape", "remove", "
     else:
         new = scenes.random_thing(rng, shape, color, place)
         text, target = f"Add {article(color)} {shape} in the {place}.", replace(scene, things=(*scene.things, new))
-    return Example(f"{DRAW} {text}", "", scene, target)
+    return Example(text, "", scene, target)
 
 
 EXAMPLES: dict[str, Callable[[Random], Example]] = {
@@ -206,3 +206,7 @@ def write_next_tiny(folder: Path, train: int, test: int, seed: int = 0) -> Path:
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
     return folder
+
+
+GENERATORS: dict[str, Callable[[Path, int, int], Path]] = {"next-tiny": write_next_tiny}
+"""What a suite's ``synthetic`` may name: a writer of (folder, training samples, test samples) per task."""

@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 
 BLOCK = 1024
-WARPS = 4
+WARPS = 8
 TYPES = {"f": tl.float32, "b": tl.bfloat16}
 _jit = triton.jit(do_not_specialize=["tensors"])
 
@@ -38,11 +38,11 @@ def _pointer(addresses, k, tensor, tensors, at, TYPE: tl.constexpr, ALIGN: tl.co
 
 
 @triton.jit
-def _place(sizes, block_tensor, block_begin, BLOCK: tl.constexpr):
+def _place(sizes, block_tensor, block_begin, ALIGN: tl.constexpr, BLOCK: tl.constexpr):
     """This program's tensor, the elements of it (64-bit), and which of them exist."""
     tensor = tl.load(block_tensor + tl.program_id(0))
     at = tl.multiple_of(tl.load(block_begin + tl.program_id(0)), BLOCK) + tl.arange(0, BLOCK)
-    return tensor, at, at < tl.load(sizes + tensor)
+    return tensor, at, at < tl.multiple_of(tl.load(sizes + tensor), 8 if ALIGN == 16 else 1)
 
 
 @triton.jit
@@ -59,7 +59,7 @@ def _level(fisher, level):
 @_jit
 def fisher_accumulate(addresses, sizes, block_tensor, block_begin, tensors, partial, rows, scale,
                       T0: tl.constexpr, T1: tl.constexpr, ALIGN: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
-    tensor, at, mask = _place(sizes, block_tensor, block_begin, BLOCK)
+    tensor, at, mask = _place(sizes, block_tensor, block_begin, ALIGN, BLOCK)
     fisher_ = _pointer(addresses, 0, tensor, tensors, at, T0, ALIGN)
     fisher = tl.load(fisher_, mask)
     grad = tl.load(_pointer(addresses, 1, tensor, tensors, at, T1, ALIGN), mask).to(tl.float32)
@@ -70,7 +70,7 @@ def fisher_accumulate(addresses, sizes, block_tensor, block_begin, tensors, part
 @_jit
 def sums(addresses, sizes, block_tensor, block_begin, tensors, partial, rows, T0: tl.constexpr,
          ALIGN: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
-    tensor, at, mask = _place(sizes, block_tensor, block_begin, BLOCK)
+    tensor, at, mask = _place(sizes, block_tensor, block_begin, ALIGN, BLOCK)
     _count(partial, 0, tl.load(_pointer(addresses, 0, tensor, tensors, at, T0, ALIGN), mask, 0.0), mask, 1)
 
 
@@ -78,7 +78,7 @@ def sums(addresses, sizes, block_tensor, block_begin, tensors, partial, rows, T0
 def pema_merge(addresses, sizes, block_tensor, block_begin, tensors, partial, rows, new_scale, c, damping,
                T0: tl.constexpr, T1: tl.constexpr, T2: tl.constexpr, T3: tl.constexpr,
                ALIGN: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
-    tensor, at, mask = _place(sizes, block_tensor, block_begin, BLOCK)
+    tensor, at, mask = _place(sizes, block_tensor, block_begin, ALIGN, BLOCK)
     theta_ = _pointer(addresses, 0, tensor, tensors, at, T0, ALIGN)
     past_ = _pointer(addresses, 1, tensor, tensors, at, T1, ALIGN)
     theta, past = tl.load(theta_, mask).to(tl.float32), tl.load(past_, mask, 0.0)
@@ -100,7 +100,7 @@ def pema_merge(addresses, sizes, block_tensor, block_begin, tensors, partial, ro
 @_jit
 def ema_step(addresses, sizes, block_tensor, block_begin, tensors, partial, rows, beta,
              T0: tl.constexpr, T1: tl.constexpr, ALIGN: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
-    tensor, at, mask = _place(sizes, block_tensor, block_begin, BLOCK)
+    tensor, at, mask = _place(sizes, block_tensor, block_begin, ALIGN, BLOCK)
     ema_ = _pointer(addresses, 0, tensor, tensors, at, T0, ALIGN)
     ema = tl.load(ema_, mask).to(tl.float32)
     theta = tl.load(_pointer(addresses, 1, tensor, tensors, at, T1, ALIGN), mask).to(tl.float32)
@@ -111,7 +111,7 @@ def ema_step(addresses, sizes, block_tensor, block_begin, tensors, partial, rows
 def pema_step(addresses, sizes, block_tensor, block_begin, tensors, partial, rows, decay, scale,
               T0: tl.constexpr, T1: tl.constexpr, T2: tl.constexpr, T3: tl.constexpr,
               ALIGN: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
-    tensor, at, mask = _place(sizes, block_tensor, block_begin, BLOCK)
+    tensor, at, mask = _place(sizes, block_tensor, block_begin, ALIGN, BLOCK)
     level = tl.load(rows + tensor).to(tl.float32)
     ema_ = _pointer(addresses, 0, tensor, tensors, at, T0, ALIGN)
     fisher_ = _pointer(addresses, 1, tensor, tensors, at, T1, ALIGN)
@@ -134,7 +134,7 @@ def pema_step(addresses, sizes, block_tensor, block_begin, tensors, partial, row
 def pema_literal(addresses, sizes, block_tensor, block_begin, tensors, partial, rows, decay, scale, damping,
                  fallback, clamp, T0: tl.constexpr, T1: tl.constexpr, T2: tl.constexpr, T3: tl.constexpr,
                  ALIGN: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
-    tensor, at, mask = _place(sizes, block_tensor, block_begin, BLOCK)
+    tensor, at, mask = _place(sizes, block_tensor, block_begin, ALIGN, BLOCK)
     ema_ = _pointer(addresses, 0, tensor, tensors, at, T0, ALIGN)
     fisher_ = _pointer(addresses, 1, tensor, tensors, at, T1, ALIGN)
     ema, before = tl.load(ema_, mask, 0.0).to(tl.float32), tl.load(fisher_, mask, 0.0)
@@ -158,7 +158,7 @@ def pema_literal(addresses, sizes, block_tensor, block_begin, tensors, partial, 
 def dema_norms(addresses, sizes, block_tensor, block_begin, tensors, partial, rows, factor, fallback,
                T0: tl.constexpr, T1: tl.constexpr, T2: tl.constexpr, T3: tl.constexpr,
                ALIGN: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
-    tensor, at, mask = _place(sizes, block_tensor, block_begin, BLOCK)
+    tensor, at, mask = _place(sizes, block_tensor, block_begin, ALIGN, BLOCK)
     ema = tl.load(_pointer(addresses, 0, tensor, tensors, at, T0, ALIGN), mask, 0.0).to(tl.float32)
     previous = tl.load(_pointer(addresses, 1, tensor, tensors, at, T1, ALIGN), mask, 0.0).to(tl.float32)
     theta = tl.load(_pointer(addresses, 2, tensor, tensors, at, T2, ALIGN), mask, 0.0).to(tl.float32)
@@ -172,7 +172,7 @@ def dema_norms(addresses, sizes, block_tensor, block_begin, tensors, partial, ro
 def dema_step(addresses, sizes, block_tensor, block_begin, tensors, partial, rows, factor, fallback,
               T0: tl.constexpr, T1: tl.constexpr, T2: tl.constexpr, T3: tl.constexpr,
               ALIGN: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
-    tensor, at, mask = _place(sizes, block_tensor, block_begin, BLOCK)
+    tensor, at, mask = _place(sizes, block_tensor, block_begin, ALIGN, BLOCK)
     row = rows + tensor * 3
     alpha = factor * (1.0 + tl.load(row + 1)) / (tl.load(row) * tl.load(row + 2))
     beta = (1.0 - tl.where((alpha > 0.0) & (alpha < 1.0), alpha, fallback)).to(tl.float32)
@@ -189,7 +189,7 @@ def adamw_pema_step(addresses, sizes, block_tensor, block_begin, tensors, partia
                     decay, scale, T0: tl.constexpr, T1: tl.constexpr, T2: tl.constexpr, T3: tl.constexpr,
                     T4: tl.constexpr, T5: tl.constexpr, ALIGN: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
     # T4 is the gradient's type where there is no fisher operand (T5 None), and exp_avg_sq stands in for it.
-    tensor, at, mask = _place(sizes, block_tensor, block_begin, BLOCK)
+    tensor, at, mask = _place(sizes, block_tensor, block_begin, ALIGN, BLOCK)
     row = rows + tensor * 4
     theta_ = _pointer(addresses, 0, tensor, tensors, at, T0, ALIGN)
     average_ = _pointer(addresses, 1, tensor, tensors, at, T1, ALIGN)
@@ -301,7 +301,8 @@ def foreach(
     """Runs a rule over lists of tensors; see `cnext.ops.foreach`."""
     size, tensor, begin, first = _blocks(sizes.tobytes(), device)
     addresses = _addresses(pointers.tobytes(), device)
-    align = 16 if not (pointers % 16).any() else 2
+    # Addresses and sizes that allow vectors of 16 bytes; otherwise element by element.
+    align = 16 if not (pointers % 16).any() and not (sizes % 8).any() else 2
     columns = 0 if out is None else out.shape[1]
     partial = torch.empty((len(tensor), columns), dtype=torch.float64, device=device)
     numbers, types = arguments(rule, dtypes, scalars)

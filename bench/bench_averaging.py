@@ -1,0 +1,255 @@
+"""The averaging step: ``pytest bench/ --benchmark-only -k averaging``. CNEXT_TEST_DEVICE=cuda runs it on a GPU.
+
+The rank-8 branches that MAGE trains (three of four) on LLaMA2-13B's seven linear layers: 40 decoder layers on a GPU, 5
+on a CPU. Every candidate is checked against plain torch first. A row's ``time_over_yardstick`` is the median ratio of
+its time to the yardstick's, timed in pairs; the yardstick is `pema_step_` unless the row's group says otherwise.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from cnext import ops
+from cnext.ops import dispatch, reference
+from cnext.ops.rules import OPS
+
+DEVICE = os.environ.get("CNEXT_TEST_DEVICE", "cpu")
+LAYERS = 40 if DEVICE == "cuda" else 5
+WIDE, NARROW, RANK, LIVE = 13824, 5120, 8, 3
+LINEARS = [(NARROW, NARROW)] * 4 + [(NARROW, WIDE)] * 2 + [(WIDE, NARROW)]
+SHAPES = [shape for m, n in LINEARS for shape in ((RANK, m), (n, RANK))] * LIVE * LAYERS
+PARAMETERS = sum(a * b for a, b in SHAPES)
+MATRIX = (RANK, NARROW if DEVICE == "cuda" else 1024)
+LEVEL = torch.full((len(SHAPES),), 1e-3, dtype=torch.float64, device=DEVICE)
+ADAMW = {"step": 2, "lr": 1e-4, "betas": (0.9, 0.98), "eps": 1e-6, "weight_decay": 0.01}
+
+
+def filled(*scales: float, dtype: torch.dtype = torch.float32, shapes=SHAPES) -> list[list[Tensor]]:
+    """One list of tensors per scale: normal values; squares of them for a negative scale."""
+    torch.manual_seed(0)
+    lists = [[torch.randn(shape, device=DEVICE) * abs(scale) for shape in shapes] for scale in scales]
+    return [[(x.square() if s < 0 else x).to(dtype) for x in xs] for xs, s in zip(lists, scales, strict=True)]
+
+
+def eager(theta: list[Tensor], grad: list[Tensor], fisher: list[Tensor], ema: list[Tensor], level: Tensor) -> None:
+    for now, g, f, average in zip(theta, grad, fisher, ema, strict=True):
+        _one(now, g, f, average, 1e-3)
+
+
+def _one(theta: Tensor, grad: Tensor, fisher: Tensor, ema: Tensor, level: float) -> None:
+    fisher.add_(grad * grad)
+    beta = level / (fisher + level)
+    ema.copy_(beta * ema + (1 - beta) * theta)
+
+
+def foreach(theta: list[Tensor], grad: list[Tensor], fisher: list[Tensor], ema: list[Tensor], level: Tensor) -> None:
+    torch._foreach_addcmul_(fisher, grad, grad)
+    denominator = torch._foreach_add(fisher, 1e-3)
+    torch._foreach_reciprocal_(denominator)
+    torch._foreach_mul_(denominator, 1e-3)
+    distance = torch._foreach_sub(ema, theta)
+    torch._foreach_mul_(distance, denominator)
+    torch._foreach_add_(distance, theta)
+    torch._foreach_copy_(ema, distance)
+
+
+def compiled() -> Callable[..., None]:
+    function = torch.compile(_one, dynamic=True)
+
+    def run(theta: list[Tensor], grad: list[Tensor], fisher: list[Tensor], ema: list[Tensor], level: Tensor) -> None:
+        for now, g, f, average in zip(theta, grad, fisher, ema, strict=True):
+            function(now, g, f, average, 1e-3)
+
+    return run
+
+
+PER_STEP = {
+    "fused": lambda: ops.pema_step_,
+    "triton": lambda: lambda *lists: ops.pema_step_(*lists, impl="triton"),
+    "eager": lambda: eager,
+    "foreach": lambda: foreach,
+    "torch.compile": compiled,
+}
+if DEVICE == "cpu":
+    del PER_STEP["triton"]
+
+
+def fused_step() -> tuple[Callable[[], object], list[list[Tensor]]]:
+    """The yardstick on buffers of its own."""
+    lists = filled(1e-2, 1e-3, -1e-3, 1e-2)
+    return lambda: ops.pema_step_(*lists, LEVEL), lists
+
+
+@pytest.mark.parametrize("name", PER_STEP)
+def test_pema_step(race, name):
+    function = PER_STEP[name]()
+    yardstick, lists = fused_step()
+    plain = copy.deepcopy(lists)
+    reference.pema_step_(*plain, LEVEL)
+    function(*lists, LEVEL)
+    for k in (2, 3):
+        torch.testing.assert_close(lists[k], plain[k], rtol=1e-5, atol=1e-7)
+    path = ops.last_path("pema_step_") if name in ("fused", "triton") else name
+    race.run(
+        lambda: function(*lists, LEVEL),
+        yardstick,
+        parameters=PARAMETERS,
+        bytes_per_parameter=24,
+        operations_per_parameter=12,
+        state_bytes_per_parameter=8,
+        path=path,
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["f32", "bf16"])
+@pytest.mark.parametrize("rule", ["pema_literal", "ema_step", "fisher_accumulate", "pema_merge", "dema_step"])
+def test_rule(race, rule, dtype):
+    """Every other fused rule; parameters and gradients in float32 or bfloat16, float32 state."""
+    op = OPS[f"{rule}_"]
+    scales = {"theta": 1e-2, "theta_old": 1e-2, "grad": 1e-3, "grad_prev": 1e-3, "ema": 1e-2}
+    lists = [
+        filled(scales.get(name, -1e-3), dtype=dtype if role == "p" else torch.float32)[0]
+        for name, role in op.roles.items()
+    ]
+    numbers = {"ema_step": {"beta": 0.99}, "pema_merge": {"new_scale": 1.0}}.get(rule, {})
+    function = getattr(ops, op.name)
+    plain, result = copy.deepcopy(lists), copy.deepcopy(lists)
+    getattr(reference, op.name)(*plain, **numbers)
+    function(*result, **numbers)
+    for a, b in zip(plain, result, strict=True):
+        torch.testing.assert_close(b, a, rtol=1e-4, atol=1e-6)
+    width = {name: lists[i][0].element_size() for i, name in enumerate(op.roles)}
+    passes = sum(width.values()) + sum(width[name] for name in op.written)
+    twice = sum(width.values()) if len(op.rules) > 1 else 0
+    yardstick, _ = fused_step()
+    race.run(
+        lambda: function(*lists, **numbers),
+        yardstick,
+        parameters=PARAMETERS,
+        bytes_per_parameter=passes + twice,
+        path=ops.last_path(op.name),
+    )
+
+
+def test_dema_as_released(race):
+    """CIA's loop as its code has it: norms and a host synchronisation per tensor, and a copy of every gradient."""
+    theta, grad, ema, previous = filled(1e-2, 1e-3, 1e-2, 1e-3)
+    held = dict(enumerate(previous))
+
+    def released() -> None:
+        for i, (now, g, average) in enumerate(zip(theta, grad, ema, strict=True)):
+            a = torch.norm(now - average, p=1)
+            b = torch.norm(g, p=1)
+            c = torch.norm(g - held[i], p=1)
+            alpha = float(2 * (1 + b) / (a * c))
+            if not 0 < alpha < 1:
+                alpha = 0.01
+            ema[i] = (1 - alpha) * average + alpha * now
+            held[i] = copy.deepcopy(g)
+
+    other = copy.deepcopy([theta, grad, ema, previous])
+    released()
+    ops.dema_step_(*other)
+    torch.testing.assert_close(ema, other[2], rtol=1e-4, atol=1e-6)
+    yardstick, _ = fused_step()
+    race.run(
+        released,
+        yardstick,
+        parameters=PARAMETERS,
+        bytes_per_parameter=72,
+        state_bytes_per_parameter=8,
+        path="torch",
+    )
+
+
+@pytest.mark.parametrize("name", ["dense inverse", "low rank"])
+def test_released_formula(race, name):
+    """The released loop's matrix formula on one A tensor; the yardstick is its low-rank form."""
+    theta, grad, ema = filled(1e-3, 1e-3, 1e-3, shapes=[MATRIX])
+
+    def dense(theta: list[Tensor], grad: list[Tensor], ema: list[Tensor]) -> None:
+        distance, fisher = theta[0] - ema[0], grad[0].square()
+        matrix = distance.T @ fisher + 1e-5 * torch.eye(MATRIX[1], device=DEVICE, dtype=distance.dtype)
+        alpha = (grad[0] + 1) @ torch.linalg.inv(matrix)
+        ema[0].copy_(ema[0] * alpha + theta[0] * (1 - alpha))
+
+    wide = [[x.double() for x in xs] for xs in (theta, grad, ema)]
+    exact, exact_low = copy.deepcopy(wide), copy.deepcopy(wide)
+    dense(*exact)
+    reference.pema_released_(*exact_low)
+    torch.testing.assert_close(exact_low[2], exact[2], rtol=1e-8, atol=1e-8)
+    start = ema[0].clone()
+
+    def low(*lists: list[Tensor]) -> None:
+        lists[2][0].copy_(start)  # the rule diverges, so every call starts anew
+        ops.pema_released_(*lists)
+
+    def inverse() -> None:
+        ema[0].copy_(start)
+        dense(theta, grad, ema)
+
+    other = copy.deepcopy([theta, grad, ema])
+    race.run(
+        inverse if name == "dense inverse" else lambda: low(theta, grad, ema),
+        lambda: low(*other),
+        parameters=theta[0].numel(),
+        bytes_per_parameter=16,
+        rounds=5,
+        path="torch",
+        shape=MATRIX,
+    )
+
+
+@pytest.mark.parametrize("name", ["torch fused", "torch fused, then pema_step", "one pass", "one pass, v as fisher"])
+def test_adamw(race, name):
+    """AdamW with the average; the yardstick is torch's fused AdamW followed by the fused `pema_step_`."""
+
+    def candidate(name: str) -> Callable[[], object]:
+        theta, grad, m, v, fisher, ema = filled(1e-2, 1e-3, 1e-4, -1e-3, -1e-3, 1e-2)
+        if name.startswith("one pass"):
+            own = None if "v as" in name else fisher
+            return lambda: ops.adamw_pema_step_(theta, grad, m, v, own, ema, LEVEL, **ADAMW)
+        parameters = [torch.nn.Parameter(x) for x in theta]
+        for parameter, g in zip(parameters, grad, strict=True):
+            parameter.grad = g
+        numbers = {key: value for key, value in ADAMW.items() if key != "step"}
+        optimizer = torch.optim.AdamW(parameters, **numbers, fused=True)
+        if name == "torch fused":
+            return optimizer.step
+        return lambda: (optimizer.step(), ops.pema_step_(theta, grad, fisher, ema, LEVEL))
+
+    lists = filled(1e-2, 1e-3, 1e-4, -1e-3, -1e-3, 1e-2, shapes=SHAPES[:14])
+    plain = copy.deepcopy(lists)
+    ops.adamw_pema_step_(*lists, LEVEL[:14], **ADAMW)
+    ops.adamw_pema_step_(*plain, LEVEL[:14], **ADAMW, impl="reference")
+    for a, b in zip(lists, plain, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-7)
+    traffic = {"torch fused": 28, "torch fused, then pema_step": 52, "one pass": 44, "one pass, v as fisher": 36}
+    race.run(
+        candidate(name),
+        candidate("torch fused, then pema_step"),
+        parameters=PARAMETERS,
+        bytes_per_parameter=traffic[name],
+        path=dispatch.choose("pema_step_", DEVICE, None),
+    )
+
+
+if DEVICE == "cuda":
+
+    @pytest.mark.parametrize("impl", ["cuda", "triton"])
+    def test_pema_step_in_a_graph(race, impl):
+        """Ten steps of a captured graph: the kernels alone, without the host. The yardstick is the same graph."""
+        lists = filled(1e-2, 1e-3, -1e-3, 1e-2)
+        ops.pema_step_(*lists, LEVEL, impl=impl)
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            for _ in range(10):
+                ops.pema_step_(*lists, LEVEL, impl=impl)
+        race.run(graph.replay, graph.replay, parameters=10 * PARAMETERS, bytes_per_parameter=24, path=f"{impl}, graph")

@@ -1,0 +1,53 @@
+"""The main job as a user runs it: wall time and peak memory of whole commands, each in a process of its own.
+
+    pytest bench/bench_run.py --benchmark-only
+
+Targets (2 cores): the default budget in 180 s, the smoke budget in 40 s, 2 GB of memory, help and list in 0.5 s.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+COMMAND = [sys.executable, "-m", "cnext.cli"]
+
+
+@pytest.mark.parametrize(("budget", "seconds"), [("smoke", 40), ("default", 180)])
+def test_main_job(benchmark, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, budget: str, seconds: float) -> None:
+    """``cnext-run --method mage`` from start to report, the suite drawn anew."""
+    monkeypatch.setenv("CNEXT_CACHE", str(tmp_path / "cache"))
+
+    def command() -> None:
+        shutil.rmtree(tmp_path / "runs", ignore_errors=True)
+        subprocess.run(
+            [*COMMAND, "run", "--method", "mage", "--budget", budget, "--out", str(tmp_path / "runs")], check=True
+        )
+
+    benchmark.pedantic(command, rounds=1)
+    folder = tmp_path / "runs" / "mage" / "paper" / "seed-0"
+    results = json.loads((folder / "results.json").read_text())
+    cost = json.loads((folder / "cost.json").read_text())
+    assert results["finished"]
+    benchmark.extra_info |= {
+        "target_seconds": seconds,
+        "peak_memory_bytes": cost["peak_memory_bytes"],
+        "target_peak_memory_bytes": 2e9,
+        "avg_acc": results["metrics"]["avg_acc"],
+        "forgetting": results["metrics"]["forgetting"],
+        "stages": cost["stages"],
+    }
+
+
+@pytest.mark.parametrize("verb", ["--help", "list"])
+def test_answers_at_once(benchmark, verb: str) -> None:
+    """Help and lists import nothing heavy."""
+    benchmark.pedantic(
+        lambda: subprocess.run([*COMMAND, verb], check=True, stdout=subprocess.DEVNULL), rounds=5, warmup_rounds=1
+    )
+    benchmark.extra_info["target_seconds"] = 0.5

@@ -1,0 +1,110 @@
+"""Timing against a yardstick in the same process: each round runs yardstick and copy first, then the candidate."""
+
+from __future__ import annotations
+
+import os
+import statistics
+import time
+from collections.abc import Callable
+
+import pytest
+import torch
+
+DEVICE = os.environ.get("CNEXT_TEST_DEVICE", "cpu")
+COPY_BYTES = 2**28 if DEVICE == "cpu" else 2**31
+
+
+def finish() -> None:
+    """Waits for the device."""
+    if DEVICE == "cuda":
+        torch.cuda.synchronize()
+
+
+def seconds(function: Callable[[], object]) -> float:
+    """Wall time of one call, the device's work included."""
+    finish()
+    start = time.perf_counter()
+    function()
+    finish()
+    return time.perf_counter() - start
+
+
+def _status(field: str) -> int:
+    with open("/proc/self/status") as lines:
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
+
+
+def transient_bytes(function: Callable[[], object]) -> int:
+    """Peak memory that a call takes beyond what was held before it."""
+    if DEVICE == "cuda":
+        finish()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        function()
+        finish()
+        return torch.cuda.max_memory_allocated() - before
+    with open("/proc/self/clear_refs", "w") as file:
+        file.write("5")  # forgets the peak
+    before = _status("VmRSS")
+    function()
+    return max(_status("VmHWM") - before, 0)
+
+
+class Race:
+    """Times a candidate against a yardstick, in pairs, and books what a reader needs to judge the row."""
+
+    def __init__(self, benchmark) -> None:
+        self.benchmark = benchmark
+        memory = torch.ones(COPY_BYTES // 8, device=DEVICE), torch.empty(COPY_BYTES // 8, device=DEVICE)
+        self.copy = lambda: memory[1].copy_(memory[0])
+
+    def run(
+        self,
+        candidate: Callable[[], object],
+        yardstick: Callable[[], object],
+        *,
+        parameters: int,
+        bytes_per_parameter: float,
+        rounds: int = 20,
+        **booked: object,
+    ) -> None:
+        """One row: paired times of yardstick and candidate, share of copy bandwidth, peak transient memory."""
+        for function in (candidate, yardstick, self.copy):
+            function()
+        transient = transient_bytes(candidate)
+        other, copy = [], []
+
+        def before() -> None:
+            other.append(seconds(yardstick))
+            copy.append(seconds(self.copy))
+            finish()
+
+        def timed() -> None:
+            candidate()
+            finish()
+
+        self.benchmark.pedantic(timed, setup=before, rounds=rounds)
+        own = self.benchmark.stats.stats.data
+        ratios = sorted(a / b for a, b in zip(own, other, strict=True))
+        copied = COPY_BYTES / statistics.median(copy) / 1e9
+        moved = parameters * bytes_per_parameter / statistics.median(own) / 1e9
+        self.benchmark.extra_info |= {
+            "device": torch.cuda.get_device_name() if DEVICE == "cuda" else "cpu",
+            "threads": torch.get_num_threads(),
+            "torch": torch.__version__,
+            "parameters": parameters,
+            "parameters_per_second": parameters / statistics.median(own),
+            "bytes_per_parameter": bytes_per_parameter,
+            "gb_per_second": moved,
+            "copy_gb_per_second": copied,
+            "share_of_copy": moved / copied,
+            "time_over_yardstick": statistics.median(ratios),
+            "time_over_yardstick_20_80": (ratios[len(ratios) // 5], ratios[-1 - len(ratios) // 5]),
+            "transient_bytes": transient,
+            **booked,
+        }
+
+
+@pytest.fixture
+def race(benchmark) -> Race:
+    return Race(benchmark)

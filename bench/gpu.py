@@ -1,0 +1,29 @@
+"""On a machine with a GPU: ``python bench/gpu.py`` tests the kernels there, benchmarks them, and keeps the results.
+
+The results are pytest-benchmark's own JSON, bench/results/averaging_<gpu>_<date>.json, with machine and versions.
+"""
+
+import os
+import subprocess
+import sys
+from datetime import date
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).parents[1]
+
+
+def main() -> None:
+    gpu = torch.cuda.get_device_name().lower().replace(" ", "_").replace("/", "_")
+    result = ROOT / "bench/results" / f"averaging_{gpu}_{date.today().isoformat()}.json"
+    environment = os.environ | {"CNEXT_TEST_DEVICE": "cuda"}
+    pytest = [sys.executable, "-m", "pytest", "-q"]
+    subprocess.run([*pytest, "tests/ops", "-k", "averaging"], cwd=ROOT, env=environment, check=True)
+    benchmarks = ["bench/", "--benchmark-only", "-k", "averaging", f"--benchmark-json={result}"]
+    subprocess.run([*pytest, *benchmarks], cwd=ROOT, env=environment, check=True)
+    print(f"wrote {result.relative_to(ROOT)}")
+
+
+if __name__ == "__main__":
+    main()

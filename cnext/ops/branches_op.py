@@ -1,0 +1,283 @@
+"""The branches op and its backward as torch.library sees them: frozen products by the vendor's GEMM, dropout by ours.
+
+Both work on packed matrices: ``a`` (linears x rank, in), the down-projections of all linear layers that read x one
+below the other, and a list ``b`` of (out, rank), where rank is the sum over the branches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from itertools import accumulate
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from cnext.errors import UserError
+from cnext.ops import branches_reference, dispatch
+from cnext.ops.branches_reference import threshold
+
+NAME = "lora_branches"
+Random = tuple[Tensor | None, float, bool, str]
+"""Seed, probability, whether every branch has a mask of its own, and the implementation."""
+_LETTER = {torch.float32: "f", torch.bfloat16: "b", torch.float16: "h", torch.float64: "d"}
+_COMMON = (
+    "Tensor? seed, Tensor? routing, int[] ranks, float scale, float dropout, bool independent, str? impl=None"
+)
+_library = torch.library.Library("cnext", "FRAGMENT")
+_library.define(
+    f"{NAME}(Tensor x, Tensor[] weight, Tensor?[] bias, Tensor a, Tensor[] b, {_COMMON}) -> Tensor[]"
+)
+_library.define(
+    f"{NAME}_backward(Tensor[] grad, Tensor? x, Tensor? h, Tensor[] weight, Tensor a, Tensor[] b, "
+    f"int[] live_a, int[] live_b, bool needs_x, bool needs_routing, {_COMMON}) -> Tensor[]"
+)
+_library.define("dropout_mask(Tensor seed, int rows, int columns, float dropout, int branch=0, str? impl=None) -> Tensor")
+
+
+def _by_linear(h: Tensor, linears: int) -> Sequence[Tensor]:
+    """The columns of each linear layer."""
+    return (h,) if linears == 1 else h.chunk(linears, 1)
+
+
+def _live(h: Tensor, live: Sequence[int], linears: int) -> Tensor:
+    """The columns of each linear layer's live rank."""
+    rank = h.shape[1] // linears
+    return h if live[1] - live[0] == rank else h.unflatten(1, (linears, rank))[..., live[0] : live[1]].flatten(1)
+
+
+def _clipped(ranks: Sequence[int], live: Sequence[int]) -> list[int]:
+    """The ranks as far as they lie within the live columns."""
+    ends = list(accumulate(ranks))
+    return [max(0, min(end, live[1]) - max(end - r, live[0])) for end, r in zip(ends, ranks, strict=True)]
+
+
+def _dropped(x: Tensor, random: Random, branch: int = 0) -> Tensor:
+    """keep o x / (1 - p), a copy."""
+    out = torch.empty_like(x, memory_format=torch.contiguous_format)
+    _launch("dropout", x, out, random, branch)
+    return out
+
+
+def _passes(ranks: Sequence[int], linears: int) -> Iterator[tuple[int, list[slice]]]:
+    """For masks of their own: the branch, and its columns in every linear layer."""
+    rank = sum(ranks)
+    for branch, (end, width) in enumerate(zip(accumulate(ranks), ranks, strict=True)):
+        yield branch, [slice(g * rank + end - width, g * rank + end) for g in range(linears)]
+
+
+def _projected(x: Tensor, a: Tensor, ranks: Sequence[int], linears: int, random: Random) -> Tensor:
+    """h = drop(x) A^T."""
+    _, dropout, independent, _ = random
+    if not dropout:
+        return F.linear(x, a)
+    if not independent:
+        return F.linear(_dropped(x, random), a)
+    h = x.new_empty(x.shape[0], a.shape[0])
+    for branch, parts in _passes(ranks, linears):
+        dropped = _dropped(x, random, branch)
+        for columns in parts:
+            torch.mm(dropped, a[columns].T, out=h[:, columns])
+    return h
+
+
+def _spread(dx: Tensor, dh: Tensor, a: Tensor, ranks: Sequence[int], linears: int, random: Random) -> None:
+    """dx += drop'(dh A), in place."""
+    _, dropout, independent, _ = random
+    if not dropout:
+        dx.addmm_(dh, a)
+    elif not independent:
+        _launch("dropout_add", dh @ a, dx, random, 0)
+    else:
+        for branch, parts in _passes(ranks, linears):
+            term = sum(dh[:, columns] @ a[columns] for columns in parts)
+            _launch("dropout_add", term, dx, random, branch)
+
+
+def _weighed(dh: Tensor, x: Tensor, ranks: Sequence[int], linears: int, random: Random) -> Tensor:
+    """dA = dh^T drop(x)."""
+    _, dropout, independent, _ = random
+    if not dropout:
+        return dh.T @ x
+    if not independent:
+        return dh.T @ _dropped(x, random)
+    da = x.new_empty(dh.shape[1], x.shape[1])
+    for branch, parts in _passes(ranks, linears):
+        dropped = _dropped(x, random, branch)
+        for columns in parts:
+            torch.mm(dh[:, columns].T, dropped, out=da[columns])
+    return da
+
+
+def _launch(what: str, x: Tensor, out: Tensor, random: Random, branch: int) -> None:
+    """out = drop(x) ("dropout") or out += drop(x) ("dropout_add"); x: (rows, columns), its columns side by side."""
+    seed, dropout, _, path = random
+    if path == "reference":
+        keep = branches_reference.dropout_mask(seed, *x.shape, dropout, branch)
+        term = torch.where(keep, x * (65536 / (65536 - threshold(dropout))), 0.0)
+        out.copy_(term) if what == "dropout" else out.add_(term)
+        return
+    if path != "cpp" and x.dtype == torch.float64:
+        raise UserError(f"{NAME}: impl={path!r} has no float64; take impl='reference'")
+    launch: dict[str, Callable[..., None]] = {"cpp": _cpp, "cuda": _cuda, "triton": _triton}
+    launch[path](what, x, out, seed, dropout, branch)
+
+
+def _cpp(what: str, x: Tensor, out: Tensor, seed: Tensor, dropout: float, branch: int) -> None:
+    getattr(dispatch.core("cpp"), what)(
+        _LETTER[x.dtype],
+        x.data_ptr(),
+        out.data_ptr(),
+        *x.shape,
+        x.stride(0),
+        out.stride(0),
+        seed.data_ptr(),
+        threshold(dropout),
+        branch,
+        torch.get_num_threads(),
+    )
+
+
+def _routed(h: Tensor, routing: Tensor | None, ranks: Sequence[int], linears: int) -> Tensor:
+    """h with every branch's columns times the token's weight of that branch."""
+    if routing is None:
+        return h
+    per_branch = routing.reshape(-1, len(ranks)).to(h.dtype)
+    columns = [per_branch[:, i : i + 1].expand(-1, rank) for i, rank in enumerate(ranks)]
+    return h * torch.cat(columns * linears, 1)
+
+
+def _flat(x: Tensor) -> Tensor:
+    flat = x if x.ndim == 2 else x.reshape(-1, x.shape[-1])
+    return flat if flat.stride(1) == 1 else flat.contiguous()
+
+
+def _forward(
+    x: Tensor,
+    weight: list[Tensor],
+    bias: list[Tensor | None],
+    a: Tensor,
+    b: list[Tensor],
+    seed: Tensor | None,
+    routing: Tensor | None,
+    ranks: list[int],
+    scale: float,
+    dropout: float,
+    independent: bool,
+    impl: str | None = None,
+) -> list[Tensor]:
+    path = dispatch.choose(NAME, x.device.type, impl)
+    flat = _flat(x)
+    h = _projected(flat, a, ranks, len(weight), (seed, dropout, independent, path))
+    routed = _routed(h, routing, ranks, len(weight))
+    outputs = []
+    for w, offset, up, columns in zip(weight, bias, b, _by_linear(routed, len(weight)), strict=True):
+        y = F.linear(flat, w, offset)
+        y.addmm_(columns, up.T, alpha=scale)
+        outputs.append(y if x.ndim == 2 else y.view(*x.shape[:-1], w.shape[0]))
+    outputs.append(h)
+    return outputs
+
+
+def _forward_fake(
+    x: Tensor, weight: list[Tensor], bias: list[Tensor | None], a: Tensor, b: list[Tensor], *_: object, **__: object
+) -> list[Tensor]:
+    rows = x.shape[:-1].numel()
+    return [*[x.new_empty(*x.shape[:-1], w.shape[0]) for w in weight], x.new_empty(rows, a.shape[0])]
+
+
+def _backward(
+    grad: list[Tensor],
+    x: Tensor | None,
+    h: Tensor | None,
+    weight: list[Tensor],
+    a: Tensor,
+    b: list[Tensor],
+    live_a: list[int],
+    live_b: list[int],
+    needs_x: bool,
+    needs_routing: bool,
+    seed: Tensor | None,
+    routing: Tensor | None,
+    ranks: list[int],
+    scale: float,
+    dropout: float,
+    independent: bool,
+    impl: str | None = None,
+) -> list[Tensor]:
+    """dX, dA, each dB and d routing, as far as wanted, in this order.
+
+    live_a, live_b: the first column of rank whose gradient is wanted and the one behind the last, [0, 0]: none. dA is
+    (linears x live rank, in), dB (out, live rank).
+    """
+    path = dispatch.choose(f"{NAME}_backward", grad[0].device.type, impl)
+    grads, linears = [_flat(g) for g in grad], len(grad)
+    random = (seed, dropout, independent, path)
+    outputs = []
+    if needs_x or live_a[1] or needs_routing:
+        parts = [dy @ up if scale == 1.0 else (dy @ up).mul_(scale) for dy, up in zip(grads, b, strict=True)]
+        unrouted = parts[0] if linears == 1 else torch.cat(parts, 1)
+        dh = _routed(unrouted, routing, ranks, linears)
+    if needs_x:
+        dx = grads[0] @ weight[0]
+        for dy, w in zip(grads[1:], weight[1:], strict=True):
+            dx.addmm_(dy, w)
+        _spread(dx, dh, a, ranks, linears, random)
+        outputs.append(dx if grad[0].ndim == 2 else dx.view(*grad[0].shape[:-1], dx.shape[1]))
+    if live_a[1]:
+        outputs.append(_weighed(_live(dh, live_a, linears), _flat(x), _clipped(ranks, live_a), linears, random))
+    if live_b[1]:
+        routed = _live(_routed(h, routing, ranks, linears), live_b, linears)
+        for dy, columns in zip(grads, _by_linear(routed, linears), strict=True):
+            db = dy.T @ columns
+            outputs.append(db if scale == 1.0 else db.mul_(scale))
+    if needs_routing:
+        terms = (unrouted * h).view(-1, linears, sum(ranks)).sum(1)
+        sums = torch.stack([part.sum(1) for part in terms.split(ranks, 1)], 1)
+        outputs.append(sums.to(routing.dtype).view(routing.shape))
+    return outputs
+
+
+def _backward_fake(
+    grad: list[Tensor],
+    x: Tensor | None,
+    h: Tensor | None,
+    weight: list[Tensor],
+    a: Tensor,
+    b: list[Tensor],
+    live_a: list[int],
+    live_b: list[int],
+    needs_x: bool,
+    needs_routing: bool,
+    seed: Tensor | None,
+    routing: Tensor | None,
+    *_: object,
+    **__: object,
+) -> list[Tensor]:
+    outputs = [a.new_empty(*grad[0].shape[:-1], a.shape[1])] if needs_x else []
+    if live_a[1]:
+        outputs.append(a.new_empty(len(grad) * (live_a[1] - live_a[0]), a.shape[1]))
+    if live_b[1]:
+        outputs += [up.new_empty(up.shape[0], live_b[1] - live_b[0]) for up in b]
+    return [*outputs, routing.new_empty(routing.shape)] if needs_routing else outputs
+
+
+def _mask(
+    seed: Tensor, rows: int, columns: int, dropout: float, branch: int = 0, impl: str | None = None
+) -> Tensor:
+    path = dispatch.choose("dropout_mask", seed.device.type, impl)
+    ones = torch.ones(rows, columns, device=seed.device)
+    return _dropped(ones, (seed, dropout, False, path), branch) != 0
+
+
+def _mask_fake(seed: Tensor, rows: int, columns: int, *_: object, **__: object) -> Tensor:
+    return seed.new_empty(rows, columns, dtype=torch.bool)
+
+
+for _name, _run, _fake in (
+    (NAME, _forward, _forward_fake),
+    (f"{NAME}_backward", _backward, _backward_fake),
+    ("dropout_mask", _mask, _mask_fake),
+):
+    _library.impl(_name, _run, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"cnext::{_name}", _fake, lib=_library)

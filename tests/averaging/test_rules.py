@@ -1,0 +1,280 @@
+"""Every averaging rule on a toy model: against loops written out, stopped and resumed, evaluated and left alone."""
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from cnext.averaging import RULES, Constant, Dema, Pema, PemaLiteral, PemaReleased, PemaStep
+from cnext.errors import UserError
+
+STEPS = 6
+pytestmark = pytest.mark.filterwarnings("ignore:pema-literal")
+every_rule = pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
+
+
+def model() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 3))
+
+
+def batch(task: int, step: int) -> torch.Tensor:
+    return torch.randn(4, 5, generator=torch.Generator().manual_seed(100 * task + step))
+
+
+def losses(net: nn.Module, task: int, step: int) -> torch.Tensor:
+    return (net(batch(task, step)) - task).square().sum(1)
+
+
+def train(net, average, tasks=2, before_step=None, seen=None):
+    """Trains by AdamW and returns the last task's statistics; ``seen`` collects parameters and gradients."""
+    statistics = {}
+    for task in range(tasks):
+        optimizer = torch.optim.AdamW(net.parameters(), lr=0.05)
+        average.begin_task(dict(net.named_parameters()), STEPS)
+        for step in range(STEPS):
+            if before_step:
+                average = before_step(average, task, step)
+            losses(net, task, step).mean().backward()
+            if seen is not None:
+                seen.append({n: (p.detach().clone(), p.grad.clone()) for n, p in net.named_parameters()})
+            average.update()
+            optimizer.step()
+            optimizer.zero_grad()
+        if seen is not None:
+            seen.append({n: (p.detach().clone(), None) for n, p in net.named_parameters()})
+        statistics = average.end_task()
+    return statistics, average
+
+
+@every_rule
+@pytest.mark.parametrize("stop", [(0, 2), (1, 0), (1, 4)], ids=["first half", "task start", "second half"])
+def test_stopped_saved_and_continued_is_bitwise_the_same(rule, stop, tmp_path):
+    def restart(average, task, step):
+        if (task, step) != stop:
+            return average
+        save_file(average.state_dict(), tmp_path / "state.safetensors")
+        fresh = rule()
+        fresh.begin_task(average.parameters, STEPS)
+        fresh.load_state_dict(load_file(tmp_path / "state.safetensors"))
+        return fresh
+
+    straight, resumed = model(), model()
+    statistics, average = train(straight, rule())
+    statistics_again, average_again = train(resumed, rule(), before_step=restart)
+    assert statistics == statistics_again
+    assert all(torch.equal(a, b) for a, b in zip(straight.parameters(), resumed.parameters(), strict=True))
+    state, again = average.state_dict(), average_again.state_dict()
+    assert state.keys() == again.keys()
+    assert all(torch.equal(state[key], again[key]) for key in state)
+
+
+@every_rule
+def test_evaluation_leaves_training_alone_to_the_bit(rule):
+    def evaluate(average, task, step):
+        before = [p.detach().clone() for p in average.parameters.values()]
+        with average.for_eval():
+            inside = [p.detach().clone() for p in average.parameters.values()]
+            for call in (average.swap_in, average.end_task, average.state_dict, average.update):
+                with pytest.raises(UserError, match="swapped in"):
+                    call()
+        assert all(torch.equal(a, b) for a, b in zip(before, average.parameters.values(), strict=True))
+        if step > 2 and average.evaluated():
+            assert not all(torch.equal(a, b) for a, b in zip(before, inside, strict=True))
+        return average
+
+    plain, watched = model(), model()
+    train(plain, rule(), tasks=1)
+    train(watched, rule(), tasks=1, before_step=evaluate)
+    assert all(torch.equal(a, b) for a, b in zip(plain.parameters(), watched.parameters(), strict=True))
+
+
+def test_pema_is_the_rule_written_out():
+    seen, net = [], model()
+    statistics, average = train(net, Pema(c=3.0, damping=0.01), seen=seen)
+    fisher_old = {}
+    for task in range(2):
+        steps = seen[task * (STEPS + 1) :][: STEPS + 1]
+        fisher = {n: sum(step[n][1].double().square() for step in steps[STEPS // 2 : STEPS]) for n in steps[0]}
+        mean = sum(f.sum() for f in fisher.values()) / sum(f.numel() for f in fisher.values())
+        for name, f in fisher.items():
+            f /= mean
+            old = fisher_old.get(name, torch.zeros_like(f))
+            beta = (old / 3) / (f + old / 3 + 0.01)
+            if task == 1:
+                start, end = steps[0][name][0].double(), steps[STEPS][name][0].double()
+                merged = beta * start + (1 - beta) * end
+                torch.testing.assert_close(dict(net.named_parameters())[name].double(), merged, rtol=1e-5, atol=1e-7)
+                assert statistics[name] == pytest.approx((beta.mean().item(), beta.std(correction=0).item()), rel=1e-4)
+            fisher_old[name] = old + f
+    for name, value in average.fisher_old.items():
+        torch.testing.assert_close(value.double(), fisher_old[name], rtol=1e-5, atol=1e-7)
+
+
+def test_pema_averages_nothing_on_the_first_task_and_keeps_what_it_learnt_of_names_not_trained():
+    plain, averaged = model(), model()
+    train(plain, RULES["none"](), tasks=1)
+    statistics, average = train(averaged, Pema(), tasks=1)
+    assert set(statistics.values()) == {(0.0, 0.0)}
+    assert all(torch.equal(a, b) for a, b in zip(plain.parameters(), averaged.parameters(), strict=True))
+    kept = average.fisher_old["0.weight"].clone()
+    average.begin_task({"2.bias": averaged[2].bias}, 1)
+    averaged(batch(1, 0)).sum().backward()
+    average.update()
+    assert average.end_task()["2.bias"][0] > 0
+    assert torch.equal(average.fisher_old["0.weight"], kept)
+
+
+def test_pema_without_gradients_keeps_the_old_and_stays_finite():
+    weight = nn.Parameter(torch.ones(3))
+    average = Pema(damping=0.0)
+    for gradient, value in ((torch.ones(3), 2.0), (None, 5.0)):
+        average.begin_task({"w": weight}, 1)
+        weight.grad = gradient
+        average.update()
+        weight.data.fill_(value)
+        average.end_task()
+    assert weight.tolist() == [2.0] * 3
+
+
+def each_step(seen, task):
+    """(theta, gradient) of "0.weight" at every step of a task in float64, and the last theta."""
+    steps = seen[task * (STEPS + 1) :][: STEPS + 1]
+    pairs = [tuple(x.double() for x in step["0.weight"]) for step in steps[:-1]]
+    return pairs, steps[-1]["0.weight"][0].double()
+
+
+def run_rule(average):
+    seen, net = [], model()
+    train(net, average, tasks=1, seen=seen)
+    return net[0].weight.detach().double(), *each_step(seen, 0)
+
+
+def test_constant_keeps_its_retention():
+    result, pairs, last = run_rule(Constant(retention=0.3))
+    beta = 0.3 ** (1 / STEPS)
+    ema = pairs[0][0]
+    for theta, _ in [*pairs, (last, None)]:
+        ema = beta * ema + (1 - beta) * theta
+    torch.testing.assert_close(result, ema, rtol=1e-5, atol=1e-7)
+    assert beta**STEPS == pytest.approx(0.3)
+
+
+def test_pema_step_is_the_rule_written_out():
+    result, pairs, last = run_rule(PemaStep(kappa=4.0))
+    ema, fisher, level = pairs[0][0], torch.zeros(4, 5, dtype=torch.float64), 0.0
+    for theta, gradient in [*pairs, (last, torch.zeros(4, 5))]:
+        fisher = fisher + gradient.square()
+        beta = level / (fisher + level)
+        ema = beta * ema + (1 - beta) * theta
+        level = 4.0 * fisher.mean()
+    torch.testing.assert_close(result, ema, rtol=1e-5, atol=1e-7)
+
+
+def test_dema_is_the_rule_written_out():
+    result, pairs, last = run_rule(Dema(factor=0.05))
+    ema, previous, inside = pairs[0][0], pairs[0][1], 0
+    for theta, gradient in pairs[1:]:
+        a, b, c = ((theta - ema).abs().sum(), gradient.abs().sum(), (gradient - previous).abs().sum())
+        alpha = 0.05 * (1 + b) / (a * c)
+        inside += bool(0 < alpha < 1)
+        alpha = alpha if 0 < alpha < 1 else 0.01
+        ema, previous = (1 - alpha) * ema + alpha * theta, gradient
+    assert inside
+    torch.testing.assert_close(result, 0.99 * ema + 0.01 * last, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize(("guard", "below", "above"), [("fallback", 0.99, 0.99), ("clamp", 0.0, 1.0)])
+def test_literal_rule_is_the_equation_written_out(guard, below, above):
+    average = PemaLiteral(guard=guard, damping=0.5)
+    result, pairs, _ = run_rule(average)
+    ema = pairs[0][0]
+    for theta, gradient in pairs:
+        beta = (gradient + 1) / ((theta - ema) * gradient.square() + 0.5)
+        beta = torch.where(beta <= 0, below, torch.where(beta >= 1, above, beta))
+        ema = beta * ema + (1 - beta) * theta
+    torch.testing.assert_close(result, ema, rtol=1e-4, atol=1e-6)
+    assert 0 < average.inside < 1
+
+
+@pytest.mark.parametrize("guard", ["fallback", "clamp"])
+def test_literal_rule_at_the_sizes_that_occur_is_its_guard_and_says_so(guard):
+    weight = nn.Parameter(torch.zeros(100))
+    average = PemaLiteral(guard=guard)
+    average.begin_task({"w": weight}, 2)
+    for _ in range(2):
+        weight.grad = torch.full((100,), 1e-3)
+        average.update()
+        weight.data += 1e-3
+    with pytest.warns(RuntimeWarning, match=r"100.00% of beta lay outside \(0, 1\)"):
+        average.end_task()
+    torch.testing.assert_close(weight.data, torch.full((100,), 1e-5 if guard == "fallback" else 0.0))
+
+
+def test_released_rule_diverges():
+    result, pairs, _ = run_rule(PemaReleased())
+    assert result.abs().max() > 1e3 * pairs[0][0].abs().max()
+
+
+@every_rule
+def test_bfloat16_parameters_and_other_memory_layouts(rule):
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(16, 2)).to(torch.bfloat16)
+    net = net.to(memory_format=torch.channels_last)
+    average = rule()
+    average.begin_task(dict(net.named_parameters()), 2)
+    for _ in range(2):
+        net(torch.ones(1, 3, 4, 4, dtype=torch.bfloat16)).sum().backward()
+        average.update()
+    average.end_task()
+    assert all(p.dtype == torch.bfloat16 for p in net.parameters())
+
+
+@every_rule
+def test_a_gradient_that_is_not_finite_never_reaches_the_average(rule):
+    net, average = model(), rule()
+    average.begin_task(dict(net.named_parameters()), 2)
+    for _ in range(2):
+        losses(net, 0, 0).mean().backward()
+        for parameter in net.parameters():
+            parameter.grad.view(-1)[0] = float("nan")
+            parameter.grad.view(-1)[1] = float("inf")
+        average.update()
+    average.end_task()
+    assert all(p.isfinite().all() for p in net.parameters())
+
+
+def test_misuse_is_told():
+    weight = nn.Parameter(torch.ones(3))
+    average = Pema()
+    with pytest.raises(UserError, match="opened for 0 steps"):
+        average.update()
+    with pytest.raises(UserError, match="steps is 0; expected at least 1"):
+        average.begin_task({"w": weight}, 0)
+    average.begin_task({"w": weight}, 2)
+    with pytest.raises(UserError, match="a task is open already"):
+        average.begin_task({"w": weight}, 2)
+    average.update()
+    with pytest.raises(UserError, match="end_task after 1 of 2 steps"):
+        average.end_task()
+    state = average.state_dict()
+    with pytest.raises(UserError, match="saved in a task of 2 steps, and this one has 0"):
+        Pema().load_state_dict(state)
+    other = Pema()
+    other.begin_task({"v": nn.Parameter(torch.ones(3))}, 2)
+    with pytest.raises(UserError, match=r"no fisher_old for 'v', which the open task trains"):
+        other.load_state_dict(state)
+    with pytest.raises(
+        UserError, match=r"'theta_start.w' is not a state of rule|'fisher_old.w' is not a state of rule"
+    ):
+        Constant().load_state_dict(state)
+    with pytest.raises(UserError, match="swap_out: nothing is swapped in"):
+        average.swap_out()
+    for bad in (
+        lambda: Pema(c=0),
+        lambda: Constant(retention=1.0),
+        lambda: PemaStep(kappa=0),
+        lambda: PemaLiteral("no"),
+    ):
+        with pytest.raises(UserError):
+            bad()

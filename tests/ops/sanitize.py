@@ -1,0 +1,83 @@
+"""Runs every C++ kernel under AddressSanitizer and UBSan: ``python tests/ops/sanitize.py``. Needs no torch.
+
+Builds csrc/cpu with CNEXT_SANITIZE=1 into a temporary folder, and calls each kernel of each instruction set on buffers
+without a byte to spare, of sizes around every boundary, aligned and not, with finite values and without.
+"""
+
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import numpy
+
+ROOT = Path(__file__).parents[2]
+SIZES = (0, 1, 31, 63, 511, 513, 1000, 16383, 16385, 40001)
+
+
+def build(folder: str) -> None:
+    """Builds the sanitized module, and runs this file again on it with the sanitizers' runtime loaded first."""
+    environment = os.environ | {"CNEXT_SANITIZE": "1", "CNEXT_CUDA": "0"}
+    command = [sys.executable, "setup.py", "-q", "build_ext", "--build-lib", folder, "--build-temp", folder + "/temp"]
+    subprocess.run(command, cwd=ROOT, env=environment, check=True)
+    compiler = os.environ.get("CXX", "g++")
+    runtime = subprocess.run([compiler, "-print-file-name=libasan.so"], capture_output=True, text=True, check=True)
+    environment |= {
+        "LD_PRELOAD": runtime.stdout.strip(),
+        "ASAN_OPTIONS": "detect_leaks=0",
+        "UBSAN_OPTIONS": "halt_on_error=1:print_stacktrace=1",
+        "PYTHONPATH": folder + "/cnext",
+    }
+    subprocess.run([sys.executable, __file__, "run"], env=environment, check=True)
+
+
+def run() -> None:
+    """Every kernel of the list that C++ and CUDA share."""
+    import _cpu
+
+    text = (ROOT / "csrc/averaging.kernels.inc").read_text()
+    groups = {"CNEXT_PER_STEP": ("ffff", "ffbb", "bfff", "bfbb"), "CNEXT_DEMA": ("ffff", "fbbb", "bfff", "bbbb")}
+    kernels = re.findall(r'^CNEXT_KERNEL\("(\w+)", "(\w+)"', text, re.MULTILINE)
+    for macro, letters in groups.items():
+        kernels += [
+            (rule, dtypes) for rule in re.findall(rf'^{macro}\("(\w+)"', text, re.MULTILINE) for dtypes in letters
+        ]
+    generator = numpy.random.default_rng(0)
+    for name in _cpu.instruction_sets():
+        _cpu.use_instruction_set(name)
+        for rule, dtypes in kernels:
+            for threads in (1, 3):
+                arrays = []
+                for letter in dtypes:
+                    values = [generator.standard_normal(size).astype(numpy.float32) for size in SIZES]
+                    for value in values:
+                        value[::7] = numpy.inf
+                        value[1::7] = numpy.nan
+                    arrays.append(
+                        values if letter == "f" else [(v.view(numpy.uint32) >> 16).astype("u2") for v in values]
+                    )
+                # Exact allocations: numpy asks malloc for each, so a byte past the end is in a red zone.
+                pointers = numpy.array([[a.ctypes.data for a in values] for values in arrays], dtype=numpy.int64)
+                columns, rows = numpy.zeros((len(SIZES), 5)), numpy.ones((len(SIZES), 4))
+                _cpu.foreach(
+                    rule,
+                    dtypes,
+                    pointers,
+                    numpy.array(SIZES, dtype=numpy.int64),
+                    [0.5] * 5,
+                    columns=columns.ctypes.data,
+                    rows=rows.ctypes.data,
+                    row_width=4,
+                    threads=threads,
+                )
+    print(f"{len(kernels)} kernels x {len(_cpu.instruction_sets())} instruction sets: clean")
+
+
+if __name__ == "__main__":
+    if sys.argv[1:] == ["run"]:
+        run()
+    else:
+        with tempfile.TemporaryDirectory() as folder:
+            build(folder)

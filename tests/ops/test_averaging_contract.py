@@ -1,0 +1,213 @@
+"""What the averaging ops promise besides their numbers: checks, choice of implementation, torch.library, compile."""
+
+import pytest
+import torch
+from ops.averaging_cases import CASES, DEVICE, F32, LEVEL, clone, inputs
+from torch.library import opcheck
+
+from cnext import ops
+from cnext.errors import UserError
+from cnext.ops import dispatch
+from cnext.ops.rules import OPS
+
+SHAPES = [(4, 6), (5,)]
+
+
+def arguments(op, scalars=True):
+    """Valid positional and keyword arguments of ``torch.ops.cnext.<op>``."""
+    torch.manual_seed(0)
+    lists = [[torch.rand(shape, device=DEVICE) for shape in SHAPES[:1] * 2] for _ in op.roles]
+    if op.rows[0]:
+        shape = (2, op.rows[1]) if op.rows[1] > 1 else (2,)
+        lists.append(torch.ones(shape, dtype=torch.float64, device=DEVICE))
+    return lists, {name: 0.5 for name, value in op.scalars.items() if value is None}
+
+
+every_op = pytest.mark.parametrize("op", OPS.values(), ids=OPS)
+call = lambda op, lists, **numbers: getattr(torch.ops.cnext, op.name)(*lists, **numbers)  # noqa: E731
+
+
+@every_op
+def test_opcheck(op, monkeypatch):
+    monkeypatch.undo()  # opcheck compares outputs of two runs, and NaN differs from itself
+    lists, numbers = arguments(op)
+    opcheck(getattr(torch.ops.cnext, op.name).default, tuple(lists), numbers)
+
+
+@every_op
+def test_version_counters_move(op):
+    lists, numbers = arguments(op)
+    named = dict(zip(op.roles, lists, strict=False))
+    before = {name: [tensor._version for tensor in tensors] for name, tensors in named.items()}
+    call(op, lists, **numbers)
+    for name, tensors in named.items():
+        moved = [tensor._version > version for tensor, version in zip(tensors, before[name], strict=True)]
+        assert moved == [name in op.written] * 2
+
+
+def spoil_dtype(lists, k):
+    lists[k][1] = lists[k][1].to(torch.float64)
+    return r"\[1\] has dtype torch.float64; expected"
+
+
+def spoil_shape(lists, k):
+    lists[k][1] = lists[k][1].reshape(6, 4)
+    return r"\[1\] has shape|\[1\]; expected|, that of"
+
+
+def spoil_device(lists, k):
+    lists[k][1] = lists[k][1].to("meta")
+    return r"has device"
+
+
+def spoil_layout(lists, k):
+    lists[k][1] = torch.rand(4, 12, device=DEVICE)[:, ::2]
+    return r"\[1\] has gaps"
+
+
+def spoil_strides(lists, k):
+    lists[k][1] = torch.rand(6, 4, device=DEVICE).T
+    return r"strides"
+
+
+def spoil_count(lists, k):
+    lists[k].append(torch.rand(4, 6, device=DEVICE))
+    return r"has [23] tensors; expected"
+
+
+@every_op
+@pytest.mark.parametrize(
+    "spoil",
+    [spoil_dtype, spoil_shape, spoil_device, spoil_layout, spoil_strides, spoil_count],
+    ids=lambda f: f.__name__,
+)
+def test_a_tensor_that_does_not_fit_is_named_and_nothing_is_written(op, spoil):
+    single = len(op.roles) == 1
+    for k, name in enumerate(op.roles):
+        lists, numbers = arguments(op)
+        pattern = spoil(lists, k)
+        if single and spoil in (spoil_shape, spoil_strides, spoil_count):
+            continue
+        before = [[tensor.clone() for tensor in tensors] for tensors in lists[: len(op.roles)]]
+        with pytest.raises(UserError, match=pattern) as caught:
+            call(op, lists, **numbers)
+        assert op.name in str(caught.value)
+        assert k == 0 or name in str(caught.value)
+        for tensors, old in zip(lists, before, strict=False):
+            for a, b in zip(tensors, old, strict=True):
+                assert a.is_meta or torch.equal(a, b)
+
+
+@every_op
+def test_shared_memory_is_refused_where_it_is_written(op):
+    for name in op.written:
+        k = list(op.roles).index(name)
+        for other in range(len(op.roles)):
+            lists, numbers = arguments(op)
+            memory = torch.rand(40, device=DEVICE)
+            lists[k][0], lists[other][1] = memory[:24].view(4, 6), memory[16:].view(4, 6)
+            with pytest.raises(UserError, match="shares memory"):
+                call(op, lists, **numbers)
+
+
+def test_memory_that_is_only_read_may_be_shared():
+    gradient = torch.rand(4, device=DEVICE)
+    fisher = [torch.zeros(4, device=DEVICE), torch.zeros(4, device=DEVICE)]
+    ops.fisher_accumulate_(fisher, [gradient, gradient])
+    assert torch.equal(fisher[0], fisher[1])
+
+
+def test_one_dense_layout_is_enough():
+    image = torch.rand(2, 3, 4, 5, device=DEVICE).to(memory_format=torch.channels_last)
+    fisher = torch.zeros_like(image)
+    ops.fisher_accumulate_([fisher], [image])
+    torch.testing.assert_close(fisher, image.square())
+
+
+def test_rows_must_fit():
+    lists, numbers = arguments(OPS["pema_step_"])
+    with pytest.raises(UserError, match=r"level has dtype torch.float32.*expected torch.float64, \(2,\)"):
+        ops.pema_step_(*lists[:-1], torch.ones(2, device=DEVICE), **numbers)
+
+
+def test_empty_lists_do_nothing():
+    level = torch.empty(0, dtype=torch.float64)
+    ops.fisher_accumulate_([], [])
+    ops.ema_step_([], [], beta=0.5)
+    ops.pema_released_([], [], [])
+    assert ops.sums([]).shape == (0,)
+    assert ops.pema_merge_([], [], [], [], new_scale=1.0).shape == (0, 5)
+    assert ops.pema_step_([], [], [], [], level).shape == (0, 4)
+    assert ops.pema_literal_([], [], [], []).shape == (0, 4)
+    assert ops.dema_step_([], [], [], []).shape == (0, 3)
+    assert ops.adamw_pema_step_([], [], [], [], [], [], level, step=1, lr=0.1).shape == (0, 4)
+
+
+def test_bad_names_list_the_valid_ones():
+    one = [torch.ones(1, device=DEVICE)]
+    with pytest.raises(UserError, match="unknown impl 'fast'; valid: cpp, cuda, triton, reference"):
+        ops.sums(one, impl="fast")
+    with pytest.raises(UserError, match="guard is 'none'; expected one of fallback, clamp"):
+        ops.pema_literal_(one, one, one, one, guard="none")
+    with pytest.raises(UserError, match="theta\\[0\\] has shape \\(1,\\); expected a matrix"):
+        ops.pema_released_(one, one, one)
+
+
+def test_an_explicit_implementation_that_is_missing_raises():
+    one = [torch.ones(1, device=DEVICE)]
+    with pytest.raises(UserError, match=r"impl='(cuda|cpp)' is missing: (it runs on|cnext was built without it)"):
+        ops.sums(one, impl="cuda" if DEVICE == "cpu" else "cpp")
+    with pytest.raises(UserError, match="plain torch only"):
+        ops.pema_released_([one[0][None]], [one[0][None]], [torch.zeros(1, 1, device=DEVICE)], impl="cpp")
+
+
+def test_without_a_compiled_core_there_is_one_warning_and_plain_torch(monkeypatch):
+    monkeypatch.setattr(dispatch, "core", lambda name: None)
+    dispatch._best.cache_clear()
+    with pytest.warns(RuntimeWarning, match="no compiled kernels for cpu"):
+        ops.sums([torch.ones(3)])
+    assert ops.sums([torch.ones(3)]).item() == 3  # a second warning would be an error
+    assert ops.last_path("sums") == "reference"
+    dispatch._best.cache_clear()
+
+
+def test_under_torch_compile_without_a_graph_break(monkeypatch):
+    monkeypatch.undo()
+    case = CASES["pema_step"]
+    given = inputs(case)
+    expected = clone(given)
+    rows = ops.pema_step_(*expected, LEVEL.to(DEVICE))
+
+    @torch.compile(backend="aot_eager", fullgraph=True)
+    def step(theta, gradient, fisher, ema, level):
+        return ops.pema_step_(theta, [g * 1.0 for g in gradient], fisher, ema, level) + 0.0
+
+    assert torch.equal(step(*given, LEVEL.to(DEVICE)), rows)
+    assert all(torch.equal(a, b) for x, y in zip(given, expected, strict=True) for a, b in zip(x, y, strict=True))
+
+
+if DEVICE == "cuda":
+
+    def test_captured_in_a_graph():
+        theta, gradient, ema = ([torch.rand(1000, device=DEVICE)] for _ in range(3))
+        fisher, level = [torch.zeros(1000, device=DEVICE)], torch.ones(1, dtype=torch.float64, device=DEVICE)
+        for impl in ("cuda", "triton"):
+            ops.pema_step_(theta, gradient, fisher, ema, level, impl=impl)
+            graph = torch.cuda.CUDAGraph()
+            torch.cuda.synchronize()
+            with torch.cuda.graph(graph):
+                ops.pema_step_(theta, gradient, fisher, ema, level, impl=impl)
+            expected = clone([theta, gradient, fisher, ema])
+            graph.replay()
+            ops.pema_step_(*expected, level, impl=impl)
+            assert torch.equal(fisher[0], expected[2][0])
+            assert torch.equal(ema[0], expected[3][0])
+
+
+def test_gradients_of_parameters_are_untouched_by_autograd():
+    parameter = torch.nn.Parameter(torch.ones(3, device=DEVICE))
+    loss = (parameter * parameter).sum()
+    fisher = [torch.ones(3, dtype=F32, device=DEVICE)]
+    ops.pema_merge_([parameter], [torch.zeros(3, device=DEVICE)], fisher, [fisher[0].clone()], new_scale=1.0)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()

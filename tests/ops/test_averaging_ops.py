@@ -1,0 +1,234 @@
+"""The averaging ops, each implementation against float64. CNEXT_TEST_DEVICE=cuda runs them on a GPU."""
+
+import math
+import mmap
+
+import numpy
+import pytest
+import torch
+from ops.averaging_cases import BF16, CASES, DEVICE, F32, IMPLS, LEVEL, SIZES, clone, inputs, oracle, written
+from ops.tolerance import assert_as_accurate
+
+from cnext import ops
+from cnext.ops import dispatch
+
+DTYPES = [pytest.param(F32, F32, id="f32"), pytest.param(BF16, F32, id="bf16"), pytest.param(BF16, BF16, id="bf16-ema")]
+every_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+every_impl = pytest.mark.parametrize("impl", IMPLS)
+INTERPRETED = IMPLS == ["triton"] and DEVICE == "cpu"
+
+
+@every_case
+@every_impl
+@pytest.mark.parametrize(("param", "ema"), DTYPES)
+def test_errs_no_more_than_plain_torch(case, impl, param, ema):
+    given = inputs(case, param, ema)
+    exact, exact_out = oracle(case, given)
+    plain, result = clone(given), clone(given)
+    plain_out, out = case.call(*plain, impl="reference"), case.call(*result, impl=impl)
+    assert ops.last_path(case.op) == impl
+    roundings = 2.0 if INTERPRETED else 1.0  # Triton's interpreter cuts float32 to bfloat16 instead of rounding
+    for i, tensors in enumerate(result):
+        for t, tensor in enumerate(tensors):
+            if i in written(case):
+                what = f"list {i}, size {SIZES[t]}"
+                assert_as_accurate(tensor.cpu(), plain[i][t].cpu(), exact[i][t], what, roundings=roundings)
+            else:
+                assert torch.equal(tensor, given[i][t])
+    if out is not None:
+        numbers = torch.tensor([math.prod(size) for size in SIZES]).view(-1, *[1] * (out.ndim - 1))
+        slack = 2e-6 * numbers * plain_out.cpu().double().abs().div(numbers.clamp(min=1)).clamp(min=1e-6)
+        exact_out = exact_out.view_as(out)
+        finite = exact_out.isfinite()
+        assert torch.equal(out.cpu()[~finite], exact_out[~finite])
+        error = (out.cpu() - exact_out)[finite].abs()
+        allowed = 2 * (plain_out.cpu() - exact_out)[finite].abs() + slack.expand_as(exact_out)[finite]
+        assert (error <= allowed).all()
+
+
+@every_case
+def test_reference_through_the_op_is_the_reference(case):
+    given = inputs(case)
+    exact, _ = oracle(case, given)
+    case.call(*given, impl="reference")
+    for i in written(case):
+        for tensor, wide in zip(given[i], exact[i], strict=True):
+            torch.testing.assert_close(tensor.cpu().double(), wide, rtol=1e-3, atol=1e-4)
+
+
+@every_case
+@every_impl
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_what_is_not_finite_never_reaches_a_state(case, impl, bad):
+    if "g" not in case.roles:
+        return
+    given = inputs(case)
+    gradients = [i for i, role in enumerate(case.roles) if role == "g"]
+    for tensor in given[gradients[0]]:
+        tensor.view(-1)[::2] = bad
+    before = clone(given)
+    case.call(*given, impl=impl)
+    for i in written(case):
+        for tensor, old in zip(given[i], before[i], strict=True):
+            if i in gradients:
+                continue
+            assert tensor.isfinite().all()
+            if case.op != "dema_step_":
+                assert torch.equal(tensor.view(-1)[::2], old.view(-1)[::2])
+
+
+@every_impl
+@pytest.mark.parametrize("name", ["ema_step", "pema_step", "pema_literal", "dema_step"])
+def test_theta_that_is_not_finite_leaves_the_average_alone(name, impl):
+    case = CASES[name]
+    given = inputs(case)
+    for tensor in given[0]:
+        tensor.view(-1)[::3] = math.nan
+    ema = case.roles.index("e")
+    before = clone(given)[ema]
+    case.call(*given, impl=impl)
+    for tensor, old in zip(given[ema], before, strict=True):
+        assert torch.equal(tensor.view(-1)[::3], old.view(-1)[::3])
+
+
+@every_impl
+@pytest.mark.parametrize("name", ["ema_step", "pema_step", "pema_literal", "pema_literal_clamp", "dema_step"])
+def test_an_average_that_equals_theta_stays_to_the_bit(name, impl):
+    case = CASES[name]
+    given = inputs(case)
+    ema = case.roles.index("e")
+    given[ema] = [tensor.clone() for tensor in given[0]]
+    case.call(*given, impl=impl)
+    assert all(torch.equal(a, b) for a, b in zip(given[ema], given[0], strict=True))
+
+
+def tensor(*values: float, dtype: torch.dtype = F32) -> list[torch.Tensor]:
+    return [torch.tensor(values, dtype=dtype, device=DEVICE)]
+
+
+@every_impl
+def test_merge_keeps_theta_where_nothing_was_learnt_before_and_the_old_where_nothing_is_learnt_now(impl):
+    theta, past = tensor(1.0, 1.0, 1.0), tensor(0.0, 1.0, 2.0)
+    args = (theta, tensor(3.0, 3.0, 3.0), tensor(1.0, 0.0, 0.4), past)
+    rows = ops.pema_merge_(*args, new_scale=1.0, c=5.0, damping=0.0, impl=impl)
+    torch.testing.assert_close(theta[0].cpu(), torch.tensor([1.0, 3.0, 2.0]))
+    torch.testing.assert_close(past[0].cpu(), torch.tensor([1.0, 1.0, 2.4]))
+    torch.testing.assert_close(rows.cpu(), torch.tensor([[3, 1.5, 1.25, 0, 1]], dtype=torch.float64))
+
+
+@every_impl
+def test_per_step_rule_with_zero_and_denormal_gradients(impl):
+    denormal = 1e-40
+    fisher, ema = tensor(0.0, 0.0, 1.0), tensor(0.0, 0.0, 0.0)
+    level = torch.zeros(1, dtype=torch.float64, device=DEVICE)
+    ops.pema_step_(tensor(1.0, 1.0, 1.0), tensor(0.0, denormal, denormal), fisher, ema, level, impl=impl)
+    # Without any Fisher information the average stays (beta 1); with level 0 it is replaced where there is some.
+    assert ema[0].tolist() == [0.0, 0.0, 1.0]
+    assert fisher[0].tolist() == [0.0, 0.0, 1.0]
+    ops.fisher_accumulate_(fisher, tensor(0.0, 1e-20, 1e-20), scale=1.0, impl=impl)
+    assert fisher[0].tolist() == [0.0, pytest.approx(1e-40, rel=1e-4), 1.0]
+
+
+@every_impl
+@pytest.mark.parametrize(("guard", "low", "high"), [("fallback", 0.99, 0.99), ("clamp", 0.0, 1.0)])
+def test_both_sides_of_the_literal_guard_are_taken_and_counted(impl, guard, low, high):
+    theta = tensor(1.0, -1.0, 1.0, 2.0)
+    ema = tensor(0.0, 0.0, 0.0, 2.0)
+    gradient = tensor(3.0, 3.0, 0.1, 0.5)
+    rows = ops.pema_literal_(theta, gradient, tensor(0, 0, 0, 0), ema, damping=1e-5, guard=guard, impl=impl)
+    assert rows.tolist() == [[4.0, 1.0, 1.0, 2.0]]
+    inside = 4 / (9 + 1e-5)
+    expected = [1 - inside, -(1 - low), 1 - high, 2.0]
+    torch.testing.assert_close(ema[0].cpu(), torch.tensor(expected), rtol=1e-5, atol=1e-6)
+
+
+@every_impl
+@pytest.mark.parametrize(
+    ("scale", "alpha"), [(10.0, 2 * (1 + 20) / (20 * 20)), (0.1, 0.01)], ids=["formula", "fallback"]
+)
+def test_both_sides_of_the_dema_guard(impl, scale, alpha):
+    theta, ema = tensor(scale, scale), tensor(0.0, 0.0)
+    rows = ops.dema_step_(theta, tensor(scale, scale), ema, tensor(0.0, 0.0), impl=impl)
+    torch.testing.assert_close(rows.cpu(), torch.full((1, 3), 2 * scale, dtype=torch.float64), rtol=1e-6, atol=0)
+    torch.testing.assert_close(ema[0].cpu(), torch.full((2,), alpha * scale), rtol=1e-5, atol=0)
+
+
+@every_case
+@every_impl
+def test_bitwise_repeatable_over_runs_threads_and_instruction_sets(case, impl):
+    given = inputs(case, seed=1)
+    first = clone(given)
+    out = case.call(*first, impl=impl)
+    sets = dispatch.core("cpp").instruction_sets() if impl == "cpp" else [None]
+    threads = torch.get_num_threads()
+    before = dispatch.core("cpp").instruction_set() if impl == "cpp" else None
+    for run in range(3 if INTERPRETED else 20):
+        if impl == "cpp":
+            torch.set_num_threads(run % 4 + 1)
+            dispatch.core("cpp").use_instruction_set(sets[run % len(sets)])
+        again = clone(given)
+        out_again = case.call(*again, impl=impl)
+        assert all(torch.equal(a, b) for x, y in zip(first, again, strict=True) for a, b in zip(x, y, strict=True))
+        assert out is None or torch.equal(out, out_again)
+    torch.set_num_threads(threads)
+    if before:
+        dispatch.core("cpp").use_instruction_set(before)
+
+
+@pytest.mark.parametrize("shape", [(8, 40), (40, 8), (6, 6), (1, 5), (5, 1)], ids=str)
+def test_released_rule_equals_the_dense_inverse_in_float64(shape):
+    torch.manual_seed(0)
+    theta, ema, gradient = (torch.randn(shape, dtype=torch.float64) * 0.1 for _ in range(3))
+    distance, fisher = theta - ema, gradient.square()
+    dense = distance.T @ fisher + 0.3 * torch.eye(shape[1], dtype=torch.float64)
+    alpha = (gradient + 1) @ torch.linalg.inv(dense)
+    expected = ema * alpha + theta * (1 - alpha)
+    from cnext.ops import reference
+
+    reference.pema_released_([theta], [gradient], [ema], damping=0.3)
+    torch.testing.assert_close(ema, expected, rtol=1e-9, atol=1e-11)
+
+
+def test_released_rule_in_float32_diverges_as_it_should_and_a_singular_matrix_takes_the_fallback():
+    torch.manual_seed(0)
+    theta, ema, gradient = ([torch.randn(8, 40, device=DEVICE) * 1e-3] for _ in range(3))
+    ops.pema_released_(theta, gradient, ema)
+    assert ema[0].abs().max() > 10
+    theta, gradient, ema = tensor(2.0), tensor(1.0), tensor(1.0)
+    ops.pema_released_([theta[0][None]], [gradient[0][None]], [ema[0][None]], damping=-1.0)
+    assert ema[0].item() == pytest.approx(0.99 * 1 + 0.01 * 2)
+
+
+@pytest.mark.parametrize("shared", [False, True], ids=["own fisher", "exp_avg_sq as fisher"])
+def test_reference_is_adamw_then_the_separate_op_to_the_bit(shared):
+    torch.manual_seed(0)
+    parameters = [torch.nn.Parameter(torch.randn(size)) for size in SIZES]
+    theta = [p.detach().clone() for p in parameters]
+    m, v, fisher, ema = ([torch.zeros_like(p) for p in theta] for _ in range(4))
+    other_fisher, other_ema = ([torch.zeros_like(p) for p in theta] for _ in range(2))
+    optimizer = torch.optim.AdamW(parameters, lr=0.01, betas=(0.9, 0.98), eps=1e-6, weight_decay=0.1, foreach=False)
+    for step in range(1, 4):
+        gradients = [torch.randn_like(p) for p in theta]
+        arguments = (theta, gradients, m, v, None if shared else fisher, ema, LEVEL)
+        numbers = {"step": step, "lr": 0.01, "betas": (0.9, 0.98), "eps": 1e-6, "weight_decay": 0.1}
+        ops.adamw_pema_step_(*arguments, **numbers, impl="reference")
+        for parameter, gradient in zip(parameters, gradients, strict=True):
+            parameter.grad = gradient.clone()
+        optimizer.step()
+        if shared:
+            other_fisher = [optimizer.state[p]["exp_avg_sq"].clone() for p in parameters]
+        scale = 0.0 if shared else 1.0
+        data = [p.detach() for p in parameters]
+        ops.pema_step_(data, gradients, other_fisher, other_ema, LEVEL, scale=scale, impl="reference")
+        assert all(torch.equal(a, b) for a, b in zip(theta, data, strict=True))
+        assert all(torch.equal(a, b) for a, b in zip(ema, other_ema, strict=True))
+
+
+if "cpp" in IMPLS:
+
+    def test_offsets_are_64_bit():
+        size = 2**31 + 5
+        pages = mmap.mmap(-1, 4 * size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0))
+        values = torch.from_numpy(numpy.frombuffer(pages, dtype=numpy.float32))
+        values[0], values[-1] = 1.0, 2.0
+        assert ops.sums([values], impl="cpp").item() == 3.0
