@@ -145,13 +145,12 @@ struct PemaLiteral {
     const bool use = finite(square) & finite(x[2]);
     const float fisher = x[1] * decay + square;
     const float raw = (x[3] + 1.0f) / ((x[2] - x[0]) * fisher + damping);
-    const bool inside = (raw > 0.0f) & (raw < 1.0f);
     const bool low = raw <= 0.0f;
-    const float beta = inside ? raw : low ? below : above;
+    const float beta = low ? below : raw < 1.0f ? raw : above;
     s[0] = use ? 1.0f : 0.0f;
-    s[1] = inside ? s[0] : 0.0f;
     s[2] = low ? s[0] : 0.0f;
-    s[3] = s[0] - s[1] - s[2];
+    s[3] = low || raw < 1.0f ? 0.0f : s[0];
+    s[1] = s[0] - s[2] - s[3];
     x[0] = use ? mix(x[0], x[2], beta) : x[0];
     x[1] = use ? fisher : x[1];
   }

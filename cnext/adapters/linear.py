@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
+
+from cnext import ops
+from cnext.errors import UserError
 
 
 class Branch(nn.Module):
@@ -19,28 +24,105 @@ class Branch(nn.Module):
 class AdapterLinear(nn.Module):
     """y = W x + b + scale * sum over branches of B_i A_i drop(x), with W and b frozen.
 
-    The branches' products are formed as one product of rank sum(r_i): four branches of rank 8 cost what one of rank
-    32 costs. A branch whose parameters are frozen still adds to y. One dropout mask is shared by all branches.
+    Computed by `cnext.ops.lora_branches`: four branches of rank 8 cost what one of rank 32 costs. A branch whose
+    parameters are frozen still adds to y. The branches' A are views of one block of memory, one below the other, so
+    that they are one matrix without a copy; where something moves them apart, the op copies, and the result is the same.
 
     Args:
-        base: the frozen linear layer, (..., in_features) to (..., out_features).
+        base: the linear layer, (..., in_features) to (..., out_features). It is frozen.
         branches: name to branch, in the order of summation.
         scale: alpha / total rank; 1.0 in the paper.
         dropout: probability of dropping an element of x on the way into the branches, in training only.
+        independent: a dropout mask for every branch, as released, in place of one that they share.
 
     Reference: Continual-NExT, arXiv 2602.18055, Eq. 1.
     """
 
-    def __init__(self, base: nn.Linear, branches: dict[str, Branch], scale: float = 1.0, dropout: float = 0.0) -> None:
+    def __init__(
+        self,
+        base: nn.Linear,
+        branches: dict[str, Branch],
+        scale: float = 1.0,
+        dropout: float = 0.0,
+        independent: bool = False,
+    ) -> None:
         super().__init__()
-        self.base = base
+        self.base = base.requires_grad_(False)
         self.branches = nn.ModuleDict(branches)
         self.scale = scale
         self.dropout = dropout
+        self.independent = independent
+        self._unmerged: Tensor | None = None
+        self._join()
 
     def forward(self, x: Tensor) -> Tensor:
+        base = self.base
+        if self._unmerged is not None:
+            return base(x)
         branches = self.branches.values()
-        a = torch.cat([branch.A for branch in branches])
-        b = torch.cat([branch.B for branch in branches], 1)
-        dropped = F.dropout(x, self.dropout, self.training) if self.dropout else x
-        return self.base(x) + self.scale * F.linear(F.linear(dropped.to(a.dtype), a), b).to(x.dtype)
+        return ops.lora_branches(
+            x,
+            base.weight,
+            base.bias,
+            [branch.A for branch in branches],
+            [branch.B for branch in branches],
+            scale=self.scale,
+            dropout=self.dropout if self.training else 0.0,
+            independent=self.independent,
+        )
+
+    @property
+    def merged(self) -> bool:
+        """Whether the branches are in the base weight."""
+        return self._unmerged is not None
+
+    @torch.no_grad()
+    def merge(self) -> None:
+        """Adds the branches to the base weight: summed in float32, then cast. The layer then costs what its base costs.
+
+        W + scale * sum over branches of B_i A_i. The branches themselves are kept, and so is W, for `unmerge`.
+
+        Raises:
+            UserError: merged already.
+        """
+        if self.merged:
+            raise UserError("merge: the branches are merged already; call unmerge first")
+        weight = self.base.weight
+        wide = torch.promote_types(weight.dtype, torch.float32)
+        total = weight.to(wide, copy=True)
+        for branch in self.branches.values():
+            total.addmm_(branch.B.to(wide), branch.A.to(wide), alpha=self.scale)
+        self._unmerged = weight.detach().clone()
+        weight.copy_(total)
+
+    @torch.no_grad()
+    def unmerge(self) -> None:
+        """Undoes `merge`, to the bit.
+
+        Raises:
+            UserError: not merged.
+        """
+        if self._unmerged is None:
+            raise UserError("unmerge: the branches are not merged; call merge first")
+        self.base.weight.copy_(self._unmerged)
+        self._unmerged = None
+
+    @torch.no_grad()
+    def _join(self) -> None:
+        """Moves every A into one block of memory. The parameters stay the same objects."""
+        parts = [branch.A for branch in self.branches.values()]
+        if {type(part) for part in parts} == {nn.Parameter} and len({(part.dtype, part.device) for part in parts}) == 1:
+            rows = torch.cat([part.detach() for part in parts]).split([part.shape[0] for part in parts])
+            for part, row in zip(parts, rows, strict=True):
+                part.data = row
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> AdapterLinear:
+        super()._apply(fn, recurse)
+        if self._unmerged is not None:
+            self._unmerged = fn(self._unmerged)
+        self._join()
+        return self
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._join()

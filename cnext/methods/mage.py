@@ -16,8 +16,10 @@ from torch import Tensor, nn
 
 from cnext import adapters
 from cnext.adapters import BRANCH_ROLES, roles_of
-from cnext.averaging import Pema
+from cnext.averaging import RULES
+from cnext.averaging.pooling import pooled
 from cnext.backbones.base import Backbone
+from cnext.errors import unknown
 from cnext.methods.base import Method
 from cnext.tasks.base import Task
 
@@ -32,21 +34,20 @@ class Mage(Method):
     """Factor of the branches (alpha / total rank)."""
     dropout: float = 0.0
     """Dropout on the branches' input while training; the mask is shared by the branches."""
+    average: str = "pema"
+    """Averaging rule: pema, pema-step, pema-literal, pema-released (diverges, as released), dema, constant or none."""
     c: float = 5.0
-    """Plasticity: how much a new task's Fisher information counts against that of the tasks before it."""
-    damping: float = 1e-5
-    """Floor of the damping, the paper's lambda."""
+    """Plasticity of pema: how much a new task's Fisher information counts against that of the tasks before it."""
+
+    def __post_init__(self) -> None:
+        if self.average not in RULES:
+            raise unknown("averaging rule", self.average, list(RULES))
+        self.rule = RULES[self.average](**({"c": self.c} if self.average == "pema" else {}))
 
     def setup(self, backbone: Backbone, generator: torch.Generator) -> None:
-        adapters.attach(
-            backbone.language_model,
-            backbone.targets,
-            {role.name: self.rank for role in BRANCH_ROLES},
-            scale=self.scale,
-            dropout=self.dropout,
-            generator=generator,
-        )
-        self.average = Pema(c=self.c, damping=self.damping)
+        ranks = {role.name: self.rank for role in BRANCH_ROLES}
+        options = {"scale": self.scale, "dropout": self.dropout, "generator": generator}
+        adapters.attach(backbone.language_model, backbone.targets, ranks, **options)
 
     def trainable(self, backbone: Backbone, task: Task) -> dict[str, nn.Parameter]:
         names = [role.name for role in roles_of(task.reads, task.writes)]
@@ -54,27 +55,18 @@ class Mage(Method):
         return adapters.set_trainable(backbone.language_model, names)
 
     def before_task(self, parameters: dict[str, nn.Parameter], steps: int) -> None:
-        self.average.begin_task(parameters, steps)
+        self.rule.begin_task(parameters, steps)
 
     def transform_gradients(self, parameters: dict[str, nn.Parameter]) -> None:
-        self.average.update()
+        self.rule.update()
 
     def after_task(self) -> dict[str, Any] | None:
         """Mean and standard deviation of beta, the weight of the old, over each branch's parameters."""
-        betas = self.average.end_task()
-        return {branch: _pooled(betas, group) for branch, group in self.groups.items()}
+        betas = self.rule.end_task()
+        return {branch: pooled(betas, group) for branch, group in self.groups.items()} if betas else None
 
     def state_dict(self) -> dict[str, Tensor]:
-        return self.average.state_dict()
+        return self.rule.state_dict()
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        self.average.load_state_dict(state)
-
-
-def _pooled(spreads: dict[str, tuple[float, float]], group: dict[str, nn.Parameter]) -> dict[str, float]:
-    """Mean and standard deviation over all elements of a group, from those of its parameters."""
-    sizes = {name: parameter.numel() for name, parameter in group.items()}
-    total = sum(sizes.values())
-    mean = sum(sizes[name] * spreads[name][0] for name in group) / total
-    square = sum(sizes[name] * (spreads[name][1] ** 2 + spreads[name][0] ** 2) for name in group) / total
-    return {"mean": mean, "std": max(square - mean**2, 0.0) ** 0.5}
+        self.rule.load_state_dict(state)

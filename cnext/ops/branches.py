@@ -1,20 +1,21 @@
 """Linear layers with low-rank branches: y = x W^T + b + scale * sum over branches of drop(x) A_i^T B_i^T, W frozen.
 
 The frozen products are left to the vendor's GEMM. The branches are one product of rank sum(r_i) that is added in the
-GEMM's own accumulation; a frozen branch adds to y and costs no gradient. Kept for the backward pass are x and h = drop(x) A^T,
-each only where a live branch needs it; the dropout mask is made again from its seed.
+GEMM's own accumulation; a frozen branch adds to y and costs no gradient. Kept for the backward pass are x and
+h = drop(x) A^T, each only where a live branch needs it; the dropout mask is made again from its seed.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from cnext.errors import UserError
-from cnext.ops import branches_op
+from cnext.ops import branches_op  # noqa: F401  registers the ops
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -56,8 +57,19 @@ def lora_branches(
 
     Reference: Hu et al., arXiv 2106.09685; Continual-NExT, arXiv 2602.18055, Eq. 1; MoELoRA, arXiv 2310.18339.
     """
-    options = {"scale": scale, "dropout": dropout, "seed": seed, "independent": independent, "impl": impl}
-    return lora_branches_grouped(x, [weight], [bias], [a], [b], routing=routing, **options)[0]
+    return lora_branches_grouped(
+        x,
+        (weight,),
+        (bias,),
+        (a,),
+        (b,),
+        scale=scale,
+        dropout=dropout,
+        seed=seed,
+        independent=independent,
+        routing=routing,
+        impl=impl,
+    )[0]
 
 
 def lora_branches_grouped(
@@ -77,7 +89,7 @@ def lora_branches_grouped(
     """`lora_branches` for linear layers that read the same x, such as q, k and v: one pass over x, one chain for dX.
 
     Args:
-        weights, biases, a, b: one entry per linear layer. All have the same ranks in the same order, and share the mask.
+        weights, biases, a, b: one entry per linear layer. All have the same ranks in the same order and share the mask.
 
     Returns:
         One (..., out) per linear layer.
@@ -90,11 +102,11 @@ def lora_branches_grouped(
     if dropout and seed is None:
         seed = torch.randint(-(2**63), 2**63 - 1, (1,), device=x.device)
     options = (ranks, scale, dropout, independent, impl)
-    parts = [part for parts in (*a, *b) for part in parts]
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, routing, *parts)):
-        return list(_LoraBranches.apply(options, len(weights), x, seed, routing, *weights, *biases, *parts))
-    down, ups = _packed(a, b, x.dtype)
-    return torch.ops.cnext.lora_branches.default(x, weights, biases, down, ups, seed, routing, *options)[:-1]
+    downs, ups = (a[0], b[0]) if len(weights) == 1 else (tuple(chain(*a)), tuple(chain(*b)))
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, routing, *downs, *ups)):
+        return _LoraBranches.apply(options, len(weights), x, seed, routing, *weights, *biases, *downs, *ups)
+    packed = _stacked(downs, x.dtype), _side_by_side(ups, len(weights), x.dtype)
+    return _forward(x, weights, biases, *packed, seed, routing, *options)[:-1]
 
 
 def dropout_mask(
@@ -109,39 +121,38 @@ def dropout_mask(
     return torch.ops.cnext.dropout_mask(seed, rows, columns, dropout, branch, impl=impl)
 
 
-def _packed(
-    a: Sequence[Sequence[Tensor]], b: Sequence[Sequence[Tensor]], dtype: torch.dtype
-) -> tuple[Tensor, list[Tensor]]:
-    """All down-projections one below the other, and each layer's up-projections side by side, in one dtype."""
-    down = _stacked(a[0] if len(a) == 1 else [part for parts in a for part in parts])
-    ups = [parts[0] if len(parts) == 1 else torch.cat(parts, 1) for parts in b]
-    return down.to(dtype), [up.to(dtype) for up in ups]
-
-
-def _stacked(parts: Sequence[Tensor]) -> Tensor:
+def _stacked(parts: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
     """The parts one below the other: where they lie so in memory already, as one view of it."""
     first = parts[0]
     if len(parts) == 1:
-        return first
+        return first if first.dtype == dtype else first.to(dtype)
     if torch.compiler.is_compiling():
-        return torch.cat(parts)
-    # Parts that lie end to end inside the first one's storage are one matrix. Storage is compared by address.
-    storage, width, size = first.untyped_storage(), first.shape[1], first.element_size()
-    place, end = first.data_ptr(), storage.data_ptr() + storage.nbytes()
-    rows = 0
+        return torch.cat(parts).to(dtype)
+    # Parts that lie end to end inside the first one's storage are one matrix.
+    width, size = first.shape[1], first.element_size()
+    place, rows = first.data_ptr(), 0
     for part in parts:
         if part.data_ptr() != place + rows * width * size or not part.is_contiguous() or part.dtype != first.dtype:
-            return torch.cat(parts)
+            return torch.cat(parts).to(dtype)
         rows += part.shape[0]
-    inside = place + rows * width * size <= end
-    return first.as_strided((rows, width), (width, 1)) if inside else torch.cat(parts)
+    storage = first.untyped_storage()
+    if place + rows * width * size > storage.data_ptr() + storage.nbytes():
+        return torch.cat(parts).to(dtype)
+    whole = first.as_strided((rows, width), (width, 1))
+    return whole if first.dtype == dtype else whole.to(dtype)
 
 
-def _live(needed: Sequence[bool], ranks: Sequence[int], linears: int) -> list[int]:
-    """The columns of rank from the first to the last branch that any of the layers has a gradient for."""
-    ends = [sum(ranks[: i + 1]) for i in range(len(ranks))]
-    live = [i for i in range(len(ranks)) if any(needed[g * len(ranks) + i] for g in range(linears))]
-    return [ends[live[0]] - ranks[live[0]], ends[live[-1]]] if live else [0, 0]
+def _side_by_side(parts: Sequence[Tensor], linears: int, dtype: torch.dtype) -> list[Tensor]:
+    """Every linear layer's parts as the columns of one matrix."""
+    count = len(parts) // linears
+    packed = parts if count == 1 else [torch.cat(parts[i : i + count], 1) for i in range(0, len(parts), count)]
+    return [part if part.dtype == dtype else part.to(dtype) for part in packed]
+
+
+def _live(needed: Sequence[bool], branches: int) -> tuple[int, int]:
+    """The first branch that any of the layers wants a gradient of, and the one behind the last; (0, 0): none."""
+    live = [i % branches for i, need in enumerate(needed) if need]
+    return (min(live), max(live) + 1) if live else (0, 0)
 
 
 class _LoraBranches(torch.autograd.Function):
@@ -157,55 +168,47 @@ class _LoraBranches(torch.autograd.Function):
         routing: Tensor | None,
         *rest: Tensor | None,
     ) -> tuple[Tensor, ...]:
-        ranks = options[0]
-        count = linears * len(ranks)
-        weights, biases = list(rest[:linears]), list(rest[linears : 2 * linears])
-        parts = rest[2 * linears :]
-        down, ups = _packed(*_by_layer(parts, linears), x.dtype)
-        *outputs, h = torch.ops.cnext.lora_branches.default(x, weights, biases, down, ups, seed, routing, *options)
-        needs = ctx.needs_input_grad
-        ctx.needs = needs[2], needs[4]
-        ctx.live_a = _live(needs[5 + 2 * linears :][:count], ranks, linears)
-        ctx.live_b = _live(needs[5 + 2 * linears + count :], ranks, linears)
-        keep_h = ctx.live_b[1] or needs[4]
-        ctx.save_for_backward(x if ctx.live_a[1] else None, h if keep_h else None, seed, routing, *weights, *parts)
-        ctx.options, ctx.linears = options, linears
+        weights, biases, parts = rest[:linears], rest[linears : 2 * linears], rest[2 * linears :]
+        half, needed = len(parts) // 2, ctx.needs_input_grad
+        downs, ups = parts[:half], _side_by_side(parts[half:], linears, x.dtype)
+        *outputs, h = _forward(x, weights, biases, _stacked(downs, x.dtype), ups, seed, routing, *options)
+        ctx.live = [_live(needed[begin:][:half], half // linears) for begin in (-2 * half, -half)]
+        kept_x = x if ctx.live[0][1] else None
+        kept_h = h if ctx.live[1][1] or needed[4] else None
+        ctx.save_for_backward(kept_x, kept_h, seed, routing, *weights, *ups, *downs)
+        ctx.options, ctx.linears, ctx.dtypes = options, linears, [part.dtype for part in parts]
         return tuple(outputs)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, h, seed, routing, *rest = ctx.saved_tensors
-        linears, ranks = ctx.linears, ctx.options[0]
-        weights, parts = rest[:linears], rest[linears:]
-        down, ups = _packed(*_by_layer(parts, linears), grads[0].dtype)
+        linears, ranks, needed, live = ctx.linears, ctx.options[0], ctx.needs_input_grad, ctx.live
+        weights, ups, downs = rest[:linears], rest[linears : 2 * linears], rest[2 * linears :]
+        columns = [(sum(ranks[:begin]), sum(ranks[:end])) for begin, end in live]
+        down, wanted = _stacked(downs, grads[0].dtype), (needed[2], needed[4])
         found = iter(
-            torch.ops.cnext.lora_branches_backward.default(
-                list(grads), x, h, weights, down, ups, ctx.live_a, ctx.live_b, *ctx.needs, seed, routing, *ctx.options
-            )
+            _backward(grads, x, h, weights, down, ups, *columns, *wanted, seed, routing, *ctx.options)
         )
-        dx = next(found) if ctx.needs[0] else None
-        da = next(found).unflatten(0, (linears, -1)).unbind() if ctx.live_a[1] else None
-        db = [next(found) for _ in range(linears)] if ctx.live_b[1] else None
-        d_routing = next(found) if ctx.needs[1] else None
-        wanted = ctx.needs_input_grad[5 + 2 * linears :]
-        split: list[Tensor | None] = []
-        for found_, live, dim in ((da, ctx.live_a, 0), (db, ctx.live_b, 1)):
-            for g in range(linears):
-                begin = -live[0]
-                for rank in ranks:
-                    place = len(split)
-                    narrow = found_[g].narrow(dim, begin, rank).to(parts[place].dtype) if wanted[place] else None
-                    split.append(narrow)
-                    begin += rank
-        return (None, None, dx, None, d_routing, *[None] * (2 * linears), *split)
+        dx = next(found) if needed[2] else None
+        parts: list[Tensor | None] = [None] * len(ctx.dtypes)
+        for which, (begin, end) in enumerate(live):
+            # dA holds the layers one below the other, and every dB stands alone.
+            kept, place = ranks[begin:end], which * len(downs) + begin
+            pieces = torch.split_with_sizes(next(found), kept * linears) if end and not which else []
+            for g in range(linears if end else 0):
+                mine = pieces[g * len(kept) :][: len(kept)] if not which else torch.split_with_sizes(next(found), kept, 1)
+                parts[place + g * len(ranks) : place + g * len(ranks) + len(kept)] = mine
+        d_routing = next(found) if needed[4] else None
+        given = [
+            part if not need or part.dtype == dtype else part.to(dtype)
+            for part, need, dtype in zip(parts, needed[-len(parts) :], ctx.dtypes, strict=True)
+        ]
+        return None, None, dx, None, d_routing, *[None] * (2 * linears), *given
 
 
-def _by_layer(parts: Sequence[Tensor], linears: int) -> tuple[list[Sequence[Tensor]], list[Sequence[Tensor]]]:
-    """Every A, then every B, as lists per linear layer."""
-    branches = len(parts) // (2 * linears)
-    layers = [parts[i : i + branches] for i in range(0, len(parts), branches)]
-    return layers[:linears], layers[linears:]
+_forward = torch.ops.cnext.lora_branches.default
+_backward = torch.ops.cnext.lora_branches_backward.default
 
 
 def _check(

@@ -42,8 +42,9 @@ def _by_linear(h: Tensor, linears: int) -> Sequence[Tensor]:
 
 def _live(h: Tensor, live: Sequence[int], linears: int) -> Tensor:
     """The columns of each linear layer's live rank."""
-    rank = h.shape[1] // linears
-    return h if live[1] - live[0] == rank else h.unflatten(1, (linears, rank))[..., live[0] : live[1]].flatten(1)
+    if linears == 1:
+        return h[:, live[0] : live[1]]
+    return h.unflatten(1, (linears, -1))[..., live[0] : live[1]].flatten(1)
 
 
 def _clipped(ranks: Sequence[int], live: Sequence[int]) -> list[int]:

@@ -129,4 +129,4 @@ class TaskTrainer:
         for label, value in tensors.items():
             key, _, name = label.partition(":")
             parameter = self.parameters[name]
-            self.optimizer.state[parameter][key] = value if key == "step" else value.to(parameter)
+            self.optimizer.state[parameter][key] = value.to(parameter.device)

@@ -21,9 +21,9 @@ RECIPE = Recipe(dict.fromkeys(TASKS, STEPS), batch_size=4, learning_rate=1e-2, w
 class Sequence:
     """A method on the tiny backbone, task after task, step by step."""
 
-    def __init__(self, name: str, data: Path) -> None:
+    def __init__(self, name: str, data: Path, **hyperparameters: object) -> None:
         self.data, self.tiny = data, TinyBackbone.load()
-        self.method: Method = methods.load(name)()
+        self.method: Method = methods.load(name)(**hyperparameters)
         self.method.setup(self.tiny, torch.Generator().manual_seed(0))
 
     def open(self, name: str) -> TaskTrainer | None:

@@ -1,0 +1,22 @@
+// Dropout of a matrix: what the per-instruction-set kernels of branches.cpp give to module.cpp.
+#pragma once
+
+#include <cstdint>
+
+struct Dropout {
+  uint64_t seed;
+  uint32_t threshold;  // in units of 2^-16
+  uint32_t branch;
+};
+
+// x and out: one row of `columns` elements; row: its number.
+using DropoutRow = void (*)(const void* x, void* out, int64_t row, int64_t columns, const Dropout& dropout);
+
+struct DropoutTable {
+  DropoutRow dropout[4];      // out = drop(x), by type: float32, bfloat16, float16, float64
+  DropoutRow dropout_add[4];  // out += drop(x)
+};
+
+DropoutTable branches_baseline();
+DropoutTable branches_avx2();
+DropoutTable branches_avx512();
