@@ -8,7 +8,7 @@ import os
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from cnext.errors import UserError, unknown
 from cnext.tasks import suites
@@ -19,29 +19,44 @@ SPLITS = ("test", "validation")
 
 
 @dataclass(frozen=True)
-class RunConfig:
+class Options:
+    """What the runs of a study have in common. Each field is a flag of ``cnext-run``."""
+
+    backbone: str = "tiny"
+    """Model that learns."""
+    suite: str = "next-tiny"
+    """Suite of tasks: a name, or a folder with suite.json."""
+    budget: str = "default"
+    """Training budget of the suite: "default", or "smoke" for a quick check whose scores mean nothing."""
+    split: Literal["test", "validation"] = "test"
+    """Items that are scored. Choose hyperparameters on validation."""
+    out: Path = Path("runs")
+    """Folder of the study; a run is in <out>/<method>/<order>/seed-<seed>."""
+    data: Path | None = None
+    """Folder with the suite's files. A synthetic suite is drawn into the cache where none is given."""
+    device: str = "auto"
+    """"auto", "cpu", "cuda" or "cuda:N"."""
+    threads: int = 1
+    """Threads of torch on the CPU. Results are repeatable bit for bit with the same number."""
+    block_steps: int = 50
+    """Optimizer steps between two checkpoints: what an interruption can cost at most."""
+    learning_rate: float | None = None
+    """Overrides the budget's peak learning rate."""
+    batch_size: int | None = None
+    """Overrides the budget's batch size."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig(Options):
     """One run: one method on one order of a suite with one seed.
 
-    out: the study's folder; the run's own folder is ``<out>/<method>/<order>/seed-<seed>``.
-    data: the folder with the suite's files; None: the cache, for suites that are generated.
-    block_steps: optimizer steps between two checkpoints; what an interruption can cost at most.
+    order: "paper", "reverse", "alphabet", "random:K", or "a,b,c".  seed: of the adapters and of the samples' order.
     """
 
     method: str = "mage"
     hyperparameters: dict[str, Any] = field(default_factory=dict)
-    backbone: str = "tiny"
-    suite: str = "next-tiny"
-    budget: str = "default"
     order: str = "paper"
     seed: int = 0
-    split: str = "test"
-    out: Path = Path("runs")
-    data: Path | None = None
-    device: str = "auto"
-    threads: int = 1
-    block_steps: int = 50
-    learning_rate: float | None = None
-    batch_size: int | None = None
 
     @property
     def folder(self) -> Path:

@@ -13,17 +13,16 @@ import inspect
 import itertools
 import statistics
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from cnext import methods
-from cnext.running.config import RunConfig, plan
+from cnext.running.config import Options, RunConfig, plan
 
 SHOWN = {"Avg.ACC": "avg_acc", "Forgetting": "forgetting", "New.ACC": "new_acc"}
 
 
-@dataclass
-class Flags:
+@dataclass(frozen=True, kw_only=True)
+class Flags(Options):
     """Learn the tasks of a suite one after another and report what is remembered.
 
     The same command again goes on where an earlier one was interrupted.
@@ -31,32 +30,10 @@ class Flags:
 
     method: list[str] = field(default_factory=lambda: ["mage"])
     """Method, or several. `cnext list` shows them."""
-    backbone: str = "tiny"
-    """Model that learns."""
-    suite: str = "next-tiny"
-    """Suite of tasks: a name, or a folder with suite.json."""
-    budget: str = "default"
-    """Training budget of the suite: "default", or "smoke" for a quick check whose scores mean nothing."""
     order: list[str] = field(default_factory=lambda: ["paper"])
     """Order of the tasks, or several: "paper", "reverse", "alphabet", "random:K", or your own "a,b,c"."""
     seeds: list[int] = field(default_factory=lambda: [0])
     """Seeds of initialization and of the order of samples."""
-    split: Literal["test", "validation"] = "test"
-    """Items that are scored. Choose hyperparameters on validation."""
-    out: Path = Path("runs")
-    """Folder of the study; a run is in <out>/<method>/<order>/seed-<seed>."""
-    data: Path | None = None
-    """Folder with the suite's files. A synthetic suite is drawn into the cache where none is given."""
-    device: str = "auto"
-    """"auto", "cpu", "cuda" or "cuda:N"."""
-    threads: int = 1
-    """Threads of torch on the CPU. Results are repeatable bit for bit with the same number."""
-    block_steps: int = 50
-    """Optimizer steps between two checkpoints: what an interruption can cost at most."""
-    learning_rate: float | None = None
-    """Overrides the budget's peak learning rate."""
-    batch_size: int | None = None
-    """Overrides the budget's batch size."""
     dry_run: bool = False
     """Show the plan with an estimate of time and disk, and stop."""
 
@@ -73,7 +50,7 @@ def _parse(arguments: list[str]) -> Any:
         kind = methods.load(name)
         if any(item.init for item in dataclasses.fields(kind)):
             groups.append((name.replace("-", "_"), kind, field(default_factory=kind)))
-    flags = dataclasses.make_dataclass("Flags", groups, bases=(Flags,))
+    flags = dataclasses.make_dataclass("Flags", groups, bases=(Flags,), frozen=True, kw_only=True)
     description = inspect.cleandoc(Flags.__doc__ or "")
     return tyro.cli(
         flags, prog="cnext-run", args=arguments, description=description, config=(tyro.conf.FlagCreatePairsOff,)
@@ -82,11 +59,7 @@ def _parse(arguments: list[str]) -> Any:
 
 def configs(flags: Any) -> list[RunConfig]:
     """One RunConfig per method, order and seed, in the order in which they run."""
-    shared = {
-        item.name: getattr(flags, item.name)
-        for item in dataclasses.fields(RunConfig)
-        if item.name not in ("method", "order", "seed", "hyperparameters")
-    }
+    shared = {item.name: getattr(flags, item.name) for item in dataclasses.fields(Options)}
     return [
         RunConfig(
             method=method,

@@ -1,0 +1,19 @@
+// Dropout of a matrix on the GPU: what branches.cu gives to module.cpp.
+#pragma once
+
+#include <cstdint>
+
+struct Dropout {
+  const int64_t* seed;  // one, on the device
+  uint32_t threshold;   // in units of 2^-16
+  uint32_t branch;
+};
+
+struct Matrix {
+  int64_t rows, columns;
+  int64_t x_stride, out_stride;  // elements from row to row
+};
+
+// type: f float32, b bfloat16, h float16. out = drop(x), or out += drop(x) where `add`. An error's text, or null.
+const char* launch_dropout(char type, bool add, const void* x, void* out, const Matrix& matrix, const Dropout& dropout,
+                           struct CUstream_st* stream);
