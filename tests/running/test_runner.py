@@ -162,7 +162,7 @@ def test_killed_anywhere_it_ends_with_the_same_bits(finished: Path, config: Call
 def test_a_folder_of_another_configuration_is_refused(finished: Path, config: Callable[..., RunConfig]) -> None:
     with pytest.raises(UserError) as error:
         run(config(finished.parents[2], learning_rate=0.5, hyperparameters={"c": 2.0}))
-    assert "recipe.learning_rate: 0.002 there, 0.5 asked for" in str(error.value)
+    assert "recipe.learning_rate: 0.001 there, 0.5 asked for" in str(error.value)
     assert "hyperparameters.c: 5.0 there, 2.0 asked for" in str(error.value)
 
 
