@@ -25,9 +25,8 @@ def test_main_job(benchmark, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bu
 
     def command() -> None:
         shutil.rmtree(tmp_path / "runs", ignore_errors=True)
-        subprocess.run(
-            [*COMMAND, "run", "--method", "mage", "--budget", budget, "--out", str(tmp_path / "runs")], check=True
-        )
+        flags = ["--method", "mage", "--budget", budget, "--out", str(tmp_path / "runs")]
+        subprocess.run([*COMMAND, "run", *flags], cwd=tmp_path, check=True)
 
     benchmark.pedantic(command, rounds=1)
     folder = tmp_path / "runs" / "mage" / "paper" / "seed-0"
@@ -45,9 +44,11 @@ def test_main_job(benchmark, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bu
 
 
 @pytest.mark.parametrize("verb", ["--help", "list"])
-def test_answers_at_once(benchmark, verb: str) -> None:
+def test_answers_at_once(benchmark, tmp_path: Path, verb: str) -> None:
     """Help and lists import nothing heavy."""
-    benchmark.pedantic(
-        lambda: subprocess.run([*COMMAND, verb], check=True, stdout=subprocess.DEVNULL), rounds=5, warmup_rounds=1
-    )
+
+    def command() -> None:
+        subprocess.run([*COMMAND, verb], cwd=tmp_path, check=True, stdout=subprocess.DEVNULL)
+
+    benchmark.pedantic(command, rounds=5, warmup_rounds=1)
     benchmark.extra_info["target_seconds"] = 0.5

@@ -63,12 +63,15 @@ class Race:
         candidate: Callable[[], object],
         yardstick: Callable[[], object],
         *,
-        parameters: int,
-        bytes_per_parameter: float,
+        parameters: int = 0,
+        bytes_per_parameter: float = 0.0,
         rounds: int = 20,
         **booked: object,
     ) -> None:
-        """One row: paired times of yardstick and candidate, share of copy bandwidth, peak transient memory."""
+        """One row: paired times of yardstick and candidate, peak transient memory, and share of copy bandwidth.
+
+        The share is that of moving ``bytes_per_parameter``; 0 for what is bound by arithmetic, and then left out.
+        """
         for function in (candidate, yardstick, self.copy):
             function()
         transient = transient_bytes(candidate)
@@ -89,18 +92,22 @@ class Race:
         ratios = sorted(a / b for a, b in zip(own, other, strict=True))
         copied = COPY_BYTES / statistics.median(copy) / 1e9
         moved = parameters * bytes_per_parameter / statistics.median(own) / 1e9
-        self.benchmark.extra_info |= {
-            "device": torch.cuda.get_device_name() if DEVICE == "cuda" else "cpu",
-            "threads": torch.get_num_threads(),
-            "torch": torch.__version__,
+        bandwidth = {
             "parameters": parameters,
             "parameters_per_second": parameters / statistics.median(own),
             "bytes_per_parameter": bytes_per_parameter,
             "gb_per_second": moved,
             "copy_gb_per_second": copied,
             "share_of_copy": moved / copied,
+        }
+        self.benchmark.extra_info |= {
+            "device": torch.cuda.get_device_name() if DEVICE == "cuda" else "cpu",
+            "threads": torch.get_num_threads(),
+            "torch": torch.__version__,
+            **(bandwidth if bytes_per_parameter else {}),
             "time_over_yardstick": statistics.median(ratios),
             "time_over_yardstick_20_80": (ratios[len(ratios) // 5], ratios[-1 - len(ratios) // 5]),
+            "best_over_best": min(own) / min(other),
             "transient_bytes": transient,
             **booked,
         }

@@ -11,17 +11,20 @@ from pathlib import Path
 
 import torch
 
-ROOT = Path(__file__).parents[1]
+HERE = Path(__file__).parent
+ROOT = HERE.parent
 
 
 def main() -> None:
+    if not torch.cuda.is_available():
+        sys.exit("error: torch sees no CUDA device here; the CPU benchmarks are: pytest bench/ --benchmark-only")
     gpu = torch.cuda.get_device_name().lower().replace(" ", "_").replace("/", "_")
     result = ROOT / "bench/results" / f"averaging_{gpu}_{date.today().isoformat()}.json"
     environment = os.environ | {"CNEXT_TEST_DEVICE": "cuda"}
     pytest = [sys.executable, "-m", "pytest", "-q"]
-    subprocess.run([*pytest, "tests/ops", "-k", "averaging"], cwd=ROOT, env=environment, check=True)
-    benchmarks = ["bench/", "--benchmark-only", "-k", "averaging", f"--benchmark-json={result}"]
-    subprocess.run([*pytest, *benchmarks], cwd=ROOT, env=environment, check=True)
+    subprocess.run([*pytest, ROOT / "tests/ops", "-k", "averaging"], cwd=HERE, env=environment, check=True)
+    benchmarks = [HERE, "--benchmark-only", "-k", "averaging", f"--benchmark-json={result}"]
+    subprocess.run([*pytest, *benchmarks], cwd=HERE, env=environment, check=True)
     print(f"wrote {result.relative_to(ROOT)}")
 
 

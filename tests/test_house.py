@@ -79,7 +79,7 @@ def test_module_top_imports_nothing_heavy(path: Path) -> None:
 def test_loads_without_torch(code: str) -> None:
     heavy = "sys.modules.keys() & {'torch', 'numpy', 'transformers'}"
     check = f"import sys; {code}; assert not ({heavy}), {heavy}"
-    subprocess.run([sys.executable, "-c", check], check=True, stdout=subprocess.DEVNULL)
+    subprocess.run([sys.executable, "-c", check], cwd=Path(__file__).parent, check=True, stdout=subprocess.DEVNULL)
 
 
 def test_public_names_resolve() -> None:

@@ -128,6 +128,7 @@ def test_a_finished_run_is_not_run_again(
 
 
 def command(made: RunConfig) -> list[str]:
+    """To be run in a folder without a `cnext` of its own, so that the installed one is imported."""
     flags = {
         "--suite": made.suite, "--data": made.data, "--order": made.order, "--out": made.out, "--device": "cpu",
         "--block-steps": made.block_steps,
@@ -146,7 +147,7 @@ def test_killed_anywhere_it_ends_with_the_same_bits(finished: Path, config: Call
         "checkpoints/3_HQEdit_step1/adapters.safetensors",
     )
     for moment in moments:
-        process = subprocess.Popen(command(made), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+        process = subprocess.Popen(command(made), cwd=made.out, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
         deadline = time.monotonic() + 120
         # A checkpoint inside a task lives until the next one, so any later trace of the moment counts as well.
         while not (made.folder / moment).exists() and process.poll() is None and time.monotonic() < deadline:
@@ -154,7 +155,7 @@ def test_killed_anywhere_it_ends_with_the_same_bits(finished: Path, config: Call
         process.send_signal(signal.SIGKILL)
         _, errors = process.communicate()
         assert process.returncode == -signal.SIGKILL, f"at {moment}: {errors.decode()}"
-    subprocess.run(command(made), check=True, capture_output=True)
+    subprocess.run(command(made), cwd=made.out, check=True, capture_output=True)
     for name in ("results.json", "train.jsonl"):
         assert (made.folder / name).read_bytes() == (finished / name).read_bytes(), name
 

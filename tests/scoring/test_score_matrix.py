@@ -206,4 +206,4 @@ def test_metrics_and_scorers_import_nothing_heavy() -> None:
         "import sys, cnext.scoring, cnext.scoring.matrix;"
         "sys.exit(', '.join({'torch', 'numpy', 'open_clip', 'PIL'} & set(sys.modules)) or 0)"
     )
-    subprocess.run([sys.executable, "-c", code], check=True)
+    subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parent, check=True)

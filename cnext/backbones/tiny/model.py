@@ -90,7 +90,7 @@ class TinyBackbone(Backbone):
         return self.image_queries.device
 
     def prompt(self, sample: Sample) -> list[int]:
-        """Ids of the first instruction: <s> [inst] <img> 16 <patch> </img> text [/inst]; <img> only where one is read."""
+        """Ids of the first instruction: <s> [inst] <img> 16 <patch> </img> text [/inst]; no <img> without a picture."""
         token = self.tokenizer
         picture = [token["<img>"], *[token["<patch>"]] * TOKENS, token["</img>"]] if sample.image else []
         return [token["<s>"], token["[inst]"], *picture, *token.encode(sample.turns[0].instruction), token["[/inst]"]]
