@@ -7,9 +7,10 @@ __version__ = "0.1.0"
 
 _LAZY = {
     "RunConfig": "cnext.running.config",
+    "attach_mage": "cnext.adapters",
     "run": "cnext.running.runner",
 }
-__all__ = ["RunConfig", "__version__", "run"]
+__all__ = ["RunConfig", "__version__", "attach_mage", "run"]
 
 
 def __getattr__(name: str) -> Any:

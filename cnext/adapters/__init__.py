@@ -2,14 +2,17 @@
 
 from cnext.adapters.attach import attach, branch_parameters, detach, layers, set_trainable
 from cnext.adapters.linear import AdapterLinear, Branch
+from cnext.adapters.mage import AttachedMage, attach_mage
 from cnext.adapters.roles import BRANCH_ROLES, BranchRole, roles_of
 
 __all__ = [
     "BRANCH_ROLES",
     "AdapterLinear",
+    "AttachedMage",
     "Branch",
     "BranchRole",
     "attach",
+    "attach_mage",
     "branch_parameters",
     "detach",
     "layers",

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from cnext.adapters.linear import AdapterLinear, Branch
+from cnext.errors import UserError
 
 
 def attach(
@@ -17,6 +18,7 @@ def attach(
     *,
     scale: float = 1.0,
     dropout: float = 0.0,
+    independent: bool = False,
     generator: torch.Generator | None = None,
 ) -> nn.Module:
     """Replaces every linear layer whose name ends in a target by an AdapterLinear; freezes all the rest.
@@ -24,25 +26,40 @@ def attach(
     A is drawn as PEFT draws it, uniform in +-1/sqrt(in_features), in one draw per layer over all branches: methods
     that divide the same total rank differently start from the same numbers. B starts at zero.
 
-    Args: ranks: branch name to rank.  generator: source of the draws, on the CPU.
-    Returns: the model, changed in place.
-    Raises: ValueError naming every target that matched no linear layer.
+    Args:
+        ranks: branch name to rank.
+        scale, dropout, independent: see `AdapterLinear`.
+        generator: source of the draws, on the CPU.
+
+    Returns:
+        The model, changed in place.
+
+    Raises:
+        UserError: naming every target that matched no linear layer, or the first layer whose weight is not plain.
     """
+    found = [
+        (name, module)
+        for name, module in model.named_modules()
+        if name.rpartition(".")[2] in targets and isinstance(module, nn.Linear)
+    ]
+    if unmatched := sorted(set(targets) - {name.rpartition(".")[2] for name, _ in found}):
+        there = sorted({n.rpartition(".")[2] for n, module in model.named_modules() if isinstance(module, nn.Linear)})
+        raise UserError(
+            f"no linear layer of the model is named {', '.join(unmatched)}; its linear layers are named "
+            f"{', '.join(there) or 'nothing'}"
+        )
+    for name, module in found:
+        if type(module).forward is not nn.Linear.forward:
+            raise UserError(f"{name} is a {type(module).__name__}; adapters need the plain weight of a torch.nn.Linear")
     model.requires_grad_(False)
-    unmatched = set(targets)
-    for name, module in list(model.named_modules()):
-        target = name.rpartition(".")[2]
-        if target not in targets or not isinstance(module, nn.Linear):
-            continue
-        unmatched.discard(target)
+    for name, module in found:
         bound = module.in_features**-0.5
         drawn = torch.empty(sum(ranks.values()), module.in_features).uniform_(-bound, bound, generator=generator)
         parts = drawn.to(module.weight).split(list(ranks.values()))
-        branches = {key: Branch(part.clone(), module.out_features) for key, part in zip(ranks, parts, strict=True)}
-        parent = model.get_submodule(name.rpartition(".")[0])
-        setattr(parent, target, AdapterLinear(module, branches, scale, dropout))
-    if unmatched:
-        raise ValueError(f"no linear layer of the model is named {', '.join(sorted(unmatched))}")
+        branches = {key: Branch(part, module.out_features) for key, part in zip(ranks, parts, strict=True)}
+        parent, _, child = name.rpartition(".")
+        layer = AdapterLinear(module, branches, scale, dropout, independent).train(module.training)
+        setattr(model.get_submodule(parent), child, layer)
     return model
 
 
@@ -52,8 +69,10 @@ def layers(model: nn.Module) -> dict[str, AdapterLinear]:
 
 
 def detach(model: nn.Module) -> nn.Module:
-    """Takes the adapters out: every AdapterLinear gives way to its untouched base layer."""
+    """Takes the adapters out: every AdapterLinear gives way to its base layer, unmerged where it was merged."""
     for name, layer in layers(model).items():
+        if layer.merged:
+            layer.unmerge()
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, layer.base)
     return model

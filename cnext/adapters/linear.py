@@ -25,8 +25,9 @@ class AdapterLinear(nn.Module):
     """y = W x + b + scale * sum over branches of B_i A_i drop(x), with W and b frozen.
 
     Computed by `cnext.ops.lora_branches`: four branches of rank 8 cost what one of rank 32 costs. A branch whose
-    parameters are frozen still adds to y. The branches' A are views of one block of memory, one below the other, so
-    that they are one matrix without a copy; where something moves them apart, the op copies, and the result is the same.
+    parameters are frozen still adds to y. The branches' A are views of one block of memory, one below the other:
+    one matrix without a copy. Where something moves them apart, the op copies, and the result is the same. (Every B is
+    a tensor of its own: columns of one block would have gaps, which fused optimizers and FSDP do not take.)
 
     Args:
         base: the linear layer, (..., in_features) to (..., out_features). It is frozen.

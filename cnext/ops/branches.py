@@ -85,7 +85,7 @@ def lora_branches_grouped(
     independent: bool = False,
     routing: Tensor | None = None,
     impl: str | None = None,
-) -> list[Tensor]:
+) -> Sequence[Tensor]:
     """`lora_branches` for linear layers that read the same x, such as q, k and v: one pass over x, one chain for dX.
 
     Args:
@@ -94,8 +94,9 @@ def lora_branches_grouped(
     Returns:
         One (..., out) per linear layer.
     """
-    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(x.device.type)
+    kind = x.device.type
+    if kind != "meta" and torch.is_autocast_enabled(kind) and x.dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(kind)
         x, weights = x.to(dtype), [w.to(dtype) for w in weights]
         biases = [None if bias is None else bias.to(dtype) for bias in biases]
     ranks = _check(x, weights, biases, a, b, dropout, seed, routing)
@@ -175,7 +176,7 @@ class _LoraBranches(torch.autograd.Function):
         ctx.live = [_live(needed[begin:][:half], half // linears) for begin in (-2 * half, -half)]
         kept_x = x if ctx.live[0][1] else None
         kept_h = h if ctx.live[1][1] or needed[4] else None
-        ctx.save_for_backward(kept_x, kept_h, seed, routing, *weights, *ups, *downs)
+        ctx.save_for_backward(kept_x, kept_h, seed, routing, *weights, *parts)
         ctx.options, ctx.linears, ctx.dtypes = options, linears, [part.dtype for part in parts]
         return tuple(outputs)
 
@@ -184,12 +185,11 @@ class _LoraBranches(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, h, seed, routing, *rest = ctx.saved_tensors
         linears, ranks, needed, live = ctx.linears, ctx.options[0], ctx.needs_input_grad, ctx.live
-        weights, ups, downs = rest[:linears], rest[linears : 2 * linears], rest[2 * linears :]
+        weights, half = rest[:linears], len(ctx.dtypes) // 2
+        downs, ups = rest[linears:-half], _side_by_side(rest[-half:], linears, grads[0].dtype)
         columns = [(sum(ranks[:begin]), sum(ranks[:end])) for begin, end in live]
         down, wanted = _stacked(downs, grads[0].dtype), (needed[2], needed[4])
-        found = iter(
-            _backward(grads, x, h, weights, down, ups, *columns, *wanted, seed, routing, *ctx.options)
-        )
+        found = iter(_backward(grads, x, h, weights, down, ups, *columns, *wanted, seed, routing, *ctx.options))
         dx = next(found) if needed[2] else None
         parts: list[Tensor | None] = [None] * len(ctx.dtypes)
         for which, (begin, end) in enumerate(live):
@@ -197,7 +197,7 @@ class _LoraBranches(torch.autograd.Function):
             kept, place = ranks[begin:end], which * len(downs) + begin
             pieces = torch.split_with_sizes(next(found), kept * linears) if end and not which else []
             for g in range(linears if end else 0):
-                mine = pieces[g * len(kept) :][: len(kept)] if not which else torch.split_with_sizes(next(found), kept, 1)
+                mine = torch.split_with_sizes(next(found), kept, 1) if which else pieces[g * len(kept) :][: len(kept)]
                 parts[place + g * len(ranks) : place + g * len(ranks) + len(kept)] = mine
         d_routing = next(found) if needed[4] else None
         given = [

@@ -6,33 +6,27 @@ below the other, and a list ``b`` of (out, rank), where rank is the sum over the
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from itertools import accumulate
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from cnext.errors import UserError
-from cnext.ops import branches_reference, dispatch
-from cnext.ops.branches_reference import threshold
+from cnext.ops import branches_passes as passes
+from cnext.ops import dispatch
 
 NAME = "lora_branches"
-Random = tuple[Tensor | None, float, bool, str]
-"""Seed, probability, whether every branch has a mask of its own, and the implementation."""
-_LETTER = {torch.float32: "f", torch.bfloat16: "b", torch.float16: "h", torch.float64: "d"}
-_COMMON = (
-    "Tensor? seed, Tensor? routing, int[] ranks, float scale, float dropout, bool independent, str? impl=None"
-)
+_COMMON = "Tensor? seed, Tensor? routing, int[] ranks, float scale, float dropout, bool independent, str? impl=None"
 _library = torch.library.Library("cnext", "FRAGMENT")
-_library.define(
-    f"{NAME}(Tensor x, Tensor[] weight, Tensor?[] bias, Tensor a, Tensor[] b, {_COMMON}) -> Tensor[]"
-)
+_library.define(f"{NAME}(Tensor x, Tensor[] weight, Tensor?[] bias, Tensor a, Tensor[] b, {_COMMON}) -> Tensor[]")
 _library.define(
     f"{NAME}_backward(Tensor[] grad, Tensor? x, Tensor? h, Tensor[] weight, Tensor a, Tensor[] b, "
     f"int[] live_a, int[] live_b, bool needs_x, bool needs_routing, {_COMMON}) -> Tensor[]"
 )
-_library.define("dropout_mask(Tensor seed, int rows, int columns, float dropout, int branch=0, str? impl=None) -> Tensor")
+_library.define(
+    "dropout_mask(Tensor seed, int rows, int columns, float dropout, int branch=0, str? impl=None) -> Tensor"
+)
 
 
 def _by_linear(h: Tensor, linears: int) -> Sequence[Tensor]:
@@ -51,92 +45,6 @@ def _clipped(ranks: Sequence[int], live: Sequence[int]) -> list[int]:
     """The ranks as far as they lie within the live columns."""
     ends = list(accumulate(ranks))
     return [max(0, min(end, live[1]) - max(end - r, live[0])) for end, r in zip(ends, ranks, strict=True)]
-
-
-def _dropped(x: Tensor, random: Random, branch: int = 0) -> Tensor:
-    """keep o x / (1 - p), a copy."""
-    out = torch.empty_like(x, memory_format=torch.contiguous_format)
-    _launch("dropout", x, out, random, branch)
-    return out
-
-
-def _passes(ranks: Sequence[int], linears: int) -> Iterator[tuple[int, list[slice]]]:
-    """For masks of their own: the branch, and its columns in every linear layer."""
-    rank = sum(ranks)
-    for branch, (end, width) in enumerate(zip(accumulate(ranks), ranks, strict=True)):
-        yield branch, [slice(g * rank + end - width, g * rank + end) for g in range(linears)]
-
-
-def _projected(x: Tensor, a: Tensor, ranks: Sequence[int], linears: int, random: Random) -> Tensor:
-    """h = drop(x) A^T."""
-    _, dropout, independent, _ = random
-    if not dropout:
-        return F.linear(x, a)
-    if not independent:
-        return F.linear(_dropped(x, random), a)
-    h = x.new_empty(x.shape[0], a.shape[0])
-    for branch, parts in _passes(ranks, linears):
-        dropped = _dropped(x, random, branch)
-        for columns in parts:
-            torch.mm(dropped, a[columns].T, out=h[:, columns])
-    return h
-
-
-def _spread(dx: Tensor, dh: Tensor, a: Tensor, ranks: Sequence[int], linears: int, random: Random) -> None:
-    """dx += drop'(dh A), in place."""
-    _, dropout, independent, _ = random
-    if not dropout:
-        dx.addmm_(dh, a)
-    elif not independent:
-        _launch("dropout_add", dh @ a, dx, random, 0)
-    else:
-        for branch, parts in _passes(ranks, linears):
-            term = sum(dh[:, columns] @ a[columns] for columns in parts)
-            _launch("dropout_add", term, dx, random, branch)
-
-
-def _weighed(dh: Tensor, x: Tensor, ranks: Sequence[int], linears: int, random: Random) -> Tensor:
-    """dA = dh^T drop(x)."""
-    _, dropout, independent, _ = random
-    if not dropout:
-        return dh.T @ x
-    if not independent:
-        return dh.T @ _dropped(x, random)
-    da = x.new_empty(dh.shape[1], x.shape[1])
-    for branch, parts in _passes(ranks, linears):
-        dropped = _dropped(x, random, branch)
-        for columns in parts:
-            torch.mm(dh[:, columns].T, dropped, out=da[columns])
-    return da
-
-
-def _launch(what: str, x: Tensor, out: Tensor, random: Random, branch: int) -> None:
-    """out = drop(x) ("dropout") or out += drop(x) ("dropout_add"); x: (rows, columns), its columns side by side."""
-    seed, dropout, _, path = random
-    if path == "reference":
-        keep = branches_reference.dropout_mask(seed, *x.shape, dropout, branch)
-        term = torch.where(keep, x * (65536 / (65536 - threshold(dropout))), 0.0)
-        out.copy_(term) if what == "dropout" else out.add_(term)
-        return
-    if path != "cpp" and x.dtype == torch.float64:
-        raise UserError(f"{NAME}: impl={path!r} has no float64; take impl='reference'")
-    launch: dict[str, Callable[..., None]] = {"cpp": _cpp, "cuda": _cuda, "triton": _triton}
-    launch[path](what, x, out, seed, dropout, branch)
-
-
-def _cpp(what: str, x: Tensor, out: Tensor, seed: Tensor, dropout: float, branch: int) -> None:
-    getattr(dispatch.core("cpp"), what)(
-        _LETTER[x.dtype],
-        x.data_ptr(),
-        out.data_ptr(),
-        *x.shape,
-        x.stride(0),
-        out.stride(0),
-        seed.data_ptr(),
-        threshold(dropout),
-        branch,
-        torch.get_num_threads(),
-    )
 
 
 def _routed(h: Tensor, routing: Tensor | None, ranks: Sequence[int], linears: int) -> Tensor:
@@ -169,7 +77,7 @@ def _forward(
 ) -> list[Tensor]:
     path = dispatch.choose(NAME, x.device.type, impl)
     flat = _flat(x)
-    h = _projected(flat, a, ranks, len(weight), (seed, dropout, independent, path))
+    h = passes.projected(flat, a, ranks, len(weight), (seed, dropout, independent, path))
     routed = _routed(h, routing, ranks, len(weight))
     outputs = []
     for w, offset, up, columns in zip(weight, bias, b, _by_linear(routed, len(weight)), strict=True):
@@ -223,10 +131,10 @@ def _backward(
         dx = grads[0] @ weight[0]
         for dy, w in zip(grads[1:], weight[1:], strict=True):
             dx.addmm_(dy, w)
-        _spread(dx, dh, a, ranks, linears, random)
+        passes.spread(dx, dh, a, ranks, linears, random)
         outputs.append(dx if grad[0].ndim == 2 else dx.view(*grad[0].shape[:-1], dx.shape[1]))
     if live_a[1]:
-        outputs.append(_weighed(_live(dh, live_a, linears), _flat(x), _clipped(ranks, live_a), linears, random))
+        outputs.append(passes.weighed(_live(dh, live_a, linears), _flat(x), _clipped(ranks, live_a), linears, random))
     if live_b[1]:
         routed = _live(_routed(h, routing, ranks, linears), live_b, linears)
         for dy, columns in zip(grads, _by_linear(routed, linears), strict=True):
@@ -263,12 +171,8 @@ def _backward_fake(
     return [*outputs, routing.new_empty(routing.shape)] if needs_routing else outputs
 
 
-def _mask(
-    seed: Tensor, rows: int, columns: int, dropout: float, branch: int = 0, impl: str | None = None
-) -> Tensor:
-    path = dispatch.choose("dropout_mask", seed.device.type, impl)
-    ones = torch.ones(rows, columns, device=seed.device)
-    return _dropped(ones, (seed, dropout, False, path), branch) != 0
+def _mask(seed: Tensor, rows: int, columns: int, dropout: float, branch: int = 0, impl: str | None = None) -> Tensor:
+    return passes.mask(seed, rows, columns, dropout, branch, dispatch.choose("dropout_mask", seed.device.type, impl))
 
 
 def _mask_fake(seed: Tensor, rows: int, columns: int, *_: object, **__: object) -> Tensor:

@@ -93,5 +93,5 @@ def lora_branches(
                 dropped = torch.where(keep, flat * (65536 / (65536 - threshold(dropout))), 0.0)
             term = F.linear(F.linear(dropped, down.to(x.dtype)), up.to(x.dtype)) * scale
             y = y + (term if routing is None else term * routing.reshape(-1, len(downs))[:, i : i + 1])
-        outputs.append(y.reshape(*x.shape[:-1], -1))
+        outputs.append(y.reshape(*x.shape[:-1], weight.shape[0]))
     return outputs

@@ -14,6 +14,7 @@
 #include <omp.h>
 #endif
 
+#include "dropout.h"
 #include "foreach.h"
 
 namespace py = pybind11;
@@ -28,6 +29,7 @@ struct InstructionSet {
   const char* name;
   bool runs_here;
   KernelTable table;
+  DropoutTable dropout;
 };
 
 std::vector<InstructionSet> instruction_sets() {
@@ -36,12 +38,12 @@ std::vector<InstructionSet> instruction_sets() {
   sets.push_back({"avx512",
                   __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"),
-                  averaging_avx512()});
+                  averaging_avx512(), branches_avx512()});
 #endif
 #ifdef CNEXT_HAVE_avx2
-  sets.push_back({"avx2", bool(__builtin_cpu_supports("avx2")), averaging_avx2()});
+  sets.push_back({"avx2", bool(__builtin_cpu_supports("avx2")), averaging_avx2(), branches_avx2()});
 #endif
-  sets.push_back({"baseline", true, averaging_baseline()});
+  sets.push_back({"baseline", true, averaging_baseline(), branches_baseline()});
   return sets;
 }
 
@@ -126,6 +128,25 @@ void foreach (const std::string& rule, const std::string& dtypes, const Table& a
     }
 }
 
+// out = drop(x), or out += drop(x) where `add`. type: f float32, b bfloat16, h float16, d float64; x and out: addresses
+// of (rows, columns) with their elements from row to row; seed: the address of an int64.
+void dropout(const std::string& type, bool add, uintptr_t x, uintptr_t out, int64_t rows, int64_t columns,
+             int64_t x_stride, int64_t out_stride, uintptr_t seed, uint32_t threshold, uint32_t branch, int threads) {
+  const std::string types = "fbhd";
+  const size_t which = types.find(type);
+  if (type.size() != 1 || which == std::string::npos) throw std::invalid_argument("type must be one of " + types);
+  const int64_t size = type == "f" ? 4 : type == "d" ? 8 : 2;
+  const DropoutTable& table = active().dropout;
+  const DropoutRow run = (add ? table.dropout_add : table.dropout)[which];
+  const Dropout options{*reinterpret_cast<const uint64_t*>(seed), threshold, branch};
+  py::gil_scoped_release nogil;
+  threads = int(std::max<int64_t>(1, std::min<int64_t>(threads, rows * columns / kChunk)));
+#pragma omp parallel for schedule(static) num_threads(threads)
+  for (int64_t row = 0; row < rows; ++row)
+    run(reinterpret_cast<const void*>(x + row * x_stride * size), reinterpret_cast<void*>(out + row * out_stride * size),
+        row, columns, options);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_cpu, m) {
@@ -133,6 +154,9 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("foreach", &foreach, py::arg("rule"), py::arg("dtypes"), py::arg("addresses").noconvert(),
         py::arg("sizes").noconvert(), py::arg("scalars"), py::arg("columns") = 0, py::arg("rows") = 0,
         py::arg("row_width") = 0, py::arg("threads") = 1);
+  m.def("dropout", &dropout, py::arg("type"), py::arg("add"), py::arg("x"), py::arg("out"), py::arg("rows"),
+        py::arg("columns"), py::arg("x_stride"), py::arg("out_stride"), py::arg("seed"), py::arg("threshold"),
+        py::arg("branch"), py::arg("threads") = 1);
   m.def("instruction_set", [] { return std::string(active().name); });
   m.def("instruction_sets", [] {
     std::vector<std::string> names;

@@ -9,6 +9,7 @@
 #include <string>
 #include <vector>
 
+#include "dropout.h"
 #include "foreach.h"
 
 namespace py = pybind11;
@@ -50,6 +51,19 @@ void foreach (const std::string& rule, const std::string& dtypes, const Table& a
   if (error) throw std::runtime_error(rule + ": " + error);
 }
 
+// As in cnext._cpu; the seed and the matrices are on the device.
+void dropout(const std::string& type, bool add, uintptr_t x, uintptr_t out, int64_t rows, int64_t columns,
+             int64_t x_stride, int64_t out_stride, uintptr_t seed, uint32_t threshold, uint32_t branch,
+             uintptr_t stream) {
+  if (type.size() != 1) throw std::invalid_argument("type must be one letter");
+  const Dropout options{reinterpret_cast<const int64_t*>(seed), threshold, branch};
+  py::gil_scoped_release nogil;
+  const char* error =
+      launch_dropout(type[0], add, reinterpret_cast<const void*>(x), reinterpret_cast<void*>(out),
+                     Matrix{rows, columns, x_stride, out_stride}, options, reinterpret_cast<Stream>(stream));
+  if (error) throw std::runtime_error(std::string("dropout: ") + error);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_cuda, m) {
@@ -57,5 +71,8 @@ PYBIND11_MODULE(_cuda, m) {
   m.def("foreach", &foreach, py::arg("rule"), py::arg("dtypes"), py::arg("addresses").noconvert(),
         py::arg("sizes").noconvert(), py::arg("scalars"), py::arg("columns") = 0, py::arg("partial") = 0,
         py::arg("tickets") = 0, py::arg("rows") = 0, py::arg("row_width") = 0, py::arg("stream") = 0);
+  m.def("dropout", &dropout, py::arg("type"), py::arg("add"), py::arg("x"), py::arg("out"), py::arg("rows"),
+        py::arg("columns"), py::arg("x_stride"), py::arg("out_stride"), py::arg("seed"), py::arg("threshold"),
+        py::arg("branch"), py::arg("stream") = 0);
   m.def("blocks", &blocks, py::arg("sizes"), "Thread blocks that lists of these sizes take, all launches together.");
 }

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from types import ModuleType
 
 import numpy
 
@@ -72,7 +73,22 @@ def run() -> None:
                     row_width=4,
                     threads=threads,
                 )
-    print(f"{len(kernels)} kernels x {len(_cpu.instruction_sets())} instruction sets: clean")
+        dropout(_cpu, generator)
+    print(f"{len(kernels)} kernels and dropout x {len(_cpu.instruction_sets())} instruction sets: clean")
+
+
+def dropout(module: ModuleType, generator: numpy.random.Generator) -> None:
+    """Dropout of every type on rows of every length around a tile, with gaps between them and without."""
+    seed = numpy.array([-1], dtype=numpy.int64)
+    for letter, dtype in (("f", "f4"), ("b", "u2"), ("h", "u2"), ("d", "f8")):
+        for columns in (1, 15, 16, 127, 128, 129, 300):
+            for gap in (0, 3):
+                raw = generator.integers(0, 256, numpy.dtype(dtype).itemsize * (7 * (columns + gap) - gap), numpy.uint8)
+                x, out = raw.view(dtype).copy(), numpy.empty(7 * columns, dtype)
+                for add in (False, True):
+                    sizes = (7, columns, columns + gap, columns)
+                    addresses = (x.ctypes.data, out.ctypes.data)
+                    module.dropout(letter, add, *addresses, *sizes, seed.ctypes.data, 3277, 2, 2)
 
 
 if __name__ == "__main__":

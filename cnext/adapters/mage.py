@@ -1,0 +1,106 @@
+"""MAGE's four branches in any transformers model, in one call."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import nn
+
+from cnext.adapters.attach import attach, detach, layers, set_trainable
+from cnext.adapters.linear import AdapterLinear
+from cnext.adapters.roles import BRANCH_ROLES, roles_of
+
+TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+class AttachedMage:
+    """Branches that are in a model, and the way back. Made by `attach_mage`.
+
+    Args:
+        model: the whole model.
+        requires_grad: whether each parameter required a gradient before, by name.
+    """
+
+    def __init__(self, model: nn.Module, requires_grad: dict[str, bool]) -> None:
+        self.model = model
+        self._requires_grad = requires_grad
+
+    @property
+    def layers(self) -> dict[str, AdapterLinear]:
+        """The adapter layers by name."""
+        return layers(self.model)
+
+    def train_on(self, reads: Iterable[str], writes: Iterable[str]) -> dict[str, nn.Parameter]:
+        """Unfreezes the branches of a task's modalities and freezes the others; returns the parameters to optimize.
+
+        Args:
+            reads, writes: "text", "image" or both.
+        """
+        return set_trainable(self.model, [role.name for role in roles_of(reads, writes)])
+
+    def merge(self) -> None:
+        """Adds every layer's branches to its weight: the model then runs as fast as without them."""
+        for layer in self.layers.values():
+            layer.merge()
+
+    def unmerge(self) -> None:
+        """Undoes `merge`, to the bit."""
+        for layer in self.layers.values():
+            layer.unmerge()
+
+    def detach(self) -> nn.Module:
+        """Takes the branches out and gives the untouched model back."""
+        detach(self.model)
+        for name, parameter in self.model.named_parameters():
+            parameter.requires_grad_(self._requires_grad[name])
+        return self.model
+
+
+def attach_mage(
+    model: nn.Module,
+    *,
+    rank: int = 8,
+    scale: float = 1.0,
+    dropout: float = 0.05,
+    independent: bool = False,
+    targets: Sequence[str] = TARGETS,
+    language_model: nn.Module | None = None,
+    generator: torch.Generator | None = None,
+) -> AttachedMage:
+    """Puts MAGE's four branches into the language model's linear layers, y = W x + scale * sum of B_i A_i drop(x).
+
+    Args:
+        model: a transformers model, changed in place: all of it is frozen, the branches are not.
+        rank: of each branch.
+        scale, dropout, independent: see `AdapterLinear`.
+        targets: last parts of the names of the linear layers.
+        language_model: the part of the model to look in, so that a vision tower's layers of the same names are left
+            alone; None: what the model's ``get_decoder()`` gives, and the whole model where it has none.
+        generator: source of the branches' first values, on the CPU; None is torch's own.
+
+    Returns:
+        A handle: which branches to train, merging, and ``detach()``.
+
+    Raises:
+        UserError: naming the targets that matched nothing, or a layer whose weight is not plain.
+
+    Reference: Continual-NExT, arXiv 2602.18055, section 4.
+    """
+    if language_model is None:
+        language_model = model.get_decoder() if hasattr(model, "get_decoder") else model
+    before = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    ranks = {role.name: rank for role in BRANCH_ROLES}
+    attach(
+        language_model,
+        targets,
+        ranks,
+        scale=scale,
+        dropout=dropout,
+        independent=independent,
+        generator=generator,
+    )
+    for name, parameter in model.named_parameters():
+        if name in before:
+            parameter.requires_grad_(False)
+    return AttachedMage(model, before)

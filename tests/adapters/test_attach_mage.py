@@ -1,0 +1,183 @@
+"""`cnext.attach_mage` on small random models of transformers, and its agreement with PEFT."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import torch
+from torch import nn
+
+import cnext
+from cnext.adapters import AttachedMage, branch_parameters
+from cnext.errors import UserError
+
+TEXT = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+
+
+def model(name: str) -> nn.Module:
+    import transformers as t
+
+    torch.manual_seed(0)
+    if name == "janus":
+        vision = t.JanusVisionConfig(
+            hidden_size=32, num_hidden_layers=1, num_attention_heads=4, image_size=16, patch_size=4, projection_dim=32,
+            num_image_tokens=16, mlp_ratio=2.0,
+        )  # fmt: skip
+        pictures = t.JanusVQVAEConfig(
+            embed_dim=4, num_embeddings=16, latent_channels=32, base_channels=32, channel_multiplier=[1],
+            num_res_blocks=1, projection_dim=32, image_token_embed_dim=32, num_hidden_layers=1,
+        )  # fmt: skip
+        text = t.LlamaConfig(**TEXT)
+        config = t.JanusConfig(text_config=text, vision_config=vision, vq_config=pictures, image_token_id=60)
+        return t.JanusForConditionalGeneration(config)
+    if name == "emu3":
+        pictures = t.Emu3VQVAEConfig(
+            codebook_size=8, embed_dim=4, latent_channels=4, base_channels=32, channel_multiplier=[1],
+            num_res_blocks=1, num_attention_heads=1, hidden_size=32, attn_resolutions=[2],
+        )  # fmt: skip
+        words = {"<image>": 60} | {f"<|visual token {i:06d}|>": 20 + i for i in range(8)}
+        config = t.Emu3Config(text_config=t.Emu3TextConfig(**TEXT), vq_config=pictures, vocabulary_map=words)
+        return t.Emu3ForConditionalGeneration(config)
+    kinds = {
+        "llama": (t.LlamaConfig, t.LlamaForCausalLM),
+        "qwen": (t.Qwen2Config, t.Qwen2ForCausalLM),
+        "mistral": (t.MistralConfig, t.MistralForCausalLM),
+    }
+    config, made = kinds[name]
+    return made(config(**TEXT))
+
+
+def logits(model: nn.Module) -> torch.Tensor:
+    return model(input_ids=torch.arange(3, 19).view(2, 8)).logits
+
+
+@torch.no_grad()
+def disturb(handle: AttachedMage) -> None:
+    for parameter in branch_parameters(handle.model).values():
+        parameter.normal_(std=0.1)
+
+
+@pytest.mark.parametrize(
+    ("name", "language"),
+    [
+        ("llama", "model.layers"),
+        ("qwen", "model.layers"),
+        ("mistral", "model.layers"),
+        ("janus", "model.language_model.layers"),
+        ("emu3", "model.text_model.layers"),
+    ],
+)
+def test_in_and_out_again(name: str, language: str) -> None:
+    plain = model(name).eval()
+    plain.lm_head.requires_grad_(False)
+    flags = {n: p.requires_grad for n, p in plain.named_parameters()}
+    weights = {n: t.clone() for n, t in plain.state_dict().items()}
+    before = logits(plain)
+    handle = cnext.attach_mage(plain, rank=2)
+    assert len(handle.layers) == 14
+    assert {re.sub(r"\.\d+\..*", "", n) for n in handle.layers} == {language}
+    assert torch.equal(logits(plain), before)
+    live = {n for n, p in plain.named_parameters() if p.requires_grad}
+    assert live == {f"{layer}.branches.{key}" for layer in handle.layers for key in KEYS}
+    disturb(handle)
+    with_branches = logits(plain)
+    assert not torch.allclose(with_branches, before, atol=1e-3)
+    handle.merge()
+    torch.testing.assert_close(logits(plain), with_branches, rtol=1e-4, atol=1e-4)
+    assert handle.detach() is plain
+    assert {n: p.requires_grad for n, p in plain.named_parameters()} == flags
+    assert all(torch.equal(t, weights[n]) for n, t in plain.state_dict().items())
+    assert torch.equal(logits(plain), before)
+
+
+KEYS = [f"{side}.{half}" for side in ("text-general", "image-general", "text-expert", "image-expert") for half in "AB"]
+
+
+def test_training_a_task_trains_its_branches_alone() -> None:
+    plain = model("llama")
+    handle = cnext.attach_mage(plain, rank=2)
+    parameters = handle.train_on(reads=("text",), writes=("image",))
+    assert {name.split(".")[-2] for name in parameters} == {"text-general", "image-expert"}
+    logits(plain).square().mean().backward()
+    assert {n for n, p in plain.named_parameters() if p.grad is not None} == {
+        n for n, p in plain.named_parameters() if p.requires_grad
+    }
+    assert len(parameters) == 14 * 4
+
+
+def test_targets_that_match_nothing_are_named() -> None:
+    with pytest.raises(UserError, match=r"named fc1, query; its linear layers are named down_proj, gate_proj, k_proj"):
+        cnext.attach_mage(model("janus"), targets=("q_proj", "fc1", "query"))
+
+
+def test_a_layer_without_a_plain_weight_is_refused_and_nothing_is_changed() -> None:
+    class Packed(nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(x) * 2
+
+    plain = model("llama")
+    plain.model.layers[1].mlp.up_proj = Packed(32, 48)
+    names = list(plain.state_dict())
+    with pytest.raises(UserError, match=r"layers.1.mlp.up_proj is a Packed; adapters need the plain weight"):
+        cnext.attach_mage(plain)
+    assert list(plain.state_dict()) == names
+    assert all(parameter.requires_grad for parameter in plain.parameters())
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # by PEFT
+def test_agrees_with_one_peft_adapter_of_rank_32() -> None:
+    from peft import LoraConfig, get_peft_model
+
+    handle = cnext.attach_mage(model("llama").double())
+    disturb(handle)
+    other = get_peft_model(
+        model("llama").double(), LoraConfig(r=32, lora_alpha=32, target_modules=list(cnext.adapters.mage.TARGETS))
+    )
+    with torch.no_grad():
+        for name, layer in handle.layers.items():
+            theirs = other.base_model.model.get_submodule(name)
+            branches = layer.branches.values()
+            theirs.lora_A["default"].weight.copy_(torch.cat([branch.A for branch in branches]))
+            theirs.lora_B["default"].weight.copy_(torch.cat([branch.B for branch in branches], 1))
+    torch.testing.assert_close(logits(handle.model.eval()), logits(other.eval()), rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(logits(handle.model.float()), logits(other.float()), rtol=1e-6, atol=1e-6)
+
+
+def test_generates_with_a_cache() -> None:
+    plain = model("qwen").eval()
+    handle = cnext.attach_mage(plain, rank=2)
+    disturb(handle)
+    prompt = torch.arange(3, 9).view(1, 6)
+    options = {"max_new_tokens": 4, "do_sample": False, "attention_mask": torch.ones_like(prompt)}
+    apart = plain.generate(prompt, **options)
+    handle.merge()
+    assert torch.equal(plain.generate(prompt, **options), apart)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_gradient_checkpointing_changes_nothing(dropout: float) -> None:
+    gradients = []
+    for checkpointed in (False, True):
+        plain = model("llama").train()
+        handle = cnext.attach_mage(plain, rank=2, dropout=dropout, generator=torch.Generator().manual_seed(0))
+        torch.manual_seed(0)
+        disturb(handle)
+        if checkpointed:
+            # transformers 5 has renamed it
+            (getattr(plain, "activation_checkpointing_enable", None) or plain.gradient_checkpointing_enable)()
+        torch.manual_seed(1)
+        logits(plain).square().mean().backward()
+        gradients.append([p.grad for p in branch_parameters(plain).values()])
+    assert all(torch.equal(one, other) for one, other in zip(*gradients, strict=True))

@@ -1,0 +1,203 @@
+"""The branches op, each implementation against float64. CNEXT_TEST_DEVICE=cuda runs them on a GPU."""
+
+import functools
+import itertools
+
+import pytest
+import torch
+from ops.branches_cases import DEVICE, IMPLS, INTERPRETED, SEED, Case
+from ops.tolerance import assert_as_accurate
+
+from cnext import ops
+from cnext.errors import UserError
+from cnext.ops import branches_reference, dispatch
+
+F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
+DTYPES = [F32] if INTERPRETED else [F32, BF16, F16]
+# The largest error of a float32 sum depends on its order: one sum of rank 32 here, four of rank 8 in the reference.
+assert_close_to_exact = functools.partial(assert_as_accurate, factor=4.0)
+every_impl = pytest.mark.parametrize("impl", IMPLS)
+every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
+SHARED, INDEPENDENT = {"dropout": 0.25}, {"dropout": 0.25, "independent": True}
+CASES = {
+    "plain": {},
+    "one branch": {"ranks": (5,), "live": (True,)},
+    "odd ranks, no bias": {"ranks": (1, 5, 3), "bias": False, "options": {"scale": 0.5}},
+    "vector": {"lead": ()},
+    "no rows": {"lead": (0,), "options": SHARED},
+    "one row": {"lead": (1,), "options": SHARED},
+    "blocks": {"lead": (65,), "inner": 257, "options": SHARED},
+    "dropout": {"options": {**SHARED, "scale": 2.0}},
+    "dropout, some frozen": {"options": SHARED, "live": (False, True, False, True)},
+    "independent": {"options": INDEPENDENT},
+    "independent, some frozen": {"options": INDEPENDENT, "live": (True, True, False, False)},
+    "routed": {"routed": True, "options": {"scale": 0.5}},
+    "routed, dropout": {"routed": True, "options": SHARED},
+    "all frozen": {"live": (False,) * 4},
+    "x frozen": {"x_live": False, "options": SHARED},
+    "grouped": {"outer": (29, 16, 16), "options": {"scale": 0.5}},
+    "grouped, dropout, some frozen": {"outer": (29, 16), "options": SHARED, "live": (False, True, True, False)},
+    "grouped, independent, routed": {"outer": (16, 29), "routed": True, "options": INDEPENDENT, "ranks": (4, 2)},
+}
+every_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+
+
+@every_case
+@every_impl
+@every_dtype
+def test_errs_no_more_than_plain_torch(case, impl, dtype):
+    case = Case(dtype=dtype, **case)
+    results, plain, exact = case.run(impl), case.plain(), case.exact()
+    assert ops.last_path("lora_branches") == impl
+    assert len(results) == len(plain) == len(exact)
+    for i, triple in enumerate(zip(results, plain, exact, strict=True)):
+        assert_close_to_exact(*triple, what=f"result {i}")
+
+
+@every_impl
+@pytest.mark.parametrize("what", ["sign", "mask"])
+def test_a_wrong_branch_is_noticed(impl, what):
+    """The negative control of the test above."""
+    case = Case(options=SHARED)
+    plain, exact = case.plain(), case.exact()
+    if what == "sign":
+        with torch.no_grad():
+            case.a[0][2].neg_()
+    else:
+        case.options = {"dropout": 0.2501}
+    results = case.run(impl)
+    for triple in list(zip(results, plain, exact, strict=True))[:2]:
+        with pytest.raises(AssertionError, match="error"):
+            assert_close_to_exact(*triple)
+
+
+@every_impl
+@pytest.mark.parametrize("live", list(itertools.product((False, True), repeat=4)), ids=str)
+def test_every_subset_of_live_branches(impl, live):
+    """Frozen branches get no gradient and change nothing for the live ones."""
+    full = Case(options=SHARED)
+    some = Case(options=SHARED, live=live)
+    everything, results = full.run(impl), some.run(impl)
+    index = [0, 1, *(2 + i for i, on in enumerate(live * 2) if on)]
+    assert len(results) == len(index)
+    for mine, i in zip(results, index, strict=True):
+        torch.testing.assert_close(mine, everything[i], rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("which", ["a", "b"])
+def test_one_half_of_a_branch_may_be_frozen(which):
+    case = Case(options=SHARED)
+    for part in getattr(case, which)[0]:
+        part.requires_grad_(False)
+    for triple in zip(case.run(None), case.plain(), case.exact(), strict=True):
+        assert_close_to_exact(*triple)
+
+
+@every_impl
+@pytest.mark.parametrize("lead", [(6,), (2, 3)], ids=str)
+def test_x_that_is_not_contiguous(impl, lead):
+    case = Case(lead=lead, options=SHARED)
+    expected = case.run(impl)
+    for other in (case.x.detach().mT.contiguous().mT, torch.stack([case.x.detach()] * 2, -1)[..., 0]):
+        assert not other.is_contiguous()
+        case.x = other.requires_grad_(True)
+        for mine, theirs in zip(case.run(impl), expected, strict=True):
+            torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-5)
+
+
+@every_impl
+@pytest.mark.parametrize("shape", [(1, 1), (3, 127), (2, 128), (70, 300)], ids=str)
+@pytest.mark.parametrize("branch", [0, 3])
+def test_masks_are_those_of_the_reference(impl, shape, branch):
+    sets = dispatch.core("cpp").instruction_sets() if impl == "cpp" else [None]
+    before = dispatch.core("cpp").instruction_set() if impl == "cpp" else None
+    expected = branches_reference.dropout_mask(SEED, *shape, 0.3, branch)
+    for name in sets:
+        if name:
+            dispatch.core("cpp").use_instruction_set(name)
+        assert torch.equal(ops.dropout_mask(SEED, *shape, 0.3, branch=branch, impl=impl), expected)
+    if before:
+        dispatch.core("cpp").use_instruction_set(before)
+
+
+@every_impl
+@pytest.mark.parametrize("dropout", [0.05, 0.5])
+def test_masks_keep_as_many_as_they_should_and_look_independent(impl, dropout):
+    rows, columns = 400, 512
+    masks = [
+        ops.dropout_mask(SEED + i, rows, columns, dropout, branch=b, impl=impl) for i, b in ((0, 0), (0, 1), (1, 0))
+    ]
+    deviation = (dropout * (1 - dropout) / (rows * columns)) ** 0.5
+    for mask in masks:
+        assert abs(mask.double().mean() - (1 - dropout)) < 5 * deviation
+        worst = (mask.double().mean(0) - (1 - dropout)).abs().max()
+        assert worst < 6 * (dropout * (1 - dropout) / rows) ** 0.5
+    signs = [(mask.double() - (1 - dropout)).flatten() / (dropout * (1 - dropout)) ** 0.5 for mask in masks]
+    pairs = [
+        (signs[0], signs[1]),
+        (signs[0], signs[2]),
+        (signs[0][:-1], signs[0][1:]),
+        (signs[0][:-512], signs[0][512:]),
+    ]
+    for one, other in pairs:
+        assert abs((one * other).mean()) < 5 / (rows * columns) ** 0.5
+
+
+def test_philox_gives_the_published_numbers(monkeypatch):
+    """Known answers of the ten-round generator, from the authors' own test vectors."""
+    monkeypatch.setattr(branches_reference, "ROUNDS", 10)
+    zero, ones = torch.zeros(1, dtype=torch.int64), torch.full((1,), 0xFFFFFFFF)
+    words = [w.item() for w in branches_reference.philox([zero] * 4, zero)]
+    assert words == [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]
+    words = [w.item() for w in branches_reference.philox([ones] * 4, torch.tensor([-1]))]
+    assert words == [0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD]
+
+
+@every_impl
+@every_dtype
+def test_bitwise_repeatable(impl, dtype):
+    case = Case(lead=(67,), inner=257, options=INDEPENDENT, dtype=dtype)
+    first = case.run(impl)
+    for _ in range(2 if INTERPRETED else 20):
+        assert all(torch.equal(a, b) for a, b in zip(case.run(impl), first, strict=True))
+
+
+if "cpp" in IMPLS:
+
+    @pytest.mark.parametrize("dtype", [F32, BF16, F16, torch.float64], ids=str)
+    def test_dropout_is_the_same_on_any_threads_and_instruction_sets_and_handles_what_is_not_finite(dtype):
+        specials = [0.0, -0.0, 1e-40, 6e-8, 65504.0, 7e4, torch.inf, -torch.inf, torch.nan, 1 / 3]
+        x = torch.tensor(specials * 60).to(dtype).view(2, 300).repeat(90, 1)
+        keep = branches_reference.dropout_mask(SEED, *x.shape, 0.5)
+        expected = torch.where(keep, x * 2, 0.0)
+        core, before = dispatch.core("cpp"), dispatch.core("cpp").instruction_set()
+        letter = {F32: "f", BF16: "b", F16: "h", torch.float64: "d"}[dtype]
+        for name in core.instruction_sets():
+            core.use_instruction_set(name)
+            for threads in (1, 3):
+                out = torch.empty_like(x)
+                pointers = (x.data_ptr(), out.data_ptr(), *x.shape, 300, 300, SEED.data_ptr(), 32768, 0, threads)
+                core.dropout(letter, False, *pointers)
+                torch.testing.assert_close(out, expected, rtol=0, atol=0, equal_nan=True)
+                core.dropout(letter, True, *pointers)
+                torch.testing.assert_close(out, expected + expected, rtol=0, atol=0, equal_nan=True)
+        core.use_instruction_set(before)
+
+
+@every_impl
+def test_seeds_come_from_torchs_generator(impl):
+    x, weight, a, b = (torch.ones(shape, device=DEVICE) for shape in ((4, 8), (8, 8), (2, 8), (8, 2)))
+
+    def draw(seed):
+        torch.manual_seed(seed)
+        return ops.lora_branches(x, weight, None, [a], [b], dropout=0.5, impl=impl)
+
+    assert torch.equal(draw(1), draw(1))
+    assert not torch.equal(draw(1), draw(2))
+
+
+if "triton" in IMPLS:
+
+    def test_float64_is_refused_where_it_would_be_narrowed():
+        with pytest.raises(UserError, match="impl='triton' has no float64 with dropout; take impl='reference'"):
+            Case(dtype=torch.float64, options=SHARED).run("triton")
