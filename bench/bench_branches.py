@@ -8,7 +8,7 @@ quarter as wide and float32, and one thread works. Every candidate is checked be
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -26,7 +26,14 @@ NARROW, WIDE = (5120, 13824) if GPU else (1280, 3456)
 SHAPES = {"qkvo": (NARROW, NARROW), "gate-up": (NARROW, WIDE), "down": (WIDE, NARROW)}
 ROWS = (14080, 880, 64) if GPU else (880, 64)
 RANK, LIVE, BRANCHES = 8, 3, 4
-torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def layer(shape: tuple[int, int], dropout: float) -> AdapterLinear:

@@ -35,8 +35,14 @@ def attach(
         The model, changed in place.
 
     Raises:
-        UserError: naming every target that matched no linear layer, or the first layer whose weight is not plain.
+        UserError: a rank below 1, a dropout outside [0, 1), targets that matched no linear layer (all are named), or a
+            layer whose weight is not plain.
     """
+    for branch, rank in ranks.items():
+        if rank < 1:
+            raise UserError(f"the rank of branch {branch} must be at least 1, got {rank}")
+    if not 0 <= dropout < 1:
+        raise UserError(f"dropout must be at least 0 and below 1, got {dropout}")
     found = [
         (name, module)
         for name, module in model.named_modules()

@@ -120,6 +120,22 @@ def test_targets_that_match_nothing_are_named() -> None:
         adapters.attach(Toy(), ("q_proj", "k_proj", "norm"), {"a": 2})
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"ranks": {"a": 2, "b": 0}}, "rank of branch b must be at least 1, got 0"),
+        ({"ranks": {"a": 2}, "dropout": 1.0}, "dropout must be at least 0 and below 1, got 1.0"),
+        ({"ranks": {"a": 2}, "dropout": -0.1}, "dropout must be at least 0 and below 1, got -0.1"),
+    ],
+    ids=["rank", "all dropped", "negative"],
+)
+def test_values_out_of_range_are_named_and_change_nothing(options: dict, message: str) -> None:
+    model = Toy()
+    with pytest.raises(ValueError, match=message):
+        adapters.attach(model, ("q_proj",), **options)
+    assert not adapters.layers(model)
+
+
 def test_the_same_total_rank_starts_from_the_same_numbers() -> None:
     one, four = Toy(), Toy()
     for model, ranks in ((one, {"lora": 8}), (four, dict.fromkeys("abcd", 2))):
