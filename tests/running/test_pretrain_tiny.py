@@ -14,6 +14,7 @@ from cnext.backbones.tiny.model import TinyBackbone
 from cnext.backbones.tiny.tokenizer import TinyTokenizer
 from cnext.cli import main
 from cnext.running import pretrain_tiny
+from cnext.running.pretrain_tiny import corpus, stages
 from cnext.scoring.clip import TINY_CLIP, load_clip
 from cnext.tasks import scenes, synthetic
 
@@ -48,13 +49,13 @@ def test_the_card_states_data_steps_time_and_losses(pretrained: Path) -> None:
 
 def test_the_shipped_card_and_weights_belong_together() -> None:
     """The card's parameter counts are those of the weights that ship, and it says how they were made."""
-    card = (Path(pretrain_tiny.__file__).parents[1] / "backbones/tiny/MODEL_CARD.md").read_text()
+    card = (Path(pretrain_tiny.__file__).parents[2] / "backbones/tiny/MODEL_CARD.md").read_text()
     tiny = TinyBackbone.load()
     for module in (tiny.encoder, tiny.detokenizer, tiny.decoder):
         assert f"{sum(p.numel() for p in module.parameters()):,}" in card
     for name, steps in pretrain_tiny.STAGES.items():
         assert f"{name} {steps}" in card
-    assert json.loads((TINY_CLIP / "vocabulary.json").read_text()) == pretrain_tiny.clip_vocabulary()
+    assert json.loads((TINY_CLIP / "vocabulary.json").read_text()) == stages.clip_vocabulary()
 
 
 def test_the_same_seed_gives_the_same_weights(pretrained: Path, tmp_path: Path) -> None:
@@ -67,7 +68,7 @@ def test_the_same_seed_gives_the_same_weights(pretrained: Path, tmp_path: Path) 
 
 @pytest.mark.parametrize("share", [0.0, 1.0], ids=["own templates", "official templates"])
 def test_every_picture_read_is_of_the_pretrain_split(share: float) -> None:
-    for instruction, _, read, written in itertools.islice(pretrain_tiny.corpus(0, share), 300):
+    for instruction, _, read, written in itertools.islice(corpus.corpus(0, share), 300):
         if read is not None:
             assert scenes.split_of(scenes.key(read)) == "pretrain"
         elif instruction.startswith(synthetic.DRAW):
@@ -76,7 +77,7 @@ def test_every_picture_read_is_of_the_pretrain_split(share: float) -> None:
 
 def test_every_word_of_the_corpus_is_in_the_vocabulary() -> None:
     tokenizer = TinyTokenizer()
-    for instruction, _, _, _ in itertools.islice(pretrain_tiny.corpus(0, 0.5), 500):
+    for instruction, _, _, _ in itertools.islice(corpus.corpus(0, 0.5), 500):
         assert not [piece for piece in tokenizer.encode(instruction) if tokenizer.tokens[piece].startswith("#")], (
             instruction
         )
@@ -85,7 +86,7 @@ def test_every_word_of_the_corpus_is_in_the_vocabulary() -> None:
 def test_the_official_templates_are_narrower_than_the_benchmark() -> None:
     answers = {
         answer
-        for question, answer, _, _ in itertools.islice(pretrain_tiny.corpus(0, 1.0), 600)
+        for question, answer, _, _ in itertools.islice(corpus.corpus(0, 1.0), 600)
         if "object in the image" in question
     }
-    assert answers <= set(pretrain_tiny.SEEN_ICONS)
+    assert answers <= set(corpus.SEEN_ICONS)

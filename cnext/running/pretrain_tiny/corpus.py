@@ -1,0 +1,157 @@
+"""What the tiny backbone is pretrained on: pictures of the `pretrain` split, and instructions about them.
+
+The decoder's corpus has two parts: skills in templates of its own, and the benchmark's templates on narrower data.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from random import Random
+from typing import Any
+
+from cnext.tasks import scenes, synthetic
+from cnext.tasks.scenes import COLORS, ICONS, SHAPES, Icon, Lettering, Scene
+from cnext.tasks.synthetic import Example
+
+SAYABLE = [*COLORS, *SHAPES, *ICONS]
+LETTERS = "abcdefghijklmnopqrstuvwxyz"
+
+
+def _kept(make: Callable[[], Any], content: Callable[[Any], str]) -> Any:
+    """The first thing made that belongs to the `pretrain` split."""
+    while True:
+        made = make()
+        if scenes.split_of(content(made)) == "pretrain":
+            return made
+
+
+def new_scene(rng: Random, fewest: int = 1, most: int = 3) -> Scene:
+    return _kept(lambda: scenes.random_scene(rng, fewest, most), scenes.key)
+
+
+def new_letters(rng: Random, fewest: int = 3, most: int = 3) -> Lettering:
+    def make() -> Lettering:
+        return scenes.random_lettering(rng, "".join(rng.choices(LETTERS, k=rng.randint(fewest, most))))
+
+    return _kept(make, scenes.key)
+
+
+def new_icon(rng: Random) -> Icon:
+    return _kept(lambda: scenes.random_icon(rng), scenes.key)
+
+
+Item = tuple[str, str, Any, Any]
+"""Instruction, answer, picture read or None, picture written or None."""
+
+
+def _caption(rng: Random) -> Item:
+    scene = new_scene(rng)
+    return "Describe the picture.", scene.caption, scene, None
+
+
+def _question(rng: Random) -> Item:
+    scene = new_scene(rng)
+    thing = rng.choice(scene.things)
+    asked, answer = rng.choice(
+        (
+            (f"color of {thing.shape}", thing.color),
+            (f"shape of {thing.color}", thing.shape),
+            (f"shape at {thing.place}", thing.shape),
+            (f"color at {thing.place}", thing.color),
+            ("how many", str(len(scene.things))),
+        )
+    )
+    if rng.random() < 0.5:
+        return f"Short: {asked}", answer, scene, None
+    return f"Tell me {asked}", f"it is {answer}", scene, None
+
+
+def _location(rng: Random) -> Item:
+    scene = new_scene(rng)
+    thing = rng.choice(scene.things)
+    asked = rng.choice((thing.shape, thing.color, f"{thing.color} {thing.shape}"))
+    x1, y1, x2, y2 = (min(max(round(100 * edge / scenes.SIZE), 0), 99) for edge in thing.box)
+    if rng.random() < 0.4:
+        return f"Find {asked}", f"at {(x1 + x2) // 2:02d} {(y1 + y2) // 2:02d}", scene, None
+    return f"Where is {asked}", f"x {x1:02d} y {y1:02d} x {x2:02d} y {y2:02d}", scene, None
+
+
+def _spelling(rng: Random) -> Item:
+    lettering = new_letters(rng)
+    return "Read letters", f"text: {lettering.word}", lettering, None
+
+
+def _drawing(rng: Random) -> Item:
+    scene = new_scene(rng, 1, 2)
+    return "Draw " + "; ".join(f"{t.color} {t.shape} {t.place}" for t in scene.things), "", None, scene
+
+
+def _edit(rng: Random) -> Item:
+    def make() -> tuple[str, Example]:
+        kind = rng.choice(("color", "shape", "remove", "add"))
+        return kind, synthetic.editing(rng, (kind,))
+
+    kind, example = _kept(make, lambda made: made[1].content)
+    # The same edit in words of the corpus's own, so that the benchmark's phrasing stays to be learnt.
+    words = [word for word in example.instruction.lower().rstrip(".").split() if word in {*COLORS, *SHAPES}]
+    verb = {"color": "recolor", "shape": "morph", "remove": "erase", "add": "paint"}[kind]
+    place = f" {example.target.things[-1].place}" if kind == "add" else ""
+    return f"{verb} {' '.join(words)}{place}", "", example.picture, example.target
+
+
+def _copy(rng: Random) -> Item:
+    picture = rng.choice((new_scene, new_icon))(rng)
+    return "Copy picture", "", picture, picture
+
+
+def _saying(rng: Random) -> Item:
+    """Words repeated. A word that was never written in pretraining could not be told from the others of its kind."""
+    words = " ".join(rng.sample(SAYABLE, rng.randint(1, 4)))
+    return f"Say: {words}", words, None, None
+
+
+CORPUS: dict[Callable[[Random], Item], float] = {
+    _caption: 0.15,
+    _question: 0.21,
+    _location: 0.19,
+    _spelling: 0.15,
+    _drawing: 0.12,
+    _edit: 0.12,
+    _copy: 0.02,
+    _saying: 0.04,
+}
+SEEN_ICONS = ("house", "fish", "cup", "face")
+
+
+def _reading_letters(rng: Random) -> Example:
+    lettering = new_letters(rng, 2, 2)
+    return Example(synthetic.reading(rng).instruction, lettering.word, lettering)
+
+
+NARROW: tuple[Callable[[Random], Example], ...] = (
+    lambda rng: synthetic.vqa(rng, ("color", "shape", "count")),
+    lambda rng: synthetic.classification(rng, SEEN_ICONS),
+    lambda rng: synthetic.text_to_image(rng, 1),
+    _reading_letters,
+    lambda rng: synthetic.grounding(rng, 1),
+    lambda rng: synthetic.editing(rng, ("color", "remove")),
+)
+
+
+def _official(rng: Random) -> Item:
+    """The benchmark's template on narrower data than the benchmark's."""
+    make = rng.choice(NARROW)
+    example = _kept(lambda: make(rng), lambda made: made.content)
+    if example.instruction == synthetic.DRAW:
+        return f"{example.instruction} {example.answer}", "", None, example.picture
+    return example.instruction, example.answer, example.picture, example.target
+
+
+def corpus(seed: int, official_share: float) -> Iterator[Item]:
+    """The decoder's endless pretraining corpus; ``official_share`` of it in the benchmark's own templates."""
+    rng = Random(f"pretrain/{seed}/{official_share}")
+    while True:
+        if rng.random() < official_share:
+            yield _official(rng)
+        else:
+            yield rng.choices(list(CORPUS), list(CORPUS.values()))[0](rng)
