@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
+HERE = Path(__file__).parent
+"""Where the subprocesses start: a folder without a `cnext` of its own, so that they import the installed one."""
 SHARED_MEMORY = {80: 166_912, 90: 232_448, 120: 101_376}
 
 
@@ -19,7 +21,7 @@ def test_triton_interpreted_agrees_with_float64():
     environment = os.environ | {"TRITON_INTERPRET": "1", "CNEXT_TEST_IMPL": "triton", "CNEXT_TEST_DEVICE": "cpu"}
     chosen = "errs_no_more or noticed or those_of_the_reference or not_contiguous or bitwise or float64_is"
     tests = [sys.executable, "-m", "pytest", "-qx", "-k", chosen, str(Path(__file__).with_name("test_branches_ops.py"))]
-    run = subprocess.run(tests, env=environment, cwd=ROOT, capture_output=True, text=True)
+    run = subprocess.run(tests, env=environment, cwd=HERE, capture_output=True, text=True)
     assert run.returncode == 0, run.stdout[-4000:]
     assert int(re.search(r"(\d+) passed", run.stdout)[1]) >= 25
 
@@ -65,7 +67,7 @@ print(json.dumps(report))
 def test_triton_compiles_ahead_of_time_without_spills(capability, tmp_path):
     environment = os.environ | {"TRITON_CACHE_DIR": str(tmp_path)}
     command = [sys.executable, "-c", COMPILE, str(capability)]
-    run = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True)
+    run = subprocess.run(command, env=environment, cwd=HERE, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr[-4000:]
     report = json.loads(run.stdout)
     assert len(report) == 7
