@@ -178,7 +178,11 @@ def test_two_processes_train_as_one(how: str, tmp_path: Path) -> None:
     environment = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
     ranks = [
         subprocess.Popen(
-            [*command, str(rank), str(tmp_path / "meeting"), how], env=environment, stderr=subprocess.PIPE, text=True
+            [*command, str(rank), str(tmp_path / "meeting"), how],
+            cwd=tmp_path,
+            env=environment,
+            stderr=subprocess.PIPE,
+            text=True,
         )
         for rank in range(2)
     ]
