@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from cnext.errors import UserError
+
 MODALITIES = ("text", "image")
 SIDES = {"general": "read", "expert": "written"}
 
@@ -28,10 +30,10 @@ BRANCH_ROLES = tuple(BranchRole(modality, side) for side in SIDES for modality i
 def roles_of(reads: Iterable[str], writes: Iterable[str]) -> tuple[BranchRole, ...]:
     """The roles that a task trains: general for every modality that it reads, expert for every one that it writes.
 
-    Raises ValueError for a modality that is not in MODALITIES.
+    Raises UserError for a modality that is not in MODALITIES.
     """
     used = {"general": set(reads), "expert": set(writes)}
     strange = set.union(*used.values()) - set(MODALITIES)
     if strange:
-        raise ValueError(f"unknown modality {', '.join(sorted(strange))}; valid: {', '.join(MODALITIES)}")
+        raise UserError(f"unknown modality {', '.join(sorted(strange))}; valid: {', '.join(MODALITIES)}")
     return tuple(role for role in BRANCH_ROLES if role.modality in used[role.side])

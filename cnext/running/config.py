@@ -12,7 +12,8 @@ from typing import Any, Literal
 
 from cnext.errors import UserError, unknown
 from cnext.tasks import suites
-from cnext.tasks.base import Recipe, Suite
+from cnext.tasks.base import Recipe, Suite, Task
+from cnext.tasks.formats import READERS
 from cnext.tasks.synthetic import GENERATORS
 
 SPLITS = ("test", "validation")
@@ -133,6 +134,8 @@ def plan(config: RunConfig) -> Plan:
     if config.batch_size is not None:
         _at_least("batch_size", config.batch_size, 1)
         recipe = dataclasses.replace(recipe, batch_size=config.batch_size)
+    for name in order:
+        _check_task(suite.task(name))
     missing = [task for task in order if task not in recipe.steps]
     if missing:
         raise UserError(f"budget {config.budget} of suite {suite.name} gives no steps for: {', '.join(missing)}")
@@ -147,6 +150,19 @@ def plan(config: RunConfig) -> Plan:
             raise unknown(f"hyperparameter of {config.method}", name, list(known))
     hyperparameters = dataclasses.asdict(kind(**config.hyperparameters))
     return Plan(config, suite, order, recipe, _device(config.device), hyperparameters)
+
+
+def _check_task(task: Task) -> None:
+    """Raises UserError where a manifest names a format, a scorer or a modality that is not there."""
+    from cnext.adapters import roles_of
+    from cnext.scoring import make_scorers
+
+    scorers = make_scorers()
+    if task.format not in READERS:
+        raise unknown(f"format of task {task.name}", task.format, list(READERS))
+    if task.scorer not in scorers:
+        raise unknown(f"scorer of task {task.name}", task.scorer, list(scorers))
+    roles_of(task.reads, task.writes)
 
 
 def _device(name: str) -> str:

@@ -42,7 +42,8 @@ def _whole_rows(path: Path) -> list[dict[str, Any]]:
 class RunFolder:
     """Opens (or makes) the folder of one run.
 
-    Raises UserError where the folder was made with another configuration, naming every difference.
+    Raises UserError where the folder holds results of another configuration, naming every difference. A configuration
+    that stopped before its first result (at bad data, say) is replaced: nothing is lost with it.
     """
 
     def __init__(self, path: Path, config: dict[str, Any]) -> None:
@@ -55,7 +56,7 @@ class RunFolder:
             except ValueError as error:
                 raise UserError(f"{file} is not JSON ({error}); give another --out or delete the folder") from error
             changed = _differences(old, config)
-            if changed:
+            if changed and (path / "scores.jsonl").exists():
                 listed = "\n".join(changed)
                 raise UserError(
                     f"{path} holds a run of another configuration:\n{listed}\ngive another --out or delete the folder"
@@ -66,8 +67,7 @@ class RunFolder:
         self._lock = self._locked()
         with ExitStack() as undo:
             undo.callback(self.close)
-            if not file.is_file():
-                checkpoint.write_json(file, config)
+            checkpoint.write_json(file, config)
             self.checkpoints.mkdir(exist_ok=True)
             undo.pop_all()
 

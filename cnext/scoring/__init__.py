@@ -27,7 +27,3 @@ def make_scorers(clip: str = "tiny", device: str = "cpu") -> dict[str, Scorer]:
         "clip_text": images.clip_text,
         "clip_image": images.clip_image,
     }
-
-
-SCORERS: dict[str, Scorer] = make_scorers()
-"""The scorers that a task's ``scorer`` may name, here with the embedded CLIP."""

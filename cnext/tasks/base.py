@@ -42,7 +42,7 @@ class Task:
     """One task: the modalities it reads and writes, where its files are, and how answers are scored.
 
     format: the reader of its files, a key of ``cnext.tasks.formats.READERS``.
-    scorer: a key of ``cnext.scoring.SCORERS``.
+    scorer: a name that ``cnext.scoring.make_scorers`` gives.
     train, test, validation: paths or glob patterns relative to the data folder.
     """
 

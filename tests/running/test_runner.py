@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -167,6 +168,35 @@ def test_a_folder_of_another_configuration_is_refused(finished: Path, config: Ca
     assert "hyperparameters.c: 5.0 there, 2.0 asked for" in str(error.value)
 
 
+def test_a_mistake_before_the_first_result_can_be_mended(config: Callable[..., RunConfig]) -> None:
+    """The corrected command runs in the same folder; only results are worth refusing for."""
+    made = config(order="VQAv2", hyperparameters={"rank": 0})
+    with pytest.raises(UserError, match="rank of branch text-general must be at least 1, got 0"):
+        run(made)
+    mended = config(made.out, order="VQAv2")
+    assert run(mended)["hyperparameters"]["rank"] == 8
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("format", "csv", "unknown format of task VQAv2 'csv'; valid: conversation, generation, editing"),
+        ("scorer", "bleu", "unknown scorer of task VQAv2 'bleu'; valid: short_answer, ocr_answer, box"),
+        ("reads", ["audio"], "unknown modality audio; valid: text, image"),
+    ],
+    ids=["format", "scorer", "modality"],
+)
+def test_a_manifest_that_names_what_is_not_there(
+    key: str, value: object, message: str, toy_suite: Path, tmp_path: Path, config: Callable[..., RunConfig]
+) -> None:
+    folder = tmp_path / "suite"
+    shutil.copytree(toy_suite, folder)
+    manifest = json.loads((folder / "VQAv2.json").read_text())
+    (folder / "VQAv2.json").write_text(json.dumps(manifest | {key: value}))
+    with pytest.raises(UserError, match=message):
+        run(config(suite=str(folder)))
+
+
 def test_two_processes_in_one_folder_are_refused(config: Callable[..., RunConfig]) -> None:
     made = config()
     planned = runner.plan(made)
@@ -220,8 +250,6 @@ def test_data_is_checked_before_anything_is_trained(
     config: Callable[..., RunConfig], data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A bad row of the last task's test file stops the run before the first step, and names file and row."""
-    import shutil
-
     copy = tmp_path / "data"
     shutil.copytree(data, copy)
     path = copy / "HQEdit/questions/test.json"

@@ -5,10 +5,12 @@ import random
 import numpy
 import pytest
 
-from cnext.scoring import SCORERS
+from cnext.scoring import make_scorers
 from cnext.scoring.base import Prediction, Score
 from cnext.scoring.boxes import iou, parse_box, parse_box_as_released
 from cnext.tasks.base import DataError, Sample, Turn
+
+SCORERS = make_scorers()
 
 
 def score(text: str, reference: str, size: tuple[int, int] | None = None, image: numpy.ndarray | None = None) -> Score:

@@ -5,10 +5,12 @@ import random
 import numpy
 import pytest
 
-from cnext.scoring import SCORERS
+from cnext.scoring import make_scorers
 from cnext.scoring.base import ERROR_TYPES, PROFILES, Prediction, Score
 from cnext.scoring.errors import box_error, error_shares, image_error, text_error
 from cnext.tasks.base import Sample, Turn
+
+SCORERS = make_scorers()
 
 IMAGE = numpy.zeros((4, 4, 3), numpy.uint8)
 

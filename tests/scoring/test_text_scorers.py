@@ -5,10 +5,12 @@ from collections.abc import Callable
 import numpy
 import pytest
 
-from cnext.scoring import SCORERS
+from cnext.scoring import make_scorers
 from cnext.scoring.answers import contains_words, normalise, repeats_a_word
 from cnext.scoring.base import Prediction, Score
 from cnext.tasks.base import Sample, Turn
+
+SCORERS = make_scorers()
 
 IMAGE = numpy.zeros((4, 4, 3), numpy.uint8)
 
