@@ -1,6 +1,16 @@
 """Adapters: branch roles, the linear layer that carries the branches, attaching and detaching."""
 
-from cnext.adapters.attach import attach, branch_parameters, detach, layers, set_trainable
+from cnext.adapters.attach import (
+    activate,
+    activated,
+    adapter_parameters,
+    attach,
+    branch_parameters,
+    detach,
+    holding,
+    layers,
+    set_trainable,
+)
 from cnext.adapters.linear import AdapterLinear, Branch
 from cnext.adapters.mage import AttachedMage, attach_mage
 from cnext.adapters.roles import BRANCH_ROLES, BranchRole, roles_of
@@ -11,10 +21,14 @@ __all__ = [
     "AttachedMage",
     "Branch",
     "BranchRole",
+    "activate",
+    "activated",
+    "adapter_parameters",
     "attach",
     "attach_mage",
     "branch_parameters",
     "detach",
+    "holding",
     "layers",
     "roles_of",
     "set_trainable",

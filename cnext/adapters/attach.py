@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from cnext.adapters.linear import AdapterLinear, Branch
 from cnext.errors import UserError
@@ -94,6 +95,48 @@ def branch_parameters(model: nn.Module, branches: Iterable[str] | None = None) -
         if wanted is None or key in wanted
         for part, parameter in branch.named_parameters()
     }
+
+
+def adapter_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Every parameter of the adapter layers but their base's: branches, and routers, keyed "<layer>.router.<name>"."""
+    return {
+        f"{name}.{key}": parameter
+        for name, layer in layers(model).items()
+        for key, parameter in layer.adapter_parameters()
+    }
+
+
+def activate(model: nn.Module, branches: Sequence[str]) -> None:
+    """Lets exactly these branches take part in every layer; none: the model is as it was without adapters."""
+    for layer in layers(model).values():
+        layer.active = tuple(branches)
+
+
+@contextmanager
+def activated(model: nn.Module, branches: Sequence[str]) -> Iterator[None]:
+    """Inside, exactly these branches take part; () switches the adapters off."""
+    before = {name: layer.active for name, layer in layers(model).items()}
+    activate(model, branches)
+    try:
+        yield
+    finally:
+        for name, layer in layers(model).items():
+            layer.active = before[name]
+
+
+@contextmanager
+def holding(parameters: Mapping[str, nn.Parameter], values: Mapping[str, Tensor]) -> Iterator[None]:
+    """Inside, the parameters hold these values; afterwards their own again, to the bit."""
+    own = {name: parameters[name].detach().clone() for name in values}
+    with torch.no_grad():
+        for name, value in values.items():
+            parameters[name].copy_(value)
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for name, value in own.items():
+                parameters[name].copy_(value)
 
 
 def set_trainable(model: nn.Module, branches: Iterable[str]) -> dict[str, nn.Parameter]:

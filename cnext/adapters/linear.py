@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -29,6 +29,9 @@ class AdapterLinear(nn.Module):
     one matrix without a copy. Where something moves them apart, the op copies, and the result is the same. (Every B is
     a tensor of its own: columns of one block would have gaps, which fused optimizers and FSDP do not take.)
 
+    ``active`` names the branches that take part; the others are as if they were not there. ``router``, where it is
+    given, maps x to (..., active branches) weights of each token's branches; a module is part of the layer.
+
     Args:
         base: the linear layer, (..., in_features) to (..., out_features). It is frozen.
         branches: name to branch, in the order of summation.
@@ -53,14 +56,16 @@ class AdapterLinear(nn.Module):
         self.scale = scale
         self.dropout = dropout
         self.independent = independent
+        self.active: Sequence[str] = tuple(branches)
+        self.router: Callable[[Tensor], Tensor] | None = None
         self._unmerged: Tensor | None = None
         self._join()
 
     def forward(self, x: Tensor) -> Tensor:
         base = self.base
-        if self._unmerged is not None:
+        if self._unmerged is not None or not self.active:
             return base(x)
-        branches = self.branches.values()
+        branches = [self.branches[name] for name in self.active]
         return ops.lora_branches(
             x,
             base.weight,
@@ -70,7 +75,14 @@ class AdapterLinear(nn.Module):
             scale=self.scale,
             dropout=self.dropout if self.training else 0.0,
             independent=self.independent,
+            routing=None if self.router is None else self.router(x),
         )
+
+    def adapter_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Names and parameters of the branches, "<branch>.<A or B>", and of a router, "router.<name>"."""
+        yield from self.branches.named_parameters()
+        if isinstance(self.router, nn.Module):
+            yield from self.router.named_parameters("router")
 
     @property
     def merged(self) -> bool:
@@ -79,19 +91,22 @@ class AdapterLinear(nn.Module):
 
     @torch.no_grad()
     def merge(self) -> None:
-        """Adds the branches to the base weight: summed in float32, then cast. The layer then costs what its base costs.
+        """Adds the active branches to the base weight: summed in float32, then cast; the cost is the base's.
 
         W + scale * sum over branches of B_i A_i. The branches themselves are kept, and so is W, for `unmerge`.
 
         Raises:
-            UserError: merged already.
+            UserError: merged already, or routed: weights that depend on x are in no matrix.
         """
         if self.merged:
             raise UserError("merge: the branches are merged already; call unmerge first")
+        if self.router is not None:
+            raise UserError("merge: the branches are routed by their input, so no one weight has them in it")
         weight = self.base.weight
         wide = torch.promote_types(weight.dtype, torch.float32)
         total = weight.to(wide, copy=True)
-        for branch in self.branches.values():
+        for name in self.active:
+            branch = self.branches[name]
             total.addmm_(branch.B.to(wide), branch.A.to(wide), alpha=self.scale)
         self._unmerged = weight.detach().clone()
         weight.copy_(total)

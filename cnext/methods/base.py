@@ -1,43 +1,90 @@
 """The interface of a continual-learning method: one dataclass of hyperparameters with hooks around training.
 
-The runner calls, for every task: ``trainable`` and ``before_task``; per step ``transform_gradients`` (right after the
-backward pass of the task loss), the gradients of ``extra_loss`` added, clipping, the optimizer, ``after_step``; then
-``after_task``. Evaluation happens inside ``for_eval``. A hook that a method does not need is not written.
+Once: ``attach``. For every task: ``trainable`` and ``before_task``; per step ``before_step``, the backward pass of the
+task loss, ``transform_gradients``, the gradients of ``extra_loss`` added, clipping, the optimizer, ``after_step``; then
+``after_task``. Evaluation is inside ``for_eval``, by ``answer``. A hook that a method does not need is not written.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from cnext import adapters
 from cnext.backbones.base import Backbone
-from cnext.tasks.base import Task
+from cnext.scoring.base import Prediction
+from cnext.tasks.base import Sample, Task
+
+Memory = Mapping[str, Sequence[Sample]]
+"""Training samples kept of each task learnt so far and of the present one, in the order learnt."""
+
+
+@dataclass(frozen=True)
+class Card:
+    """What a method needs. The runner gives it that and no more, and the contract test holds it to the rest.
+
+    paper: where it comes from.  keeps: what it stores between tasks besides the adapter that it trains.
+    rehearsal: training samples that it keeps of every task (0: rehearsal-free).
+    task_id_at_test: whether it is told which task a question belongs to.
+    """
+
+    paper: str
+    keeps: str = "nothing"
+    rehearsal: int = 0
+    task_id_at_test: bool = False
 
 
 class Method(ABC):
-    """A subclass is a dataclass whose fields are its hyperparameters; each becomes a flag of ``cnext-run``."""
+    """A subclass is a dataclass whose fields are its hyperparameters; each becomes a flag of ``cnext-run``.
+
+    ``backbone`` is the model, ``model`` its language model, which carries the adapters.
+    """
+
+    joint: ClassVar[bool] = False
+    """Whether all tasks are learnt at once, as a reference, and not one after another."""
+
+    @property
+    @abstractmethod
+    def card(self) -> Card:
+        """What the method needs."""
+
+    def setup(self, backbone: Backbone, tasks: Sequence[Task], generator: torch.Generator) -> None:
+        """Binds the method to a backbone. Called once, before the first task."""
+        self.backbone, self.model = backbone, backbone.language_model
+        self.attach(tasks, generator)
 
     @abstractmethod
-    def setup(self, backbone: Backbone, generator: torch.Generator) -> None:
-        """Attaches adapters to ``backbone.language_model``. Called once, before the first task."""
+    def attach(self, tasks: Sequence[Task], generator: torch.Generator) -> None:
+        """Attaches adapters to ``self.model``. tasks: those to come, in order; only their number and names count."""
 
     @abstractmethod
-    def trainable(self, backbone: Backbone, task: Task) -> dict[str, nn.Parameter]:
+    def trainable(self, task: Task) -> dict[str, nn.Parameter]:
         """Makes exactly this task's parameters trainable and returns them by name; empty: the task is not trained."""
 
-    def before_task(self, parameters: dict[str, nn.Parameter], steps: int) -> None:
-        """The task's parameters are about to be trained for ``steps`` optimizer steps."""
+    def held(self) -> dict[str, nn.Parameter]:
+        """Every parameter that the method has put into the model, by name: what a checkpoint holds."""
+        return adapters.adapter_parameters(self.model)
+
+    def before_task(self, parameters: dict[str, nn.Parameter], steps: int, memory: Memory) -> None:
+        """The task's parameters are about to be trained for ``steps`` optimizer steps.
+
+        memory: as many samples of each task as the card asks for; empty for a rehearsal-free method.
+        """
+
+    def before_step(self, batch: Sequence[Any]) -> None:
+        """The encoded samples are about to go through the model."""
 
     def transform_gradients(self, parameters: dict[str, nn.Parameter]) -> None:
         """Reads or changes ``.grad``, which holds the task loss's gradient: not clipped, no penalty in it."""
 
-    def extra_loss(self) -> Tensor | None:
-        """A penalty to add to the task loss, or None."""
+    def extra_loss(self, batch: Sequence[Any]) -> Tensor | None:
+        """A penalty to add to the task loss, or None. batch: the step's encoded samples."""
         return None
 
     def after_step(self) -> None:
@@ -52,8 +99,16 @@ class Method(ABC):
         """The model inside is the one to evaluate."""
         yield
 
+    def answer(self, questions: Sequence[Sample], max_new_tokens: int, task: Task | None) -> list[Prediction]:
+        """Answers questions, which hold an instruction and perhaps an image. task: None unless the card asks for it."""
+        return self.backbone.generate(questions, max_new_tokens)
+
+    def extra_bytes(self, tasks: int) -> int:
+        """An upper bound of what is kept after ``tasks`` tasks beyond one adapter of rank 32, samples aside."""
+        return 0
+
     def state_dict(self) -> dict[str, Tensor]:
-        """What the method needs to go on after an interruption, besides the adapters."""
+        """What the method needs to go on after an interruption, besides the parameters `held`."""
         return {}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:

@@ -5,14 +5,14 @@ Reference: Hu et al., LoRA, arXiv 2106.09685.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
 from cnext import adapters
-from cnext.backbones.base import Backbone
-from cnext.methods.base import Method
+from cnext.methods.base import Card, Method
 from cnext.tasks.base import Task
 
 
@@ -27,15 +27,15 @@ class Lora(Method):
     dropout: float = 0.0
     """Dropout on the branch's input while training."""
 
-    def setup(self, backbone: Backbone, generator: torch.Generator) -> None:
-        adapters.attach(
-            backbone.language_model,
-            backbone.targets,
-            {"lora": self.rank},
-            scale=self.scale,
-            dropout=self.dropout,
-            generator=generator,
-        )
+    card = Card("arXiv 2106.09685")
 
-    def trainable(self, backbone: Backbone, task: Task) -> dict[str, nn.Parameter]:
-        return adapters.set_trainable(backbone.language_model, ["lora"])
+    def attach(self, tasks: Sequence[Task], generator: torch.Generator) -> None:
+        self.attach_branches({"lora": self.rank}, generator)
+
+    def attach_branches(self, ranks: dict[str, int], generator: torch.Generator) -> None:
+        """Attaches branches of these names and ranks to the backbone's targets, with the method's scale and dropout."""
+        options = {"scale": self.scale, "dropout": self.dropout, "generator": generator}
+        adapters.attach(self.model, self.backbone.targets, ranks, **options)
+
+    def trainable(self, task: Task) -> dict[str, nn.Parameter]:
+        return adapters.set_trainable(self.model, ["lora"])

@@ -8,6 +8,7 @@ Reference: Continual-NExT, arXiv 2602.18055, section 4.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,43 +19,43 @@ from cnext import adapters
 from cnext.adapters import BRANCH_ROLES, roles_of
 from cnext.averaging import RULES
 from cnext.averaging.pooling import pooled
-from cnext.backbones.base import Backbone
 from cnext.errors import unknown
-from cnext.methods.base import Method
+from cnext.methods.base import Card, Memory
+from cnext.methods.lora import Lora
 from cnext.tasks.base import Task
 
 
 @dataclass
-class Mage(Method):
+class Mage(Lora):
     """y = W x + scale * sum over the four roles of B_i A_i x."""
 
     rank: int = 8
-    """Rank of each of the four branches."""
-    scale: float = 1.0
-    """Factor of the branches (alpha / total rank)."""
-    dropout: float = 0.0
-    """Dropout on the branches' input while training; the mask is shared by the branches."""
+    """Rank of each branch."""
     average: str = "pema"
     """Averaging rule: pema, pema-step, pema-literal, pema-released (diverges, as released), dema, constant or none."""
     c: float = 5.0
     """Plasticity of pema: how much a new task's Fisher information counts against that of the tasks before it."""
+
+    card = Card("arXiv 2602.18055", keeps="the averaging rule's state; of pema the summed Fisher information")
 
     def __post_init__(self) -> None:
         if self.average not in RULES:
             raise unknown("averaging rule", self.average, list(RULES))
         self.rule = RULES[self.average](**({"c": self.c} if self.average == "pema" else {}))
 
-    def setup(self, backbone: Backbone, generator: torch.Generator) -> None:
-        ranks = {role.name: self.rank for role in BRANCH_ROLES}
-        options = {"scale": self.scale, "dropout": self.dropout, "generator": generator}
-        adapters.attach(backbone.language_model, backbone.targets, ranks, **options)
+    def roles(self, task: Task) -> list[str]:
+        """The branches that a task trains."""
+        return [role.name for role in roles_of(task.reads, task.writes)]
 
-    def trainable(self, backbone: Backbone, task: Task) -> dict[str, nn.Parameter]:
-        names = [role.name for role in roles_of(task.reads, task.writes)]
-        self.groups = {name: adapters.branch_parameters(backbone.language_model, [name]) for name in names}
-        return adapters.set_trainable(backbone.language_model, names)
+    def attach(self, tasks: Sequence[Task], generator: torch.Generator) -> None:
+        self.attach_branches({role.name: self.rank for role in BRANCH_ROLES}, generator)
 
-    def before_task(self, parameters: dict[str, nn.Parameter], steps: int) -> None:
+    def trainable(self, task: Task) -> dict[str, nn.Parameter]:
+        names = self.roles(task)
+        self.groups = {name: adapters.branch_parameters(self.model, [name]) for name in names}
+        return adapters.set_trainable(self.model, names)
+
+    def before_task(self, parameters: dict[str, nn.Parameter], steps: int, memory: Memory) -> None:
         self.rule.begin_task(parameters, steps)
 
     def transform_gradients(self, parameters: dict[str, nn.Parameter]) -> None:
@@ -64,6 +65,9 @@ class Mage(Method):
         """Mean and standard deviation of beta, the weight of the old, over each branch's parameters."""
         betas = self.rule.end_task()
         return {branch: pooled(betas, group) for branch, group in self.groups.items()} if betas else None
+
+    def extra_bytes(self, tasks: int) -> int:
+        return 2 * sum(4 * parameter.numel() for parameter in self.held().values())
 
     def state_dict(self) -> dict[str, Tensor]:
         return self.rule.state_dict()

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
-from cnext.backbones.base import Backbone
-from cnext.methods.base import Method
+from cnext.methods.base import Card, Method
 from cnext.tasks.base import Task
 
 
@@ -16,8 +16,10 @@ from cnext.tasks.base import Task
 class ZeroShot(Method):
     """No hyperparameters."""
 
-    def setup(self, backbone: Backbone, generator: torch.Generator) -> None:
-        backbone.requires_grad_(False)
+    card = Card("arXiv 2602.18055, Table 1")
 
-    def trainable(self, backbone: Backbone, task: Task) -> dict[str, nn.Parameter]:
+    def attach(self, tasks: Sequence[Task], generator: torch.Generator) -> None:
+        self.backbone.requires_grad_(False)
+
+    def trainable(self, task: Task) -> dict[str, nn.Parameter]:
         return {}

@@ -8,21 +8,22 @@ from math import fsum
 from pathlib import Path
 from typing import Any
 
-from cnext.backbones.base import Backbone
+from cnext.methods.base import Method
 from cnext.running.checkpoint import write_text
 from cnext.scoring.base import PROFILES, Prediction, Score, Scorer
 from cnext.scoring.errors import error_shares
-from cnext.tasks.base import Sample, Task
+from cnext.tasks.base import Sample, Task, Turn
 
 
 def evaluate(
-    backbone: Backbone, task: Task, samples: Sequence[Sample], scorer: Scorer, run: Path, stage: str
+    method: Method, task: Task, samples: Sequence[Sample], scorer: Scorer, run: Path, stage: str
 ) -> dict[str, Any]:
     """Answers and scores a task's samples; writes ``predictions/<stage>/<task>.jsonl`` and the pictures drawn.
 
     Returns: the mean score and the error shares of both profiles, in percent of all samples.
     """
-    predictions = backbone.generate(samples, task.max_new_tokens)
+    told = task if method.card.task_id_at_test else None
+    predictions = method.answer([question(sample) for sample in samples], task.max_new_tokens, told)
     scores = scorer(task, samples, predictions)
     _write(run, stage, task, samples, predictions, scores)
     count = len(scores)
@@ -32,6 +33,11 @@ def evaluate(
         "paper": fsum(score.paper for score in scores) / count,
         "errors": {profile: error_shares(scores, profile) for profile in PROFILES},
     }
+
+
+def question(sample: Sample) -> Sample:
+    """What a model may see of a test item: the first instruction and the image that is read. No answer, no name."""
+    return Sample(id="", turns=(Turn(sample.turns[0].instruction),), image=sample.image)
 
 
 def _write(

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
+from cnext.methods.base import Method
 from cnext.running import environment
 from cnext.running.config import Plan
 from cnext.scoring.base import ERROR_TYPES, PROFILES
-from cnext.scoring.matrix import ScoreMatrix, metrics
+from cnext.scoring.matrix import ScoreMatrix, joint_metrics, metrics
 
 Scores = dict[tuple[int, str], dict[str, Any]]
 
@@ -23,7 +25,7 @@ def _matrix(scores: Scores, order: tuple[str, ...], *keys: str) -> ScoreMatrix:
     return matrix
 
 
-def results(planned: Plan, scores: Scores, ledger: dict[str, Any], adapter_parameters: int) -> dict[str, Any]:
+def results(planned: Plan, method: Method, scores: Scores, ledger: dict[str, Any]) -> dict[str, Any]:
     """The results of a run, from the rows of its scores.jsonl and the ledger of its last checkpoint."""
     order, tasks = planned.order, [planned.suite.task(name) for name in planned.order]
     profiles = {}
@@ -34,7 +36,9 @@ def results(planned: Plan, scores: Scores, ledger: dict[str, Any], adapter_param
         profiles[profile] = {
             "score_matrix": matrix.to_rows(),
             "zero_shot": zero_shot,
-            "metrics": metrics(matrix, zero_shot, errors, [task.writes for task in tasks]),
+            "metrics": joint_metrics(matrix)
+            if method.joint
+            else metrics(matrix, zero_shot, errors, [task.writes for task in tasks]),
             "error_matrix": {kind: shares.to_rows() for kind, shares in errors.items()},
         }
     trained = ledger["trained"]
@@ -45,6 +49,8 @@ def results(planned: Plan, scores: Scores, ledger: dict[str, Any], adapter_param
             for key in ("method", "hyperparameters", "backbone", "suite", "budget", "order", "seed", "split")
         },
         "finished": all((len(order), name) in scores for name in order),
+        "joint": method.joint,
+        "card": dataclasses.asdict(method.card),
         "tasks": list(order),
         "reads": {task.name: list(task.reads) for task in tasks},
         "writes": {task.name: list(task.writes) for task in tasks},
@@ -54,7 +60,7 @@ def results(planned: Plan, scores: Scores, ledger: dict[str, Any], adapter_param
         "profiles": {"paper": profiles["paper"]},
         "averaging": [row for row in ledger["averaging"] if row],
         "cost": {
-            "adapter_parameters": adapter_parameters,
+            "adapter_parameters": sum(parameter.numel() for parameter in method.held().values()),
             "trainable_params": max((row["parameters"] for row in trained.values()), default=0),
             "trainable_params_by_task": {name: row["parameters"] for name, row in trained.items()},
             "stored_bytes": ledger["stored_bytes"],

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from cnext import adapters, backbones, methods
+from cnext import backbones, methods
 from cnext.running import environment, report
 from cnext.running.checkpoint import load, write_json
 from cnext.running.config import Plan, RunConfig, cache, plan
@@ -23,7 +23,7 @@ from cnext.running.training import TaskTrainer, stable_seed
 from cnext.scoring import make_scorers
 from cnext.scoring.clip import load_clip
 from cnext.tasks import formats, synthetic
-from cnext.tasks.base import DataError, Sample
+from cnext.tasks.base import DataError, Sample, Task, joined
 
 ZERO_SHOT = "zero-shot"
 
@@ -69,7 +69,10 @@ def read_suite(planned: Plan, data: Path) -> dict[str, dict[str, list[Sample]]]:
 
 
 class Runner:
-    """One run. ``stage`` counts the tasks trained: 0 is the pretrained model, t the model after the t-th task."""
+    """One run. ``stage`` counts the tasks learnt: 0 is the pretrained model, t the model after the t-th task.
+
+    Joint training has the one stage at which all are learnt.
+    """
 
     def __init__(self, planned: Plan, folder: RunFolder, progress: Progress) -> None:
         self.plan, self.config, self.folder, self.progress = planned, planned.config, folder, progress
@@ -78,8 +81,9 @@ class Runner:
         self.backbone = backbones.load(self.config.backbone).load(planned.device)
         self.method = methods.load(self.config.method)(**planned.hyperparameters)
         generator = torch.Generator().manual_seed(stable_seed(self.config.seed, "adapters"))
-        self.method.setup(self.backbone, generator)
-        self.branches = adapters.branch_parameters(self.backbone.language_model)
+        self.method.setup(self.backbone, self.tasks, generator)
+        self.held = self.method.held()
+        self.stages = self._stages()
         self.scorers = make_scorers(planned.suite.clip, planned.device)
         if any("image" in task.writes for task in self.tasks):
             # Now, and not when the first picture is scored: a CLIP that is not there stops the run before it starts.
@@ -88,13 +92,29 @@ class Runner:
         self.ledger: dict[str, Any] = {"trained": {}, "averaging": [], "measured": {}}
         """What is known of the stages so far: parameters and tokens (exact), statistics, and times (measured)."""
 
+    def _stages(self) -> dict[int, tuple[Task, list[str]]]:
+        """What each stage learns: as the method sees it, and the names of the tasks whose samples it trains on."""
+        if self.method.joint:
+            return {len(self.tasks): (joined(self.tasks), list(self.plan.order))}
+        return {stage: (task, [task.name]) for stage, task in enumerate(self.tasks, 1)}
+
+    def _memory(self, stage: int) -> dict[str, list[Sample]]:
+        """The samples kept of every task up to this stage's, as many as the method's card asks for: drawn by seed."""
+        kept = {}
+        for task in self.tasks[:stage] if self.method.card.rehearsal else []:
+            samples = self.samples["train"][task.name]
+            generator = torch.Generator().manual_seed(stable_seed(self.config.seed, task.name, "memory"))
+            drawn = torch.randperm(len(samples), generator=generator)[: self.method.card.rehearsal]
+            kept[task.name] = [samples[index] for index in drawn.tolist()]
+        return kept
+
     def run(self) -> dict[str, Any]:
         started = time.perf_counter()
         self._restore()
         self.scores = self.folder.scores()
         self.progress.plan(self.plan, self.tasks_done, self.step)
         self._evaluate(self.tasks_done)
-        for stage in range(self.tasks_done + 1, len(self.tasks) + 1):
+        for stage in [number for number in self.stages if number > self.tasks_done]:
             self._train(stage)
             self._evaluate(stage)
             self._write(started)
@@ -111,25 +131,25 @@ class Runner:
         self.tensors, values = load(latest)
         self.tasks_done, self.step, self.ledger = values["tasks_done"], values["step"], values["ledger"]
         with torch.no_grad():
-            for name, parameter in self.branches.items():
+            for name, parameter in self.held.items():
                 parameter.copy_(self.tensors["adapters"][name])
         if not self.step:
             self.method.load_state_dict(self.tensors["method"])
-        self.folder.cut_steps(self.tasks_done + bool(self.step), self.step or sys.maxsize)
+        under_way = next((stage for stage in self.stages if stage > self.tasks_done), self.tasks_done)
+        self.folder.cut_steps(under_way if self.step else self.tasks_done, self.step or sys.maxsize)
         self.progress.say(f"going on from {latest.name}")
 
     def _train(self, stage: int) -> None:
-        task = self.tasks[stage - 1]
-        steps = self.plan.recipe.steps[task.name]
-        parameters = self.method.trainable(self.backbone, task)
+        task, names = self.stages[stage]
+        steps = sum(self.plan.recipe.steps[name] for name in names)
+        parameters = self.method.trainable(task)
         started, rows, statistics = time.perf_counter(), [], None
         trained = {"parameters": sum(p.numel() for p in parameters.values()), "steps": 0, "tokens": 0}
         if parameters:
             seed = (self.config.seed, task.name)
-            trainer = TaskTrainer(
-                self.backbone, self.method, parameters, self.samples["train"][task.name], self.plan.recipe, steps, seed
-            )
-            self.method.before_task(parameters, steps)
+            samples = [sample for name in names for sample in self.samples["train"][name]]
+            trainer = TaskTrainer(self.backbone, self.method, parameters, samples, self.plan.recipe, steps, seed)
+            self.method.before_task(parameters, steps, self._memory(stage))
             if self.step:
                 trained = self.ledger["trained"][task.name]
                 trainer.load_state_dict(self.tensors["optimizer"], self.step)
@@ -145,13 +165,14 @@ class Runner:
                     self._measure(task.name, train_seconds=time.perf_counter() - started)
                     started = time.perf_counter()
                     self.ledger["trained"][task.name] = trained
-                    self._save(rows, f"{stage}_{task.name}_step{trainer.step}", stage - 1, trainer)
+                    self._save(rows, f"{stage}_{task.name}_step{trainer.step}", self.tasks_done, trainer)
             self.backbone.eval()
             statistics = self.method.after_task()
         self._measure(task.name, train_seconds=time.perf_counter() - started)
         self.ledger["trained"][task.name] = trained
         self.ledger["averaging"].append(statistics and {"task": task.name, "branches": statistics})
         self._save(rows, f"{stage}_{task.name}", stage, None)
+        self.tasks_done = stage
         self.step, self.tensors = 0, {}
 
     def _measure(self, name: str, **seconds: float) -> None:
@@ -164,8 +185,8 @@ class Runner:
         self.folder.log_steps(rows)
         rows.clear()
         state = self.method.state_dict()
-        tensors = {"adapters": self.branches, "method": state, "optimizer": trainer.state_dict() if trainer else {}}
-        stored = sum(t.numel() * t.element_size() for kept in (self.branches, state) for t in kept.values())
+        tensors = {"adapters": self.held, "method": state, "optimizer": trainer.state_dict() if trainer else {}}
+        stored = sum(t.numel() * t.element_size() for kept in (self.held, state) for t in kept.values())
         self.ledger["stored_bytes"] = stored
         values = {"tasks_done": tasks_done, "step": trainer.step if trainer else 0, "ledger": self.ledger}
         self.folder.save(tensors, values, label)
@@ -175,7 +196,7 @@ class Runner:
         if self.step:
             return
         started = time.perf_counter()
-        trained = self.tasks[stage - 1].name if stage else ZERO_SHOT
+        trained = self.stages[stage][0].name if stage else ZERO_SHOT
         for task in self.tasks[:stage] if stage else self.tasks:
             if (stage, task.name) in self.scores:
                 continue
@@ -185,7 +206,7 @@ class Runner:
             samples = self.samples[self.config.split][task.name]
             with self.progress.evaluating(stage, trained, task.name, len(samples)), self.method.for_eval():
                 row = evaluate(
-                    self.backbone, task, samples, self.scorers[task.scorer], self.folder.path, f"{stage}_{trained}"
+                    self.method, task, samples, self.scorers[task.scorer], self.folder.path, f"{stage}_{trained}"
                 )
             self._log_score({"stage": stage, "trained": trained, "task": task.name, "scorer": task.scorer, **row})
         self._measure(trained, evaluate_seconds=time.perf_counter() - started)
@@ -198,7 +219,7 @@ class Runner:
         self.scores[row["stage"], row["task"]] = row
 
     def _write(self, started: float) -> dict[str, Any]:
-        outcome = results(self.plan, self.scores, self.ledger, sum(p.numel() for p in self.branches.values()))
+        outcome = results(self.plan, self.method, self.scores, self.ledger)
         write_json(self.folder.path / "results.json", outcome)
         write_json(self.folder.path / "cost.json", self._cost(time.perf_counter() - started))
         write_json(self.folder.path / "environment.json", environment.describe())

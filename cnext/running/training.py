@@ -83,11 +83,13 @@ class TaskTrainer:
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         torch.manual_seed(stable_seed(*self.seed, "step", self.step))
-        loss = self.backbone.loss([self.encoded[index] for index in indices])
+        batch = [self.encoded[index] for index in indices]
+        self.method.before_step(batch)
+        loss = self.backbone.loss(batch)
         self._check("loss", loss.total, indices)
         loss.total.backward()
         self.method.transform_gradients(self.parameters)
-        penalty = self.method.extra_loss()
+        penalty = self.method.extra_loss(batch)
         if penalty is not None:
             penalty.backward()
         norm = nn.utils.clip_grad_norm_(self.parameters.values(), self.recipe.max_grad_norm)

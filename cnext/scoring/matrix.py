@@ -6,6 +6,7 @@ R[t][i] is the score (percent) on task i after stage t, both counted from 1 in t
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from decimal import ROUND_HALF_UP, Decimal
 from math import fsum, isclose, isfinite, isnan, nan
 
 from cnext.errors import UserError
@@ -18,24 +19,38 @@ FORMULAS: dict[str, str] = {
     "avg_acc": "(1/T) Σ_i R[T][i]; divisor T",
     "new_acc": "(1/T) Σ_i R[i][i]; divisor T",
     "maa": "(1/T) Σ_t a_t with the stage averages a_t = (1/t) Σ_{i<=t} R[t][i]; divisor T",
-    "forgetting": "(1/(T-1)) Σ_{i<T} (R[i][i] - R[T][i]), signed; divisor T-1; the paper's form",
+    "forgetting": "(1/(T-1)) Σ_{i<T} (R[i][i] - R[T][i]), signed; divisor T-1; the paper's form, and Avalanche's",
     "forgetting_max": "(1/(T-1)) Σ_{i<T} (max_{i<=l<T} R[l][i] - R[T][i]); divisor T-1; Chaudhry et al. 2018",
+    "forgetting_peak": "(1/(T-1)) Σ_{i<T} (max_{i<=l<=T} R[l][i] - R[T][i]); divisor T-1; never negative; Mammoth, PILOT",
     "bwt": "(1/(T-1)) Σ_{i<T} (R[T][i] - R[i][i]) = -forgetting; divisor T-1; GEM",
     "fwt": "(1/(T-1)) Σ_{i>1} (R[i-1][i] - R[0][i]); divisor T-1; GEM, with zero-shot as the base",
-    "worst_acc": "min_i R[T][i]",
-    "worst_forgetting": "max_{i<T} (R[i][i] - R[T][i])",
+    "transfer": "(1/(T-1)) Σ_{i>1} (1/(i-1)) Σ_{1<=t<i} R[t][i]; divisor T-1; scores before the task's own stage; ZSCL",
+    "worst_acc": "min_i R[T][i]; no divisor",
+    "worst_forgetting": "max_{i<T} (R[i][i] - R[T][i]); no divisor",
     "recovery": "Σ_t Σ_{i<t} max(0, R[t][i] - R[t-1][i]); a sum, no divisor",
-    "avg_acc_text": "mean of R[T][i] over the tasks i that write text",
-    "avg_acc_image": "mean of R[T][i] over the tasks i that write images",
-    "forgetting_text": "mean of R[i][i] - R[T][i] over the tasks i < T that write text",
-    "forgetting_image": "mean of R[i][i] - R[T][i] over the tasks i < T that write images",
-    "forgetting_intermodal": "mean of R[t-1][i] - R[t][i] over i < t where tasks t and i share no output modality",
-    "forgetting_intramodal": "mean of R[t-1][i] - R[t][i] over i < t where tasks t and i share an output modality",
+    "avg_acc_text": "mean of R[T][i] over the tasks i that write text; divisor their number",
+    "avg_acc_image": "mean of R[T][i] over the tasks i that write images; divisor their number",
+    "forgetting_text": "mean of R[i][i] - R[T][i] over the tasks i < T that write text; divisor their number",
+    "forgetting_image": "mean of R[i][i] - R[T][i] over the tasks i < T that write images; divisor their number",
+    "forgetting_intermodal": "mean of R[t-1][i] - R[t][i] over i < t where tasks t and i share no output modality; "
+    "divisor the number of these pairs",
+    "forgetting_intramodal": "mean of R[t-1][i] - R[t][i] over i < t where tasks t and i share an output modality; "
+    "divisor the number of these pairs",
     "avg_hal": "(1/(T-1)) Σ_{i<T} (HAL[T][i] - HAL[i][i]), shares of all test samples; divisor T-1",
     "avg_iuf": "(1/(T-1)) Σ_{i<T} (IUF[T][i] - IUF[i][i]), shares of all test samples; divisor T-1",
     "avg_oth": "(1/(T-1)) Σ_{i<T} (OTH[T][i] - OTH[i][i]), shares of all test samples; divisor T-1",
 }
 """Each metric's formula and divisor. T is the number of stages done, which is all tasks in a finished run."""
+
+REFERENCE_FORMULAS: dict[str, str] = {
+    "fwt_chance": "(1/(T-1)) Σ_{i>1} (R[i-1][i] - b_i), b_i chance; divisor T-1; GEM",
+    "forgetting_relative": "(100/(T-1)) Σ_{i<T} (R[i][i] - R[T][i]) / (R[i][i] - b_i), b_i chance; divisor T-1; CLiMB",
+    "transfer_relative": "(100/T) Σ_i (R[i][i] - S_i) / (S_i - b_i), S_i trained alone, b_i chance; divisor T; CLiMB",
+    "intransigence": "(1/T) Σ_i (J_i - R[i][i]), J_i joint training; divisor T; Chaudhry et al. 2018",
+    "omega": "(1/T) Σ_t a_t / ((1/t) Σ_{i<=t} J_i), a_t stage averages, J_i joint training; divisor T; Hayes et al. 2018",
+    "zero_shot_retention": "(1/K) Σ_k (H[T][k] - H[0][k]) over K held-out sets, at the end and zero-shot; divisor K",
+}
+"""The metrics that compare with scores from outside the matrix."""
 
 _ERROR_METRICS = dict(zip(("avg_hal", "avg_iuf", "avg_oth"), ERROR_TYPES, strict=True))
 
@@ -98,14 +113,12 @@ class ScoreMatrix:
 
     @property
     def stages_done(self) -> int:
-        """How many leading stages are evaluated on every task up to their own."""
-        for t, row in enumerate(self._rows):
-            if any(isnan(value) for value in row[: t + 1]):
-                return t
-        return len(self)
+        """The last stage that is evaluated on every task up to its own. Earlier stages may have gaps."""
+        whole = (t for t, row in enumerate(self._rows, 1) if not any(isnan(value) for value in row[:t]))
+        return max(whole, default=0)
 
     def stage_averages(self) -> list[float]:
-        """a_t = (1/t) Σ_{i<=t} R[t][i] for every stage done."""
+        """a_t = (1/t) Σ_{i<=t} R[t][i] for every stage done; NaN where one has a gap."""
         return [fsum(self._rows[t][: t + 1]) / (t + 1) for t in range(self.stages_done)]
 
 
@@ -115,7 +128,7 @@ def metrics(
     error_matrices: Mapping[str, ScoreMatrix] | None = None,
     writes: Sequence[Sequence[str]] | None = None,
 ) -> dict[str, float | None]:
-    """Every metric of ``FORMULAS`` over the stages done; None where it is undefined or its inputs are missing.
+    """Every metric of ``FORMULAS`` over the stages done; None where it is undefined or a score it needs is missing.
 
     Args:
         matrix: scores in percent.
@@ -142,12 +155,14 @@ def metrics(
     result["new_acc"] = _mean(new)
     result["maa"] = _mean(matrix.stage_averages())
     result["forgetting"] = _mean(drops)
-    result["forgetting_max"] = _mean([max(matrix[t, i] for t in range(i, last)) - final[i] for i in range(last)])
+    result["forgetting_max"] = _mean([_max([matrix[t, i] for t in range(i, last)]) - final[i] for i in range(last)])
+    result["forgetting_peak"] = _mean([_max([matrix[t, i] for t in range(i, done)]) - final[i] for i in range(last)])
     result["bwt"] = _mean([-drop for drop in drops])
+    result["transfer"] = _mean([fsum(matrix[t, i] for t in range(i)) / i for i in range(1, done)])
     result["worst_acc"] = min(final)
-    result["worst_forgetting"] = max(drops, default=None)
+    result["worst_forgetting"] = _max(drops) if drops else None
     steps = [(t, i, matrix[t - 1, i] - matrix[t, i]) for t in range(1, done) for i in range(t)]
-    result["recovery"] = fsum(max(0.0, -step) for _, _, step in steps)
+    result["recovery"] = fsum(_max([0.0, -step]) for _, _, step in steps)
     if zero_shot is not None:
         result["fwt"] = _forward_transfer(matrix, zero_shot, done)
     if writes is not None:
@@ -160,14 +175,80 @@ def metrics(
 
     if last:
         expected = done / last * (result["new_acc"] - result["avg_acc"])
-        assert isclose(result["forgetting"], expected, abs_tol=IDENTITY_TOLERANCE), (result["forgetting"], expected)
+        found = result["forgetting"]
+        assert isnan(found) or isclose(found, expected, abs_tol=IDENTITY_TOLERANCE), (found, expected)
     if error_matrices is not None:
         result |= _error_growth(matrix, error_matrices, last)
-    return result
+    return _defined(result)
+
+
+def reference_metrics(
+    matrix: ScoreMatrix,
+    joint: Sequence[float] | None = None,
+    single: Sequence[float] | None = None,
+    chance: Sequence[float] | None = None,
+    held_out: tuple[Sequence[float], Sequence[float]] | None = None,
+) -> dict[str, float | None]:
+    """Every metric of ``REFERENCE_FORMULAS`` over the stages done; None where it is undefined or an input is missing.
+
+    Args:
+        matrix: scores in percent.
+        joint, single, chance: each task's score after joint training, after training on it alone, and by chance, in
+            training order.
+        held_out: scores on sets outside the sequence, zero-shot and at the end.
+
+    Returns:
+        One entry for every key of ``REFERENCE_FORMULAS``.
+    """
+    result: dict[str, float | None] = dict.fromkeys(REFERENCE_FORMULAS)
+    done = matrix.stages_done
+    new = [matrix[i, i] for i in range(done)]
+    if chance is not None:
+        result["fwt_chance"] = _forward_transfer(matrix, chance, done)
+        lost = [100 * _ratio(new[i] - matrix[done - 1, i], new[i] - chance[i]) for i in range(done - 1)]
+        result["forgetting_relative"] = _mean(lost)
+        if single is not None:
+            gained = [100 * _ratio(new[i] - single[i], single[i] - chance[i]) for i in range(done)]
+            result["transfer_relative"] = _mean(gained)
+    if joint is not None:
+        result["intransigence"] = _mean([joint[i] - new[i] for i in range(done)])
+        averages = enumerate(matrix.stage_averages(), 1)
+        result["omega"] = _mean([_ratio(average, fsum(joint[:t]) / t) for t, average in averages])
+    if held_out is not None:
+        before, after = held_out
+        result["zero_shot_retention"] = _mean([end - start for start, end in zip(before, after, strict=True)])
+    return _defined(result)
+
+
+def points(value: float, sign: str = "") -> str:
+    """A figure in percent with two decimals, halves rounded away from zero as in print. sign "+" shows a plus."""
+    rounded = Decimal(repr(round(value, 9))).quantize(Decimal("0.01"), ROUND_HALF_UP)
+    return f"{rounded or abs(rounded):{sign}}"
+
+
+def joint_metrics(matrix: ScoreMatrix) -> dict[str, float | None]:
+    """The metrics that a model has that learnt all tasks at once: Avg.ACC and the worst task, of the last row alone."""
+    final = matrix.to_rows()[-1]
+    known = {"avg_acc": fsum(final) / len(final), "worst_acc": min(final)} if None not in final else {}
+    return {**dict.fromkeys(FORMULAS), **known}
 
 
 def _mean(values: Sequence[float]) -> float | None:
     return fsum(values) / len(values) if values else None
+
+
+def _max(values: Sequence[float]) -> float:
+    """The largest value; NaN where one of them is, which ``max`` may overlook."""
+    return max(values, key=lambda value: (isnan(value), value))
+
+
+def _ratio(part: float, whole: float) -> float:
+    """part / whole; NaN where whole is not positive, as for a task that was learnt no better than by chance."""
+    return part / whole if whole > 0 else nan
+
+
+def _defined(result: dict[str, float | None]) -> dict[str, float | None]:
+    return {name: None if value is None or isnan(value) else value for name, value in result.items()}
 
 
 def _forward_transfer(matrix: ScoreMatrix, zero_shot: Sequence[float | None], done: int) -> float | None:
@@ -179,7 +260,7 @@ def _forward_transfer(matrix: ScoreMatrix, zero_shot: Sequence[float | None], do
 
 def _error_growth(matrix: ScoreMatrix, errors: Mapping[str, ScoreMatrix], last: int) -> dict[str, float | None]:
     cells = [(t, i) for i in range(last) for t in (i, last)]
-    if not cells or any(isnan(errors[kind][cell]) for kind in ERROR_TYPES for cell in cells):
+    if not cells or any(isnan(known[cell]) for known in (matrix, *errors.values()) for cell in cells):
         return dict.fromkeys(_ERROR_METRICS)
     for t, i in cells:
         total = fsum(errors[kind][t, i] for kind in ERROR_TYPES)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from cnext.errors import UserError, unknown
@@ -58,6 +59,12 @@ class Task:
     validation: str = ""
     max_new_tokens: int = 32
     description: str = ""
+
+
+def joined(tasks: Sequence[Task]) -> Task:
+    """Several tasks as one that reads and writes whatever any of them does, for joint training."""
+    reads, writes = (tuple(dict.fromkeys(m for t in tasks for m in getattr(t, side))) for side in ("reads", "writes"))
+    return replace(tasks[0], name="joint", reads=reads, writes=writes)
 
 
 @dataclass(frozen=True)

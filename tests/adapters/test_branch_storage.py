@@ -168,6 +168,8 @@ for model, data in ((wrapped, x[rank * 4 : rank * 4 + 4]), (alone, x)):
 for (name, one), (_, other) in zip(made.named_parameters(), alone.named_parameters(), strict=True):
     whole = one.full_tensor() if how == "fsdp" else one
     torch.testing.assert_close(whole.detach(), other.detach(), msg=name)
+# No rank may leave while another is still in a collective: gloo's threads would be torn down under it.
+dist.barrier()
 dist.destroy_process_group()
 """
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from cnext.backbones.tiny.model import IGNORED, IMAGE_LOSS_WEIGHT, TinyBackbone
+from cnext.backbones.tiny.model import IGNORED, TinyBackbone
 from cnext.backbones.tiny.tokenizer import TinyTokenizer
 from cnext.backbones.tiny.vision import TOKENS
 from cnext.tasks import formats, suites
@@ -96,7 +96,7 @@ def test_loss_by_hand(tiny: TinyBackbone, data: Path, task: str) -> None:
     loss = tiny.loss(encoded)
     logits, labels, drawn, wanted = [], [], [], []
     for item in encoded:
-        embeddings, writes = tiny._embed(item.ids[None], [item.features], [item.target is not None])
+        embeddings, writes = tiny._embed(item.ids[None], [item.features], [item.target is not None], item.ids[None] < 0)
         hidden = tiny.decoder.model(inputs_embeds=embeddings).last_hidden_state[0]
         keep = item.labels[1:] != IGNORED
         logits.append(tiny.decoder.lm_head(hidden[:-1][keep]))
@@ -108,7 +108,7 @@ def test_loss_by_hand(tiny: TinyBackbone, data: Path, task: str) -> None:
     image = F.mse_loss(torch.stack(drawn), torch.stack(wanted)) if drawn else torch.zeros(())
     torch.testing.assert_close(loss.text, text)
     torch.testing.assert_close(loss.image, image)
-    torch.testing.assert_close(loss.total, text + IMAGE_LOSS_WEIGHT * image)
+    torch.testing.assert_close(loss.total, text + tiny.image_loss_weight * image)
     assert loss.tokens == sum(map(len, labels)) + TOKENS * len(wanted)
 
 
@@ -125,7 +125,8 @@ def test_greedy_generation_equals_a_plain_loop(tiny: TinyBackbone, data: Path) -
         features = tiny.features([sample.image])[0] if sample.image else None
         ids, written = tiny.prompt(sample), []
         for _ in range(20):
-            embeddings, _ = tiny._embed(torch.tensor([ids + written]), [features], [False])
+            tokens = torch.tensor([ids + written])
+            embeddings, _ = tiny._embed(tokens, [features], [False], tokens < 0)
             logits = tiny.decoder.lm_head(tiny.decoder.model(inputs_embeds=embeddings).last_hidden_state[0, -1])
             logits[[token["<pad>"], token["<s>"], token["<patch>"]]] = -torch.inf
             written.append(int(logits.argmax()))

@@ -11,7 +11,7 @@ from cnext.backbones.tiny.model import TinyBackbone
 from cnext.methods.base import Method
 from cnext.running.training import TaskTrainer
 from cnext.tasks import formats, suites
-from cnext.tasks.base import Recipe
+from cnext.tasks.base import Recipe, Sample
 
 TASKS = ("VQAv2", "Flickr30k", "HQEdit")
 STEPS = 4
@@ -22,18 +22,24 @@ class Sequence:
     """A method on the tiny backbone, task after task, step by step."""
 
     def __init__(self, name: str, data: Path, **hyperparameters: object) -> None:
-        self.data, self.tiny = data, TinyBackbone.load()
+        self.data, self.tiny, self.seen = data, TinyBackbone.load(), []
         self.method: Method = methods.load(name)(**hyperparameters)
-        self.method.setup(self.tiny, torch.Generator().manual_seed(0))
+        tasks = [suites.load("next-tiny").task(name) for name in TASKS]
+        self.method.setup(self.tiny, tasks, torch.Generator().manual_seed(0))
+
+    def samples(self, name: str) -> list[Sample]:
+        return formats.read(suites.load("next-tiny").task(name), self.data, "train")
 
     def open(self, name: str) -> TaskTrainer | None:
         task = suites.load("next-tiny").task(name)
-        self.parameters = self.method.trainable(self.tiny, task)
+        self.parameters = self.method.trainable(task)
         if not self.parameters:
             return None
-        samples = formats.read(task, self.data, "train")
-        trainer = TaskTrainer(self.tiny, self.method, self.parameters, samples, RECIPE, STEPS, (0, name))
-        self.method.before_task(self.parameters, STEPS)
+        trainer = TaskTrainer(self.tiny, self.method, self.parameters, self.samples(name), RECIPE, STEPS, (0, name))
+        self.seen = [*self.seen, name] if name not in self.seen else self.seen
+        kept = self.method.card.rehearsal
+        memory = {seen: self.samples(seen)[:kept] for seen in self.seen if kept}
+        self.method.before_task(self.parameters, STEPS, memory)
         return trainer
 
     def learn(self, name: str) -> None:

@@ -28,8 +28,8 @@ from cnext.tasks.base import Task
 )
 def test_the_modalities_and_not_the_name_decide(tiny: TinyBackbone, reads: tuple, writes: tuple, frozen: set) -> None:
     method = Mage()
-    method.setup(tiny, torch.Generator().manual_seed(0))
-    trained = method.trainable(tiny, Task("any name", reads, writes, "conversation", "short_answer", "", "", "", ""))
+    method.setup(tiny, [], torch.Generator().manual_seed(0))
+    trained = method.trainable(Task("any name", reads, writes, "conversation", "short_answer", "", "", "", ""))
     still = adapters.branch_parameters(tiny.language_model, frozen)
     every = adapters.branch_parameters(tiny.language_model)
     assert trained.keys() == every.keys() - still.keys()
@@ -39,7 +39,7 @@ def test_the_modalities_and_not_the_name_decide(tiny: TinyBackbone, reads: tuple
 def test_as_many_parameters_as_lora(tiny: TinyBackbone) -> None:
     other = TinyBackbone.load()
     for backbone, method in ((tiny, Mage()), (other, Lora())):
-        method.setup(backbone, torch.Generator().manual_seed(0))
+        method.setup(backbone, [], torch.Generator().manual_seed(0))
     counts = [sum(p.numel() for p in adapters.branch_parameters(b.language_model).values()) for b in (tiny, other)]
     assert counts == [312_320, 312_320]
 

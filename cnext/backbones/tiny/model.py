@@ -14,9 +14,8 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from cnext.backbones.base import Backbone, Loss
+from cnext.backbones.base import Backbone, Output
 from cnext.backbones.tiny.tokenizer import TinyTokenizer
 from cnext.backbones.tiny.vision import TOKENS, WIDTH, Detokenizer, VisualEncoder, to_image, to_input
 from cnext.scoring.base import Prediction
@@ -24,7 +23,8 @@ from cnext.tasks.base import Sample
 
 WEIGHTS = Path(__file__).parent / "weights.safetensors"
 IGNORED = -100
-IMAGE_LOSS_WEIGHT = 6.0
+TEXT_READ, IMAGE_READ, TEXT_WRITTEN, IMAGE_WRITTEN = range(4)
+"""Rows of cnext.adapters.BRANCH_ROLES."""
 BATCH = 100
 """Samples per forward pass where nothing is learnt (encoding and generation)."""
 
@@ -147,8 +147,13 @@ class TinyBackbone(Backbone):
         ids, labels = self._conversation(sample)
         return Encoded(torch.tensor(ids), torch.tensor(labels), features, target)
 
-    def _embed(self, ids: Tensor, features: Sequence[Tensor | None], targets: Sequence[bool]) -> tuple[Tensor, Tensor]:
-        """Input embeddings (B, L, hidden), and the mask (B, L) of the query positions that write a picture."""
+    def _embed(
+        self, ids: Tensor, features: Sequence[Tensor | None], targets: Sequence[bool], written: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Input embeddings (B, L, hidden), and the mask (B, L) of the query positions that write a picture.
+
+        written: (B, L) bool, the positions from which a token of an answer is read off, or that hold one.
+        """
         embeddings = self.decoder.model.embed_tokens(ids)
         slots = ids == self.tokenizer["<patch>"]
         ordinal = slots.cumsum(1)
@@ -162,27 +167,48 @@ class TinyBackbone(Backbone):
         if any(targets):
             queries = self.image_queries.repeat(sum(targets), 1)
             embeddings = embeddings.masked_scatter(write_slots[..., None], queries)
+        positions = torch.full_like(ids, TEXT_READ)
+        for mask, role in ((written, TEXT_WRITTEN), (read_slots, IMAGE_READ), (write_slots, IMAGE_WRITTEN)):
+            positions = positions.masked_fill(mask, role)
+        self.positions = positions
         return embeddings, write_slots
 
-    def loss(self, encoded: Sequence[Encoded]) -> Loss:
-        """CE + 6 MSE; CE: mean over supervised tokens, MSE: mean over the elements of the features regressed."""
+    def output(self, encoded: Sequence[Encoded]) -> Output:
         pad = nn.utils.rnn.pad_sequence
         ids = pad([item.ids for item in encoded], True, self.tokenizer["<pad>"]).to(self.device)
-        labels = pad([item.labels for item in encoded], True, IGNORED).to(self.device)[:, 1:]
+        labels = pad([item.labels for item in encoded], True, IGNORED).to(self.device)
         targets = [item.target for item in encoded if item.target is not None]
+        supervised = labels[:, 1:] != IGNORED
+        written = (labels != IGNORED) | nn.functional.pad(supervised, (0, 1))
         embeddings, write_slots = self._embed(
-            ids, [item.features for item in encoded], [item.target is not None for item in encoded]
+            ids, [item.features for item in encoded], [item.target is not None for item in encoded], written
         )
         # Causal attention and padding on the right: no position that counts sees a padded one, so no mask is needed.
         hidden = self.decoder.model(inputs_embeds=embeddings, use_cache=False).last_hidden_state
-        supervised = labels != IGNORED
-        text = F.cross_entropy(self.decoder.lm_head(hidden[:, :-1][supervised]), labels[supervised])
-        image = torch.zeros((), device=self.device)
+        drawn = hidden.new_empty(0, TOKENS, WIDTH)
         if targets:
             drawn = self.output_projection(hidden[write_slots]).unflatten(0, (-1, TOKENS))
-            image = F.mse_loss(drawn, torch.stack(targets))
-        tokens = int(supervised.sum()) + TOKENS * len(targets)
-        return Loss(text + IMAGE_LOSS_WEIGHT * image, text.detach(), image.detach(), tokens)
+        wanted = torch.stack(targets) if targets else drawn
+        return Output(self.decoder.lm_head(hidden[:, :-1][supervised]), labels[:, 1:][supervised], drawn, wanted)
+
+    @torch.no_grad()
+    def question_features(self, samples: Sequence[Sample]) -> Tensor:
+        parts = []
+        for start in range(0, len(samples), BATCH):
+            chunk = samples[start : start + BATCH]
+            prompts = [torch.tensor(self.prompt(sample)) for sample in chunk]
+            ids = nn.utils.rnn.pad_sequence(prompts, True, self.tokenizer["<pad>"]).to(self.device)
+            last = torch.tensor([len(prompt) - 1 for prompt in prompts], device=self.device)
+            written = torch.arange(ids.shape[1], device=self.device) == last[:, None]
+            embeddings, _ = self._embed(ids, self._read(chunk), [False] * len(chunk), written)
+            hidden = self.decoder.model(inputs_embeds=embeddings, use_cache=False).last_hidden_state
+            parts.append(hidden[torch.arange(len(chunk), device=self.device), last])
+        return torch.cat(parts) if parts else torch.empty(0, self.image_queries.shape[1], device=self.device)
+
+    def _read(self, samples: Sequence[Sample]) -> list[Tensor | None]:
+        """The features of the picture that each sample reads."""
+        read = iter(self.features([sample.image for sample in samples if sample.image]))
+        return [next(read) if sample.image else None for sample in samples]
 
     @torch.no_grad()
     def generate(self, samples: Sequence[Sample], max_new_tokens: int) -> list[Prediction]:
@@ -194,13 +220,14 @@ class TinyBackbone(Backbone):
     def _generate(self, samples: Sequence[Sample], max_new_tokens: int) -> list[Prediction]:
         token = self.tokenizer
         prompts = [self.prompt(sample) for sample in samples]
-        read = iter(self.features([sample.image for sample in samples if sample.image]))
-        features = [next(read) if sample.image else None for sample in samples]
+        features = self._read(samples)
         written = self._greedy(prompts, features, max_new_tokens)
         images: dict[int, Tensor] = {}
         drawing = [index for index, ids in enumerate(written) if ids and ids[-1] == token["<img>"]]
         if drawing:
-            pictures = self._draw([prompts[i] + written[i] for i in drawing], [features[i] for i in drawing])
+            pictures = self._draw(
+                [prompts[i] for i in drawing], [written[i] for i in drawing], [features[i] for i in drawing]
+            )
             images = dict(zip(drawing, pictures, strict=True))
         return [
             Prediction(token.decode(ids), images[index].cpu().numpy() if index in images else None)
@@ -215,7 +242,8 @@ class TinyBackbone(Backbone):
         longest = max(map(len, prompts))
         ids = torch.tensor([[token["<pad>"]] * (longest - len(p)) + p for p in prompts], device=device)
         mask = (ids != token["<pad>"]).long()
-        inputs, _ = self._embed(ids, features, [False] * len(prompts))
+        last = torch.arange(longest, device=device).expand_as(ids) == longest - 1
+        inputs, _ = self._embed(ids, features, [False] * len(prompts), last)
         cache = DynamicCache(config=self.decoder.config)
         stops = torch.tensor([token["</s>"], token["<img>"]], device=device)
         never = torch.tensor([token["<pad>"], token["<s>"], token["<patch>"]], device=device)
@@ -233,17 +261,20 @@ class TinyBackbone(Backbone):
             if finished.all():
                 break
             inputs = self.decoder.model.embed_tokens(chosen)[:, None]
+            self.positions = torch.full_like(chosen[:, None], TEXT_WRITTEN)
             mask = torch.cat([mask, mask.new_ones(len(prompts), 1)], 1)
         unwanted = (token["</s>"], token["<pad>"])
         return [[index for index in row if index not in unwanted] for row in torch.stack(columns, 1).tolist()]
 
-    def _draw(self, sequences: list[list[int]], features: list[Tensor | None]) -> Tensor:
-        """Pictures for sequences that end in <img>, (N, 48, 48, 3) uint8: one pass over the 16 queries after it."""
+    def _draw(self, prompts: list[list[int]], answers: list[list[int]], features: list[Tensor | None]) -> Tensor:
+        """Pictures for answers that end in <img>, (N, 48, 48, 3) uint8: one pass over the 16 queries after it."""
         slots = [self.tokenizer["<patch>"]] * TOKENS
-        ids = nn.utils.rnn.pad_sequence(
-            [torch.tensor(ids + slots) for ids in sequences], True, self.tokenizer["<pad>"]
-        ).to(self.device)
-        embeddings, write_slots = self._embed(ids, features, [True] * len(sequences))
+        sequences = [torch.tensor(prompt + answer + slots) for prompt, answer in zip(prompts, answers, strict=True)]
+        ids = nn.utils.rnn.pad_sequence(sequences, True, self.tokenizer["<pad>"]).to(self.device)
+        place = torch.arange(ids.shape[1], device=self.device)
+        begin = torch.tensor([len(prompt) - 1 for prompt in prompts], device=self.device)[:, None]
+        end = torch.tensor([len(sequence) for sequence in sequences], device=self.device)[:, None]
+        embeddings, write_slots = self._embed(ids, features, [True] * len(ids), (place >= begin) & (place < end))
         hidden = self.decoder.model(inputs_embeds=embeddings, use_cache=False).last_hidden_state
         drawn = self.output_projection(hidden[write_slots]).unflatten(0, (-1, TOKENS))
         return to_image(self.detokenizer(drawn))

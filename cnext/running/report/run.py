@@ -99,11 +99,19 @@ class Run:
     @property
     def finished(self) -> bool:
         """Whether every task was evaluated after its own stage and every later one."""
-        return bool(np.isfinite(self.scores[1:][np.tril_indices(len(self.tasks))]).all())
+        learnt = self.scores[-1:] if self.joint else self.scores[1:][np.tril_indices(len(self.tasks))]
+        return bool(np.isfinite(learnt).all())
+
+    @property
+    def joint(self) -> bool:
+        """Whether all tasks were learnt at once, in the last stage."""
+        return bool(self.results.get("joint"))
 
     def stage(self, number: int) -> str:
         """A stage's number and name, as everywhere in the report."""
-        return f"{number} {self.tasks[number - 1]}" if number else "0 zero-shot"
+        if not number:
+            return "0 zero-shot"
+        return f"{number} {'joint' if self.joint else self.tasks[number - 1]}"
 
     def modalities(self, side: str, task: str) -> list[str]:
         """What a task reads or writes (side "reads" or "writes")."""
