@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
+from safetensors.torch import load, save
 
 from cnext import methods
 from cnext.backbones.tiny.model import TinyBackbone
@@ -50,4 +51,14 @@ class Sequence:
             self.method.after_task()
 
     def state(self) -> dict[str, torch.Tensor]:
-        return {name: tensor.clone() for name, tensor in self.tiny.state_dict().items()}
+        """Every tensor of the backbone, and of what the method holds beside it, as they are now."""
+        held = {f"held:{name}": parameter.detach() for name, parameter in self.method.held().items()}
+        return {name: tensor.clone() for name, tensor in (self.tiny.state_dict() | held).items()}
+
+    def restore(self, other: Sequence) -> None:
+        """Goes on where another stands, as a resumed run does: from what a checkpoint holds, in its file format."""
+        values = load(save({name: p.detach().clone() for name, p in other.method.held().items()}))
+        with torch.no_grad():
+            for name, parameter in self.method.held().items():
+                parameter.copy_(values[name])
+        self.seen = list(other.seen)

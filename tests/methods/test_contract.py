@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import ast
 import dataclasses
+import itertools
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 from methods.sequence import STEPS, TASKS, Sequence
+from safetensors.torch import load, save
 
 from cnext import adapters, methods
 from cnext.backbones.tiny.model import TinyBackbone
+from cnext.running.evaluation import question
 from cnext.tasks import formats, suites
 
 NAMES = sorted(methods.modules())
+LORA = 312_320
+"""Parameters of one branch of rank 32 in every target of the tiny backbone."""
 
 
 @pytest.fixture(params=NAMES)
@@ -25,11 +32,101 @@ def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
     return one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
 
 
-def test_is_a_dataclass_with_documented_defaults(name: str) -> None:
+def test_is_a_dataclass_whose_hyperparameters_say_what_they_mean(name: str) -> None:
     kind = methods.load(name)
     assert dataclasses.is_dataclass(kind)
     assert methods.summary(name), "the module's first line says what the method is"
-    assert all(field.default is not dataclasses.MISSING for field in dataclasses.fields(kind) if field.init)
+    described = {key for one in kind.__mro__ for key in described_fields(one)}
+    fields = [field for field in dataclasses.fields(kind) if field.init]
+    assert all(field.default is not dataclasses.MISSING for field in fields)
+    assert {field.name for field in fields} <= described
+
+
+def described_fields(kind: type) -> set[str]:
+    """Names of the class's annotated attributes that a string literal follows."""
+    module = sys.modules[kind.__module__]
+    if not getattr(module, "__file__", None) or not module.__name__.startswith("cnext"):
+        return set()
+    bodies = [
+        node.body for node in ast.walk(ast.parse(Path(module.__file__).read_text())) if isinstance(node, ast.ClassDef)
+    ]
+    return {
+        first.target.id
+        for body in bodies
+        for first, second in itertools.pairwise(body)
+        if isinstance(first, ast.AnnAssign)
+        and isinstance(first.target, ast.Name)
+        and isinstance(second, ast.Expr)
+        and isinstance(second.value, ast.Constant)
+    }
+
+
+def test_the_card_is_filled_in(name: str) -> None:
+    card = methods.load(name)().card
+    assert card.paper
+    assert card.keeps
+    assert card.rehearsal >= 0
+
+
+def test_trains_as_many_parameters_as_lora_of_rank_32(name: str, data: Path) -> None:
+    """Within 1%; routers come on top, a few per layer, and a method may train fewer on a task that leaves some idle."""
+    sequence = Sequence(name, data)
+    counts = []
+    for task in TASKS:
+        parameters = sequence.method.trainable(suites.load("next-tiny").task(task))
+        counts.append(sum(p.numel() for key, p in parameters.items() if ".router." not in key))
+    assert max(counts) <= 1.01 * LORA
+    total = sum(p.numel() for key, p in sequence.method.held().items() if ".router." not in key)
+    assert name == "zero-shot" or total >= 0.99 * LORA
+
+
+def test_sees_no_more_old_samples_than_its_card_says(name: str, data: Path) -> None:
+    sequence = Sequence(name, data)
+    sequence.learn(TASKS[0])
+    encode, seen = sequence.tiny.encode, set()
+
+    def spy(samples: list) -> list:
+        seen.update((sample.image, sample.turns[0].instruction) for sample in samples)
+        return encode(samples)
+
+    sequence.tiny.encode = spy
+    sequence.learn(TASKS[1])
+    old = {(sample.image, sample.turns[0].instruction) for sample in sequence.samples(TASKS[0])}
+    instructions = {instruction for _, instruction in old}
+    told = [one for one in seen if one in old or any(one[1].startswith(known) for known in instructions)]
+    assert len(told) <= sequence.method.card.rehearsal
+    assert sequence.method.card.rehearsal == 0 or told, "a method that asks for samples uses them"
+
+
+def test_needs_no_task_identity_unless_its_card_says_so(name: str, data: Path) -> None:
+    """Questions of two tasks in one call get the answers that they get apart; no name or task comes with them."""
+    sequence = Sequence(name, data)
+    for task in TASKS[:2]:
+        sequence.learn(task)
+    method = sequence.method
+    assert not method.card.task_id_at_test
+    apart, mixed = [], []
+    sequence.tiny.eval()
+    for task in TASKS[:2]:
+        questions = [question(s) for s in formats.read(suites.load("next-tiny").task(task), data, "test")[:3]]
+        with method.for_eval():
+            apart += [answer.text for answer in method.answer(questions, 6, None)]
+        mixed += questions
+    with method.for_eval():
+        together = method.answer(mixed[::-1], 6, None)[::-1]
+    assert [answer.text for answer in together] == apart
+
+
+def test_keeps_no_more_bytes_than_it_says(name: str, data: Path) -> None:
+    sequence = Sequence(name, data)
+    for task in TASKS:
+        sequence.learn(task)
+    kept = [*sequence.method.state_dict().values(), *sequence.method.held().values()]
+    extra = sum(t.numel() * t.element_size() for t in kept) - 4 * LORA * bool(sequence.parameters)
+    bound = sequence.method.extra_bytes(len(TASKS))
+    counters = 64
+    assert extra <= bound + counters
+    assert extra >= bound / 2.2 - counters
 
 
 def test_changes_the_trained_parameters_and_nothing_else(name: str, data: Path) -> None:
@@ -39,7 +136,13 @@ def test_changes_the_trained_parameters_and_nothing_else(name: str, data: Path) 
         sequence.learn(task)
         after = sequence.state()
         changed = {key for key in before if not torch.equal(before[key], after[key])}
-        trained = {key for key, parameter in sequence.tiny.named_parameters() if parameter.requires_grad}
+        held = {f"held:{key}": parameter for key, parameter in sequence.method.held().items()}
+        declared = {id(parameter) for parameter in sequence.parameters.values()}
+        trained = {
+            key
+            for key, p in (dict(sequence.tiny.named_parameters()) | held).items()
+            if id(p) in declared or p.requires_grad
+        }
         assert changed <= trained
         assert bool(changed) == bool(sequence.parameters), "a task that trains something changes it"
 
@@ -59,8 +162,8 @@ def test_starts_as_the_pretrained_model(name: str, data: Path) -> None:
     assert [answer.text for answer in Sequence(name, data).tiny.generate(samples, 8)] == expected
 
 
-@pytest.mark.parametrize("stop", [0, 1, 3], ids=lambda step: f"after-{step}-steps")
-def test_a_resumed_task_ends_as_one_never_interrupted(name: str, data: Path, stop: int) -> None:
+@pytest.mark.parametrize("stop", [None, 0, 1, 3], ids=lambda step: "between" if step is None else f"after-{step}-steps")
+def test_a_resumed_run_ends_as_one_never_interrupted(name: str, data: Path, stop: int | None) -> None:
     whole = Sequence(name, data)
     for task in TASKS:
         whole.learn(task)
@@ -68,22 +171,27 @@ def test_a_resumed_task_ends_as_one_never_interrupted(name: str, data: Path, sto
     first = Sequence(name, data)
     first.learn(TASKS[0])
     first.learn(TASKS[1])
-    trainer = first.open(TASKS[2])
-    for _ in range(stop if trainer else 0):
-        trainer.train_step()
-    kept = {key: value.clone() for key, value in first.method.state_dict().items()}
-    moments = {key: value.clone() for key, value in trainer.state_dict().items()} if trainer else {}
+    trainer = None if stop is None else first.open(TASKS[2])
+    for _ in range(stop or 0):
+        if trainer:
+            trainer.train_step()
+    kept = load(save(first.method.state_dict()))
+    moments = load(save(trainer.state_dict())) if trainer else {}
 
     second = Sequence(name, data)
-    second.tiny.load_state_dict(first.state())
+    second.restore(first)
+    if stop is None:
+        second.method.load_state_dict(kept)
     again = second.open(TASKS[2])
-    second.method.load_state_dict(kept)
+    if stop is not None:
+        second.method.load_state_dict(kept)
     if again:
-        again.load_state_dict(moments, stop)
+        again.load_state_dict(moments, stop or 0)
         while again.step < STEPS:
             again.train_step()
         second.method.after_task()
     assert same(second.state(), whole.state())
+    assert same(second.method.state_dict(), whole.method.state_dict())
 
 
 def test_training_is_repeatable(name: str, data: Path) -> None:
