@@ -1,6 +1,7 @@
 """Adapters: branch roles, the linear layer that carries the branches, attaching and detaching."""
 
 from cnext.adapters.attach import (
+    SHARED,
     activate,
     activated,
     adapter_parameters,
@@ -17,6 +18,7 @@ from cnext.adapters.roles import BRANCH_ROLES, BranchRole, roles_of
 
 __all__ = [
     "BRANCH_ROLES",
+    "SHARED",
     "AdapterLinear",
     "AttachedMage",
     "Branch",

@@ -8,8 +8,11 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from cnext.adapters.linear import AdapterLinear, Branch
+from cnext.adapters.linear import AdapterLinear, Branch, SharedInput
 from cnext.errors import UserError
+
+SHARED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+"""Linear layers of one module that read the same x in every decoder of transformers."""
 
 
 def attach(
@@ -20,6 +23,7 @@ def attach(
     scale: float = 1.0,
     dropout: float = 0.0,
     independent: bool = False,
+    shared: Sequence[Sequence[str]] = SHARED,
     generator: torch.Generator | None = None,
 ) -> nn.Module:
     """Replaces every linear layer whose name ends in a target by an AdapterLinear; freezes all the rest.
@@ -30,6 +34,7 @@ def attach(
     Args:
         ranks: branch name to rank.
         scale, dropout, independent: see `AdapterLinear`.
+        shared: names of sibling layers that read the same x, which are then computed together; () computes each alone.
         generator: source of the draws, on the CPU.
 
     Returns:
@@ -67,6 +72,12 @@ def attach(
         parent, _, child = name.rpartition(".")
         layer = AdapterLinear(module, branches, scale, dropout, independent).train(module.training)
         setattr(model.get_submodule(parent), child, layer)
+    for parent in {name.rpartition(".")[0]: None for name, _ in found}:
+        siblings = dict(model.get_submodule(parent).named_children())
+        for names in shared:
+            together = [siblings[name] for name in names if isinstance(siblings.get(name), AdapterLinear)]
+            for layer in together if len(together) > 1 else []:
+                layer.shared = SharedInput(together) if layer is together[0] else together[0].shared
     return model
 
 

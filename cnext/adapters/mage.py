@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import nn
 
-from cnext.adapters.attach import attach, detach, layers, set_trainable
+from cnext.adapters.attach import SHARED, attach, detach, layers, set_trainable
 from cnext.adapters.linear import AdapterLinear
 from cnext.adapters.roles import BRANCH_ROLES, roles_of
 
@@ -64,6 +64,7 @@ def attach_mage(
     scale: float = 1.0,
     dropout: float = 0.05,
     independent: bool = False,
+    shared: Sequence[Sequence[str]] = SHARED,
     targets: Sequence[str] = TARGETS,
     language_model: nn.Module | None = None,
     generator: torch.Generator | None = None,
@@ -74,6 +75,7 @@ def attach_mage(
         model: a transformers model, changed in place: all of it is frozen, the branches are not.
         rank: of each branch.
         scale, dropout, independent: see `AdapterLinear`.
+        shared: see `cnext.adapters.attach`.
         targets: last parts of the names of the linear layers.
         language_model: the part of the model to look in, so that a vision tower's layers of the same names are left
             alone; None: what the model's ``get_decoder()`` gives, and the whole model where it has none.
@@ -98,6 +100,7 @@ def attach_mage(
         scale=scale,
         dropout=dropout,
         independent=independent,
+        shared=shared,
         generator=generator,
     )
     for name, parameter in model.named_parameters():
