@@ -1,0 +1,87 @@
+"""The documented example of a method in a package of its own: found, listed, run and resumed as one of ours."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from methods.sequence import Sequence
+
+from cnext import RunConfig, methods, run
+from cnext.errors import UserError
+
+EXAMPLE = Path(__file__).parents[2] / "docs" / "example_method"
+
+
+@pytest.fixture
+def installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The example as pip would install it: its module, and the metadata that its pyproject.toml declares."""
+    declared = re.search(
+        r"\[project\.entry-points\.\"(.+?)\"\]\n((?:.+ = .+\n)+)", (EXAMPLE / "pyproject.toml").read_text()
+    )
+    site = tmp_path / "site"
+    metadata = site / "l2_lora-0.1.dist-info"
+    metadata.mkdir(parents=True)
+    (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: l2-lora\nVersion: 0.1\n")
+    (metadata / "entry_points.txt").write_text(f"[{declared[1]}]\n{declared[2]}".replace('"', ""))
+    shutil.copy(EXAMPLE / "l2_lora.py", site)
+    monkeypatch.syspath_prepend(site)
+    importlib.invalidate_caches()
+    return site
+
+
+def test_is_no_longer_than_it_is_said_to_be() -> None:
+    assert len((EXAMPLE / "l2_lora.py").read_text().splitlines()) <= 40
+
+
+def test_is_listed_by_the_command_line(installed: Path, tmp_path: Path) -> None:
+    listed = subprocess.run(
+        [sys.executable, "-m", "cnext.cli", "list"],
+        env=os.environ | {"PYTHONPATH": str(installed)},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    assert re.search(r"l2-lora +LoRA, held by a spring", listed)
+
+
+def test_learns_and_resumes(installed: Path, data: Path) -> None:
+    whole = Sequence("l2-lora", data, strength=0.1)
+    whole.learn("VQAv2")
+    whole.learn("HQEdit")
+    first = Sequence("l2-lora", data, strength=0.1)
+    first.learn("VQAv2")
+    trainer = first.open("HQEdit")
+    trainer.train_step()
+    second = Sequence("l2-lora", data, strength=0.1)
+    second.restore(first)
+    again = second.open("HQEdit")
+    second.method.load_state_dict(first.method.state_dict())
+    again.load_state_dict(trainer.state_dict(), 1)
+    while again.step < again.steps:
+        again.train_step()
+    second.method.after_task()
+    states = whole.state(), second.state()
+    assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])
+
+
+def test_runs_with_its_own_hyperparameter(installed: Path, data: Path, toy_suite: Path, tmp_path: Path) -> None:
+    options = {"suite": str(toy_suite), "data": data, "order": "VQAv2,HQEdit", "out": tmp_path, "device": "cpu"}
+    config = RunConfig(method="l2-lora", hyperparameters={"strength": 0.5}, **options)
+    run(config)
+    results = json.loads((config.folder / "results.json").read_text())
+    assert (results["method"], results["hyperparameters"]["strength"], results["finished"]) == ("l2-lora", 0.5, True)
+
+
+def test_its_bad_values_are_one_message(installed: Path) -> None:
+    with pytest.raises(UserError, match="strength must be at least 0, got -1"):
+        methods.load("l2-lora")(strength=-1)
