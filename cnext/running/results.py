@@ -9,7 +9,7 @@ from cnext.methods.base import Method
 from cnext.running import environment
 from cnext.running.config import Plan
 from cnext.scoring.base import ERROR_TYPES, PROFILES
-from cnext.scoring.matrix import ScoreMatrix, joint_metrics, metrics
+from cnext.scoring.matrix import ScoreMatrix, metrics
 
 Scores = dict[tuple[int, str], dict[str, Any]]
 
@@ -36,9 +36,7 @@ def results(planned: Plan, method: Method, scores: Scores, ledger: dict[str, Any
         profiles[profile] = {
             "score_matrix": matrix.to_rows(),
             "zero_shot": zero_shot,
-            "metrics": joint_metrics(matrix)
-            if method.joint
-            else metrics(matrix, zero_shot, errors, [task.writes for task in tasks]),
+            "metrics": metrics(matrix, zero_shot, errors, [task.writes for task in tasks]),
             "error_matrix": {kind: shares.to_rows() for kind, shares in errors.items()},
         }
     trained = ledger["trained"]

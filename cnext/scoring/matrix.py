@@ -21,7 +21,7 @@ FORMULAS: dict[str, str] = {
     "maa": "(1/T) Σ_t a_t with the stage averages a_t = (1/t) Σ_{i<=t} R[t][i]; divisor T",
     "forgetting": "(1/(T-1)) Σ_{i<T} (R[i][i] - R[T][i]), signed; divisor T-1; the paper's form, and Avalanche's",
     "forgetting_max": "(1/(T-1)) Σ_{i<T} (max_{i<=l<T} R[l][i] - R[T][i]); divisor T-1; Chaudhry et al. 2018",
-    "forgetting_peak": "(1/(T-1)) Σ_{i<T} (max_{i<=l<=T} R[l][i] - R[T][i]); divisor T-1; never negative; Mammoth, PILOT",
+    "forgetting_peak": "(1/(T-1)) Σ_{i<T} (max_{i<=l<=T} R[l][i] - R[T][i]); divisor T-1, never negative; Mammoth",
     "bwt": "(1/(T-1)) Σ_{i<T} (R[T][i] - R[i][i]) = -forgetting; divisor T-1; GEM",
     "fwt": "(1/(T-1)) Σ_{i>1} (R[i-1][i] - R[0][i]); divisor T-1; GEM, with zero-shot as the base",
     "transfer": "(1/(T-1)) Σ_{i>1} (1/(i-1)) Σ_{1<=t<i} R[t][i]; divisor T-1; scores before the task's own stage; ZSCL",
@@ -47,7 +47,7 @@ REFERENCE_FORMULAS: dict[str, str] = {
     "forgetting_relative": "(100/(T-1)) Σ_{i<T} (R[i][i] - R[T][i]) / (R[i][i] - b_i), b_i chance; divisor T-1; CLiMB",
     "transfer_relative": "(100/T) Σ_i (R[i][i] - S_i) / (S_i - b_i), S_i trained alone, b_i chance; divisor T; CLiMB",
     "intransigence": "(1/T) Σ_i (J_i - R[i][i]), J_i joint training; divisor T; Chaudhry et al. 2018",
-    "omega": "(1/T) Σ_t a_t / ((1/t) Σ_{i<=t} J_i), a_t stage averages, J_i joint training; divisor T; Hayes et al. 2018",
+    "omega": "(1/T) Σ_t a_t / ((1/t) Σ_{i<=t} J_i), a_t as in maa, J_i joint training; divisor T; Hayes et al. 2018",
     "zero_shot_retention": "(1/K) Σ_k (H[T][k] - H[0][k]) over K held-out sets, at the end and zero-shot; divisor K",
 }
 """The metrics that compare with scores from outside the matrix."""
@@ -224,13 +224,6 @@ def points(value: float, sign: str = "") -> str:
     """A figure in percent with two decimals, halves rounded away from zero as in print. sign "+" shows a plus."""
     rounded = Decimal(repr(round(value, 9))).quantize(Decimal("0.01"), ROUND_HALF_UP)
     return f"{rounded or abs(rounded):{sign}}"
-
-
-def joint_metrics(matrix: ScoreMatrix) -> dict[str, float | None]:
-    """The metrics that a model has that learnt all tasks at once: Avg.ACC and the worst task, of the last row alone."""
-    final = matrix.to_rows()[-1]
-    known = {"avg_acc": fsum(final) / len(final), "worst_acc": min(final)} if None not in final else {}
-    return {**dict.fromkeys(FORMULAS), **known}
 
 
 def _mean(values: Sequence[float]) -> float | None:

@@ -1,0 +1,222 @@
+"""Reads score matrices of any origin from CSV or JSON, results.json included.
+
+Rows are stages and columns tasks, both in training order; an empty cell (null) was not evaluated. CSV may have a header
+row of task names, a first column of row labels, and a first row labelled zero-shot. JSON is a list of rows, or an
+object with "score_matrix" and, each optional, "tasks", "zero_shot", "writes" {task: [modalities]}, "error_matrix",
+"joint", "single", "chance" (a score per task) and "held_out" {"before": [...], "after": [...]}.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from cnext.errors import UserError
+from cnext.scoring.base import ERROR_TYPES
+from cnext.scoring.matrix import ScoreMatrix, metrics, reference_metrics
+
+NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", re.ASCII)
+ZERO_SHOT = re.compile(r"zero[ _-]?shot", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class ScoreRecord:
+    """A score matrix and what else metrics are made of. references: keyword arguments of ``reference_metrics``."""
+
+    tasks: list[str]
+    matrix: ScoreMatrix
+    zero_shot: list[float | None] | None = None
+    errors: dict[str, ScoreMatrix] | None = None
+    writes: list[list[str]] | None = None
+    references: dict[str, Any] = field(default_factory=dict)
+
+    def metrics(self) -> dict[str, float | None]:
+        """Every metric, under its name in results.json; None where something that it needs is missing."""
+        own = metrics(self.matrix, self.zero_shot, self.errors, self.writes)
+        return own | reference_metrics(self.matrix, **self.references)
+
+
+def read(path: Path) -> ScoreRecord:
+    """What a .csv or .json file holds.
+
+    Raises:
+        UserError: there is no such file, or it holds something else; says where and what.
+    """
+    readers = {".csv": _from_csv, ".json": lambda path: from_json(read_json(path), str(path))}
+    if path.suffix.lower() not in readers:
+        raise UserError(f"{path}: expected a score matrix in a .csv or .json file; of a run, give its results.json")
+    given = readers[path.suffix.lower()](path)
+    if given.matrix.stages_done == 0:
+        raise UserError(f"{path}: expected a row t with a score on every task up to task t, found none; fill one in")
+    return given
+
+
+def read_json(path: Path) -> Any:
+    """The value in a JSON file. Raises UserError naming line and column of what is none."""
+    try:
+        return json.loads(_text(path))
+    except ValueError as error:
+        raise UserError(f"{path}: expected JSON, got something else ({error}); write the file again") from error
+
+
+def from_json(value: Any, where: str, least: float = 0.0) -> ScoreRecord:
+    """The record in a list of rows or an object. where: for error messages. least: the least score that there is.
+
+    Raises:
+        UserError: it is something else; says where and what.
+    """
+    given = value if isinstance(value, dict) else {"score_matrix": value}
+    given = {key: item for key, item in given.items() if item is not None}
+    rows = given.get("score_matrix")
+    if not isinstance(rows, list) or not rows:
+        got = _kind(rows or value)
+        raise UserError(f'{where}: expected a list of rows, or an object with one as "score_matrix", got {got}')
+    longest = max((len(row) for row in rows if isinstance(row, list)), default=0)
+    tasks = given.get("tasks", [str(i) for i in range(1, longest + 1)])
+    _check_names(tasks, f"{where}, tasks")
+    size = len(tasks)
+    matrix = _rows(rows, size, f"{where}, score_matrix", (least, 100))
+    references = {key: _full(given[key], size, f"{where}, {key}") for key in ("single", "chance") if key in given}
+    # In the results.json of a run "joint" is a flag: whether it learnt all tasks at once.
+    if not isinstance(given.get("joint", False), bool):
+        references["joint"] = _full(given["joint"], size, f"{where}, joint")
+    if "held_out" in given:
+        before, after = (_member(given["held_out"], key, f"{where}, held_out") for key in ("before", "after"))
+        references["held_out"] = tuple(_full(row, len(before), f"{where}, held_out") for row in (before, after))
+    zero_shot, errors, writes = (given.get(key) for key in ("zero_shot", "error_matrix", "writes"))
+    if zero_shot is not None:
+        zero_shot = _row(zero_shot, size, f"{where}, zero_shot", (least, 100))
+    if errors is not None:
+        place = f"{where}, error_matrix"
+        shares = {kind: _member(errors, kind, place) for kind in ERROR_TYPES}
+        errors = {kind: _rows(rows, size, f"{place}, {kind}", (0, 100 - least)) for kind, rows in shares.items()}
+    if writes is not None:
+        writes = [_member(writes, task, f"{where}, writes") for task in tasks]
+        for task, modalities in zip(tasks, writes, strict=True):
+            _check_names(modalities, f"{where}, writes, {task}")
+    return ScoreRecord(tasks, matrix, zero_shot, errors, writes, references)
+
+
+def _rows(value: Any, size: int, where: str, limits: tuple[float, float]) -> ScoreMatrix:
+    if not isinstance(value, list) or not 1 <= len(value) <= size:
+        raise UserError(f"{where}: expected a list of 1 to {size} rows, one a stage, got {_kind(value)}")
+    return ScoreMatrix.from_rows([_row(row, size, f"{where}, row {t}", limits) for t, row in enumerate(value, 1)])
+
+
+def _row(value: Any, size: int, where: str, limits: tuple[float, float]) -> list[float | None]:
+    if not isinstance(value, list) or len(value) != size:
+        raise UserError(f"{where}: expected a list of {size} scores, null where not evaluated, got {_kind(value)}")
+    cells = enumerate(value, 1)
+    return [None if cell is None else _score(cell, f"{where}, column {i}", limits) for i, cell in cells]
+
+
+def _full(value: Any, size: int, where: str) -> list[float]:
+    row = _row(value, size, where, (0, 100))
+    if None in row:
+        raise UserError(f"{where}, column {row.index(None) + 1}: expected a score, got null")
+    return row
+
+
+def _text(path: Path) -> str:
+    if not path.is_file():
+        raise UserError(f"{path}: expected a file, found {'a folder' if path.is_dir() else 'nothing'}; mend the path")
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: expected text in UTF-8, got {error.reason} at byte {error.start}") from error
+    if not text.strip():
+        raise UserError(f"{path}: expected scores, got an empty file; write one row a stage")
+    return text
+
+
+def _kind(value: Any) -> str:
+    if isinstance(value, list):
+        return f"a list of {len(value)}"
+    return "an object" if isinstance(value, dict) else json.dumps(value)
+
+
+def _score(value: Any, where: str, limits: tuple[float, float] = (0, 100)) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise UserError(f"{where}: expected a score in percent, or nothing where not evaluated, got {_kind(value)}")
+    least, most = limits
+    if not least <= value <= most:
+        raise UserError(f"{where}: expected a score in percent, from {least:g} to {most:g}, got {value}; mend it")
+    return float(value)
+
+
+def _member(value: Any, key: str, where: str) -> Any:
+    if not isinstance(value, dict) or not isinstance(value.get(key), list):
+        raise UserError(f'{where}: expected an object with a list for "{key}", got {json.dumps(value)[:80]}')
+    return value[key]
+
+
+def _check_names(names: Any, where: str) -> None:
+    words = isinstance(names, list) and all(isinstance(name, str) and name for name in names)
+    if not words or not names or len(set(names)) < len(names):
+        raise UserError(f"{where}: expected a list of distinct names, got {json.dumps(names)}")
+
+
+def _from_csv(path: Path) -> ScoreRecord:
+    reader = csv.reader(io.StringIO(_text(path), newline=""), strict=True)
+    try:
+        lines = [(reader.line_num, [cell.strip() for cell in row]) for row in reader]
+    except csv.Error as error:
+        raise UserError(f"{path}, line {reader.line_num}: expected cells between commas, got {error}") from error
+    lines = [(number, cells) for number, cells in lines if any(cells) or len(cells) > 1]
+    if not lines:
+        raise UserError(f"{path}: expected scores, got empty lines alone; write one row a stage")
+    first, head = lines[0]
+    for number, cells in lines:
+        if len(cells) != len(head):
+            raise UserError(
+                f"{path}, line {number}: expected {len(head)} cells as in line {first}, got {len(cells)}; "
+                "leave empty what was not evaluated"
+            )
+    named = not any(NUMBER.fullmatch(cell) for cell in head) and all(head[1:] or head)
+    body = lines[named:]
+    labels = [cells[0] for _, cells in body]
+    skip = int((named and not head[0]) or _are_labels(labels))
+    if len(head) == skip:
+        raise UserError(f"{path}, line {first}: expected a column a task, with commas between, got {head[0]!r} alone")
+    tasks = head[skip:] if named else [str(i) for i in range(1, len(head) - skip + 1)]
+    _check_names(tasks, f"{path}, line {first}")
+    rows = [
+        [_cell(cell, f"{path}, line {number}, column {i}") for i, cell in enumerate(cells[skip:], skip + 1)]
+        for number, cells in body
+    ]
+    if skip:
+        _check_labels(labels, tasks, path)
+    zero_shot = rows.pop(0) if skip and labels and ZERO_SHOT.fullmatch(labels[0]) else None
+    if not 1 <= len(rows) <= len(tasks):
+        raise UserError(
+            f"{path}: expected 1 to {len(tasks)} rows of scores, as many as tasks at most, got {len(rows)}; "
+            "a row before any training is the first and labelled zero-shot"
+        )
+    return ScoreRecord(tasks, ScoreMatrix.from_rows(rows), zero_shot)
+
+
+def _cell(cell: str, where: str) -> float | None:
+    return _score(float(cell) if NUMBER.fullmatch(cell) else cell, where) if cell else None
+
+
+def _are_labels(cells: list[str]) -> bool:
+    """Whether a first column without a header holds labels: no number among them, "zero-shot" first, or a count."""
+    counts = [[str(start + t) for t in range(len(cells))] for start in (0, 1)]
+    words = any(cells) and not any(NUMBER.fullmatch(cell) for cell in cells)
+    return words or (len(cells) > 1 and (cells in counts or ZERO_SHOT.fullmatch(cells[0]) is not None))
+
+
+def _check_labels(labels: list[str], tasks: list[str], path: Path) -> None:
+    if any(ZERO_SHOT.fullmatch(label) for label in labels[1:]):
+        raise UserError(f"{path}: expected the row labelled zero-shot first, got {', '.join(labels)}")
+    learnt = [label for label in labels if not ZERO_SHOT.fullmatch(label)]
+    if set(learnt) <= set(tasks) and learnt != tasks[: len(learnt)]:
+        raise UserError(
+            f"{path}: expected rows and columns in the same order, that of training, "
+            f"got rows {', '.join(learnt)} and columns {', '.join(tasks)}"
+        )
