@@ -47,7 +47,8 @@ def _list(_: argparse.Namespace) -> None:
 
     print("methods")
     for name in sorted(methods.modules()):
-        print(f"  {name:<14} {methods.summary(name)}")
+        also = ", ".join(alias for alias, of in methods.ALIASES.items() if of == name)
+        print(f"  {name:<14} {methods.summary(name)}{f' (also: {also})' if also else ''}")
     print("backbones")
     for name in sorted(backbones.modules()):
         print(f"  {name:<14} {backbones.SUMMARIES.get(name, '')}")
@@ -66,6 +67,40 @@ def _report(arguments: argparse.Namespace) -> None:
 
     for path in write_report(arguments.run):
         print(path)
+
+
+def _table(arguments: argparse.Namespace) -> None:
+    from cnext import methods
+    from cnext.running import table_formats, tables
+
+    baseline = arguments.baseline and methods.canonical(arguments.baseline)
+    study = tables.of_folders(tables.find(arguments.run), baseline)
+    print(table_formats.FORMATS[arguments.format](study), end="")
+
+
+def _metrics(arguments: argparse.Namespace) -> None:
+    import json
+
+    from cnext.scoring.matrix_file import read
+    from cnext.scoring.metrics_text import metrics_text
+
+    given = read(arguments.matrix)
+    print(json.dumps(given.metrics(), indent=2) if arguments.json else metrics_text(given))
+
+
+def _compare(arguments: argparse.Namespace) -> None:
+    import json
+
+    from cnext.running import compare
+
+    if arguments.to is not None:
+        here = compare.of_run(arguments.run)
+        there = compare.of_run(arguments.to, here.conditions["profile"])
+    else:
+        here = compare.of_run(arguments.run, "paper")
+        there = compare.of_paper(arguments.paper or here.method)
+    comparison = compare.compare(here, there, arguments.anyway)
+    print(json.dumps(comparison, indent=2) if arguments.json else compare.text(comparison))
 
 
 def _doctor(_: argparse.Namespace) -> None:
@@ -95,6 +130,21 @@ def _parser() -> argparse.ArgumentParser:
     add("list", _list, "list the methods, backbones, suites, tasks, orders and budgets")
     report = add("report", _report, "write report.html and report.md of a run folder again")
     report.add_argument("run", type=Path, help="a run folder, for example runs/mage/paper/seed-0")
+    table = add("table", _table, "means over seeds and orders and paired differences, from run folders alone")
+    table.add_argument("run", type=Path, nargs="+", help="run folders, or folders that hold some, for example runs")
+    table.add_argument("--baseline", metavar="METHOD", help="method to compare with (default: lora, else the first)")
+    formats = ("markdown", "csv", "latex", "json")
+    table.add_argument("--format", choices=formats, default="markdown", help="default: markdown")
+    metrics = add("metrics", _metrics, "every metric of a score matrix from anywhere, in CSV or JSON; needs no torch")
+    metrics.add_argument("matrix", type=Path, help="rows: after each task; columns: tasks in training order; percent")
+    metrics.add_argument("--json", action="store_true", help="print the metrics as in results.json")
+    compare = add("compare", _compare, "compare a run's scores with the paper's or another run's, cell by cell")
+    compare.add_argument("run", type=Path, help="a run folder, or its results.json")
+    other = compare.add_mutually_exclusive_group(required=True)
+    other.add_argument("--paper", nargs="?", const="", metavar="METHOD", help="the paper's method (default: the run's)")
+    other.add_argument("--to", type=Path, metavar="RUN", help="another run")
+    compare.add_argument("--anyway", action="store_true", help="compare what is not comparable, and say why it is not")
+    compare.add_argument("--json", action="store_true", help="print the comparison as JSON")
     add("doctor", _doctor, "show versions, devices, and which parts of the compiled core are there")
     tiny = add(
         "pretrain-tiny", _pretrain_tiny, "pretrain the tiny backbone and its CLIP from nothing (about 20 minutes)"

@@ -59,6 +59,11 @@ class RunConfig(Options):
     order: str = "paper"
     seed: int = 0
 
+    def __post_init__(self) -> None:
+        from cnext import methods
+
+        object.__setattr__(self, "method", methods.canonical(self.method))
+
     @property
     def folder(self) -> Path:
         label = re.sub(r"[^A-Za-z0-9_-]+", "-", self.order)

@@ -88,10 +88,8 @@ def estimate_study(plans: list[Plan], jobs: int) -> str:
         texts.append(found.text + others)
     # No run is split: the study takes at least as long as its longest.
     together = max(sum(seconds) / jobs, *seconds)
-    texts.append(
-        f"all {len(plans)} runs: {duration(sum(seconds))} one after another, about {duration(together)} with {jobs} at a "
-        f"time; {size / 1e6:.1f} MB of checkpoints"
-    )
+    times = f"{duration(sum(seconds))} one after another, about {duration(together)} with {jobs} at a time"
+    texts.append(f"all {len(plans)} runs: {times}; {size / 1e6:.1f} MB of checkpoints")
     return "\n\n".join(texts)
 
 

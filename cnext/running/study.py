@@ -1,7 +1,7 @@
-"""``cnext-run``: one run, or several methods, orders and seeds one after another.
+"""``cnext-run``: one run, or a study of several methods, orders and seeds, side by side where there is room.
 
 cnext-run --method mage
-cnext-run --method mage lora --seeds 0 1 2
+cnext-run --method mage lora --order paper reverse --seeds 0 1 2
 cnext-run --method mage --budget smoke
 """
 
@@ -11,14 +11,14 @@ import argparse
 import dataclasses
 import inspect
 import itertools
-import statistics
+import sys
 from dataclasses import dataclass, field
 from typing import Any
 
 from cnext import methods
-from cnext.running.config import Options, RunConfig, plan
-
-SHOWN = {"Avg.ACC": "avg_acc", "Forgetting": "forgetting", "New.ACC": "new_acc"}
+from cnext.errors import UserError, unknown
+from cnext.running import table_formats, tables
+from cnext.running.config import Options, Plan, RunConfig, plan
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,8 +34,16 @@ class Flags(Options):
     """Order of the tasks, or several: "paper", "reverse", "alphabet", "random:K", or your own "a,b,c"."""
     seeds: list[int] = field(default_factory=lambda: [0])
     """Seeds of initialization and of the order of samples."""
+    jobs: str = "auto"
+    """Runs at a time: a number, or "auto" for what cores and memory allow (one on a GPU). Results are the same."""
+    baseline: str | None = None
+    """Method that the table compares the others with: lora where it runs, else the first."""
     dry_run: bool = False
     """Show the plan with an estimate of time and disk, and stop."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "method", [methods.canonical(name) for name in self.method])
+        object.__setattr__(self, "baseline", self.baseline and methods.canonical(self.baseline))
 
 
 def _parse(arguments: list[str]) -> Any:
@@ -44,7 +52,7 @@ def _parse(arguments: list[str]) -> Any:
 
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--method", nargs="+", default=["mage"])
-    chosen = list(dict.fromkeys(first.parse_known_args(arguments)[0].method))
+    chosen = dict.fromkeys(map(methods.canonical, first.parse_known_args(arguments)[0].method))
     groups = []
     for name in chosen:
         kind = methods.load(name)
@@ -74,35 +82,99 @@ def configs(flags: Any) -> list[RunConfig]:
     ]
 
 
-def table(outcomes: list[dict[str, Any]]) -> str:
-    """Mean, sample standard deviation and n over seeds, a line per method and order."""
-    lines = [f"{'method':<14} {'order':<12} {'n':>2}" + "".join(f"{name:>18}" for name in SHOWN)]
-    groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
-    for outcome in outcomes:
-        groups.setdefault((outcome["method"], outcome["order"]), []).append(outcome["metrics"])
-    for (method, order), found in groups.items():
-        cells = []
-        for key in SHOWN.values():
-            values = [metrics[key] for metrics in found if metrics[key] is not None]
-            spread = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
-            cells.append(f"{statistics.mean(values):.2f}{spread}" if values else "-")
-        lines.append(f"{method:<14} {order:<12} {len(found):>2}" + "".join(f"{cell:>18}" for cell in cells))
-    return "\n".join(lines)
+def _check(flags: Any, plans: list[Plan]) -> None:
+    """Raises UserError where the runs would not make one table."""
+    for flag in ("method", "order", "seeds"):
+        given = getattr(flags, flag)
+        repeated = [str(value) for value in dict.fromkeys(given) if given.count(value) > 1]
+        if repeated:
+            raise UserError(f"--{flag} has {', '.join(repeated)} more than once; every run is done once")
+    orders: dict[tuple[str, ...], str] = {}
+    for planned in plans:
+        spec = planned.config.order
+        other = orders.setdefault(planned.order, spec)
+        if other != spec:
+            raise UserError(f"--order has the same order of tasks twice, as {other} and as {spec}; leave one out")
+    tables.check_comparable({f"order {planned.config.order}": planned.as_dict() for planned in plans})
+    if flags.jobs != "auto" and not (flags.jobs.isdecimal() and int(flags.jobs)):
+        raise UserError(f"--jobs must be auto or a number of at least 1, got {flags.jobs}")
+    if flags.baseline is not None and flags.baseline not in flags.method:
+        raise unknown("baseline", flags.baseline, flags.method)
+
+
+def _finished(planned: Plan) -> bool:
+    """Whether a run's folder holds all its results already. Raises UserError for one of another configuration."""
+    from cnext.running.folder import RunFolder
+
+    folder = planned.config.folder
+    RunFolder(folder, planned.as_dict()).close()
+    return (folder / "report.html").is_file() and tables.read(folder) is not None
+
+
+def _write_tables(flags: Any, plans: list[Plan]) -> None:
+    """Prints the table of what is finished, and writes it in all formats into the study's folder."""
+    from cnext.running.checkpoint import write_text
+
+    folders = [planned.config.folder for planned in plans]
+    finished = {run.method for run in map(tables.read, folders) if run}
+    if not finished or (flags.baseline and flags.baseline not in finished):
+        print(f"no run of {flags.baseline or 'the study'} is finished: there is no table yet", file=sys.stderr)
+        return
+    study = tables.of_folders(folders, flags.baseline)
+    for name, render in table_formats.FORMATS.items():
+        write_text(flags.out / f"study.{table_formats.SUFFIXES[name]}", render(study))
+    print(table_formats.markdown(study))
+    print(f"tables: {flags.out / 'study.md'}, and the same as .csv, .tex and .json")
+
+
+def _study(flags: Any, plans: list[Plan]) -> int:
+    """Does the runs that are not finished, then writes the tables. Returns the exit status."""
+    from cnext.running import jobs, parallel
+
+    to_do = [planned for planned in plans if not _finished(planned)]
+    if len(to_do) < len(plans):
+        print(f"{len(plans) - len(to_do)} of {len(plans)} runs are finished already", file=sys.stderr)
+    failures = []
+    if to_do:
+        at_a_time, why = jobs.decide(to_do, flags.jobs)
+        print(why, file=sys.stderr)
+        if at_a_time == 1:
+            failures = parallel.one_after_another(to_do)
+        else:
+            from cnext.running.runner import data_folder, read_suite
+
+            # The runs share their items: drawn once, and bad data is one message before anything starts.
+            read_suite(to_do[0], data_folder(to_do[0]))
+            failures = parallel.side_by_side(to_do, at_a_time)
+    _write_tables(flags, plans)
+    for failure in failures:
+        print(f"\n{failure}", file=sys.stderr)
+    if not failures:
+        return 0
+    print(f"\n{len(failures)} of {len(plans)} runs failed; the same command does only what is missing", file=sys.stderr)
+    return max(failures, key=lambda failure: failure.status == parallel.OTHER).status
 
 
 def main(arguments: list[str]) -> int:
-    """Runs what the flags ask for. Every name is checked before the first run starts."""
+    """Runs what the flags ask for. Everything that can be checked is checked before the first run starts."""
     flags = _parse(arguments)
-    runs = configs(flags)
-    plans = [plan(config) for config in runs]
+    for flag in ("method", "order", "seeds"):
+        if not getattr(flags, flag):
+            raise UserError(f"--{flag} needs at least one value")
+    plans = [plan(config) for config in configs(flags)]
+    _check(flags, plans)
     if flags.dry_run:
-        from cnext.running.dry_run import estimate
+        from cnext.running import dry_run, jobs
 
-        print("\n\n".join(estimate(planned) for planned in plans))
+        if len(plans) == 1:
+            print(dry_run.estimate(plans[0]).text)
+        else:
+            at_a_time, why = jobs.decide(plans, flags.jobs)
+            print(f"{dry_run.estimate_study(plans, at_a_time)}\n{why}")
         return 0
+    if len(plans) > 1:
+        return _study(flags, plans)
     from cnext.running.runner import run
 
-    outcomes = [run(config) for config in runs]
-    if len(outcomes) > 1:
-        print(table(outcomes))
+    run(plans[0].config)
     return 0

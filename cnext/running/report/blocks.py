@@ -131,12 +131,13 @@ class Picture:
 
 @dataclass(frozen=True)
 class Plots:
-    """One plot over the whole width, or panels side by side."""
+    """Panels side by side, or one plot over the whole width."""
 
     pictures: list[Picture]
+    wide: bool = False
 
     def html(self) -> str:
-        kind = "panels" if len(self.pictures) > 1 else "wide plot"
+        kind = "wide plot" if self.wide else "panels"
         return f'<div class="{kind}">{"".join(picture.html() for picture in self.pictures)}</div>'
 
     def markdown(self) -> str:

@@ -92,17 +92,20 @@ def _panel(title: str, left: float = 0.28, right: float = 0.42, height: float = 
 
 
 @svg
-def score_matrix(scores: np.ndarray, stages: Sequence[str], tasks: Sequence[str]) -> Figure:
-    """Heat map of (T + 1, T) scores; under each value its change since the task was learnt; stage average at right."""
+def score_matrix(scores: np.ndarray, stages: Sequence[str], tasks: Sequence[str], learnt: Sequence[int]) -> Figure:
+    """Heat map of (S, T) scores; under each value its change since the task was learnt; stage average at right.
+
+    learnt: for each task the row of the stage that learns it; row 0 is zero-shot.
+    """
     from matplotlib.figure import Figure
     from matplotlib.patches import Rectangle
 
     count, label, cell, head = len(tasks), 0.2 + 0.075 * max(map(len, stages)), (0.82, 0.42), 0.34
     slanted = max(map(len, tasks)) > 11
-    width, height = label + cell[0] * (count + 1.15), head + 0.7 * slanted + cell[1] * (count + 1.25)
+    width, height = label + cell[0] * (count + 1.15), head + 0.7 * slanted + cell[1] * (len(stages) + 0.25)
     figure = Figure(figsize=(width, height))
     axes = figure.add_axes((0, 0, 1, 1))
-    axes.set(xlim=(-label / cell[0], count + 1.15), ylim=(count + 1.25, (-head - 0.7 * slanted) / cell[1]))
+    axes.set(xlim=(-label / cell[0], count + 1.15), ylim=(len(stages) + 0.25, (-head - 0.7 * slanted) / cell[1]))
     axes.axis("off")
     slant = {"rotation": 35, "ha": "left"} if slanted else {"ha": "center"}
     for column, task in enumerate([*tasks, "average"]):
@@ -110,7 +113,7 @@ def score_matrix(scores: np.ndarray, stages: Sequence[str], tasks: Sequence[str]
     for stage, name in enumerate(stages):
         top = stage + 0.2 * (stage > 0)
         axes.text(-label / cell[0], top + 0.5, name, va="center", color=MUTED)
-        average = mean_seen(scores[stage][: stage or None])
+        average = mean_seen(scores[stage][[not stage or row <= stage for row in learnt]])
         if np.isfinite(average):
             axes.text(count + 0.62, top + 0.5, points(average), weight="bold", size=9.5, **CENTRED)
         for column, value in enumerate(scores[stage]):
@@ -118,12 +121,12 @@ def score_matrix(scores: np.ndarray, stages: Sequence[str], tasks: Sequence[str]
                 continue
             corner, size, depth = (column + 0.02, top + 0.04), (0.96, 0.92), 0.06 + 0.64 * value / 100
             axes.add_patch(Rectangle(corner, *size, color=SCORE_COLOUR, alpha=depth, lw=0))
-            if stage == column + 1:
+            if stage == learnt[column]:
                 axes.add_patch(Rectangle(corner, *size, fill=False, ec=INK, lw=1.2))
-            later = stage > column + 1 and np.isfinite(scores[column + 1, column])
+            later = stage > learnt[column] and np.isfinite(scores[learnt[column], column])
             axes.text(column + 0.5, top + (0.36 if later else 0.5), points(value), size=9.5, **CENTRED)
             if later:
-                change = points(value - scores[column + 1, column], signed=True)
+                change = points(value - scores[learnt[column], column], signed=True)
                 axes.text(column + 0.5, top + 0.74, change, size=7, **CENTRED)
     return figure
 

@@ -55,6 +55,8 @@ def metrics(run: Run) -> Section:
     rows = []
     for name, value in values.items():
         others = [profile.get("metrics", {}).get(name) for profile in profiles.values()]
+        if run.joint and value is None and others.count(None) == len(others):
+            continue
         beside = [cell for other in others for cell in _beside(value, other)]
         rows.append([name, points(value), *beside, FORMULAS.get(name, "")])
     columns = [column for profile in profiles for column in (profile, "gap")]
@@ -64,15 +66,17 @@ def metrics(run: Run) -> Section:
     )
     formulas = Table(["metric", main, *columns, "formula and divisor"], rows, words=(2 + len(columns),))
     blocks: list[Block] = [Text(note), formulas]
+    times = ("zero-shot", "learnt") if run.joint else ("zero-shot", "learnt", "end")
     for name, profile in profiles.items():
         other = run.staged(profile.get("score_matrix"), profile.get("zero_shot"))
         rows = []
         for task, label in enumerate(run.tasks):
-            stages = (0, task + 1, max(run.last, task + 1))
+            learnt = run.learnt(task)
+            stages = (0, learnt, max(run.last, learnt))[: len(times)]
             pairs = [(run.scores[stage, task], other[stage, task]) for stage in stages]
             cells = [(points(first), *_beside(first, second)) for first, second in pairs]
             rows.append([label, *(cell for triple in cells for cell in triple)])
-        head = [f"{time}, {kind}" for time in ("zero-shot", "learnt", "end") for kind in (main, name, "gap")]
+        head = [f"{time}, {kind}" for time in times for kind in (main, name, "gap")]
         blocks.append(Table(["task", *head], rows, f"Scores under the profiles {main} and {name}, in percent."))
     return Section("Metrics", blocks if values else [])
 

@@ -107,6 +107,15 @@ class Run:
         """Whether all tasks were learnt at once, in the last stage."""
         return bool(self.results.get("joint"))
 
+    @property
+    def stages(self) -> list[int]:
+        """The stages that the run has, done or not; of joint training zero-shot and the one that learns all."""
+        return [0, len(self.tasks)] if self.joint else list(range(len(self.tasks) + 1))
+
+    def learnt(self, task: int) -> int:
+        """The stage that learns a task, which is counted from 0."""
+        return len(self.tasks) if self.joint else task + 1
+
     def stage(self, number: int) -> str:
         """A stage's number and name, as everywhere in the report."""
         if not number:

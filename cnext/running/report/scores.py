@@ -22,26 +22,29 @@ def headline(run: Run) -> Section:
         blocks.append(Text(f"{text}the same command resumes it.", "banner"))
     if results.get("budget") == "smoke":
         blocks.append(Text("A smoke run: it shows that everything works, and its scores mean nothing.", "banner"))
-    zero_shot = mean_seen(run.scores[0])
-    numbers = (
+    numbers = [
         ("Avg.ACC", metrics.get("avg_acc"), "mean score at the end, over all tasks learnt"),
         ("Forgetting", metrics.get("forgetting"), "points lost since a task was learnt, mean of all but the last task"),
         ("New.ACC", metrics.get("new_acc"), "mean score of each task right after learning it"),
-        ("Zero-shot", zero_shot, "mean score before any training"),
-    )
+        ("Zero-shot", mean_seen(run.scores[0]), "mean score before any training"),
+    ]
+    if run.joint:
+        blocks.append(Text("Joint training, a reference: all tasks were learnt at once, and none is forgotten."))
+        numbers = [numbers[0], numbers[-1]]
     blocks.append(Numbers([(name, points(value), meaning) for name, value, meaning in numbers]))
     return Section(f"{results['method']} on {results['suite']}", blocks)
 
 
 def matrix(run: Run) -> Section:
     """The score matrix as a heat map and as a table."""
-    names = [run.stage(stage) for stage in range(len(run.tasks) + 1)]
+    names = [run.stage(stage) for stage in run.stages]
     rows = [
-        [name, *(points(value) for value in row), points(mean_seen(row[: stage or None]))]
-        for stage, (name, row) in enumerate(zip(names, run.scores, strict=True))
+        [run.stage(stage), *map(points, run.scores[stage]), points(mean_seen(run.scores[stage][: stage or None]))]
+        for stage in run.stages
     ]
     table = Table(["after stage", *run.tasks, "average"], rows)
-    heat = plots.score_matrix(run.scores, names, run.tasks)
+    learnt = [run.stages.index(run.learnt(task)) for task in range(len(run.tasks))]
+    heat = plots.score_matrix(run.scores[run.stages], names, run.tasks, learnt)
     note = (
         "Score in percent on each task (column) after each stage (row). Outlined: the task just learnt; the small "
         "figures beneath are the change since then. Blank: not evaluated. Average: over the tasks learnt by that "
@@ -51,11 +54,13 @@ def matrix(run: Run) -> Section:
     if samples:
         note += f" One standard error of a score is at most {points(50 / min(samples) ** 0.5)} points."
     picture = Picture("score_matrix.svg", heat, "Heat map of the score matrix, which the table below it repeats")
-    return Section("Score matrix", [Text(note), Plots([picture]), Folded("The same as a table", table)])
+    return Section("Score matrix", [Text(note), Plots([picture], wide=True), Folded("The same as a table", table)])
 
 
 def stages(run: Run) -> Section:
     """Accuracy over the stages, one panel a task, the stage average first."""
+    if run.joint:
+        return Section("", [])
     titles = ["stage average", *(run.stage(number) for number in range(1, len(run.tasks) + 1))]
     pictures = []
     for number, title in enumerate(titles):
@@ -72,14 +77,15 @@ def stages(run: Run) -> Section:
 
 
 def why_it_forgets(run: Run) -> Section:
-    """What the lost points went to: the shares of each error when learnt and at the end."""
+    """What the lost points went to: the shares of each error when learnt and, where that is later, at the end."""
     matrices = run.results.get("error_matrix") or {}
     if run.last == 0 or set(matrices) != set(ERROR_TYPES):
         return Section("", [])
     shares = {error: run.staged(matrices[error]) for error in ERROR_TYPES}
     pictures, rows = [], []
     for task, name in enumerate(run.tasks[: run.last]):
-        times = {"learnt": task + 1, "end": run.last} if task + 1 < run.last else {"learnt": run.last}
+        learnt = run.learnt(task)
+        times = {"learnt": learnt, "end": run.last} if learnt < run.last else {"learnt": learnt}
         bars = {time: {error: shares[error][stage, task] for error in ERROR_TYPES} for time, stage in times.items()}
         if any(not np.isfinite(share) for parts in bars.values() for share in parts.values()):
             continue
@@ -87,7 +93,7 @@ def why_it_forgets(run: Run) -> Section:
             f"{time}: " + ", ".join(f"{error.replace('_', ' ')} {points(share)}" for error, share in parts.items())
             for time, parts in bars.items()
         )
-        drawn = plots.errors(bars, run.stage(task + 1))
+        drawn = plots.errors(bars, name if run.joint else run.stage(learnt))
         pictures.append(Picture(f"errors_{task + 1}.svg", drawn, f"Error shares of {name}, {words}"))
         if "end" in bars:
             growth = [bars["end"][error] - bars["learnt"][error] for error in ERROR_TYPES]
@@ -96,7 +102,7 @@ def why_it_forgets(run: Run) -> Section:
     sums = [metrics.get(name) for name in ("avg_hal", "avg_iuf", "avg_oth", "forgetting")]
     rows.append(["mean", *(points(value, signed=True) for value in sums)])
     note = (
-        "What keeps each task from 100 percent, when it was learnt and at the end, in percent of all its samples: "
+        "What keeps each task from 100 percent, when learnt and, if that is later, at the end, in percent of samples: "
         "hallucination (an answer of the right form that is wrong), instruction unfollowing (an answer of the wrong "
         "form) and other. Told apart by rules alone, without a judge."
     )
@@ -104,4 +110,4 @@ def why_it_forgets(run: Run) -> Section:
     caption = "Last row: Avg.HAL + Avg.IUF + Avg.OTH = Forgetting, in points."
     key = Key([(error.replace("_", " "), plots.ERROR_COLOURS[error]) for error in ERROR_TYPES])
     table = [Table(head, rows, caption)] if len(rows) > 1 else []
-    return Section("Why it forgets", [Text(note), key, Plots(pictures), *table])
+    return Section("What it gets wrong" if run.joint else "Why it forgets", [Text(note), key, Plots(pictures), *table])

@@ -71,7 +71,7 @@ def order(suite: Suite, spec: str) -> tuple[str, ...]:
     """Task names in training order, from the name of an order, "reverse", "alphabet", "random:K" or "a,b,c".
 
     "reverse" is the first named order backwards; "random:K" is a shuffle of it seeded with K; your own list may
-    leave tasks out. Raises UserError with the valid orders.
+    leave tasks out. Raises UserError with what is wrong and the valid orders.
     """
     known = [task.name for task in suite.tasks]
     first = next(iter(suite.orders.values()), tuple(known))
@@ -81,9 +81,18 @@ def order(suite: Suite, spec: str) -> tuple[str, ...]:
         return tuple(reversed(first))
     if spec == "alphabet":
         return tuple(sorted(first))
-    if spec.startswith("random:") and spec[7:].isdigit():
+    if spec.startswith("random:") and spec[7:].isdecimal():
         return tuple(Random(int(spec[7:])).sample(first, len(first)))
     listed = tuple(spec.split(","))
-    if set(listed) <= set(known) and len(set(listed)) == len(listed):
+    strange = [name for name in dict.fromkeys(listed) if name not in known]
+    repeated = [name for name in dict.fromkeys(listed) if listed.count(name) > 1]
+    if not strange and not repeated:
         return listed
-    raise unknown("order", spec, [*suite.orders, "reverse", "alphabet", "random:K", f"or a list of: {','.join(known)}"])
+    valid = [*suite.orders, "reverse", "alphabet", "random:K", f"or a list of: {','.join(known)}"]
+    if not spec:
+        raise UserError(f"the order is empty; valid: {', '.join(valid)}")
+    if len(listed) == 1:
+        raise unknown("order", spec, valid)
+    if strange:
+        raise unknown(f"task in the order {spec!r}:", ", ".join(strange), valid)
+    raise UserError(f"the order {spec!r} has {', '.join(repeated)} more than once; valid: {', '.join(valid)}")

@@ -1,0 +1,70 @@
+"""Stands in for a run in a process of its own: quick, without torch, and it can be made to end badly by its seed."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import time
+from multiprocessing.connection import Connection
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+
+from cnext.errors import UserError
+from cnext.running import parallel
+from cnext.running.config import RunConfig
+from cnext.running.progress import ForwardedProgress
+
+ENDS_WELL, KILLED, USER_ERROR, CRASHES, GOES_ON = range(5)
+EVENT = {"doing": "step 1 of 4", "share": 0.25, "left": 3.0, "whole": 4.0, "line": True}
+
+
+def write_results(config: RunConfig, score: float = 50.0) -> None:
+    """Files of a finished run, as far as the study reads them."""
+    setting = {"suite": "toy", "backbone": "tiny", "split": "test", "budget": "default", "recipe": {"steps": {"a": 4}}}
+    results = {
+        "method": config.method, "order": config.order, "seed": config.seed, "hyperparameters": {}, "tasks": ["a"],
+        "finished": True, "cost": {"optimizer_steps": 4},
+        "metrics": {"avg_acc": score + config.seed, "forgetting": None, "new_acc": score},
+    }  # fmt: skip
+    config.folder.mkdir(parents=True, exist_ok=True)
+    if not (config.folder / "config.json").exists():
+        (config.folder / "config.json").write_text(json.dumps(setting))
+    (config.folder / "results.json").write_text(json.dumps(results | setting))
+    (config.folder / "report.html").touch()
+
+
+def run(config: RunConfig, progress: ForwardedProgress) -> None:
+    """What cnext.running.runner.run does, in small."""
+    print(f"pid {os.getpid()}", flush=True)
+    progress.send(EVENT)
+    if config.seed == KILLED:
+        os.kill(os.getpid(), signal.SIGKILL)
+    if config.seed == USER_ERROR:
+        raise UserError("the data is bad")
+    if config.seed == CRASHES:
+        raise RuntimeError("a tensor is bad")
+    while config.seed == GOES_ON:
+        time.sleep(0.02)
+        progress.send(EVENT)
+    write_results(config)
+
+
+def child(config: RunConfig, connection: Connection) -> None:
+    """parallel._run around ``run``. To be found by name in the child, hence a module of its own."""
+    runner = ModuleType("cnext.running.runner")
+    runner.run = run
+    sys.modules[runner.__name__] = runner
+    real_child(config, connection)
+
+
+real_child = parallel._run
+
+
+def forever(out: str) -> None:
+    """A study of one run that does not end."""
+    parallel._run = child
+    config = RunConfig(out=Path(out), seed=GOES_ON)
+    config.folder.mkdir(parents=True)
+    parallel.side_by_side([SimpleNamespace(config=config)], 1)
