@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
@@ -13,6 +14,17 @@ from cnext.errors import UserError
 
 SHARED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 """Linear layers of one module that read the same x in every decoder of transformers."""
+
+
+def check_ranges(ranks: Mapping[str, int], scale: float, dropout: float) -> None:
+    """Raises UserError for a rank below 1, a scale that is not finite, or a dropout outside [0, 1)."""
+    for branch, rank in ranks.items():
+        if rank < 1:
+            raise UserError(f"the rank of branch {branch} must be at least 1, got {rank}")
+    if not math.isfinite(scale):
+        raise UserError(f"scale must be finite, got {scale}")
+    if not 0 <= dropout < 1:
+        raise UserError(f"dropout must be at least 0 and below 1, got {dropout}")
 
 
 def attach(
@@ -29,7 +41,7 @@ def attach(
     """Replaces every linear layer whose name ends in a target by an AdapterLinear; freezes all the rest.
 
     A is drawn as PEFT draws it, uniform in +-1/sqrt(in_features), in one draw per layer over all branches: methods
-    that divide the same total rank differently start from the same numbers. B starts at zero.
+    that divide the same total rank differently, or add to it, start from the same numbers. B starts at zero.
 
     Args:
         ranks: branch name to rank.
@@ -44,11 +56,7 @@ def attach(
         UserError: a rank below 1, a dropout outside [0, 1), targets that matched no linear layer (all are named), or a
             layer whose weight is not plain.
     """
-    for branch, rank in ranks.items():
-        if rank < 1:
-            raise UserError(f"the rank of branch {branch} must be at least 1, got {rank}")
-    if not 0 <= dropout < 1:
-        raise UserError(f"dropout must be at least 0 and below 1, got {dropout}")
+    check_ranges(ranks, scale, dropout)
     found = [
         (name, module)
         for name, module in model.named_modules()
@@ -65,8 +73,10 @@ def attach(
             raise UserError(f"{name} is a {type(module).__name__}; adapters need the plain weight of a torch.nn.Linear")
     model.requires_grad_(False)
     for name, module in found:
+        # A generator of its own for every layer: the first rows are the same however many a method has.
+        own = torch.Generator().manual_seed(int(torch.randint(2**62, (1,), generator=generator)))
         bound = module.in_features**-0.5
-        drawn = torch.empty(sum(ranks.values()), module.in_features).uniform_(-bound, bound, generator=generator)
+        drawn = torch.empty(sum(ranks.values()), module.in_features).uniform_(-bound, bound, generator=own)
         parts = drawn.to(module.weight).split(list(ranks.values()))
         branches = {key: Branch(part, module.out_features) for key, part in zip(ranks, parts, strict=True)}
         parent, _, child = name.rpartition(".")

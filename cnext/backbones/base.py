@@ -4,14 +4,18 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from cnext.scoring.base import Prediction
-from cnext.tasks.base import Sample
+from cnext.tasks.base import Sample, Turn
+
+CHOICES = 32
+"""Samples per forward pass of ``choice_logits``."""
 
 
 @dataclass(frozen=True)
@@ -69,8 +73,8 @@ class Backbone(ABC, nn.Module):
         """One forward pass over a batch of encoded samples, answers included."""
 
     @abstractmethod
-    def question_features(self, samples: Sequence[Sample]) -> Tensor:
-        """(N, hidden): the language model's last hidden state at the end of each sample's first instruction.
+    def question_features(self, encoded: Sequence[Any]) -> Tensor:
+        """(N, hidden): the language model's last hidden state at the end of each encoded sample's first instruction.
 
         With whatever adapters are active, without gradient. Never reads an answer or a target image.
         """
@@ -78,6 +82,26 @@ class Backbone(ABC, nn.Module):
     @abstractmethod
     def generate(self, samples: Sequence[Sample], max_new_tokens: int) -> list[Prediction]:
         """Greedy answers to each sample's first instruction. Never reads an answer or a target image."""
+
+    @torch.no_grad()
+    def choice_logits(self, samples: Sequence[Sample], answers: Sequence[str]) -> Tensor:
+        """(N, answers): the logit of each answer where the answer to a sample's first instruction begins.
+
+        The answers have equally many tokens, and the first that tells them apart counts: of letters their only one.
+        With whatever adapters are active, without gradient. Never reads an answer or a target image of the samples.
+        """
+        asked = [Sample("", (Turn(s.turns[0].instruction, answers[0]),), image=s.image) for s in samples]
+        if not asked:
+            return torch.empty(0, len(answers))
+        told = [replace(asked[0], turns=(replace(asked[0].turns[0], answer=answer),)) for answer in answers]
+        tokens = self.output(self.encode(told)).labels.unflatten(0, (len(answers), -1))
+        place = int((tokens != tokens[0]).any(0).int().argmax())
+        parts = []
+        for start in range(0, len(asked), CHOICES):
+            encoded = self.encode(asked[start : start + CHOICES])
+            logits = self.output(encoded).logits.unflatten(0, (len(encoded), -1))
+            parts.append(logits[:, place, tokens[:, place]])
+        return torch.cat(parts)
 
     def loss(self, encoded: Sequence[Any]) -> Loss:
         """Cross-entropy, mean over supervised tokens, plus image_loss_weight times the mean squared error."""

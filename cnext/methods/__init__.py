@@ -14,6 +14,8 @@ from pathlib import Path
 from cnext.errors import UserError, unknown
 
 GROUP = "cnext.methods"
+ALIASES = {"ew+ga": "ew-ga", "4-split": "ew-ga", "2-split": "two-split", "joint": "upper-bound"}
+"""Names that the paper writes, to names of methods."""
 
 
 def modules() -> dict[str, str]:
@@ -26,6 +28,15 @@ def modules() -> dict[str, str]:
     return own | {entry.name: entry.value for entry in importlib.metadata.entry_points(group=GROUP)}
 
 
+def canonical(name: str) -> str:
+    """The name of a method that goes by this one too: an alias, or another case. A name not known is left as it is."""
+    known = modules()
+    for other in (name, ALIASES.get(name.lower(), name.lower())):
+        if other in known:
+            return other
+    return name
+
+
 def summary(name: str) -> str:
     """The first line of a method's docstring, read without importing it (torch would take a second)."""
     spec = importlib.util.find_spec(modules()[name])
@@ -36,13 +47,13 @@ def summary(name: str) -> str:
 
 
 def load(name: str) -> type:
-    """The class of a method. Raises UserError with the valid names."""
+    """The class of a method, by its name or another that it goes by. Raises UserError with the valid names."""
     from cnext.methods.base import Method
 
-    known = modules()
-    if name not in known:
+    known, found = modules(), canonical(name)
+    if found not in known:
         raise unknown("method", name, sorted(known))
-    module = importlib.import_module(known[name])
+    module = importlib.import_module(known[found])
     classes = [
         value
         for value in vars(module).values()

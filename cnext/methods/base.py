@@ -8,7 +8,7 @@ task loss, ``transform_gradients``, the gradients of ``extra_loss`` added, clipp
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from cnext import adapters
+from cnext.averaging import MovingAverage
 from cnext.backbones.base import Backbone
 from cnext.scoring.base import Prediction
 from cnext.tasks.base import Sample, Task
@@ -103,6 +104,17 @@ class Method(ABC):
         """Answers questions, which hold an instruction and perhaps an image. task: None unless the card asks for it."""
         return self.backbone.generate(questions, max_new_tokens)
 
+    def answer_with(
+        self, branches: Sequence[tuple[str, ...]], questions: Sequence[Sample], max_new_tokens: int
+    ) -> list[Prediction]:
+        """Answers each question with exactly its branches active, questions of the same branches together."""
+
+        def told(active: tuple[str, ...], places: list[int]) -> list[Prediction]:
+            with adapters.activated(self.model, active):
+                return self.backbone.generate([questions[place] for place in places], max_new_tokens)
+
+        return answered_in_groups(branches, told)
+
     def extra_bytes(self, tasks: int) -> int:
         """An upper bound of what is kept after ``tasks`` tasks beyond one adapter of rank 32, samples aside."""
         return 0
@@ -113,3 +125,68 @@ class Method(ABC):
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         assert not state, f"{type(self).__name__} has no state, got {sorted(state)}"
+
+
+def answered_in_groups(
+    keys: Sequence[Hashable], answer: Callable[[Any, list[int]], list[Prediction]]
+) -> list[Prediction]:
+    """One answer for each key, in their order. answer: gives those of a key's places, asked for together."""
+    answers: dict[int, Prediction] = {}
+    for key in dict.fromkeys(keys):
+        places = [place for place, other in enumerate(keys) if other == key]
+        answers |= zip(places, answer(key, places), strict=True)
+    return [answers[place] for place in range(len(keys))]
+
+
+class Averaged(Method):
+    """A method whose trained parameters go through a moving average, ``rule``, which the subclass makes."""
+
+    rule: MovingAverage
+
+    def before_task(self, parameters: dict[str, nn.Parameter], steps: int, memory: Memory) -> None:
+        self.rule.begin_task(parameters, steps)
+
+    def transform_gradients(self, parameters: dict[str, nn.Parameter]) -> None:
+        self.rule.update()
+
+    def after_task(self) -> dict[str, Any] | None:
+        self.rule.end_task()
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return self.rule.state_dict()
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        self.rule.load_state_dict(state)
+
+
+class TaskBranches(Method):
+    """One branch for every task, before `Lora` among the bases: the present one is trained, those learnt are frozen.
+
+    The learnt ones add to y like a W into which each had been merged at its task's end, and W stays as it is. Those of
+    later tasks are off. After a ``load_state_dict`` as many are on as when the state was saved.
+    """
+
+    def attach(self, tasks: Sequence[Task], generator: torch.Generator) -> None:
+        self.branches = {task.name: f"task-{number}" for number, task in enumerate(tasks, 1)}
+        self.attach_branches(dict.fromkeys(self.branches.values(), self.rank), generator)
+        self.activate(0)
+
+    def activate(self, count: int) -> None:
+        """Lets the first ``count`` branches take part."""
+        self.active = list(self.branches.values())[:count]
+        adapters.activate(self.model, self.active)
+
+    def trainable(self, task: Task) -> dict[str, nn.Parameter]:
+        self.activate(list(self.branches).index(task.name) + 1)
+        return adapters.set_trainable(self.model, self.active[-1:])
+
+    def extra_bytes(self, tasks: int) -> int:
+        """All branches but one, and their count."""
+        one = adapters.branch_parameters(self.model, [*self.branches.values()][:1])
+        return sum(4 * p.numel() for p in self.held().values()) - sum(4 * p.numel() for p in one.values()) + 8
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return {"active": torch.tensor(len(self.active))}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        self.activate(int(state["active"]))

@@ -29,6 +29,9 @@ class Lora(Method):
 
     card = Card("arXiv 2106.09685")
 
+    def __post_init__(self) -> None:
+        adapters.check_ranges({"adapter": self.rank}, self.scale, self.dropout)
+
     def attach(self, tasks: Sequence[Task], generator: torch.Generator) -> None:
         self.attach_branches({"lora": self.rank}, generator)
 

@@ -39,6 +39,7 @@ class Mage(Lora):
     card = Card("arXiv 2602.18055", keeps="the averaging rule's state; of pema the summed Fisher information")
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.average not in RULES:
             raise unknown("averaging rule", self.average, list(RULES))
         self.rule = RULES[self.average](**({"c": self.c} if self.average == "pema" else {}))
@@ -67,7 +68,8 @@ class Mage(Lora):
         return {branch: pooled(betas, group) for branch, group in self.groups.items()} if betas else None
 
     def extra_bytes(self, tasks: int) -> int:
-        return 2 * sum(4 * parameter.numel() for parameter in self.held().values())
+        """An average and one more statistic of every parameter."""
+        return 0 if self.average == "none" else 2 * sum(4 * parameter.numel() for parameter in self.held().values())
 
     def state_dict(self) -> dict[str, Tensor]:
         return self.rule.state_dict()

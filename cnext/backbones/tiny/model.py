@@ -38,6 +38,11 @@ class Encoded:
     features: Tensor | None
     target: Tensor | None
 
+    @property
+    def question(self) -> Tensor:
+        """Ids of the first instruction: all before the first token of its answer."""
+        return self.ids[: int((self.labels != IGNORED).nonzero()[0])]
+
 
 class TinyBackbone(Backbone):
     """The embedded default: about 0.87 M parameters in the decoder and its projections."""
@@ -192,15 +197,15 @@ class TinyBackbone(Backbone):
         return Output(self.decoder.lm_head(hidden[:, :-1][supervised]), labels[:, 1:][supervised], drawn, wanted)
 
     @torch.no_grad()
-    def question_features(self, samples: Sequence[Sample]) -> Tensor:
+    def question_features(self, encoded: Sequence[Encoded]) -> Tensor:
         parts = []
-        for start in range(0, len(samples), BATCH):
-            chunk = samples[start : start + BATCH]
-            prompts = [torch.tensor(self.prompt(sample)) for sample in chunk]
+        for start in range(0, len(encoded), BATCH):
+            chunk = encoded[start : start + BATCH]
+            prompts = [item.question for item in chunk]
             ids = nn.utils.rnn.pad_sequence(prompts, True, self.tokenizer["<pad>"]).to(self.device)
             last = torch.tensor([len(prompt) - 1 for prompt in prompts], device=self.device)
             written = torch.arange(ids.shape[1], device=self.device) == last[:, None]
-            embeddings, _ = self._embed(ids, self._read(chunk), [False] * len(chunk), written)
+            embeddings, _ = self._embed(ids, [item.features for item in chunk], [False] * len(chunk), written)
             hidden = self.decoder.model(inputs_embeds=embeddings, use_cache=False).last_hidden_state
             parts.append(hidden[torch.arange(len(chunk), device=self.device), last])
         return torch.cat(parts) if parts else torch.empty(0, self.image_queries.shape[1], device=self.device)

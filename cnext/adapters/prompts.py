@@ -1,0 +1,85 @@
+"""Soft prompts: a pool of vectors with keys, of which each row of a batch gets some before its input embeddings."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from cnext.errors import UserError
+
+
+class Prompts(nn.Module):
+    """Prompts of ``length`` vectors for a decoder, and a key for each by which a question finds them.
+
+    The prompts' positions are cut off from what the decoder returns. It takes ``inputs_embeds`` and, where given,
+    ``attention_mask`` (rows, cached and new positions), ``position_ids`` (rows, new positions), which are counted from
+    behind the prompts, and ``past_key_values``: a cache takes the prompts once, while it is empty.
+
+    Args:
+        model: a transformers decoder.
+        budget: number of parameters that prompts and keys may have together.
+        length: vectors in a prompt.
+        count: prompts that a question finds.
+        scale: prompts are scale times their parameters: with Adam, learnt at scale times the learning rate.
+        generator: source of the draws, on the CPU. Prompts have the standard deviation of the decoder's embeddings.
+    """
+
+    def __init__(
+        self, model: nn.Module, budget: int, length: int, count: int, scale: float, generator: torch.Generator
+    ) -> None:
+        super().__init__()
+        embeddings = model.get_input_embeddings().weight
+        width = embeddings.shape[1]
+        size = budget // ((length + 1) * width)
+        if size < count:
+            raise UserError(
+                f"{budget:,} parameters are {size} prompts of {length} vectors, fewer than the {count} to find"
+            )
+        drawn = torch.randn(size, length + 1, width, generator=generator).to(embeddings)
+        self.prompts = nn.Parameter(drawn[:, 1:] * (embeddings.std() / scale))
+        self.keys = nn.Parameter(drawn[:, 0] * width**-0.5)
+        self.count, self.scale = count, scale
+        self.chosen: Tensor | None = None
+        self._new = 0
+        model.register_forward_pre_hook(self._enter, with_kwargs=True)
+        model.register_forward_hook(self._leave)
+
+    def nearest(self, features: Tensor) -> tuple[Tensor, Tensor]:
+        """(N, count) int64: the prompts of the largest cosines of key and features, ascending; (N, count): these."""
+        cosines = F.normalize(features, dim=1) @ F.normalize(self.keys, dim=1).T
+        largest, chosen = cosines.topk(self.count)
+        return chosen.sort().values, largest
+
+    @contextmanager
+    def before(self, chosen: Tensor) -> Iterator[None]:
+        """Inside, the decoder reads these prompts first; (rows, count) int64, or (1, count) for all rows."""
+        self.chosen = chosen
+        try:
+            yield
+        finally:
+            self.chosen = None
+
+    def _enter(self, model: nn.Module, args: tuple, given: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
+        if self.chosen is None:
+            return None
+        inputs, cache, changed = given["inputs_embeds"], given.get("past_key_values"), dict(given)
+        rows, self._new = inputs.shape[:2]
+        prompts = (self.scale * self.prompts[self.chosen]).flatten(1, 2).to(inputs.dtype).expand(rows, -1, -1)
+        count, first = prompts.shape[1], cache is None or not cache.get_seq_length()
+        if first:
+            changed["inputs_embeds"] = torch.cat([prompts, inputs], 1)
+        if (mask := given.get("attention_mask")) is not None:
+            changed["attention_mask"] = torch.cat([mask.new_ones(rows, count), mask], 1)
+        if (positions := given.get("position_ids")) is not None:
+            moved, ahead = positions + count, torch.arange(count, device=positions.device)
+            changed["position_ids"] = torch.cat([ahead.expand(len(moved), -1), moved], 1) if first else moved
+        return args, changed
+
+    def _leave(self, model: nn.Module, args: tuple, output: Any) -> None:
+        if self.chosen is not None:
+            output.last_hidden_state = output.last_hidden_state[:, -self._new :]

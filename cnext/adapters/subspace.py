@@ -1,0 +1,98 @@
+"""What mattered of the inputs of adapter layers, as one subspace per layer, and steps at right angles to it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from cnext.adapters.attach import layers
+
+
+def extended(basis: Tensor, covariance: Tensor, share: float) -> Tensor:
+    """An orthonormal basis and as few directions as explain a share of a covariance with it.
+
+    R' = (I - U U^T) R (I - U U^T);  U <- [U, leading eigenvectors of R'] until trace(U^T R U) >= share trace(R).
+
+    Args:
+        basis: U, (in, k) float32; k may be 0.
+        covariance: R, (in, in) float32, symmetric.
+        share: from 0 to 1.
+
+    Returns:
+        (in, k') float32, k <= k' <= in. Computed in float64.
+
+    Reference: Saha et al., Gradient Projection Memory, arXiv 2103.09762.
+    """
+    u, r = basis.double(), covariance.double()
+    rest = r - u @ (u.T @ r)
+    rest -= (rest @ u) @ u.T
+    values, vectors = torch.linalg.eigh(rest)
+    unexplained = rest.trace() - torch.cat([values.new_zeros(1), values.flip(0).cumsum(0)])
+    count = int((unexplained > (1 - share) * r.trace()).sum())
+    return torch.cat([u, vectors.flip(1)[:, : min(count, len(r) - u.shape[1])]], 1).to(basis.dtype)
+
+
+class InputSubspaces:
+    """A basis U (in, k) for every adapter layer of a model, of the inputs seen while watched.
+
+    ``covariance`` holds R = sum of x x^T since the last `extend`, (in, in) float32 per layer.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.layers = layers(model)
+        self.basis: dict[str, Tensor] = {}
+        self.covariance: dict[str, Tensor] = {}
+        self.extended = 0
+        """How often the bases have been extended."""
+        self._hooks: list[RemovableHandle] = []
+
+    def watch(self) -> None:
+        """From now on, forward passes count, until `unwatch`."""
+        self._hooks = [layer.register_forward_pre_hook(partial(self._see, n)) for n, layer in self.layers.items()]
+
+    def unwatch(self) -> None:
+        """Forward passes no longer count, and no hook is left."""
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
+
+    def _see(self, name: str, layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        x = inputs[0].detach().flatten(0, -2).float()
+        self.covariance[name] = self.covariance.get(name, 0.0) + x.T @ x
+
+    def extend(self, share: float) -> None:
+        """Takes into every basis what it leaves of the inputs seen, see `extended`, and forgets them."""
+        for name, covariance in self.covariance.items():
+            self.basis[name] = extended(self.basis.get(name, covariance[:, :0]), covariance, share)
+        self.covariance = {}
+        self.extended += 1
+
+    def inside(self, name: str, rows: Tensor) -> Tensor:
+        """The part of each row of (n, in) that lies in the subspace of a layer."""
+        return (rows @ self.basis[name]) @ self.basis[name].T
+
+    def bytes_after(self, times: int) -> int:
+        """Bytes of the bases after so many `extend`: exact for those done; of one to come all that a basis can grow to,
+        since the inputs alone say how far it does."""
+        if times <= self.extended:
+            return sum(4 * basis.numel() for basis in self.basis.values())
+        return sum(4 * layer.base.in_features**2 for layer in self.layers.values())
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Flat: "extended", "basis.<layer>", and "covariance.<layer>" of what has been seen since the last `extend`."""
+        slots = {"basis": self.basis, "covariance": self.covariance}
+        kept = {f"{kind}.{name}": tensor for kind, slot in slots.items() for name, tensor in slot.items()}
+        return kept | {"extended": torch.tensor(self.extended)}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Takes back what `state_dict` gave."""
+        self.extended = int(state["extended"])
+        slots = {"basis": self.basis, "covariance": self.covariance}
+        for key, tensor in state.items():
+            kind, _, name = key.partition(".")
+            if name:
+                slots[kind][name] = tensor.to(self.layers[name].base.weight.device)

@@ -1,0 +1,67 @@
+"""LAE: LoRA trained online, and a slow offline copy of it that answers.
+
+theta_off <- decay theta_off + (1 - decay) theta_on after every step from the second task on. The offline copy is made
+when the first task is done and goes on through all the tasks after it, as does the online adapter.
+
+The official code (decay 0.9999) also freezes the online adapter for the first epochs of a task, and answers with the
+larger of both adapters' class probabilities. An epoch counts for nothing where tasks are trained for steps, and a
+maximum over classes has no counterpart for generated text; Continual-NExT keeps the average alone, with 0.99.
+
+Reference: Gao et al., A Unified Continual Learning Framework with General Parameter-Efficient Tuning, arXiv 2303.10070.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cnext import adapters, ops
+from cnext.averaging.base import by_kind
+from cnext.errors import UserError
+from cnext.methods.base import Card
+from cnext.methods.lora import Lora
+
+
+@dataclass
+class Lae(Lora):
+    """y = W x + scale B A x."""
+
+    decay: float = 0.99
+    """Weight of the old in a step of the offline copy: after n steps it has decay^n of it left."""
+
+    card = Card("arXiv 2303.10070", keeps="the offline copy of the adapter")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 <= self.decay <= 1:
+            raise UserError(f"lae: expected decay in [0, 1], got {self.decay}")
+        self.offline: dict[str, Tensor] = {}
+
+    def after_step(self) -> None:
+        online = self.held()
+        for names in by_kind(self.offline):
+            ops.ema_step_([online[name] for name in names], [self.offline[name] for name in names], beta=self.decay)
+
+    def after_task(self) -> dict[str, Any] | None:
+        if not self.offline:
+            self.offline = {name: p.detach().to(torch.float32, copy=True) for name, p in self.held().items()}
+
+    @contextmanager
+    def for_eval(self) -> Iterator[None]:
+        with adapters.holding(self.held(), self.offline):
+            yield
+
+    def extra_bytes(self, tasks: int) -> int:
+        return sum(4 * parameter.numel() for parameter in self.held().values())
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return dict(self.offline)
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        held = self.held()
+        self.offline = {name: tensor.to(held[name].device, copy=True) for name, tensor in state.items()}

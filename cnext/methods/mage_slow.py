@@ -1,0 +1,54 @@
+"""MAGE-slow: MAGE whose general branches, trained by nearly every task, move in small steps, the experts freely.
+
+Derivation. Of the six tasks of the paper all train text-general and five image-general, so these are rewritten most
+often. AdamW divides the gradient by its own size, so a factor on the gradient would change nothing; the step is scaled:
+theta <- theta_before + slow (theta - theta_before), which is to the letter a learning rate of slow times the recipe's
+for these branches, weight decay included. slow = 1 is mage, slow = 0 leaves the general branches as they start, and
+since B starts at zero, out.
+
+Reference: the project's own, after Continual-NExT, arXiv 2602.18055, section 4.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from cnext import adapters
+from cnext.adapters import BRANCH_ROLES
+from cnext.errors import UserError
+from cnext.methods.base import Card
+from cnext.methods.mage import Mage
+from cnext.tasks.base import Task
+
+
+@dataclass
+class MageSlow(Mage):
+    """MAGE whose general branches take ``slow`` times the optimizer's step."""
+
+    slow: float = 0.2
+    """Factor on the steps of the general branches."""
+
+    card = Card("own; arXiv 2602.18055", keeps="the averaging rule's state; of pema the summed Fisher information")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 <= self.slow <= 1:
+            raise UserError(f"slow must be from 0 to 1, got {self.slow}")
+
+    def trainable(self, task: Task) -> dict[str, nn.Parameter]:
+        parameters = super().trainable(task)
+        general = [role.name for role in BRANCH_ROLES if role.side == "general" and role.name in self.groups]
+        self.general = list(adapters.branch_parameters(self.model, general).values())
+        return parameters
+
+    def before_step(self, batch: Sequence[Any]) -> None:
+        self.before = [parameter.detach().clone() for parameter in self.general]
+
+    def after_step(self) -> None:
+        with torch.no_grad():
+            torch._foreach_lerp_(self.general, self.before, 1 - self.slow)

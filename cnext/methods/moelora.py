@@ -1,0 +1,71 @@
+"""MoELoRA: four experts of rank 8 and a softmax router over them in every layer, all trained on every task.
+
+The branches have as many parameters as a LoRA of rank 32. The routers, in_features x experts in every layer, come on
+top (5.7% on the tiny backbone), as in the paper.
+
+Reference: Liu et al., arXiv 2310.18339; Chen et al., CoIN, arXiv 2403.08350; Continual-NExT, arXiv 2602.18055, Table 1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from cnext import adapters
+from cnext.errors import UserError
+from cnext.methods.base import Card
+from cnext.methods.lora import Lora
+from cnext.tasks.base import Task
+
+
+class Router(nn.Module):
+    """w = softmax(R x) for every token. weight: R, (experts, in_features), drawn as nn.Linear draws its own."""
+
+    def __init__(self, experts: int, layer: adapters.AdapterLinear, generator: torch.Generator) -> None:
+        super().__init__()
+        width = layer.base.in_features
+        drawn = torch.empty(experts, width).uniform_(-(width**-0.5), width**-0.5, generator=generator)
+        self.weight = nn.Parameter(drawn.to(layer.base.weight))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., in_features) to (..., experts) that sum to 1."""
+        return nn.functional.linear(x, self.weight).softmax(-1)
+
+
+@dataclass
+class MoeLora(Lora):
+    """y = W x + scale * sum over experts of w_e(x) B_e A_e x, w(x) = softmax(R x)."""
+
+    rank: int = 8
+    """Rank of each expert."""
+    experts: int = 4
+    """Number of experts."""
+
+    card = Card("arXiv 2310.18339")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.experts < 1:
+            raise UserError(f"experts must be at least 1, got {self.experts}")
+
+    def attach(self, tasks: Sequence[Task], generator: torch.Generator) -> None:
+        self.attach_branches({f"expert-{index}": self.rank for index in range(self.experts)}, generator)
+        for layer in adapters.layers(self.model).values():
+            layer.router = Router(self.experts, layer, generator)
+
+    def trainable(self, task: Task) -> dict[str, nn.Parameter]:
+        return self.unfreeze(self.held())
+
+    def unfreeze(self, parameters: dict[str, nn.Parameter]) -> dict[str, nn.Parameter]:
+        """Makes exactly these trainable."""
+        self.model.requires_grad_(False)
+        for parameter in parameters.values():
+            parameter.requires_grad_(True)
+            parameter.grad = None
+        return parameters
+
+    def extra_bytes(self, tasks: int) -> int:
+        return sum(4 * parameter.numel() for name, parameter in self.held().items() if ".router." in name)

@@ -1,0 +1,80 @@
+"""PGP: LoRA whose A moves only at right angles to what the layer read in earlier tasks.
+
+Where dA x = 0, A gives for x what it gave before. With U (in, k) an orthonormal basis of what mattered of the inputs so
+far and P = I - U U^T, the gradient G of A and then the step itself are projected, so that dA U = 0:
+
+    G <- G P,    and after the optimizer    A <- A_before + (A - A_before) P
+
+G alone is not enough: Adam rescales it element by element, out of the subspace, and weight decay was never in it.
+After a task, with R = sum of x x^T over its last steps, U takes in the leading eigenvectors of P R P until trace(U^T R U)
+>= epsilon trace(R). B is free. The official code projects prompts; this LoRA form is ours, after Qiao et al., ICLR 2024.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from cnext.adapters.subspace import InputSubspaces
+from cnext.errors import UserError
+from cnext.methods.base import Card, Memory
+from cnext.methods.lora import Lora
+
+
+@dataclass
+class Pgp(Lora):
+    """y = W x + scale B A x."""
+
+    epsilon: float = 0.9
+    """Share of the inputs' squared length that is protected."""
+    batches: int = 16
+    """Steps at the end of a task whose inputs count."""
+
+    card = Card("ICLR 2024, Prompt Gradient Projection", keeps="a basis of each layer's protected inputs")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 <= self.epsilon <= 1 <= self.batches:
+            raise UserError(f"pgp: expected 0 <= epsilon <= 1 <= batches, got {self.epsilon} and {self.batches}")
+        self.step = 0
+
+    def attach_branches(self, ranks: dict[str, int], generator: torch.Generator) -> None:
+        super().attach_branches(ranks, generator)
+        self.inputs = InputSubspaces(self.model)
+
+    def before_task(self, parameters: dict[str, nn.Parameter], steps: int, memory: Memory) -> None:
+        self.downs = {name: layer.branches["lora"].A for name, layer in self.inputs.layers.items()}
+        self.step, self.first = 0, steps - self.batches
+
+    def before_step(self, batch: Sequence[Any]) -> None:
+        self.before = {name: self.downs[name].detach().clone() for name in self.inputs.basis}
+        if self.step >= self.first:
+            self.inputs.watch()
+
+    def transform_gradients(self, parameters: dict[str, nn.Parameter]) -> None:
+        for name in self.before:
+            self.downs[name].grad -= self.inputs.inside(name, self.downs[name].grad)
+
+    @torch.no_grad()
+    def after_step(self) -> None:
+        self.inputs.unwatch()
+        for name, before in self.before.items():
+            self.downs[name] -= self.inputs.inside(name, self.downs[name] - before)
+        self.step += 1
+
+    def after_task(self) -> dict[str, Any] | None:
+        self.inputs.extend(self.epsilon)
+
+    def extra_bytes(self, tasks: int) -> int:
+        return self.inputs.bytes_after(tasks)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return {"step": torch.tensor(self.step), **self.inputs.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        self.step = int(state["step"])
+        self.inputs.load_state_dict({key: tensor for key, tensor in state.items() if key != "step"})

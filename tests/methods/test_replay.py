@@ -1,0 +1,121 @@
+"""Experience replay: whose samples come back, how they are drawn, and their loss against a plain loop."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+from methods.sequence import STEPS, Sequence
+from torch.nn import functional as F
+
+from cnext.errors import UserError
+from cnext.methods.replay import Replay
+
+
+def test_the_first_task_has_nothing_to_replay(data: Path) -> None:
+    sequence = Sequence("replay", data)
+    trainer = sequence.open("VQAv2")
+    assert sequence.method.memory == []
+    assert sequence.method.extra_loss(trainer.encoded[:4]) is None
+
+
+def test_the_memory_holds_the_earlier_tasks_alone(data: Path) -> None:
+    sequence = Sequence("replay", data, samples=6)
+    sequence.learn("VQAv2")
+    sequence.learn("Flickr30k")
+    sequence.open("HQEdit")
+    earlier = [s for name in ("VQAv2", "Flickr30k") for s in sequence.samples(name)[:6]]
+    expected = sequence.tiny.encode(earlier)
+    assert len(sequence.method.memory) == 12
+    for item, other in zip(sequence.method.memory, expected, strict=True):
+        assert torch.equal(item.ids, other.ids)
+
+
+def test_the_loss_against_a_plain_loop(data: Path) -> None:
+    """Cross-entropy over all supervised tokens of the samples drawn, 6 times the squared error of their pictures."""
+    sequence = Sequence("replay", data, samples=5, weight=0.3)
+    sequence.learn("VQAv2")
+    sequence.learn("HQEdit")
+    trainer = sequence.open("Flickr30k")
+    torch.manual_seed(3)
+    found = sequence.method.extra_loss(trainer.encoded[:4])
+    torch.manual_seed(3)
+    text, image = [], []
+    for index in torch.randperm(10)[:4].tolist():
+        output = sequence.tiny.output([sequence.method.memory[index]])
+        text.append(F.cross_entropy(output.logits.double(), output.labels, reduction="none"))
+        image += [(output.drawn - output.features).double().square().flatten()] if len(output.drawn) else []
+    assert image, "the draw has pictures"
+    expected = 0.3 * (torch.cat(text).mean() + 6 * torch.cat(image).mean())
+    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_every_step_draws_anew_and_none_twice(data: Path) -> None:
+    """Over many steps each sample is drawn as often as any other, within five standard deviations."""
+    sequence = Sequence("replay", data, samples=12)
+    sequence.learn("VQAv2")
+    trainer = sequence.open("Flickr30k")
+    method, steps = sequence.method, 400
+    places = {id(item): place for place, item in enumerate(method.memory)}
+    drawn = []
+
+    def spy(batch: list) -> object:
+        drawn.append([places[id(item)] for item in batch])
+        return type("Loss", (), {"total": torch.zeros(())})
+
+    sequence.tiny.loss = spy
+    torch.manual_seed(0)
+    for _ in range(steps):
+        method.extra_loss(trainer.encoded[:4])
+    assert all(len(set(batch)) == 4 for batch in drawn)
+    counts = Counter(place for batch in drawn for place in batch)
+    expected, deviation = steps / 3, (steps * 1 / 3 * 2 / 3) ** 0.5
+    assert all(abs(counts[place] - expected) < 5 * deviation for place in range(12))
+
+
+def test_draws_of_a_step_repeat(data: Path) -> None:
+    """The trainer seeds the generator by the step: two runs replay the same samples in the same steps."""
+    runs = []
+    for _ in range(2):
+        sequence = Sequence("replay", data)
+        sequence.learn("VQAv2")
+        trainer, drawn = sequence.open("Flickr30k"), []
+        places = {id(item): place for place, item in enumerate(sequence.method.memory)}
+        original = sequence.tiny.loss
+
+        def spy(batch: list, original=original, places=places, drawn=drawn) -> object:
+            drawn.append([places.get(id(item), -1) for item in batch])
+            return original(batch)
+
+        sequence.tiny.loss = spy
+        while trainer.step < STEPS:
+            trainer.train_step()
+        runs.append(drawn)
+    assert runs[0] == runs[1]
+    replayed = runs[0][1::2]
+    assert len({tuple(batch) for batch in replayed}) == STEPS
+    assert all(place >= 0 for batch in replayed for place in batch)
+
+
+def test_a_small_memory_is_replayed_whole(data: Path) -> None:
+    sequence = Sequence("replay", data, samples=2)
+    sequence.learn("VQAv2")
+    trainer = sequence.open("Flickr30k")
+    expected = sequence.tiny.loss(sequence.method.memory).total
+    torch.testing.assert_close(sequence.method.extra_loss(trainer.encoded[:4]), expected)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"samples": 0}, "samples must be at least 1, got 0"),
+        ({"weight": 0.0}, "weight must be above 0, got 0.0"),
+        ({"weight": float("nan")}, "weight must be above 0, got nan"),
+    ],
+    ids=["samples", "weight", "nan"],
+)
+def test_bad_values_are_named(values: dict, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        Replay(**values)

@@ -1,0 +1,168 @@
+"""The ablations of MAGE, LoRA on attention alone, and slow general branches: what is trained, and against what."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from methods.sequence import STEPS, Sequence
+
+from cnext import adapters
+from cnext.backbones.tiny.model import TinyBackbone
+from cnext.errors import UserError
+from cnext.methods.attention_lora import AttentionLora
+from cnext.methods.ew import Ew
+from cnext.methods.ew_ga import EwGa
+from cnext.methods.mage_slow import MageSlow
+from cnext.methods.two_split import TwoSplit
+from cnext.tasks import suites
+
+ROLES = {"text-general", "image-general", "text-expert", "image-expert"}
+
+
+@pytest.mark.parametrize(
+    ("method", "trained"),
+    [
+        (Ew(), {"VQAv2": ROLES, "Flickr30k": ROLES, "HQEdit": ROLES}),
+        (
+            EwGa(),
+            {
+                "VQAv2": ROLES - {"image-expert"},
+                "Flickr30k": {"text-general", "image-expert"},
+                "HQEdit": ROLES - {"text-expert"},
+            },
+        ),
+        (
+            TwoSplit(),
+            {
+                "VQAv2": {"text-general", "image-general"},
+                "Flickr30k": {"text-general"},
+                "HQEdit": {"text-general", "image-general"},
+            },
+        ),
+    ],
+    ids=["ew", "ew-ga", "two-split"],
+)
+def test_the_branches_that_a_task_trains(tiny: TinyBackbone, method: Ew, trained: dict[str, set[str]]) -> None:
+    method.setup(tiny, [], torch.Generator().manual_seed(0))
+    for name, branches in trained.items():
+        parameters = method.trainable(suites.load("next-tiny").task(name))
+        assert {key.split(".")[-2] for key in parameters} == branches
+        assert {id(p) for p in tiny.parameters() if p.requires_grad} == {id(p) for p in parameters.values()}
+
+
+def joined(sequence: Sequence) -> dict[str, torch.Tensor]:
+    """Every layer's B A over all branches."""
+    layers = adapters.layers(sequence.tiny.language_model)
+    return {name: sum(b.B @ b.A for b in layer.branches.values()).detach() for name, layer in layers.items()}
+
+
+def test_equal_weights_are_lora(data: Path) -> None:
+    """Four branches of rank 8 whose sum has weight one are one of rank 32: the same start, the same steps."""
+    ends = []
+    for name in ("ew", "lora"):
+        sequence = Sequence(name, data)
+        sequence.learn("VQAv2")
+        sequence.learn("HQEdit")
+        ends.append(torch.cat([product.flatten() for product in joined(sequence).values()]))
+    assert (ends[0] - ends[1]).norm() < 0.01 * ends[1].norm()
+
+
+def test_equal_weights_with_pema_are_the_merge_of_a_plain_lora(data: Path) -> None:
+    """The steps of no average, then beta = mu / (F_t + mu + damping) with mu = F_old / C, on all parameters."""
+    plain, merged = Sequence("ew", data), Sequence("ew", data, average="pema", c=2.0)
+    for sequence in (plain, merged):
+        sequence.learn("VQAv2")
+    start = {key: p.detach().clone() for key, p in merged.method.held().items()}
+    before = {key: value.clone() for key, value in merged.method.rule.fisher_old.items()}
+    assert before.keys() == start.keys()
+    for sequence in (plain, merged):
+        sequence.learn("HQEdit")
+    for key, parameter in merged.method.held().items():
+        mu, fisher = before[key] / 2.0, merged.method.rule.fisher_old[key] - before[key]
+        beta = mu / (fisher + mu + 1e-5)
+        expected = beta * start[key] + (1 - beta) * plain.method.held()[key]
+        torch.testing.assert_close(parameter.detach(), expected.detach(), rtol=1e-3, atol=1e-5)
+    assert merged.method.extra_bytes(2) > plain.method.extra_bytes(2) == 0
+
+
+def test_freezing_without_an_average_ends_where_the_steps_end(data: Path) -> None:
+    """ew-ga is mage with no merge: the first task, which mage does not merge, is the same to the bit."""
+    states = []
+    for name in ("ew-ga", "mage"):
+        sequence = Sequence(name, data)
+        sequence.learn("VQAv2")
+        first = sequence.state()
+        sequence.learn("HQEdit")
+        states.append((first, sequence.state()))
+    (first, end), (mage_first, mage_end) = states
+    assert all(torch.equal(first[key], mage_first[key]) for key in first)
+    assert any(not torch.equal(end[key], mage_end[key]) for key in end)
+
+
+def test_attention_alone_buys_the_largest_rank_that_fits(tiny: TinyBackbone) -> None:
+    """The budget: rank 32 in 28 layers of the tiny backbone, 9,760 in + out features; attention has 4,096."""
+    method = AttentionLora()
+    method.setup(tiny, [], torch.Generator().manual_seed(0))
+    layers = adapters.layers(tiny.language_model)
+    assert {name.rpartition(".")[2] for name in layers} == {"q_proj", "k_proj", "v_proj", "o_proj"}
+    assert {len(layer.branches["lora"].A) for layer in layers.values()} == {76}
+    count = sum(p.numel() for p in method.held().values())
+    assert count == 76 * 4096 <= 312_320 < count + 4096
+
+
+def test_slow_branches_take_a_part_of_the_steps_of_adamw(data: Path) -> None:
+    """Against AdamW with that learning rate for the general branches, over a task with a decay."""
+    slow = Sequence("mage-slow", data, slow=0.25, average="none")
+    trainer = slow.open("HQEdit")
+    plain = Sequence("ew-ga", data)
+    reference = plain.open("HQEdit")
+    general = [p for key, p in plain.parameters.items() if "-general." in key]
+    others = [p for key, p in plain.parameters.items() if "-general." not in key]
+    options = {k: v for k, v in reference.optimizer.defaults.items() if k in ("betas", "eps", "weight_decay")}
+    reference.optimizer = torch.optim.AdamW(others, lr=1.0, fused=True, **options)
+    second = torch.optim.AdamW(general, lr=1.0, fused=True, **options)
+    step = reference.optimizer.step
+
+    def both() -> None:
+        for group in second.param_groups:
+            group["lr"] = 0.25 * reference.optimizer.param_groups[0]["lr"]
+        second.step()
+        step()
+
+    reference.optimizer.step = both
+    start = {key: p.detach().clone() for key, p in slow.parameters.items()}
+    for _ in range(STEPS):
+        trainer.train_step()
+        reference.train_step()
+        second.zero_grad()
+    assert max((p - start[key]).abs().max().item() for key, p in slow.parameters.items() if "-general." in key) > 2e-3
+    for key, parameter in slow.parameters.items():
+        torch.testing.assert_close(parameter, plain.parameters[key], rtol=1e-3, atol=1e-4)
+
+
+def test_slow_at_its_ends_is_mage_and_still(data: Path) -> None:
+    mage, one, zero = (
+        Sequence("mage", data),
+        Sequence("mage-slow", data, slow=1.0),
+        Sequence("mage-slow", data, slow=0.0),
+    )
+    start = zero.state()
+    for sequence in (mage, one, zero):
+        sequence.learn("VQAv2")
+    states = [sequence.state() for sequence in (mage, one)]
+    assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])
+    changed = {key.split(".")[-2] for key, value in zero.state().items() if not torch.equal(value, start[key])}
+    assert changed == {"text-expert"}
+
+
+@pytest.mark.parametrize("slow", [-0.1, 1.5, float("nan")])
+def test_slow_is_a_part(slow: float) -> None:
+    with pytest.raises(UserError, match="slow must be from 0 to 1, got"):
+        MageSlow(slow=slow)
+
+
+def test_attention_needs_a_rank(tiny: TinyBackbone) -> None:
+    with pytest.raises(UserError, match="rank must be at least 1, got 0"):
+        AttentionLora(rank=0).setup(tiny, [], torch.Generator())
