@@ -19,6 +19,8 @@ from cnext import ops
 from cnext.ops import dispatch, reference
 from cnext.ops.rules import OPS
 
+# torch 2.11 warns of its own code
+pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script:DeprecationWarning")
 DEVICE = os.environ.get("CNEXT_TEST_DEVICE", "cpu")
 LAYERS = 40 if DEVICE == "cuda" else 5
 WIDE, NARROW, RANK, LIVE = 13824, 5120, 8, 3

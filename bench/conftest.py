@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -43,11 +44,26 @@ def transient_bytes(function: Callable[[], object]) -> int:
         function()
         finish()
         return torch.cuda.max_memory_allocated() - before
+    ctypes.CDLL(None).malloc_trim(0)  # gives back what earlier calls have freed
     with open("/proc/self/clear_refs", "w") as file:
         file.write("5")  # forgets the peak
     before = _status("VmRSS")
     function()
     return max(_status("VmHWM") - before, 0)
+
+
+def captured(function: Callable[[], object]) -> Callable[[], object]:
+    """The call replayed from a CUDA graph: what the device takes, without the host's launches."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            function()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        function()
+    return graph.replay
 
 
 class Race:
@@ -66,15 +82,19 @@ class Race:
         parameters: int = 0,
         bytes_per_parameter: float = 0.0,
         rounds: int = 20,
+        graph: bool = False,
         **booked: object,
     ) -> None:
         """One row: paired times of yardstick and candidate, peak transient memory, and share of copy bandwidth.
 
-        The share is that of moving ``bytes_per_parameter``; 0 for what is bound by arithmetic, and then left out.
+        The share is that of moving ``bytes_per_parameter``; 0 for what is bound by arithmetic, and then left out. With
+        ``graph`` both are timed as CUDA graphs, for work so short that launching it would be what is measured.
         """
         for function in (candidate, yardstick, self.copy):
             function()
         transient = transient_bytes(candidate)
+        if graph:
+            candidate, yardstick = captured(candidate), captured(yardstick)
         other, copy = [], []
 
         def before() -> None:
@@ -104,6 +124,7 @@ class Race:
             "device": torch.cuda.get_device_name() if DEVICE == "cuda" else "cpu",
             "threads": torch.get_num_threads(),
             "torch": torch.__version__,
+            "graph": graph,
             **(bandwidth if bytes_per_parameter else {}),
             "time_over_yardstick": statistics.median(ratios),
             "time_over_yardstick_20_80": (ratios[len(ratios) // 5], ratios[-1 - len(ratios) // 5]),
@@ -111,6 +132,14 @@ class Race:
             "transient_bytes": transient,
             **booked,
         }
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture

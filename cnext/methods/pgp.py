@@ -6,8 +6,8 @@ far and P = I - U U^T, the gradient G of A and then the step itself are projecte
     G <- G P,    and after the optimizer    A <- A_before + (A - A_before) P
 
 G alone is not enough: Adam rescales it element by element, out of the subspace, and weight decay was never in it.
-After a task, with R = sum of x x^T over its last steps, U takes in the leading eigenvectors of P R P until trace(U^T R U)
->= epsilon trace(R). B is free. The official code projects prompts; this LoRA form is ours, after Qiao et al., ICLR 2024.
+After a task, with R = sum of x x^T over its last steps, U takes in leading eigenvectors of P R P until trace(U^T R U)
+>= epsilon trace(R). B is free. The official code projects prompts; this form is ours, after Qiao et al., ICLR 2024.
 """
 
 from __future__ import annotations

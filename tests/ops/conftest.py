@@ -11,6 +11,8 @@ def poisoned_empty(monkeypatch: pytest.MonkeyPatch) -> None:
 
         def poisoned(*args, _original=original, **kwargs):
             tensor = _original(*args, **kwargs)
-            return tensor.fill_(float("nan")) if tensor.is_floating_point() else tensor
+            if tensor.is_floating_point():
+                tensor.detach().fill_(float("nan"))
+            return tensor
 
         monkeypatch.setattr(owner, name, poisoned)

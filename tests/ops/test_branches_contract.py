@@ -1,5 +1,7 @@
 """What the branches op promises besides its numbers: autograd, torch.library, compile, checkpoints, memory, errors."""
 
+import shutil
+
 import pytest
 import torch
 from ops.branches_cases import DEVICE, SEED, Case, saved_by
@@ -7,11 +9,15 @@ from torch.library import opcheck
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from cnext import ops
+from cnext import adapters, ops
 from cnext.errors import UserError
+from cnext.ops import branches_reference
 
 F64, BF16 = torch.float64, torch.bfloat16
 DROPOUT = {"dropout": 0.25}
+warned_by_torch = pytest.mark.filterwarnings(  # torch 2.11 warns of its own code
+    "ignore:.*should not be instantiated:DeprecationWarning", "ignore:.torch.jit.script:DeprecationWarning"
+)
 CHECKED = {
     "plain": {},
     "dropout": {"options": {**DROPOUT, "scale": 0.5}},
@@ -98,6 +104,7 @@ def test_a_checkpoint_repeats_the_mask(reentrant):
     assert all(torch.equal(one, other) for one, other in zip(again, gradients(layer), strict=True))
 
 
+@warned_by_torch
 @pytest.mark.parametrize("dropout", [0.0, 0.25])
 def test_under_torch_compile_without_a_graph_break(dropout, monkeypatch):
     monkeypatch.undo()
@@ -208,3 +215,24 @@ if DEVICE == "cuda":
             result.zero_()
         graph.replay()
         assert all(torch.equal(one, other) for one, other in zip(results, expected, strict=True))
+
+
+if shutil.which("g++"):
+
+    @warned_by_torch
+    def test_compiled_by_inductor(monkeypatch):
+        """A whole adapter layer with generated code around the op: forward and backward as in plain torch."""
+        monkeypatch.undo()
+        case = Case()
+        branches = {str(i): adapters.Branch(a.detach(), 29) for i, a in enumerate(case.a[0])}
+        layer = adapters.AdapterLinear(torch.nn.Linear(33, 29), branches).to(DEVICE)
+        layer.base.load_state_dict({"weight": case.weights[0], "bias": case.biases[0]})
+        for branch, b in zip(branches.values(), case.b[0], strict=True):
+            branch.B.data.copy_(b)
+        compiled = torch.compile(lambda x: F.silu(layer(x * 1.0)), backend="inductor", fullgraph=True)
+        leaves = [case.x, *(branch.A for branch in branches.values()), *(branch.B for branch in branches.values())]
+        y, plain = compiled(case.x), F.silu(branches_reference.lora_branches(*case.arguments())[0])
+        results = [y, *torch.autograd.grad(y, leaves, case.grads)]
+        expected = [plain, *torch.autograd.grad(plain, case.leaves, case.grads)]
+        for mine, theirs in zip(results, expected, strict=True):
+            torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-4)

@@ -1,0 +1,86 @@
+"""A whole decoder layer, its seven linear layers with branches: ``pytest bench/ --benchmark-only -k decoder_layer``.
+
+One layer of LLaMA2-13B in bfloat16, 14,080 tokens in 16 sequences; on a CPU a quarter as wide, float32, 256 tokens, one
+thread. A row's ``time_over_yardstick`` is the median ratio of forward and backward to those of the frozen layer, in
+pairs, checkpointed where the row is. ``kept_bytes`` is what the graph keeps besides parameters, without a checkpoint.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from branch_peers import DEVICE, DTYPE, GPU, NARROW, PEERS, WIDE, adapted, kept_bytes, ops_run
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from cnext import ops
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+SEQUENCES, TOKENS = (16, 880) if GPU else (2, 128)
+LINEARS = 7
+
+
+def decoder(peer: str, dropout: float) -> tuple[nn.Module, Callable[[Tensor], Tensor]]:
+    """The layer, its linear layers replaced unless ``peer`` is "frozen", and its forward pass."""
+    from transformers import LlamaConfig
+    from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRotaryEmbedding
+
+    torch.manual_seed(1)
+    config = LlamaConfig(
+        hidden_size=NARROW, intermediate_size=WIDE, num_attention_heads=NARROW // 128, attn_implementation="sdpa"
+    )
+    place = torch.arange(TOKENS, device=DEVICE)[None]
+    with torch.device(DEVICE):
+        layer = LlamaDecoderLayer(config, 0).requires_grad_(False).to(DTYPE)
+        angles = LlamaRotaryEmbedding(config)(torch.empty(0, dtype=DTYPE), place)
+    linears = [(name, module) for name, module in layer.named_modules() if isinstance(module, nn.Linear)]
+    assert len(linears) == LINEARS
+    for name, linear in linears if peer != "frozen" else ():
+        parent, _, child = name.rpartition(".")
+        setattr(layer.get_submodule(parent), child, PEERS[peer](adapted(linear, dropout).to(DEVICE, DTYPE)))
+
+    def forward(x: Tensor) -> Tensor:
+        y = layer(x, position_ids=place, position_embeddings=angles)
+        return y[0] if isinstance(y, tuple) else y
+
+    return layer.train(), forward
+
+
+def near(mine: Tensor, other: Tensor) -> bool:
+    return bool((mine - other).norm() <= (2e-2 if GPU else 1e-5) * other.norm())
+
+
+@pytest.mark.parametrize("checkpointed", [False, True], ids=["plain", "checkpointed"])
+@pytest.mark.parametrize("dropout", [0.0, 0.05])
+@pytest.mark.parametrize("peer", ["cnext", "released", "peft-rank-32", "lorafusion"])
+def test_branches_decoder_layer(race, peer, dropout, checkpointed):
+    race.benchmark.group = f"branches decoder layer, {'checkpointed' if checkpointed else 'plain'}, dropout {dropout}"
+    (layer, forward), (base, frozen) = decoder(peer, dropout), decoder("frozen", 0.0)
+    x, grad = (torch.randn(SEQUENCES, TOKENS, NARROW, device=DEVICE).to(DTYPE) for _ in range(2))
+    x.requires_grad_()
+    live = [x, *(p for p in layer.parameters() if p.requires_grad)]
+
+    def both(function: Callable[[Tensor], Tensor], inputs: list[Tensor], again: bool) -> tuple[Tensor, ...]:
+        torch.manual_seed(2)
+        y = checkpoint(function, x, use_reentrant=False) if again else function(x)
+        return torch.autograd.grad(y, inputs, grad)
+
+    for mine, plain in zip(both(forward, live, checkpointed), both(forward, live, False), strict=True):
+        assert near(mine, plain), "a checkpoint does not repeat the mask"
+    if not dropout:
+        expected = decoder("concatenated", 0.0)[1]
+        assert near(forward(x), expected(x))
+        assert near(both(forward, [x], checkpointed)[0], both(expected, [x], False)[0])
+    booked: dict[str, object] = {"x_bytes": x.nbytes}
+    if not checkpointed:
+        booked["kept_bytes"] = kept_bytes(forward, x, layer)
+        booked["kept_bytes_frozen"] = kept_bytes(frozen, x, base)
+    if peer == "cnext":
+        counts = ops_run(lambda: both(forward, live, checkpointed))
+        assert counts == {"lora_branches": LINEARS * (1 + checkpointed), "lora_branches_backward": LINEARS}
+        booked["path"] = ops.last_path("lora_branches")
+        assert booked["path"] == ("cuda" if GPU else "cpp")
+    pair = lambda: both(forward, live, checkpointed), lambda: both(frozen, [x], checkpointed)
+    race.run(*pair, rounds=20 if GPU else 7, **booked)

@@ -1,0 +1,81 @@
+"""Chooses every method's own hyperparameter on validation items and a seed of its own: three values each.
+
+    python bench/tune.py --out runs/tune              # all methods, two runs at a time
+    python bench/tune.py --out runs/tune --method ewc
+
+Writes what each value gave to results/next-tiny/tuning.json; the best Avg.ACC becomes the method's default. The
+learning rate was chosen with lora alone and is the same for all, as are rank and budget. Run again, it goes on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+RESULTS = Path(__file__).parents[1] / "results" / "next-tiny" / "tuning.json"
+SEED = 10
+SHOWN = ("avg_acc", "forgetting", "new_acc")
+GRID: dict[str, tuple[str, tuple[float, ...]]] = {
+    "mage-pull": ("pull", (0.003, 0.01, 0.03)),
+    "moelora": ("scale", (1, 2, 4)),
+    "lae": ("decay", (0.95, 0.98, 0.99)),
+    "ewc": ("penalty", (0.003, 0.01, 0.03)),
+    "mage": ("c", (2, 5, 10)),
+    "pgp": ("epsilon", (0.5, 0.9, 0.97)),
+    "replay": ("weight", (0.3, 1, 3)),
+    "distillation": ("weight", (0.3, 1, 3)),
+    "o-lora": ("penalty", (0.005, 0.05, 0.5)),
+    "reglora": ("penalty", (25, 250, 2500)),
+    "mage-routed": ("c", (2, 5, 10)),
+    "mage-slow": ("slow", (0.1, 0.2, 0.5)),
+    "mode": ("distill", (0.1, 0.3, 1)),
+    "cia": ("factor", (0.01, 0.1, 2)),
+}
+"""Method to its main hyperparameter and the values tried. Methods that have none are not here."""
+
+
+def tried(out: Path, method: str, name: str, value: float) -> dict[str, float]:
+    """One run's metrics, in a process of its own; an earlier one's, where it is finished."""
+    folder = out / f"{method}-{name}-{value:g}"
+    flag = f"--{method}.{name.replace('_', '-')}"
+    command = ["-m", "cnext.cli", "run", "--method", method, "--split", "validation", "--seeds", str(SEED)]
+    done = subprocess.run(
+        [sys.executable, *command, "--out", str(folder), flag, f"{value:g}"], capture_output=True, text=True
+    )
+    if done.returncode:
+        raise SystemExit(f"{method} with {flag} {value:g} failed:\n{done.stderr}")
+    metrics = json.loads((folder / method / "paper" / f"seed-{SEED}" / "results.json").read_text())["metrics"]
+    print(f"{method:<14} {name} {value:<8g}" + "".join(f"{metrics[key]:8.2f}" for key in SHOWN), flush=True)
+    return {key: metrics[key] for key in SHOWN}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("runs/tune"), help="folder of the runs")
+    parser.add_argument("--method", nargs="+", choices=GRID, default=list(GRID), metavar="METHOD")
+    parser.add_argument("--jobs", type=int, default=2, help="runs at a time")
+    arguments = parser.parse_args()
+    runs = [(method, GRID[method][0], value) for method in arguments.method for value in GRID[method][1]]
+    with ThreadPoolExecutor(arguments.jobs) as pool:
+        found = list(pool.map(lambda run: tried(arguments.out, *run), runs))
+    RESULTS.parent.mkdir(parents=True, exist_ok=True)
+    table = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {}
+    for method in arguments.method:
+        name, values = GRID[method]
+        rows = {
+            f"{value:g}": metrics
+            for run, metrics in zip(runs, found, strict=True)
+            if run[0] == method
+            for value in run[2:]
+        }
+        best = max(values, key=lambda value: rows[f"{value:g}"]["avg_acc"])
+        table[method] = {"hyperparameter": name, "chosen": best, "seed": SEED, "split": "validation", "values": rows}
+    RESULTS.write_text(json.dumps(dict(sorted(table.items())), indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,121 @@
+"""Compiles a family's Triton kernels for a GPU that need not be there: ``python ahead_of_time.py branches 90``.
+
+Prints as JSON what each takes: registers a thread, spilled bytes, shared memory and threads a program, out of the
+compiled code; and whether its PTX has vector accesses, tensor cores and atomics.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+SHARED_MEMORY = {80: 166_912, 90: 232_448, 120: 101_376}
+"""Bytes that a program may have, by compute capability."""
+REGISTERS = 65_536
+"""Registers of a multiprocessor, on all of them."""
+Spec = tuple[str, object, dict[str, str], dict[str, object], set[str], int]
+"""Label, kernel, types of its arguments, its constants, the arguments that 16 divides, warps."""
+
+
+def averaging() -> Iterator[Spec]:
+    """Every rule with every combination of types, and the sum over programs."""
+    from cnext.kernels import averaging as kernels
+
+    from cnext.ops.rules import OPS
+
+    seen = set()
+    for op in OPS.values():
+        for rule in op.rules:
+            for param, ema in ("ff", "bf", "bb"):
+                dtypes = "".join({"s": "f", "p": param, "e": ema}[op.roles[name]] for name in op.order)
+                if (rule, dtypes) in seen:
+                    continue
+                seen.add((rule, dtypes))
+                kernel = kernels.KERNELS[rule]
+                numbers, types = kernels.arguments(rule, dtypes, [0.5] * len(op.scalars))
+                kinds = ["*i64", "*i64", "*i32", "*i64", "i32", "*fp64", "*fp64", *["fp32"] * len(numbers)]
+                signature = dict(zip(kernel.arg_names, kinds, strict=False))
+                pointers = {name for name, kind in signature.items() if kind[0] == "*"}
+                constants = {**types, "ALIGN": 16, "BLOCK": kernels.BLOCK}
+                yield f"{rule} {dtypes}", kernel, signature, constants, pointers, kernels.WARPS
+    signature = {"partial": "*fp64", "out": "*fp64", "first_block": "*i32"}
+    constants = {"COLUMNS": 5, "SUMS": 3, "BLOCK": 256}
+    yield "combine", kernels.combine, signature, constants, set(signature), 4
+
+
+def branches() -> Iterator[Spec]:
+    """Every pass at the rank of four branches, and in bfloat16 beyond a block of rank."""
+    import torch
+    from cnext.kernels import branches as kernels
+
+    kinds = {"partial": "*fp32", "seed": "*i64", "out": "*i1", "scale": "fp32"}
+    for name, operands in (("project", "x a h"), ("weigh", "dh x"), ("spread", "dh a dx"), ("mask", "")):
+        kernel = getattr(kernels, name)
+        for kind, dtype in {"fp32": torch.float32, "bf16": torch.bfloat16}.items() if operands else [("i1", None)]:
+            for rank in (32, 128) if kind == "bf16" else (32,):
+                sizes = kernels.shape(dtype or torch.bfloat16, rank)
+                warps = sizes.pop("num_warps")
+                constants = {n: v for n, v in sizes.items() if n in kernel.arg_names}
+                types = {n: f"*{kind}" if n in operands.split() else kinds.get(n, "i32") for n in kernel.arg_names}
+                divisible = {n for n, t in types.items() if t[0] == "*" or n.endswith("stride") or n == "columns"}
+                yield f"{name} {kind} {rank}", kernel, types, constants, divisible, warps
+
+
+def compiled(spec: Spec, capability: int) -> Mapping[str, int | bool]:
+    """What a kernel takes once it is compiled."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    _, kernel, types, constants, divisible, warps = spec
+    names = kernel.arg_names
+    signature = {name: "constexpr" if name in constants else types[name] for name in names}
+    attributes = {(names.index(name),): [["tt.divisibility", 16]] for name in divisible}
+    source = ASTSource(kernel, signature, {(names.index(n),): v for n, v in constants.items()}, attributes)
+    built = triton.compile(source, GPUTarget("cuda", capability, 32), {"num_warps": warps})
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(built.asm["cubin"])
+        file.flush()
+        usage = subprocess.check_output([tool, "--dump-resource-usage", file.name], text=True)
+    (registers, stack, local) = (int(re.search(rf"\b{what}:(\d+)", usage)[1]) for what in ("REG", "STACK", "LOCAL"))
+    ptx = built.asm["ptx"]
+    return {
+        "registers": registers,
+        "spilled": stack + local,
+        "shared": built.metadata.shared,
+        "threads": warps * 32,
+        "vectors": bool(re.search(r"(ld|st)\.global\S*\.v4", ptx)),
+        "tensor_cores": "mma" in ptx,
+        "atomics": bool(re.search(r"\b(atom|red)\.", ptx)),
+    }
+
+
+def report(family: str, capability: int, cache: Path) -> dict[str, dict[str, int | bool]]:
+    """What each kernel of a family takes, found in a process of its own: in this one Triton may interpret."""
+    environment = os.environ | {"TRITON_CACHE_DIR": str(cache)}
+    environment.pop("TRITON_INTERPRET", None)
+    command = [sys.executable, __file__, family, str(capability)]
+    run = subprocess.run(command, env=environment, cwd=Path(__file__).parent, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr[-4000:]
+    return json.loads(run.stdout)
+
+
+def assert_fits(kernel: str, built: Mapping[str, int | bool], capability: int, registers: int) -> None:
+    """No register is spilled, and the kernel stays within its registers and the GPU's shared memory."""
+    assert not built["spilled"], f"{kernel} spills {built['spilled']} bytes"
+    assert built["registers"] <= registers, f"{kernel}: {built['registers']} registers"
+    assert built["registers"] * built["threads"] <= REGISTERS, f"{kernel} does not start"
+    assert built["shared"] <= SHARED_MEMORY[capability], f"{kernel}: {built['shared']} bytes of shared memory"
+    assert not built["atomics"], f"{kernel} is not deterministic"
+
+
+if __name__ == "__main__":
+    specs = {"averaging": averaging, "branches": branches}[sys.argv[1]]()
+    print(json.dumps({spec[0]: compiled(spec, int(sys.argv[2])) for spec in specs}))
