@@ -9,6 +9,7 @@ import argparse
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from cnext.errors import UserError
 
@@ -41,10 +42,13 @@ def run_main(arguments: list[str] | None = None) -> int:
     return _guarded(verb)
 
 
-def _list(_: argparse.Namespace) -> None:
+def _list(arguments: argparse.Namespace) -> None:
     from cnext import backbones, methods
     from cnext.tasks import suites
 
+    if arguments.suite is not None:
+        print(suites.details(suites.load(arguments.suite)))
+        return
     print("methods")
     for name in sorted(methods.modules()):
         also = ", ".join(alias for alias, of in methods.ALIASES.items() if of == name)
@@ -52,14 +56,15 @@ def _list(_: argparse.Namespace) -> None:
     print("backbones")
     for name in sorted(backbones.modules()):
         print(f"  {name:<14} {backbones.SUMMARIES.get(name, '')}")
-    print("suites")
+    print("suites (cnext list SUITE tells more of one)")
     for name in suites.names():
-        suite = suites.load(name)
-        print(f"  {name:<14} {suite.description}")
-        for task in suite.tasks:
-            print(f"    {task.name:<12} {'+'.join(task.reads)} -> {'+'.join(task.writes)}: {task.description}")
-        print(f"    orders       {', '.join([*suite.orders, 'reverse', 'alphabet', 'random:K'])}, or a list: a,b,c")
-        print(f"    budgets      {', '.join(suite.budgets)}")
+        print(suites.summary(suites.load(name)))
+
+
+def _card(arguments: argparse.Namespace) -> None:
+    from cnext import methods
+
+    print("\n\n".join(methods.describe(name) for name in arguments.method))
 
 
 def _report(arguments: argparse.Namespace) -> None:
@@ -103,6 +108,29 @@ def _compare(arguments: argparse.Namespace) -> None:
     print(json.dumps(comparison, indent=2) if arguments.json else compare.text(comparison))
 
 
+def _data_check(arguments: argparse.Namespace) -> int:
+    from cnext.tasks import doctor, doctor_text, suites
+
+    suite = suites.load(arguments.suite)
+    if arguments.json is not None and not arguments.json.parent.is_dir():
+        raise UserError(f"--json: expected a file in a folder that is there, got {arguments.json}")
+    with doctor_text.Bars() as bars:
+        report = doctor.check(suite, arguments.dir, bars, arguments.images)
+    if arguments.json is not None:
+        doctor_text.write_json(report, arguments.json)
+    print(doctor_text.text(report))
+    return 1 if report.problems else 0
+
+
+def _data_subset(arguments: argparse.Namespace) -> None:
+    from cnext.tasks import subset, suites
+
+    suite = suites.load(arguments.suite)
+    out = arguments.out or Path(f"{suite.name}-n{arguments.n}-seed{arguments.seed}")
+    name = subset.write_subset(suite, arguments.dir, arguments.n, arguments.seed, out, arguments.absolute)
+    print(f"{name}: cnext-run --suite {out} --data {out}")
+
+
 def _doctor(_: argparse.Namespace) -> None:
     import json
 
@@ -121,13 +149,18 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="cnext", description="Continual learning of dual-to-dual multimodal models.")
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="verb")
 
-    def add(name: str, action: Callable[[argparse.Namespace], None], text: str) -> argparse.ArgumentParser:
-        verb = verbs.add_parser(name, help=text, description=text)
+    def add(
+        name: str, action: Callable[[argparse.Namespace], int | None], text: str, to: Any = verbs
+    ) -> argparse.ArgumentParser:
+        verb = to.add_parser(name, help=text, description=text)
         verb.set_defaults(action=action)
         return verb
 
     add("run", lambda arguments: None, "run the benchmark; the same as cnext-run")
-    add("list", _list, "list the methods, backbones, suites, tasks, orders and budgets")
+    listed = add("list", _list, "list the methods, backbones, suites, tasks, orders and budgets")
+    listed.add_argument("suite", nargs="?", help="tell more of one suite: its tasks, files, counts and license")
+    card = add("card", _card, "show methods' cards: what they do, need and keep, and what their hyperparameters mean")
+    card.add_argument("method", nargs="+", help="a method's name, as `cnext list` shows it")
     report = add("report", _report, "write report.html and report.md of a run folder again")
     report.add_argument("run", type=Path, help="a run folder, for example runs/mage/paper/seed-0")
     table = add("table", _table, "means over seeds and orders and paired differences, from run folders alone")
@@ -145,6 +178,23 @@ def _parser() -> argparse.ArgumentParser:
     other.add_argument("--to", type=Path, metavar="RUN", help="another run")
     compare.add_argument("--anyway", action="store_true", help="compare what is not comparable, and say why it is not")
     compare.add_argument("--json", action="store_true", help="print the comparison as JSON")
+    about = "check the files of a suite, or draw a named reduced protocol from them"
+    data = verbs.add_parser("data", help=about, description=about)
+    parts = data.add_subparsers(dest="part", required=True, metavar="part")
+    text = "count, read and look at every file of a suite; exit status 0: clean, 1: problems found, 2: wrong usage"
+    check = add("check", _data_check, text, parts)
+    check.add_argument("--json", type=Path, metavar="FILE", help="write all that was found, every line and path")
+    looks = ("none", "verify", "decode")
+    told = "how to look at images: not at all, header and checksums, or every pixel (default: verify)"
+    check.add_argument("--images", choices=looks, default="verify", help=told)
+    subset = add("subset", _data_subset, "write a few rows of every split as a suite of its own, drawn by seed", parts)
+    subset.add_argument("--n", type=int, default=500, help="rows of every split (default: 500)")
+    subset.add_argument("--seed", type=int, default=0, help="seed of the draw (default: 0)")
+    subset.add_argument("--out", type=Path, help="folder to write (default: ./<suite>-n<n>-seed<seed>)")
+    subset.add_argument("--absolute", action="store_true", help="refer to the images by absolute paths")
+    for part in (check, subset):
+        part.add_argument("dir", type=Path, help="folder with the suite's files")
+        part.add_argument("--suite", default="continual-next", help="suite (default: continual-next)")
     add("doctor", _doctor, "show versions, devices, and which parts of the compiled core are there")
     tiny = add(
         "pretrain-tiny", _pretrain_tiny, "pretrain the tiny backbone and its CLIP from nothing (about 20 minutes)"

@@ -6,9 +6,12 @@ A package elsewhere adds one by an entry point of the group ``cnext.methods``: `
 from __future__ import annotations
 
 import ast
+import dataclasses
 import importlib
 import importlib.metadata
 import importlib.util
+import inspect
+import itertools
 from pathlib import Path
 
 from cnext.errors import UserError, unknown
@@ -62,3 +65,37 @@ def load(name: str) -> type:
     if len(classes) != 1:
         raise UserError(f"module {module.__name__} must define one subclass of Method, it defines {len(classes)}")
     return classes[0]
+
+
+def described_fields(kind: type) -> dict[str, str]:
+    """A method's hyperparameters and what the string under each says it means, its base classes' included."""
+    found: dict[str, str] = {}
+    for one in [base for base in reversed(kind.__mro__) if dataclasses.is_dataclass(base)]:
+        (body,) = [node.body for node in ast.parse(inspect.getsource(one)).body if isinstance(node, ast.ClassDef)]
+        for first, second in itertools.pairwise(body):
+            if (
+                isinstance(first, ast.AnnAssign)
+                and isinstance(second, ast.Expr)
+                and isinstance(second.value, ast.Constant)
+            ):
+                found[ast.unparse(first.target)] = " ".join(str(second.value.value).split())
+    return {field.name: found.get(field.name, "") for field in dataclasses.fields(kind) if field.init}
+
+
+def describe(name: str) -> str:
+    """A method's card as text: its docstring, what it needs and keeps, and its hyperparameters with their defaults."""
+    kind = load(name)
+    method, canon = kind(), canonical(name)
+    card = method.card
+    lines = [inspect.getdoc(importlib.import_module(kind.__module__)) or "", ""]
+    lines.append(f"paper               {card.paper}")
+    rehearsal = f"{card.rehearsal} training samples of every task are kept" if card.rehearsal else "none"
+    lines.append(f"rehearsal           {rehearsal}")
+    lines.append(f"task id at test     {'needed' if card.task_id_at_test else 'not needed'}")
+    lines.append(f"keeps between tasks {card.keeps}")
+    lines.append(
+        "learns              " + ("all tasks at once, as a reference" if method.joint else "one task after another")
+    )
+    for field, text in described_fields(kind).items():
+        lines.append(f"--{canon}.{field.replace('_', '-')} (default {getattr(method, field)})\n    {text}")
+    return "\n".join(lines)

@@ -41,6 +41,8 @@ class MoeLora(Lora):
 
     rank: int = 8
     """Rank of each expert."""
+    scale: float = 2.0
+    """Factor of the experts' weighted mean (1.0 in the paper; 2 did better on validation items)."""
     experts: int = 4
     """Number of experts."""
 
