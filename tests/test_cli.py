@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -28,7 +30,9 @@ def test_list_names_everything(capsys: pytest.CaptureFixture[str]) -> None:
         assert name in shown
 
 
-@pytest.mark.parametrize("verb", [["--help"], ["report", "--help"], ["pretrain-tiny", "--help"]], ids=" ".join)
+@pytest.mark.parametrize(
+    "verb", [["--help"], *([v, "--help"] for v in ("report", "metrics", "compare", "pretrain-tiny"))], ids=" ".join
+)
 def test_help(verb: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
         main(verb)
@@ -46,9 +50,9 @@ def test_help_of_a_method_shows_its_hyperparameters(capsys: pytest.CaptureFixtur
 
 
 MISTAKES = {
-    "method": (["--method", "mag"], "unknown method 'mag'; valid: lora, mage, zero-shot"),
+    "method": (["--method", "mag"], "unknown method 'mag'; valid: "),
     "order": (["--order", "backwards"], "unknown order 'backwards'; valid: paper, reverse, alphabet"),
-    "suite": (["--suite", "coin"], "unknown suite 'coin'; valid: next-tiny"),
+    "suite": (["--suite", "coins"], "unknown suite 'coins'; valid: coin, continual-next"),
     "backbone": (["--backbone", "huge"], "unknown backbone 'huge'; valid: tiny"),
     "budget": (["--budget", "large"], "unknown budget 'large'; valid: default, smoke"),
     "device": (["--device", "toaster"], "unknown device 'toaster'; valid: auto, cpu, cuda"),
@@ -174,3 +178,118 @@ def test_hyperparameters_reach_the_run(tmp_path: Path, toy_suite: Path, data: Pa
     config = json.loads((tmp_path / "mage/VQAv2/seed-0/config.json").read_text())
     assert config["hyperparameters"]["rank"] == 2
     assert json.loads((tmp_path / "mage/VQAv2/seed-0/results.json").read_text())["cost"]["adapter_parameters"] == 78_080
+
+
+MATRIX = "after,A,B\nzero-shot,10,20\nA,60,25\nB,40,70\n"
+
+
+def test_metrics_of_a_matrix_from_elsewhere(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "matrix.csv").write_text(MATRIX)
+    assert main(["metrics", str(tmp_path / "matrix.csv")]) == 0
+    shown = capsys.readouterr().out
+    assert any(line.split()[:2] == ["forgetting", "20.00"] and "divisor T-1" in line for line in shown.splitlines())
+    assert main(["metrics", str(tmp_path / "matrix.csv"), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    expected = {
+        "avg_acc": 55,
+        "new_acc": 65,
+        "forgetting": 20,
+        "fwt": 5,
+        "transfer": 25,
+        "avg_hal": None,
+        "omega": None,
+    }
+    assert {name: found[name] for name in expected} == expected
+
+
+@pytest.mark.parametrize(
+    "verb",
+    [
+        ["metrics", "matrix.csv"],
+        ["metrics", "matrix.csv", "--json"],
+        ["compare", "results.json", "--to", "results.json"],
+    ],
+    ids=" ".join,
+)
+def test_verbs_of_numbers_alone_load_no_torch(verb: list[str], tmp_path: Path) -> None:
+    (tmp_path / "matrix.csv").write_text(MATRIX)
+    conditions = dict.fromkeys(("suite", "backbone", "split", "samples", "budget"), "x")
+    results = {"method": "lora", "profile": "strict", "tasks": ["A"], "score_matrix": [[5]], **conditions}
+    (tmp_path / "results.json").write_text(json.dumps(results))
+    code = f"import sys; from cnext.cli import main; status = main({verb}); sys.exit(status or 'torch' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True, stdout=subprocess.DEVNULL)
+
+
+def test_a_run_of_ours_has_the_same_metrics_and_compares(
+    tmp_path: Path, toy_suite: Path, data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ["--method", "lora", "--order", "VQAv2,HQEdit", "--suite", str(toy_suite), "--data", str(data)]
+    assert run_main([*flags, "--out", str(tmp_path)]) == 0
+    folder = tmp_path / "lora" / "VQAv2-HQEdit" / "seed-0"
+    capsys.readouterr()
+    assert main(["metrics", str(folder / "results.json"), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    metrics = json.loads((folder / "results.json").read_text())["metrics"]
+    assert {name: found[name] for name in metrics} == metrics
+
+    assert main(["compare", str(folder), "--paper"]) == 2
+    refusal = capsys.readouterr().err
+    for difference in (
+        "suite: toy here, continual-next there",
+        "backbone: tiny here, seed-x there",
+        "tasks: VQAv2, HQEdit",
+    ):
+        assert difference in refusal
+    assert main(["compare", str(folder), "--paper", "--anyway"]) == 0
+    assert "LoRA of the paper" in capsys.readouterr().out
+    assert main(["compare", str(folder), "--paper", "upper-bound", "--anyway", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["there"].startswith("Upper-Bound")
+    assert main(["compare", str(folder), "--to", str(folder)]) == 0
+    assert "+0.00" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("verb", "message"),
+    [
+        (["metrics", "none.csv"], "none.csv: expected a file, found nothing"),
+        (["metrics", "matrix.txt"], "matrix.txt: expected a score matrix in a .csv or .json file"),
+        (["compare", "none", "--paper"], "none: expected the results of a run, found nothing"),
+        (["compare", "none", "--to", "other"], "none: expected the results of a run, found nothing"),
+    ],
+    ids=["no file", "no matrix", "no run", "no runs"],
+)
+def test_numbers_that_are_not_there_are_one_line(
+    verb: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(verb) == 2
+    shown = capsys.readouterr().err
+    assert shown.startswith(f"error: {message}")
+    assert shown.count("\n") == 1
+
+
+def test_list_is_short_and_tells_more_of_one_suite(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["list"]) == 0
+    shown = capsys.readouterr().out
+    for name in ("coin", "continual-next", "mllm-cl-ability", "mllm-cl-domain", "ucit"):
+        assert f"\n  {name:<16} " in shown
+    assert "SEED-Data" not in shown
+    assert main(["list", "continual-next"]) == 0
+    shown = capsys.readouterr().out
+    for part in ("SEED-Data-Grounding/annotations/*.jsonl", "(164,948 rows published)", "CC BY 4.0", "clip_image"):
+        assert part in shown
+    assert main(["list", "continual"]) == 2
+    assert "unknown suite 'continual'; valid: coin" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("verb", [["data"], ["data", "check"], ["data", "subset"]], ids=" ".join)
+def test_help_on_data(verb: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main([*verb, "--help"])
+    assert stop.value.code == 0
+    assert f"usage: cnext {' '.join(verb)}" in capsys.readouterr().out
+
+
+def test_data_needs_no_torch(tmp_path: Path) -> None:
+    code = "import sys; from cnext.cli import main; main(['data', 'check', '.']); sys.exit('torch' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True, stdout=subprocess.DEVNULL)

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from cnext import adapters
+from cnext.errors import UserError
 from cnext.methods.base import Card, Method
 from cnext.tasks.base import Task
 
@@ -30,7 +31,9 @@ class Lora(Method):
     card = Card("arXiv 2106.09685")
 
     def __post_init__(self) -> None:
-        adapters.check_ranges({"adapter": self.rank}, self.scale, self.dropout)
+        if self.rank < 1:
+            raise UserError(f"rank must be at least 1, got {self.rank}")
+        adapters.check_ranges({}, self.scale, self.dropout)
 
     def attach(self, tasks: Sequence[Task], generator: torch.Generator) -> None:
         self.attach_branches({"lora": self.rank}, generator)

@@ -37,7 +37,8 @@ def evaluate(
 
 def question(sample: Sample) -> Sample:
     """What a model may see of a test item: the first instruction and the image that is read. No answer, no name."""
-    return Sample(id="", turns=(Turn(sample.turns[0].instruction),), image=sample.image)
+    asked = Turn(sample.prompt or sample.turns[0].instruction)
+    return Sample(id="", turns=(asked,), image=sample.image, image_first=sample.image_first)
 
 
 def _write(

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 from cnext.scoring.base import Scorer
 from cnext.scoring.boxes import box
+from cnext.scoring.cider import cider
 from cnext.scoring.images import ImageScorers
-from cnext.scoring.text import ocr_answer, short_answer
+from cnext.scoring.text import contained_answer, exact_answer, ocr_answer, short_answer
 
 
 def make_scorers(clip: str = "tiny", device: str = "cpu") -> dict[str, Scorer]:
@@ -23,6 +24,9 @@ def make_scorers(clip: str = "tiny", device: str = "cpu") -> dict[str, Scorer]:
     return {
         "short_answer": short_answer,
         "ocr_answer": ocr_answer,
+        "exact_answer": exact_answer,
+        "contained_answer": contained_answer,
+        "cider": cider,
         "box": box,
         "clip_text": images.clip_text,
         "clip_image": images.clip_image,

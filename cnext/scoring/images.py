@@ -2,27 +2,19 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from cnext.scoring.base import Prediction, Score
 from cnext.scoring.errors import image_error
-from cnext.tasks.base import DataError
+from cnext.tasks.base import DataError, caption_of
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
     from cnext.scoring.clip import Clip
     from cnext.tasks.base import Sample, Task
-
-_INSTRUCTION = re.compile(r"\A\s*please generate the image\s*[:.]\s*", re.IGNORECASE)
-
-
-def caption_of(instruction: str) -> str:
-    """The caption alone: the instruction without a leading "Please generate the image:" (or with a period)."""
-    return _INSTRUCTION.sub("", instruction)
 
 
 @dataclass(frozen=True)

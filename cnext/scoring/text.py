@@ -1,4 +1,4 @@
-"""Scorers of short textual answers: VQAv2 and ImageNet (`short_answer`), OCRVQA (`ocr_answer`)."""
+"""Scorers of short textual answers: the benchmark's `short_answer` and `ocr_answer`, and other suites' rules."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def short_answer(task: Task, samples: Sequence[Sample], predictions: Sequence[Prediction]) -> list[Score]:
-    """A word or phrase against the reference, 100 or 0.
+    """A word or phrase against the reference, 100 or 0: VQAv2 and ImageNet.
 
     strict: equal after ``normalise``, and no image drawn.
     paper: upper-cased and stripped, either string is a substring of the other (so an empty answer is a hit), unless
@@ -22,27 +22,64 @@ def short_answer(task: Task, samples: Sequence[Sample], predictions: Sequence[Pr
 
     Reference: the released ``merge_vqav2.py`` and ``merge_imn.py``.
     """
-    return [_score(*pair, str.upper) for pair in zip(samples, predictions, strict=True)]
+
+    def released(answer: str, reference: str) -> bool:
+        a, b = answer.upper().strip(), reference.upper().strip()
+        return not repeats_a_word(answer) and (a in b or b in a)
+
+    return _scores(samples, predictions, released)
 
 
 def ocr_answer(task: Task, samples: Sequence[Sample], predictions: Sequence[Prediction]) -> list[Score]:
-    """Text read from an image against the reference, 100 or 0.
+    """Text read from an image against the reference, 100 or 0: OCRVQA.
 
     strict: as ``short_answer``.
     paper: as ``short_answer`` but lower-cased, and an answer with "Unanswerable" in it, so capitalised, is wrong.
 
     Reference: the released ``merge_ocrvqa.py``.
     """
-    return [_score(*pair, str.lower, refused="Unanswerable") for pair in zip(samples, predictions, strict=True)]
+
+    def released(answer: str, reference: str) -> bool:
+        a, b = answer.lower().strip(), reference.lower().strip()
+        return not repeats_a_word(answer) and "Unanswerable" not in answer and (a in b or b in a)
+
+    return _scores(samples, predictions, released)
 
 
-def _score(sample: Sample, prediction: Prediction, fold: Callable[[str], str], refused: str | None = None) -> Score:
-    reference = sample.turns[0].answer
-    hit = prediction.image is None and normalise(prediction.text) == normalise(reference)
+def exact_answer(task: Task, samples: Sequence[Sample], predictions: Sequence[Prediction]) -> list[Score]:
+    """A word or phrase against the reference, 100 or 0, as CoIN counts it.
 
-    a, b = fold(prediction.text).strip(), fold(reference).strip()
-    rejected = repeats_a_word(prediction.text) or (refused is not None and refused in prediction.text)
-    paper_hit = not rejected and (a in b or b in a)
+    strict: as ``short_answer``.  paper: equal when lower-cased and stripped. Only the text counts.
 
-    error = "" if hit else text_error(prediction, reference)
-    return Score(strict=100.0 * hit, paper=100.0 * paper_hit, error=error)
+    Reference: CoIN, arXiv 2403.08350, ``eval_vqav2.py``.
+    """
+    return _scores(samples, predictions, lambda answer, reference: _folded(answer) == _folded(reference))
+
+
+def contained_answer(task: Task, samples: Sequence[Sample], predictions: Sequence[Prediction]) -> list[Score]:
+    """A reference looked for in the answer, 100 or 0, as MLLM-CL counts most of its tasks.
+
+    strict: as ``short_answer``.  paper: lower-cased and stripped, the reference is a substring of the answer. Only the
+    text counts.
+
+    Reference: MLLM-CL, arXiv 2506.05453, ``eval_pvqa.py``.
+    """
+    return _scores(samples, predictions, lambda answer, reference: _folded(reference) in _folded(answer))
+
+
+def _folded(text: str) -> str:
+    return text.lower().strip()
+
+
+def _scores(
+    samples: Sequence[Sample], predictions: Sequence[Prediction], released: Callable[[str, str], bool]
+) -> list[Score]:
+    """Strict scores, and those of the released rule; of several accepted answers the best counts."""
+    scores = []
+    for sample, prediction in zip(samples, predictions, strict=True):
+        accepted = sample.answers
+        hit = prediction.image is None and normalise(prediction.text) in map(normalise, accepted)
+        paper_hit = any(released(prediction.text, reference) for reference in accepted)
+        error = "" if hit else text_error(prediction, accepted[0])
+        scores.append(Score(strict=100.0 * hit, paper=100.0 * paper_hit, error=error))
+    return scores

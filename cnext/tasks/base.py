@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from cnext.errors import UserError, unknown
+
+IMAGE_POSITIONS = ("first", "random")
+PROMPTS = ("released", "consistent")
+_DRAW = re.compile(r"\A\s*please generate the image\s*[:.]\s*", re.IGNORECASE)
+
+
+def caption_of(instruction: str) -> str:
+    """The caption alone: the instruction without a leading "Please generate the image:" (or with a period)."""
+    return _DRAW.sub("", instruction)
 
 
 class DataError(UserError):
@@ -28,6 +38,9 @@ class Sample:
     image: the image that is read, or None.  target_image: the image that should be written, or None.
     size: width and height in pixels of the original image, where boxes are given relative to it.
     origin: "file:line" (JSONL) or "file#index" (JSON), for error messages.
+    image_first: whether the image that is read stands before the first instruction, or after it.
+    prompt: what the model is asked in a test, where that is not the first instruction as it is scored; "" elsewhere.
+    references: all accepted answers to the first instruction, where there are several.
     """
 
     id: str
@@ -36,6 +49,14 @@ class Sample:
     target_image: Path | None = None
     size: tuple[int, int] | None = None
     origin: str = ""
+    image_first: bool = True
+    prompt: str = ""
+    references: tuple[str, ...] = ()
+
+    @property
+    def answers(self) -> tuple[str, ...]:
+        """The accepted answers to the first instruction, at least one."""
+        return self.references or (self.turns[0].answer,)
 
 
 @dataclass(frozen=True)
@@ -45,6 +66,14 @@ class Task:
     format: the reader of its files, a key of ``cnext.tasks.formats.READERS``.
     scorer: a name that ``cnext.scoring.make_scorers`` gives.
     train, test, validation: paths or glob patterns relative to the data folder.
+    train_images, test_images: image folders relative to the data folder, or absolute.
+    references: a file with several captions per test item, as COCO writes them; item k is its image_id k, from 1.
+    image_position: "first", or "random" for before or after the first instruction of a training sample, by a hash of
+        its id; "first" in every test.
+    prompts: of tasks that write images. "released" leaves the files' wording, which differs between training and test;
+        "consistent" begins every instruction alike and leaves test_prefix out.
+    test_prefix: what the released evaluation puts before the instruction of a test item.
+    train_count, test_count: rows as published, 0 where they are not.  source: where the images come from.
     """
 
     name: str
@@ -59,6 +88,27 @@ class Task:
     validation: str = ""
     max_new_tokens: int = 32
     description: str = ""
+    references: str = ""
+    image_position: str = "first"
+    prompts: str = "released"
+    test_prefix: str = ""
+    train_count: int = 0
+    test_count: int = 0
+    source: str = ""
+
+    def __post_init__(self) -> None:
+        for field, valid in (("image_position", IMAGE_POSITIONS), ("prompts", PROMPTS)):
+            if getattr(self, field) not in valid:
+                raise unknown(f"{field} of task {self.name}", getattr(self, field), valid)
+
+    @property
+    def splits(self) -> tuple[str, ...]:
+        """The splits that the task has files of."""
+        return tuple(split for split in ("train", "test", "validation") if getattr(self, split))
+
+    def image_folder(self, split: str) -> str:
+        """The image folder of a split, relative to the data folder or absolute."""
+        return self.train_images if split == "train" else self.test_images
 
 
 def joined(tasks: Sequence[Task]) -> Task:
@@ -93,6 +143,7 @@ class Suite:
 
     synthetic: name of the generator that writes the data folder, "" where the user supplies it.
     clip: the CLIP model that scores pictures, as ``cnext.scoring.make_scorers`` takes it.
+    source, license: where the annotations come from, and under which terms; "" where that is not known.
     """
 
     name: str
@@ -102,6 +153,8 @@ class Suite:
     budgets: dict[str, Recipe]
     synthetic: str = ""
     clip: str = "openai/ViT-B-32"
+    source: str = ""
+    license: str = ""
 
     def task(self, name: str) -> Task:
         """The task of that name. Raises UserError with the valid names."""

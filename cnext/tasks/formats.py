@@ -1,145 +1,87 @@
-"""Readers of the benchmark's files: train JSONL and test JSON of the three formats, checked before anything runs.
-
-conversation   {"image", "data": [question, answer, ...]}  |  {"question_id", "image", "text", "answer"/"answer_bbox"}
-generation     {"image", "data": ["Please generate the image.", caption]}  |  {"question_id", "text"[, "image"]}
-editing        {"source_image", "target_image", "instruction"}  (both files)
-
-Keys with spaces ("question id", "source image") are read as the same keys with underscores.
-"""
+"""Reading a task's files: every row checked, and every problem named at once, before anything runs."""
 
 from __future__ import annotations
 
+import hashlib
 import json
-import os
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
-from cnext.tasks.base import DataError, Sample, Task, Turn
+from cnext.tasks.base import DataError, Sample, Task, caption_of
+from cnext.tasks.images import fault
+from cnext.tasks.readers import READERS
+from cnext.tasks.rows import Row, files, rows, text
 
-Row = dict[str, Any]
-
-
-def _text(row: Row, name: str) -> str:
-    if name not in row:
-        raise ValueError(f"lacks the key {name!r}; it has: {', '.join(sorted(row)) or 'none'}")
-    if not isinstance(row[name], str):
-        raise ValueError(f"{name!r} must be a string, got {type(row[name]).__name__}")
-    return row[name]
+DRAW = "Please generate the image: "
+"""How instructions to draw begin in the released test files, and everywhere with consistent prompts."""
 
 
-def _image(row: Row, name: str, root: Path) -> Path:
-    relative = _text(row, name)
-    # Compared as text and not resolved, so that a link inside the root may point to a disk that holds the pictures.
-    normal = os.path.normpath(relative)
-    if os.path.isabs(relative) or normal == ".." or normal.startswith(f"..{os.sep}"):
-        raise ValueError(f"{name!r} leaves the image folder {root}: {relative}")
-    path = root / normal
-    if not path.is_file():
-        raise ValueError(f"{name!r} names a missing image: {path}")
-    return path
+class Line(NamedTuple):
+    """One row of a file: its fields and the sample that they make, or what is wrong with it."""
+
+    origin: str
+    row: Row
+    sample: Sample | None
+    problem: str
 
 
-def _turns(row: Row) -> tuple[Turn, ...]:
-    data = row.get("data")
-    if not isinstance(data, list) or not data or len(data) % 2 or not all(isinstance(text, str) for text in data):
-        raise ValueError("'data' must be a list of an even number of strings: question, answer, question, answer, ...")
-    return tuple(Turn(question, answer) for question, answer in zip(data[::2], data[1::2], strict=True))
-
-
-def _size(row: Row) -> tuple[int, int] | None:
-    size = row.get("size")
-    if size is None:
-        return None
-    if not (isinstance(size, list) and len(size) == 2 and all(type(side) is int and side > 0 for side in size)):
-        raise ValueError(f"'size' must be [width, height] in pixels, got {size!r}")
-    return (size[0], size[1])
-
-
-def conversation(row: Row, root: Path, name: str, origin: str) -> Sample:
-    """A question about an image, or several in a row."""
-    image = _image(row, "image", root)
-    if "data" in row:
-        return Sample(name, _turns(row), image, origin=origin)
-    answer = _text(row, "answer_bbox" if "answer_bbox" in row else "answer")
-    return Sample(name, (Turn(_text(row, "text"), answer),), image, size=_size(row), origin=origin)
-
-
-def generation(row: Row, root: Path, name: str, origin: str) -> Sample:
-    """A caption to draw. In a test file the image is optional: it is shown in the report and never scored against."""
-    if "data" in row:
-        (turn, *more) = _turns(row)
-        if more:
-            raise ValueError("'data' of a picture to draw must be one pair: instruction and caption")
-        return Sample(
-            name, (Turn(f"{turn.instruction} {turn.answer}"),), None, _image(row, "image", root), origin=origin
-        )
-    target = _image(row, "image", root) if "image" in row else None
-    return Sample(name, (Turn(_text(row, "text")),), None, target, origin=origin)
-
-
-def editing(row: Row, root: Path, name: str, origin: str) -> Sample:
-    """A picture and an instruction to change it by."""
-    instruction = _text(row, "instruction_new" if "instruction_new" in row else "instruction")
-    source, target = _image(row, "source_image", root), _image(row, "target_image", root)
-    return Sample(name, (Turn(instruction),), source, target, origin=origin)
-
-
-READERS: dict[str, Callable[[Row, Path, str, str], Sample]] = {
-    "conversation": conversation,
-    "generation": generation,
-    "editing": editing,
-}
-
-
-def _rows(path: Path) -> Iterator[tuple[str, Any]]:
-    """(origin, parsed row or the error met) for every row of a JSONL or JSON file."""
+def captions(path: Path) -> dict[int, tuple[str, ...]]:
+    """Several captions per item from a file as COCO writes it: {"annotations": [{"image_id", "caption"}, ...]}."""
     try:
-        text = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        yield str(path), ValueError(f"is not UTF-8 text ({error.reason} at byte {error.start})")
-        return
-    if path.suffix == ".jsonl":
-        for number, line in enumerate(text.split("\n"), 1):
-            if line.strip():
-                try:
-                    yield f"{path}:{number}", json.loads(line)
-                except json.JSONDecodeError as error:
-                    yield f"{path}:{number}", ValueError(f"is not JSON: {error.msg} at column {error.colno}")
-                except RecursionError:
-                    yield f"{path}:{number}", ValueError("is not a flat JSON object: it is nested too deeply")
-        return
-    try:
-        rows = json.loads(text)
-    except json.JSONDecodeError as error:
-        yield f"{path}:{error.lineno}", ValueError(f"is not JSON: {error.msg} at column {error.colno}")
-        return
-    except RecursionError:
-        yield str(path), ValueError("is not a list of flat JSON objects: it is nested too deeply")
-        return
-    if not isinstance(rows, list):
-        yield str(path), ValueError(f"must hold one JSON list, got {type(rows).__name__}")
-        return
-    for index, row in enumerate(rows):
-        yield f"{path}#{index}", row
+        listed = json.loads(path.read_text(encoding="utf-8"))["annotations"]
+        found: dict[int, list[str]] = {}
+        for annotation in listed:
+            found.setdefault(int(annotation["image_id"]), []).append(text(annotation, "caption"))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DataError(f"cannot read the captions {path}: expected COCO's 'annotations': {error!r}") from error
+    return {item: tuple(accepted) for item, accepted in found.items()}
 
 
-def _files(data: Path, pattern: str) -> list[Path]:
-    files = sorted(path for path in data.glob(pattern) if path.is_file())
-    if not files:
-        raise DataError(f"no file matches {data / pattern}; expected the benchmark's layout below {data}")
-    return files
+def scan(task: Task, data: Path, split: str, advance: Callable[[int], None] | None = None) -> Iterator[Line]:
+    """Every row of a task's files of one split, good or not; the images that it names are not looked at.
+
+    Args: advance: told the bytes read.
+    """
+    pattern = getattr(task, split)
+    if not pattern:
+        raise DataError(f"task {task.name} has no {split} split")
+    root = data / task.image_folder(split)
+    several = captions(data / task.references) if task.references and split == "test" else {}
+    number = 0
+    for path in files(data, pattern):
+        for origin, row in rows(path, advance):
+            try:
+                if isinstance(row, ValueError):
+                    raise row
+                if several and number + 1 in several:
+                    row["answer"] = [*several[number + 1]]
+                name = str(row.get("question_id", row.get("id", f"{task.name}-{split}-{number:06d}")))
+                sample = READERS[task.format](row, root, name, origin)
+                yield Line(origin, row, _placed(_worded(sample, task, split), task, split), "")
+            except ValueError as error:
+                yield Line(origin, {}, None, str(error))
+            number += 1
 
 
-def _opens(path: Path) -> None:
-    """Raises ValueError where an image cannot be read whole."""
-    from PIL import Image
+def _worded(sample: Sample, task: Task, split: str) -> Sample:
+    """The sample with the task's prompts; only tasks that write images have more than one wording."""
+    first, *more = sample.turns
+    if task.prompts == "consistent" and "image" in task.writes:
+        first = replace(first, instruction=DRAW + caption_of(first.instruction))
+        return replace(sample, turns=(first, *more))
+    if task.test_prefix and split != "train":
+        return replace(sample, prompt=task.test_prefix + first.instruction)
+    return sample
 
-    try:
-        with Image.open(path) as image:
-            image.verify()
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise ValueError(f"names a broken image: {path} ({error})") from error
+
+def _placed(sample: Sample, task: Task, split: str) -> Sample:
+    """The sample with its image before or after the first instruction."""
+    if task.image_position == "first" or split != "train":
+        return sample
+    digest = hashlib.sha256(f"{task.name}/{sample.id}".encode()).digest()
+    return replace(sample, image_first=bool(digest[0] & 1))
 
 
 def read(task: Task, data: Path, split: str, limit: int = 0) -> list[Sample]:
@@ -148,33 +90,26 @@ def read(task: Task, data: Path, split: str, limit: int = 0) -> list[Sample]:
     Raises DataError naming, for all files at once, every line that is malformed or names a missing or broken image
     or one outside the image folder.
     """
-    pattern = getattr(task, split)
-    if not pattern:
-        raise DataError(f"task {task.name} has no {split} split")
-    root = data / (task.train_images if split == "train" else task.test_images)
     samples: list[Sample] = []
     problems: list[str] = []
-    opened: set[Path] = set()
-    for path in _files(data, pattern):
-        for origin, row in _rows(path):
-            if limit and len(samples) >= limit:
-                break
-            try:
-                if isinstance(row, ValueError):
-                    raise row
-                if not isinstance(row, dict):
-                    raise ValueError(f"must be a JSON object, got {type(row).__name__}")
-                row = {key.replace(" ", "_"): value for key, value in row.items()}
-                name = str(row.get("question_id", f"{task.name}-{split}-{len(samples) + len(problems):06d}"))
-                sample = READERS[task.format](row, root, name, origin)
-                for image in {sample.image, sample.target_image} - opened - {None}:
-                    _opens(image)
-                    opened.add(image)
-                samples.append(sample)
-            except ValueError as error:
-                problems.append(f"{origin}: {error}")
+    faults: dict[Path, str] = {}
+    for line in scan(task, data, split):
+        if limit and len(samples) >= limit:
+            break
+        problem = line.problem
+        for image in sorted({line.sample.image, line.sample.target_image} - {None}) if line.sample else ():
+            if image not in faults:
+                faults[image] = fault(image)
+            problem = f"names an image that is {faults[image]}: {image}" if faults[image] else problem
+        if problem:
+            problems.append(f"{line.origin}: {problem}")
+        else:
+            samples.append(line.sample)
     if problems:
         raise DataError("\n".join([f"task {task.name}: {len(problems)} unusable rows", *problems]))
+    place = data / getattr(task, split)
     if not samples:
-        raise DataError(f"task {task.name}: no {split} samples in {data / pattern}")
+        raise DataError(f"task {task.name}: no {split} samples in {place}")
+    if "image" in task.reads and not any(sample.image for sample in samples):
+        raise DataError(f"task {task.name} reads images, and none of its {len(samples)} rows in {place} names one")
     return samples

@@ -146,6 +146,52 @@ def test_drawing_reads_no_target(tiny: TinyBackbone, data: Path) -> None:
     assert one.image is None or (one.image == other.image).all()
 
 
+@pytest.mark.parametrize("task", ["VQAv2", "HQEdit"])
+def test_question_features_are_the_state_at_the_end_of_the_first_instruction(
+    tiny: TinyBackbone, data: Path, task: str
+) -> None:
+    """Sample by sample without padding; another answer, more turns or another target change nothing."""
+    several = samples(data, task)[:5]
+    found = tiny.question_features(tiny.encode(several))
+    for sample, features in zip(several, found, strict=True):
+        ids = torch.tensor([tiny.prompt(sample)])
+        embeddings, _ = tiny._embed(ids, [tiny.features([sample.image])[0]], [False], ids < 0)
+        hidden = tiny.decoder.model(inputs_embeds=embeddings).last_hidden_state[0, -1]
+        torch.testing.assert_close(features, hidden, rtol=1e-4, atol=1e-4)
+    asked = [Sample("", (Turn(sample.turns[0].instruction),), sample.image) for sample in several]
+    torch.testing.assert_close(tiny.question_features(tiny.encode(asked)), found, rtol=1e-5, atol=1e-5)
+    assert tiny.question_features([]).shape == (0, 128)
+
+
+def test_choice_logits_are_those_where_the_answer_begins(tiny: TinyBackbone, data: Path) -> None:
+    """The largest over all words is what generation writes first; the samples' own answers are not read."""
+    several = samples(data, "VQAv2", "test")[:6]
+    words = ["red", "blue", "ring", "yes"]
+    found = tiny.choice_logits(several, words)
+    assert torch.equal(
+        tiny.choice_logits([Sample("", (Turn(s.turns[0].instruction),), s.image) for s in several], words), found
+    )
+    for sample, logits in zip(several, found, strict=True):
+        ids = torch.tensor([tiny.prompt(sample)])
+        embeddings, _ = tiny._embed(ids, [tiny.features([sample.image])[0]], [False], ids < 0)
+        every = tiny.decoder.lm_head(tiny.decoder.model(inputs_embeds=embeddings).last_hidden_state[0, -1])
+        torch.testing.assert_close(logits, every[[tiny.tokenizer[word] for word in words]], rtol=1e-4, atol=1e-4)
+    assert tiny.choice_logits([], words).shape == (0, 4)
+
+
+def test_choice_logits_compare_where_the_answers_part(tiny: TinyBackbone, data: Path) -> None:
+    """Of "red ring" and "red square" the second word; one answer alone is a column of its own."""
+    several = samples(data, "VQAv2", "test")[:3]
+    found = tiny.choice_logits(several, ["red ring", "red square"])
+    for sample, logits in zip(several, found, strict=True):
+        told = Sample("", (Turn(sample.turns[0].instruction, "red ring"),), sample.image)
+        expected = tiny.output(tiny.encode([told])).logits[1]
+        torch.testing.assert_close(
+            logits, expected[[tiny.tokenizer["ring"], tiny.tokenizer["square"]]], rtol=1e-4, atol=1e-4
+        )
+    assert tiny.choice_logits(several, ["red"]).shape == (3, 1)
+
+
 def test_pictures_have_the_right_form(tiny: TinyBackbone, data: Path) -> None:
     drawn = [p.image for p in tiny.generate(samples(data, "Flickr30k", "test"), 8) if p.image is not None]
     assert drawn, "the pretrained model draws"

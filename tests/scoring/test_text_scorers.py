@@ -115,3 +115,29 @@ def test_scorers_refuse_lists_of_different_length(name: str) -> None:
     scorer: Callable = SCORERS[name]
     with pytest.raises(ValueError, match="zip"):
         scorer(None, [Sample("1", (Turn("?", "[0,0,1,1]"),))], [])
+
+
+@pytest.mark.parametrize(
+    ("text", "reference", "strict", "exact", "contained"),
+    [
+        ("Red", "red", 100, 100, 100),
+        ("red.", "red", 100, 0, 100),
+        ("", "red", 0, 0, 0),
+        ("it is Red", "red", 0, 0, 100),
+        ("bored", "red", 0, 0, 100),
+        ("re", "red", 0, 0, 0),
+        ("a red", "red", 100, 0, 100),
+    ],
+)
+def test_rules_of_other_suites(text: str, reference: str, strict: float, exact: float, contained: float) -> None:
+    for scorer, paper in (("exact_answer", exact), ("contained_answer", contained)):
+        result = score(scorer, text, reference)
+        assert (result.strict, result.paper, result.error == "") == (strict, paper, strict == 100)
+
+
+@pytest.mark.parametrize("scorer", ["short_answer", "ocr_answer", "exact_answer", "contained_answer"])
+def test_any_accepted_answer_will_do(scorer: str) -> None:
+    sample = Sample("1", (Turn("How many?", "two"),), references=("two", "2"))
+    (right, wrong) = SCORERS[scorer](None, [sample, sample], [Prediction("2"), Prediction("three")])
+    assert (right.strict, right.paper, right.error) == (100, 100, "")
+    assert (wrong.strict, wrong.paper, wrong.error) == (0, 0, "hallucination")

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 
 from cnext.errors import UserError
+from cnext.running.config import RunConfig, plan
 from cnext.tasks import suites
 
 PAPER = ("VQAv2", "ImageNet", "Flickr30k", "OCRVQA", "RefCOCO", "HQEdit")
@@ -42,8 +44,53 @@ def test_unknown_orders_list_the_valid(spec: str) -> None:
 
 
 def test_unknown_suites_list_the_valid() -> None:
-    with pytest.raises(UserError, match="unknown suite 'coin'; valid: next-tiny"):
-        suites.load("coin")
+    with pytest.raises(UserError, match="unknown suite 'coins'; valid: coin, continual-next, mllm-cl-ability"):
+        suites.load("coins")
+
+
+@pytest.mark.parametrize("name", suites.names())
+def test_every_suite_can_be_planned(name: str, tmp_path: Path) -> None:
+    """Its formats, scorers, modalities, orders and steps are known: what a run looks up before it reads a file."""
+    suite = suites.load(name)
+    for order in (*suite.orders, "reverse", "alphabet"):
+        for budget in suite.budgets:
+            planned = plan(RunConfig(suite=name, data=tmp_path, order=order, budget=budget, method="lora"))
+            assert sorted(planned.order) == sorted(task.name for task in suite.tasks)
+    assert len(suites.summary(suite).splitlines()) == 4
+    assert max(map(len, suites.summary(suite).splitlines())) <= 120
+    assert all(task.test in suites.details(suite) for task in suite.tasks)
+
+
+def test_the_paper_s_suite_is_the_paper_s() -> None:
+    """Sizes as printed in appendix 9.1, steps and optimizer as in the released scripts, both orders as printed."""
+    suite = suites.load("continual-next")
+    sizes = {task.name: (task.train_count, task.test_count) for task in suite.tasks}
+    assert sizes == {
+        "VQAv2": (82_783, 5_000),
+        "ImageNet": (129_833, 5_050),
+        "Flickr30k": (30_783, 1_000),
+        "OCRVQA": (164_948, 5_000),
+        "RefCOCO": (53_700, 5_000),
+        "HQEdit": (8_813, 1_000),
+    }
+    paper = suite.budgets["paper"]
+    assert paper == suite.budgets["default"]
+    assert paper.steps == {**dict.fromkeys(PAPER, 3000), "HQEdit": 10_000}
+    assert (paper.learning_rate, paper.betas, paper.eps, paper.weight_decay) == (1e-4, (0.9, 0.98), 1e-6, 0.05)
+    assert suites.order(suite, "paper") == PAPER
+    assert suites.order(suite, "appendix") == ("VQAv2", "ImageNet", "Flickr30k", "RefCOCO", "OCRVQA", "HQEdit")
+    assert suites.order(suite, "appendix-reverse") == suites.order(suite, "appendix")[::-1]
+
+
+def test_a_suite_says_its_name_and_a_budget_may_be_another_s(toy_suite: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "anything"
+    shutil.copytree(toy_suite, folder)
+    values = json.loads((folder / "suite.json").read_text()) | {"name": "small"}
+    values["budgets"]["paper"] = "default"
+    (folder / "suite.json").write_text(json.dumps(values))
+    suite = suites.load(str(folder))
+    assert suite.name == "small"
+    assert suite.budgets["paper"] == suite.budgets["default"]
 
 
 @pytest.mark.parametrize(

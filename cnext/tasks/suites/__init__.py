@@ -12,6 +12,8 @@ from cnext.errors import UserError, unknown
 from cnext.tasks.base import Recipe, Suite, Task
 
 FOLDER = Path(__file__).parent
+ORDERS = ("reverse", "alphabet", "random:K")
+"""Orders that every suite has, beside those that it names."""
 
 
 def names() -> list[str]:
@@ -51,20 +53,53 @@ def load(name: str) -> Suite:
             _build(Task, {"name": task, **_json(folder / f"{task}.json")}, folder / task) for task in values["tasks"]
         )
         orders = {label: tuple(order) for label, order in values["orders"].items()}
-        budgets = {label: _build(Recipe, recipe, path) for label, recipe in values["budgets"].items()}
+        # A budget may be the name of another: {"paper": {...}, "default": "paper"}.
+        given = values["budgets"]
+        recipes = {label: given[recipe] if isinstance(recipe, str) else recipe for label, recipe in given.items()}
+        budgets = {label: _build(Recipe, recipe, path) for label, recipe in recipes.items()}
     except (KeyError, TypeError, AttributeError) as error:
         raise UserError(
             f"the manifest {path} needs 'tasks' (a list), 'orders' and 'budgets' (objects): {error!r}"
         ) from error
     return Suite(
-        name=folder.name,
+        name=values.get("name", folder.name),
         description=values.get("description", ""),
         tasks=tasks,
         orders=orders,
         budgets=budgets,
         synthetic=values.get("synthetic", ""),
         clip=values.get("clip", Suite.clip),
+        source=values.get("source", ""),
+        license=values.get("license", ""),
     )
+
+
+def summary(suite: Suite) -> str:
+    """A suite in four lines: what it is, its tasks, orders and budgets."""
+    return "\n".join(
+        [
+            f"  {suite.name:<16} {suite.description}",
+            f"    tasks          {', '.join(task.name for task in suite.tasks)}",
+            f"    orders         {', '.join([*suite.orders, *ORDERS])}, or a list: a,b,c",
+            f"    budgets        {', '.join(suite.budgets)}",
+        ]
+    )
+
+
+def details(suite: Suite) -> str:
+    """A suite with all that its manifests say of where its files are and how many rows they have."""
+    known = (("annotations", suite.source), ("license", suite.license))
+    lines = [summary(suite), *(f"    {label:<14} {value}" for label, value in known if value)]
+    for task in suite.tasks:
+        lines.append(f"  {task.name}: {'+'.join(task.reads)} -> {'+'.join(task.writes)}, {task.description}")
+        lines.append(f"    format, scorer {task.format}, {task.scorer}")
+        for split in task.splits:
+            count = getattr(task, f"{split}_count", 0)
+            rows = f" ({count:,} rows published)" if count else ""
+            lines.append(f"    {split:<14} {getattr(task, split)}, images in {task.image_folder(split)}{rows}")
+        if task.source:
+            lines.append(f"    images         {task.source}")
+    return "\n".join(lines)
 
 
 def order(suite: Suite, spec: str) -> tuple[str, ...]:
@@ -88,7 +123,7 @@ def order(suite: Suite, spec: str) -> tuple[str, ...]:
     repeated = [name for name in dict.fromkeys(listed) if listed.count(name) > 1]
     if not strange and not repeated:
         return listed
-    valid = [*suite.orders, "reverse", "alphabet", "random:K", f"or a list of: {','.join(known)}"]
+    valid = [*suite.orders, *ORDERS, f"or a list of: {','.join(known)}"]
     if not spec:
         raise UserError(f"the order is empty; valid: {', '.join(valid)}")
     if len(listed) == 1:

@@ -1,0 +1,239 @@
+"""Examines the files of a suite: what is missing, malformed, broken, twice there, or in training and test alike.
+
+No image stays in memory, and of a row only its hashes do, so that hundreds of thousands of rows are no burden.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
+from itertools import combinations, islice
+from pathlib import Path
+from typing import Any, Protocol
+
+from cnext.errors import UserError
+from cnext.tasks.base import DataError, Sample, Suite, Task, caption_of
+from cnext.tasks.formats import scan
+from cnext.tasks.images import fault
+from cnext.tasks.rows import files
+
+LOOKS = ("none", "verify", "decode")
+"""How images are looked at: not at all, header and checksums, every pixel."""
+READERS_AT_ONCE, CHUNK = 8, 2048
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+UNREFERENCED_LISTED = 1000
+_MANNERS = re.compile(
+    r"answer (the|each) question using a single word or phrase\.?"
+    r"|when the provided information is insufficient, respond with .unanswerable.\.?"
+)
+
+
+class Watcher(Protocol):
+    """What is told how far the examination is."""
+
+    def begin(self, doing: str, total: int) -> None: ...
+
+    def advance(self, count: int) -> None: ...
+
+
+@dataclass
+class SplitReport:
+    """One split of a task. All lists name places in files, or paths; published: rows, 0 where that is not known."""
+
+    files: int = 0
+    rows: int = 0
+    published: int = 0
+    without_image: int = 0
+    images: int = 0
+    lacking: list[str] = field(default_factory=list)
+    """Files and image folders that are not there, with the path at which they are expected."""
+    malformed: list[str] = field(default_factory=list)
+    missing_images: list[str] = field(default_factory=list)
+    broken_images: list[str] = field(default_factory=list)
+    repeated: list[str] = field(default_factory=list)
+
+    @property
+    def miscounted(self) -> bool:
+        """Whether there are files, with other than the published number of rows."""
+        return bool(self.files and self.published and self.rows != self.published)
+
+    @property
+    def problems(self) -> int:
+        """What a run would stumble over. Repeated rows are told and not counted: a data set may well have some."""
+        found = (self.lacking, self.malformed, self.missing_images, self.broken_images)
+        return self.miscounted + sum(map(len, found))
+
+
+@dataclass
+class TaskReport:
+    """A task's splits. shared_items: the same question about the same image in two splits; shared_images: the same
+    image, which is told and not counted."""
+
+    splits: dict[str, SplitReport] = field(default_factory=dict)
+    shared_items: list[str] = field(default_factory=list)
+    shared_images: list[str] = field(default_factory=list)
+
+
+@dataclass
+class Report:
+    """What ``check`` found. unreferenced: image files that no row names, and the first of them."""
+
+    suite: str
+    data: str
+    tasks: dict[str, TaskReport] = field(default_factory=dict)
+    unreferenced: int = 0
+    unreferenced_images: list[str] = field(default_factory=list)
+
+    @property
+    def problems(self) -> int:
+        """0 where the data can be used as they are."""
+        splits = sum(split.problems for task in self.tasks.values() for split in task.splits.values())
+        return splits + sum(len(task.shared_items) for task in self.tasks.values())
+
+    def as_dict(self) -> dict[str, Any]:
+        """The report for a JSON file, every line and path in it."""
+        return {"problems": self.problems, **asdict(self)}
+
+
+@dataclass
+class _Seen:
+    """What is remembered of a split: hashes of its rows, questions and images, and where each came first."""
+
+    rows: dict[int, str] = field(default_factory=dict)
+    questions: dict[int, str] = field(default_factory=dict)
+    images: dict[str, str] = field(default_factory=dict)
+
+
+def check(suite: Suite, data: Path, watcher: Watcher, look: str = "verify") -> Report:
+    """Examines every row of every split of a suite's tasks and every image that they name.
+
+    Args: look: one of ``LOOKS``.
+
+    Raises: UserError where ``data`` is no folder.
+    """
+    if not data.is_dir():
+        raise UserError(f"expected a folder with the files of suite {suite.name}, found none: {data}")
+    report = Report(suite.name, str(data.absolute()))
+    faults: dict[str, str] = {}
+    for task in suite.tasks:
+        found = report.tasks[task.name] = TaskReport()
+        seen = {}
+        for split in task.splits:
+            found.splits[split], seen[split] = _check_split(task, data, split, watcher)
+            if look != "none":
+                _check_images(found.splits[split], seen[split].images, faults, look == "decode", task, split, watcher)
+            else:
+                faults |= dict.fromkeys(seen[split].images, "")
+        for one, other in combinations(task.splits, 2):
+            found.shared_items += _shared(seen[one].questions, seen[other].questions)
+            found.shared_images += _shared(seen[one].images, seen[other].images)
+    folders = {data / task.image_folder(split) for task in suite.tasks for split in task.splits}
+    watcher.begin("images that no row names", 0)
+    for path in _images_in(folders):
+        if path not in faults:
+            report.unreferenced += 1
+            if report.unreferenced <= UNREFERENCED_LISTED:
+                report.unreferenced_images.append(path)
+    return report
+
+
+def _check_split(task: Task, data: Path, split: str, watcher: Watcher) -> tuple[SplitReport, _Seen]:
+    report, seen = SplitReport(published=getattr(task, f"{split}_count", 0)), _Seen()
+    try:
+        paths = files(data, getattr(task, split))
+        report.files = len(paths)
+        watcher.begin(f"{task.name} {split}", sum(path.stat().st_size for path in paths))
+        for line in scan(task, data, split, watcher.advance):
+            report.rows += 1
+            if line.sample is None:
+                report.malformed.append(f"{line.origin}: {line.problem}")
+                continue
+            sample = line.sample
+            shown = [str(image) for image in (sample.image, sample.target_image) if image is not None]
+            report.without_image += not shown
+            for image in shown:
+                seen.images.setdefault(image, line.origin)
+            said = [words for turn in sample.turns for words in (turn.instruction, turn.answer)]
+            first = seen.rows.setdefault(_hash(*shown, *said), line.origin)
+            if first != line.origin:
+                report.repeated.append(f"{line.origin} = {first}")
+            for question in _questions(sample):
+                seen.questions.setdefault(question, line.origin)
+    except DataError as error:
+        report.lacking.append(str(error))
+    report.images = len(seen.images)
+    root = data / task.image_folder(split)
+    if report.images and not root.is_dir():
+        owner = task.source or task.name
+        report.lacking.append(f"no image folder {root}; expected there: {report.images:,} images of {owner}")
+        seen.images.clear()
+    return report, seen
+
+
+def _hash(*parts: str) -> int:
+    return int.from_bytes(hashlib.blake2b("\0".join(parts).encode(), digest_size=8).digest(), "big")
+
+
+def _questions(sample: Sample) -> Iterator[int]:
+    """A hash of every question about its image, without the manners that training and test ask in."""
+    image = str(sample.image)
+    for turn in sample.turns:
+        bare = _MANNERS.sub("", caption_of(turn.instruction).casefold())
+        yield _hash(image, " ".join(bare.split()))
+
+
+def _shared(one: dict[Any, str], other: dict[Any, str]) -> list[str]:
+    return sorted(f"{other[key]} = {origin}" for key, origin in one.items() if key in other)
+
+
+def _check_images(
+    report: SplitReport,
+    images: dict[str, str],
+    faults: dict[str, str],
+    decode: bool,
+    task: Task,
+    split: str,
+    watcher: Watcher,
+) -> None:
+    """Looks at every image that was not looked at before, a few at a time."""
+    new = iter([image for image in images if image not in faults])
+    watcher.begin(f"{task.name} {split} images", len(images))
+    watcher.advance(sum(image in faults for image in images))
+    with ThreadPoolExecutor(READERS_AT_ONCE) as pool:
+        while chunk := list(islice(new, CHUNK)):
+            for image, found in zip(chunk, pool.map(lambda image: fault(Path(image), decode), chunk), strict=True):
+                faults[image] = found
+                watcher.advance(1)
+    for image, origin in images.items():
+        if faults[image]:
+            listed = report.missing_images if faults[image] == "missing" else report.broken_images
+            why = "" if faults[image] == "missing" else f" {faults[image].removeprefix('broken ')}"
+            listed.append(f"{image}{why}, named first by {origin}")
+
+
+def _images_in(folders: Iterable[Path]) -> Iterator[str]:
+    """Every image file below some folders, each once though one folder be inside another."""
+    visited: set[str] = set()
+    waiting = [str(folder) for folder in sorted(folders) if folder.is_dir()]
+    while waiting:
+        folder = waiting.pop()
+        if folder in visited:
+            continue
+        visited.add(folder)
+        with os.scandir(folder) as entries:
+            for entry in sorted(entries, key=lambda entry: entry.name):
+                if not entry.is_dir():
+                    if entry.name.lower().endswith(SUFFIXES):
+                        yield entry.path
+                elif not (entry.is_symlink() and _above(entry.path, folder)):
+                    waiting.append(entry.path)
+
+
+def _above(link: str, folder: str) -> bool:
+    """Whether a link leads to the folder that it is in, or above it: a loop."""
+    real = os.path.realpath(folder)
+    return os.path.commonpath([os.path.realpath(link), real]) == os.path.realpath(link)

@@ -1,0 +1,91 @@
+"""What ``cnext data check`` shows: bars while it goes on, then a table and the problems one by one."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+from cnext.tasks.doctor import UNREFERENCED_LISTED, Report
+
+SHOWN = 10
+"""The most lines of one kind that are shown; the JSON file has all."""
+COLUMNS = ("task", "split", "files", "rows", "published", "malformed", "missing", "broken", "repeated", "no image")
+
+
+class Bars:
+    """How far the examination is, on standard error, in plain lines where that is no terminal: a doctor's Watcher."""
+
+    def __init__(self) -> None:
+        from rich.console import Console
+        from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
+        self.console = Console(stderr=True, highlight=False)
+        columns = (TextColumn("{task.description:<28}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
+        self.bars = Progress(*columns, console=self.console, disable=not self.console.is_terminal, transient=True)
+        self.task = None
+
+    def __enter__(self) -> Bars:
+        self.bars.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.bars.stop()
+
+    def begin(self, doing: str, total: int) -> None:
+        if not self.console.is_terminal:
+            self.console.print(f"checking {doing}", markup=False, soft_wrap=True)
+        if self.task is not None:
+            self.bars.remove_task(self.task)
+        self.task = self.bars.add_task(doing, total=total or None)
+
+    def advance(self, count: int) -> None:
+        self.bars.advance(self.task, count)
+
+
+def text(report: Report) -> str:
+    """The table of counts, then the first lines of every kind of problem, and the verdict."""
+    table, details = [list(COLUMNS)], []
+    for name, task in report.tasks.items():
+        for label, split in task.splits.items():
+            lists = (split.malformed, split.missing_images, split.broken_images, split.repeated)
+            counts = (split.files, split.rows, split.published or None, *map(len, lists), split.without_image)
+            table.append([name, label, *("-" if count is None else f"{count:,}" for count in counts)])
+            details += [f"{name} {label}: {lacking}" for lacking in split.lacking]
+            if split.miscounted:
+                details.append(f"{name} {label}: {split.rows:,} rows, {split.published:,} published")
+            details += _listed(f"{name} {label}: malformed", split.malformed)
+            details += _listed(f"{name} {label}: missing images", split.missing_images)
+            details += _listed(f"{name} {label}: broken images", split.broken_images)
+            details += _listed(f"{name} {label}: repeated rows (not counted as a problem)", split.repeated)
+        details += _listed(f"{name}: the same question about the same image in two splits", task.shared_items)
+        details += _listed(f"{name}: the same image in two splits (not counted as a problem)", task.shared_images)
+    if report.unreferenced:
+        title = f"image files that no row names (not counted as a problem): {report.unreferenced:,}, such as"
+        details += [title, *(f"  {path}" for path in report.unreferenced_images[:3])]
+    verdict = f"{report.problems or 'no'} problem{'' if report.problems == 1 else 's'}"
+    heading = f"suite {report.suite} in {report.data}"
+    return "\n".join([heading, *_aligned(table), *([""] if details else []), *details, "", verdict])
+
+
+def _aligned(table: list[list[str]]) -> list[str]:
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    return [
+        "  ".join(cell.ljust(width) if place < 2 else cell.rjust(width) for place, (cell, width) in enumerate(cells))
+        for cells in (list(zip(row, widths, strict=True)) for row in table)
+    ]
+
+
+def _listed(title: str, lines: list[str]) -> list[str]:
+    if not lines:
+        return []
+    more = [f"  ... and {len(lines) - SHOWN:,} more"] if len(lines) > SHOWN else []
+    return [f"{title}: {len(lines):,}", *(f"  {line}" for line in lines[:SHOWN]), *more]
+
+
+def write_json(report: Report, path: Path) -> None:
+    """Writes every line and path of a report; of the unreferenced images the first ``UNREFERENCED_LISTED``."""
+    assert len(report.unreferenced_images) <= UNREFERENCED_LISTED
+    unfinished = path.with_name(f".{path.name}.unfinished")
+    unfinished.write_text(json.dumps(report.as_dict(), indent=1) + "\n", encoding="utf-8")
+    os.replace(unfinished, path)

@@ -1,0 +1,138 @@
+"""Rows of JSONL and JSON files, one after another with where each stands, and the fields that formats share."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from cnext.tasks.base import DataError
+
+Row = dict[str, Any]
+_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
+NOTED = 6
+"""The most names of a folder's entries that an error lists."""
+
+
+def text(row: Row, name: str) -> str:
+    """A field that must be a string. Raises ValueError, as all functions of rows do."""
+    if name not in row:
+        raise ValueError(f"lacks the key {name!r}; it has: {', '.join(sorted(row)) or 'none'}")
+    if not isinstance(row[name], str):
+        raise ValueError(f"{name!r} must be a string, got {type(row[name]).__name__}")
+    return row[name]
+
+
+def answers(row: Row, name: str) -> tuple[str, ...]:
+    """A field with one accepted answer, or a list of them."""
+    value = row.get(name)
+    if isinstance(value, list) and value and all(isinstance(answer, str) for answer in value):
+        return tuple(value)
+    return (text(row, name),)
+
+
+def inside(relative: str, root: Path, name: str) -> Path:
+    """The path of an image within its folder; whether it is there is not asked.
+
+    Raises: ValueError for a path that leaves the folder, and for a PDF.
+    """
+    # Compared as text and not resolved, so that a link inside the root may point to a disk that holds the pictures.
+    normal = os.path.normpath(relative)
+    if os.path.isabs(relative) or normal == ".." or normal.startswith(f"..{os.sep}"):
+        raise ValueError(f"{name!r} leaves the image folder {root}: {relative}")
+    if normal.lower().endswith(".pdf"):
+        raise ValueError(f"{name!r} names a PDF, which is not read: {relative}; save its first page as a PNG")
+    return root / normal
+
+
+def image(row: Row, name: str, root: Path) -> Path:
+    """The path in a field that must name an image."""
+    return inside(text(row, name), root, name)
+
+
+def optional_image(row: Row, name: str, root: Path) -> Path | None:
+    """The path in a field that may name an image; as released, null, "", "none" and any name with "null" name none."""
+    value = row.get(name)
+    if value is None or (isinstance(value, str) and (value.lower() in ("", "none") or "null" in value.lower())):
+        return None
+    return image(row, name, root)
+
+
+def files(data: Path, pattern: str) -> list[Path]:
+    """The files that a pattern names, sorted. Raises DataError where there are none, with what is there instead."""
+    found = sorted(path for path in data.glob(pattern) if path.is_file())
+    if not found:
+        folder = data
+        for part in Path(pattern).parts[:-1]:
+            if not (folder / part).is_dir():
+                break
+            folder = folder / part
+        there = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else ["nothing: it is not there"]
+        more = f" and {len(there) - NOTED} more" if len(there) > NOTED else ""
+        held = ", ".join(there[:NOTED]) or "nothing"
+        raise DataError(f"no file matches {data / pattern}; {folder} holds {held}{more}")
+    return found
+
+
+def rows(path: Path, advance: Callable[[int], None] | None = None) -> Iterator[tuple[str, Row | ValueError]]:
+    """(origin, row or the error met) for every row of a JSONL or JSON file, spaces in keys as underscores.
+
+    Args: advance: told the bytes read, a line or a file at a time.
+    """
+    advance = advance or (lambda count: None)
+    for origin, value in _lines(path, advance) if path.suffix == ".jsonl" else _list(path, advance):
+        if isinstance(value, dict):
+            yield origin, {key.replace(" ", "_"): field for key, field in value.items()}
+        elif isinstance(value, ValueError):
+            yield origin, value
+        else:
+            yield origin, ValueError(f"must be a JSON object, got {type(value).__name__}")
+
+
+def _parsed(content: bytes) -> Any:
+    """The JSON value in some bytes, or the ValueError that says why there is none."""
+    try:
+        return json.loads(content.decode("utf-8-sig"))
+    except UnicodeDecodeError as error:
+        return ValueError(f"is not UTF-8 text ({error.reason} at byte {error.start})")
+    except json.JSONDecodeError as error:
+        line = f"line {error.lineno}, " if error.lineno > 1 else ""
+        return ValueError(f"is not JSON: {error.msg} at {line}column {error.colno}")
+    except ValueError as error:
+        return ValueError(f"is not JSON: {error}")
+    except RecursionError:
+        return ValueError("is not made of flat JSON objects: it is nested too deeply")
+
+
+def _lines(path: Path, advance: Callable[[int], None]) -> Iterator[tuple[str, Any]]:
+    with path.open("rb") as file:
+        for number, line in enumerate(file, 1):
+            advance(len(line))
+            if line.strip():
+                value = _parsed(line)
+                yield f"{path}:{number}", _whole(value) if _SURROGATE.search(line) else value
+
+
+def _list(path: Path, advance: Callable[[int], None]) -> Iterator[tuple[str, Any]]:
+    content = path.read_bytes()
+    value = _parsed(content)
+    advance(len(content))
+    if isinstance(value, list):
+        look = _whole if _SURROGATE.search(content) else lambda row: row
+        yield from ((f"{path}#{index}", look(row)) for index, row in enumerate(value))
+    elif isinstance(value, ValueError):
+        yield str(path), value
+    else:
+        yield str(path), ValueError(f"must hold one JSON list, got {type(value).__name__}")
+
+
+def _whole(value: Any) -> Any:
+    """The value, or a ValueError where it has half a surrogate pair, which no file name and no tokenizer takes."""
+    try:
+        json.dumps(value, ensure_ascii=False, default=str).encode()
+    except UnicodeEncodeError as error:
+        return ValueError(f"is not Unicode text: {error}")
+    return value

@@ -1,0 +1,162 @@
+"""A named reduced protocol: a few rows of every split, drawn by seed, as a suite of its own beside the full images."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import heapq
+import json
+import math
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from cnext.errors import UserError
+from cnext.tasks.base import DataError, Recipe, Suite, Task
+from cnext.tasks.formats import Line, scan
+from cnext.tasks.images import fault
+
+
+def write_subset(suite: Suite, data: Path, n: int, seed: int, out: Path, absolute: bool = False) -> str:
+    """Writes n rows of every split of every task, whole or not at all, as a suite for ``--suite`` and ``--data``.
+
+    A row is drawn by the hash of seed, task, split and its number, so that a smaller n draws among a larger one's, on
+    every machine. Rows keep their ids, with which an image's random position goes. Budgets keep their epochs: steps
+    and warm-up shrink with the training rows.
+
+    Args: n: rows per split (all, where there are fewer).  absolute: refer to the images by absolute paths.
+
+    Returns: the name of the protocol, <suite>-n<n>-seed<seed>.
+
+    Raises: UserError where ``out`` is there already; DataError naming every unusable row, and missing and broken
+        images of those drawn.
+    """
+    for name, value, least in (("n", n, 1), ("seed", seed, 0)):
+        if value < least:
+            raise UserError(f"{name} must be at least {least}, got {value}")
+    if out.exists():
+        raise UserError(f"{out} is there already; remove it, or name another folder with --out")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
+    try:
+        protocol = f"{suite.name}-n{n}-seed{seed}"
+        _write(suite, data, n, seed, protocol, unfinished, None if absolute else os.path.realpath(out))
+        unfinished.chmod(0o755)
+        os.rename(unfinished, out)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+    return protocol
+
+
+def _write(suite: Suite, data: Path, n: int, seed: int, protocol: str, folder: Path, beside: str | None) -> None:
+    drawn_from: dict[str, dict[str, int]] = {}
+    kept: dict[str, int] = {}
+    digest = hashlib.sha256()
+    for task in suite.tasks:
+        totals = drawn_from[task.name] = {}
+        counts = {}
+        for split in task.splits:
+            lines, totals[split] = draw(task, data, split, n, seed)
+            rows = [{**line.row, "question_id": line.sample.id} for line in lines]
+            counts[split] = len(rows)
+            content = _rows_file(folder / _place(task, split), rows)
+            digest.update(f"{task.name}/{split}\n{content}".encode())
+        kept[task.name] = counts["train"]
+        _json(folder / f"{task.name}.json", _manifest(task, data, counts, beside))
+    values: dict[str, Any] = {
+        "name": protocol,
+        "description": f"{n} rows of every split of {suite.name}, drawn with seed {seed}",
+        "source": suite.source,
+        "license": suite.license,
+        "clip": suite.clip,
+        "tasks": [task.name for task in suite.tasks],
+        "orders": suite.orders,
+        "budgets": {label: _scaled(recipe, kept, drawn_from) for label, recipe in suite.budgets.items()},
+        "protocol": {"suite": suite.name, "n": n, "seed": seed, "rows": drawn_from, "sha256": digest.hexdigest()},
+    }
+    _json(folder / "suite.json", values)
+
+
+def draw(task: Task, data: Path, split: str, n: int, seed: int) -> tuple[list[Line], int]:
+    """(n rows of a split in the order of the files, how many they were drawn from)."""
+    problems: list[str] = []
+    total = 0
+
+    def ranked():
+        nonlocal total
+        for number, line in enumerate(scan(task, data, split)):
+            total += 1
+            if line.sample is None:
+                problems.append(f"{line.origin}: {line.problem}")
+            else:
+                yield hashlib.sha256(f"{seed}/{task.name}/{split}/{number}".encode()).digest(), number, line
+
+    chosen = sorted(heapq.nsmallest(n, ranked(), key=lambda item: item[:2]), key=lambda item: item[1])
+    lines = [line for _, _, line in chosen]
+    for line in lines:
+        for image in sorted({line.sample.image, line.sample.target_image} - {None}):
+            found = fault(image)
+            if found:
+                problems.append(f"{line.origin}: names an image that is {found}: {image}")
+    if problems:
+        more = "cnext data check tells all that is wrong with a suite's files"
+        raise DataError("\n".join([f"task {task.name}: {len(problems)} unusable rows", *problems, more]))
+    if not lines:
+        raise DataError(f"task {task.name}: no {split} samples in {data / getattr(task, split)}")
+    return lines, total
+
+
+def _place(task: Task, split: str) -> str:
+    """Where a split's rows are written, relative to the folder: the benchmark's own layout."""
+    return f"{task.name}/annotations/train_001.jsonl" if split == "train" else f"{task.name}/questions/{split}.json"
+
+
+def _rows_file(path: Path, rows: list[dict[str, Any]]) -> str:
+    """Writes rows as JSONL or as one JSON list, by the suffix. Returns them as JSONL."""
+    lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    listed = path.suffix == ".jsonl"
+    path.write_text(lines if listed else json.dumps(rows, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+    return lines
+
+
+def _json(path: Path, values: dict[str, Any]) -> None:
+    path.write_text(json.dumps(values, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
+
+
+def _manifest(task: Task, data: Path, counts: dict[str, int], beside: str | None) -> dict[str, Any]:
+    """The task's manifest with the new files and the old images. beside: the folder that paths are relative to."""
+
+    def images(split: str) -> str:
+        folder = os.path.abspath(data / task.image_folder(split))
+        return folder if beside is None else os.path.relpath(os.path.realpath(folder), beside)
+
+    changed = dataclasses.replace(
+        task,
+        **{split: _place(task, split) for split in task.splits},
+        train_images=images("train"),
+        test_images=images("test"),
+        references="",
+        train_count=counts["train"],
+        test_count=counts["test"],
+    )
+    defaults = {item.name: item.default for item in dataclasses.fields(Task)}
+    values = dataclasses.asdict(changed)
+    return {key: value for key, value in values.items() if key != "name" and value != defaults[key]}
+
+
+def _scaled(recipe: Recipe, kept: dict[str, int], drawn_from: dict[str, dict[str, int]]) -> dict[str, Any]:
+    """A budget that goes through the drawn rows as often as the whole one through all."""
+    full = {name: min(rows["train"], recipe.train_samples or rows["train"]) for name, rows in drawn_from.items()}
+    shares = {name: min(1.0, kept[name] / full[name]) for name in kept}
+    steps = {name: max(1, round(count * shares.get(name, 1.0))) for name, count in recipe.steps.items()}
+    warmup = math.ceil(recipe.warmup_steps * max(shares.values()))
+    return {
+        **dataclasses.asdict(recipe),
+        "steps": steps,
+        "warmup_steps": warmup,
+        "train_samples": 0,
+        "test_samples": 0,
+    }

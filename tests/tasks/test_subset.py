@@ -1,0 +1,146 @@
+"""A reduced protocol is drawn by seed alone, refers to the images where they are, and runs at once."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from tasks.official import listing, picture, write_continual_next
+
+from cnext.cli import main
+from cnext.errors import UserError
+from cnext.running.config import RunConfig, plan
+from cnext.running.runner import read_suite
+from cnext.tasks import doctor, formats, suites
+from cnext.tasks.base import DataError
+from cnext.tasks.doctor_text import Bars
+from cnext.tasks.subset import write_subset
+
+
+@pytest.fixture
+def official(tmp_path: Path) -> Path:
+    return write_continual_next(tmp_path / "data")
+
+
+def rows(folder: Path, task: str) -> list[dict]:
+    return [json.loads(line) for line in (folder / task / "annotations/train_001.jsonl").read_text().splitlines()]
+
+
+def test_a_subset_is_a_suite_that_runs_at_once(data: Path, tmp_path: Path) -> None:
+    """Of the synthetic suite: the plan takes it, and every sample is one of the whole suite's."""
+    out = tmp_path / "small"
+    assert write_subset(suites.load("next-tiny"), data, 5, 0, out) == "next-tiny-n5-seed0"
+    planned = plan(RunConfig(suite=str(out), data=out))
+    assert planned.suite.name == "next-tiny-n5-seed0"
+    assert planned.config.data == out
+    samples = read_suite(planned, out)
+    for split in ("train", "test"):
+        for name in planned.order:
+            whole = {sample.id: sample for sample in formats.read(suites.load("next-tiny").task(name), data, split)}
+            assert len(samples[split][name]) == 5
+            for sample in samples[split][name]:
+                one = whole[sample.id]
+                assert sample.turns == one.turns
+                assert sample.image is None or sample.image.samefile(one.image)
+    assert len(formats.read(planned.suite.task("VQAv2"), out, "validation")) == 5
+
+
+def test_the_paper_s_layout_becomes_a_clean_suite(official: Path, tmp_path: Path) -> None:
+    out = tmp_path / "deep" / "small"
+    write_subset(suites.load("continual-next"), official, 2, 0, out)
+    suite = suites.load(str(out))
+    with Bars() as bars:
+        report = doctor.check(suite, out, bars)
+    assert report.problems == 0
+    assert plan(RunConfig(suite=str(out), data=out, budget="paper", order="appendix")).order[3] == "RefCOCO"
+    assert {task.train_count for task in suite.tasks} == {2}
+
+
+def test_images_stand_where_they_stood(official: Path, tmp_path: Path) -> None:
+    """The random place of an image goes with the sample's id, which the subset keeps."""
+    write_subset(suites.load("continual-next"), official, 3, 0, tmp_path / "small")
+    whole, small = suites.load("continual-next").task("VQAv2"), suites.load(str(tmp_path / "small")).task("VQAv2")
+    first = {sample.id: sample.image_first for sample in formats.read(whole, official, "train")}
+    drawn = formats.read(small, tmp_path / "small", "train")
+    assert len(drawn) == 3
+    assert all(first[sample.id] == sample.image_first for sample in drawn)
+
+
+def test_the_same_seed_draws_the_same_rows_and_fewer_are_among_more(official: Path, tmp_path: Path) -> None:
+    suite = suites.load("continual-next")
+    for name, n, seed in (("a", 4, 0), ("b", 4, 0), ("c", 2, 0), ("d", 4, 1)):
+        write_subset(suite, official, n, seed, tmp_path / name)
+    protocols = [json.loads((tmp_path / name / "suite.json").read_text())["protocol"] for name in "abcd"]
+    assert protocols[0] == protocols[1]
+    assert len({protocol["sha256"] for protocol in protocols}) == 3
+    assert protocols[0]["rows"]["VQAv2"] == {"train": 6, "test": 3}
+    for task in protocols[0]["rows"]:
+        drawn = rows(tmp_path / "a", task)
+        assert drawn == rows(tmp_path / "b", task)
+        assert [row for row in drawn if row in rows(tmp_path / "c", task)] == rows(tmp_path / "c", task)
+    assert any(rows(tmp_path / "a", task) != rows(tmp_path / "d", task) for task in protocols[0]["rows"])
+    assert [row["question_id"] for row in rows(tmp_path / "c", "VQAv2")] == ["VQAv2-train-000001", "VQAv2-train-000003"]
+
+
+def test_budgets_keep_their_epochs(official: Path, tmp_path: Path) -> None:
+    write_subset(suites.load("continual-next"), official, 3, 0, tmp_path / "small")
+    recipe = suites.load(str(tmp_path / "small")).budgets["paper"]
+    assert (recipe.steps["VQAv2"], recipe.steps["HQEdit"], recipe.warmup_steps) == (1500, 5000, 63)
+    assert (recipe.batch_size, recipe.train_samples) == (256, 0)
+
+
+def test_absolute_paths(official: Path, tmp_path: Path) -> None:
+    write_subset(suites.load("continual-next"), official, 1, 0, tmp_path / "small", absolute=True)
+    manifest = json.loads((tmp_path / "small/VQAv2.json").read_text())
+    assert manifest["train_images"] == str(official / "SEED-Data-VQAv2/COCO2014/train2014")
+    (tmp_path / "small").rename(tmp_path / "moved")
+    assert formats.read(suites.load(str(tmp_path / "moved")).task("VQAv2"), tmp_path / "moved", "train")
+
+
+def test_captions_of_another_file_go_into_the_rows(tmp_path: Path) -> None:
+    """Rows drawn no longer stand where the file of references counts them."""
+    suite = suites.load("ucit")
+    task = suite.task("VizWiz")
+    picture(tmp_path / "datasets/a.jpg")
+    talk = [{"from": "human", "value": "<image>\nCaption?"}, {"from": "gpt", "value": "A dog."}]
+    listing(tmp_path / task.train, [{"image": "a.jpg", "conversations": talk}])
+    listing(tmp_path / task.test, [{"question_id": k, "image": "a.jpg", "text": "Caption?"} for k in range(1, 9)])
+    said = [{"image_id": k, "caption": f"{k} {i}"} for k in range(1, 9) for i in range(2)]
+    (tmp_path / task.references).write_text(json.dumps({"annotations": said}))
+    alone = suites.Suite("one", "", (task,), {"paper": ("VizWiz",)}, {})
+    write_subset(alone, tmp_path, 2, 0, tmp_path / "small")
+    drawn = formats.read(suites.load(str(tmp_path / "small")).task("VizWiz"), tmp_path / "small", "test")
+    assert [sample.references for sample in drawn] == [(f"{sample.id} 0", f"{sample.id} 1") for sample in drawn]
+
+
+def test_unusable_rows_and_images_stop_it_and_leave_nothing(official: Path, tmp_path: Path) -> None:
+    path = official / "SEED-Data-VQAv2/annotations/output_001.jsonl"
+    content = path.read_text()
+    path.write_text(content + "{oops\n")
+    with pytest.raises(DataError, match=r"output_001\.jsonl:5: is not JSON(.|\n)*cnext data check"):
+        write_subset(suites.load("continual-next"), official, 2, 0, tmp_path / "small")
+    path.write_text(content)
+    (official / "SEED-Data-VQAv2/COCO2014/train2014/000000000001.jpg").unlink()
+    with pytest.raises(DataError, match=r"names an image that is missing: .*000000000001\.jpg"):
+        write_subset(suites.load("continual-next"), official, 2, 0, tmp_path / "small")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["data"]
+
+
+@pytest.mark.parametrize(("n", "seed"), [(0, 0), (1, -1)])
+def test_wrong_numbers(n: int, seed: int, official: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="must be at least"):
+        write_subset(suites.load("continual-next"), official, n, seed, tmp_path / "small")
+
+
+def test_the_verb(
+    official: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    verb = ["data", "subset", str(official), "--n", "2", "--seed", "3"]
+    assert main(verb) == 0
+    name = "continual-next-n2-seed3"
+    assert capsys.readouterr().out == f"{name}: cnext-run --suite {name} --data {name}\n"
+    assert main(["data", "check", name, "--suite", name]) == 0
+    assert main(verb) == 2
+    assert f"{name} is there already" in capsys.readouterr().err
