@@ -3,8 +3,8 @@
 MAGE's text expert is shared by every task that writes text, an expert in name only, and most of what is forgotten is
 the form of the answer. Here each task alone trains its expert; the general branches, of the same rank, are held as in
 mage-pull. Nobody says which task a question is of: a linear discriminant finds the likeliest from the pretrained
-model's hidden state at the question's end, fitted to each task's first questions as they pass. No sample is kept, and
-the fit stays true, for the pretrained model does not change. Other tasks' experts are out of the forward pass.
+model's hidden state at the question's end, fitted to each task's first questions as they pass: no sample is kept, and
+the fit stays true, for that model does not change. Other tasks' experts are out of the forward pass.
 
 Reference: the project's own, after Continual-NExT, arXiv 2602.18055; Hayes and Kanan, Deep SLDA, arXiv 1909.01520.
 """
@@ -27,8 +27,7 @@ from cnext.scoring.base import Prediction
 from cnext.tasks.base import Sample, Task
 
 GENERAL = [role.name for role in BRANCH_ROLES if role.side == "general"]
-QUESTIONS = 400
-"""A task's first questions that the discriminant is fitted to."""
+QUESTIONS = 400  # of a task, that the discriminant is fitted to
 
 
 @dataclass
@@ -37,6 +36,8 @@ class MageExperts(MagePull):
 
     rank: int = 32
     """Rank in all, shared evenly by two general branches and an expert for every task."""
+    scale: float = 3.0
+    """Factor of the branches: of six tasks' rank three eighths take part in an answer."""
 
     card = Card("own; arXiv 2602.18055, 1909.01520", keeps="summed Fisher information, moments of question features")
 

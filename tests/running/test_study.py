@@ -9,7 +9,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -113,7 +113,15 @@ def test_a_run_that_dies_stops_no_other(flags: list[str], tmp_path: Path, capsys
     assert "2 runs to do" in shown
 
 
-@pytest.mark.usefixtures("fake")
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """The interrupt key raises, as at a terminal; a shell's background jobs are started with it ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("fake", "interruptible")
 def test_the_interrupt_key_stops_every_process(
     flags: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
