@@ -31,7 +31,9 @@ def test_list_names_everything(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 @pytest.mark.parametrize(
-    "verb", [["--help"], *([v, "--help"] for v in ("report", "metrics", "compare", "pretrain-tiny"))], ids=" ".join
+    "verb",
+    [["--help"], *([v, "--help"] for v in ("report", "metrics", "compare", "export", "import", "pretrain-tiny"))],
+    ids=" ".join,
 )
 def test_help(verb: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:

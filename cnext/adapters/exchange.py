@@ -1,0 +1,142 @@
+"""Branches outside a model: taken out of its adapter layers, put into another's, or merged into plain weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from cnext.adapters.attach import layers
+from cnext.errors import UserError
+
+SHOWN = 8
+
+
+def listed(names: Iterable[str]) -> str:
+    """The first names of many, and how many more there are."""
+    names = list(names)
+    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+    return ", ".join(names[:SHOWN]) + more
+
+
+@dataclass(frozen=True)
+class Branches:
+    """y = W x + scale * sum over branches of B_i A_i x, in every layer the same branches.
+
+    pairs: layer to branch to A (rank, in_features) and B (out_features, rank).  scale: alpha / rank.
+    """
+
+    pairs: dict[str, dict[str, tuple[Tensor, Tensor]]]
+    scale: float = 1.0
+
+    @property
+    def ranks(self) -> dict[str, int]:
+        """Branch to rank."""
+        return {name: len(a) for name, (a, _) in next(iter(self.pairs.values())).items()}
+
+    def regrouped(self, ranks: Mapping[str, int]) -> Branches:
+        """The same function in branches of these names and ranks, by concatenation: not a number changes.
+
+        sum_i B_i A_i = [B_1 B_2 ...] [A_1; A_2; ...]. Branches that have these names and ranks already stay what they
+        are, in whichever order.
+
+        Raises:
+            UserError: the ranks have another sum.
+        """
+        if self.ranks == dict(ranks):
+            return self
+        if (total := sum(self.ranks.values())) != sum(ranks.values()):
+            raise UserError(f"expected branches of a total rank of {sum(ranks.values())}, got {total}: {self.ranks}")
+        pairs = {}
+        for layer, branches in self.pairs.items():
+            rows = torch.cat([a for a, _ in branches.values()]).split(list(ranks.values()))
+            columns = torch.cat([b for _, b in branches.values()], 1).split(list(ranks.values()), 1)
+            pairs[layer] = dict(zip(ranks, zip(rows, columns, strict=True), strict=True))
+        return replace(self, pairs=pairs)
+
+
+def refuse_routed(model: nn.Module, to: str) -> None:
+    """Raises UserError where a layer weighs its branches by what it reads."""
+    if any(layer.router is not None for layer in layers(model).values()):
+        raise UserError(
+            f"{to} holds branches that always take part, and these are routed by their input; only --format authors "
+            "has a place for routers, those of moelora"
+        )
+
+
+def branches_of(model: nn.Module) -> Branches:
+    """The active branches of a model's adapter layers, routed or not, without copies.
+
+    Raises:
+        UserError: there are no adapter layers, or no branch takes part in them.
+    """
+    found = layers(model)
+    active = {tuple(layer.active) for layer in found.values()}
+    if not any(active):
+        raise UserError("expected a model with low-rank branches, found none that takes part: nothing to export")
+    scales = {layer.scale for layer in found.values()}
+    assert len(active) == len(scales) == 1, "attach gives every layer the same branches and scale"
+    pairs = {
+        name: {key: (layer.branches[key].A.detach(), layer.branches[key].B.detach()) for key in layer.active}
+        for name, layer in found.items()
+    }
+    return Branches(pairs, scales.pop())
+
+
+@torch.no_grad()
+def put_branches(model: nn.Module, branches: Branches) -> None:
+    """Copies branches into a model's adapter layers, scale included; nothing is changed where anything does not fit.
+
+    Raises:
+        UserError: naming the layers that are missing or not in the model, and every wrong shape.
+    """
+    found = layers(model)
+    problems = []
+    if missing := sorted(found.keys() - branches.pairs):
+        problems.append(f"layers missing: {listed(missing)}")
+    if strange := sorted(branches.pairs.keys() - found):
+        problems.append(f"layers not in the model: {listed(strange)}")
+    wrong = []
+    for layer in [name for name in found if name in branches.pairs]:
+        there, come = found[layer].branches, branches.pairs[layer]
+        if there.keys() != come.keys():
+            wrong.append(f"{layer} has branches {', '.join(come)}, expected {', '.join(there)}")
+            continue
+        for key, pair in come.items():
+            for half, tensor, own in zip("AB", pair, (there[key].A, there[key].B), strict=True):
+                if tensor.shape != own.shape:
+                    wrong.append(f"{layer}.{key}.{half} is {tuple(tensor.shape)}, expected {tuple(own.shape)}")
+    problems += [listed(wrong)] if wrong else []
+    if problems:
+        raise UserError("the adapter does not fit the model, is it of another backbone? " + "; ".join(problems))
+    for layer, pairs in branches.pairs.items():
+        found[layer].scale = branches.scale
+        for key, (a, b) in pairs.items():
+            found[layer].branches[key].A.copy_(a)
+            found[layer].branches[key].B.copy_(b)
+
+
+@contextmanager
+def merged(model: nn.Module) -> Iterator[nn.Module]:
+    """Inside, the model is plain: each adapter layer gives way to its base, the active branches merged into its weight.
+
+    Raises:
+        UserError: the branches are routed.
+    """
+    refuse_routed(model, "a merged model")
+    found = layers(model)
+    own = [layer for layer in found.values() if not layer.merged]
+    for layer in own:
+        layer.merge()
+    try:
+        for name, layer in found.items():
+            model.set_submodule(name, layer.base)
+        yield model
+    finally:
+        for name, layer in found.items():
+            model.set_submodule(name, layer)
+        for layer in own:
+            layer.unmerge()

@@ -1,0 +1,238 @@
+"""Branches to and from the layout of the adapter files that the paper's authors released.
+
+A file is a flat table of tensors: the branches' under ``...lora_A.default.loraA.<branch>.weight`` or, the same tensor
+again, ``....mlp.weight``; routers, which mage has in its files and does not use; and what else was trained.
+
+Reference: Continual-NExT, arXiv 2602.18055, the released code of SEED-X with MAGE, MoELoRA and LoRA.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from cnext.adapters.attach import layers
+from cnext.adapters.exchange import Branches, branches_of, listed
+from cnext.adapters.roles import BRANCH_ROLES
+from cnext.errors import UserError, unknown
+
+KINDS = ("mage", "moelora", "lora")
+ROLES = tuple(role.name for role in BRANCH_ROLES)
+LLM = "llm.base_model.model."
+BRANCH = re.compile(r"(?P<layer>.+)\.lora_(?P<half>[AB])\.default\.(lora(?P=half)\.(?P<expert>\d+)\.(mlp\.)?)?weight")
+ROUTER = re.compile(r"(?P<layer>.+)\.lora_router\.default\.weight")
+NORM = re.compile(r"(?P<norm>.+)\.modules_to_save\.default\.weight")
+IGNORED = {"original_module": re.compile(r".+\.original_module\.weight"), "inv_freq": re.compile(r".+\.inv_freq")}
+IN_LLM = {"embeddings": re.compile(r".*embed_tokens\.weight"), "head": re.compile(r"lm_head\.weight")}
+BESIDE = ("input_resampler", "output_resampler", "patch_pos_embed")
+LANGUAGE_MODEL = (*IN_LLM, "norms")
+"""Kinds of extra tensors that are parameters of the language model, and named as there."""
+
+
+@dataclass(frozen=True)
+class Released:
+    """What a released file holds. Layers and the language model's parameters are named as in the transformers model.
+
+    routers: layer to (experts, in_features); of moelora alone.
+    extras: kind to name to tensor. kinds: "embeddings", "head" and "norms", of the language model; "input_resampler",
+        "output_resampler" and "patch_pos_embed", named as in the file.
+    ignored: how many tensors of which kind were left out.
+    """
+
+    branches: Branches
+    routers: dict[str, Tensor] = field(default_factory=dict)
+    extras: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    ignored: dict[str, int] = field(default_factory=dict)
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a torch file (read with weights_only=True) or, by its ending, of a safetensors file.
+
+    Raises:
+        UserError: the file cannot be read, or holds anything but named tensors.
+    """
+    import pickle
+
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, SafetensorError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        reason = str(error).partition("\n")[0]
+        raise UserError(f"{path}: expected a file of tensors, by torch or safetensors; cannot read it: {reason}") from (
+            error
+        )
+    if not isinstance(state, dict) or not all(isinstance(tensor, Tensor) for tensor in state.values()):
+        raise UserError(f"{path}: expected a flat table of tensors, found {type(state).__name__} with other things")
+    return state
+
+
+def from_released(state: Mapping[str, Tensor], kind: str, scale: float = 1.0) -> Released:
+    """Sorts the tensors of a released file.
+
+    Args:
+        kind: "mage", "moelora" or "lora". Files of mage and moelora look alike; only their use of the routers differs.
+        scale: alpha / total rank, which files do not hold; 32 / 32 in all that were released.
+
+    Raises:
+        UserError: naming the unknown keys, the branches missing, the tensors of wrong shape, or another kind.
+    """
+    if kind not in KINDS:
+        raise unknown("kind of released adapter", kind, KINDS)
+    halves: dict[str, dict[str, dict[str, Tensor]]] = {}
+    routers, extras, ignored, problems = {}, {}, Counter(), {}
+
+    def problem(what: str, name: str) -> None:
+        problems.setdefault(what, []).append(name)
+
+    for key, tensor in state.items():
+        name = key.removeprefix("module.")
+        beside = name.partition(".")[0]
+        inner = name.removeprefix(LLM)
+        if beside in BESIDE:
+            extras.setdefault(beside, {})[name] = tensor
+        elif not name.startswith("llm."):
+            problem("unknown keys", key)
+        elif found := next((what for what, pattern in IGNORED.items() if pattern.fullmatch(inner)), None):
+            ignored[found] += 1
+        elif match := BRANCH.fullmatch(inner):
+            pair = halves.setdefault(match["layer"], {}).setdefault(match["expert"] or "lora", {})
+            if not torch.equal(pair.setdefault(match["half"], tensor), tensor):
+                problem("two spellings of a tensor that differ", key)
+        elif match := ROUTER.fullmatch(inner):
+            routers[match["layer"]] = tensor
+        elif match := NORM.fullmatch(inner):
+            extras.setdefault("norms", {})[f"{match['norm']}.weight"] = tensor
+        elif found := next((what for what, pattern in IN_LLM.items() if pattern.fullmatch(inner)), None):
+            extras.setdefault(found, {})[inner] = tensor
+        else:
+            problem("unknown keys", key)
+    if kind != "moelora":
+        ignored.update({"lora_router": len(routers)} if routers else {})
+        routers = {}
+    names = _names(halves, kind)
+    pairs = {}
+    for layer, experts in halves.items():
+        pairs[layer] = {}
+        for number, branch in names.items():
+            pair = experts.get(number, {})
+            if pair.keys() != {"A", "B"}:
+                problem("branches missing", f"{layer}.{number} ({' and '.join({'A', 'B'} - pair.keys())})")
+            elif any(t.ndim != 2 for t in pair.values()) or len(pair["A"]) != pair["B"].shape[1]:
+                shapes = ", ".join(f"{half} {tuple(pair[half].shape)}" for half in "AB")
+                problem("wrong shapes", f"{layer}.{number}: {shapes}, expected (rank, in) and (out, rank)")
+            else:
+                pairs[layer][branch] = (pair["A"], pair["B"])
+        if extra := experts.keys() - names.keys():
+            problem("branches too many", f"{layer} has {', '.join(sorted(extra))}, expected {', '.join(names)}")
+        if kind == "moelora" and not problems:
+            width = next(iter(pairs[layer].values()))[0].shape[1]
+            if layer not in routers:
+                problem("routers missing", layer)
+            elif routers[layer].shape != (len(names), width):
+                shape = tuple(routers[layer].shape)
+                problem("wrong shapes", f"router of {layer} {shape}, expected {len(names), width}")
+    if problems:
+        raise UserError(
+            f"not a released {kind} adapter as expected: "
+            + "; ".join(f"{what}: {listed(found)}" for what, found in problems.items())
+        )
+    return Released(Branches(pairs, scale), routers, extras, dict(ignored))
+
+
+def _names(halves: dict[str, dict[str, dict[str, Tensor]]], kind: str) -> dict[str, str]:
+    """Branch in the file to name of ours. Raises UserError where the file is of another kind."""
+    if not halves:
+        raise UserError(f"expected tensors {LLM}<layer>.lora_A.default...weight, found none")
+    found = {number for experts in halves.values() for number in experts}
+    if kind == "mage" and "lora" not in found:
+        return {str(number): role for number, role in enumerate(ROLES)}
+    if kind == "moelora" and "lora" not in found:
+        return {str(number): f"expert-{number}" for number in range(1 + max(map(int, found)))}
+    if kind == "lora" and found == {"lora"}:
+        return {"lora": "lora"}
+    held = "one plain branch: kind lora" if found == {"lora"} else "numbered branches: kind mage or moelora"
+    raise UserError(f"expected a released adapter of kind {kind}, the file has {held}")
+
+
+def to_released(model: nn.Module, extras: Mapping[str, Mapping[str, Tensor]] | None = None) -> dict[str, Tensor]:
+    """The active branches of a model, and extra tensors as of `Released`, as a released file holds them.
+
+    The released code computes with scale 1 alone (alpha 32, rank 32): another scale is multiplied into B.
+
+    Raises:
+        UserError: the branches are neither MAGE's four, nor one, nor experts with softmax routers.
+    """
+    branches = branches_of(model)
+    names, routers = tuple(branches.ranks), _routers(model)
+    if routers is None or not (routers or names == ROLES or len(names) == 1):
+        raise UserError(
+            f"the authors' layout holds the four branches {', '.join(ROLES)}, one branch, or experts under softmax "
+            f"routers, found {', '.join(names)}{' with other routers' if routers is None else ''}; "
+            "--format peft and peft-merged-rank hold any branches that are not routed"
+        )
+    state = {}
+    for layer, pairs in branches.pairs.items():
+        for number, (a, b) in enumerate(pairs.values()):
+            for half, tensor in (("A", a), ("B", b if branches.scale == 1 else b * branches.scale)):
+                place = "" if len(names) == 1 and not routers else f"lora{half}.{number}."
+                state[f"{LLM}{layer}.lora_{half}.default.{place}weight"] = tensor
+        if layer in routers:
+            state[f"{LLM}{layer}.lora_router.default.weight"] = routers[layer]
+    for kind, tensors in (extras or {}).items():
+        for name, tensor in tensors.items():
+            if kind == "norms":
+                name = f"{name.removesuffix('.weight')}.modules_to_save.default.weight"
+            state[name if kind in BESIDE else f"{LLM}{name}"] = tensor
+    return state
+
+
+def _routers(model: nn.Module) -> dict[str, Tensor] | None:
+    """Layer to router of linear softmax routers over branches expert-0, ...; empty: none; None: other routers."""
+    found = {}
+    for name, layer in layers(model).items():
+        if layer.router is None:
+            continue
+        held = dict(layer.router.named_parameters()) if isinstance(layer.router, nn.Module) else {}
+        experts = tuple(f"expert-{number}" for number in range(len(layer.branches)))
+        if held.keys() != {"weight"} or tuple(layer.active) != experts:
+            return None
+        found[name] = held["weight"].detach()
+    return found
+
+
+@torch.no_grad()
+def put_routers(model: nn.Module, routers: Mapping[str, Tensor]) -> None:
+    """Copies routers into a model's adapter layers, whose routers have a parameter "weight" of the same shape."""
+    found = layers(model)
+    for name, router in routers.items():
+        found[name].router.weight.copy_(router)
+
+
+@torch.no_grad()
+def put_extras(model: nn.Module, extras: Mapping[str, Mapping[str, Tensor]]) -> None:
+    """Copies the extra tensors of the language model (`LANGUAGE_MODEL`) into the parameters that they are named after.
+
+    Raises:
+        UserError: naming those that the model does not have, or has in another shape.
+    """
+    own = dict(model.named_parameters())
+    given = {name: tensor for kind in LANGUAGE_MODEL for name, tensor in extras.get(kind, {}).items()}
+    wrong = [
+        f"{name} {tuple(tensor.shape)}, expected {tuple(own[name].shape) if name in own else 'no such parameter'}"
+        for name, tensor in given.items()
+        if name not in own or own[name].shape != tensor.shape
+    ]
+    if wrong:
+        raise UserError(f"the file's embeddings, head or norms do not fit the model: {listed(wrong)}")
+    for name, tensor in given.items():
+        own[name].copy_(tensor)

@@ -1,0 +1,152 @@
+"""Branches to and from stock PEFT: an adapter for each, or one adapter of their total rank. The sums are equal."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from cnext.adapters.exchange import Branches, branches_of, listed, refuse_routed
+from cnext.errors import UserError
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+KEY = re.compile(r"base_model\.model\.(?P<layer>.+)\.lora_(?P<half>[AB])\.weight")
+PLAIN = {
+    "peft_type": ("LORA",),
+    "use_dora": (False, None),
+    "bias": ("none", None),
+    "lora_bias": (False, None),
+    "rank_pattern": ({}, None),
+    "alpha_pattern": ({}, None),
+    "modules_to_save": ([], None),
+    "layer_replication": ([], None),
+    "trainable_token_indices": ([], {}, None),
+    "init_lora_weights": (True, False, None, "gaussian", "orthogonal", "eva"),
+}
+"""The settings of a PEFT adapter that is W + scale B A on an unchanged W, the same in every layer. (What is left out of
+the initializations, such as pissa, changes W.)"""
+
+
+def save_peft(model: nn.Module, folder: Path, one: bool = False) -> list[Path]:
+    """Writes the active branches as PEFT adapters for the model as it is without them.
+
+    PEFT computes W x + (alpha / r) B A x, and the sum over the adapters that are active; alpha = scale * r makes it
+    the function of our layers.
+
+    Args:
+        model: the model that PEFT will be given, with adapter layers in it.
+        folder: where to write, made where it is not there.
+        one: one adapter of the total rank, A stacked and B side by side, in the folder itself; else an adapter for
+            every branch, in a subfolder of its name.
+
+    Returns:
+        The files written.
+
+    Raises:
+        UserError: the branches are routed, or there are none.
+    """
+    refuse_routed(model, "a PEFT adapter")
+    branches = branches_of(model)
+    if one:
+        branches = branches.regrouped({"lora": sum(branches.ranks.values())})
+    written = []
+    for name, rank in branches.ranks.items():
+        pairs = {layer: found[name] for layer, found in branches.pairs.items()}
+        written += _save(model, folder if one else folder / name, pairs, rank, branches.scale)
+    return written
+
+
+def _save(
+    model: nn.Module, folder: Path, pairs: dict[str, tuple[Tensor, Tensor]], rank: int, scale: float
+) -> list[Path]:
+    from peft import LoraConfig
+    from safetensors.torch import save_file
+
+    patterns = {re.sub(r"(?<=\\\.)\d+(?=\\\.)", r"\\d+", re.escape(layer)): None for layer in pairs}
+    targets = "|".join(patterns)
+    alpha = scale * rank
+    options: dict[str, Any] = {"lora_alpha": int(alpha) if alpha == int(alpha) else alpha, "target_modules": targets}
+    if type(model).__name__.endswith("ForCausalLM"):
+        options["task_type"] = "CAUSAL_LM"
+    folder.mkdir(parents=True, exist_ok=True)
+    LoraConfig(r=rank, lora_dropout=0.0, bias="none", inference_mode=True, **options).save_pretrained(str(folder))
+    tensors = {
+        f"base_model.model.{layer}.lora_{half}.weight": tensor.contiguous()
+        for layer, pair in pairs.items()
+        for half, tensor in zip("AB", pair, strict=True)
+    }
+    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+    return [folder / CONFIG, folder / WEIGHTS]
+
+
+def is_peft(folder: Path) -> bool:
+    """Whether a folder holds a PEFT adapter, or subfolders that do."""
+    return (folder / CONFIG).is_file() or any(folder.glob(f"*/{CONFIG}"))
+
+
+def read_peft(folder: Path) -> Branches:
+    """A PEFT adapter as one branch "lora", or one branch for every subfolder that holds an adapter, by its name.
+
+    Raises:
+        UserError: no adapter, a file that cannot be read, settings or tensors that are not plain LoRA (all are named),
+            or adapters of different scales or layers.
+    """
+    parts = {path.parent.name: path.parent for path in sorted(folder.glob(f"*/{CONFIG}"))}
+    if (folder / CONFIG).is_file():
+        parts = {"lora": folder}
+    if not parts:
+        raise UserError(f"expected {CONFIG} in {folder} or in its subfolders, found none")
+    read = {name: _read(part) for name, part in parts.items()}
+    scales = {name: scale for name, (_, scale) in read.items()}
+    if len(set(scales.values())) > 1:
+        raise UserError(f"expected adapters of one lora_alpha / r in {folder}, found {scales}")
+    (first, (own, scale)), *others = read.items()
+    for name, (pairs, _) in others:
+        if pairs.keys() != own.keys():
+            apart = listed(sorted(pairs.keys() ^ own.keys()))
+            raise UserError(f"expected adapters of the same layers in {folder}; {first} and {name} differ in {apart}")
+    return Branches({layer: {name: pairs[layer] for name, (pairs, _) in read.items()} for layer in own}, scale)
+
+
+def _read(folder: Path) -> tuple[dict[str, tuple[Tensor, Tensor]], float]:
+    """Layer to (A, B), and the scale."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+        tensors = load_file(folder / WEIGHTS)
+    except (OSError, ValueError, SafetensorError) as error:
+        raise UserError(f"expected {CONFIG} and {WEIGHTS} of a PEFT adapter in {folder}: {error}") from error
+    if not isinstance(config, dict):
+        raise UserError(f"{folder / CONFIG}: expected a JSON object, found {type(config).__name__}")
+    strange = [f"{key} {config[key]!r}" for key, plain in PLAIN.items() if key in config and config[key] not in plain]
+    if strange or not {"r", "lora_alpha"} <= config.keys():
+        found = listed(strange) or "no r and lora_alpha"
+        raise UserError(f"{folder / CONFIG}: expected a plain LoRA, the same in every layer, found {found}")
+    halves: dict[str, dict[str, Tensor]] = {}
+    unknown = []
+    for key, tensor in tensors.items():
+        if match := KEY.fullmatch(key):
+            halves.setdefault(match["layer"], {})[match["half"]] = tensor
+        else:
+            unknown.append(key)
+    alone = [layer for layer, pair in halves.items() if len(pair) < 2]
+    wrong = [
+        f"{layer}.{half} {tuple(tensor.shape)}"
+        for layer, pair in halves.items()
+        for half, tensor in pair.items()
+        if tensor.ndim != 2 or tensor.shape["AB".index(half)] != config["r"]
+    ]
+    problems = [
+        f"{what}: {listed(names)}"
+        for what, names in (("unknown keys", unknown), ("A without B", alone), ("not of rank r", wrong))
+        if names
+    ]
+    if problems or not halves:
+        raise UserError(f"{folder / WEIGHTS}: {'; '.join(problems) or 'no lora_A and lora_B in it'}")
+    scale = config["lora_alpha"] / (config["r"] ** 0.5 if config.get("use_rslora") else config["r"])
+    return {layer: (pair["A"], pair["B"]) for layer, pair in halves.items()}, scale

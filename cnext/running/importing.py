@@ -1,0 +1,99 @@
+"""cnext import: an adapter from elsewhere as the folder of a run that ends with it, which `cnext export` takes."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from cnext import backbones, methods
+from cnext.adapters import exchange, exchange_authors, exchange_peft
+from cnext.adapters.exchange_authors import KINDS, ROLES, Released
+from cnext.errors import UserError, unknown
+from cnext.running import checkpoint
+from cnext.running.export import EXTRAS, REFERENCE, outer_model, read_object, whole
+from cnext.running.reference import agrees
+
+FILES = ("pytorch_model.bin", "pytorch_model.bin/pytorch_model.bin", "model.safetensors")
+
+
+def import_adapter(path: Path, to: Path, backbone: str = "tiny", method: str | None = None) -> str:
+    """Reads a PEFT adapter, a folder of several, or a released file, and writes it as a run folder. Returns a summary.
+
+    Args:
+        path: a file, or a folder.
+        to: a folder that is not there yet.
+        backbone: the model that the adapter is for.
+        method: "mage", "moelora" or "lora". None: mage where PEFT adapters have its branches' names, else lora; a
+            released file of several branches needs it said.
+
+    Raises:
+        UserError: the file is not what was expected, does not fit the backbone, or gives other reference logits than
+            those that were exported with it.
+    """
+    if method is not None and method not in KINDS:
+        raise unknown("method of an adapter to import", method, KINDS)
+    with whole(to) as folder:
+        found, method = _read(path, method)
+        ranks = found.branches.ranks
+        total, count = sum(ranks.values()), {"mage": len(ROLES), "lora": 1, "moelora": len(ranks)}[method]
+        if total % count:
+            raise UserError(f"a total rank of {total} cannot be divided among the {count} branches of {method}")
+        given = {"rank": total // count, "scale": found.branches.scale}
+        made = methods.load(method)(**given, **({"experts": count} if method == "moelora" else {}))
+        model = backbones.load(backbone).load("cpu")
+        made.setup(model, [], torch.Generator().manual_seed(0))
+        outer = outer_model(model)
+        own = exchange.branches_of(outer).ranks
+        exchange.put_branches(outer, found.branches.regrouped(own))
+        exchange_authors.put_routers(outer, found.routers)
+        exchange_authors.put_extras(outer, found.extras)
+        checked = _check(path, outer, backbone)
+        config = _config(path, backbone, method, made)
+        extras = {f"{kind}.{name}": tensor for kind, part in found.extras.items() for name, tensor in part.items()}
+        tensors = {"adapters": made.held(), "method": made.state_dict(), "optimizer": {}, EXTRAS: extras}
+        checkpoint.write_json(folder / "config.json", config)
+        checkpoint.save(folder / "checkpoints" / "0_imported", tensors, {"tasks_done": 0, "step": 0})
+    counted = ", ".join(f"{name} (rank {rank})" for name, rank in own.items())
+    lines = [f"{to}: {method} on {backbone}, {len(found.branches.pairs)} layers, branches {counted}"]
+    lines += [f"scale {found.branches.scale:g}; reference logits {checked}"]
+    lines += [f"also kept: {kind}, {len(part)} tensors" for kind, part in found.extras.items()]
+    lines += [f"ignored: {kind}, {number} tensors" for kind, number in found.ignored.items()]
+    return "\n".join(lines)
+
+
+def _read(path: Path, method: str | None) -> tuple[Released, str]:
+    if path.is_dir() and exchange_peft.is_peft(path):
+        if method == "moelora":
+            raise UserError("a PEFT adapter has no routers, which moelora needs; --method mage or lora")
+        branches = exchange_peft.read_peft(path)
+        return Released(branches), method or ("mage" if set(branches.ranks) == set(ROLES) else "lora")
+    file = path if path.is_file() else next((path / name for name in FILES if (path / name).is_file()), None)
+    if file is None:
+        looked = f"{exchange_peft.CONFIG}, */{exchange_peft.CONFIG}, {', '.join(FILES)}"
+        raise UserError(f"expected a file, or a folder with one of {looked}, at {path}; found none")
+    state = exchange_authors.read_tensors(file)
+    if method is None and any(".loraA." in name for name in state):
+        raise UserError(f"{file} has several branches; say what they are: --method mage or --method moelora")
+    return exchange_authors.from_released(state, method or "lora"), method or "lora"
+
+
+def _check(path: Path, model: torch.nn.Module, backbone: str) -> str:
+    """Compares with the reference logits that an export put beside the adapter."""
+    file = (path if path.is_dir() else path.parent) / REFERENCE
+    if not file.is_file():
+        return f"not compared: no {REFERENCE} beside it"
+    if not agrees(model, read_object(file, {"input_ids", "places", "decimals", "sha256"})):
+        raise UserError(
+            f"with this adapter {backbone} gives other logits than {file} says; is it of another backbone, or changed "
+            f"since? Delete {REFERENCE} to import it all the same"
+        )
+    return "as exported"
+
+
+def _config(path: Path, backbone: str, method: str, made: Any) -> dict[str, Any]:
+    hyperparameters = dataclasses.asdict(made)
+    values = {"method": method, "hyperparameters": hyperparameters, "backbone": backbone, "tasks": []}
+    return values | {"imported": path.resolve().name}
