@@ -42,6 +42,8 @@ def worker(rank: int, folder: Path) -> None:
     distributed.init_process_group("gloo", init_method=f"file://{folder / 'meeting'}", rank=rank, world_size=RANKS)
     for rule in RULES:
         save_file(train(rule, rank), folder / f"{rule}-{rank}.safetensors")
+    # No rank may leave while another is still in a collective: gloo's threads would be torn down under it.
+    distributed.barrier()
     distributed.destroy_process_group()
 
 
