@@ -108,6 +108,19 @@ def _compare(arguments: argparse.Namespace) -> None:
     print(json.dumps(comparison, indent=2) if arguments.json else compare.text(comparison))
 
 
+def _judge(arguments: argparse.Namespace) -> None:
+    import dataclasses
+
+    from cnext.running import judge_validation, judging
+
+    given = {field.name: getattr(arguments, field.name) for field in dataclasses.fields(judging.JudgeConfig)}
+    config = judging.JudgeConfig(**{name: value for name, value in given.items() if value is not None})
+    if arguments.run == "validate":
+        judge_validation.validate(config, arguments.out)
+    else:
+        judging.judge_run(Path(arguments.run), config)
+
+
 def _data_check(arguments: argparse.Namespace) -> int:
     from cnext.tasks import doctor, doctor_text, suites
 
@@ -129,6 +142,20 @@ def _data_subset(arguments: argparse.Namespace) -> None:
     out = arguments.out or Path(f"{suite.name}-n{arguments.n}-seed{arguments.seed}")
     name = subset.write_subset(suite, arguments.dir, arguments.n, arguments.seed, out, arguments.absolute)
     print(f"{name}: cnext-run --suite {out} --data {out}")
+
+
+def _export(arguments: argparse.Namespace) -> None:
+    from cnext.running.export import export
+
+    given = (arguments.run, arguments.to, arguments.format, arguments.checkpoint, arguments.branches_only)
+    for path in export(*given):
+        print(path)
+
+
+def _import(arguments: argparse.Namespace) -> None:
+    from cnext.running.importing import import_adapter
+
+    print(import_adapter(arguments.path, arguments.to, arguments.backbone, arguments.method))
 
 
 def _doctor(_: argparse.Namespace) -> None:
@@ -178,6 +205,22 @@ def _parser() -> argparse.ArgumentParser:
     other.add_argument("--to", type=Path, metavar="RUN", help="another run")
     compare.add_argument("--anyway", action="store_true", help="compare what is not comparable, and say why it is not")
     compare.add_argument("--json", action="store_true", help="print the comparison as JSON")
+    judge = add("judge", _judge, "book each error of a run to hallucination, instruction-unfollowing or other")
+    judge.add_argument("run", help="a run folder, or `validate`: agreement with 200 errors whose type is known")
+    judges = (
+        "rules (default; free, offline), openai:URL (a server, for example http://localhost:8000/v1) or replay:FILE"
+    )
+    judge.add_argument("--judge", default="rules", help=judges)
+    judge.add_argument("--model", help="the model behind the URL (default: Qwen/Qwen3-VL-30B-A3B-Instruct)")
+    judge.add_argument("--limit", type=int, metavar="N", help="ask about N errors, spread over stages and tasks")
+    every = "judge every stage (default for a model: those that Avg.HAL, Avg.IUF and Avg.OTH are made of)"
+    judge.add_argument("--every-stage", action="store_true", help=every)
+    judge.add_argument("--dry-run", action="store_true", help="say how many requests and tokens it takes, and stop")
+    judge.add_argument("--name", help="name of the files in RUN/judge (default: that of the judge or model)")
+    judge.add_argument("--concurrency", type=int, metavar="N", help="requests at a time (default: 8)")
+    judge.add_argument("--timeout", type=float, metavar="S", help="seconds that a reply may take (default: 120)")
+    judge.add_argument("--tries", type=int, metavar="N", help="tries of one request (default: 5)")
+    judge.add_argument("--out", type=Path, default=Path("judge"), help="of validate: its folder (default: ./judge)")
     about = "check the files of a suite, or draw a named reduced protocol from them"
     data = verbs.add_parser("data", help=about, description=about)
     parts = data.add_subparsers(dest="part", required=True, metavar="part")
@@ -195,6 +238,23 @@ def _parser() -> argparse.ArgumentParser:
     for part in (check, subset):
         part.add_argument("dir", type=Path, help="folder with the suite's files")
         part.add_argument("--suite", default="continual-next", help="suite (default: continual-next)")
+    export = add("export", _export, "write a run's adapters for other tools, with a model card and a checksum")
+    export.add_argument("run", type=Path, help="a run folder, for example runs/mage/paper/seed-0")
+    export.add_argument("--to", type=Path, required=True, metavar="DIR", help="folder to write, not there yet")
+    told = "PEFT, an adapter a branch or one for all; the authors' layout; the model with the branches in its weights"
+    formats = ("peft", "peft-merged-rank", "authors", "merged")
+    export.add_argument("--format", choices=formats, required=True, help=told)
+    export.add_argument("--checkpoint", metavar="NAME", help="one of the run's checkpoints (default: the last)")
+    told = "leave out what an imported adapter has beside its branches"
+    export.add_argument("--branches-only", action="store_true", help=told)
+    text = "read a PEFT adapter or the authors' released file, and write it as a run that `cnext export` takes"
+    imported = add("import", _import, text)
+    told = "folder of a PEFT adapter or of several, or pytorch_model.bin or a safetensors file as released"
+    imported.add_argument("path", type=Path, help=told)
+    imported.add_argument("--to", type=Path, required=True, metavar="DIR", help="folder to write, not there yet")
+    imported.add_argument("--backbone", default="tiny", help="the model that it is for (default: tiny)")
+    told = "what the branches are (default: by their names)"
+    imported.add_argument("--method", choices=("mage", "moelora", "lora"), help=told)
     add("doctor", _doctor, "show versions, devices, and which parts of the compiled core are there")
     tiny = add(
         "pretrain-tiny", _pretrain_tiny, "pretrain the tiny backbone and its CLIP from nothing (about 20 minutes)"

@@ -5,9 +5,10 @@ Instruction unfollowing wins where both hold: a malformed answer is never looked
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from math import fsum
 
+from cnext.scoring import kinds
 from cnext.scoring.answers import contains_words, normalise, repeats_a_word
 from cnext.scoring.base import ERROR_TYPES, Prediction, Score
 
@@ -15,25 +16,36 @@ MAX_WORDS = 5
 """The most words that count as "a single word or phrase"; a longer reference raises it to its own length."""
 
 
-def text_error(prediction: Prediction, reference: str) -> str:
+def text_error(
+    prediction: Prediction, reference: str, instruction: str = "", known: Collection[str] | None = None
+) -> str:
     """The error type of a wrong short answer.
 
-    instruction_unfollowing: an image was drawn, nothing was said, more than ``MAX_WORDS`` words were said, or a word
-    more than twice.
+    instruction_unfollowing: an image was drawn, nothing was said, more than ``MAX_WORDS`` words were said, a word more
+    than twice, an answer of another kind than the question asks for ("fish" for a color), a second answer after the
+    first ("snowman blue"), or what is no word at all ("djt").
     other: well formed, and the answer's words contain the reference's or the reverse ("red circle" for "red"):
     wrong under exact match, yet nothing was made up.
     hallucination: any other well-formed answer.
+
+    Args:
+        known: the words of the task's questions and references; None where letters that make no word may have been
+            read from an image.
     """
+    text = prediction.text
     allowed = max(MAX_WORDS, len(reference.split()))
     malformed = (
         prediction.image is not None
-        or not normalise(prediction.text)
-        or len(prediction.text.split()) > allowed
-        or repeats_a_word(prediction.text)
+        or not normalise(text)
+        or len(text.split()) > allowed
+        or repeats_a_word(text)
+        or kinds.is_of_another_kind(text, reference, instruction)
+        or kinds.answers_another_question_too(text, reference)
+        or (known is not None and kinds.is_no_word(text, known))
     )
     if malformed:
         return "instruction_unfollowing"
-    if contains_words(prediction.text, reference) or contains_words(reference, prediction.text):
+    if contains_words(text, reference) or contains_words(reference, text):
         return "other"
     return "hallucination"
 

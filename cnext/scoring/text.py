@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from cnext.scoring.answers import normalise, repeats_a_word
 from cnext.scoring.base import Prediction, Score
 from cnext.scoring.errors import text_error
+from cnext.scoring.kinds import known_words
 
 if TYPE_CHECKING:
     from cnext.tasks.base import Sample, Task
@@ -43,7 +44,7 @@ def ocr_answer(task: Task, samples: Sequence[Sample], predictions: Sequence[Pred
         a, b = answer.lower().strip(), reference.lower().strip()
         return not repeats_a_word(answer) and "Unanswerable" not in answer and (a in b or b in a)
 
-    return _scores(samples, predictions, released)
+    return _scores(samples, predictions, released, read=True)
 
 
 def exact_answer(task: Task, samples: Sequence[Sample], predictions: Sequence[Prediction]) -> list[Score]:
@@ -72,14 +73,22 @@ def _folded(text: str) -> str:
 
 
 def _scores(
-    samples: Sequence[Sample], predictions: Sequence[Prediction], released: Callable[[str, str], bool]
+    samples: Sequence[Sample],
+    predictions: Sequence[Prediction],
+    released: Callable[[str, str], bool],
+    read: bool = False,
 ) -> list[Score]:
-    """Strict scores, and those of the released rule; of several accepted answers the best counts."""
+    """Strict scores, and those of the released rule; of several accepted answers the best counts.
+
+    read: whether answers are read from an image letter by letter, and need not be words.
+    """
+    asked = [(sample.turns[0].instruction, sample.answers[0]) for sample in samples]
+    known = None if read else known_words(text for pair in asked for text in pair)
     scores = []
     for sample, prediction in zip(samples, predictions, strict=True):
         accepted = sample.answers
         hit = prediction.image is None and normalise(prediction.text) in map(normalise, accepted)
         paper_hit = any(released(prediction.text, reference) for reference in accepted)
-        error = "" if hit else text_error(prediction, accepted[0])
+        error = "" if hit else text_error(prediction, accepted[0], sample.turns[0].instruction, known)
         scores.append(Score(strict=100.0 * hit, paper=100.0 * paper_hit, error=error))
     return scores

@@ -39,6 +39,50 @@ def test_text_error(text: str, reference: str, image: numpy.ndarray | None, erro
     assert text_error(Prediction(text, image), reference) == error
 
 
+COLOR, COUNT, THING = "What color is the circle?", "How many objects are there?", "What is the object in the image?"
+ASKED = "Is there a red circle?"
+
+
+@pytest.mark.parametrize(
+    ("instruction", "text", "reference", "error"),
+    [
+        (COLOR, "jm", "red", "instruction_unfollowing"),
+        (COLOR, "fish", "red", "instruction_unfollowing"),
+        (COLOR, "blue", "red", "hallucination"),
+        (COLOR, "dark blue", "red", "hallucination"),
+        (COLOR, "red circle", "red", "other"),
+        (COLOR, "stripes", "polka dots", "hallucination"),
+        (COUNT, "fish", "2", "instruction_unfollowing"),
+        (COUNT, "3", "2", "hallucination"),
+        (COUNT, "two", "2", "hallucination"),
+        (COUNT, "many", "2", "hallucination"),
+        (ASKED, "fish", "yes", "instruction_unfollowing"),
+        (ASKED, "no", "yes", "hallucination"),
+        (ASKED, "yes it is", "yes", "other"),
+        (THING, "yes", "snowman", "instruction_unfollowing"),
+        (THING, "snowman blue", "snowman", "instruction_unfollowing"),
+        (THING, "blue snowman", "snowman", "other"),
+        (THING, "little snowman", "snowman", "other"),
+        (THING, "[0.1,0.2,0.3,0.4]", "snowman", "instruction_unfollowing"),
+        (THING, "djt", "snowman", "instruction_unfollowing"),
+        (THING, "cup", "snowman", "hallucination"),
+        (THING, "tv", "snowman", "hallucination"),
+        (THING, "TV", "snowman", "hallucination"),
+        ("Is it red or blue?", "no", "red", "hallucination"),
+        ("What is the answer?", "no", "not yes", "hallucination"),
+    ],
+)
+def test_answers_of_another_kind(instruction: str, text: str, reference: str, error: str) -> None:
+    assert text_error(Prediction(text), reference, instruction, {"tv", "cup"}) == error
+
+
+def test_letters_may_be_read_from_an_image() -> None:
+    assert text_error(Prediction("djt"), "dot", THING) == "hallucination"
+    samples = [Sample("1", (Turn("What word is written in the image?", "dot"),))]
+    assert SCORERS["ocr_answer"](None, samples, [Prediction("djt")])[0].error == "hallucination"
+    assert SCORERS["short_answer"](None, samples, [Prediction("djt")])[0].error == "instruction_unfollowing"
+
+
 def test_box_and_image_errors() -> None:
     assert box_error(Prediction("[0,0,1,1]"), parsable=True) == "hallucination"
     assert box_error(Prediction("left"), parsable=False) == "instruction_unfollowing"
