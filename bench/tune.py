@@ -3,7 +3,8 @@
     python bench/tune.py --out runs/tune              # all methods, two runs at a time
     python bench/tune.py --out runs/tune --method ewc
 
-Writes what each value gave to results/next-tiny/tuning.json; the best Avg.ACC becomes the method's default. The
+Writes what each value gave to results/next-tiny/tuning.json; the best Avg.ACC becomes the method's default, a
+tie aside. The
 learning rate was chosen with lora alone and is the same for all, as are rank and budget. Run again, it goes on.
 """
 
@@ -32,6 +33,9 @@ GRID: dict[str, tuple[str, tuple[float, ...]]] = {
     "reglora": ("penalty", (25, 250, 2500)),
     "mage-routed": ("c", (2, 5, 10)),
     "mage-slow": ("slow", (0.1, 0.2, 0.5)),
+    "mage-experts": ("scale", (1, 3, 6)),
+    "mr-lora": ("router_steps", (20, 40, 80)),
+    "prompt-pool": ("scale", (10, 30, 100)),
     "mode": ("distill", (0.1, 0.3, 1)),
     "cia": ("factor", (0.01, 0.1, 2)),
 }
