@@ -3,8 +3,7 @@
     python bench/tune.py --out runs/tune              # all methods, two runs at a time
     python bench/tune.py --out runs/tune --method ewc
 
-Writes what each value gave to results/next-tiny/tuning.json; the best Avg.ACC becomes the method's default, a
-tie aside. The
+Writes what each value gave to results/next-tiny/tuning.json; the best Avg.ACC becomes the default, a tie aside. The
 learning rate was chosen with lora alone and is the same for all, as are rank and budget. Run again, it goes on.
 """
 

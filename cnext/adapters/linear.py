@@ -26,7 +26,7 @@ class SharedInput:
 
     One pass over x for every down-projection and one chain for dX, in place of one each; the layers share a dropout
     mask. The others' outputs wait here until they are asked for with the same tensor; asked with another, all are
-    computed for that one.
+    computed for that one. FSDP has to shard a module that holds them all, not each of them.
     """
 
     def __init__(self, layers: Sequence[AdapterLinear]) -> None:
