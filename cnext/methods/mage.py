@@ -13,20 +13,20 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from cnext import adapters
 from cnext.adapters import BRANCH_ROLES, roles_of
 from cnext.averaging import RULES
 from cnext.averaging.pooling import pooled
 from cnext.errors import unknown
-from cnext.methods.base import Card, Memory
+from cnext.methods.base import Averaged, Card
 from cnext.methods.lora import Lora
 from cnext.tasks.base import Task
 
 
 @dataclass
-class Mage(Lora):
+class Mage(Averaged, Lora):
     """y = W x + scale * sum over the four roles of B_i A_i x."""
 
     rank: int = 8
@@ -56,12 +56,6 @@ class Mage(Lora):
         self.groups = {name: adapters.branch_parameters(self.model, [name]) for name in names}
         return adapters.set_trainable(self.model, names)
 
-    def before_task(self, parameters: dict[str, nn.Parameter], steps: int, memory: Memory) -> None:
-        self.rule.begin_task(parameters, steps)
-
-    def transform_gradients(self, parameters: dict[str, nn.Parameter]) -> None:
-        self.rule.update()
-
     def after_task(self) -> dict[str, Any] | None:
         """Mean and standard deviation of beta, the weight of the old, over each branch's parameters."""
         betas = self.rule.end_task()
@@ -70,9 +64,3 @@ class Mage(Lora):
     def extra_bytes(self, tasks: int) -> int:
         """An average and one more statistic of every parameter."""
         return 0 if self.average == "none" else 2 * sum(4 * parameter.numel() for parameter in self.held().values())
-
-    def state_dict(self) -> dict[str, Tensor]:
-        return self.rule.state_dict()
-
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        self.rule.load_state_dict(state)
