@@ -40,11 +40,19 @@ class SharedInput:
         first = self.layers[0].active
         return all(one.active == first and one.router is None and not one.merged for one in self.layers)
 
+    def _parameters(self) -> Iterator[Tensor]:
+        for one in self.layers:
+            for name in one.active:
+                branch = one.branches[name]
+                yield branch.A
+                yield branch.B
+
     def output(self, layer: AdapterLinear, x: Tensor) -> Tensor:
         """What ``layer`` gives for x."""
         # A tensor counts its changes in place, but not in inference mode and not for the compiler.
-        version = None if torch.compiler.is_compiling() or x.is_inference() else x._version
-        state = (layer.active, torch.is_grad_enabled(), version)
+        operands = [] if torch.compiler.is_compiling() else [x, *self._parameters()]
+        versions = [None if tensor.is_inference() else tensor._version for tensor in operands]
+        state = (layer.active, layer.training, torch.is_grad_enabled(), versions)
         if self._x is not x or self._state != state or layer not in self._waiting:
             outputs = ops.lora_branches_grouped(
                 x,

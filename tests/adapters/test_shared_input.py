@@ -93,6 +93,21 @@ def test_an_input_changed_in_place_is_computed_again(x: Tensor) -> None:
         torch.testing.assert_close(model.k_proj(x), alone.k_proj(x))
 
 
+def test_a_branch_changed_between_two_layers_is_computed_again(x: Tensor) -> None:
+    """As by an optimizer's step, with the same tensor for x."""
+    model, alone = made(), made(shared=())
+    for one in (model, alone):
+        one.q_proj(x)
+        with torch.no_grad():
+            one.k_proj.branches["a"].B.add_(1)
+    torch.testing.assert_close(model.k_proj(x), alone.k_proj(x))
+
+
+def test_inference_mode_counts_no_versions(x: Tensor) -> None:
+    with torch.inference_mode():
+        torch.testing.assert_close(made()(x.clone()), made(shared=())(x.clone()))
+
+
 def test_a_recomputed_pass_makes_the_same_mask(x: Tensor) -> None:
     model = made(dropout=0.5)
     torch.manual_seed(3)
