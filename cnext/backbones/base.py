@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -23,7 +24,8 @@ class Output:
     """What a batch's supervised positions give, and what they should.
 
     logits: (N, vocabulary) at every supervised token.  labels: (N,) int64.
-    drawn, features: (M, tokens, width) regressed and wanted visual features of the M pictures written.
+    drawn, features: what is drawn of the M pictures written, and what is wanted: either visual features regressed,
+        (M, tokens, width) both, or logits over a codebook, (M, tokens, codes), and the codes wanted, (M, tokens) int64.
     """
 
     logits: Tensor
@@ -34,8 +36,8 @@ class Output:
 
 @dataclass(frozen=True)
 class Loss:
-    """total: scalar to differentiate. text: mean cross-entropy per supervised token. image: mean squared error
-    of the regressed visual features (0 where the batch writes no image). tokens: supervised tokens and features."""
+    """total: scalar to differentiate. text: mean cross-entropy per supervised token. image: `image_loss` of what is
+    drawn (0 where the batch writes no image). tokens: supervised tokens and features."""
 
     total: Tensor
     text: Tensor
@@ -43,17 +45,39 @@ class Loss:
     tokens: int
 
 
+def image_loss(drawn: Tensor, wanted: Tensor) -> Tensor:
+    """Mean squared error of regressed features, or mean cross-entropy where codes are wanted. See `Output`."""
+    if wanted.is_floating_point():
+        return F.mse_loss(drawn, wanted)
+    return F.cross_entropy(drawn.flatten(0, 1), wanted.flatten())
+
+
+def image_distance(given: Output, wanted: Output) -> Tensor:
+    """How far what two models draw for the same batch is apart: mean squared error of features, or of codes the mean
+    over tokens of KL(wanted || given). 0 where the batch writes no image."""
+    if not len(given.drawn):
+        return given.logits.new_zeros(())
+    if given.features.is_floating_point():
+        return F.mse_loss(given.drawn, wanted.drawn)
+    logs = [output.drawn.flatten(0, 1).log_softmax(-1) for output in (given, wanted)]
+    return F.kl_div(*logs, reduction="batchmean", log_target=True)
+
+
 class Backbone(ABC, nn.Module):
     """A frozen dual-to-dual model. Adapters are attached to ``language_model`` and nowhere else.
 
-    Subclasses are built with a device and give the members below; encoded samples are opaque to everyone else.
+    Prepared and encoded samples are opaque to everyone else.
     """
 
     name: ClassVar[str]
     targets: ClassVar[tuple[str, ...]]
     """Name suffixes of the linear layers of ``language_model`` that carry adapters."""
     image_loss_weight: ClassVar[float] = 6.0
-    """Weight of the visual features' squared error beside the cross-entropy, as released."""
+    """Weight of `image_loss` beside the cross-entropy of the text; SEED-X's, as released, unless a backbone says."""
+    encodes_ahead: ClassVar[bool] = False
+    """Whether a task's training samples are small enough, encoded, to be kept; else each batch is encoded when due."""
+    untrained: ClassVar[str] = ""
+    """What the released weights were not trained to do, in one sentence; "" where that is nothing of the six tasks."""
     positions: Tensor | None = None
     """(batch, length) int64: what every position of the language model's forward pass under way is for, as a row of
     ``cnext.adapters.BRANCH_ROLES``: text read, image read, text written (from the position that gives the first
@@ -64,9 +88,51 @@ class Backbone(ABC, nn.Module):
     def language_model(self) -> nn.Module:
         """The decoder that adapters are attached to."""
 
+    @classmethod
     @abstractmethod
+    def load(
+        cls,
+        device: torch.device | str = "cpu",
+        weights: Path | None = None,
+        *,
+        dtype: torch.dtype = torch.float32,
+        device_map: str | None = None,
+        checkpointing: bool = False,
+    ) -> Backbone:
+        """The pretrained model, frozen, in evaluation mode.
+
+        Args:
+            weights: folder or file of the released weights; None where they come with the package.
+            dtype: of the model's parameters.
+            device_map: how accelerate spreads the model over several devices ("auto", "balanced"); None: one device.
+            checkpointing: whether the language model computes activations again in the backward pass.
+
+        Raises:
+            UserError: weights that are missing or do not fit: what was expected, what was found, what to do.
+        """
+
+    @abstractmethod
+    def connections(self) -> dict[str, nn.Parameter]:
+        """The layers between the visual parts and the language model, by name: trained where a recipe says so."""
+
+    @abstractmethod
+    def released_extras(self) -> dict[str, nn.Parameter]:
+        """What the paper's released code trains besides branches and connections: embeddings, output head, norms."""
+
+    @abstractmethod
+    def prepare(self, sample: Sample) -> Any:
+        """The part of encoding that needs no parameters: files read, pixels resized, text tokenized.
+
+        Runs in worker processes as well: touches no device, and what it gives can be pickled.
+        """
+
+    @abstractmethod
+    def encode_prepared(self, prepared: Sequence[Any]) -> list[Any]:
+        """Prepared samples to what ``output`` takes. Frozen parts only, no gradient."""
+
     def encode(self, samples: Sequence[Sample]) -> list[Any]:
         """Samples to whatever ``output`` takes: token ids, labels, visual features. Frozen parts only, no gradient."""
+        return self.encode_prepared([self.prepare(sample) for sample in samples])
 
     @abstractmethod
     def output(self, encoded: Sequence[Any]) -> Output:
@@ -104,12 +170,12 @@ class Backbone(ABC, nn.Module):
         return torch.cat(parts)
 
     def loss(self, encoded: Sequence[Any]) -> Loss:
-        """Cross-entropy, mean over supervised tokens, plus image_loss_weight times the mean squared error."""
+        """Cross-entropy, mean over supervised tokens, plus image_loss_weight times the image loss."""
         return self.loss_of(self.output(encoded))
 
     def loss_of(self, output: Output) -> Loss:
         """The training loss of an output."""
         text = F.cross_entropy(output.logits, output.labels)
-        image = F.mse_loss(output.drawn, output.features) if len(output.drawn) else text.new_zeros(())
+        image = image_loss(output.drawn, output.features) if len(output.drawn) else text.new_zeros(())
         tokens = len(output.labels) + output.drawn.shape[:2].numel()
         return Loss(text + self.image_loss_weight * image, text.detach(), image.detach(), tokens)

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from cnext import adapters
-from cnext.backbones.base import Output
+from cnext.backbones.base import Output, image_distance
 from cnext.errors import UserError
 from cnext.methods.base import Card, Memory
 from cnext.methods.lora import Lora
@@ -61,9 +61,7 @@ class Distillation(Lora):
         """How far a student's output is from a teacher's on the same batch: a scalar, 0 where they are the same."""
         wanted, given = (F.log_softmax(output.logits / self.temperature, -1) for output in (teacher, student))
         text = self.temperature**2 * F.kl_div(given, wanted, reduction="batchmean", log_target=True)
-        if not len(student.drawn):
-            return text
-        return text + self.backbone.image_loss_weight * F.mse_loss(student.drawn, teacher.drawn)
+        return text + self.backbone.image_loss_weight * image_distance(student, teacher)
 
     def after_task(self) -> None:
         self.tasks, self.teacher = self.tasks + 1, {}

@@ -25,6 +25,7 @@ from torch.nn import functional as F
 from cnext import adapters
 from cnext.adapters import BRANCH_ROLES, BranchRole
 from cnext.adapters.by_position import ByPosition
+from cnext.backbones.base import image_distance
 from cnext.errors import UserError
 from cnext.methods.base import Card
 from cnext.methods.moelora import MoeLora, Router
@@ -76,5 +77,4 @@ class Mode(MoeLora):
         student = self.backbone.output(batch)
         logs = [output.logits.log_softmax(-1) for output in (student, teacher)]
         text = F.kl_div(*logs, log_target=True, reduction="batchmean")
-        image = F.mse_loss(student.drawn, teacher.drawn)
-        return self.distill * (text + self.backbone.image_loss_weight * image)
+        return self.distill * (text + self.backbone.image_loss_weight * image_distance(student, teacher))

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from cnext.adapters.prompts import Prompts
-from cnext.backbones.tiny.model import TinyBackbone
+from cnext.backbones.tiny.model import TinyBackbone, pixels
 from cnext.tasks import formats, suites
 from cnext.tasks.base import Sample
 
@@ -56,7 +56,11 @@ def test_cached_generation_equals_computing_everything_again(tiny: TinyBackbone,
     assert [a.text for a in answers] != [a.text for a in plain], "the prompts matter"
     front = (3 * prompts.prompts[chosen]).flatten(1, 2)
     for sample, answer in zip(mixed, answers, strict=True):
-        features, ids, written = tiny.features([sample.image])[0] if sample.image else None, tiny.prompt(sample), []
+        features, ids, written = (
+            tiny.features([pixels(sample.image)])[0] if sample.image else None,
+            tiny.prompt(sample),
+            [],
+        )
         for _ in range(20):
             tokens = torch.tensor([ids + written])
             embeddings, _ = tiny._embed(tokens, [features], [False], tokens < 0)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from cnext.backbones.tiny.model import IGNORED, TinyBackbone
+from cnext.backbones.tiny.model import IGNORED, TinyBackbone, pixels
 from cnext.backbones.tiny.tokenizer import TinyTokenizer
 from cnext.backbones.tiny.vision import TOKENS
 from cnext.tasks import formats, suites
@@ -122,7 +122,7 @@ def test_greedy_generation_equals_a_plain_loop(tiny: TinyBackbone, data: Path) -
     )
     answers = tiny.generate(mixed, 20)
     for sample, answer in zip(mixed, answers, strict=True):
-        features = tiny.features([sample.image])[0] if sample.image else None
+        features = tiny.features([pixels(sample.image)])[0] if sample.image else None
         ids, written = tiny.prompt(sample), []
         for _ in range(20):
             tokens = torch.tensor([ids + written])
@@ -155,7 +155,7 @@ def test_question_features_are_the_state_at_the_end_of_the_first_instruction(
     found = tiny.question_features(tiny.encode(several))
     for sample, features in zip(several, found, strict=True):
         ids = torch.tensor([tiny.prompt(sample)])
-        embeddings, _ = tiny._embed(ids, [tiny.features([sample.image])[0]], [False], ids < 0)
+        embeddings, _ = tiny._embed(ids, [tiny.features([pixels(sample.image)])[0]], [False], ids < 0)
         hidden = tiny.decoder.model(inputs_embeds=embeddings).last_hidden_state[0, -1]
         torch.testing.assert_close(features, hidden, rtol=1e-4, atol=1e-4)
     asked = [Sample("", (Turn(sample.turns[0].instruction),), sample.image) for sample in several]
@@ -173,7 +173,7 @@ def test_choice_logits_are_those_where_the_answer_begins(tiny: TinyBackbone, dat
     )
     for sample, logits in zip(several, found, strict=True):
         ids = torch.tensor([tiny.prompt(sample)])
-        embeddings, _ = tiny._embed(ids, [tiny.features([sample.image])[0]], [False], ids < 0)
+        embeddings, _ = tiny._embed(ids, [tiny.features([pixels(sample.image)])[0]], [False], ids < 0)
         every = tiny.decoder.lm_head(tiny.decoder.model(inputs_embeds=embeddings).last_hidden_state[0, -1])
         torch.testing.assert_close(logits, every[[tiny.tokenizer[word] for word in words]], rtol=1e-4, atol=1e-4)
     assert tiny.choice_logits([], words).shape == (0, 4)
@@ -201,9 +201,9 @@ def test_pictures_have_the_right_form(tiny: TinyBackbone, data: Path) -> None:
 def test_encoder_and_detokenizer_agree(tiny: TinyBackbone, data: Path) -> None:
     """The autoencoder's round trip is far closer to the picture than another picture is."""
     paths = [sample.image for sample in samples(data, "VQAv2")]
-    features = tiny.features(paths)
-    pixels = tiny.detokenizer(features)
-    error = F.mse_loss(tiny.encoder(pixels), features)
+    features = tiny.features([pixels(path) for path in paths])
+    pictures = tiny.detokenizer(features)
+    error = F.mse_loss(tiny.encoder(pictures), features)
     assert error < 0.25 * F.mse_loss(features.roll(1, 0), features)
 
 

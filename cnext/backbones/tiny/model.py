@@ -8,7 +8,7 @@ regresses to the features of the picture wanted. A detokenizer turns features in
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import ClassVar
 
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from cnext.backbones.base import Backbone, Output
 from cnext.backbones.tiny.tokenizer import TinyTokenizer
 from cnext.backbones.tiny.vision import TOKENS, WIDTH, Detokenizer, VisualEncoder, to_image, to_input
+from cnext.errors import UserError
 from cnext.scoring.base import Prediction
 from cnext.tasks.base import Sample
 
@@ -27,6 +28,15 @@ TEXT_READ, IMAGE_READ, TEXT_WRITTEN, IMAGE_WRITTEN = range(4)
 """Rows of cnext.adapters.BRANCH_ROLES."""
 BATCH = 100
 """Samples per forward pass where nothing is learnt (encoding and generation)."""
+
+
+def pixels(path: Path) -> Tensor:
+    """An image file as (48, 48, 3) uint8."""
+    import numpy
+    from PIL import Image
+
+    with Image.open(path) as image:
+        return torch.from_numpy(numpy.asarray(image.convert("RGB").resize((48, 48))).copy())
 
 
 @dataclass(frozen=True)
@@ -48,6 +58,7 @@ class TinyBackbone(Backbone):
     """The embedded default: about 0.87 M parameters in the decoder and its projections."""
 
     name: ClassVar[str] = "tiny"
+    encodes_ahead: ClassVar[bool] = True
     targets: ClassVar[tuple[str, ...]] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
     def __init__(self) -> None:
@@ -78,13 +89,37 @@ class TinyBackbone(Backbone):
         self.output_projection = nn.Sequential(nn.Linear(hidden, hidden), nn.GELU(), nn.Linear(hidden, WIDTH))
 
     @classmethod
-    def load(cls, device: torch.device | str = "cpu", weights: Path = WEIGHTS) -> TinyBackbone:
-        """The pretrained model, frozen, in float32. Raises FileNotFoundError where the weights are missing."""
+    def load(
+        cls,
+        device: torch.device | str = "cpu",
+        weights: Path | None = None,
+        *,
+        dtype: torch.dtype = torch.float32,
+        device_map: str | None = None,
+        checkpointing: bool = False,
+    ) -> TinyBackbone:
+        """The pretrained model, frozen; the visual parts stay in float32. Raises FileNotFoundError without weights."""
         from safetensors.torch import load_file
 
+        if device_map is not None:
+            raise UserError(f"the tiny backbone is for one device and takes no device map, got {device_map!r}")
         model = cls()
-        model.load_state_dict({name: tensor.float() for name, tensor in load_file(weights).items()})
+        model.load_state_dict({name: tensor.float() for name, tensor in load_file(weights or WEIGHTS).items()})
+        model.decoder.to(dtype)
+        if checkpointing:
+            model.decoder.gradient_checkpointing_enable({"use_reentrant": False})
         return model.requires_grad_(False).eval().to(device)
+
+    def connections(self) -> dict[str, nn.Parameter]:
+        parts = ("input_projection.", "input_position", "image_queries", "output_projection.")
+        return {name: parameter for name, parameter in self.named_parameters() if name.startswith(parts)}
+
+    def released_extras(self) -> dict[str, nn.Parameter]:
+        return {
+            name: parameter
+            for name, parameter in self.named_parameters()
+            if name.startswith("decoder.") and ("norm" in name or "embed_tokens" in name or "lm_head" in name)
+        }
 
     @property
     def language_model(self) -> nn.Module:
@@ -121,31 +156,30 @@ class TinyBackbone(Backbone):
         return ids, labels
 
     @torch.no_grad()
-    def features(self, images: Sequence[Path]) -> Tensor:
-        """The frozen encoder's features of image files, (N, 16, 64) on the model's device."""
-        import numpy
-        from PIL import Image
-
-        parts = []
-        for start in range(0, len(images), BATCH):
-            pixels = []
-            for path in images[start : start + BATCH]:
-                with Image.open(path) as image:
-                    pixels.append(numpy.asarray(image.convert("RGB").resize((48, 48))))
-            parts.append(self.encoder(to_input(torch.from_numpy(numpy.stack(pixels)).to(self.device))))
+    def features(self, images: Sequence[Tensor]) -> Tensor:
+        """The frozen encoder's features of `pixels`, (N, 16, 64) on the model's device."""
+        parts = [
+            self.encoder(to_input(torch.stack(list(images[start : start + BATCH])).to(self.device)))
+            for start in range(0, len(images), BATCH)
+        ]
         return torch.cat(parts) if parts else torch.empty(0, TOKENS, WIDTH, device=self.device)
 
-    def encode(self, samples: Sequence[Sample]) -> list[Encoded]:
-        read = iter(self.features([sample.image for sample in samples if sample.image]))
-        written = iter(self.features([sample.target_image for sample in samples if sample.target_image]))
-        encoded = []
-        for sample in samples:
-            encoded.append(
-                self.assemble(
-                    sample, next(read) if sample.image else None, next(written) if sample.target_image else None
-                )
+    def prepare(self, sample: Sample) -> Encoded:
+        """The sample with pixels, (48, 48, 3) uint8, in place of features."""
+        read, written = (pixels(path) if path else None for path in (sample.image, sample.target_image))
+        return self.assemble(sample, read, written)
+
+    def encode_prepared(self, prepared: Sequence[Encoded]) -> list[Encoded]:
+        read = iter(self.features([item.features for item in prepared if item.features is not None]))
+        written = iter(self.features([item.target for item in prepared if item.target is not None]))
+        return [
+            replace(
+                item,
+                features=None if item.features is None else next(read),
+                target=None if item.target is None else next(written),
             )
-        return encoded
+            for item in prepared
+        ]
 
     def assemble(self, sample: Sample, features: Tensor | None, target: Tensor | None) -> Encoded:
         """A sample whose pictures are encoded already: features read and features to write, (16, 64) each or None."""
@@ -168,10 +202,10 @@ class TinyBackbone(Backbone):
         stacked = [feature for feature in features if feature is not None]
         if stacked:
             inputs = self.input_projection(torch.stack(stacked)) + self.input_position
-            embeddings = embeddings.masked_scatter(read_slots[..., None], inputs)
+            embeddings = embeddings.masked_scatter(read_slots[..., None], inputs.to(embeddings))
         if any(targets):
             queries = self.image_queries.repeat(sum(targets), 1)
-            embeddings = embeddings.masked_scatter(write_slots[..., None], queries)
+            embeddings = embeddings.masked_scatter(write_slots[..., None], queries.to(embeddings))
         positions = torch.full_like(ids, TEXT_READ)
         for mask, role in ((written, TEXT_WRITTEN), (read_slots, IMAGE_READ), (write_slots, IMAGE_WRITTEN)):
             positions = positions.masked_fill(mask, role)
@@ -192,9 +226,11 @@ class TinyBackbone(Backbone):
         hidden = self.decoder.model(inputs_embeds=embeddings, use_cache=False).last_hidden_state
         drawn = hidden.new_empty(0, TOKENS, WIDTH)
         if targets:
-            drawn = self.output_projection(hidden[write_slots]).unflatten(0, (-1, TOKENS))
+            drawn = self.output_projection(hidden[write_slots].float()).unflatten(0, (-1, TOKENS))
         wanted = torch.stack(targets) if targets else drawn
-        return Output(self.decoder.lm_head(hidden[:, :-1][supervised]), labels[:, 1:][supervised], drawn, wanted)
+        return Output(
+            self.decoder.lm_head(hidden[:, :-1][supervised]).float(), labels[:, 1:][supervised], drawn, wanted
+        )
 
     @torch.no_grad()
     def question_features(self, encoded: Sequence[Encoded]) -> Tensor:
@@ -212,7 +248,7 @@ class TinyBackbone(Backbone):
 
     def _read(self, samples: Sequence[Sample]) -> list[Tensor | None]:
         """The features of the picture that each sample reads."""
-        read = iter(self.features([sample.image for sample in samples if sample.image]))
+        read = iter(self.features([pixels(sample.image) for sample in samples if sample.image]))
         return [next(read) if sample.image else None for sample in samples]
 
     @torch.no_grad()
@@ -281,5 +317,5 @@ class TinyBackbone(Backbone):
         end = torch.tensor([len(sequence) for sequence in sequences], device=self.device)[:, None]
         embeddings, write_slots = self._embed(ids, features, [True] * len(ids), (place >= begin) & (place < end))
         hidden = self.decoder.model(inputs_embeds=embeddings, use_cache=False).last_hidden_state
-        drawn = self.output_projection(hidden[write_slots]).unflatten(0, (-1, TOKENS))
+        drawn = self.output_projection(hidden[write_slots].float()).unflatten(0, (-1, TOKENS))
         return to_image(self.detokenizer(drawn))
