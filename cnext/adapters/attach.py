@@ -77,7 +77,9 @@ def attach(
         own = torch.Generator().manual_seed(int(torch.randint(2**62, (1,), generator=generator)))
         bound = module.in_features**-0.5
         drawn = torch.empty(sum(ranks.values()), module.in_features).uniform_(-bound, bound, generator=own)
-        parts = drawn.to(module.weight).split(list(ranks.values()))
+        # What is trained is kept in float32 at least: in bfloat16 small steps would be lost.
+        dtype = torch.promote_types(module.weight.dtype, torch.float32)
+        parts = drawn.to(module.weight.device, dtype).split(list(ranks.values()))
         branches = {key: Branch(part, module.out_features) for key, part in zip(ranks, parts, strict=True)}
         parent, _, child = name.rpartition(".")
         layer = AdapterLinear(module, branches, scale, dropout, independent).train(module.training)

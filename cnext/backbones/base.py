@@ -88,6 +88,11 @@ class Backbone(ABC, nn.Module):
     def language_model(self) -> nn.Module:
         """The decoder that adapters are attached to."""
 
+    @property
+    def device(self) -> torch.device:
+        """Where token ids go: the device of the language model's first parameter."""
+        return next(self.language_model.parameters()).device
+
     @classmethod
     @abstractmethod
     def load(
@@ -169,13 +174,23 @@ class Backbone(ABC, nn.Module):
             parts.append(logits[:, place, tokens[:, place]])
         return torch.cat(parts)
 
-    def loss(self, encoded: Sequence[Any]) -> Loss:
-        """Cross-entropy, mean over supervised tokens, plus image_loss_weight times the image loss."""
-        return self.loss_of(self.output(encoded))
+    @abstractmethod
+    def supervised(self, encoded: Sequence[Any]) -> tuple[int, int]:
+        """How many rows of logits, and how many pictures drawn, `output` gives for these samples."""
 
-    def loss_of(self, output: Output) -> Loss:
-        """The training loss of an output."""
+    def loss(self, encoded: Sequence[Any], whole: tuple[float, ...] | None = None) -> Loss:
+        """Cross-entropy, mean over supervised tokens, plus image_loss_weight times the image loss.
+
+        whole: what `supervised` gives of the batch that these samples are a part of; the losses of its parts, which
+        are then shares of its means, add up to its loss.
+        """
+        return self.loss_of(self.output(encoded), whole)
+
+    def loss_of(self, output: Output, whole: tuple[float, ...] | None = None) -> Loss:
+        """The training loss of an output. whole: as in `loss`."""
         text = F.cross_entropy(output.logits, output.labels)
         image = image_loss(output.drawn, output.features) if len(output.drawn) else text.new_zeros(())
+        if whole is not None:
+            text, image = text * (len(output.labels) / whole[0]), image * (len(output.drawn) / max(whole[1], 1))
         tokens = len(output.labels) + output.drawn.shape[:2].numel()
         return Loss(text + self.image_loss_weight * image, text.detach(), image.detach(), tokens)

@@ -17,6 +17,16 @@ from cnext.tasks.formats import READERS
 from cnext.tasks.synthetic import GENERATORS
 
 SPLITS = ("test", "validation")
+OVERRIDES = (
+    "learning_rate",
+    "batch_size",
+    "micro_batch_size",
+    "schedule",
+    "trainable",
+    "precision",
+    "checkpointing",
+)
+"""Flags that replace a field of the budget's recipe."""
 
 
 @dataclass(frozen=True)
@@ -28,7 +38,8 @@ class Options:
     suite: str = "next-tiny"
     """Suite of tasks: a name, or a folder with suite.json."""
     budget: str = "default"
-    """Training budget of the suite: "default", or "smoke" for a quick check whose scores mean nothing."""
+    """Training budget of the suite, `--preset` by another name: "default", "smoke" for a quick check whose scores mean
+    nothing, and what else `cnext list` shows: "paper" and "released" of continual-next."""
     split: Literal["test", "validation"] = "test"
     """Items that are scored. Choose hyperparameters on validation."""
     out: Path = Path("runs")
@@ -44,7 +55,24 @@ class Options:
     learning_rate: float | None = None
     """Overrides the budget's peak learning rate."""
     batch_size: int | None = None
-    """Overrides the budget's batch size."""
+    """Overrides the budget's batch size, of all processes together."""
+    micro_batch_size: int | None = None
+    """Samples that go through the model at once in each process; gradients add up. 0: the whole batch."""
+    schedule: Literal["cosine", "released"] | None = None
+    """Overrides the budget's learning-rate schedule. "released" climbs back in its second half, as the paper's code."""
+    trainable: Literal["branches", "connections", "released"] | None = None
+    """Overrides what the budget trains beside the method: nothing, the layers between vision and language, or these
+    and embeddings, output head and norms, as the paper's code."""
+    precision: Literal["float32", "bfloat16"] | None = None
+    """Overrides the budget's precision of the frozen model. What is trained is kept in float32."""
+    checkpointing: bool | None = None
+    """Overrides whether activations are computed again in the backward pass, which saves memory."""
+    weights: Path | None = None
+    """Folder of the backbone's released weights. The tiny backbone brings its own."""
+    device_map: str | None = None
+    """How one process spreads the model over several devices, for example "balanced". Default: it does not."""
+    workers: int = 0
+    """Processes that read and prepare samples beside the training. Results are the same with any number."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,6 +128,7 @@ class Plan:
             "device": self.device,
             "threads": config.threads,
             "block_steps": config.block_steps,
+            "weights": None if config.weights is None else str(config.weights),
             "recipe": recipe,
         }
         # Through JSON, so that what is compared with a file (tuples, paths) has the file's types.
@@ -131,14 +160,9 @@ def plan(config: RunConfig) -> Plan:
         raise unknown("backbone", config.backbone, sorted(backbones.modules()))
     for name, least in (("seed", 0), ("threads", 1), ("block_steps", 1)):
         _at_least(name, getattr(config, name), least)
-    recipe = suite.budgets[config.budget]
-    if config.learning_rate is not None:
-        if not 0 < config.learning_rate < float("inf"):
-            raise UserError(f"learning_rate must be positive and finite, got {config.learning_rate}")
-        recipe = dataclasses.replace(recipe, learning_rate=config.learning_rate)
-    if config.batch_size is not None:
-        _at_least("batch_size", config.batch_size, 1)
-        recipe = dataclasses.replace(recipe, batch_size=config.batch_size)
+    for name in ("workers", "micro_batch_size"):
+        _at_least(name, getattr(config, name) or 0, 0)
+    recipe = _recipe(config, suite.budgets[config.budget])
     for name in order:
         _check_task(suite.task(name))
     missing = [task for task in order if task not in recipe.steps]
@@ -155,6 +179,20 @@ def plan(config: RunConfig) -> Plan:
             raise unknown(f"hyperparameter of {config.method}", name, list(known))
     hyperparameters = dataclasses.asdict(kind(**config.hyperparameters))
     return Plan(config, suite, order, recipe, _device(config.device), hyperparameters)
+
+
+def _recipe(config: RunConfig, recipe: Recipe) -> Recipe:
+    """The budget's recipe with what the flags override, for every task."""
+    from cnext.running.schedules import SCHEDULES
+
+    if config.learning_rate is not None and not 0 < config.learning_rate < float("inf"):
+        raise UserError(f"learning_rate must be positive and finite, got {config.learning_rate}")
+    given = {name: value for name in OVERRIDES if (value := getattr(config, name)) is not None}
+    by_task = {task: {k: v for k, v in own.items() if k not in given} for task, own in recipe.by_task.items()}
+    recipe = dataclasses.replace(recipe, **given, by_task=by_task)
+    if recipe.schedule not in SCHEDULES:
+        raise unknown("schedule", recipe.schedule, list(SCHEDULES))
+    return recipe
 
 
 def _check_task(task: Task) -> None:

@@ -10,16 +10,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from cnext import backbones, methods
+from cnext.backbones.base import Backbone
 from cnext.running import environment, report
+from cnext.running.batches import stable_seed
 from cnext.running.checkpoint import load, write_json
 from cnext.running.config import Plan, RunConfig, cache, plan
 from cnext.running.evaluation import evaluate
 from cnext.running.folder import RunFolder
+from cnext.running.precision import DTYPES, autocast, in_float32
 from cnext.running.progress import Progress
 from cnext.running.results import results
-from cnext.running.training import TaskTrainer, stable_seed
+from cnext.running.training import TaskTrainer
 from cnext.scoring import make_scorers
 from cnext.scoring.clip import load_clip
 from cnext.tasks import formats, synthetic
@@ -68,6 +72,26 @@ def read_suite(planned: Plan, data: Path) -> dict[str, dict[str, list[Sample]]]:
     return samples
 
 
+def load_backbone(planned: Plan) -> Backbone:
+    """The plan's backbone on its device, at its precision."""
+    config, recipe = planned.config, planned.recipe
+    return backbones.load(config.backbone).load(
+        planned.device,
+        config.weights,
+        dtype=DTYPES[recipe.precision],
+        device_map=config.device_map,
+        checkpointing=recipe.checkpointing,
+    )
+
+
+def extras(backbone: Backbone, trainable: str) -> dict[str, nn.Parameter]:
+    """What learns beside the method's own parameters, in float32, by name. trainable: as in `Recipe`."""
+    found = {} if trainable == "branches" else backbone.connections()
+    if trainable == "released":
+        found |= backbone.released_extras()
+    return in_float32({f"backbone.{name}": parameter for name, parameter in found.items()})
+
+
 class Runner:
     """One run. ``stage`` counts the tasks learnt: 0 is the pretrained model, t the model after the t-th task.
 
@@ -78,11 +102,12 @@ class Runner:
         self.plan, self.config, self.folder, self.progress = planned, planned.config, folder, progress
         self.tasks = [planned.suite.task(name) for name in planned.order]
         self.samples = read_suite(planned, data_folder(planned))
-        self.backbone = backbones.load(self.config.backbone).load(planned.device)
+        self.backbone = load_backbone(planned)
         self.method = methods.load(self.config.method)(**planned.hyperparameters)
         generator = torch.Generator().manual_seed(stable_seed(self.config.seed, "adapters"))
         self.method.setup(self.backbone, self.tasks, generator)
-        self.held = self.method.held()
+        self.extras = extras(self.backbone, planned.recipe.trainable)
+        self.held = self.method.held() | self.extras
         self.stages = self._stages()
         self.scorers = make_scorers(planned.suite.clip, planned.device)
         if any("image" in task.writes for task in self.tasks):
@@ -141,14 +166,21 @@ class Runner:
 
     def _train(self, stage: int) -> None:
         task, names = self.stages[stage]
-        steps = sum(self.plan.recipe.steps[name] for name in names)
+        recipe = self.plan.recipe.of(task.name)
+        steps = sum(recipe.steps[name] for name in names)
         parameters = self.method.trainable(task)
         started, rows, statistics = time.perf_counter(), [], None
-        trained = {"parameters": sum(p.numel() for p in parameters.values()), "steps": 0, "tokens": 0}
+        extras = self.extras if parameters else {}
+        learnt = [*parameters.values(), *extras.values()]
+        trained = {"parameters": sum(p.numel() for p in learnt), "steps": 0, "tokens": 0}
         if parameters:
+            for parameter in extras.values():
+                parameter.requires_grad_(True)
             seed = (self.config.seed, task.name)
             samples = [sample for name in names for sample in self.samples["train"][name]]
-            trainer = TaskTrainer(self.backbone, self.method, parameters, samples, self.plan.recipe, steps, seed)
+            trainer = TaskTrainer(
+                self.backbone, self.method, parameters, samples, recipe, steps, seed, extras, self.config.workers
+            )
             self.method.before_task(parameters, steps, self._memory(stage))
             if self.step:
                 trained = self.ledger["trained"][task.name]
@@ -204,7 +236,9 @@ class Runner:
                 self._log_score({**self.scores[0, task.name], "stage": stage, "trained": trained})
                 continue
             samples = self.samples[self.config.split][task.name]
-            with self.progress.evaluating(stage, trained, task.name, len(samples)), self.method.for_eval():
+            shown = self.progress.evaluating(stage, trained, task.name, len(samples))
+            precision = autocast(self.plan.recipe.precision, self.backbone.device)
+            with shown, precision, self.method.for_eval():
                 row = evaluate(
                     self.method, task, samples, self.scorers[task.scorer], self.folder.path, f"{stage}_{trained}"
                 )

@@ -11,6 +11,7 @@ import argparse
 import dataclasses
 import inspect
 import itertools
+import re
 import sys
 from dataclasses import dataclass, field
 from typing import Any
@@ -50,6 +51,8 @@ def _parse(arguments: list[str]) -> Any:
     """Flags with one group of typed flags per chosen method, for example ``--mage.c``."""
     import tyro
 
+    # One meaning, two names: a suite's budgets are the presets that `--preset paper` speaks of.
+    arguments = [re.sub(r"^--preset(?=$|=)", "--budget", argument) for argument in arguments]
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--method", nargs="+", default=["mage"])
     chosen = dict.fromkeys(map(methods.canonical, first.parse_known_args(arguments)[0].method))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -10,25 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from cnext import ranks
 from cnext.backbones.base import Backbone
 from cnext.errors import UserError
 from cnext.methods.base import Method
+from cnext.running.batches import Batches, stable_seed
+from cnext.running.precision import autocast
+from cnext.running.schedules import SCHEDULES
 from cnext.tasks.base import Recipe, Sample
-
-
-def stable_seed(*parts: object) -> int:
-    """A 63-bit seed from any parts; the same parts give the same seed on every machine."""
-    digest = hashlib.sha256("/".join(map(str, parts)).encode()).digest()
-    return int.from_bytes(digest[:8], "big") >> 1
-
-
-def learning_rate(recipe: Recipe, step: int, steps: int) -> float:
-    """Linear warm-up, then a cosine from the full rate down to its minimum. step: 0-based."""
-    if step < recipe.warmup_steps:
-        return recipe.learning_rate * (step + 1) / recipe.warmup_steps
-    done = (step - recipe.warmup_steps) / max(steps - recipe.warmup_steps, 1)
-    low = recipe.min_learning_rate_ratio
-    return recipe.learning_rate * (low + (1 - low) * 0.5 * (1 + math.cos(math.pi * done)))
 
 
 class TaskTrainer:
@@ -47,72 +35,98 @@ class TaskTrainer:
         recipe: Recipe,
         steps: int,
         seed: tuple[object, ...],
+        extras: dict[str, nn.Parameter] | None = None,
+        workers: int = 0,
     ) -> None:
-        self.backbone, self.method, self.parameters = backbone, method, parameters
-        self.samples, self.recipe, self.steps, self.seed = samples, recipe, steps, seed
-        self.encoded = backbone.encode(samples)
+        self.backbone, self.method, self.own = backbone, method, parameters
+        self.parameters = parameters | (extras or {})
+        self.recipe, self.steps, self.seed = recipe, steps, seed
+        if recipe.batch_size < ranks.count():
+            raise UserError(
+                f"the batch size must be at least the number of processes, {ranks.count()}, got {recipe.batch_size}"
+            )
+        self.batches = Batches(backbone, samples, recipe.batch_size, seed, workers)
         self.step = 0
         self.optimizer = torch.optim.AdamW(
-            list(parameters.values()),
+            list(self.parameters.values()),
             lr=recipe.learning_rate,
             betas=recipe.betas,
             eps=recipe.eps,
             weight_decay=recipe.weight_decay,
             fused=True,
         )
-        self._epoch, self._order = -1, torch.empty(0)
-
-    def _batch(self) -> list[int]:
-        """Indices of the step's samples: every sample once per epoch, each epoch in an order of its own."""
-        indices = []
-        for position in range(self.step * self.recipe.batch_size, (self.step + 1) * self.recipe.batch_size):
-            epoch, place = divmod(position, len(self.samples))
-            if epoch != self._epoch:
-                generator = torch.Generator().manual_seed(stable_seed(*self.seed, "epoch", epoch))
-                self._epoch, self._order = epoch, torch.randperm(len(self.samples), generator=generator)
-            indices.append(int(self._order[place]))
-        return indices
 
     def train_step(self) -> dict[str, Any]:
         """One optimizer step. Returns what is logged of it.
 
         Raises: UserError where the loss or the gradient is not finite, before any parameter changes.
         """
-        indices = self._batch()
-        rate = learning_rate(self.recipe, self.step, self.steps)
+        rate = SCHEDULES[self.recipe.schedule](self.recipe, self.step, self.steps)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        torch.manual_seed(stable_seed(*self.seed, "step", self.step))
-        batch = [self.encoded[index] for index in indices]
-        self.method.before_step(batch)
-        loss = self.backbone.loss(batch)
-        self._check("loss", loss.total, indices)
-        loss.total.backward()
-        self.method.transform_gradients(self.parameters)
-        penalty = self.method.extra_loss(batch)
-        if penalty is not None:
-            penalty.backward()
-        norm = nn.utils.clip_grad_norm_(self.parameters.values(), self.recipe.max_grad_norm)
-        self._check("gradient norm", norm, indices)
+        # Dropout masks differ from process to process; with one process the seed is what it always was.
+        place = [ranks.number()] if ranks.number() else []
+        torch.manual_seed(stable_seed(*self.seed, "step", self.step, *place))
+        loss, penalties = self._backward(self.batches.at(self.step, self.steps))
+        self._check("loss", loss["loss"])
+        self.method.transform_gradients(self.own)
+        for parameter, penalty in penalties:
+            parameter.grad = penalty if parameter.grad is None else parameter.grad.add_(penalty)
+        norm = nn.utils.clip_grad_norm_(self.parameters.values(), self.recipe.max_grad_norm).item()
+        self._check("gradient norm", norm)
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.method.after_step()
         self.step += 1
-        return {
-            "step": self.step,
-            "loss": loss.total.item(),
-            "text_loss": loss.text.item(),
-            "image_loss": loss.image.item(),
-            "learning_rate": rate,
-            "grad_norm": norm.item(),
-            "tokens": loss.tokens,
-        }
+        tokens = loss.pop("tokens")
+        return {"step": self.step, **loss, "learning_rate": rate, "grad_norm": norm, "tokens": int(tokens)}
 
-    def _check(self, name: str, value: Tensor, indices: list[int]) -> None:
-        if not torch.isfinite(value):
-            ids = ", ".join(self.samples[index].id for index in indices)
+    def _backward(self, batch: list[Any]) -> tuple[dict[str, float], list[tuple[nn.Parameter, Tensor]]]:
+        """Leaves the task loss's gradient in ``.grad``. Returns the loss, and the gradient of the method's own penalty.
+
+        Both are of the whole batch, whatever processes and micro-batches it is in: a mean over all of its supervised
+        tokens and pictures. A penalty that looks at samples is a mean over micro-batches.
+        """
+        size = self.recipe.micro_batch_size or len(batch)
+        parts = [batch[start : start + size] for start in range(0, len(batch), size)]
+        alone = len(parts) == 1 and ranks.count() == 1
+        whole = None if alone else ranks.total(*self.backbone.supervised(batch), device=self.backbone.device)
+        sums, penalties = Tensor(), {}
+        for part in parts:
+            self.method.before_step(part)
+            with autocast(self.recipe.precision, self.backbone.device):
+                loss = self.backbone.loss(part, whole)
+            loss.total.backward()
+            row = torch.stack(
+                [loss.total.detach(), loss.text, loss.image, torch.tensor(float(loss.tokens)).to(loss.text)]
+            )
+            sums = sums + row if len(sums) else row
+            with autocast(self.recipe.precision, self.backbone.device):
+                penalty = self.method.extra_loss(part)
+            if penalty is not None:
+                found = torch.autograd.grad(penalty / len(parts), list(self.own.values()), allow_unused=True)
+                for name, gradient in zip(self.own, found, strict=True):
+                    if gradient is not None:
+                        penalties[name] = penalties[name].add_(gradient) if name in penalties else gradient
+        if ranks.count() > 1:
+            # A parameter that no sample of this process has used may have a gradient elsewhere.
+            used = ranks.total(*(float(p.grad is not None) for p in self.parameters.values()), device=sums.device)
+            learnt = [p for p, processes in zip(self.parameters.values(), used, strict=True) if processes]
+            for parameter in learnt:
+                parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+            if penalties:
+                zeros = {name: torch.zeros_like(p) for name, p in self.own.items() if name not in penalties}
+                penalties = {name: value / ranks.count() for name, value in (penalties | zeros).items()}
+                penalties = {name: penalties[name] for name in self.own}
+            ranks.total_([sums, *(p.grad for p in learnt), *penalties.values()])
+        values = dict(zip(("loss", "text_loss", "image_loss", "tokens"), sums.tolist(), strict=True))
+        return values, [(self.own[name], gradient) for name, gradient in penalties.items()]
+
+    def _check(self, name: str, value: float) -> None:
+        if not math.isfinite(value):
+            ids = ", ".join(self.batches.ids(self.step))
             raise UserError(
-                f"the {name} is {value.item()} at step {self.step + 1} of {self.steps}; samples of the batch: {ids}\n"
+                f"the {name} is {value} at step {self.step + 1} of {self.steps}; samples of the batch: {ids}\n"
                 "the last checkpoint is whole; a lower --learning-rate is the usual cure"
             )
 

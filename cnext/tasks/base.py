@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from cnext.errors import UserError, unknown
 
 IMAGE_POSITIONS = ("first", "random")
 PROMPTS = ("released", "consistent")
+TRAINABLE = ("branches", "connections", "released")
+PRECISIONS = ("float32", "bfloat16")
+BY_TASK = ("batch_size", "micro_batch_size", "learning_rate", "warmup_steps")
+"""Fields of a `Recipe` that may differ from task to task."""
 _DRAW = re.compile(r"\A\s*please generate the image\s*[:.]\s*", re.IGNORECASE)
 
 
@@ -97,9 +102,9 @@ class Task:
     source: str = ""
 
     def __post_init__(self) -> None:
-        for field, valid in (("image_position", IMAGE_POSITIONS), ("prompts", PROMPTS)):
-            if getattr(self, field) not in valid:
-                raise unknown(f"{field} of task {self.name}", getattr(self, field), valid)
+        for name, valid in (("image_position", IMAGE_POSITIONS), ("prompts", PROMPTS)):
+            if getattr(self, name) not in valid:
+                raise unknown(f"{name} of task {self.name}", getattr(self, name), valid)
 
     @property
     def splits(self) -> tuple[str, ...]:
@@ -122,6 +127,14 @@ class Recipe:
     """How a suite's tasks are trained on one budget.
 
     steps: optimizer steps per task.  train_samples, test_samples: samples per task (0 = all).
+    batch_size: samples of an optimizer step, over all processes.  micro_batch_size: how many of them go through the
+        model at once in each process, their gradients added up (0 = all of its share).
+    schedule: a name of ``cnext.running.schedules``.
+    trainable: what learns beside the method's own parameters: "branches" (nothing), "connections" (the layers between
+        the visual parts and the language model as well) or "released" (embeddings, output head and norms, too).
+    precision: of the frozen model and of the passes through it. What is trained is kept in float32.
+    checkpointing: whether activations are computed again in the backward pass, which saves memory.
+    by_task: what is different for a task: its name to fields of this class.
     """
 
     steps: dict[str, int]
@@ -135,6 +148,28 @@ class Recipe:
     eps: float = 1e-6
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0
+    micro_batch_size: int = 0
+    schedule: str = "cosine"
+    trainable: str = "branches"
+    precision: str = "float32"
+    checkpointing: bool = False
+    by_task: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name, valid in (("trainable", TRAINABLE), ("precision", PRECISIONS)):
+            if getattr(self, name) not in valid:
+                raise unknown(f"{name} of the budget", getattr(self, name), valid)
+        for name, least in (("batch_size", 1), ("micro_batch_size", 0)):
+            if getattr(self, name) < least:
+                raise UserError(f"{name} must be at least {least}, got {getattr(self, name)}")
+        for task, different in self.by_task.items():
+            for name in different:
+                if name not in BY_TASK:
+                    raise unknown(f"field of the budget for {task}", name, BY_TASK)
+
+    def of(self, task: str) -> Recipe:
+        """The recipe of one task: with what is different for it."""
+        return replace(self, **self.by_task.get(task, {}), by_task={})
 
 
 @dataclass(frozen=True)

@@ -152,11 +152,15 @@ def _scaled(recipe: Recipe, kept: dict[str, int], drawn_from: dict[str, dict[str
     full = {name: min(rows["train"], recipe.train_samples or rows["train"]) for name, rows in drawn_from.items()}
     shares = {name: min(1.0, kept[name] / full[name]) for name in kept}
     steps = {name: max(1, round(count * shares.get(name, 1.0))) for name, count in recipe.steps.items()}
-    warmup = math.ceil(recipe.warmup_steps * max(shares.values()))
+    by_task = {name: dict(own) for name, own in recipe.by_task.items()}
+    for name, own in by_task.items():
+        if "warmup_steps" in own:
+            own["warmup_steps"] = math.ceil(own["warmup_steps"] * shares.get(name, 1.0))
     return {
         **dataclasses.asdict(recipe),
         "steps": steps,
-        "warmup_steps": warmup,
+        "warmup_steps": math.ceil(recipe.warmup_steps * max(shares.values())),
+        "by_task": by_task,
         "train_samples": 0,
         "test_samples": 0,
     }

@@ -125,7 +125,7 @@ def test_mode_distils_pictures_from_the_pretrained_model(data: Path) -> None:
     sequence = Sequence("mode", data)
     sequence.learn("Flickr30k")
     trainer = sequence.open("Flickr30k")
-    batch = trainer.encoded[:4]
+    batch = trainer.batches.encoded[:4]
     with torch.no_grad():
         wanted = TinyBackbone.load().output(batch)
     given = sequence.tiny.output(batch)
@@ -144,7 +144,7 @@ def test_mode_distils_pictures_from_the_pretrained_model(data: Path) -> None:
 def test_mode_does_not_distil_text(data: Path) -> None:
     sequence = Sequence("mode", data)
     trainer = sequence.open("VQAv2")
-    assert sequence.method.extra_loss(trainer.encoded[:2]) is None
+    assert sequence.method.extra_loss(trainer.batches.encoded[:2]) is None
 
 
 @pytest.mark.parametrize("distill", [-0.1, float("nan"), float("inf")])

@@ -57,7 +57,7 @@ def test_the_gradient_of_the_text_term(tiny: TinyBackbone) -> None:
 def test_nothing_is_added_in_the_first_task(data: Path) -> None:
     sequence = Sequence("distillation", data)
     trainer = sequence.open("VQAv2")
-    assert sequence.method.extra_loss(trainer.encoded[:4]) is None
+    assert sequence.method.extra_loss(trainer.batches.encoded[:4]) is None
 
 
 @pytest.mark.parametrize("task", ["HQEdit", "VQAv2"])
@@ -65,7 +65,7 @@ def test_no_pull_where_the_student_is_the_teacher(data: Path, task: str) -> None
     sequence = Sequence("distillation", data)
     sequence.learn("Flickr30k")
     trainer = sequence.open(task)
-    loss = sequence.method.extra_loss(trainer.encoded[:4])
+    loss = sequence.method.extra_loss(trainer.batches.encoded[:4])
     loss.backward()
     assert abs(loss.item()) < 1e-6
     assert max(parameter.grad.abs().max() for parameter in sequence.parameters.values()) < 1e-5
@@ -76,7 +76,7 @@ def test_the_teacher_is_the_model_as_the_task_found_it(data: Path) -> None:
     sequence = Sequence("distillation", data, weight=0.7)
     sequence.learn("VQAv2")
     trainer = sequence.open("HQEdit")
-    batch = trainer.encoded[:4]
+    batch = trainer.batches.encoded[:4]
     with torch.no_grad():
         before = sequence.tiny.output(batch)
     start = {name: parameter.detach().clone() for name, parameter in sequence.parameters.items()}
@@ -98,7 +98,7 @@ def test_the_teacher_drops_nothing_out(data: Path) -> None:
     sequence.learn("VQAv2")
     trainer, seen = sequence.open("HQEdit"), []
     with torch.no_grad():
-        expected = sequence.tiny.output(trainer.encoded[:4])
+        expected = sequence.tiny.output(trainer.batches.encoded[:4])
     distance = sequence.method.distance
 
     def spy(teacher: Output, student: Output) -> torch.Tensor:
@@ -107,7 +107,7 @@ def test_the_teacher_drops_nothing_out(data: Path) -> None:
 
     sequence.method.distance = spy
     sequence.tiny.train()
-    sequence.method.extra_loss(trainer.encoded[:4])
+    sequence.method.extra_loss(trainer.batches.encoded[:4])
     assert torch.equal(seen[0].logits, expected.logits)
     assert not torch.equal(seen[1].logits, expected.logits)
     assert all(module.training for module in sequence.tiny.modules())

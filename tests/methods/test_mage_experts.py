@@ -57,7 +57,7 @@ def test_features_are_those_of_the_pretrained_model_at_the_end_of_the_question(d
     sequence.learn("VQAv2")
     trainer = sequence.open("Flickr30k")
     before = {name: tensor.clone() for name, tensor in sequence.method.by_question.state().items()}
-    sequence.method.before_step(trainer.encoded[:5])
+    sequence.method.before_step(trainer.batches.encoded[:5])
     x = pretrained(sequence.samples("Flickr30k")[:5]).double()
     after = sequence.method.by_question.state()
     assert (after["counts"] - before["counts"]).flatten().tolist() == [0, 5, 0]
@@ -70,7 +70,7 @@ def test_questions_find_their_tasks(data: Path) -> None:
     sequence = Sequence("mage-experts", data)
     for task in TASKS:
         trainer = sequence.open(task)
-        sequence.method.before_step(trainer.encoded)
+        sequence.method.before_step(trainer.batches.encoded)
         sequence.method.rule.parameters = {}
     for number, task in enumerate(TASKS):
         x = pretrained([question(sample) for sample in sequence.samples(task)])

@@ -65,7 +65,7 @@ def test_prompts_learn_from_the_task_and_keys_from_the_questions(data: Path) -> 
     """The task loss reaches the prompts chosen and no key; the pull is in closed form and reaches the keys chosen."""
     sequence = Sequence("prompt-pool", data, pull=0.3)
     trainer = sequence.open("VQAv2")
-    pool, batch = sequence.method.pool, trainer.encoded[:4]
+    pool, batch = sequence.method.pool, trainer.batches.encoded[:4]
     sequence.method.before_step(batch)
     chosen = pool.chosen
     sequence.tiny.loss(batch).total.backward()
@@ -105,7 +105,9 @@ def test_the_model_is_the_base_to_the_bit_between_steps(data: Path) -> None:
     trainer = sequence.open("HQEdit")
     for _ in range(STEPS):
         trainer.train_step()
-        found, base = (backbone.output(trainer.encoded[:4]) for backbone in (sequence.tiny, TinyBackbone.load()))
+        found, base = (
+            backbone.output(trainer.batches.encoded[:4]) for backbone in (sequence.tiny, TinyBackbone.load())
+        )
         assert torch.equal(found.logits, base.logits)
         assert torch.equal(found.drawn, base.drawn)
 

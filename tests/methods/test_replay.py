@@ -18,7 +18,7 @@ def test_the_first_task_has_nothing_to_replay(data: Path) -> None:
     sequence = Sequence("replay", data)
     trainer = sequence.open("VQAv2")
     assert sequence.method.memory == []
-    assert sequence.method.extra_loss(trainer.encoded[:4]) is None
+    assert sequence.method.extra_loss(trainer.batches.encoded[:4]) is None
 
 
 def test_the_memory_holds_the_earlier_tasks_alone(data: Path) -> None:
@@ -40,7 +40,7 @@ def test_the_loss_against_a_plain_loop(data: Path) -> None:
     sequence.learn("HQEdit")
     trainer = sequence.open("Flickr30k")
     torch.manual_seed(3)
-    found = sequence.method.extra_loss(trainer.encoded[:4])
+    found = sequence.method.extra_loss(trainer.batches.encoded[:4])
     torch.manual_seed(3)
     text, image = [], []
     for index in torch.randperm(10)[:4].tolist():
@@ -68,7 +68,7 @@ def test_every_step_draws_anew_and_none_twice(data: Path) -> None:
     sequence.tiny.loss = spy
     torch.manual_seed(0)
     for _ in range(steps):
-        method.extra_loss(trainer.encoded[:4])
+        method.extra_loss(trainer.batches.encoded[:4])
     assert all(len(set(batch)) == 4 for batch in drawn)
     counts = Counter(place for batch in drawn for place in batch)
     expected, deviation = steps / 3, (steps * 1 / 3 * 2 / 3) ** 0.5
@@ -104,7 +104,7 @@ def test_a_small_memory_is_replayed_whole(data: Path) -> None:
     sequence.learn("VQAv2")
     trainer = sequence.open("Flickr30k")
     expected = sequence.tiny.loss(sequence.method.memory).total
-    torch.testing.assert_close(sequence.method.extra_loss(trainer.encoded[:4]), expected)
+    torch.testing.assert_close(sequence.method.extra_loss(trainer.batches.encoded[:4]), expected)
 
 
 @pytest.mark.parametrize(

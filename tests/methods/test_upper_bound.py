@@ -6,6 +6,7 @@ import json
 import re
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
 from methods.sequence import RECIPE, TASKS, Sequence
@@ -30,15 +31,14 @@ def batches() -> list[list[str]]:
 
 @pytest.fixture(scope="module")
 def finished(data: Path, toy_suite: Path, tmp_path_factory: pytest.TempPathFactory, batches: list[list[str]]) -> Path:
-    made, original = config(tmp_path_factory.mktemp("joint"), data, toy_suite), TaskTrainer._batch
+    made, original = config(tmp_path_factory.mktemp("joint"), data, toy_suite), TaskTrainer.train_step
 
-    def observed(trainer: TaskTrainer) -> list[int]:
-        indices = original(trainer)
-        batches.append([trainer.samples[index].id for index in indices])
-        return indices
+    def observed(trainer: TaskTrainer) -> dict[str, Any]:
+        batches.append(trainer.batches.ids(trainer.step))
+        return original(trainer)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(TaskTrainer, "_batch", observed)
+        patch.setattr(TaskTrainer, "train_step", observed)
         run(made)
     return made.folder
 
@@ -54,9 +54,9 @@ def test_every_sample_equally_often(data: Path, draws: int) -> None:
     parameters = sequence.method.trainable(joined([suites.load("next-tiny").task(name) for name in TASKS]))
     steps = draws // RECIPE.batch_size
     trainer = TaskTrainer(sequence.tiny, sequence.method, parameters, samples, RECIPE, steps, (0, "joint"))
-    counts = Counter(range(len(samples)))
-    for trainer.step in range(steps):
-        counts.update(trainer._batch())
+    counts = Counter(sample.id for sample in samples)
+    for step in range(steps):
+        counts.update(trainer.batches.ids(step))
     assert max(counts.values()) - min(counts.values()) <= 1
     assert counts.total() == draws + len(samples)
 

@@ -232,6 +232,10 @@ class TinyBackbone(Backbone):
             self.decoder.lm_head(hidden[:, :-1][supervised]).float(), labels[:, 1:][supervised], drawn, wanted
         )
 
+    def supervised(self, encoded: Sequence[Encoded]) -> tuple[int, int]:
+        tokens = sum(int((item.labels[1:] != IGNORED).sum()) for item in encoded)
+        return tokens, sum(item.target is not None for item in encoded)
+
     @torch.no_grad()
     def question_features(self, encoded: Sequence[Encoded]) -> Tensor:
         parts = []
