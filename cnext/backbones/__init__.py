@@ -11,8 +11,18 @@ import importlib.metadata
 from cnext.errors import unknown
 
 GROUP = "cnext.backbones"
-_OWN = {"tiny": "cnext.backbones.tiny.model:TinyBackbone"}
-SUMMARIES = {"tiny": "0.87 M parameters, embedded, shaped like SEED-X; learns six tasks on a CPU in minutes"}
+_OWN = {
+    "tiny": "cnext.backbones.tiny.model:TinyBackbone",
+    "janus": "cnext.backbones.janus:JanusBackbone",
+    "emu3": "cnext.backbones.emu3:Emu3Backbone",
+    "seed-x": "cnext.backbones.seed_x.model:SeedX",
+}
+SUMMARIES = {
+    "tiny": "0.87 M parameters, embedded, shaped like SEED-X; learns six tasks on a CPU in minutes",
+    "janus": "Janus and Janus-Pro, 1 B or 7 B, from a folder of weights; reads through SigLIP and writes codes",
+    "emu3": "Emu3, 8 B, from a folder of weights; text and the codes of pictures in one vocabulary",
+    "seed-x": "SEED-X-I, 17 B, the paper's, from a folder of weights; reads images in tiles and draws through SDXL",
+}
 
 
 def modules() -> dict[str, str]:

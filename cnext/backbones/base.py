@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from cnext.errors import UserError
 from cnext.scoring.base import Prediction
-from cnext.tasks.base import Sample, Turn
+from cnext.tasks.base import Sample, Task, Turn
 
 CHOICES = 32
 """Samples per forward pass of ``choice_logits``."""
@@ -59,8 +60,8 @@ def image_distance(given: Output, wanted: Output) -> Tensor:
         return given.logits.new_zeros(())
     if given.features.is_floating_point():
         return F.mse_loss(given.drawn, wanted.drawn)
-    logs = [output.drawn.flatten(0, 1).log_softmax(-1) for output in (given, wanted)]
-    return F.kl_div(*logs, reduction="batchmean", log_target=True)
+    logs, wanted_logs = (output.drawn.flatten(0, 1).log_softmax(-1) for output in (given, wanted))
+    return F.kl_div(logs, wanted_logs, reduction="batchmean", log_target=True)
 
 
 class Backbone(ABC, nn.Module):
@@ -76,6 +77,10 @@ class Backbone(ABC, nn.Module):
     """Weight of `image_loss` beside the cross-entropy of the text; SEED-X's, as released, unless a backbone says."""
     encodes_ahead: ClassVar[bool] = False
     """Whether a task's training samples are small enough, encoded, to be kept; else each batch is encoded when due."""
+    picture_tokens: ClassVar[tuple[int, int]]
+    """Positions of the language model that a picture takes, typically: where it is read, and where it is written."""
+    drawing_flops: ClassVar[float] = 0.0
+    """Operations that turn what the language model gives for a picture into pixels, about."""
     untrained: ClassVar[str] = ""
     """What the released weights were not trained to do, in one sentence; "" where that is nothing of the six tasks."""
     positions: Tensor | None = None
@@ -116,6 +121,30 @@ class Backbone(ABC, nn.Module):
             UserError: weights that are missing or do not fit: what was expected, what was found, what to do.
         """
 
+    @classmethod
+    def meta(cls, weights: Path | None = None) -> Backbone:
+        """The model on the meta device, at full size and without numbers, which takes no memory.
+
+        weights: folder of the released weights, of which at most the configuration is read.
+
+        Raises:
+            UserError: its sizes are not known without the weights.
+        """
+        raise UserError(f"the sizes of backbone {cls.name} are not known here; give --weights, or leave --gpus away")
+
+    def encoding_flops(self, task: Task) -> float:
+        """Operations of the frozen visual encoder for a sample of a task, about."""
+        return 0.0
+
+    @classmethod
+    def check(cls, weights: Path | None) -> list[Path]:
+        """The files of weights that ``load`` reads, found without reading them; [] where that cannot be said.
+
+        Raises:
+            UserError: as ``load``, for files that are missing.
+        """
+        return []
+
     @abstractmethod
     def connections(self) -> dict[str, nn.Parameter]:
         """The layers between the visual parts and the language model, by name: trained where a recipe says so."""
@@ -123,6 +152,9 @@ class Backbone(ABC, nn.Module):
     @abstractmethod
     def released_extras(self) -> dict[str, nn.Parameter]:
         """What the paper's released code trains besides branches and connections: embeddings, output head, norms."""
+
+    def require_drawing(self) -> None:
+        """Raises UserError where what turns features or codes into pixels is not there: what, and where to put it."""
 
     @abstractmethod
     def prepare(self, sample: Sample) -> Any:
@@ -161,7 +193,10 @@ class Backbone(ABC, nn.Module):
         The answers have equally many tokens, and the first that tells them apart counts: of letters their only one.
         With whatever adapters are active, without gradient. Never reads an answer or a target image of the samples.
         """
-        asked = [Sample("", (Turn(s.turns[0].instruction, answers[0]),), image=s.image) for s in samples]
+        asked = [
+            Sample("", (Turn(s.turns[0].instruction, answers[0]),), s.image, image_first=s.image_first, tiled=s.tiled)
+            for s in samples
+        ]
         if not asked:
             return torch.empty(0, len(answers))
         told = [replace(asked[0], turns=(replace(asked[0].turns[0], answer=answer),)) for answer in answers]

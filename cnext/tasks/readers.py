@@ -48,8 +48,8 @@ def conversation(row: Row, root: Path, name: str, origin: str) -> Sample:
     if "data" in row:
         return Sample(name, _turns(row), read, origin=origin)
     accepted = answers(row, "answer_bbox" if "answer_bbox" in row else "answer")
-    several = accepted if len(accepted) > 1 else ()
     turns = (Turn(text(row, "text"), accepted[0]),)
+    several = accepted if len(accepted) > 1 else ()
     return Sample(name, turns, read, size=_size(row), origin=origin, references=several)
 
 
@@ -69,7 +69,7 @@ def editing(row: Row, root: Path, name: str, origin: str) -> Sample:
     instruction = text(row, "instruction_new" if "instruction_new" in row else "instruction")
     response = text(row, "response") if "response" in row else ""
     source, target = image(row, "source_image", root), image(row, "target_image", root)
-    return Sample(name, (Turn(instruction, response),), source, target, origin=origin)
+    return Sample(name, (Turn(instruction, response),), source, target, origin=origin, tiled=False)
 
 
 def llava(row: Row, root: Path, name: str, origin: str) -> Sample:
@@ -104,7 +104,8 @@ def _said(row: Row, key: str, speaker: str, words: str) -> list[tuple[str, str]]
     listed = row.get(key)
     if not (isinstance(listed, list) and listed and all(isinstance(message, dict) for message in listed)):
         raise ValueError(f"lacks {key!r}, a list of objects with {speaker!r} and {words!r}")
-    strange = sorted({repr(message.get(speaker)) for message in listed if message.get(speaker) not in SPEAKERS})
+    told = [message.get(speaker) for message in listed]
+    strange = sorted({repr(who) for who in told if not isinstance(who, str) or who not in SPEAKERS})
     if strange:
         raise ValueError(f"{speaker!r} must be one of {', '.join(SPEAKERS)}, got {', '.join(strange)}")
     said = [(SPEAKERS[message[speaker]], _words(message.get(words))) for message in listed]
@@ -131,7 +132,8 @@ def _chat(said: list[tuple[str, str]], images: list[Path], name: str, origin: st
     bare = [words.replace(MARK, "").strip() for _, words in said]
     turns = tuple(Turn(question, answer) for question, answer in zip(bare[::2], bare[1::2], strict=True))
     sample = Sample(name, turns, shown.get(0), shown.get(1), origin=origin)
-    return replace(sample, image_first=not said[0][1].strip().endswith(MARK) or bare[0] == "")
+    first = not said[0][1].strip().endswith(MARK) or bare[0] == ""
+    return replace(sample, image_first=first, tiled=sample.target_image is None)
 
 
 READERS: dict[str, Callable[[Row, Path, str, str], Sample]] = {

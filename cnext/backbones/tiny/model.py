@@ -59,6 +59,7 @@ class TinyBackbone(Backbone):
 
     name: ClassVar[str] = "tiny"
     encodes_ahead: ClassVar[bool] = True
+    picture_tokens: ClassVar[tuple[int, int]] = (TOKENS + 2, TOKENS + 1)
     targets: ClassVar[tuple[str, ...]] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
     def __init__(self) -> None:
@@ -89,6 +90,10 @@ class TinyBackbone(Backbone):
         self.output_projection = nn.Sequential(nn.Linear(hidden, hidden), nn.GELU(), nn.Linear(hidden, WIDTH))
 
     @classmethod
+    def check(cls, weights: Path | None) -> list[Path]:
+        return [weights or WEIGHTS]
+
+    @classmethod
     def load(
         cls,
         device: torch.device | str = "cpu",
@@ -109,6 +114,11 @@ class TinyBackbone(Backbone):
         if checkpointing:
             model.decoder.gradient_checkpointing_enable({"use_reentrant": False})
         return model.requires_grad_(False).eval().to(device)
+
+    @classmethod
+    def meta(cls, weights: Path | None = None) -> TinyBackbone:
+        with torch.device("meta"):
+            return cls()
 
     def connections(self) -> dict[str, nn.Parameter]:
         parts = ("input_projection.", "input_position", "image_queries", "output_projection.")

@@ -1,0 +1,139 @@
+"""Backbones that are a transformers model in a folder of weights."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import nn
+
+from cnext.backbones.base import Backbone
+from cnext.backbones.folders import check_config, check_folder, load_parts
+from cnext.errors import UserError
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+
+def open_picture(path: Path) -> Image:
+    """An image file in RGB. Raises UserError where it is missing, broken, or a decompression bomb."""
+    from PIL import Image
+
+    try:
+        with Image.open(path) as image:
+            return image.convert("RGB")
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise UserError(f"image {path} cannot be read: {error}\n`cnext data check` lists every such file") from error
+
+
+def checkpoint_activations(model: nn.Module) -> None:
+    """Has a transformers model compute activations again in the backward pass, by the name that its version knows."""
+    newer = getattr(model, "activation_checkpointing_enable", None)
+    (newer or model.gradient_checkpointing_enable)({"use_reentrant": False})
+
+
+class PretrainedBackbone(Backbone):
+    """A transformers model from a folder, with a decoder in it whose layers are named as LLaMA's."""
+
+    targets: ClassVar[tuple[str, ...]] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    model_class: ClassVar[str]
+    model_type: ClassVar[str]
+    released: ClassVar[str]
+    """What belongs into the folder of weights, in words."""
+    frozen: ClassVar[tuple[str, ...]]
+    """Parts of the model that are in evaluation mode always."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def equip(self, tokenizer: Any, image_processor: Any) -> None:
+        """Takes what samples are prepared with. Raises UserError where it does not fit the model."""
+        self.tokenizer, self.image_processor = tokenizer, image_processor
+        wanted, found = f"{self.model_class.partition('For')[0]}ImageProcessor", type(image_processor).__name__
+        if not found.startswith(wanted):
+            raise UserError(f"preprocessor_config.json is of a {found}, expected a {wanted}, that of {self.released}")
+        self.vocabulary: dict[str, int] = self.tokenizer.get_vocab()
+        if len(self.tokenizer) > self.embed_tokens.num_embeddings:
+            raise UserError(
+                f"the tokenizer has {len(self.tokenizer):,} tokens, the model {self.embed_tokens.num_embeddings:,}; "
+                f"expected both of {self.released}"
+            )
+        self.bos, self.eos, self.pad = (self.token(name) for name in ("bos_token", "eos_token", "pad_token"))
+
+    @classmethod
+    def check(cls, weights: Path | None) -> list[Path]:
+        return check_folder(weights, cls.model_type, cls.released)
+
+    @classmethod
+    def load(
+        cls,
+        device: torch.device | str = "cpu",
+        weights: Path | None = None,
+        *,
+        dtype: torch.dtype = torch.float32,
+        device_map: str | None = None,
+        checkpointing: bool = False,
+    ) -> PretrainedBackbone:
+        """The pretrained model, frozen. Raises UserError: see `load_parts`."""
+        parts = load_parts(weights, cls.model_class, cls.model_type, cls.released, dtype, device_map)
+        backbone = cls(parts.model)
+        backbone.equip(parts.tokenizer, parts.image_processor)
+        if checkpointing:
+            checkpoint_activations(backbone.language_model)
+        backbone.eval()
+        return backbone if device_map is not None else backbone.to(device)
+
+    @classmethod
+    def meta(cls, weights: Path | None = None) -> PretrainedBackbone:
+        """The model of the sizes that the folder's config.json gives, on the meta device. It prepares no samples."""
+        folder = check_config(weights, cls.model_type, cls.released)
+
+        import transformers
+
+        config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        with torch.device("meta"):
+            return cls(getattr(transformers, cls.model_class)(config).requires_grad_(False).eval())
+
+    def train(self, mode: bool = True) -> PretrainedBackbone:
+        super().train(mode)
+        for name in self.frozen:
+            getattr(self.model.model, name).eval()
+        return self
+
+    @property
+    def embed_tokens(self) -> nn.Embedding:
+        return self.language_model.embed_tokens
+
+    @property
+    def device(self) -> torch.device:
+        return self.embed_tokens.weight.device
+
+    def token(self, name: str) -> int:
+        """The id of a special token, by itself or by its part. Raises UserError where the tokenizer has none such."""
+        found = self.vocabulary.get(getattr(self.tokenizer, name, None) or name)
+        if found is None:
+            raise UserError(
+                f"the tokenizer, of {len(self.tokenizer):,} tokens, has no {name}; expected that of {self.released}: "
+                "copy its tokenizer.json and tokenizer_config.json"
+            )
+        return found
+
+    def text(self, string: str) -> list[int]:
+        """Ids of plain text: a special token typed into it is its letters."""
+        return self.tokenizer.encode(string, add_special_tokens=False, split_special_tokens=True) if string else []
+
+    def released_extras(self) -> dict[str, nn.Parameter]:
+        inside = {id(parameter) for parameter in self.language_model.parameters()}
+        return {
+            name: parameter
+            for name, parameter in self.named_parameters()
+            if name.startswith("model.lm_head.")
+            or (id(parameter) in inside and any("norm" in part or part == "embed_tokens" for part in name.split(".")))
+        }
+
+    def exactly(self) -> AbstractContextManager[object]:
+        """Inside, the frozen parts compute at the precision that they are held in."""
+        return torch.autocast(self.device.type, enabled=False)

@@ -1,0 +1,215 @@
+"""The de-tokenizer: features to pixels by SDXL, whose prompt is the features and, when editing, the image edited.
+
+The released evaluation draws every image with the first stage, edits as well: what an edit keeps of its source is then
+what the features say. The second stage sees the source's pixels too.
+
+Reference: SEED-X, arXiv 2404.14396; InstructPix2Pix, arXiv 2211.09800, for the guidance by two conditions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy
+import torch
+from torch import Tensor
+
+from cnext.backbones.pretrained import open_picture
+from cnext.backbones.seed_x.folder import NAMES, check, fill, read
+from cnext.backbones.seed_x.prompt_resampler import PromptResampler, PromptSizes
+from cnext.errors import UserError
+
+SDXL = "stable-diffusion-xl-base-1.0"
+STAGES = ("first", "second")
+GUIDANCE, IMAGE_GUIDANCE = 7.5, 1.5
+SEED = 42
+IMAGES = 4
+"""Images per denoising loop."""
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """Where the de-tokenizer is, and how it draws. Nothing is loaded before the first image.
+
+    root: the released folder.  edit_stage: "first" or "second", what draws images that have a source.
+    resolution: side of an image in pixels; None: SDXL's own, 1024.  steps: of denoising.
+    """
+
+    root: Path
+    edit_stage: str
+    resolution: int | None
+    steps: int
+    device: torch.device
+    dtype: torch.dtype
+
+    def stage_file(self, stage: str) -> Path:
+        """The released weights of a stage."""
+        folder = self.root / "seed_detokenizer" / f"{stage}_stage"
+        return next((folder / name for name in NAMES if (folder / name).is_file()), folder / NAMES[0])
+
+    def missing(self) -> str:
+        """What is not there, and where it is expected; "" where all is."""
+        sdxl = self.root / SDXL
+        stages = dict.fromkeys(("first", self.edit_stage))
+        wanted = [self.stage_file(stage) for stage in stages]
+        wanted += [sdxl / part / "config.json" for part in ("unet", "vae")]
+        wanted.append(sdxl / "scheduler" / "scheduler_config.json")
+        lacking = [str(path.relative_to(self.root)) for path in wanted if not path.is_file()]
+        for part in ("unet", "vae"):
+            if not any((sdxl / part).glob("diffusion_pytorch_model*.safetensors*")):
+                lacking.append(f"{SDXL}/{part}/diffusion_pytorch_model.safetensors")
+        if not lacking:
+            return ""
+        return (
+            f"to write images SEED-X needs its de-tokenizer; expected in {self.root}, and not there: "
+            f"{', '.join(lacking)}. seed_detokenizer is at AILab-CVC/SEED-X-17B on Hugging Face, and the other at "
+            f"stabilityai/{SDXL}"
+        )
+
+    @cached_property
+    def vae(self) -> Any:
+        """In float32: SDXL's overflows in half precision."""
+        return self._part("AutoencoderKL", "vae", torch.float32)
+
+    @cached_property
+    def first(self) -> Stage:
+        return self._stage("first")
+
+    @cached_property
+    def second(self) -> Stage:
+        return self._stage("second")
+
+    def _read(self, kind: str, part: str, **options: Any) -> Any:
+        """A part of SDXL, as a class of diffusers. Raises UserError where it cannot be loaded."""
+        import diffusers
+
+        folder = self.root / SDXL / part
+        try:
+            return getattr(diffusers, kind).from_pretrained(folder, local_files_only=True, **options)
+        except (OSError, ValueError, RuntimeError) as error:
+            reason = str(error).partition("\n")[0]
+            raise UserError(
+                f"{folder}: expected {part} of SDXL as diffusers saves it; cannot load it: {reason}"
+            ) from error
+
+    def _part(self, kind: str, part: str, dtype: torch.dtype) -> Any:
+        plain = any((self.root / SDXL / part).glob("diffusion_pytorch_model.safetensors*"))
+        model = self._read(kind, part, torch_dtype=dtype, use_safetensors=True, variant=None if plain else "fp16")
+        return model.requires_grad_(False).eval().to(self.device)
+
+    def _stage(self, name: str) -> Stage:
+        file = self.stage_file(name)
+        unet = self._part("UNet2DConditionModel", "unet", self.dtype)
+        state = read(file)
+        if name == "second":
+            unet.conv_in = _widened(unet.conv_in)
+        tuned = {key.removeprefix("unet."): tensor for key, tensor in state.items() if key.startswith("unet.")}
+        own = unet.state_dict()
+        check(f"{file}, unet", own, tuned, optional=".*")
+        for key, tensor in tuned.items():
+            own[key].copy_(tensor)
+        prompts = {key.removeprefix("resampler."): t for key, t in state.items() if key.startswith("resampler.")}
+        sizes = PromptSizes.of(prompts, str(file))
+        width, pooled = unet.config.cross_attention_dim, unet.add_embedding.linear_1.in_features
+        pooled -= 6 * unet.config.addition_time_embed_dim
+        if (sizes.first + sizes.second, sizes.second) != (width, pooled):
+            raise UserError(
+                f"{file}: expected prompts of width {width} and {pooled} as the UNet of {SDXL} takes them, found "
+                f"{sizes.first + sizes.second} and {sizes.second}"
+            )
+        with torch.device("meta"):
+            resampler = PromptResampler(sizes).requires_grad_(False).eval()
+        fill(resampler, [file], self.dtype, lambda _: self.device, prefix="resampler.")
+        return Stage(unet, resampler)
+
+    @torch.no_grad()
+    def draw(self, features: Tensor, nothing: Tensor, sources: Sequence[Path | None]) -> list[numpy.ndarray]:
+        """Images (H, W, 3) uint8 of features (N, 64, width).
+
+        Args:
+            nothing: (64, width) features of no image, from which guidance leads away.
+            sources: of each the image that is edited, if one is.
+        """
+        edits = [self.edit_stage == "second" and source is not None for source in sources]
+        drawn: dict[int, numpy.ndarray] = {}
+        for edit in (False, True):
+            places = [place for place, one in enumerate(edits) if one == edit]
+            for start in range(0, len(places), IMAGES):
+                chunk = places[start : start + IMAGES]
+                edited = [sources[place] for place in chunk] if edit else None
+                with torch.autocast(self.device.type, enabled=False):
+                    latents = self._denoised(features[chunk], nothing, edited)
+                    drawn |= {place: self._pixels(latent[None]) for place, latent in zip(chunk, latents, strict=True)}
+        return [drawn[place] for place in range(len(sources))]
+
+    def _denoised(self, features: Tensor, nothing: Tensor, sources: list[Path] | None) -> Tensor:
+        """Latents by Euler's method, with guidance away from ``nothing``: with sources e_u + 7.5 (e_c - e_i) + 1.5
+        (e_i - e_u) of c both conditions, i the source alone, u neither; else e_u + 7.5 (e_c - e_u)."""
+        stage = self.first if sources is None else self.second
+        scheduler = self._read("EulerDiscreteScheduler", "scheduler")
+        scheduler.set_timesteps(self.steps, device=self.device)
+        count, side = len(features), self.side(stage.unet)
+        given = [features, *[nothing.expand_as(features)] * (1 if sources is None else 2)]
+        prompts, pooled = stage.resampler(torch.cat(given).to(self.device, self.dtype))
+        times = torch.tensor([side, side, 0, 0, side, side], device=self.device, dtype=self.dtype)
+        added = {"text_embeds": pooled, "time_ids": times.expand(len(pooled), -1)}
+        conditions = None
+        if sources is not None:
+            seen = self._encoded(sources, side)
+            conditions = torch.cat([seen, seen, torch.zeros_like(seen)]).to(self.dtype)
+        # The same noise for every image, on every device: an image does not depend on those drawn with it.
+        generator = torch.Generator().manual_seed(SEED)
+        shape = (self.vae.config.latent_channels, *[side // self.shrink] * 2)
+        latents = torch.randn(shape, generator=generator).to(self.device).repeat(count, 1, 1, 1)
+        latents = latents * scheduler.init_noise_sigma
+        for time in scheduler.timesteps:
+            scaled = scheduler.scale_model_input(latents, time).to(self.dtype).repeat(len(given), 1, 1, 1)
+            taken = scaled if conditions is None else torch.cat([scaled, conditions], 1)
+            noise = stage.unet(taken, time, encoder_hidden_states=prompts, added_cond_kwargs=added).sample.float()
+            both, *without = noise.chunk(len(given))
+            guided = without[-1] + GUIDANCE * (both - without[0])
+            if conditions is not None:
+                guided = guided + IMAGE_GUIDANCE * (without[0] - without[1])
+            latents = scheduler.step(guided, time, latents).prev_sample
+        return latents
+
+    @property
+    def shrink(self) -> int:
+        """Pixels per latent, along a side."""
+        return 2 ** (len(self.vae.config.block_out_channels) - 1)
+
+    def side(self, unet: Any) -> int:
+        """Pixels of an image along a side."""
+        return self.resolution or unet.config.sample_size * self.shrink
+
+    def _encoded(self, sources: Sequence[Path], side: int) -> Tensor:
+        """Latents of images: the posterior's mode, without SDXL's scaling factor, as the second stage was tuned."""
+        stretched = [numpy.asarray(open_picture(source).resize((side, side))) for source in sources]
+        pixels = torch.from_numpy(numpy.stack(stretched)).permute(0, 3, 1, 2).to(self.device)
+        return torch.cat([self.vae.encode(one / 127.5 - 1).latent_dist.mode() for one in pixels.float().split(1)])
+
+    def _pixels(self, latents: Tensor) -> numpy.ndarray:
+        image = self.vae.decode(latents / self.vae.config.scaling_factor).sample[0]
+        return (image * 127.5 + 127.5).clamp(0, 255).round().byte().permute(1, 2, 0).cpu().numpy()
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A UNet of diffusers, and what makes its prompts."""
+
+    unet: Any
+    resampler: PromptResampler
+
+
+def _widened(layer: torch.nn.Conv2d) -> torch.nn.Conv2d:
+    """The layer with as many input channels again, of weight zero."""
+    wide = torch.nn.Conv2d(2 * layer.in_channels, layer.out_channels, layer.kernel_size, layer.stride, layer.padding)
+    wide = wide.to(layer.weight).requires_grad_(False)
+    wide.weight.zero_()
+    wide.weight[:, : layer.in_channels] = layer.weight
+    wide.bias.copy_(layer.bias)
+    return wide

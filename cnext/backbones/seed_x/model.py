@@ -1,0 +1,218 @@
+"""SEED-X as a backbone: the model, its files, a batch through it.
+
+Images are read as views of 64 tokens each, which the input resampler makes of the frozen encoder's features, and
+written as 64 tokens whose last hidden states the output resampler regresses to the pooled features of the image wanted.
+
+Reference: SEED-X, arXiv 2404.14396; Continual-NExT, arXiv 2602.18055, its released code.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from cnext.backbones.base import Backbone, Output
+from cnext.backbones.conversation import IGNORED, IMAGE_READ, IMAGE_WRITTEN
+from cnext.backbones.pretrained import checkpoint_activations
+from cnext.backbones.seed_x import encoding, generation, loading
+from cnext.backbones.seed_x.anyres import patch_features
+from cnext.backbones.seed_x.drawing import Drawing
+from cnext.backbones.seed_x.encoding import Encoded, padded
+from cnext.backbones.seed_x.folder import Released, weight_files
+from cnext.backbones.seed_x.resampler import Resampler
+from cnext.backbones.seed_x.sizes import PATCH_FEATURES, PUBLISHED_LLM, SIDE, TOKENS, VisionSizes
+from cnext.backbones.seed_x.tokenizer import Tokenizer
+from cnext.backbones.seed_x.vision import VisualEncoder, pooled
+from cnext.errors import UserError
+from cnext.scoring.base import Prediction
+from cnext.tasks.base import Sample, Task
+
+BATCH = 16
+"""Samples per forward pass where nothing is learnt."""
+
+
+class SeedX(Backbone):
+    """SEED-X-I 17B as the paper trains it: 13.0 B parameters of LLaMA-2, 1.9 B of the visual encoder, 0.2 B between.
+
+    Args:
+        config: a transformers.LlamaConfig.
+        vision: sizes of the visual encoder.
+        tokenizer: None: samples cannot be prepared, for a model that is only counted.
+        drawing: the de-tokenizer; None: images written are not drawn.
+        end_every_turn: whether every answer of a conversation is followed by a supervised </s>. As released only the
+            last is, while tests ask one question alone.
+        max_length: tokens that a conversation is cut to.
+    """
+
+    name: ClassVar[str] = "seed-x"
+    targets: ClassVar[tuple[str, ...]] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    picture_tokens: ClassVar[tuple[int, int]] = (3 * (TOKENS + 2), TOKENS + 2)
+    drawing_flops: ClassVar[float] = 6e14
+
+    def __init__(
+        self,
+        config: Any,
+        vision: VisionSizes,
+        tokenizer: Tokenizer | None = None,
+        drawing: Drawing | None = None,
+        *,
+        end_every_turn: bool = False,
+        max_length: int = 880,
+    ) -> None:
+        from transformers import LlamaForCausalLM
+
+        super().__init__()
+        self.tokenizer, self.drawing = tokenizer, drawing
+        self.end_every_turn, self.max_length = end_every_turn, max_length
+        self.llm = LlamaForCausalLM(config)
+        self.vit = VisualEncoder(vision)
+        hidden = config.hidden_size
+        self.input_resampler = Resampler(TOKENS, hidden, vision.output)
+        self.output_resampler = Resampler(TOKENS, vision.output, hidden)
+        self.patch_pos_embed = nn.Parameter(torch.zeros(PATCH_FEATURES, hidden))
+        self._nothing: Tensor | None = None
+
+    @classmethod
+    def load(
+        cls,
+        device: torch.device | str = "cpu",
+        weights: Path | None = None,
+        *,
+        dtype: torch.dtype = torch.float32,
+        device_map: str | None = None,
+        checkpointing: bool = False,
+        end_every_turn: bool = False,
+        max_length: int = 880,
+        edit_stage: str = "first",
+        resolution: int | None = None,
+        steps: int = 50,
+    ) -> SeedX:
+        """The released model, frozen, from the folder that `cnext.backbones.seed_x.folder` describes.
+
+        A folder without the de-tokenizer is loaded with a warning that says what is missing: `require_drawing` fails.
+
+        Args:
+            end_every_turn, max_length: see the class.
+            edit_stage: de-tokenizer that draws images with a source: "first", as the paper's evaluation, or "second".
+            resolution: side of the images drawn, in pixels; None: 1024.  steps: of denoising.
+        """
+        drawing = {"edit_stage": edit_stage, "resolution": resolution, "steps": steps}
+        model = loading.load(cls, torch.device(device), weights, dtype, device_map, drawing)
+        model.end_every_turn, model.max_length = end_every_turn, max_length
+        if checkpointing:
+            checkpoint_activations(model.llm)
+        return model.requires_grad_(False).eval()
+
+    @classmethod
+    def meta(cls, weights: Path | None = None) -> SeedX:
+        """The model with the published sizes, which all that were released have, on the meta device: in no memory."""
+        with torch.device("meta"):
+            return cls(loading.llama_config(PUBLISHED_LLM), VisionSizes()).requires_grad_(False).eval()
+
+    def encoding_flops(self, task: Task) -> float:
+        """Two operations per parameter and patch and attention's, for two tiles and the whole; where an image is
+        written, for the whole of each."""
+        whole = "image" in task.writes
+        seen = ("image" in task.reads) * (1 if whole else 3) + whole
+        patches = (SIDE // self.vit.conv1.kernel_size[0]) ** 2
+        blocks = self.vit.transformer["resblocks"]
+        attention = 4 * patches * patches * self.vit.conv1.out_channels * len(blocks)
+        return seen * (2.0 * patches * sum(p.numel() for p in blocks.parameters()) + attention)
+
+    @classmethod
+    def check(cls, weights: Path | None) -> list[Path]:
+        parts = Released.find(weights)
+        return [*weight_files(parts.llm), parts.agent, parts.vision]
+
+    @property
+    def language_model(self) -> nn.Module:
+        return self.llm.model
+
+    def connections(self) -> dict[str, nn.Parameter]:
+        parts = ("input_resampler.", "output_resampler.", "patch_pos_embed")
+        return {name: parameter for name, parameter in self.named_parameters() if name.startswith(parts)}
+
+    def released_extras(self) -> dict[str, nn.Parameter]:
+        ends = ("norm.weight", "embed_tokens.weight", "lm_head.weight")
+        return {n: p for n, p in self.named_parameters() if n.startswith("llm.") and n.endswith(ends)}
+
+    def require_drawing(self) -> None:
+        if self.drawing is None or (missing := self.drawing.missing()):
+            raise UserError(missing if self.drawing else "this model was made without a de-tokenizer")
+
+    def prepare(self, sample: Sample) -> Encoded:
+        """The sample with pixels in place of features."""
+        options = {"end_every_turn": self.end_every_turn, "max_length": self.max_length}
+        return encoding.prepare(self.tokenizer, sample, **options)
+
+    def encode_prepared(self, prepared: Sequence[Encoded]) -> list[Encoded]:
+        return encoding.encode(self.vit, prepared)
+
+    def inputs(self, ids: Tensor, roles: Tensor, items: Sequence[Encoded]) -> Tensor:
+        """Input embeddings (B, L, hidden) of ids and roles, (B, L) both; sets `positions`."""
+        embeddings = self.llm.model.embed_tokens(ids)
+        read = [item for item in items if item.features is not None]
+        if read:
+            tokens = self.input_resampler(torch.cat([item.features for item in read]))
+            parts = tokens.split([len(item.features) for item in read])
+            spread = [part.expand(len(item.centres), -1, -1) for part, item in zip(parts, read, strict=True)]
+            centres = patch_features(torch.cat([item.centres for item in read])).to(self.patch_pos_embed)
+            tokens = torch.cat(spread) + (centres @ self.patch_pos_embed)[:, None]
+            embeddings = embeddings.masked_scatter((roles == IMAGE_READ)[..., None], tokens.to(embeddings.dtype))
+        self.positions = roles
+        return embeddings
+
+    def output(self, encoded: Sequence[Encoded]) -> Output:
+        ids, labels, roles = padded(encoded, self.device)
+        supervised = labels[:, 1:] != IGNORED
+        # Causal attention and padding on the right: no position that counts sees a padded one, so no mask is needed.
+        embeddings = self.inputs(ids, roles, encoded)
+        hidden = self.llm.model(inputs_embeds=embeddings, use_cache=False).last_hidden_state
+        targets = [item.target.float() for item in encoded if item.target is not None]
+        drawn = hidden.new_empty(0, TOKENS, self.vit.proj.shape[1], dtype=torch.float32)
+        if targets:
+            drawn = self.output_resampler(hidden[roles == IMAGE_WRITTEN].unflatten(0, (-1, TOKENS))).float()
+        logits = self.llm.lm_head(hidden[:, :-1][supervised]).float()
+        return Output(logits, labels[:, 1:][supervised], drawn, torch.stack(targets) if targets else drawn)
+
+    def supervised(self, encoded: Sequence[Encoded]) -> tuple[int, int]:
+        tokens = sum(int((item.labels[1:] != IGNORED).sum()) for item in encoded)
+        return tokens, sum(item.target is not None for item in encoded)
+
+    @torch.no_grad()
+    def question_features(self, encoded: Sequence[Encoded]) -> Tensor:
+        parts = [torch.empty(0, self.llm.config.hidden_size, device=self.device, dtype=self.llm.dtype)]
+        for start in range(0, len(encoded), BATCH):
+            items = [item.question for item in encoded[start : start + BATCH]]
+            ids, _, roles = padded(items, self.device)
+            hidden = self.llm.model(inputs_embeds=self.inputs(ids, roles, items), use_cache=False).last_hidden_state
+            parts.append(hidden[range(len(items)), [len(item.ids) - 1 for item in items]])
+        return torch.cat(parts)
+
+    @torch.no_grad()
+    def generate(self, samples: Sequence[Sample], max_new_tokens: int) -> list[Prediction]:
+        answers: list[Prediction] = []
+        for start in range(0, len(samples), BATCH):
+            chunk = samples[start : start + BATCH]
+            asked = self.encode_prepared([encoding.prepare(self.tokenizer, s, max_length=None) for s in chunk])
+            written = generation.greedy(self, asked, max_new_tokens)
+            images = self._drawn(chunk, written)
+            texts = [self.tokenizer.decode(answer.ids) for answer in written]
+            answers += [Prediction(text, images.get(place)) for place, text in enumerate(texts)]
+        return answers
+
+    def _drawn(self, samples: Sequence[Sample], written: Sequence[generation.Written]) -> dict[int, Any]:
+        """Images by the numbers of their samples; none where there is no de-tokenizer, of which `load` has warned."""
+        places = [place for place, answer in enumerate(written) if answer.states is not None]
+        if not places or self.drawing is None or self.drawing.missing():
+            return {}
+        features = self.output_resampler(torch.stack([written[place].states for place in places]))
+        if self._nothing is None:
+            self._nothing = pooled(self.vit.nothing())[0]
+        sources = [samples[place].image for place in places]
+        images = self.drawing.draw(features, self._nothing.to(features.dtype), sources)
+        return dict(zip(places, images, strict=True))

@@ -1,0 +1,59 @@
+"""The language model over several devices, by accelerate."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from cnext.errors import UserError, unknown
+
+DEVICE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
+
+
+def plan(
+    model: nn.Module, device_map: str, dtype: torch.dtype, memory: Mapping[int | str, int | str] | None = None
+) -> dict[str, Any]:
+    """Which device each part of a decoder of transformers goes to; decoder layers stay whole.
+
+    Args:
+        model: on the meta device.
+        memory: bytes free on each device; None: as accelerate finds them.
+
+    Raises:
+        UserError: a map of another name, or accelerators that do not hold the model together.
+    """
+    from accelerate import infer_auto_device_map
+    from accelerate.utils import get_balanced_memory, get_max_memory
+
+    if device_map not in DEVICE_MAPS:
+        raise unknown("device map", device_map, DEVICE_MAPS)
+    whole = {"no_split_module_classes": model._no_split_modules, "dtype": dtype}
+    free = dict(memory or get_max_memory())
+    if device_map != "sequential":
+        free = get_balanced_memory(model, free, low_zero=device_map == "balanced_low_0", **whole)
+    found = infer_auto_device_map(model, free, **whole)
+    accelerators = [device for device in free if device not in ("cpu", "disk")]
+    left = [name for name, device in found.items() if device in ("cpu", "disk")]
+    if accelerators and left:
+        raise UserError(
+            f"expected the language model to fit on {len(accelerators)} accelerators, {len(left)} of its parts do not, "
+            f"{left[0]} first; training needs all of it there: free memory, or use more of them"
+        )
+    return found
+
+
+def device_of(name: str, placed: Mapping[str, Any], default: torch.device) -> torch.device:
+    """Where a tensor of that name goes."""
+    parts = name.split(".")
+    prefixes = (".".join(parts[:length]) for length in range(len(parts), -1, -1))
+    return next((torch.device(placed[prefix]) for prefix in prefixes if prefix in placed), default)
+
+
+def connect(model: nn.Module, placed: Mapping[str, Any]) -> None:
+    """Has the parts, which are where the plan says, hand their results on from device to device."""
+    from accelerate import dispatch_model
+
+    dispatch_model(model, dict(placed), skip_keys=model._skip_keys_device_placement)

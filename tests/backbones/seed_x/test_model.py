@@ -1,0 +1,198 @@
+"""The small SEED-X over all six tasks: loss by hand, training with MAGE, and what else the interface asks for."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy
+import pytest
+import torch
+from backbones.seed_x.plainly import TASKS, asked, hidden_of
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from cnext import adapters, methods
+from cnext.backbones import load
+from cnext.backbones.conversation import IGNORED, TEXT_READ, TEXT_WRITTEN
+from cnext.backbones.pretrained import checkpoint_activations
+from cnext.backbones.seed_x import placing
+from cnext.backbones.seed_x.encoding import Encoded
+from cnext.backbones.seed_x.model import SeedX
+from cnext.errors import UserError
+from cnext.running import evaluation
+from cnext.running.config import RunConfig, plan
+from cnext.running.preparing import load_backbone
+from cnext.tasks import suites
+from cnext.tasks.base import Sample
+from cnext.tasks.readers import READERS
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("task", TASKS)
+def test_loss_by_hand(loaded: SeedX, encoded: dict[str, list[Encoded]], task: str) -> None:
+    """CE + 6 MSE of a padded batch equals that of samples one by one."""
+    loss = loaded.loss(encoded[task])
+    logits, labels, drawn, wanted = [], [], [], []
+    for item in encoded[task]:
+        hidden = hidden_of(loaded, item)
+        keep = item.labels[1:] != IGNORED
+        logits.append(hidden[:-1][keep] @ loaded.llm.lm_head.weight.T)
+        labels.append(item.labels[1:][keep])
+        if item.target is not None:
+            end = item.ids.tolist().index(loaded.tokenizer["</img>"], len(item.ids) - 3)
+            drawn.append(loaded.output_resampler(hidden[None, end - 64 : end])[0])
+            wanted.append(item.target)
+    text = F.cross_entropy(torch.cat(logits), torch.cat(labels))
+    image = F.mse_loss(torch.stack(drawn), torch.stack(wanted)) if drawn else torch.zeros(())
+    torch.testing.assert_close(loss.text, text, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(loss.image, image, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(loss.total, text + 6 * image, rtol=1e-4, atol=1e-4)
+    assert loaded.supervised(encoded[task]) == (sum(map(len, labels)), len(wanted))
+    assert bool(wanted) == (task in ("Flickr30k", "HQEdit"))
+
+
+def test_what_is_wanted_is_the_pooled_features_of_the_whole_target(
+    loaded: SeedX, tasks: dict[str, list[Sample]], encoded: dict[str, list[Encoded]]
+) -> None:
+    from PIL import Image
+
+    for sample, item in zip(tasks["HQEdit"], encoded["HQEdit"], strict=True):
+        pixels = numpy.array(Image.open(sample.target_image).resize((448, 448)))
+        features = loaded.vit.features(torch.from_numpy(pixels).permute(2, 0, 1)[None])
+        torch.testing.assert_close(item.target, F.avg_pool1d(features.mT, 4, 4).mT[0])
+        assert item.centres.tolist() == [[0.5, 0.5]] * 2, "an image to edit is not cut into tiles"
+    assert [len(item.centres) for item in encoded["VQAv2"]] == [3, 2]
+
+
+def test_preparing_needs_no_parameters_and_can_be_sent(loaded: SeedX, tasks: dict[str, list[Sample]]) -> None:
+    import pickle
+
+    prepared = [loaded.prepare(sample) for samples in tasks.values() for sample in samples]
+    assert {item.features.dtype for item in prepared if item.features is not None} == {torch.uint8}
+    sent = pickle.loads(pickle.dumps(prepared))
+    assert all(torch.equal(one.ids, other.ids) for one, other in zip(sent, prepared, strict=True))
+    assert len(pickle.dumps(loaded.tokenizer)) > 0
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_mage_trains_its_roles(fresh: SeedX, encoded: dict[str, list[Encoded]], task: str) -> None:
+    """Gradients reach the task's branches and the connections it uses, and are the same with checkpointing."""
+    suite = suites.load("continual-next")
+    method = methods.load("mage")(dropout=0.0)
+    method.setup(fresh, [suite.task(name) for name in TASKS], torch.Generator().manual_seed(0))
+    trained = method.trainable(suite.task(task)) | {n: p.requires_grad_() for n, p in fresh.connections().items()}
+    for name, parameter in trained.items():
+        if name.endswith(".B"):
+            nn.init.normal_(parameter, std=0.01)
+
+    def gradients() -> dict[str, Tensor]:
+        fresh.zero_grad()
+        fresh.loss(encoded[task]).total.backward()
+        return {name: p.grad.clone() for name, p in trained.items() if p.grad is not None}
+
+    found = gradients()
+    unused = {"Flickr30k": ("input_resampler", "patch"), "HQEdit": ()}.get(task, ("output_resampler",))
+    assert trained.keys() - found.keys() == {name for name in trained if unused and name.startswith(unused)}
+    assert all(gradient.abs().sum() > 0 for name, gradient in found.items() if "attn.in_proj_bias" not in name)
+    fresh.train()
+    checkpoint_activations(fresh.llm)
+    again = gradients()
+    assert again.keys() == found.keys()
+    for name, gradient in again.items():
+        torch.testing.assert_close(gradient, found[name], rtol=1e-4, atol=1e-5)
+
+
+def test_bfloat16_under_autocast_with_float32_connections(
+    folder: Path, loaded: SeedX, tasks: dict[str, list[Sample]], encoded: dict[str, list[Encoded]]
+) -> None:
+    """As a run in bfloat16: the frozen model in it, what is trained in float32."""
+    model = SeedX.load(weights=folder, dtype=torch.bfloat16, checkpointing=True, steps=1)
+    expected = loaded.loss(encoded["HQEdit"])
+    adapters.attach(model.language_model, model.targets, {"lora": 4}, dropout=0.05)
+    trained = model.connections() | model.released_extras() | adapters.branch_parameters(model.language_model)
+    for parameter in trained.values():
+        parameter.data = parameter.data.float()
+        parameter.requires_grad_()
+    model.train()
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = model.loss(model.encode(tasks["HQEdit"]))
+    loss.total.backward()
+    torch.testing.assert_close(loss.total, expected.total, rtol=0.05, atol=0.05)
+    assert all(parameter.grad is not None for parameter in trained.values())
+    model.eval()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert len(model.generate([asked(tasks["HQEdit"][0])], 3)) == 1
+
+
+@torch.no_grad()
+def test_question_features_are_the_state_at_the_end_of_the_first_instruction(
+    loaded: SeedX, tasks: dict[str, list[Sample]], encoded: dict[str, list[Encoded]]
+) -> None:
+    for task in ("VQAv2", "Flickr30k", "HQEdit"):
+        found = loaded.question_features(encoded[task])
+        for sample, features in zip(tasks[task], found, strict=True):
+            item = loaded.encode([asked(sample)])[0]
+            assert item.ids[-1] == 2
+            bare = replace(item, ids=item.ids[:-1])
+            torch.testing.assert_close(features, hidden_of(loaded, bare)[-1], rtol=1e-3, atol=1e-4)
+    assert loaded.positions[0].tolist().count(TEXT_WRITTEN) == 1
+    assert loaded.positions[0, 0] == TEXT_READ
+    assert loaded.question_features([]).shape == (0, 64)
+
+
+@torch.no_grad()
+def test_choice_logits_are_those_where_the_answers_part(loaded: SeedX, tasks: dict[str, list[Sample]]) -> None:
+    samples = [asked(sample) for sample in tasks["VQAv2"]]
+    words = ["A", "B"]
+    tokens = [loaded.tokenizer.encode(word) for word in words]
+    place = next(number for number, pair in enumerate(zip(*tokens, strict=True)) if len(set(pair)) > 1)
+    found = loaded.choice_logits(samples, words)
+    for sample, logits in zip(samples, found, strict=True):
+        item = loaded.encode([sample])[0].question
+        longer = replace(item, ids=torch.cat([item.ids, torch.tensor(tokens[0][:place], dtype=torch.long)]))
+        every = loaded.llm.lm_head(hidden_of(loaded, longer)[-1])
+        expected = every[[one[place] for one in tokens]]
+        torch.testing.assert_close(logits, expected, rtol=1e-3, atol=1e-4)
+
+
+@torch.no_grad()
+def test_hooks_of_a_device_map_and_adapters_change_nothing(
+    folder: Path, loaded: SeedX, encoded: dict[str, list[Encoded]]
+) -> None:
+    """One device cannot show the moving between devices, but that the hooks which do it and the adapters agree."""
+    from accelerate import dispatch_model
+
+    expected = loaded.loss(encoded["HQEdit"]).total
+    model = SeedX.load(weights=folder, device_map="auto")
+    dispatch_model(model.llm.model, {"": "cpu"}, force_hooks=True)
+    adapters.attach(model.language_model, model.targets, {"lora": 4})
+    torch.testing.assert_close(model.loss(encoded["HQEdit"]).total, expected)
+    spread = {"embed_tokens": 1, "layers.0": 0, "layers.1": "cpu", "norm": 1}
+    assert placing.device_of("layers.1.mlp.up_proj.weight", spread, torch.device("meta")).type == "cpu"
+    assert placing.device_of("layers.10.mlp.up_proj.weight", spread, torch.device("meta")).type == "meta"
+
+
+def test_it_is_registered() -> None:
+    assert load("seed-x") is SeedX
+
+
+def test_an_image_to_edit_is_whole_in_tests_as_well(loaded: SeedX, tasks: dict[str, list[Sample]]) -> None:
+    sample = tasks["HQEdit"][0]
+    row = {"source_image": sample.image.name, "target_image": sample.target_image.name, "instruction": "red"}
+    read = READERS["editing"](row, sample.image.parent, "1", "")
+    assert len(loaded.prepare(evaluation.question(read)).centres) == 2
+    assert len(loaded.prepare(replace(evaluation.question(read), tiled=True)).centres) == 3
+
+
+def test_a_run_that_draws_stops_at_once_without_the_detokenizer(folder: Path, tmp_path: Path) -> None:
+    for name in ("seed_x_i", "QwenViT"):
+        (tmp_path / name).symlink_to(folder / name)
+    planned = plan(RunConfig(backbone="seed-x", weights=tmp_path, device="cpu"))
+    with (
+        pytest.warns(UserWarning, match="de-tokenizer"),
+        pytest.raises(UserError, match="seed_detokenizer/first_stage"),
+    ):
+        load_backbone(planned)
+    with pytest.warns(UserWarning, match="de-tokenizer"):
+        load_backbone(replace(planned, order=("VQAv2",)))
