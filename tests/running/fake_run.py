@@ -54,6 +54,8 @@ def write_fake_run(
     averaging: bool = True,
     method: str = "mage",
     budget: str = "default",
+    order: str = "paper",
+    seed: int = 0,
 ) -> Path:
     """Writes the folder and returns it. stages: how many were evaluated (None: all). size: pixels of an image."""
     done = len(tasks) if stages is None else stages
@@ -71,18 +73,18 @@ def write_fake_run(
         for t, task in enumerate(tasks[:done])
     ]
     results = {
-        "method": method, "backbone": "tiny", "suite": "next-tiny", "budget": budget, "order": "paper", "seed": 0,
+        "method": method, "backbone": "tiny", "suite": "next-tiny", "budget": budget, "order": order, "seed": seed,
         "split": "test", "tasks": list(tasks), "reads": {task: READS.get(task, ["text", "image"]) for task in tasks},
         "writes": writes, "profile": "strict", **strict, "profiles": profiles,
         "samples": dict.fromkeys(tasks, samples), "averaging": merges if averaging else None,
         "cost": {"trainable_params": 311808, "stored_bytes": 2494464, "optimizer_steps": 100 * done},
-        "versions": {"cnext": "0.1.0", "torch": "2.15.0"},
+        "versions": {"cnext": "0.1.0", "torch": "2.15.0"}, "finished": done == len(tasks),
+        "hyperparameters": {"rank": 8, "c": 5.0, "freeze": True},
     }  # fmt: skip
     recipe = {"steps": dict.fromkeys(tasks, 100), "batch_size": 16, "learning_rate": 0.002}
     shared = ("method", "backbone", "suite", "budget", "order", "tasks", "seed", "split")
-    hyperparameters = {"rank": 8, "c": 5.0, "freeze": True}
     config = {key: results[key] for key in shared} | {"device": "cpu", "threads": 1, "recipe": recipe}
-    _write(run / "config.json", {**config, "hyperparameters": hyperparameters})
+    _write(run / "config.json", {**config, "hyperparameters": results["hyperparameters"]})
     _write(run / "results.json", results)
     spent = {"train_seconds": 7.4, "evaluate_seconds": 3.1, "steps": 100, "tokens": 30400}
     spent |= {"tokens_per_second": 4108.1, "seconds_per_step": 0.074}

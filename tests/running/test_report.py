@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import html
 import io
 import itertools
@@ -14,13 +16,15 @@ from xml.etree import ElementTree
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from running.fake_run import HOSTILE, ORDER, write_fake_run
+from safetensors.torch import save_file
 
 from cnext.errors import UserError
-from cnext.running.report import plots, write_report
+from cnext.running.analysis.run import Run, points
+from cnext.running.report import maps, plots, write_report, write_reports
 from cnext.running.report.record import command
-from cnext.running.report.run import Run, points
 from cnext.running.report.samples import answers, drawings, picture
 from cnext.scoring.matrix import FORMULAS
 
@@ -56,9 +60,9 @@ class Page(HTMLParser):
         if self.open and self.open[-1] in ("td", "th"):
             self.tables[-1][-1][-1] += data
 
-    def table(self, corner: str) -> dict[str, list[str]]:
-        """The rows of the table whose first head cell is that, by their first cell."""
-        [table] = [table for table in self.tables if table[0][0] == corner]
+    def table(self, *head: str) -> dict[str, list[str]]:
+        """The rows of the table whose head begins like that, by their first cell."""
+        [table] = [table for table in self.tables if table[0][: len(head)] == list(head)]
         return {row[0]: row[1:] for row in table[1:]}
 
 
@@ -80,7 +84,12 @@ def results(folder: Path) -> dict:
 def test_page_is_one_offline_file(run: Path) -> None:
     text = (run / "report.html").read_text()
     page = Page(text)
-    assert not {tag for tag, _ in page.elements} & {"script", "link", "iframe", "object"}
+    assert not {tag for tag, _ in page.elements} & {"link", "iframe", "object"}
+    [script] = re.findall("<script>(.*?)</script>", text, re.S)
+    known = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    [policy] = [a["content"] for tag, a in page.elements if a.get("http-equiv") == "Content-Security-Policy"]
+    assert policy.startswith("default-src 'none'; img-src data:;")
+    assert policy.endswith(f"script-src 'sha256-{known}'"), "nothing else may run, whatever a model has answered"
     images = [attributes for tag, attributes in page.elements if tag == "img"]
     assert len(images) > 30
     assert all(image["src"].startswith("data:image/") and image["alt"] for image in images)
@@ -90,13 +99,16 @@ def test_page_is_one_offline_file(run: Path) -> None:
 
 
 def test_every_section_is_there(run: Path) -> None:
-    titles = re.findall(r"<h2>(.*?)</h2>", (run / "report.html").read_text())
+    titles = re.findall(r"<h2 id=[^>]*>(.*?)</h2>", (run / "report.html").read_text())
     assert titles == [
         "Score matrix",
         "Accuracy over stages",
         "Why it forgets",
+        "Transfer between tasks",
+        "Answers that broke",
         "Drawn over the stages",
         "Answers over the stages",
+        "Drift of the adapters",
         "Training",
         "Metrics",
         "Costs",
@@ -123,7 +135,7 @@ def test_tables_hold_the_results(run: Path) -> None:
 
 
 def test_scores_per_task_under_both_profiles(run: Path) -> None:
-    found, row = results(run), Page((run / "report.html").read_text()).table("task")["ImageNet"]
+    found, row = results(run), Page((run / "report.html").read_text()).table("task", "zero-shot, strict")["ImageNet"]
     matrices = [found["score_matrix"], found["profiles"]["paper"]["score_matrix"]]
     learnt, end = ([matrix[stage][1] for matrix in matrices] for stage in (1, 5))
     assert row[3:5] == [points(value) for value in learnt]
@@ -188,7 +200,10 @@ def test_unfinished_matrix_may_have_empty_rows(tmp_path: Path) -> None:
 def test_results_alone_are_enough(tmp_path: Path, run: Path) -> None:
     (tmp_path / "results.json").write_bytes((run / "results.json").read_bytes())
     assert report(tmp_path).table("after stage")
-    assert "Drawn over the stages" not in (tmp_path / "report.html").read_text()
+    text = html.unescape((tmp_path / "report.html").read_text())
+    assert text.count("Not shown: predictions/ is not there") == 1
+    assert text.count(f"Not shown: {tmp_path}: predictions/ is not there") == 1
+    assert f"Not shown: {tmp_path}: drift needs the checkpoint of every stage, checkpoints/ lacks 1_VQAv2" in text
 
 
 def test_smoke_banner(tmp_path: Path) -> None:
@@ -280,10 +295,10 @@ def test_command_resolves_to_the_configuration(run: Path) -> None:
     [
         ("results.json", None, "no such file; give a folder in which cnext-run has evaluated a stage"),
         ("results.json", "{", "could not read one"),
-        ("results.json", "[]", "found list"),
-        ("results.json", '{"method": "mage"}', r"lacks \['suite', 'tasks', 'score_matrix'\]"),
+        ("results.json", "[]", r"expected an object, got \[\]"),
+        ("results.json", '{"method": "mage"}', r"score_matrix: missing"),
         ("cost.json", "{", "could not read one"),
-        ("train.jsonl", "{}}\n", "one JSON object a line"),
+        ("train.jsonl", "{}}\n", r"train.jsonl:1: expected a JSON object"),
         ("predictions/6_HQEdit/HQEdit/HQEdit-2.png", "no picture", "expected an image"),
     ],
     ids=["missing", "broken", "list", "keys", "cost", "row", "image"],
@@ -316,6 +331,135 @@ def test_contrast(paper: str) -> None:
     assert min(contrast(paper, colour) for colour in texts) >= 4.5
     assert min(contrast(paper, colour) for colour in plots.TASK_COLOURS) >= 3
     assert min(contrast(plots.ERROR_COLOURS[error], ink) for error, ink in plots.ON_ERROR_COLOURS.items()) >= 4.5
+
+
+def test_ink_on_the_deepest_heat() -> None:
+    for paper, ink in ((plots.PAPER, plots.INK), (plots.DARK[plots.PAPER], plots.DARK[plots.INK])):
+        for colour in (maps.MORE, maps.LESS):
+            pairs = zip(*(bytes.fromhex(name[1:]) for name in (colour, paper)), strict=True)
+            mixed = bytes(round(maps.DEEPEST * a + (1 - maps.DEEPEST) * b) for a, b in pairs)
+            assert contrast(f"#{mixed.hex()}", ink) >= 4.5
+
+
+SEEN = {
+    "all cones": np.eye(3),
+    "no red": [[0.152286, 1.052583, -0.204868], [0.114503, 0.786281, 0.099216], [-0.003882, -0.048116, 1.051998]],
+    "no green": [[0.367322, 0.860646, -0.227968], [0.280085, 0.672501, 0.047413], [-0.01182, 0.04294, 0.968881]],
+    "no blue": [[1.255528, -0.076749, -0.178779], [-0.078411, 0.930809, 0.147602], [0.004733, 0.691367, 0.3039]],
+}
+"""Linear RGB as it is seen with a kind of cone missing: Machado, Oliveira and Fernandes 2009."""
+
+
+def lab(colour: str, seen: np.ndarray) -> np.ndarray:
+    """CIELAB of a colour, under D65."""
+    parts = np.frombuffer(bytes.fromhex(colour[1:]), np.uint8) / 255
+    linear = np.where(parts <= 0.04045, parts / 12.92, ((parts + 0.055) / 1.055) ** 2.4)
+    to_xyz = [[0.4124564, 0.3575761, 0.1804375], [0.2126729, 0.7151522, 0.072175], [0.0193339, 0.119192, 0.9503041]]
+    x, y, z = np.cbrt(np.array(to_xyz) @ np.clip(np.array(seen) @ linear, 0, 1) / (0.95047, 1, 1.08883))
+    return np.array([116 * y - 16, 500 * (x - y), 200 * (y - z)])
+
+
+@pytest.mark.parametrize("cones", SEEN)
+def test_colours_stay_apart_for_every_kind_of_colour_vision(cones: str) -> None:
+    """A difference of 2 is just seen; neighbours in a bar, and both sides of a heat map, are ten times that apart."""
+    pairs = [*itertools.combinations(plots.ERROR_COLOURS.values(), 2), (maps.MORE, maps.LESS)]
+    for one, other in pairs:
+        assert np.linalg.norm(lab(one, SEEN[cones]) - lab(other, SEEN[cones])) >= 20, (one, other)
+
+
+@pytest.fixture(scope="module")
+def study_page(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The page of two methods, one of them with two seeds, made from the folder that holds them."""
+    folder = tmp_path_factory.mktemp("study")
+    write_fake_run(folder / "mage" / "0", samples=4)
+    write_fake_run(folder / "mage" / "1", samples=4, seed=1)
+    write_fake_run(folder / "<b>lora</b>" / "0", samples=4, method="<b>lora</b>")
+    write_fake_run(folder / "slow" / "0", samples=4, stages=2, method="slow")
+    write_reports([folder])
+    return folder / "study.html"
+
+
+def test_study_is_one_offline_page(study_page: Path) -> None:
+    text = study_page.read_text()
+    page = Page(text)
+    assert "b" not in {tag for tag, _ in page.elements}
+    images = [attributes for tag, attributes in page.elements if tag == "img"]
+    assert len(images) > 5
+    assert all(image["src"].startswith("data:image/svg+xml") and image["alt"] for image in images)
+    assert not re.search(r"""(src|href|url\()\s*=?\s*["']?(https?:|//|file:)""", text)
+    anchors = {attributes["href"][1:] for tag, attributes in page.elements if tag == "a"}
+    assert anchors == {attributes["id"] for tag, attributes in page.elements if tag == "h2"}
+    assert f"Not finished and left out: {study_page.parent / 'slow' / '0'}" in html.unescape(text)
+    assert "drift needs the checkpoint of every stage" in text
+
+
+def test_study_tables_hold_the_results(study_page: Path) -> None:
+    page = Page(study_page.read_text())
+    runs = [results(study_page.parent / "mage" / str(seed)) for seed in (0, 1)]
+    mean = sum(found["metrics"]["avg_acc"] for found in runs) / 2
+    first = next(table for table in page.tables if table[0][:3] == ["method", "n", "Avg.ACC"])
+    assert ["mage", "2", f"{mean:.2f} ± 0.00"] in [row[:3] for row in first]
+    broken = page.table("method", "right when learnt")
+    forgetting = results(study_page.parent / "mage" / "0")["metrics"]["forgetting"]
+    assert broken["mage"][-1] == f"{forgetting:.1f} ± 0.0"
+    assert page.table("metric", "formula and divisor")["Forgetting"] == [FORMULAS["forgetting"]]
+
+
+def test_study_files(study_page: Path, tmp_path: Path) -> None:
+    names = {"study.html", "study.md", "study.csv", "study.tex", "study.json", "analysis.md"}
+    assert {file.name for file in study_page.parent.iterdir() if file.is_file()} == names
+    before = study_page.read_bytes()
+    written = write_reports([study_page.parent], tmp_path / "out")
+    assert {file.name for file in written} == {file.name for file in (tmp_path / "out").iterdir()} == names
+    assert (tmp_path / "out" / "study.html").read_bytes() == before
+    assert "Left out:" in (tmp_path / "out" / "analysis.md").read_text()
+
+
+def test_two_runs_make_a_study_beside_them_and_one_a_report(study_page: Path, tmp_path: Path) -> None:
+    for seed in (0, 1):
+        (tmp_path / str(seed)).mkdir()
+        for name in ("results.json", "config.json"):
+            (tmp_path / str(seed) / name).write_bytes((study_page.parent / "mage" / str(seed) / name).read_bytes())
+    assert tmp_path / "study.html" in write_reports([tmp_path / "0", tmp_path / "1"])
+    assert write_reports([tmp_path / "0"]) == [tmp_path / "0" / "report.html", tmp_path / "0" / "report.md"]
+
+
+def test_runs_that_are_not_comparable_write_nothing(tmp_path: Path) -> None:
+    write_fake_run(tmp_path / "one", ("VQAv2",), samples=2)
+    write_fake_run(tmp_path / "two", ("VQAv2",), samples=2, budget="smoke")
+    with pytest.raises(UserError, match="are not comparable"):
+        write_reports([tmp_path], tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_judges_and_what_they_have_not_judged(tmp_path: Path) -> None:
+    folder = write_fake_run(tmp_path, ("VQAv2", "OCRVQA"), samples=4)
+    (folder / "judge").mkdir()
+    averages = {"avg_hal": 1.0, "avg_iuf": 2.0, "avg_oth": 0.25, "forgetting": 3.25}
+    tables = {
+        "rules": {"judge": "rules", "complete": True, "unjudged": 0, "metrics": averages},
+        "vlm": {"judge": "openai", "model": "m", "complete": False, "unjudged": 7, "metrics": dict.fromkeys(averages)},
+    }
+    for name, table in tables.items():
+        (folder / "judge" / f"{name}.json").write_text(json.dumps(table))
+    rows = report(folder).table("judge")
+    assert rows["rules"] == ["rules", "+1.0", "+2.0", "+0.2", "+3.2", "complete"]
+    assert rows["vlm"] == ["m", *[points(None)] * 4, "incomplete, 7 not judged"]
+    assert "Incomplete: judge vlm has not judged 7 errors" in (folder / "report.html").read_text()
+
+
+def test_drift_is_drawn_from_checkpoints(tmp_path: Path) -> None:
+    folder = write_fake_run(tmp_path, ("VQAv2", "HQEdit"), samples=2)
+    for stage, task in enumerate(("VQAv2", "HQEdit"), 1):
+        file = folder / "checkpoints" / f"{stage}_{task}" / "adapters.safetensors"
+        file.parent.mkdir(parents=True)
+        save_file(
+            {f"layers.{n}.up.lora.{half}": torch.full((2, 2), float(stage)) for n in (0, 1) for half in "AB"}, file
+        )
+    rows = report(folder).table("branch", "VQAv2")
+    assert rows["lora"] == ["100.00", "100.00"]
+    drawn = ElementTree.parse(folder / "report_files" / "drift.svg")
+    assert len(drawn.findall(".//{*}rect[@class='p']")) == 4, "a cell for every layer and task"
 
 
 def test_points() -> None:

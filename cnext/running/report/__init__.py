@@ -1,25 +1,79 @@
-"""The report of a run: report.html, one file that opens offline, and report.md with its pictures beside it."""
+"""Reports: of a run report.html and report.md, of a study study.html; one HTML file each, which opens offline."""
 
 from __future__ import annotations
 
+import os
+from collections.abc import Sequence
 from pathlib import Path
 
-from cnext.running.report import plots
-from cnext.running.report.blocks import FILES, Section, escape, mark
+from cnext.running import table_formats, tables
+from cnext.running.analysis import analyze, formats
+from cnext.running.analysis.run import Run
+from cnext.running.analysis.study import Study
+from cnext.running.checkpoint import write_text
+from cnext.running.report import page
+from cnext.running.report.analyses import breaks, drift, transfer
 from cnext.running.report.record import costs, metrics, reproduction, training
-from cnext.running.report.run import Run
 from cnext.running.report.samples import answers, drawings
 from cnext.running.report.scores import headline, matrix, stages, why_it_forgets
+from cnext.running.report.study import sections
 
-SECTIONS = (headline, matrix, stages, why_it_forgets, drawings, answers, training, metrics, costs, reproduction)
+SECTIONS = (
+    headline,
+    matrix,
+    stages,
+    why_it_forgets,
+    transfer,
+    breaks,
+    drawings,
+    answers,
+    drift,
+    training,
+    metrics,
+    costs,
+    reproduction,
+)
+
+
+def write_reports(given: Sequence[Path], out: Path | None = None, mix: bool = False) -> list[Path]:
+    """The report of the one run folder given, or that of the study which several runs or their folders are.
+
+    Args:
+        out: folder of the study's files; where None, the folder that holds all that is given.
+        mix: whether a study may average over runs of different environments.
+
+    Raises: UserError where there is no run, and for runs that are not comparable.
+    """
+    [first, *others] = given
+    if not others and out is None and any((first / f"{name}.json").is_file() for name in ("config", "results")):
+        return list(write_report(first))
+    folders = tables.find(given)
+    return write_study(folders, out or Path(os.path.commonpath([path.resolve() for path in given])), mix=mix)
+
+
+def write_study(folders: Sequence[Path], out: Path, baseline: str | None = None, mix: bool = False) -> list[Path]:
+    """Writes a study's page, its tables and its analyses: study.html, study.md (.csv, .tex, .json), analysis.md.
+
+    Raises: UserError as ``Study.read``; nothing is written then.
+    """
+    study = Study.read(folders, baseline, mix)
+    names = {kind: f"study.{suffix}" for kind, suffix in table_formats.SUFFIXES.items()}
+    texts = {names[kind]: write(study.tables) for kind, write in table_formats.FORMATS.items()}
+    analysis = analyze(study)
+    texts["study.html"] = page.html(sections(study, analysis, folders))
+    texts["analysis.md"] = formats.markdown(analysis)
+    out.mkdir(parents=True, exist_ok=True)
+    for name, text in texts.items():
+        write_text(out / name, text)
+    return [out / name for name in texts]
 
 
 def write_report(run: Path) -> tuple[Path, Path]:
     """Writes report.html and report.md (its pictures in report_files/) into a run folder, finished or not.
 
     Args:
-        run: folder with results.json and, as far as there are, config.json, cost.json, environment.json, train.jsonl
-            and predictions/.
+        run: folder with results.json and, as far as there are, config.json, cost.json, environment.json, train.jsonl,
+            predictions/, checkpoints/ and judge/. A section whose files are missing says so.
 
     Returns:
         The paths of report.html and report.md.
@@ -28,43 +82,9 @@ def write_report(run: Path) -> tuple[Path, Path]:
         UserError: results.json is missing, or one of the files is not what it should be; the message names it.
     """
     record = Run.read(run)
-    sections = [section for build in SECTIONS if (section := build(record)).blocks]
-    page, text, files = run / "report.html", run / "report.md", run / FILES
-    page.write_text(_html(sections), encoding="utf-8", errors="replace")
-    text.write_text(_markdown(sections), encoding="utf-8", errors="replace")
-    files.mkdir(exist_ok=True)
-    for section in sections:
-        for picture in section.pictures():
-            (files / picture.name).write_bytes(picture.data)
-    return page, text
-
-
-def _html(sections: list[Section]) -> str:
-    style = Path(__file__).with_name("style.css").read_text(encoding="utf-8")
-    names = ("ink", "muted", "faint", "paper")
-    light = (plots.INK, plots.MUTED, plots.FAINT, plots.PAPER)
-    bright, dark = (
-        ":root{" + "".join(f"--{name}:{colour};" for name, colour in zip(names, colours, strict=True)) + "}"
-        for colours in (light, [plots.DARK[colour] for colour in light])
-    )
-    head, *rest = sections
-    body = "".join(
-        f"<section><h2>{escape(section.title)}</h2>{''.join(block.html() for block in section.blocks)}</section>"
-        for section in rest
-    )
-    return (
-        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        '<meta name="color-scheme" content="light dark">'
-        f"<title>{escape(head.title)}</title>"
-        f"<style>{bright}@media screen and (prefers-color-scheme:dark){{{dark}}}{style}</style></head>"
-        f"<body><main><header><h1>{escape(head.title)}</h1>{''.join(block.html() for block in head.blocks)}</header>"
-        f"{body}</main></body></html>\n"
-    )
-
-
-def _markdown(sections: list[Section]) -> str:
-    parts = []
-    for level, section in zip(["#", *["##"] * len(sections)], sections, strict=False):
-        parts += [f"{level} {mark(section.title)}", *(block.markdown() for block in section.blocks)]
-    return "\n\n".join(parts) + "\n"
+    found = [section for build in SECTIONS if (section := build(record)).blocks]
+    html, text = run / "report.html", run / "report.md"
+    html.write_text(page.html(found), encoding="utf-8", errors="replace")
+    text.write_text(page.markdown(found), encoding="utf-8", errors="replace")
+    page.write_pictures(found, run)
+    return html, text

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import base64
 import html
-import re
 from dataclasses import dataclass
+
+from cnext.running.table_formats import mark
 
 FILES = "report_files"
 
@@ -13,11 +14,6 @@ FILES = "report_files"
 def escape(text: str) -> str:
     """Plain text as HTML."""
     return html.escape(text)
-
-
-def mark(text: str) -> str:
-    """Plain text as one line of Markdown in which nothing is markup."""
-    return re.sub(r"([\\`*_\[\]<>|#~$&!])", r"\\\1", " ".join(text.split()))
 
 
 def mark_row(cells: list[str]) -> str:
@@ -80,7 +76,7 @@ class Table:
     words: tuple[int, ...] = ()
 
     def html(self) -> str:
-        kinds = ['class="words"' if column in self.words else "" for column in range(len(self.head))]
+        kinds = ['class="words"' if column in (0, *self.words) else "" for column in range(len(self.head))]
         pairs = zip(self.head, kinds, strict=True)
         head = "".join(f'<th scope="col" {kind}>{escape(name)}</th>' for name, kind in pairs)
         rows = "".join(
@@ -89,8 +85,10 @@ class Table:
             + "</tr>"
             for row in self.rows
         )
-        caption = f"<caption>{escape(self.caption)}</caption>" if self.caption else ""
-        return f'<div class="wide"><table>{caption}<thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>'
+        kind = "data dense" if len(self.head) > 8 else "data"
+        table = f'<table class="{kind}"><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>'
+        caption = f"<figcaption>{escape(self.caption)}</figcaption>" if self.caption else ""
+        return f'<figure>{caption}<div class="wide">{table}</div></figure>'
 
     def markdown(self) -> str:
         sides = [":--" if column in (0, *self.words) else "--:" for column in range(len(self.head))]
@@ -131,13 +129,14 @@ class Picture:
 
 @dataclass(frozen=True)
 class Plots:
-    """Panels side by side, or one plot over the whole width."""
+    """Panels side by side, or one plot over the whole width; fits: a plot that a phone shows whole."""
 
     pictures: list[Picture]
     wide: bool = False
+    fits: bool = False
 
     def html(self) -> str:
-        kind = "wide plot" if self.wide else "panels"
+        kind = "fits" if self.fits else "wide plot" if self.wide else "panels"
         return f'<div class="{kind}">{"".join(picture.html() for picture in self.pictures)}</div>'
 
     def markdown(self) -> str:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import functools
 import io
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from cnext.running.report.run import mean_seen, points
+from cnext.running.analysis.run import mean_seen, points
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -23,9 +23,9 @@ SCORE_COLOUR = TASK_COLOURS[0]
 # Apart in lightness, so that they stay apart without hue.
 ERROR_COLOURS = {"hallucination": "#9c3a1c", "instruction_unfollowing": "#d98a55", "other": "#a9a59c"}
 ON_ERROR_COLOURS = {"hallucination": "#ffffff", "instruction_unfollowing": "#000000", "other": "#000000"}
-CENTRED = {"ha": "center", "va": "center"}
+CENTRED: dict[Any, Any] = {"ha": "center", "va": "center"}
 
-STYLE = {
+STYLE: dict[Any, Any] = {
     "font.size": 8,
     "font.sans-serif": ["DejaVu Sans"],
     "text.parse_math": False,
@@ -80,7 +80,7 @@ def _stylesheet() -> str:
     return f"<style>{font}@media (prefers-color-scheme:dark){{{dark}}}</style>"
 
 
-def _panel(title: str, left: float = 0.28, right: float = 0.42, height: float = 0.95) -> tuple[Figure, Axes]:
+def panel(title: str, left: float = 0.28, right: float = 0.42, height: float = 0.95) -> tuple[Figure, Axes]:
     """A figure 2.15 inches wide with its title and one pair of axes of that height, between margins in inches."""
     from matplotlib.figure import Figure
 
@@ -107,7 +107,7 @@ def score_matrix(scores: np.ndarray, stages: Sequence[str], tasks: Sequence[str]
     axes = figure.add_axes((0, 0, 1, 1))
     axes.set(xlim=(-label / cell[0], count + 1.15), ylim=(len(stages) + 0.25, (-head - 0.7 * slanted) / cell[1]))
     axes.axis("off")
-    slant = {"rotation": 35, "ha": "left"} if slanted else {"ha": "center"}
+    slant: dict[str, Any] = {"rotation": 35, "ha": "left"} if slanted else {"ha": "center"}
     for column, task in enumerate([*tasks, "average"]):
         axes.text(column + 0.5 + 0.12 * (column == count), -0.22, task, color=MUTED, va="bottom", **slant)
     for stage, name in enumerate(stages):
@@ -136,7 +136,7 @@ def accuracy(scores: np.ndarray, task: int | None, title: str) -> Figure:
     """One task over the stages before a ghost of all others; None: the stage average."""
     lines = np.where(np.arange(len(scores))[:, None] > np.arange(scores.shape[1]), scores, np.nan)
     last = int(np.flatnonzero(np.isfinite(lines).any(1)).max(initial=0))
-    figure, axes = _panel(title)
+    figure, axes = panel(title)
     axes.plot(np.delete(lines, [] if task is None else task, 1), color=FAINT, lw=0.8)
     if task is None:
         line = np.array([np.nan, *map(mean_seen, lines[1 : last + 1])])
@@ -161,7 +161,7 @@ def accuracy(scores: np.ndarray, task: int | None, title: str) -> Figure:
 @svg
 def errors(shares: dict[str, dict[str, float]], title: str) -> Figure:
     """Stacked error shares in percent of all samples, one bar for each time: {"learnt": {error: share}, "end": ...}."""
-    figure, axes = _panel(title, left=0.42, right=0.16, height=0.19 * len(shares))
+    figure, axes = panel(title, left=0.42, right=0.16, height=0.19 * len(shares))
     for row, parts in enumerate(shares.values()):
         left = 0.0
         for error, share in parts.items():
@@ -179,7 +179,7 @@ def errors(shares: dict[str, dict[str, float]], title: str) -> Figure:
 def loss(values: np.ndarray, task: int, title: str) -> Figure:
     """Training loss: mean of at most 60 bins of steps, and the band from their least to their greatest."""
     finite = values[np.isfinite(values)]
-    figure, axes = _panel(title)
+    figure, axes = panel(title)
     if len(finite):
         bins = np.array_split(values, min(60, len(values)))
         ends = np.cumsum([len(part) for part in bins])
@@ -197,7 +197,7 @@ def loss(values: np.ndarray, task: int, title: str) -> Figure:
 def retention(branch: dict[int, tuple[float, float]], count: int, title: str) -> Figure:
     """Beta, the share of its old value that a parameter keeps, of one branch over the stages: {stage: (mean, std)}."""
     stages, means, spreads = list(branch), *zip(*branch.values(), strict=True)
-    figure, axes = _panel(title)
+    figure, axes = panel(title)
     axes.errorbar(stages, means, spreads, color=MUTED, lw=0, elinewidth=0.8)
     axes.plot(stages, means, "o", ms=4, color=INK)
     for stage, mean, spread in zip(stages, means, spreads, strict=True):

@@ -7,9 +7,9 @@ import shlex
 
 import numpy as np
 
+from cnext.running.analysis.run import NOTHING, Run, points
 from cnext.running.report import plots
 from cnext.running.report.blocks import Block, Code, Picture, Plots, Section, Table, Text
-from cnext.running.report.run import NOTHING, Run, points
 from cnext.scoring.matrix import FORMULAS
 
 

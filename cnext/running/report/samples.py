@@ -6,8 +6,10 @@ import io
 from pathlib import Path
 
 from cnext.errors import UserError
+from cnext.running.analysis.breaks import NO_PREDICTIONS
+from cnext.running.analysis.run import Run, points
+from cnext.running.analysis.samples import telling
 from cnext.running.report.blocks import Block, Frame, Picture, Section, Strip, Text
-from cnext.running.report.run import Run, points
 
 SMALL, LARGE = 128, 256
 """Pictures up to SMALL pixels a side are enlarged by whole pixels to at most 2 SMALL, larger ones shrunk to LARGE."""
@@ -18,11 +20,13 @@ SHOWN = 3
 def drawings(run: Run) -> Section:
     """One prompt of each task that writes images: what was given, what was wanted, what was drawn at each stage."""
     blocks: list[Block] = []
+    if not run.answered and any("image" in run.modalities("writes", task) for task in run.tasks):
+        return Section("Drawn over the stages", [Text(f"Not shown: {NO_PREDICTIONS}.", "missing")])
     for number, task in enumerate(run.tasks, 1):
-        samples = _samples(run, task) if "image" in run.modalities("writes", task) else []
+        samples = telling(run, task, 1) if "image" in run.modalities("writes", task) else []
         if not samples:
             continue
-        chosen = max(samples, key=lambda sample: _interest(run, list(sample.values())))
+        [chosen] = samples
         row = chosen[max(chosen)]
         frames = [
             _given(row[key], f"drawing_{number}_{label}.png", label)
@@ -48,7 +52,7 @@ def answers(run: Run) -> Section:
     """Of each task that writes text, answers that were right when it was learnt and are wrong at the end."""
     blocks: list[Block] = []
     for number, task in enumerate(run.tasks[: run.last], 1):
-        samples = _samples(run, task) if "text" in run.modalities("writes", task) else []
+        samples = run.answers(task) if "text" in run.modalities("writes", task) else []
         if number >= run.last or not samples or not {number, run.last} <= samples[0].keys():
             continue
         right = [sample for sample in samples if sample[number]["strict"] >= RIGHT]
@@ -67,19 +71,6 @@ def answers(run: Run) -> Section:
             blocks.append(Strip(_shorten(row["instruction"], 300), frames))
     note = f"Right when learnt and wrong at the end: the first of each different wrong answer, at most {SHOWN} a task."
     return Section("Answers over the stages", [Text(note), *blocks] if blocks else [])
-
-
-def _samples(run: Run, task: str) -> list[dict[int, dict]]:
-    """A task's samples, each as {stage: row} over the stages at which it was answered; their order never changes."""
-    stages = {stage: rows for stage in range(len(run.tasks) + 1) if (rows := run.predictions(stage, task))}
-    return [dict(zip(stages, rows, strict=True)) for rows in zip(*stages.values(), strict=True)]
-
-
-def _interest(run: Run, rows: list[dict]) -> tuple[int, float]:
-    """(at how many stages it was drawn, by how many points its score varies)."""
-    drawn = [row for row in rows if row.get("image") and (run.path / row["image"]).is_file()]
-    scores = [row["strict"] for row in rows]
-    return len(drawn), max(scores) - min(scores)
 
 
 def _shorten(text: str, limit: int = 160) -> str:

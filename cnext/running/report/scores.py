@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import numpy as np
 
+from cnext.running.analysis.error_types import check_table, who
+from cnext.running.analysis.run import Run, mean_seen, points
 from cnext.running.report import plots
 from cnext.running.report.blocks import Block, Folded, Key, Numbers, Picture, Plots, Section, Table, Text
-from cnext.running.report.run import Run, mean_seen, points
 from cnext.scoring.base import ERROR_TYPES
+
+_AVERAGES = ("avg_hal", "avg_iuf", "avg_oth")
 
 
 def headline(run: Run) -> Section:
@@ -99,15 +102,32 @@ def why_it_forgets(run: Run) -> Section:
             growth = [bars["end"][error] - bars["learnt"][error] for error in ERROR_TYPES]
             rows.append([name, *(points(value, signed=True) for value in (*growth, sum(growth)))])
     metrics = run.results.get("metrics", {})
-    sums = [metrics.get(name) for name in ("avg_hal", "avg_iuf", "avg_oth", "forgetting")]
+    sums = [metrics.get(name) for name in (*_AVERAGES, "forgetting")]
     rows.append(["mean", *(points(value, signed=True) for value in sums)])
     note = (
         "What keeps each task from 100 percent, when learnt and, if that is later, at the end, in percent of samples: "
         "hallucination (an answer of the right form that is wrong), instruction unfollowing (an answer of the wrong "
-        "form) and other. Told apart by rules alone, without a judge."
+        "form) and other. Told apart by the scorers' rules."
     )
     head = ["growth since learnt", "hallucination", "instruction unfollowing", "other", "sum"]
     caption = "Last row: Avg.HAL + Avg.IUF + Avg.OTH = Forgetting, in points."
     key = Key([(error.replace("_", " "), plots.ERROR_COLOURS[error]) for error in ERROR_TYPES])
     table = [Table(head, rows, caption)] if len(rows) > 1 else []
-    return Section("What it gets wrong" if run.joint else "Why it forgets", [Text(note), key, Plots(pictures), *table])
+    title = "What it gets wrong" if run.joint else "Why it forgets"
+    return Section(title, [Text(note), key, Plots(pictures), *table, *_judged(run)])
+
+
+def _judged(run: Run) -> list[Block]:
+    """What each judge whose table is in judge/ books forgetting to."""
+    rows, banners = [], []
+    for name, table in run.judged.items():
+        check_table(run.path / "judge" / f"{name}.json", table)
+        left, booked = table["unjudged"], table["metrics"]
+        averages = (points(booked.get(metric), signed=True) for metric in (*_AVERAGES, "forgetting"))
+        rows.append([name, who(table), *averages, f"incomplete, {left} not judged" if left else "complete"])
+        if left:
+            text = f"Incomplete: judge {name} has not judged {left} errors; nothing is guessed for them."
+            banners.append(Text(text, "banner"))
+    head = ["judge", "who", "Avg.HAL", "Avg.IUF", "Avg.OTH", "Forgetting", "verdicts"]
+    caption = "The same averages as told apart by each judge of `cnext judge`; a dash where verdicts are missing."
+    return [*banners, Table(head, rows, caption, words=(1, 6))] if rows else []

@@ -1,8 +1,7 @@
-"""Reads a run folder, finished or not, into what the report needs."""
+"""Reads a run folder, finished or not, into what analyses and reports need."""
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -10,8 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from cnext.errors import UserError
-
-REQUIRED = ("method", "suite", "tasks", "score_matrix")
+from cnext.running import written
 
 NOTHING = "\N{EN DASH}"
 
@@ -30,28 +28,6 @@ def mean_seen(values: np.ndarray) -> float:
     return float(seen.mean()) if len(seen) else np.nan
 
 
-def read_json(path: Path) -> dict:
-    """The object in a JSON file. Raises UserError naming the file where it is not one."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
-        raise UserError(f"{path}: expected a JSON object, could not read one ({error}); run cnext-run again") from error
-    if not isinstance(value, dict):
-        raise UserError(f"{path}: expected a JSON object, found {type(value).__name__}; run cnext-run again")
-    return value
-
-
-def read_rows(path: Path) -> list[dict]:
-    """The rows of a JSONL file, none where it is missing; a last line that was cut off is left out."""
-    if not path.is_file():
-        return []
-    *lines, _cut_off = path.read_text(encoding="utf-8").split("\n")
-    try:
-        return [json.loads(line) for line in lines]
-    except ValueError as error:
-        raise UserError(f"{path}: expected one JSON object a line ({error}); run cnext-run again") from error
-
-
 @dataclass(frozen=True)
 class Run:
     """What a run folder holds. Stage 0 is the model before any training, stage t the model after the t-th task."""
@@ -68,11 +44,10 @@ class Run:
         results_path = path / "results.json"
         if not results_path.is_file():
             raise UserError(f"{results_path}: no such file; give a folder in which cnext-run has evaluated a stage")
-        results = read_json(results_path)
-        if missing := [key for key in REQUIRED if key not in results]:
-            raise UserError(f"{results_path}: expected the results of a run, lacks {missing}; run cnext-run again")
-        others = [path / f"{name}.json" for name in ("config", "cost", "environment")]
-        return cls(path, results, *(read_json(other) if other.is_file() else {} for other in others))
+        results = written.read_results(results_path)
+        shapes = {"config": written.CONFIG, "cost": written.COST, "environment": written.ENVIRONMENT}
+        others = [(path / f"{name}.json", shape) for name, shape in shapes.items()]
+        return cls(path, results, *(written.read(other, shape) if other.is_file() else {} for other, shape in others))
 
     @property
     def tasks(self) -> list[str]:
@@ -103,6 +78,21 @@ class Run:
         return bool(np.isfinite(learnt).all())
 
     @property
+    def method(self) -> str:
+        return self.results["method"]
+
+    @property
+    def untrained(self) -> bool:
+        """Whether no step was taken, so that nothing can be new or forgotten."""
+        return self.results.get("cost", {}).get("optimizer_steps") == 0
+
+    def metric(self, name: str) -> float | None:
+        """A metric of the main profile; None where it is not defined, as of what an untrained model forgets."""
+        if self.untrained and not name.startswith(("avg_acc", "worst_acc")):
+            return None
+        return self.results.get("metrics", {}).get(name)
+
+    @property
     def joint(self) -> bool:
         """Whether all tasks were learnt at once, in the last stage."""
         return bool(self.results.get("joint"))
@@ -128,12 +118,40 @@ class Run:
 
     def predictions(self, stage: int, task: str) -> list[dict]:
         """What was answered to a task's samples after a stage; empty where it was not evaluated."""
-        return read_rows(self.path / "predictions" / self.stage(stage).replace(" ", "_", 1) / f"{task}.jsonl")
+        folder = self.path / "predictions" / self.stage(stage).replace(" ", "_", 1)
+        return written.read_rows(folder / f"{task}.jsonl", written.ANSWER)
+
+    @cached_property
+    def answered(self) -> bool:
+        """Whether the folder still has what was answered."""
+        return any(self.path.glob("predictions/*/*.jsonl"))
+
+    def answers(self, task: str) -> list[dict[int, dict]]:
+        """A task's samples, each as {stage: row} over the stages at which it was answered, in their fixed order.
+
+        Raises UserError where two stages answered different samples.
+        """
+        stages = {stage: rows for stage in range(len(self.tasks) + 1) if (rows := self.predictions(stage, task))}
+        asked = {stage: [row["id"] for row in rows] for stage, rows in stages.items()}
+        for stage, ids in asked.items():
+            if ids != next(iter(asked.values())):
+                raise UserError(
+                    f"{self.path}: expected answers to the same samples of {task} at every stage, got others at stage "
+                    f"{self.stage(stage)}; they are not of one run"
+                )
+        return [dict(zip(stages, rows, strict=True)) for rows in zip(*stages.values(), strict=True)]
+
+    @cached_property
+    def judged(self) -> dict[str, dict]:
+        """The tables that ``cnext judge`` wrote, by the name of their file."""
+        return {path.stem: written.read(path, dict) for path in sorted(self.path.glob("judge/*.json"))}
 
     @cached_property
     def losses(self) -> dict[int, np.ndarray]:
         """Training loss per stage, in the order of the steps; of a step that was run twice, the later run."""
         stages: dict[int, dict[int, float]] = {}
-        for row in read_rows(self.path / "train.jsonl"):
+        for row in written.read_rows(self.path / "train.jsonl", written.STEP):
+            if not 1 <= row["stage"] <= len(self.tasks):
+                raise UserError(f"{self.path / 'train.jsonl'}: expected stages 1 to {len(self.tasks)}, got {row}")
             stages.setdefault(row["stage"], {})[row["step"]] = row["loss"]
         return {stage: np.array([steps[step] for step in sorted(steps)], float) for stage, steps in stages.items()}

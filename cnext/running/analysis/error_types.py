@@ -1,0 +1,75 @@
+"""What forgetting consists of: hallucination, instruction unfollowing and other, as in Table 2 of Continual-NExT."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from cnext.errors import UserError
+from cnext.running.analysis.finding import Finding, Unavailable
+from cnext.running.analysis.study import Study, means
+
+TYPES = {"avg_iuf": "Avg.IUF", "avg_hal": "Avg.HAL", "avg_oth": "Avg.OTH", "forgetting": "Forgetting"}
+WHO = ("judge", "model", "prompts", "prompts_sha256", "profile")
+"""What makes two judges one."""
+
+
+def types(study: Study) -> list[Finding]:
+    """The types of each method, as the scorers' rules have them and as each judge has them whose tables are there."""
+    found = [_by_rules(study)]
+    for name in dict.fromkeys(name for run in study.runs for name in run.judged):
+        found.append(_by_judge(study, name))
+    found = [finding for finding in found if finding.rows]
+    if not found:
+        raise Unavailable("the error types need two stages or more, learnt one after another")
+    return found
+
+
+def _by_rules(study: Study) -> Finding:
+    rows = []
+    for group in study.groups:
+        cells = means([[run.metric(name) for name in TYPES] for run in group.runs])
+        if cells[0]["n"]:
+            rows.append([group.method, group.order, *cells])
+    definition = (
+        "Growth, from when a task was learnt to the end and as the mean over all but the last task, of the share of "
+        "points lost to answers that break the instruction (IUF), that are well formed and wrong (HAL) and to others "
+        "(OTH), in percent of all test samples; the three add up to Forgetting. Told apart by the scorers' rules."
+    )
+    return Finding("types", "Types of forgetting", definition, ["method", "order", *TYPES.values()], rows, words=2)
+
+
+def who(table: dict[str, Any]) -> str:
+    """A judge's model and prompts in words."""
+    prompts = f", prompts {table['prompts']} ({table['prompts_sha256'][:8]})" if table.get("prompts") else ""
+    return f"{table.get('model') or table['judge']}{prompts}"
+
+
+def check_table(path: Path, table: dict[str, Any]) -> None:
+    """Raises UserError where a file in RUN/judge is not one that ``cnext judge`` writes."""
+    if lacking := [key for key in ("judge", "complete", "unjudged", "metrics") if key not in table]:
+        raise UserError(f"{path}: expected what `cnext judge` writes, lacks {', '.join(lacking)}; judge the run again")
+
+
+def _by_judge(study: Study, name: str) -> Finding:
+    rows, missing, judges = [], [], {}
+    for group in study.groups:
+        judged = [run for run in group.runs if name in run.judged]
+        missing += [str(run.path) for run in group.runs if run not in judged]
+        for run in judged:
+            table = run.judged[name]
+            check_table(run.path / "judge" / f"{name}.json", table)
+            judges.setdefault(json.dumps([table.get(key) for key in WHO]), (run, table))
+        if len(judges) > 1:
+            listed = "\n".join(f"  {run.path}: {who(table)}" for run, table in judges.values())
+            raise UserError(f"judge/{name}.json is not of one judge, one table cannot hold both:\n{listed}")
+        if judged:
+            left = sum(run.judged[name]["unjudged"] for run in judged)
+            cells = means([[run.judged[name]["metrics"].get(metric) for metric in TYPES] for run in judged])
+            rows.append([group.method, group.order, *cells, f"INCOMPLETE: {left} not judged" if left else "complete"])
+    [(_, table)] = judges.values()
+    definition = f"As above, told apart by {who(table)}; where errors are not judged, nothing is guessed for them."
+    definition += f" Without its verdicts: {', '.join(missing)}." if missing else ""
+    head = ["method", "order", *TYPES.values(), "verdicts"]
+    return Finding(f"types.{name}", f"Types of forgetting, judged: {name}", definition, head, rows, words=2)

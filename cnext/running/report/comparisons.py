@@ -1,0 +1,85 @@
+"""Plots that compare the methods of a study."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from cnext.running.analysis.run import points
+from cnext.running.report.plots import ERROR_COLOURS, FAINT, INK, MUTED, PAPER, SCORE_COLOUR, panel, svg
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+
+def _rows(names: Sequence[str]) -> tuple[Figure, Axes]:
+    """A figure 4.6 inches wide with a row for each name."""
+    from matplotlib.figure import Figure
+
+    height, left = 0.24 * len(names) + 0.3, 0.2 + 0.075 * max(map(len, names))
+    figure = Figure(figsize=(4.6, height))
+    axes = figure.add_axes((left / 4.6, 0.24 / height, 1 - (left + 0.3) / 4.6, 1 - 0.3 / height))
+    axes.set(ylim=(len(names) - 0.5, -0.5), yticks=range(len(names)))
+    axes.set_yticklabels(names)
+    axes.tick_params(axis="y", labelsize=8, labelcolor=INK)
+    axes.grid(axis="x", color=FAINT, lw=0.4)
+    axes.set_axisbelow(True)
+    return figure, axes
+
+
+@svg
+def kept(methods: Mapping[str, tuple[Sequence[float], float | None]]) -> Figure:
+    """Avg.ACC of each method, a tick a seed and a dot their mean, and an open dot New.ACC: {name: (seeds, new)}."""
+    figure, axes = _rows(list(methods))
+    for row, (seeds, new) in enumerate(methods.values()):
+        mean = float(np.mean(seeds))
+        if new is not None:
+            axes.plot([mean, new], [row, row], color=MUTED, lw=1, zorder=2)
+            axes.plot(new, row, "o", ms=5, mfc=PAPER, mec=INK, mew=1, zorder=3)
+        axes.plot(seeds, [row] * len(seeds), "|", ms=9, color=SCORE_COLOUR, mew=1, zorder=3)
+        axes.plot(mean, row, "o", ms=5.5, color=SCORE_COLOUR, zorder=4)
+        least = float(min([*seeds, *([] if new is None else [new])]))
+        axes.text(least - 1.2, row, points(mean), size=8, weight="bold", ha="right", va="center")
+    low, high = axes.get_xlim()
+    axes.set(xlim=(max(-2, low - 5), high))
+    return figure
+
+
+@svg
+def growth(methods: Mapping[str, Mapping[str, float]]) -> Figure:
+    """Forgetting of each method by error type, {name: {type: points}}; what fell is left of zero. A bar: the sum."""
+    figure, axes = _rows(list(methods))
+    for row, parts in enumerate(methods.values()):
+        ends = [0.0, 0.0]
+        for error, share in parts.items():
+            side = int(share > 0)
+            axes.barh(row, share, 0.66, left=ends[side], color=ERROR_COLOURS[error], lw=0)
+            ends[side] += share
+        total = sum(parts.values())
+        axes.plot([total, total], [row - 0.42, row + 0.42], color=INK, lw=1.6)
+        axes.text(ends[1] + 0.6, row, points(total), size=8, weight="bold", va="center")
+    axes.axvline(0, color=MUTED, lw=0.6)
+    low, high = axes.get_xlim()
+    axes.set(xlim=(low, high + 0.06 * (high - low)))
+    return figure
+
+
+@svg
+def over_stages(lines: np.ndarray, chosen: int, title: str, limits: tuple[float, float]) -> Figure:
+    """One method of (methods, T) figures over the stages, from 1 on, before a ghost of all others."""
+    figure, axes = panel(title)
+    stages = np.arange(1, lines.shape[1] + 1)
+    axes.plot(stages, np.delete(lines, chosen, 0).T, color=FAINT, lw=0.8)
+    line = lines[chosen]
+    axes.plot(stages, line, color=SCORE_COLOUR, lw=1.8, marker="o", ms=3.2)
+    last = int(np.flatnonzero(np.isfinite(line)).max(initial=0))
+    if np.isfinite(line[last]):
+        axes.text(stages[last] + 0.18, line[last], points(line[last]), weight="bold", size=8, va="center")
+    axes.set(xlim=(0.75, len(stages) + 0.4), ylim=limits, xticks=stages)
+    axes.locator_params(axis="y", nbins=3)
+    axes.grid(axis="y", color=FAINT, lw=0.4)
+    axes.set_axisbelow(True)
+    return figure
