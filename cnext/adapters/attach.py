@@ -87,7 +87,7 @@ def attach(
     for parent in {name.rpartition(".")[0]: None for name, _ in found}:
         siblings = dict(model.get_submodule(parent).named_children())
         for names in shared:
-            together = [siblings[name] for name in names if isinstance(siblings.get(name), AdapterLinear)]
+            together = [layer for name in names if isinstance(layer := siblings.get(name), AdapterLinear)]
             for layer in together if len(together) > 1 else []:
                 layer.shared = SharedInput(together) if layer is together[0] else together[0].shared
     return model

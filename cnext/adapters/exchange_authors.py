@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -40,8 +40,8 @@ class Released:
     """What a released file holds. Layers and the language model's parameters are named as in the transformers model.
 
     routers: layer to (experts, in_features); of moelora alone.
-    extras: kind to name to tensor. kinds: "embeddings", "head" and "norms", of the language model; "input_resampler",
-        "output_resampler" and "patch_pos_embed", named as in the file.
+    extras: kind to name to tensor. kinds: "embeddings", "head" and "norms", of the language model; of SEED-X
+        "input_resampler", "output_resampler" and "patch_pos_embed", named as in the file, and so of other backbones.
     ignored: how many tensors of which kind were left out.
     """
 
@@ -76,12 +76,15 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     return state
 
 
-def from_released(state: Mapping[str, Tensor], kind: str, scale: float = 1.0) -> Released:
+def from_released(
+    state: Mapping[str, Tensor], kind: str, scale: float = 1.0, beside: Collection[str] = BESIDE
+) -> Released:
     """Sorts the tensors of a released file.
 
     Args:
         kind: "mage", "moelora" or "lora". Files of mage and moelora look alike; only their use of the routers differs.
         scale: alpha / total rank, which files do not hold; 32 / 32 in all that were released.
+        beside: kinds of tensors that are not the language model's, by the first part of their names.
 
     Raises:
         UserError: naming the unknown keys, the branches missing, the tensors of wrong shape, or another kind.
@@ -96,10 +99,10 @@ def from_released(state: Mapping[str, Tensor], kind: str, scale: float = 1.0) ->
 
     for key, tensor in state.items():
         name = key.removeprefix("module.")
-        beside = name.partition(".")[0]
+        part = name.partition(".")[0]
         inner = name.removeprefix(LLM)
-        if beside in BESIDE:
-            extras.setdefault(beside, {})[name] = tensor
+        if part in beside:
+            extras.setdefault(part, {})[name] = tensor
         elif not name.startswith("llm."):
             problem("unknown keys", key)
         elif found := next((what for what, pattern in IGNORED.items() if pattern.fullmatch(inner)), None):
@@ -192,7 +195,7 @@ def to_released(model: nn.Module, extras: Mapping[str, Mapping[str, Tensor]] | N
         for name, tensor in tensors.items():
             if kind == "norms":
                 name = f"{name.removesuffix('.weight')}.modules_to_save.default.weight"
-            state[name if kind in BESIDE else f"{LLM}{name}"] = tensor
+            state[f"{LLM}{name}" if kind in LANGUAGE_MODEL else name] = tensor
     return state
 
 
@@ -215,7 +218,9 @@ def put_routers(model: nn.Module, routers: Mapping[str, Tensor]) -> None:
     """Copies routers into a model's adapter layers, whose routers have a parameter "weight" of the same shape."""
     found = layers(model)
     for name, router in routers.items():
-        found[name].router.weight.copy_(router)
+        own = found[name].router
+        assert isinstance(own, nn.Module)
+        own.get_parameter("weight").copy_(router)
 
 
 @torch.no_grad()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from cnext.adapters.exchange import Branches, branches_of, listed, refuse_routed
-from cnext.errors import UserError
+from cnext.errors import UserError, parse_json
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 KEY = re.compile(r"base_model\.model\.(?P<layer>.+)\.lora_(?P<half>[AB])\.weight")
@@ -117,7 +116,7 @@ def _read(folder: Path) -> tuple[dict[str, tuple[Tensor, Tensor]], float]:
     from safetensors.torch import load_file
 
     try:
-        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+        config = parse_json((folder / CONFIG).read_bytes())
         tensors = load_file(folder / WEIGHTS)
     except (OSError, ValueError, SafetensorError) as error:
         raise UserError(f"expected {CONFIG} and {WEIGHTS} of a PEFT adapter in {folder}: {error}") from error

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -103,7 +103,8 @@ class AdapterLinear(nn.Module):
     ) -> None:
         super().__init__()
         self.base = base.requires_grad_(False)
-        self.branches = nn.ModuleDict(branches)
+        # A ModuleDict, which has no type for what is in it.
+        self.branches = cast("Mapping[str, Branch]", nn.ModuleDict(branches))
         self.scale = scale
         self.dropout = dropout
         self.independent = independent
@@ -134,7 +135,7 @@ class AdapterLinear(nn.Module):
 
     def adapter_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Names and parameters of the branches, "<branch>.<A or B>", and of a router, "router.<name>"."""
-        yield from self.branches.named_parameters()
+        yield from self.get_submodule("branches").named_parameters()
         if isinstance(self.router, nn.Module):
             yield from self.router.named_parameters("router")
 

@@ -90,7 +90,9 @@ def attach_mage(
     Reference: Continual-NExT, arXiv 2602.18055, section 4.
     """
     if language_model is None:
-        language_model = model.get_decoder() if hasattr(model, "get_decoder") else model
+        decoder = getattr(model, "get_decoder", None)
+        language_model = model if decoder is None else decoder()
+    assert language_model is not None, "a transformers model that has get_decoder has a decoder"
     before = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     ranks = {role.name: rank for role in BRANCH_ROLES}
     attach(

@@ -30,7 +30,7 @@ class Prompts(nn.Module):
     """
 
     def __init__(
-        self, model: nn.Module, budget: int, length: int, count: int, scale: float, generator: torch.Generator
+        self, model: Any, budget: int, length: int, count: int, scale: float, generator: torch.Generator
     ) -> None:
         super().__init__()
         embeddings = model.get_input_embeddings().weight

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from cnext import ranks
 from cnext.adapters.attach import layers
 
 
@@ -61,7 +62,7 @@ class InputSubspaces:
         self._hooks = []
 
     def _see(self, name: str, layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        x = inputs[0].detach().flatten(0, -2).float()
+        x = ranks.joined(inputs[0].detach().flatten(0, -2).float())
         self.covariance[name] = self.covariance.get(name, 0.0) + x.T @ x
 
     def extend(self, share: float) -> None:

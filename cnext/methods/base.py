@@ -50,10 +50,8 @@ class Method(ABC):
     joint: ClassVar[bool] = False
     """Whether all tasks are learnt at once, as a reference, and not one after another."""
 
-    @property
-    @abstractmethod
-    def card(self) -> Card:
-        """What the method needs."""
+    card: ClassVar[Card]
+    """What the method needs."""
 
     def setup(self, backbone: Backbone, tasks: Sequence[Task], generator: torch.Generator) -> None:
         """Binds the method to a backbone. Called once, before the first task."""
@@ -165,6 +163,9 @@ class TaskBranches(Method):
     The learnt ones add to y like a W into which each had been merged at its task's end, and W stays as it is. Those of
     later tasks are off. After a ``load_state_dict`` as many are on as when the state was saved.
     """
+
+    rank: int
+    attach_branches: Callable[[dict[str, int], torch.Generator], None]
 
     def attach(self, tasks: Sequence[Task], generator: torch.Generator) -> None:
         self.branches = {task.name: f"task-{number}" for number, task in enumerate(tasks, 1)}

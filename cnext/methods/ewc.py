@@ -35,7 +35,8 @@ class QuadraticPenalty(torch.autograd.Function):
         """Args: the lists and theta in one order and of the same shapes. Returns: a scalar."""
         moved = torch._foreach_sub(theta, anchor)
         ctx.pull = torch._foreach_mul(fisher, moved)
-        value = factor * sum((one * other).sum() for one, other in zip(moved, ctx.pull, strict=True))
+        parts = ((one * other).sum() for one, other in zip(moved, ctx.pull, strict=True))
+        value = factor * sum(parts, moved[0].new_zeros(()))
         torch._foreach_mul_(ctx.pull, 2 * factor)
         return value
 
@@ -57,7 +58,7 @@ class Ewc(Averaged, Lora):
         super().__post_init__()
         if not 0 <= self.penalty < math.inf:
             raise UserError(f"ewc: expected a finite penalty of at least 0, got {self.penalty}")
-        self.rule = Pema(c=math.inf)
+        self.rule: Pema = Pema(c=math.inf)
 
     def extra_loss(self, batch: Sequence[Any]) -> Tensor:
         theta = self.rule.parameters

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cnext import adapters
+from cnext import adapters, ranks
 from cnext.adapters import BRANCH_ROLES, roles_of
 from cnext.adapters.by_question import ByQuestion
 from cnext.methods.base import Card
@@ -57,7 +57,7 @@ class MageExperts(MagePull):
 
     def before_step(self, batch: Sequence[Any]) -> None:
         if self.by_question.wants(self.number):
-            self.by_question.add(self.number, self.features(batch))
+            self.by_question.add(self.number, ranks.joined(self.features(batch)))
 
     def features(self, encoded: Sequence[Any]) -> Tensor:
         """What the pretrained model makes of the questions, (N, hidden)."""

@@ -48,6 +48,7 @@ class MagePull(Mage):
     def extra_loss(self, batch: Sequence[Any]) -> Tensor | None:
         if not self.pull:
             return None
+        assert isinstance(self.rule, Pema)
         slots = (self.rule.fisher_old, self.rule.theta_start)
         fisher, start = ([slot[name] for name in self.rule.parameters] for slot in slots)
         return QuadraticPenalty.apply(self.pull / 2, fisher, start, *self.rule.parameters.values())

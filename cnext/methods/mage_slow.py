@@ -43,7 +43,7 @@ class MageSlow(Mage):
     def trainable(self, task: Task) -> dict[str, nn.Parameter]:
         parameters = super().trainable(task)
         general = [role.name for role in BRANCH_ROLES if role.side == "general" and role.name in self.groups]
-        self.general = list(adapters.branch_parameters(self.model, general).values())
+        self.general: list[torch.Tensor] = list(adapters.branch_parameters(self.model, general).values())
         return parameters
 
     def before_step(self, batch: Sequence[Any]) -> None:

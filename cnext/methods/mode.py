@@ -36,7 +36,7 @@ class ModalityRouter(Router):
     """Softmax over the text experts where ``text_and_image`` says text, all weight on the image expert where image."""
 
     def forward(self, x: Tensor) -> Tensor:
-        text, image = self.text_and_image(x).split(1, -1)
+        text, image = self.text_and_image(x).split(1, -1)  # pyright: ignore[reportCallIssue]
         return torch.cat([super().forward(x) * text, image], -1)
 
 
@@ -62,8 +62,8 @@ class Mode(MoeLora):
         image = torch.tensor([role == BranchRole("image", "expert") for role in BRANCH_ROLES]).float()
         by_position = ByPosition(lambda: self.backbone.positions, torch.stack([1 - image, image], 1))
         for layer in adapters.layers(self.model).values():
-            layer.router = ModalityRouter(self.experts, layer, generator)
-            layer.router.text_and_image = by_position
+            layer.router = router = ModalityRouter(self.experts, layer, generator)
+            router.text_and_image = by_position  # pyright: ignore[reportArgumentType]
 
     def trainable(self, task: Task) -> dict[str, nn.Parameter]:
         self.writes_image = "image" in task.writes
@@ -75,6 +75,6 @@ class Mode(MoeLora):
         with torch.no_grad(), adapters.activated(self.model, ()):
             teacher = self.backbone.output(batch)
         student = self.backbone.output(batch)
-        logs = [output.logits.log_softmax(-1) for output in (student, teacher)]
-        text = F.kl_div(*logs, log_target=True, reduction="batchmean")
+        given, wanted = (output.logits.log_softmax(-1) for output in (student, teacher))
+        text = F.kl_div(given, wanted, log_target=True, reduction="batchmean")
         return self.distill * (text + self.backbone.image_loss_weight * image_distance(student, teacher))

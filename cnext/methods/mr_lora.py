@@ -76,5 +76,5 @@ class MrLora(TaskBranches, Lora):
         return [list(self.branches.values())[number] for number in logits.argmax(-1).tolist()]
 
     def answer(self, questions: Sequence[Sample], max_new_tokens: int, task: Task | None) -> list[Prediction]:
-        branches = [self.branches[task.name]] * len(questions) if self.oracle else self.route(questions)
+        branches = [self.branches[task.name]] * len(questions) if self.oracle and task else self.route(questions)
         return self.answer_with([(branch,) for branch in branches], questions, max_new_tokens)

@@ -29,7 +29,7 @@ from cnext.methods.lora import Lora
 class OLora(TaskBranches, Lora):
     """y = W x + scale * sum over the tasks so far of B_i A_i x; rank is that of each branch."""
 
-    penalty: float = 0.5
+    penalty: float = 0.05
     """Weight of the orthogonality penalty."""
 
     card = Card("arXiv 2310.14152", keeps="a branch for every task")
@@ -48,4 +48,5 @@ class OLora(TaskBranches, Lora):
     def extra_loss(self, batch: Sequence[Any]) -> Tensor | None:
         if not self.learnt:
             return None
-        return self.penalty * sum((a @ b.T).square().sum() for a, b in zip(self.learnt, self.present, strict=True))
+        overlaps = ((a @ b.T).square().sum() for a, b in zip(self.learnt, self.present, strict=True))
+        return self.penalty * sum(overlaps, self.learnt[0].new_zeros(()))

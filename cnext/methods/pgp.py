@@ -29,7 +29,7 @@ from cnext.methods.lora import Lora
 class Pgp(Lora):
     """y = W x + scale B A x."""
 
-    epsilon: float = 0.9
+    epsilon: float = 0.5
     """Share of the inputs' squared length that is protected."""
     batches: int = 16
     """Steps at the end of a task whose inputs count."""
@@ -47,7 +47,7 @@ class Pgp(Lora):
         self.inputs = InputSubspaces(self.model)
 
     def before_task(self, parameters: dict[str, nn.Parameter], steps: int, memory: Memory) -> None:
-        self.downs = {name: layer.branches["lora"].A for name, layer in self.inputs.layers.items()}
+        self.downs: dict[str, Any] = {name: layer.branches["lora"].A for name, layer in self.inputs.layers.items()}
         self.step, self.first = 0, steps - self.batches
 
     def before_step(self, batch: Sequence[Any]) -> None:

@@ -44,7 +44,7 @@ class PromptPool(Method):
         self.trained = torch.tensor(False)
 
     def attach(self, tasks: Sequence[Task], generator: torch.Generator) -> None:
-        linears = [m for name, m in self.model.named_modules() if name.rpartition(".")[2] in self.backbone.targets]
+        linears: list[Any] = [m for n, m in self.model.named_modules() if n.rpartition(".")[2] in self.backbone.targets]
         budget = 32 * sum(linear.in_features + linear.out_features for linear in linears)
         self.backbone.requires_grad_(False)
         self.pool = Prompts(self.model, budget, self.length, self.top_k, self.scale, generator)

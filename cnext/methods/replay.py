@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from cnext import ranks
 from cnext.errors import UserError
 from cnext.methods.base import Card, Memory
 from cnext.methods.lora import Lora
@@ -49,5 +50,5 @@ class Replay(Lora):
     def extra_loss(self, batch: Sequence[Any]) -> Tensor | None:
         if not self.memory:
             return None
-        drawn = torch.randperm(len(self.memory))[: len(batch)]
-        return self.weight * self.backbone.loss([self.memory[index] for index in drawn.tolist()]).total
+        drawn = ranks.told(torch.randperm(len(self.memory))[: len(batch) * ranks.count()].tolist())
+        return self.weight * self.backbone.loss([self.memory[index] for index in ranks.share(drawn)]).total

@@ -8,6 +8,7 @@ from math import fsum
 from pathlib import Path
 from typing import Any
 
+from cnext import ranks
 from cnext.methods.base import Method
 from cnext.running.checkpoint import write_text
 from cnext.scoring.base import PROFILES, Prediction, Score, Scorer
@@ -16,14 +17,25 @@ from cnext.tasks.base import Sample, Task, Turn
 
 
 def evaluate(
-    method: Method, task: Task, samples: Sequence[Sample], scorer: Scorer, run: Path, stage: str
+    method: Method, task: Task, samples: Sequence[Sample], scorer: Scorer, run: Path | None, stage: str
 ) -> dict[str, Any]:
-    """Answers and scores a task's samples; writes ``predictions/<stage>/<task>.jsonl`` and the pictures drawn.
+    """Answers a task's samples, each process its share, and scores them.
+
+    Writes ``predictions/<stage>/<task>.jsonl`` and the pictures drawn.
+
+    run: the run's folder, of the first process; None in the others.
 
     Returns: the mean score and the error shares of both profiles, in percent of all samples.
     """
     told = task if method.card.task_id_at_test else None
-    predictions = method.answer([question(sample) for sample in samples], task.max_new_tokens, told)
+    mine = [question(sample) for sample in ranks.share(samples)]
+    predictions = ranks.gathered(method.answer(mine, task.max_new_tokens, told))
+    return ranks.told({} if run is None else _scored(task, samples, scorer, predictions, run, stage))
+
+
+def _scored(
+    task: Task, samples: Sequence[Sample], scorer: Scorer, predictions: list[Prediction], run: Path, stage: str
+) -> dict[str, Any]:
     scores = scorer(task, samples, predictions)
     _write(run, stage, task, samples, predictions, scores)
     count = len(scores)
@@ -38,7 +50,7 @@ def evaluate(
 def question(sample: Sample) -> Sample:
     """What a model may see of a test item: the first instruction and the image that is read. No answer, no name."""
     asked = Turn(sample.prompt or sample.turns[0].instruction)
-    return Sample(id="", turns=(asked,), image=sample.image, image_first=sample.image_first)
+    return Sample(id="", turns=(asked,), image=sample.image, image_first=sample.image_first, tiled=sample.tiled)
 
 
 def _write(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from collections.abc import Iterator
@@ -17,10 +16,11 @@ from torch import Tensor, nn
 from cnext import backbones, methods
 from cnext.adapters import exchange, exchange_authors, exchange_peft
 from cnext.backbones.base import Backbone
-from cnext.errors import UserError, unknown
+from cnext.errors import UserError, parse_json, unknown
 from cnext.methods.base import Method
 from cnext.running import checkpoint
 from cnext.running.model_card import card
+from cnext.running.preparing import trained_beside
 from cnext.running.reference import reference
 from cnext.tasks.base import Task
 
@@ -33,7 +33,7 @@ class Restored:
     """A run's model as it stood at a checkpoint between tasks.
 
     model: the transformers model around the language model.  stages: tasks learnt.  last: whether that is all.
-    extras: trained tensors beside the branches, by kind, of an imported adapter.
+    extras: trained tensors beside the branches, by kind: of a run that trains such, or of an imported adapter.
     """
 
     config: dict[str, Any]
@@ -59,7 +59,7 @@ def outer_model(backbone: Backbone) -> nn.Module:
 def read_object(path: Path, keys: set[str]) -> dict[str, Any]:
     """A JSON object. Raises UserError where there is none, or one that lacks a key."""
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = parse_json(path.read_bytes())
     except (OSError, ValueError) as error:
         raise UserError(f"expected a folder with {path.name}, cannot read {path}: {error}") from error
     lacking = sorted(keys - values.keys()) if isinstance(values, dict) else sorted(keys)
@@ -95,17 +95,19 @@ def restore(run: Path, label: str | None = None) -> Restored:
     shown = {"tasks", "profile", "split", "zero_shot", "score_matrix", "metrics", "finished"}
     results = read_object(run / "results.json", shown) if (run / "results.json").is_file() else None
     tensors, values = checkpoint.load(folder)
-    backbone = backbones.load(config["backbone"]).load("cpu")
+    weights = config.get("weights")
+    backbone = backbones.load(config["backbone"]).load("cpu", None if weights is None else Path(weights))
     method = methods.load(config["method"])(**config["hyperparameters"])
     method.setup(backbone, [stand_in(name) for name in config["tasks"]], torch.Generator().manual_seed(0))
-    held = method.held()
+    beside = trained_beside(backbone, config.get("recipe", {}).get("trainable", "branches"))
+    held = method.held() | beside
     if changed := sorted(held.keys() ^ tensors["adapters"].keys()):
         raise UserError(f"{folder} does not fit {config['method']} of this version: {exchange.listed(changed)}")
     with torch.no_grad():
         for name, parameter in held.items():
             parameter.copy_(tensors["adapters"][name])
     method.load_state_dict(tensors["method"])
-    extras: dict[str, dict[str, Tensor]] = {}
+    extras = _by_kind(outer_model(backbone), beside)
     for key, tensor in tensors.get(EXTRAS, {}).items():
         kind, _, name = key.partition(".")
         extras.setdefault(kind, {})[name] = tensor
@@ -113,6 +115,24 @@ def restore(run: Path, label: str | None = None) -> Restored:
     last = stages == len(config["tasks"])
     backbone.eval()
     return Restored(config, results, folder.name, stages, last, method, outer_model(backbone), extras)
+
+
+def _by_kind(model: nn.Module, parameters: dict[str, nn.Parameter]) -> dict[str, dict[str, Tensor]]:
+    """Parameters beside the branches as `exchange_authors.Released` has its extras: kind to name to tensor."""
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    ends = [
+        (part and part.weight, kind)
+        for part, kind in ((model.get_input_embeddings(), "embeddings"), (model.get_output_embeddings(), "head"))
+    ]
+    found: dict[str, dict[str, Tensor]] = {}
+    for label, parameter in parameters.items():
+        name = names.get(id(parameter))
+        kind = next((kind for weight, kind in ends if weight is parameter), "norms")
+        if name is None:
+            name = label.removeprefix("backbone.")
+            kind = name.partition(".")[0]
+        found.setdefault(kind, {})[name] = parameter.detach()
+    return found
 
 
 @contextmanager
@@ -180,7 +200,7 @@ def export(run: Path, to: Path, format: str, label: str | None = None, branches_
 
 
 def _counted(extras: dict[str, dict[str, Tensor]]) -> str:
-    return ", ".join(f"{kind} ({len(tensors)})" for kind, tensors in extras.items())
+    return ", ".join(f"{kind} ({len(tensors)})" for kind, tensors in sorted(extras.items()))
 
 
 def _write(restored: Restored, folder: Path, format: str, extras: dict[str, dict[str, Tensor]]) -> list[str]:
@@ -197,7 +217,8 @@ def _write(restored: Restored, folder: Path, format: str, extras: dict[str, dict
         return []
     with exchange.merged(model):
         model.save_pretrained(str(folder))
-    beside = {name: t for kind in exchange_authors.BESIDE for name, t in extras.get(kind, {}).items()}
+    inside = exchange_authors.LANGUAGE_MODEL
+    beside = {name: t for kind, part in extras.items() if kind not in inside for name, t in part.items()}
     if not beside:
         return ["Frozen parts of the backbone outside this model are as they were pretrained, and not in this folder."]
     save_file({name: tensor.contiguous() for name, tensor in beside.items()}, folder / "connection_layers.safetensors")

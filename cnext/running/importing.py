@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from cnext import backbones, methods
 from cnext.adapters import exchange, exchange_authors, exchange_peft
-from cnext.adapters.exchange_authors import KINDS, ROLES, Released
+from cnext.adapters.exchange_authors import BESIDE, KINDS, LANGUAGE_MODEL, ROLES, Released
+from cnext.backbones.base import Backbone
 from cnext.errors import UserError, unknown
 from cnext.running import checkpoint
 from cnext.running.export import EXTRAS, REFERENCE, outer_model, read_object, whole
@@ -19,7 +22,9 @@ from cnext.running.reference import agrees
 FILES = ("pytorch_model.bin", "pytorch_model.bin/pytorch_model.bin", "model.safetensors")
 
 
-def import_adapter(path: Path, to: Path, backbone: str = "tiny", method: str | None = None) -> str:
+def import_adapter(
+    path: Path, to: Path, backbone: str = "tiny", method: str | None = None, weights: Path | None = None
+) -> str:
     """Reads a PEFT adapter, a folder of several, or a released file, and writes it as a run folder. Returns a summary.
 
     Args:
@@ -28,6 +33,7 @@ def import_adapter(path: Path, to: Path, backbone: str = "tiny", method: str | N
         backbone: the model that the adapter is for.
         method: "mage", "moelora" or "lora". None: mage where PEFT adapters have its branches' names, else lora; a
             released file of several branches needs it said.
+        weights: folder of the backbone's weights; None where they come with the package.
 
     Raises:
         UserError: the file is not what was expected, does not fit the backbone, or gives other reference logits than
@@ -36,22 +42,24 @@ def import_adapter(path: Path, to: Path, backbone: str = "tiny", method: str | N
     if method is not None and method not in KINDS:
         raise unknown("method of an adapter to import", method, KINDS)
     with whole(to) as folder:
-        found, method = _read(path, method)
+        model = backbones.load(backbone).load("cpu", weights)
+        connections = {name.partition(".")[0] for name in model.connections()}
+        found, method = _read(path, method, {*BESIDE, *connections})
         ranks = found.branches.ranks
         total, count = sum(ranks.values()), {"mage": len(ROLES), "lora": 1, "moelora": len(ranks)}[method]
         if total % count:
             raise UserError(f"a total rank of {total} cannot be divided among the {count} branches of {method}")
         given = {"rank": total // count, "scale": found.branches.scale}
         made = methods.load(method)(**given, **({"experts": count} if method == "moelora" else {}))
-        model = backbones.load(backbone).load("cpu")
         made.setup(model, [], torch.Generator().manual_seed(0))
         outer = outer_model(model)
         own = exchange.branches_of(outer).ranks
         exchange.put_branches(outer, found.branches.regrouped(own))
         exchange_authors.put_routers(outer, found.routers)
         exchange_authors.put_extras(outer, found.extras)
+        _put_connections(model, found.extras)
         checked = _check(path, outer, backbone)
-        config = _config(path, backbone, method, made)
+        config = _config(path, backbone, method, made, weights)
         extras = {f"{kind}.{name}": tensor for kind, part in found.extras.items() for name, tensor in part.items()}
         tensors = {"adapters": made.held(), "method": made.state_dict(), "optimizer": {}, EXTRAS: extras}
         checkpoint.write_json(folder / "config.json", config)
@@ -64,7 +72,7 @@ def import_adapter(path: Path, to: Path, backbone: str = "tiny", method: str | N
     return "\n".join(lines)
 
 
-def _read(path: Path, method: str | None) -> tuple[Released, str]:
+def _read(path: Path, method: str | None, beside: Collection[str]) -> tuple[Released, str]:
     if path.is_dir() and exchange_peft.is_peft(path):
         if method == "moelora":
             raise UserError("a PEFT adapter has no routers, which moelora needs; --method mage or lora")
@@ -77,7 +85,7 @@ def _read(path: Path, method: str | None) -> tuple[Released, str]:
     state = exchange_authors.read_tensors(file)
     if method is None and any(".loraA." in name for name in state):
         raise UserError(f"{file} has several branches; say what they are: --method mage or --method moelora")
-    return exchange_authors.from_released(state, method or "lora"), method or "lora"
+    return exchange_authors.from_released(state, method or "lora", beside=beside), method or "lora"
 
 
 def _check(path: Path, model: torch.nn.Module, backbone: str) -> str:
@@ -93,7 +101,26 @@ def _check(path: Path, model: torch.nn.Module, backbone: str) -> str:
     return "as exported"
 
 
-def _config(path: Path, backbone: str, method: str, made: Any) -> dict[str, Any]:
+@torch.no_grad()
+def _put_connections(model: Backbone, extras: Mapping[str, Mapping[str, Tensor]]) -> None:
+    """Copies connection layers into a backbone that has such. Another keeps them for the next export, and no more."""
+    own = model.connections()
+    given = {name: t for kind, part in extras.items() if kind not in LANGUAGE_MODEL for name, t in part.items()}
+    if not given.keys() & own.keys():
+        return
+    wrong = [
+        f"{name} {tuple(tensor.shape)}, expected {tuple(own[name].shape) if name in own else 'no such parameter'}"
+        for name, tensor in given.items()
+        if name not in own or own[name].shape != tensor.shape
+    ]
+    if wrong:
+        raise UserError(f"the file's connection layers do not fit backbone {model.name}: {exchange.listed(wrong)}")
+    for name, tensor in given.items():
+        own[name].copy_(tensor)
+
+
+def _config(path: Path, backbone: str, method: str, made: Any, weights: Path | None) -> dict[str, Any]:
     hyperparameters = dataclasses.asdict(made)
     values = {"method": method, "hyperparameters": hyperparameters, "backbone": backbone, "tasks": []}
+    values["weights"] = None if weights is None else str(weights)
     return values | {"imported": path.resolve().name}

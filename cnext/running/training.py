@@ -41,9 +41,10 @@ class TaskTrainer:
         self.backbone, self.method, self.own = backbone, method, parameters
         self.parameters = parameters | (extras or {})
         self.recipe, self.steps, self.seed = recipe, steps, seed
-        if recipe.batch_size < ranks.count():
+        if recipe.batch_size % ranks.count():
             raise UserError(
-                f"the batch size must be at least the number of processes, {ranks.count()}, got {recipe.batch_size}"
+                f"the batch size must be a multiple of the number of processes, {ranks.count()}, "
+                f"got {recipe.batch_size}"
             )
         self.batches = Batches(backbone, samples, recipe.batch_size, seed, workers)
         self.step = 0
@@ -118,8 +119,9 @@ class TaskTrainer:
                 zeros = {name: torch.zeros_like(p) for name, p in self.own.items() if name not in penalties}
                 penalties = {name: value / ranks.count() for name, value in (penalties | zeros).items()}
                 penalties = {name: penalties[name] for name in self.own}
-            ranks.total_([sums, *(p.grad for p in learnt), *penalties.values()])
-        values = dict(zip(("loss", "text_loss", "image_loss", "tokens"), sums.tolist(), strict=True))
+            ranks.total_([sums, *(p.grad for p in learnt if p.grad is not None), *penalties.values()])
+        names = ("loss", "text_loss", "image_loss", "tokens")
+        values: dict[str, float] = dict(zip(names, sums.tolist(), strict=True))
         return values, [(self.own[name], gradient) for name, gradient in penalties.items()]
 
     def _check(self, name: str, value: float) -> None:

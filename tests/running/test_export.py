@@ -17,6 +17,7 @@ from cnext.errors import UserError
 from cnext.running import checkpoint
 from cnext.running.export import FORMATS, export, restore, stand_in
 from cnext.running.importing import import_adapter
+from cnext.running.preparing import trained_beside
 
 TASKS = ["VQAv2", "HQEdit"]
 ROLES = [role.name for role in adapters.BRANCH_ROLES]
@@ -25,22 +26,23 @@ IDS = torch.arange(5, 37).view(2, 16)
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 
 
-def made(folder: Path, name: str, learnt: int = 2, **hyperparameters: object) -> Path:
-    """The folder of a run as it is after some tasks, the branches filled with noise."""
-    method = methods.load(name)(**hyperparameters)
-    method.setup(TinyBackbone.load(), [stand_in(task) for task in TASKS], torch.Generator().manual_seed(0))
+def made(folder: Path, name: str, learnt: int = 2, trainable: str = "branches", **hyperparameters: object) -> Path:
+    """The folder of a run as it is after some tasks, what it trains filled with noise."""
+    method, tiny = methods.load(name)(**hyperparameters), TinyBackbone.load()
+    method.setup(tiny, [stand_in(task) for task in TASKS], torch.Generator().manual_seed(0))
     if isinstance(method, methods.base.TaskBranches):
         method.activate(learnt)
+    held = method.held() | trained_beside(tiny, trainable)
     torch.manual_seed(0)
     with torch.no_grad():
-        for parameter in method.held().values():
+        for parameter in held.values():
             parameter.copy_(torch.randn(parameter.shape) * 0.05)
     config = {"method": name, "hyperparameters": dataclasses.asdict(method), "backbone": "tiny", "suite": "next-tiny",
-              "order": "paper", "tasks": TASKS, "seed": 3}  # fmt: skip
+              "order": "paper", "tasks": TASKS, "seed": 3, "recipe": {"trainable": trainable}}  # fmt: skip
     results = {"tasks": TASKS, "profile": "strict", "split": "test", "zero_shot": [10.0, 20.0], "finished": True,
                "score_matrix": [[50.0, None], [40.0, 61.5]], "metrics": {"avg_acc": 50.75, "bwt": None}}  # fmt: skip
     run = folder / name
-    tensors = {"adapters": method.held(), "method": method.state_dict(), "optimizer": {}}
+    tensors = {"adapters": held, "method": method.state_dict(), "optimizer": {}}
     label = f"{learnt}_{TASKS[learnt - 1]}"
     checkpoint.save(run / "checkpoints" / label, tensors, {"tasks_done": learnt, "step": 0})
     checkpoint.write_json(run / "config.json", config)
@@ -123,6 +125,31 @@ def test_released_extras_are_loaded_kept_and_given_back(run: Path, tmp_path: Pat
     merged = loaded(tmp_path / "merged", "merged")
     assert torch.equal(merged.lm_head.weight, state["llm.base_model.model.lm_head.weight"])
     assert (tmp_path / "merged" / "connection_layers.safetensors").is_file()
+
+
+def test_what_is_trained_beside_the_branches_goes_out_and_comes_back(tmp_path: Path) -> None:
+    """Embeddings, head, norms and connection layers, in the authors' layout and merged; PEFT has no place for them."""
+    run = made(tmp_path / "runs", "mage", trainable="released")
+    before = restore(run)
+    assert not torch.equal(before.model.lm_head.weight, TinyBackbone.load().decoder.lm_head.weight)
+    export(run, tmp_path / "out", "authors")
+    told = import_adapter(tmp_path / "out", tmp_path / "back", method="mage")
+    assert "reference logits as exported" in told
+    assert "also kept: input_projection, 2 tensors" in told
+    export(tmp_path / "back", tmp_path / "again", "authors")
+    first, second = (torch.load(tmp_path / name / "pytorch_model.bin", weights_only=True) for name in ("out", "again"))
+    assert first.keys() == second.keys()
+    assert all(torch.equal(second[name], tensor) for name, tensor in first.items())
+    assert {"image_queries", "input_projection.weight", "llm.base_model.model.lm_head.weight"} <= first.keys()
+    export(run, tmp_path / "merged", "merged")
+    torch.testing.assert_close(answers(loaded(tmp_path / "merged", "merged")), answers(before.model), rtol=0, atol=1e-4)
+    assert (tmp_path / "merged" / "connection_layers.safetensors").is_file()
+    with pytest.raises(UserError, match=r"also has .*embeddings \(1\)"):
+        export(run, tmp_path / "peft", "peft")
+    wrong = first | {"image_queries": torch.zeros(3, 128)}
+    torch.save(wrong, tmp_path / "pytorch_model.bin")
+    with pytest.raises(UserError, match=r"connection layers do not fit backbone tiny: image_queries \(3, 128\)"):
+        import_adapter(tmp_path / "pytorch_model.bin", tmp_path / "other", method="mage")
 
 
 def test_the_card_says_what_it_is(run: Path, tmp_path: Path) -> None:

@@ -1,0 +1,72 @@
+"""What a run needs before it starts: its data, its model, and the CLIP that scores pictures."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from torch import nn
+
+from cnext import backbones
+from cnext.backbones.base import Backbone
+from cnext.running.config import Plan, cache
+from cnext.running.precision import DTYPES, in_float32
+from cnext.scoring.clip import load_clip
+from cnext.tasks import formats, synthetic
+from cnext.tasks.base import DataError, Sample
+
+
+def data_folder(planned: Plan) -> Path:
+    """The folder with the suite's files; a synthetic suite is drawn into the cache first."""
+    recipe = planned.recipe
+    if planned.config.data is not None:
+        return planned.config.data
+    name = f"{planned.suite.name}-v{synthetic.FORMAT_VERSION}-{recipe.train_samples}-{recipe.test_samples}"
+    return synthetic.GENERATORS[planned.suite.synthetic](cache() / name, recipe.train_samples, recipe.test_samples)
+
+
+def read_suite(planned: Plan, data: Path) -> dict[str, dict[str, list[Sample]]]:
+    """Every sample that the run will use: split ("train" and the one evaluated) to task name to samples.
+
+    Raises: DataError with every unusable row of every file.
+    """
+    limits = {"train": planned.recipe.train_samples, planned.config.split: planned.recipe.test_samples}
+    samples: dict[str, dict[str, list[Sample]]] = {split: {} for split in limits}
+    problems = []
+    for name in planned.order:
+        for split, limit in limits.items():
+            try:
+                samples[split][name] = formats.read(planned.suite.task(name), data, split, limit)
+            except DataError as error:
+                problems.append(str(error))
+    if problems:
+        raise DataError("\n".join(problems))
+    return samples
+
+
+def load_backbone(planned: Plan) -> Backbone:
+    """The plan's backbone on its device, at its precision. Raises UserError where a task draws and it cannot."""
+    config, recipe = planned.config, planned.recipe
+    backbone = backbones.load(config.backbone).load(
+        planned.device,
+        config.weights,
+        dtype=DTYPES[recipe.precision],
+        device_map=config.device_map,
+        checkpointing=recipe.checkpointing,
+    )
+    if any("image" in planned.suite.task(name).writes for name in planned.order):
+        backbone.require_drawing()
+    return backbone
+
+
+def trained_beside(backbone: Backbone, trainable: str) -> dict[str, nn.Parameter]:
+    """What learns beside the method's own parameters, in float32, by name. trainable: as in `Recipe`."""
+    found = {} if trainable == "branches" else backbone.connections()
+    if trainable == "released":
+        found |= backbone.released_extras()
+    return in_float32({f"backbone.{name}": parameter for name, parameter in found.items()})
+
+
+def check_clip(planned: Plan, device: str) -> None:
+    """Loads the CLIP where a task draws. Raises UserError where it is not there, or is none, before all else."""
+    if any("image" in planned.suite.task(name).writes for name in planned.order):
+        load_clip(planned.suite.clip, device)

@@ -1,0 +1,51 @@
+"""One of several processes that learn together, in the environment of torchrun: METHODS DATA OUT.
+
+Every method learns two tasks, its batches shared out; the first process writes what has been learnt.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from cnext import ranks
+from cnext.backbones.tiny.model import TinyBackbone
+from cnext.running.processes import joined, sharded
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from methods.sequence import Sequence
+
+TASKS = ("VQAv2", "HQEdit")
+
+
+def learnt(method: str, data: Path) -> dict[str, torch.Tensor]:
+    """What a method holds after two tasks, and its state, whose floats are compared as well."""
+    made = Sequence(method, data)
+    sharded(made.tiny.language_model, made.method.held().values())
+    for name in TASKS:
+        made.learn(name)
+    state = {f"state:{name}": value for name, value in made.method.state_dict().items()}
+    tensors = {name: parameter.detach() for name, parameter in made.method.held().items()} | state
+    return {name: tensor.contiguous().clone() for name, tensor in tensors.items()}
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    methods, data, out = sys.argv[1].split(","), Path(sys.argv[2]), Path(sys.argv[3])
+    with joined("cpu"):
+        assert ranks.count() == 2
+        assert isinstance(TinyBackbone.load(), TinyBackbone)
+        for method in methods:
+            found = learnt(method, data)
+            for name, value in found.items():
+                one, other = ranks.joined(value.double().reshape(1, -1))
+                assert torch.equal(one, other), f"{method}: {name} is not the same in both processes"
+            if ranks.number() == 0:
+                save_file(found, out / f"{method}.safetensors")
+
+
+if __name__ == "__main__":
+    main()

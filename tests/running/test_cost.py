@@ -1,0 +1,89 @@
+"""What is measured of a run: laps against what they hold, and sums over laps and stages."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from cnext import RunConfig, run
+from cnext.running import cost
+from cnext.running.cost import Meter, added, summary
+
+MEGABYTES = 1024 * 1024
+
+
+def test_a_lap_s_peak_is_its_own() -> None:
+    meter = Meter("cpu")
+    block = torch.ones(256 * MEGABYTES // 4)
+    large = meter.lap()
+    del block
+    meter.lap()
+    small = meter.lap()
+    assert large["peak_memory_bytes"] - small["peak_memory_bytes"] > 200 * MEGABYTES
+    assert meter.whole == large["peak_memory_bytes"]
+    assert large["peak_device_memory_bytes"] is None
+    assert large["seconds"] > 0
+
+
+def test_laps_add_up() -> None:
+    def lap(seconds: float, resident: int, joules: float | None) -> dict:
+        return {
+            "seconds": seconds,
+            "peak_memory_bytes": resident,
+            "peak_device_memory_bytes": None,
+            "energy_joules": joules,
+        }
+
+    row = added(added(added({}, "train", lap(2, 5, 1.0)), "train", lap(3, 4, 2.0)), "evaluate", lap(7, 6, 4.0))
+    assert (row["train_seconds"], row["evaluate_seconds"], row["peak_memory_bytes"]) == (5, 7, 6)
+    assert row["energy_joules"] == 7.0
+    assert row["peak_device_memory_bytes"] is None
+    assert added(row, "train", lap(1, 1, None))["energy_joules"] is None, "part of it is unknown, so all of it is"
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "joules"),
+    [({"a": 5, "b": 1}, {"a": 2_000_005, "b": 1_000_001}, 3.0), ({"a": 5}, {"a": 4}, None), ({}, {}, None)],
+    ids=["two counters", "begun again", "none"],
+)
+def test_energy_between_two_readings(before: dict, after: dict, joules: float | None) -> None:
+    assert cost._spent(before, after) == joules
+
+
+def test_energy_is_read_from_the_packages_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in (("intel-rapl:0", 7), ("intel-rapl:1", 8), ("intel-rapl:0:0", 100)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "energy_uj").write_text(f"{value}\n")
+    monkeypatch.setattr(cost, "POWERCAP", tmp_path)
+    assert Meter("cpu")._joules() == {"intel-rapl:0": 7, "intel-rapl:1": 8}
+
+
+def test_a_run_says_what_every_stage_has_cost(data: Path, toy_suite: Path, tmp_path: Path) -> None:
+    made = RunConfig(suite=str(toy_suite), data=data, order="VQAv2,HQEdit", device="cpu", out=tmp_path, method="ewc")
+    results = run(made)
+    found = json.loads((made.folder / "cost.json").read_text())
+    assert [row["task"] for row in found["stages"]] == ["zero-shot", "VQAv2", "HQEdit"]
+    zero, first, second = found["stages"]
+    assert zero["tokens_per_second"] is None
+    assert zero["train_seconds"] == 0
+    for row in (first, second):
+        assert row["tokens"] / row["train_seconds"] == pytest.approx(row["tokens_per_second"])
+        assert row["peak_memory_bytes"] > 1e8
+    assert second["stored_bytes"] == results["cost"]["stored_bytes"] >= first["stored_bytes"] > 312_320 * 4
+    assert found["peak_memory_bytes"] >= max(row["peak_memory_bytes"] for row in found["stages"])
+
+
+def test_the_whole_is_the_sum_of_its_stages() -> None:
+    lap = {"seconds": 2.0, "peak_memory_bytes": 3, "peak_device_memory_bytes": 4, "energy_joules": 5.0}
+    ledger = {
+        "measured": {"a": added({}, "train", lap), "b": added({}, "train", lap)},
+        "trained": {"a": {"steps": 4, "tokens": 10}},
+        "stored_by_stage": {"a": 9},
+    }
+    found = summary(ledger, Meter("cpu"), 1.0)
+    assert (found["total_seconds"], found["energy_joules"], found["peak_device_memory_bytes"]) == (4.0, 10.0, 4)
+    assert found["stages"][0]["seconds_per_step"] == 0.5
+    assert found["stages"][1]["seconds_per_step"] is None

@@ -1,0 +1,137 @@
+"""Two processes (gloo, on the CPU) learn and answer what one does, with the model whole in each or divided."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy
+import pytest
+import torch
+from running.process_child import learnt
+from safetensors.torch import load_file
+
+from cnext import RunConfig, methods, ranks, run
+from cnext.errors import UserError
+from cnext.running.processes import joined
+
+CHILD = Path(__file__).with_name("process_child.py")
+MINUTES = 5 * 60
+TIGHT, LOOSE = 0.02, {"distillation": 0.1, "mode": 0.1, "prompt-pool": 0.1, "replay": 0.3, "pgp": 0.05}
+"""Tolerance, as a share of a parameter's largest value. Loose are penalties that look at samples, which are means of
+means, and pgp, which sees the padding of shorter batches."""
+
+
+def start(command: list[str], processes: int = 2, **environment: str) -> list[subprocess.Popen[str]]:
+    """The command in several processes with torchrun's environment."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(processes), "OMP_NUM_THREADS": "1"}
+    return [
+        subprocess.Popen(
+            [sys.executable, *command],
+            env=os.environ | shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)} | environment,
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+        )
+        for rank in range(processes)
+    ]
+
+
+def finish(children: list[subprocess.Popen[str]]) -> list[str]:
+    try:
+        texts = [child.communicate(timeout=MINUTES)[0] for child in children]
+    finally:
+        for child in children:
+            child.kill()
+            child.wait()
+    assert [child.returncode for child in children] == [0] * len(children), "\n".join(texts)
+    return texts
+
+
+NAMES = sorted(set(methods.modules()) - {"zero-shot"})
+
+
+@pytest.fixture(scope="module", params=["whole", "divided"])
+def together(request: pytest.FixtureRequest, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What two processes learn with every method, the frozen model whole in each or divided by FSDP2."""
+    out = tmp_path_factory.mktemp(request.param)
+    asked = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"} if request.param == "divided" else {}
+    finish(start([str(CHILD), ",".join(NAMES), str(data), str(out)], **asked))
+    return out
+
+
+@pytest.fixture(scope="module")
+def alone(data: Path) -> dict[str, dict[str, torch.Tensor]]:
+    return {method: learnt(method, data) for method in NAMES}
+
+
+@pytest.mark.parametrize("method", NAMES)
+def test_two_learn_what_one_does(together: Path, alone: dict[str, dict[str, torch.Tensor]], method: str) -> None:
+    """Batches of 2 and 2 against one of 4, 8 steps: AdamW makes much of small differences where gradients are small."""
+    found, expected = load_file(together / f"{method}.safetensors"), alone[method]
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        if not value.is_floating_point():
+            # Counters are the same, and so are all but a few of the places that reglora chooses by size.
+            same = numpy.isin(found[name].numpy(), value.numpy()).mean()
+            assert same == 1 if value.ndim == 0 else same > 0.9, name
+            continue
+        largest = value.abs().max().clamp(min=1e-6)
+        off = (found[name] - value).abs().mean() / largest
+        assert off < LOOSE.get(method, TIGHT), f"{name}: off by {off:.4f} of {largest:.4g}"
+
+
+def test_a_whole_run_in_two_processes(data: Path, toy_suite: Path, tmp_path: Path) -> None:
+    """The scores of one process, from test items shared out; then one process goes on where two have stopped."""
+    shared = {"suite": str(toy_suite), "data": data, "order": "VQAv2,HQEdit", "device": "cpu", "block_steps": 2}
+    one = run(RunConfig(out=tmp_path / "one", **shared))
+    flags = ["--suite", str(toy_suite), "--data", str(data), "--order", "VQAv2,HQEdit", "--device", "cpu"]
+    command = ["-m", "cnext.cli", "run", *flags, "--block-steps", "2", "--out", str(tmp_path / "two")]
+    finish(start(command))
+    folder = RunConfig(out=tmp_path / "two", **shared).folder
+    two = json.loads((folder / "results.json").read_text())
+    assert two["finished"]
+    assert two["cost"]["trainable_params_by_task"] == one["cost"]["trainable_params_by_task"]
+    assert two["cost"]["supervised_tokens"] == one["cost"]["supervised_tokens"]
+    assert two["zero_shot"] == one["zero_shot"], "nothing has been learnt yet: the same answers"
+    for row, other in zip(one["score_matrix"], two["score_matrix"], strict=True):
+        assert [cell is None for cell in row] == [cell is None for cell in other]
+    steps = [
+        [json.loads(line)["loss"] for line in (path / "train.jsonl").read_text().splitlines()]
+        for path in (folder, RunConfig(out=tmp_path / "one", **shared).folder)
+    ]
+    assert steps[0] == pytest.approx(steps[1], rel=0.02)
+    # The last stage again, in one process, from the checkpoint that two have written.
+    rows = (folder / "scores.jsonl").read_text().splitlines(keepends=True)
+    (folder / "scores.jsonl").write_text("".join(rows[:-1]))
+    assert run(RunConfig(out=tmp_path / "two", **shared))["score_matrix"] == two["score_matrix"]
+
+
+def test_a_batch_that_cannot_be_shared_is_refused(data: Path, toy_suite: Path, tmp_path: Path) -> None:
+    flags = ["--suite", str(toy_suite), "--data", str(data), "--device", "cpu", "--batch-size", "3"]
+    children = start(["-m", "cnext.cli", "run", *flags, "--out", str(tmp_path)])
+    texts = [child.communicate(timeout=MINUTES)[0] for child in children]
+    assert all(child.returncode for child in children)
+    assert "must be a multiple of the number of processes, 2, got 3" in texts[0]
+    assert "Traceback" not in texts[0] + texts[1]
+
+
+def test_deepspeed_is_refused_with_the_way_to_go(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    with pytest.raises(UserError, match="--use_fsdp --fsdp_version 2"), joined("cpu"):
+        pass
+
+
+def test_one_process_needs_no_group() -> None:
+    with joined("cpu") as device:
+        assert (device, ranks.count(), ranks.number()) == ("cpu", 1, 0)
+    assert ranks.share([1, 2, 3]) == ranks.gathered([1, 2, 3]) == [1, 2, 3]
+    assert ranks.unshare([[1, 3, 5], [2, 4]]) == [1, 2, 3, 4, 5]
