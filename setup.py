@@ -130,7 +130,7 @@ def extensions() -> list[Extension]:
 
 
 PACKAGES = find_packages(include=["cnext", "cnext.*"])
-DATA = ["*.json", "*.css", "*.safetensors", "*.md", "*.html", "*.txt", "py.typed"]
+DATA = ["*.json", "*.css", "*.js", "*.safetensors", "*.md", "*.html", "*.txt", "py.typed"]
 setup(
     packages=[*PACKAGES, "cnext.kernels"],
     package_dir={"cnext": "cnext", "cnext.kernels": "kernels/triton"},

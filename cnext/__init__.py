@@ -1,7 +1,12 @@
 """Continual learning of dual-to-dual multimodal models. Importing this package imports nothing heavy."""
 
 import importlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from cnext.adapters import attach_mage
+    from cnext.running.config import RunConfig
+    from cnext.running.runner import run
 
 __version__ = "0.1.0"
 

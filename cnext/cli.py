@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from cnext.errors import UserError
+from cnext.running.stopping import Stop, Stopped
 
 
 def _guarded(verb: Callable[[], int | None]) -> int:
@@ -25,6 +26,9 @@ def _guarded(verb: Callable[[], int | None]) -> int:
         where = f": {error.filename}" if error.filename else ""
         print(f"error: {error.strerror or error}{where}", file=sys.stderr)
         return 2
+    except Stopped as stopped:
+        print(stopped, file=sys.stderr)
+        return stopped.status
     except KeyboardInterrupt:
         print("interrupted; the same command goes on after the last saved block", file=sys.stderr)
         return 130
@@ -37,7 +41,8 @@ def run_main(arguments: list[str] | None = None) -> int:
     def verb() -> int | None:
         from cnext.running import study
 
-        return study.main(given)
+        with Stop():
+            return study.main(given)
 
     return _guarded(verb)
 
@@ -68,19 +73,44 @@ def _card(arguments: argparse.Namespace) -> None:
 
 
 def _report(arguments: argparse.Namespace) -> None:
-    from cnext.running.report import write_report
+    from cnext.running.report import write_reports
 
-    for path in write_report(arguments.run):
+    for path in write_reports(arguments.run, arguments.out, arguments.mix_environments):
         print(path)
+
+
+def _analyze(arguments: argparse.Namespace) -> None:
+    from cnext.running import tables
+    from cnext.running.analysis import analyze, formats
+    from cnext.running.analysis.study import Study
+
+    study = Study.read(tables.find(arguments.run), mix=arguments.mix_environments)
+    found = analyze(study, arguments.what)
+    print(formats.FORMATS[arguments.format](found), end="")
+    if arguments.format in ("csv", "latex"):
+        for name, why in found.left_out.items():
+            print(f"left out: {name}: {why}", file=sys.stderr)
 
 
 def _table(arguments: argparse.Namespace) -> None:
     from cnext import methods
-    from cnext.running import table_formats, tables
+    from cnext.running import fingerprint, table_formats, tables
 
     baseline = arguments.baseline and methods.canonical(arguments.baseline)
-    study = tables.of_folders(tables.find(arguments.run), baseline)
+    folders = tables.find(arguments.run)
+    study = tables.of_folders(folders, baseline, arguments.mix_environments)
     print(table_formats.FORMATS[arguments.format](study), end="")
+    if note := fingerprint.older([run.fingerprint for run in tables.finished(folders)]):
+        print(note, file=sys.stderr)
+
+
+def _status(arguments: argparse.Namespace) -> None:
+    import json
+
+    from cnext.running import status
+
+    found = status.of_folders(arguments.dir or [Path("runs")])
+    print(json.dumps(found, indent=2) if arguments.json else status.text(found))
 
 
 def _metrics(arguments: argparse.Namespace) -> None:
@@ -155,15 +185,25 @@ def _export(arguments: argparse.Namespace) -> None:
 def _import(arguments: argparse.Namespace) -> None:
     from cnext.running.importing import import_adapter
 
-    print(import_adapter(arguments.path, arguments.to, arguments.backbone, arguments.method))
+    given = (arguments.path, arguments.to, arguments.backbone, arguments.method, arguments.weights)
+    print(import_adapter(*given))
 
 
-def _doctor(_: argparse.Namespace) -> None:
+def _doctor(arguments: argparse.Namespace) -> int:
+    import dataclasses
     import json
 
-    from cnext.running import environment
+    from cnext.running import doctor, environment
 
-    print(json.dumps(environment.describe(), indent=2))
+    given = {field.name: getattr(arguments, field.name) for field in dataclasses.fields(doctor.Wanted)}
+    findings = doctor.examine(doctor.Wanted(**given))
+    ready = not doctor.problems(findings)
+    if arguments.json:
+        told = {"ready": ready, "findings": [dataclasses.asdict(finding) for finding in findings]}
+        print(json.dumps(told | {"versions": environment.versions()}, indent=2))
+    else:
+        print(doctor.report(findings))
+    return 0 if ready else 1
 
 
 def _pretrain_tiny(arguments: argparse.Namespace) -> None:
@@ -188,13 +228,28 @@ def _parser() -> argparse.ArgumentParser:
     listed.add_argument("suite", nargs="?", help="tell more of one suite: its tasks, files, counts and license")
     card = add("card", _card, "show methods' cards: what they do, need and keep, and what their hyperparameters mean")
     card.add_argument("method", nargs="+", help="a method's name, as `cnext list` shows it")
-    report = add("report", _report, "write report.html and report.md of a run folder again")
-    report.add_argument("run", type=Path, help="a run folder, for example runs/mage/paper/seed-0")
+    report = add("report", _report, "write the report of a run again, or of a study, from run folders alone")
+    told = "one run folder, for report.html and report.md; several, or folders that hold some, for study.html"
+    report.add_argument("run", type=Path, nargs="+", help=told)
+    report.add_argument("--out", type=Path, metavar="DIR", help="of a study: its folder (default: what holds all runs)")
+    analyze = add("analyze", _analyze, "why and where it forgets, from run folders alone; every figure is defined")
+    analyze.add_argument("run", type=Path, nargs="+", help="run folders, or folders that hold some, for example runs")
+    what = ("types", "transfer", "orders", "ablations", "seeds", "stages", "drift", "samples", "breaks")
+    told = "one or several of these (default: all that the folders allow)"
+    analyze.add_argument("--what", choices=what, nargs="+", default=[], help=told)
+    formats = ("markdown", "csv", "latex", "json")
+    analyze.add_argument("--format", choices=formats, default="markdown", help="default: markdown")
     table = add("table", _table, "means over seeds and orders and paired differences, from run folders alone")
     table.add_argument("run", type=Path, nargs="+", help="run folders, or folders that hold some, for example runs")
+    told = "average runs of different environments (processor, versions, threads), which decide bits, and say so"
+    for verb in (report, analyze, table):
+        verb.add_argument("--mix-environments", action="store_true", help=told)
     table.add_argument("--baseline", metavar="METHOD", help="method to compare with (default: lora, else the first)")
     formats = ("markdown", "csv", "latex", "json")
     table.add_argument("--format", choices=formats, default="markdown", help="default: markdown")
+    status = add("status", _status, "how the runs in a folder stand: state, step, pace, time left; from any terminal")
+    status.add_argument("dir", type=Path, nargs="*", help="run folders, or folders that hold some (default: runs)")
+    status.add_argument("--json", action="store_true", help="print all that is known as JSON")
     metrics = add("metrics", _metrics, "every metric of a score matrix from anywhere, in CSV or JSON; needs no torch")
     metrics.add_argument("matrix", type=Path, help="rows: after each task; columns: tasks in training order; percent")
     metrics.add_argument("--json", action="store_true", help="print the metrics as in results.json")
@@ -245,7 +300,7 @@ def _parser() -> argparse.ArgumentParser:
     formats = ("peft", "peft-merged-rank", "authors", "merged")
     export.add_argument("--format", choices=formats, required=True, help=told)
     export.add_argument("--checkpoint", metavar="NAME", help="one of the run's checkpoints (default: the last)")
-    told = "leave out what an imported adapter has beside its branches"
+    told = "leave out what was trained beside the branches"
     export.add_argument("--branches-only", action="store_true", help=told)
     text = "read a PEFT adapter or the authors' released file, and write it as a run that `cnext export` takes"
     imported = add("import", _import, text)
@@ -255,7 +310,16 @@ def _parser() -> argparse.ArgumentParser:
     imported.add_argument("--backbone", default="tiny", help="the model that it is for (default: tiny)")
     told = "what the branches are (default: by their names)"
     imported.add_argument("--method", choices=("mage", "moelora", "lora"), help=told)
-    add("doctor", _doctor, "show versions, devices, and which parts of the compiled core are there")
+    imported.add_argument("--weights", type=Path, metavar="DIR", help="folder of the backbone's released weights")
+    text = "say whether a run can start here: packages, devices, kernels, weights, data, CLIP, room; exit status 1: no"
+    doctor = add("doctor", _doctor, text)
+    doctor.add_argument("--backbone", default="tiny", help="the run's backbone (default: tiny)")
+    doctor.add_argument("--weights", type=Path, metavar="DIR", help="folder of the backbone's released weights")
+    doctor.add_argument("--suite", default="next-tiny", help="the run's suite (default: next-tiny)")
+    doctor.add_argument("--data", type=Path, metavar="DIR", help="folder with the suite's files")
+    doctor.add_argument("--clip", help="CLIP that is to score pictures, as cnext-run takes it")
+    doctor.add_argument("--out", type=Path, default=Path("runs"), help="the run's folder (default: runs)")
+    doctor.add_argument("--json", action="store_true", help="print the findings as JSON")
     tiny = add(
         "pretrain-tiny", _pretrain_tiny, "pretrain the tiny backbone and its CLIP from nothing (about 20 minutes)"
     )

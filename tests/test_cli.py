@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from cnext.cli import main, run_main
+from cnext.scoring.clip import TINY_CLIP
 
 
 def test_list_names_everything(capsys: pytest.CaptureFixture[str]) -> None:
@@ -55,7 +56,7 @@ MISTAKES = {
     "method": (["--method", "mag"], "unknown method 'mag'; valid: "),
     "order": (["--order", "backwards"], "unknown order 'backwards'; valid: paper, reverse, alphabet"),
     "suite": (["--suite", "coins"], "unknown suite 'coins'; valid: coin, continual-next"),
-    "backbone": (["--backbone", "huge"], "unknown backbone 'huge'; valid: tiny"),
+    "backbone": (["--backbone", "huge"], "unknown backbone 'huge'; valid: emu3, janus, seed-x, tiny"),
     "budget": (["--budget", "large"], "unknown budget 'large'; valid: default, smoke"),
     "device": (["--device", "toaster"], "unknown device 'toaster'; valid: auto, cpu, cuda"),
     "no such device": (["--device", "cuda:99"], "device cuda:99 is not there"),
@@ -63,6 +64,7 @@ MISTAKES = {
     "no threads": (["--threads", "0"], "threads must be at least 1, got 0"),
     "learning rate": (["--learning-rate", "nan"], "learning_rate must be positive and finite"),
     "data": (["--data", "nowhere"], "no file matches nowhere"),
+    "clip": (["--clip", "nowhere.pt"], "unknown CLIP 'nowhere.pt', and no such file; valid: tiny, a file or folder"),
 }
 
 
@@ -126,7 +128,9 @@ def test_a_disk_that_fails_is_one_line(
         patch.setattr(os, "fsync", failing)
         assert run_main(flags) == 2
     shown = capsys.readouterr().err
-    assert shown.splitlines()[-1] == f"error: {os.strerror(code)}: some/file"
+    full = ["): some/file", "what was saved is whole; make room, and the same command goes on"]
+    expected = full if code == errno.ENOSPC and writes > 1 else [f"error: {os.strerror(code)}: some/file"]
+    assert all(line.endswith(end) for line, end in zip(shown.splitlines()[-len(expected) :], expected, strict=True))
     assert "Traceback" not in shown
     assert run_main(flags) == 0
 
@@ -180,6 +184,17 @@ def test_hyperparameters_reach_the_run(tmp_path: Path, toy_suite: Path, data: Pa
     config = json.loads((tmp_path / "mage/VQAv2/seed-0/config.json").read_text())
     assert config["hyperparameters"]["rank"] == 2
     assert json.loads((tmp_path / "mage/VQAv2/seed-0/results.json").read_text())["cost"]["adapter_parameters"] == 78_080
+
+
+def test_a_clip_given_by_its_path_scores_the_pictures(tmp_path: Path, toy_suite: Path, data: Path) -> None:
+    flags = ["--method", "zero-shot", "--order", "HQEdit", "--suite", str(toy_suite), "--data", str(data)]
+    for out, given in (("suite", []), ("path", ["--clip", str(TINY_CLIP)])):
+        assert run_main([*flags, *given, "--out", str(tmp_path / out)]) == 0
+    folders = [tmp_path / out / "zero-shot/HQEdit/seed-0" for out in ("suite", "path")]
+    one, other = (json.loads((folder / "results.json").read_text())["score_matrix"] for folder in folders)
+    assert one == other
+    clips = [json.loads((folder / "config.json").read_text())["clip"] for folder in folders]
+    assert clips == [None, str(TINY_CLIP)]
 
 
 MATRIX = "after,A,B\nzero-shot,10,20\nA,60,25\nB,40,70\n"

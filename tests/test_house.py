@@ -17,12 +17,14 @@ LIGHT = {"torch", "numpy", "cnext"}
 SIBLINGS = ("methods", "backbones", "tasks", "scoring")
 BELOW = {
     "errors": set(),
+    "ranks": set(),
+    "shapes": set(),
     "ops": {"errors", "kernels"},
     "kernels": set(),
-    "adapters": {"errors", "ops"},
+    "adapters": {"errors", "ranks", "shapes", "ops"},
     "averaging": {"errors", "ops"},
-    **{name: {"errors", "ops", "adapters", "averaging"} for name in SIBLINGS},
-    "running": {"errors", "ops", "adapters", "averaging", *SIBLINGS},
+    **{name: {"errors", "ranks", "shapes", "ops", "adapters", "averaging"} for name in SIBLINGS},
+    "running": {"errors", "ranks", "shapes", "ops", "adapters", "averaging", *SIBLINGS},
     "cli": {"errors", "running", *SIBLINGS},
 }
 

@@ -12,6 +12,7 @@ from cnext.adapters.attach import (
     holding,
     layers,
     set_trainable,
+    trained_like,
 )
 from cnext.adapters.linear import AdapterLinear, Branch
 from cnext.adapters.mage import AttachedMage, attach_mage
@@ -36,4 +37,5 @@ __all__ = [
     "layers",
     "roles_of",
     "set_trainable",
+    "trained_like",
 ]

@@ -27,6 +27,14 @@ def check_ranges(ranks: Mapping[str, int], scale: float, dropout: float) -> None
         raise UserError(f"dropout must be at least 0 and below 1, got {dropout}")
 
 
+def trained_like(drawn: Tensor, weight: Tensor) -> Tensor:
+    """First values of a parameter beside a frozen weight: on its device, in its dtype, but in float32 at least.
+
+    In bfloat16 the steps of a small learning rate would be lost.
+    """
+    return drawn.to(weight.device, torch.promote_types(weight.dtype, torch.float32))
+
+
 def attach(
     model: nn.Module,
     targets: Sequence[str],
@@ -77,9 +85,7 @@ def attach(
         own = torch.Generator().manual_seed(int(torch.randint(2**62, (1,), generator=generator)))
         bound = module.in_features**-0.5
         drawn = torch.empty(sum(ranks.values()), module.in_features).uniform_(-bound, bound, generator=own)
-        # What is trained is kept in float32 at least: in bfloat16 small steps would be lost.
-        dtype = torch.promote_types(module.weight.dtype, torch.float32)
-        parts = drawn.to(module.weight.device, dtype).split(list(ranks.values()))
+        parts = trained_like(drawn, module.weight).split(list(ranks.values()))
         branches = {key: Branch(part, module.out_features) for key, part in zip(ranks, parts, strict=True)}
         parent, _, child = name.rpartition(".")
         layer = AdapterLinear(module, branches, scale, dropout, independent).train(module.training)

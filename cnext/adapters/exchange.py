@@ -13,6 +13,7 @@ from cnext.adapters.attach import layers
 from cnext.errors import UserError
 
 SHOWN = 8
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def listed(names: Iterable[str]) -> str:
@@ -20,6 +21,11 @@ def listed(names: Iterable[str]) -> str:
     names = list(names)
     more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
     return ", ".join(names[:SHOWN]) + more
+
+
+def not_finite(tensors: Mapping[str, Tensor]) -> list[str]:
+    """The names of the tensors that are of something else than finite numbers in floating point."""
+    return [n for n, t in tensors.items() if t.dtype not in FLOATS or not bool(torch.isfinite(t).all())]
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ Reference: Continual-NExT, arXiv 2602.18055, the released code of SEED-X with MA
 from __future__ import annotations
 
 import re
+import struct
 from collections import Counter
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from cnext.adapters.attach import layers
-from cnext.adapters.exchange import Branches, branches_of, listed
+from cnext.adapters.exchange import Branches, branches_of, listed, not_finite
 from cnext.adapters.roles import BRANCH_ROLES
 from cnext.errors import UserError, unknown
 
@@ -31,6 +32,11 @@ NORM = re.compile(r"(?P<norm>.+)\.modules_to_save\.default\.weight")
 IGNORED = {"original_module": re.compile(r".+\.original_module\.weight"), "inv_freq": re.compile(r".+\.inv_freq")}
 IN_LLM = {"embeddings": re.compile(r".*embed_tokens\.weight"), "head": re.compile(r"lm_head\.weight")}
 BESIDE = ("input_resampler", "output_resampler", "patch_pos_embed")
+UNREADABLE = (
+    *(RuntimeError, EOFError, LookupError, TypeError, ValueError, AttributeError, AssertionError),
+    *(MemoryError, OverflowError),
+)
+"""What torch's reader of pickles says of a damaged one: it takes what is written for what ought to be there."""
 LANGUAGE_MODEL = (*IN_LLM, "norms")
 """Kinds of extra tensors that are parameters of the language model, and named as there."""
 
@@ -66,12 +72,12 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         if path.suffix == ".safetensors":
             return load_file(path)
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, SafetensorError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+    except (OSError, SafetensorError, pickle.UnpicklingError, struct.error, *UNREADABLE) as error:
         reason = str(error).partition("\n")[0]
         raise UserError(f"{path}: expected a file of tensors, by torch or safetensors; cannot read it: {reason}") from (
             error
         )
-    if not isinstance(state, dict) or not all(isinstance(tensor, Tensor) for tensor in state.values()):
+    if not isinstance(state, dict) or not all(isinstance(n, str) and isinstance(t, Tensor) for n, t in state.items()):
         raise UserError(f"{path}: expected a flat table of tensors, found {type(state).__name__} with other things")
     return state
 
@@ -97,6 +103,8 @@ def from_released(
     def problem(what: str, name: str) -> None:
         problems.setdefault(what, []).append(name)
 
+    for key in not_finite(state):
+        problem("not finite numbers", key)
     for key, tensor in state.items():
         name = key.removeprefix("module.")
         part = name.partition(".")[0]

@@ -8,8 +8,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from cnext.adapters.exchange import Branches, branches_of, listed, refuse_routed
+from cnext.adapters.exchange import Branches, branches_of, listed, not_finite, refuse_routed
 from cnext.errors import UserError, parse_json
+from cnext.shapes import wrong
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 KEY = re.compile(r"base_model\.model\.(?P<layer>.+)\.lora_(?P<half>[AB])\.weight")
@@ -27,6 +28,14 @@ PLAIN = {
 }
 """The settings of a PEFT adapter that is W + scale B A on an unchanged W, the same in every layer. (What is left out of
 the initializations, such as pissa, changes W.)"""
+
+
+def _rank(value: Any) -> bool:
+    """a whole number from 1 on"""
+    return not wrong(value, int) and 0 < value < 2**31
+
+
+SIZES = {"r": _rank, "lora_alpha": float, "use_rslora?": (bool, None)}
 
 
 def save_peft(model: nn.Module, folder: Path, one: bool = False) -> list[Path]:
@@ -120,11 +129,11 @@ def _read(folder: Path) -> tuple[dict[str, tuple[Tensor, Tensor]], float]:
         tensors = load_file(folder / WEIGHTS)
     except (OSError, ValueError, SafetensorError) as error:
         raise UserError(f"expected {CONFIG} and {WEIGHTS} of a PEFT adapter in {folder}: {error}") from error
-    if not isinstance(config, dict):
-        raise UserError(f"{folder / CONFIG}: expected a JSON object, found {type(config).__name__}")
+    if found := wrong(config, SIZES):
+        raise UserError(f"{folder / CONFIG}: {found}")
     strange = [f"{key} {config[key]!r}" for key, plain in PLAIN.items() if key in config and config[key] not in plain]
-    if strange or not {"r", "lora_alpha"} <= config.keys():
-        found = listed(strange) or "no r and lora_alpha"
+    if strange:
+        found = listed(strange)
         raise UserError(f"{folder / CONFIG}: expected a plain LoRA, the same in every layer, found {found}")
     halves: dict[str, dict[str, Tensor]] = {}
     unknown = []
@@ -134,7 +143,7 @@ def _read(folder: Path) -> tuple[dict[str, tuple[Tensor, Tensor]], float]:
         else:
             unknown.append(key)
     alone = [layer for layer, pair in halves.items() if len(pair) < 2]
-    wrong = [
+    unfit = [
         f"{layer}.{half} {tuple(tensor.shape)}"
         for layer, pair in halves.items()
         for half, tensor in pair.items()
@@ -142,7 +151,12 @@ def _read(folder: Path) -> tuple[dict[str, tuple[Tensor, Tensor]], float]:
     ]
     problems = [
         f"{what}: {listed(names)}"
-        for what, names in (("unknown keys", unknown), ("A without B", alone), ("not of rank r", wrong))
+        for what, names in (
+            ("unknown keys", unknown),
+            ("A without B", alone),
+            ("not of rank r", unfit),
+            ("not finite numbers", not_finite(tensors)),
+        )
         if names
     ]
     if problems or not halves:

@@ -92,6 +92,9 @@ def attach_mage(
     if language_model is None:
         decoder = getattr(model, "get_decoder", None)
         language_model = model if decoder is None else decoder()
+        # transformers 4 stops at the model that has the decoder beside a vision tower.
+        for name in ("language_model", "text_model"):
+            language_model = getattr(language_model, name, language_model)
     assert language_model is not None, "a transformers model that has get_decoder has a decoder"
     before = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     ranks = {role.name: rank for role in BRANCH_ROLES}

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from cnext.adapters.attach import trained_like
 from cnext.errors import UserError
 
 
@@ -40,7 +41,7 @@ class Prompts(nn.Module):
             raise UserError(
                 f"{budget:,} parameters are {size} prompts of {length} vectors, fewer than the {count} to find"
             )
-        drawn = torch.randn(size, length + 1, width, generator=generator).to(embeddings)
+        drawn = trained_like(torch.randn(size, length + 1, width, generator=generator), embeddings)
         self.prompts = nn.Parameter(drawn[:, 1:] * (embeddings.std() / scale))
         self.keys = nn.Parameter(drawn[:, 0] * width**-0.5)
         self.count, self.scale = count, scale
@@ -51,7 +52,7 @@ class Prompts(nn.Module):
 
     def nearest(self, features: Tensor) -> tuple[Tensor, Tensor]:
         """(N, count) int64: the prompts of the largest cosines of key and features, ascending; (N, count): these."""
-        cosines = F.normalize(features, dim=1) @ F.normalize(self.keys, dim=1).T
+        cosines = F.normalize(features.to(self.keys.dtype), dim=1) @ F.normalize(self.keys, dim=1).T
         largest, chosen = cosines.topk(self.count)
         return chosen.sort().values, largest
 

@@ -13,7 +13,7 @@ from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy
 import torch
@@ -60,7 +60,7 @@ class CodedBackbone(PretrainedBackbone):
         """Tokens that are no text."""
 
     @property
-    def vq(self) -> nn.Module:
+    def vq(self) -> Any:
         return self.model.model.vqmodel
 
     @property
@@ -144,7 +144,8 @@ class CodedBackbone(PretrainedBackbone):
                 told.write_codes(self.grid[1], self.pad)
                 told.write([] if self.row_end is None else [self.row_end])
             told.write(self.end)
-        most = self.language_model.config.max_position_embeddings
+        config: Any = self.language_model.config
+        most = config.max_position_embeddings
         if len(told.cells) > most:
             raise UserError(
                 f"sample {sample.origin or sample.id} is {len(told.cells):,} tokens long, {self.name} reads {most:,} "

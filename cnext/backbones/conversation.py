@@ -53,7 +53,7 @@ class Encoded:
     def question(self) -> Encoded:
         """The first instruction alone: all before the first token of its answer, which its last position gives."""
         end = int((self.labels != IGNORED).nonzero()[0])
-        return Encoded(*(tensor[:end] for tensor in (self.ids, self.labels, self.codes, self.positions)), self.read)
+        return Encoded(self.ids[:end], self.labels[:end], self.codes[:end], self.positions[:end], self.read)
 
     def before_codes(self, answer: Sequence[int]) -> Encoded:
         """A question with an answer whose last token gives the first code of a picture."""

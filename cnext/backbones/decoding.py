@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -21,7 +21,8 @@ class Decoding:
         from transformers import DynamicCache
 
         self.backbone = backbone
-        self._cache = DynamicCache(config=backbone.language_model.config)
+        config: Any = backbone.language_model.config
+        self._cache = DynamicCache(config=config)
         # Padding on the left, so that all sequences go on at the same place.
         ids, _, codes, positions, self._mask = backbone.padded(begun, "left")
         reads = [item.read for item in begun if item.read is not None]

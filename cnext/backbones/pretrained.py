@@ -28,7 +28,7 @@ def open_picture(path: Path) -> Image:
         raise UserError(f"image {path} cannot be read: {error}\n`cnext data check` lists every such file") from error
 
 
-def checkpoint_activations(model: nn.Module) -> None:
+def checkpoint_activations(model: Any) -> None:
     """Has a transformers model compute activations again in the backward pass, by the name that its version knows."""
     newer = getattr(model, "activation_checkpointing_enable", None)
     (newer or model.gradient_checkpointing_enable)({"use_reentrant": False})
@@ -45,7 +45,7 @@ class PretrainedBackbone(Backbone):
     frozen: ClassVar[tuple[str, ...]]
     """Parts of the model that are in evaluation mode always."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: Any) -> None:
         super().__init__()
         self.model = model
 
@@ -104,7 +104,7 @@ class PretrainedBackbone(Backbone):
         return self
 
     @property
-    def embed_tokens(self) -> nn.Embedding:
+    def embed_tokens(self) -> Any:
         return self.language_model.embed_tokens
 
     @property

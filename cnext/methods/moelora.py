@@ -28,11 +28,11 @@ class Router(nn.Module):
         super().__init__()
         width = layer.base.in_features
         drawn = torch.empty(experts, width).uniform_(-(width**-0.5), width**-0.5, generator=generator)
-        self.weight = nn.Parameter(drawn.to(layer.base.weight))
+        self.weight = nn.Parameter(adapters.trained_like(drawn, layer.base.weight))
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in_features) to (..., experts) that sum to 1."""
-        return nn.functional.linear(x, self.weight).softmax(-1)
+        return nn.functional.linear(x.to(self.weight.dtype), self.weight).softmax(-1)
 
 
 @dataclass

@@ -29,7 +29,7 @@ from cnext.methods.lora import Lora
 class Pgp(Lora):
     """y = W x + scale B A x."""
 
-    epsilon: float = 0.5
+    epsilon: float = 0.9
     """Share of the inputs' squared length that is protected."""
     batches: int = 16
     """Steps at the end of a task whose inputs count."""

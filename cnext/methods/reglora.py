@@ -6,7 +6,7 @@ After every task the largest 2% of the entries of |B A| of each layer join its I
 merges the branch into W and starts another; here the branches learnt are frozen and add up, which is the same function.
 
 The release has penalty 2500, for rank 128 and a learning rate of 2e-4. On the tiny backbone at 1e-3 that makes the
-penalty's gradient about six times as large as the task's; with 250 it is about half as large, and 25 is what validation items chose.
+penalty's gradient about six times as large as the task's; 25, which validation items chose, makes it a twentieth of it.
 
 Reference: Chen et al., SEFE: Superficial and Essential Forgetting Eliminator, arXiv 2505.02486.
 """

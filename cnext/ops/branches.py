@@ -103,7 +103,7 @@ def lora_branches_grouped(
     if dropout and seed is None:
         seed = torch.randint(-(2**63), 2**63 - 1, (1,), device=x.device)
     options = (ranks, scale, dropout, independent, impl)
-    downs, ups = (a[0], b[0]) if len(weights) == 1 else (tuple(chain(*a)), tuple(chain(*b)))
+    downs, ups = (tuple(a[0]), tuple(b[0])) if len(weights) == 1 else (tuple(chain(*a)), tuple(chain(*b)))
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, routing, *downs, *ups)):
         return _LoraBranches.apply(options, len(weights), x, seed, routing, *weights, *biases, *downs, *ups)
     packed = _stacked(downs, x.dtype), _side_by_side(ups, len(weights), x.dtype)
@@ -122,7 +122,7 @@ def dropout_mask(
     return torch.ops.cnext.dropout_mask(seed, rows, columns, dropout, branch, impl=impl)
 
 
-def _stacked(parts: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+def _stacked(parts: tuple[Tensor, ...] | list[Tensor], dtype: torch.dtype) -> Tensor:
     """The parts one below the other: where they lie so in memory already, as one view of it."""
     first = parts[0]
     if len(parts) == 1:
@@ -143,7 +143,7 @@ def _stacked(parts: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
     return whole if first.dtype == dtype else whole.to(dtype)
 
 
-def _side_by_side(parts: Sequence[Tensor], linears: int, dtype: torch.dtype) -> list[Tensor]:
+def _side_by_side(parts: tuple[Tensor, ...] | list[Tensor], linears: int, dtype: torch.dtype) -> list[Tensor]:
     """Every linear layer's parts as the columns of one matrix."""
     count = len(parts) // linears
     packed = parts if count == 1 else [torch.cat(parts[i : i + count], 1) for i in range(0, len(parts), count)]
@@ -167,7 +167,7 @@ class _LoraBranches(torch.autograd.Function):
         x: Tensor,
         seed: Tensor | None,
         routing: Tensor | None,
-        *rest: Tensor | None,
+        *rest: Any,
     ) -> tuple[Tensor, ...]:
         weights, biases, parts = rest[:linears], rest[linears : 2 * linears], rest[2 * linears :]
         half, needed = len(parts) // 2, ctx.needs_input_grad
@@ -201,7 +201,7 @@ class _LoraBranches(torch.autograd.Function):
                 parts[place + g * len(ranks) : place + g * len(ranks) + len(kept)] = mine
         d_routing = next(found) if needed[4] else None
         given = [
-            part if not need or part.dtype == dtype else part.to(dtype)
+            part if part is None or not need or part.dtype == dtype else part.to(dtype)
             for part, need, dtype in zip(parts, needed[-len(parts) :], ctx.dtypes, strict=True)
         ]
         return None, None, dx, None, d_routing, *[None] * (2 * linears), *given

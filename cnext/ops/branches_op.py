@@ -134,13 +134,17 @@ def _backward(
         passes.spread(dx, dh, a, ranks, linears, random)
         outputs.append(dx if grad[0].ndim == 2 else dx.view(*grad[0].shape[:-1], dx.shape[1]))
     if live_a[1]:
+        assert x is not None, "saved where the gradient of A is wanted"
         outputs.append(passes.weighed(_live(dh, live_a, linears), _flat(x), _clipped(ranks, live_a), linears, random))
     if live_b[1]:
+        assert h is not None, "saved where the gradient of B is wanted"
         routed = _live(_routed(h, routing, ranks, linears), live_b, linears)
         for dy, columns in zip(grads, _by_linear(routed, linears), strict=True):
             db = dy.T @ columns
             outputs.append(db if scale == 1.0 else db.mul_(scale))
     if needs_routing:
+        assert h is not None, "saved where the gradient of the routing is wanted"
+        assert routing is not None
         terms = (unrouted * h).view(-1, linears, sum(ranks)).sum(1)
         sums = torch.stack([part.sum(1) for part in terms.split(ranks, 1)], 1)
         outputs.append(sums.to(routing.dtype).view(routing.shape))
@@ -168,7 +172,7 @@ def _backward_fake(
         outputs.append(a.new_empty(len(grad) * (live_a[1] - live_a[0]), a.shape[1]))
     if live_b[1]:
         outputs += [up.new_empty(up.shape[0], live_b[1] - live_b[0]) for up in b]
-    return [*outputs, routing.new_empty(routing.shape)] if needs_routing else outputs
+    return [*outputs, routing.new_empty(routing.shape)] if needs_routing and routing is not None else outputs
 
 
 def _mask(seed: Tensor, rows: int, columns: int, dropout: float, branch: int = 0, impl: str | None = None) -> Tensor:

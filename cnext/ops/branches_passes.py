@@ -83,8 +83,10 @@ def _dropped(x: Tensor, random: Random, branch: int) -> Tensor:
 def _launch(what: str, x: Tensor, out: Tensor, random: Random, branch: int) -> None:
     """out = drop(x) ("dropout") or out += drop(x) ("dropout_add"); x: (rows, columns), its columns side by side."""
     seed, dropout, _, path = random
+    assert seed is not None, "there is dropout"
+    rows, columns = x.shape
     if path == "reference":
-        keep = branches_reference.dropout_mask(seed, *x.shape, dropout, branch)
+        keep = branches_reference.dropout_mask(seed, rows, columns, dropout, branch)
         term = torch.where(keep, x * (65536 / (65536 - threshold(dropout))), 0.0)
         out.copy_(term) if what == "dropout" else out.add_(term)
         return
@@ -97,7 +99,8 @@ def _launch(what: str, x: Tensor, out: Tensor, random: Random, branch: int) -> N
             what == "dropout_add",
             x.data_ptr(),
             out.data_ptr(),
-            *x.shape,
+            rows,
+            columns,
             x.stride(0),
             out.stride(0),
             seed.data_ptr(),
@@ -113,7 +116,7 @@ def _refuse_float64(x: Tensor, path: str) -> None:
 
 
 def _triton(what: str, first: Tensor, second: Tensor, out: Tensor, random: Random, branch: int) -> None:
-    from cnext.kernels import branches
+    from cnext.kernels import branches  # pyright: ignore[reportMissingImports]
 
     _refuse_float64(first, "triton")
     seed, dropout, _, _ = random
@@ -123,7 +126,7 @@ def _triton(what: str, first: Tensor, second: Tensor, out: Tensor, random: Rando
 def mask(seed: Tensor, rows: int, columns: int, dropout: float, branch: int, path: str) -> Tensor:
     """Which elements of (rows, columns) are kept."""
     if path == "triton":
-        from cnext.kernels import branches
+        from cnext.kernels import branches  # pyright: ignore[reportMissingImports]
 
         keep = seed.new_empty((rows, columns), dtype=torch.bool)
         branches.run_mask(keep, seed, threshold(dropout), branch)

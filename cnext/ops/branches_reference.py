@@ -89,7 +89,9 @@ def lora_branches(
         for i, (down, up) in enumerate(zip(downs, ups, strict=True)):
             dropped = flat
             if dropout:
-                keep = dropout_mask(seed, *flat.shape, dropout, i if independent else 0)
+                assert seed is not None, "drawn where there is dropout"
+                rows, columns = flat.shape
+                keep = dropout_mask(seed, rows, columns, dropout, i if independent else 0)
                 dropped = torch.where(keep, flat * (65536 / (65536 - threshold(dropout))), 0.0)
             term = F.linear(F.linear(dropped, down.to(x.dtype)), up.to(x.dtype)) * scale
             y = y + (term if routing is None else term * routing.reshape(-1, len(downs))[:, i : i + 1])

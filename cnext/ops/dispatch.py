@@ -14,7 +14,8 @@ from types import ModuleType
 from cnext.errors import UserError, unknown
 
 IMPLS = ("cpp", "cuda", "triton", "reference")
-_BEST = {"cpu": ("cpp",), "cuda": ("cuda", "triton")}
+BEST = {"cpu": ("cpp",), "cuda": ("cuda", "triton")}
+"""What is faster than plain torch on a device type, the best first."""
 _PLAIN = ("this op is plain torch only", "")
 _last: dict[str, str] = {}
 
@@ -26,11 +27,15 @@ def core(name: str) -> ModuleType | None:
     return importlib.import_module(module) if importlib.util.find_spec(module) else None
 
 
+def _nothing() -> None: ...
+
+
 @cache
 def _triton_interprets() -> bool:
-    from triton import knobs
+    import triton
 
-    return knobs.runtime.interpret
+    # What triton makes of a function tells it in every version; where the setting is kept has moved.
+    return not isinstance(triton.jit(_nothing), triton.JITFunction)
 
 
 def missing(impl: str, device: str) -> str:
@@ -51,8 +56,9 @@ def missing(impl: str, device: str) -> str:
 
 
 @cache
-def _best(device: str) -> str:
-    for impl in _BEST.get(device, ()):
+def best(device: str) -> str:
+    """The implementation that ``impl=None`` takes on a device type."""
+    for impl in BEST.get(device, ()):
         if not missing(impl, device):
             return impl
     warnings.warn(
@@ -74,7 +80,7 @@ def choose(op: str, device: str, impl: str | None, compiled: bool = True) -> str
         raise unknown("impl", impl, IMPLS)
     if impl is not None and (reason := missing(impl, device) if compiled else _PLAIN[impl == "reference"]):
         raise UserError(f"{op}: impl={impl!r} is missing: {reason}")
-    _last[op] = impl or (_best(device) if compiled else "reference")
+    _last[op] = impl or (best(device) if compiled else "reference")
     return _last[op]
 
 

@@ -91,7 +91,8 @@ class Op:
         pointers = checks.addresses(self.name, ordered, self.written)
         device = arguments[0][0].device
         path = dispatch.choose(self.name, device.type, impl, compiled=bool(self.rules))
-        numbers = {name: scalars.get(name, default) for name, default in self.scalars.items()}
+        # The schema has made sure of those that have no default.
+        numbers = {name: scalars.get(name, default or 0.0) for name, default in self.scalars.items()}
         if path == "reference":
             out = getattr(reference, self.name)(*arguments, **numbers)
             return out.view(-1, self.columns) if self.columns else None
@@ -184,6 +185,6 @@ def _triton(
     rows: Tensor | None,
     device: torch.device,
 ) -> None:
-    from cnext.kernels import averaging
+    from cnext.kernels import averaging  # pyright: ignore[reportMissingImports]
 
     averaging.foreach(rule, dtypes, pointers, sizes, scalars, out, rows, device)

@@ -11,9 +11,16 @@ from typing import Any
 
 from torch import Tensor
 
-from cnext.errors import UserError
+from cnext.errors import UserError, parse_json
+from cnext.shapes import name as file_name
+from cnext.shapes import wrong
 
 MANIFEST = "manifest.json"
+COUNTS = ("tasks_done", "step")
+
+
+class Damaged(UserError):
+    """A checkpoint that is not what was written."""
 
 
 def write_text(path: Path, text: str) -> None:
@@ -34,8 +41,13 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
 
 
-def _digest(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+def _digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
+
+
+def _sealed(values: dict[str, Any]) -> dict[str, Any]:
+    """The values, and a checksum of them all."""
+    return {**values, "sha256": _digest(json.dumps(values, sort_keys=True, allow_nan=False).encode())}
 
 
 def save(folder: Path, tensors: dict[str, dict[str, Tensor]], values: dict[str, Any]) -> None:
@@ -49,32 +61,45 @@ def save(folder: Path, tensors: dict[str, dict[str, Tensor]], values: dict[str, 
     checksums = {}
     for key, state in tensors.items():
         content = serialize({name: tensor.detach().contiguous() for name, tensor in state.items()})
-        checksums[f"{key}.safetensors"] = hashlib.sha256(content).hexdigest()
+        checksums[f"{key}.safetensors"] = _digest(content)
         _write_through(unfinished / f"{key}.safetensors", content)
-    write_json(unfinished / MANIFEST, {"files": checksums, **values})
+    # Through JSON, so that the checksum is of what a reader finds (keys that are words, lists for tuples).
+    write_json(unfinished / MANIFEST, _sealed(json.loads(json.dumps({"files": checksums, **values}))))
     shutil.rmtree(folder, ignore_errors=True)
     os.rename(unfinished, folder)
 
 
 def manifest(folder: Path) -> dict[str, Any]:
-    """A checkpoint's manifest. Raises UserError where it cannot be read."""
+    """A checkpoint's manifest, its own checksum compared. Raises Damaged where it is not what was written."""
     try:
-        return json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        values = parse_json((folder / MANIFEST).read_bytes())
+        sealed = {key: value for key, value in values.items() if key != "sha256"} if isinstance(values, dict) else {}
+        whole = bool(sealed) and _sealed(sealed) == values
     except (OSError, ValueError) as error:
-        raise UserError(
-            f"the checkpoint {folder} has no readable {MANIFEST}: {error}; delete it to go on from the one before"
-        ) from error
+        raise Damaged(f"the {MANIFEST} of the checkpoint {folder} cannot be read: {error}") from error
+    files: Any = sealed.get("files")
+    counts = [sealed.get(name) for name in COUNTS]
+    # What is in the manifest of a folder from elsewhere must not lead out of that folder.
+    named = not wrong(files, {str: str}) and all(map(file_name, files))
+    if not (whole and named and all(type(count) is int and count >= 0 for count in counts)):
+        raise Damaged(f"the {MANIFEST} of the checkpoint {folder} is not what was written")
+    return sealed
 
 
 def load(folder: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
-    """Reads a checkpoint back, checksums compared. Raises UserError naming the file that is not what was written."""
-    from safetensors.torch import load_file
+    """Reads a checkpoint back, checksums compared. Raises Damaged naming the file that is not what was written."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load as deserialize
 
     values = manifest(folder)
     tensors = {}
     for name, checksum in values.pop("files").items():
         path = folder / name
-        if not path.is_file() or _digest(path) != checksum:
-            raise UserError(f"{path} is missing or damaged; delete {folder} to go on from the checkpoint before it")
-        tensors[path.stem] = load_file(path)
+        try:
+            content = path.read_bytes()
+            if _digest(content) != checksum:
+                raise Damaged(f"{path} is not what was written")
+            tensors[path.stem] = deserialize(content)
+        except (OSError, SafetensorError) as error:
+            raise Damaged(f"{path} cannot be read: {error}") from error
     return tensors, values

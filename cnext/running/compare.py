@@ -8,6 +8,7 @@ from typing import Any
 
 from cnext import methods
 from cnext.errors import UserError
+from cnext.running import fingerprint
 from cnext.scoring import published
 from cnext.scoring.matrix import ScoreMatrix, points
 from cnext.scoring.matrix_file import ScoreRecord, from_json, read_json
@@ -21,7 +22,8 @@ SCORES = ("score_matrix", "zero_shot", "error_matrix")
 
 @dataclass(frozen=True)
 class Side:
-    """One side of a comparison. deviations: standard deviations of some metrics over seeds. note: for the reader."""
+    """One side of a comparison. deviations: standard deviations of some metrics over seeds. note: for the reader.
+    digests: by stage and what was trained, in order. fingerprint: None where there is none."""
 
     name: str
     method: str
@@ -29,12 +31,14 @@ class Side:
     record: ScoreRecord
     deviations: dict[str, float] = field(default_factory=dict)
     note: str = ""
+    digests: dict[tuple[int, str], str] = field(default_factory=dict)
+    fingerprint: dict[str, Any] | None = None
 
     def score(self, stage: int, task: str) -> float | None:
         """The score on a task after a stage, 0 being zero-shot; None where not evaluated."""
         i = self.record.tasks.index(task)
         row = self.record.matrix.to_rows()[stage - 1] if stage else self.record.zero_shot
-        return row and row[i]
+        return row[i] if row else None
 
     def metrics(self, stages: int) -> dict[str, float | None]:
         """The metrics of the first stages."""
@@ -69,7 +73,39 @@ def of_run(path: Path, profile: str | None = None) -> Side:
     # The released evaluators take a cosine as it is.
     record = from_json(results, str(file), least=-100.0 if profile == "paper" else 0.0)
     conditions = {"profile": profile, **{key: results[key] for key in CONDITIONS}}
-    return Side(f"{results['method']} ({path})", str(results["method"]), conditions, record)
+    here = results.get("fingerprint")
+    return Side(
+        f"{results['method']} ({path})",
+        str(results["method"]),
+        conditions,
+        record,
+        digests=_digests(results.get("digests"), str(file)),
+        fingerprint=here if isinstance(here, dict) else None,
+    )
+
+
+def _digests(rows: Any, where: str) -> dict[tuple[int, str], str]:
+    """The digests of a results.json by (stage, what was trained); none where it has none."""
+    try:
+        return {(int(row["stage"]), str(row["trained"])): str(row["sha256"]) for row in rows or ()}
+    except (TypeError, KeyError, ValueError, OverflowError) as error:
+        raise UserError(f"{where}, digests: expected rows with stage, trained and sha256, got {error!r}") from error
+
+
+def _states(here: Side, there: Side) -> dict[str, Any] | None:
+    """Up to which stage both sides have learnt the same to the bit, and at which they part; None where a side has no
+    digests."""
+    if not here.digests or not there.digests:
+        return None
+    same: list[str] = []
+    for (stage, trained), digest in here.digests.items():
+        found = there.digests.get((stage, trained))
+        if found is None:
+            break
+        if found != digest:
+            return {"same": same, "part_at": f"{stage} {trained}"}
+        same.append(f"{stage} {trained}")
+    return {"same": same, "part_at": None}
 
 
 def of_paper(method: str) -> Side:
@@ -112,8 +148,8 @@ def compare(here: Side, there: Side, anyway: bool = False) -> dict[str, Any]:
     theirs = there.metrics(stages)
     metrics = {name: _pair(value, theirs[name]) for name, value in here.metrics(stages).items()}
     for name, deviation in there.deviations.items():
-        if metrics[name]:
-            metrics[name]["deviation_there"] = deviation
+        if found := metrics[name]:
+            found["deviation_there"] = deviation
     return {
         "here": here.name,
         "there": there.name,
@@ -122,6 +158,8 @@ def compare(here: Side, there: Side, anyway: bool = False) -> dict[str, Any]:
         "scores": scores,
         "metrics": metrics,
         "note": there.note,
+        "states": _states(here, there),
+        "environments": fingerprint.differences(here.fingerprint, there.fingerprint),
     }
 
 
@@ -158,4 +196,17 @@ def text(comparison: dict[str, Any]) -> str:
             here, there = points(pair["here"]), points(pair["there"])
             spread = f"  there ± {points(pair['deviation_there'])} over seeds" if "deviation_there" in pair else ""
             lines.append(f"{name:<{width}}{here:>8}{there:>8}{points(pair['difference'], '+'):>12}{spread}")
-    return "\n".join([*lines, comparison["note"]] if comparison["note"] else lines)
+    lines += [comparison["note"]] if comparison["note"] else []
+    return "\n".join([*lines, *_states_text(comparison)])
+
+
+def _states_text(comparison: dict[str, Any]) -> list[str]:
+    states = comparison["states"]
+    if states is None:
+        return []
+    same = states["same"]
+    lines = ["", f"states: the same to the bit up to stage {same[-1]}" if same else "states: not one is the same"]
+    if states["part_at"] is not None:
+        lines[-1] += f"; they part at stage {states['part_at']}"
+        lines += [f"  environments differ in {line}" for line in comparison["environments"]]
+    return lines

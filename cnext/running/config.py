@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import json
 import os
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from cnext.errors import UserError, unknown
+from cnext.running import event_log
 from cnext.tasks import suites
 from cnext.tasks.base import Recipe, Suite, Task
 from cnext.tasks.formats import READERS
 from cnext.tasks.synthetic import GENERATORS
 
 SPLITS = ("test", "validation")
+LOGS = ("jsonl", "tensorboard")
 OVERRIDES = (
     "learning_rate",
     "batch_size",
@@ -52,6 +56,9 @@ class Options:
     """Threads of torch on the CPU. Results are repeatable bit for bit with the same number."""
     block_steps: int = 50
     """Optimizer steps between two checkpoints: what an interruption can cost at most."""
+    clip: str | None = None
+    """CLIP that scores pictures, where it is not to be the suite's: a file or folder of weights, for example
+    ViT-B-32.pt as OpenAI publishes it, or <tag>/<model> of open_clip."""
     learning_rate: float | None = None
     """Overrides the budget's peak learning rate."""
     batch_size: int | None = None
@@ -69,10 +76,15 @@ class Options:
     """Overrides whether activations are computed again in the backward pass, which saves memory."""
     weights: Path | None = None
     """Folder of the backbone's released weights. The tiny backbone brings its own."""
+    backbone_options: tuple[str, ...] = ()
+    """What else the backbone's loading takes, as name=value, for example edit_stage=second of seed-x."""
     device_map: str | None = None
     """How one process spreads the model over several devices, for example "balanced". Default: it does not."""
     workers: int = 0
     """Processes that read and prepare samples beside the training. Results are the same with any number."""
+    log: Literal["jsonl", "tensorboard"] = "jsonl"
+    """"jsonl": train.jsonl and scores.jsonl, which every run writes. "tensorboard": event files beside them, in the run
+    folder's tensorboard/."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,7 +140,9 @@ class Plan:
             "device": self.device,
             "threads": config.threads,
             "block_steps": config.block_steps,
+            "clip": config.clip,
             "weights": None if config.weights is None else str(config.weights),
+            "backbone_options": loading_options(config.backbone, config.backbone_options),
             "recipe": recipe,
         }
         # Through JSON, so that what is compared with a file (tuples, paths) has the file's types.
@@ -146,22 +160,34 @@ def _at_least(name: str, value: float, least: float) -> None:
         raise UserError(f"{name} must be at least {least}, got {value}")
 
 
-def plan(config: RunConfig) -> Plan:
-    """Looks up every name of a RunConfig. Raises UserError naming what is unknown, and the valid names."""
+def plan(config: RunConfig, elsewhere: bool = False, forecast: bool = False) -> Plan:
+    """Looks up every name of a RunConfig. Raises UserError naming what is unknown, and the valid names.
+
+    Args:
+        elsewhere: whether the run is done on another machine, whose devices cannot be looked at from here.
+        forecast: whether it is not done at all, and needs no data.
+    """
     from cnext import backbones, methods
 
     suite = suites.load(config.suite)
+    if config.clip is not None:
+        suite = dataclasses.replace(suite, clip=config.clip)
     order = suites.order(suite, config.order)
     if config.budget not in suite.budgets:
         raise unknown("budget", config.budget, list(suite.budgets))
     if config.split not in SPLITS:
         raise unknown("split", config.split, SPLITS)
+    if config.log not in LOGS:
+        raise unknown("log", config.log, LOGS)
+    if config.log == "tensorboard":
+        event_log.require()
     if config.backbone not in backbones.modules():
         raise unknown("backbone", config.backbone, sorted(backbones.modules()))
     for name, least in (("seed", 0), ("threads", 1), ("block_steps", 1)):
         _at_least(name, getattr(config, name), least)
     for name in ("workers", "micro_batch_size"):
         _at_least(name, getattr(config, name) or 0, 0)
+    loading_options(config.backbone, config.backbone_options)
     recipe = _recipe(config, suite.budgets[config.budget])
     for name in order:
         _check_task(suite.task(name))
@@ -170,7 +196,7 @@ def plan(config: RunConfig) -> Plan:
         raise UserError(f"budget {config.budget} of suite {suite.name} gives no steps for: {', '.join(missing)}")
     if suite.synthetic and suite.synthetic not in GENERATORS:
         raise unknown("generator (suite.json, 'synthetic')", suite.synthetic, list(GENERATORS))
-    if config.data is None and not suite.synthetic:
+    if config.data is None and not suite.synthetic and not forecast:
         raise UserError(f"suite {suite.name} needs --data, the folder that holds its files")
     kind = methods.load(config.method)
     known = {field.name: field for field in dataclasses.fields(kind)}
@@ -178,7 +204,35 @@ def plan(config: RunConfig) -> Plan:
         if name not in known:
             raise unknown(f"hyperparameter of {config.method}", name, list(known))
     hyperparameters = dataclasses.asdict(kind(**config.hyperparameters))
-    return Plan(config, suite, order, recipe, _device(config.device), hyperparameters)
+    return Plan(config, suite, order, recipe, _device(config.device, elsewhere), hyperparameters)
+
+
+def loading_options(backbone: str, given: Sequence[str]) -> dict[str, Any]:
+    """What ``name=value`` says, as a backbone's ``load`` takes it: words for words, numbers for numbers.
+
+    Raises: UserError for a name that its ``load`` does not have, or a value of another type.
+    """
+    from cnext import backbones
+    from cnext.backbones.base import Backbone
+
+    kind = backbones.load(backbone)
+    common = inspect.signature(Backbone.load).parameters
+    known = {name: item.default for name, item in inspect.signature(kind.load).parameters.items() if name not in common}
+    values = {}
+    for text in given:
+        name, _, value = text.partition("=")
+        if name not in known:
+            raise unknown(f"option of backbone {backbone}", name, list(known) or ["none: it takes no options"])
+        if isinstance(known[name], str):
+            values[name] = value
+            continue
+        try:
+            values[name] = json.loads(value)
+        except ValueError as error:
+            raise UserError(f"--backbone-options {name} takes a number, true or false, got {value!r}") from error
+        if known[name] is not None and type(values[name]) is not type(known[name]):
+            raise UserError(f"--backbone-options {name} takes a value like {json.dumps(known[name])}, got {value}")
+    return values
 
 
 def _recipe(config: RunConfig, recipe: Recipe) -> Recipe:
@@ -208,7 +262,7 @@ def _check_task(task: Task) -> None:
     roles_of(task.reads, task.writes)
 
 
-def _device(name: str) -> str:
+def _device(name: str, elsewhere: bool) -> str:
     import torch
 
     if name == "auto":
@@ -217,6 +271,6 @@ def _device(name: str) -> str:
         device = torch.device(name)
     except RuntimeError as error:
         raise unknown("device", name, ["auto", "cpu", "cuda", "cuda:N"]) from error
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+    if not elsewhere and device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise UserError(f"device {name} is not there: torch sees {torch.cuda.device_count()} CUDA devices")
     return name

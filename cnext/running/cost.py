@@ -89,7 +89,7 @@ def _gpu_energy(device: torch.device) -> dict[str, int]:
 
     if importlib.util.find_spec("pynvml") is None:
         return {}
-    import pynvml
+    import pynvml  # pyright: ignore[reportMissingImports]
 
     pynvml.nvmlInit()
     try:

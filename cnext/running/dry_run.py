@@ -16,7 +16,7 @@ from cnext.methods.base import Method
 from cnext.running.batches import stable_seed
 from cnext.running.config import Plan
 from cnext.running.evaluation import question
-from cnext.running.progress import duration
+from cnext.running.pace import duration
 from cnext.running.training import TaskTrainer
 from cnext.tasks import formats, synthetic
 from cnext.tasks.base import Sample

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import shutil
 from collections.abc import Iterator
@@ -16,9 +17,9 @@ from torch import Tensor, nn
 from cnext import backbones, methods
 from cnext.adapters import exchange, exchange_authors, exchange_peft
 from cnext.backbones.base import Backbone
-from cnext.errors import UserError, parse_json, unknown
+from cnext.errors import UserError, unknown
 from cnext.methods.base import Method
-from cnext.running import checkpoint
+from cnext.running import checkpoint, written
 from cnext.running.model_card import card
 from cnext.running.preparing import trained_beside
 from cnext.running.reference import reference
@@ -56,18 +57,6 @@ def outer_model(backbone: Backbone) -> nn.Module:
     raise UserError(f"backbone {backbone.name}: its language model is in no transformers model, which exports need")
 
 
-def read_object(path: Path, keys: set[str]) -> dict[str, Any]:
-    """A JSON object. Raises UserError where there is none, or one that lacks a key."""
-    try:
-        values = parse_json(path.read_bytes())
-    except (OSError, ValueError) as error:
-        raise UserError(f"expected a folder with {path.name}, cannot read {path}: {error}") from error
-    lacking = sorted(keys - values.keys()) if isinstance(values, dict) else sorted(keys)
-    if lacking:
-        raise UserError(f"{path}: expected an object with {', '.join(sorted(keys))}, lacks {', '.join(lacking)}")
-    return values
-
-
 def _checkpoint(run: Path, label: str | None) -> Path:
     """The named checkpoint, or the last one between tasks."""
     found = [path.parent for path in sorted((run / "checkpoints").glob(f"[!.]*/{checkpoint.MANIFEST}"))]
@@ -84,20 +73,32 @@ def stand_in(name: str) -> Task:
     return Task(name, (), (), format="", scorer="", train="", test="", train_images="", test_images="")
 
 
+def _method(config: dict[str, Any]) -> Method:
+    """The method of a configuration. Raises UserError for hyperparameters that it does not have."""
+    kind, given = methods.load(config["method"]), config["hyperparameters"]
+    defaults = dataclasses.asdict(kind())
+    for name, value in given.items():
+        if name not in defaults:
+            raise unknown(f"hyperparameter of {config['method']}", name, list(defaults))
+        expected = {int: int, float: float, bool: bool, str: str}.get(type(defaults[name]), object)
+        written.checked(value, expected, f"hyperparameter {name} in config.json")
+    return kind(**given)
+
+
 def restore(run: Path, label: str | None = None) -> Restored:
     """Loads a run's backbone and adapters on the CPU, as they stood at a checkpoint between tasks.
 
     Raises:
         UserError: no run folder, no such checkpoint, a damaged one, or one that does not fit the method of today.
     """
-    config = read_object(run / "config.json", {"method", "hyperparameters", "backbone", "tasks"})
+    config = written.read(run / "config.json", written.RESTORED)
     folder = _checkpoint(run, label)
-    shown = {"tasks", "profile", "split", "zero_shot", "score_matrix", "metrics", "finished"}
-    results = read_object(run / "results.json", shown) if (run / "results.json").is_file() else None
+    file = run / "results.json"
+    results = written.checked(written.read_results(file), written.CARD, str(file)) if file.is_file() else None
     tensors, values = checkpoint.load(folder)
     weights = config.get("weights")
     backbone = backbones.load(config["backbone"]).load("cpu", None if weights is None else Path(weights))
-    method = methods.load(config["method"])(**config["hyperparameters"])
+    method = _method(config)
     method.setup(backbone, [stand_in(name) for name in config["tasks"]], torch.Generator().manual_seed(0))
     beside = trained_beside(backbone, config.get("recipe", {}).get("trainable", "branches"))
     held = method.held() | beside
@@ -117,7 +118,7 @@ def restore(run: Path, label: str | None = None) -> Restored:
     return Restored(config, results, folder.name, stages, last, method, outer_model(backbone), extras)
 
 
-def _by_kind(model: nn.Module, parameters: dict[str, nn.Parameter]) -> dict[str, dict[str, Tensor]]:
+def _by_kind(model: Any, parameters: dict[str, nn.Parameter]) -> dict[str, dict[str, Tensor]]:
     """Parameters beside the branches as `exchange_authors.Released` has its extras: kind to name to tensor."""
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     ends = [
@@ -207,7 +208,7 @@ def _write(restored: Restored, folder: Path, format: str, extras: dict[str, dict
     """Writes the weights. Returns what a reader of the card should know."""
     from safetensors.torch import save_file
 
-    model = restored.model
+    model: Any = restored.model
     if format == "authors":
         state = exchange_authors.to_released(model, extras)
         torch.save({name: tensor.contiguous() for name, tensor in state.items()}, folder / "pytorch_model.bin")

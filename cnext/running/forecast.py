@@ -7,6 +7,7 @@ machine makes of it is assumed, said in the text, and can be given.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 

@@ -15,8 +15,8 @@ from cnext.adapters import exchange, exchange_authors, exchange_peft
 from cnext.adapters.exchange_authors import BESIDE, KINDS, LANGUAGE_MODEL, ROLES, Released
 from cnext.backbones.base import Backbone
 from cnext.errors import UserError, unknown
-from cnext.running import checkpoint
-from cnext.running.export import EXTRAS, REFERENCE, outer_model, read_object, whole
+from cnext.running import checkpoint, written
+from cnext.running.export import EXTRAS, REFERENCE, outer_model, whole
 from cnext.running.reference import agrees
 
 FILES = ("pytorch_model.bin", "pytorch_model.bin/pytorch_model.bin", "model.safetensors")
@@ -93,7 +93,7 @@ def _check(path: Path, model: torch.nn.Module, backbone: str) -> str:
     file = (path if path.is_dir() else path.parent) / REFERENCE
     if not file.is_file():
         return f"not compared: no {REFERENCE} beside it"
-    if not agrees(model, read_object(file, {"input_ids", "places", "decimals", "sha256"})):
+    if not agrees(model, written.read(file, written.REFERENCE)):
         raise UserError(
             f"with this adapter {backbone} gives other logits than {file} says; is it of another backbone, or changed "
             f"since? Delete {REFERENCE} to import it all the same"

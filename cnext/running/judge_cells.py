@@ -10,17 +10,15 @@ from pathlib import Path
 from typing import Any
 
 from cnext.errors import UserError
+from cnext.running import written
 from cnext.scoring.base import ERROR_TYPES
-from cnext.scoring.judging.cache import read_rows
 from cnext.scoring.judging.cases import Case, rule
 from cnext.scoring.judging.sampling import wilson
 from cnext.scoring.kinds import known_words
 from cnext.scoring.matrix import IDENTITY_TOLERANCE, ScoreMatrix, metrics
-from cnext.scoring.matrix_file import read_json
 
 SHOWN = ("forgetting", "avg_hal", "avg_iuf", "avg_oth")
-_SCORED = ("stage", "trained", "task", "scorer", "strict")
-_ANSWERED = ("id", "instruction", "answer", "text", "image", "source_image", "target_image", "strict", "error")
+_SCORED = {key: written.SCORED[key] for key in ("stage", "trained", "task", "scorer", "strict")}
 
 
 @dataclass(frozen=True)
@@ -53,15 +51,13 @@ class JudgedRun:
         for path in (file, scores):
             if not path.is_file():
                 raise UserError(f"{path}: expected what a run has written, found nothing; give a run folder")
-        results = read_json(file)
-        missing = [key for key in ("tasks", "writes") if not isinstance(results, dict) or key not in results]
-        if missing:
-            raise UserError(
-                f"{file}: expected the results.json of a run, lacks {', '.join(missing)}; run cnext-run again"
-            )
-        rows = {(row["stage"], row["task"]): row for row in read_rows(scores, _SCORED)}
+        results = written.read(file, {"tasks": [str], "writes": {str: [str]}})
+        tasks = results["tasks"]
+        rows = {(row["stage"], row["task"]): row for row in written.read_rows(scores, _SCORED)}
+        if strange := [key for key in rows if not 0 <= key[0] <= len(tasks) or key[1] not in tasks]:
+            raise UserError(f"{scores}: expected the stages and tasks of {file.name}, got {strange[0]}")
         cells = [_cell(run, row, rows.get((0, row["task"])), results["writes"]) for row in rows.values()]
-        return cls(results["tasks"], cells)
+        return cls(tasks, cells)
 
     def matrix(self) -> ScoreMatrix:
         """The scores of the stages after training."""
@@ -85,7 +81,7 @@ def _cell(run: Path, row: dict[str, Any], zero_shot: dict[str, Any] | None, writ
         path = run / "predictions" / f"0_{zero_shot['trained']}" / f"{task}.jsonl"
     if not path.is_file():
         raise UserError(f"{path}: a judge needs a run's predictions, found none there; run cnext-run again")
-    answers = read_rows(path, _ANSWERED)
+    answers = written.read_rows(path, written.ANSWER)
     score = fsum(answer["strict"] for answer in answers) / len(answers) if answers else -1.0
     if not isclose(score, row["strict"], abs_tol=IDENTITY_TOLERANCE):
         raise UserError(

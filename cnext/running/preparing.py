@@ -8,7 +8,7 @@ from torch import nn
 
 from cnext import backbones
 from cnext.backbones.base import Backbone
-from cnext.running.config import Plan, cache
+from cnext.running.config import Plan, cache, loading_options
 from cnext.running.precision import DTYPES, in_float32
 from cnext.scoring.clip import load_clip
 from cnext.tasks import formats, synthetic
@@ -52,6 +52,7 @@ def load_backbone(planned: Plan) -> Backbone:
         dtype=DTYPES[recipe.precision],
         device_map=config.device_map,
         checkpointing=recipe.checkpointing,
+        **loading_options(config.backbone, config.backbone_options),
     )
     if any("image" in planned.suite.task(name).writes for name in planned.order):
         backbone.require_drawing()

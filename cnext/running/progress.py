@@ -5,25 +5,16 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 from cnext import methods
+from cnext.running import heartbeat
 from cnext.running.config import Plan
+from cnext.running.heartbeat import Heartbeat
+from cnext.running.pace import RunPace, StudyPace, time_left
 from cnext.running.tables import METRICS
-
-
-def duration(seconds: float) -> str:
-    """Seconds in two units."""
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s"
-
-
-def time_left(seconds: float | None) -> str:
-    return "time left not known yet" if seconds is None else f"{duration(seconds)} left"
 
 
 def shown_metrics(values: dict[str, float | None]) -> str:
@@ -31,15 +22,19 @@ def shown_metrics(values: dict[str, float | None]) -> str:
 
 
 class Progress:
-    """Shows a run: bars on standard error, results on standard output. ``with`` starts and stops the bars."""
+    """Shows a run: bars on standard error, results on standard output. ``with`` starts and stops the bars.
 
-    def __init__(self) -> None:
+    Args: name, study: the run's name in the study that it is one of, and the study's pace.  quiet: shows nothing.
+    """
+
+    def __init__(self, name: str = "", study: StudyPace | None = None, quiet: bool = False) -> None:
         from rich.console import Console
         from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
         from rich.progress import Progress as Bars
 
-        self.console = Console(stderr=True, highlight=False)
-        self.output = Console(file=sys.stdout, highlight=False)
+        self.name, self.study = name, study
+        self.console = Console(stderr=True, highlight=False, quiet=quiet)
+        self.output = Console(file=sys.stdout, highlight=False, quiet=quiet)
         self.bars = Bars(
             TextColumn("{task.description:<24}"),
             BarColumn(),
@@ -53,6 +48,10 @@ class Progress:
         )
         self.ids: dict[str, Any] = {}
         self.first_step, self.started = 0, 0.0
+        self.doing = "loading"
+        self.pace = RunPace([], False, 0, 0)
+        self.folder: Path | None = None
+        self.heartbeat: Heartbeat | None = None
 
     def __enter__(self) -> Progress:
         self.bars.start()
@@ -61,17 +60,52 @@ class Progress:
     def __exit__(self, *_: object) -> None:
         self.bars.stop()
 
+    def kept_in(self, folder: Path) -> ExitStack:
+        """Inside, the run's folder has a heartbeat and a log of what is said here; at the end, how the run ended."""
+        self.folder, self.heartbeat = folder, Heartbeat(folder)
+        stack = ExitStack()
+        stack.push(self._ended)
+        return stack
+
+    def _ended(self, _kind: object, error: BaseException | None, _trace: object) -> None:
+        assert self.heartbeat is not None
+        if error is None:
+            self.heartbeat.end(heartbeat.FINISHED)
+            return
+        stopped = isinstance(error, KeyboardInterrupt)
+        why = str(error) or type(error).__name__
+        self.heartbeat.end(heartbeat.STOPPED if stopped else heartbeat.FAILED, why)
+        self._log(why if stopped else f"error: {why}")
+
     def say(self, text: str) -> None:
         self.console.print(text, markup=False, soft_wrap=True)
+        self._log(text)
+
+    def _log(self, text: str) -> None:
+        if self.folder is not None:
+            heartbeat.log(self.folder, text)
+
+    def _tell(self, doing: str, line: bool = False, **values: Any) -> None:
+        """Says how far the run is to whoever looks into its folder. line: whether this is worth a line in a study."""
+        self.doing = doing
+        reckoned = self.pace.reckoned()
+        if self.heartbeat is not None:
+            self.heartbeat.beat(doing=doing, seconds_per_step=self.pace.steps.cost(1), **reckoned, **values)
+        if self.study is not None:
+            self.study.update(self.name, reckoned)
+            self.bars.update(self.ids["study"], completed=self.study.ended, shown=time_left(self.study.left()))
 
     def plan(self, planned: Plan, tasks_done: int, step: int) -> None:
         """The overall bar: all optimizer steps of the run, those of an earlier process counted in."""
         steps = [planned.recipe.steps[name] for name in planned.order]
-        self.ids["all"] = self.bars.add_task(
-            "all tasks", total=sum(steps), completed=sum(steps[:tasks_done]) + step, shown=""
-        )
+        self.pace = RunPace(steps, methods.load(planned.config.method).joint, tasks_done, step)
+        if self.study is not None:
+            self.ids["study"] = self.bars.add_task("all runs", total=self.study.total, shown="")
+        self.ids["all"] = self.bars.add_task("all tasks", total=sum(steps), completed=self.pace.steps.done, shown="")
+        self._tell("starting")
 
     def step(self, stage: int, name: str, row: dict[str, Any], steps: int) -> None:
+        self.pace.step()
         if name not in self.ids:
             self.ids[name] = self.bars.add_task(f"{stage} {name}", total=steps, completed=row["step"] - 1, shown="")
             self.first_step, self.started = row["step"], time.perf_counter()
@@ -79,12 +113,16 @@ class Progress:
         rate = f"{done / seconds:5.1f} steps/s" if done else ""
         self.bars.update(self.ids[name], completed=row["step"], shown=f"loss {row['loss']:.3f} {rate}")
         self.bars.advance(self.ids["all"])
+        doing = f"stage {stage} {name}: step {row['step']} of {steps}, loss {row['loss']:.3f}"
+        self._tell(doing, stage=stage, task=name, step=row["step"], steps=steps)
 
     @contextmanager
     def evaluating(self, stage: int, trained: str, name: str, samples: int) -> Iterator[None]:
         shown = self.bars.add_task(f"  {name}", total=None, shown=f"evaluating {samples} samples")
+        self._tell(f"after {stage} {trained}: answering {name}", stage=stage, task=trained)
         try:
-            yield
+            with self.pace.evaluation():
+                yield
         finally:
             self.bars.remove_task(shown)
 
@@ -92,86 +130,34 @@ class Progress:
         scores = "  ".join(f"{row['task']} {row['strict']:.1f}" for row in rows)
         mean = sum(row["strict"] for row in rows) / len(rows)
         self.say(f"after {stage} {trained}: {scores}  (mean {mean:.1f})")
+        self._tell(f"after {stage} {trained}: mean {mean:.1f}", line=True, stage=stage, task=trained)
 
     def finished(self, outcome: dict[str, Any], report: Path) -> None:
         self.bars.stop()
-        self.output.print(shown_metrics(outcome["metrics"]), markup=False, soft_wrap=True)
-        self.output.print(f"report: {report}", markup=False, soft_wrap=True)
-
-
-@dataclass
-class _Work:
-    """Steps or evaluations of a run: how many there are, how many are done, and what those timed took."""
-
-    total: int
-    done: int
-    timed: int = 0
-    seconds: float = 0.0
-
-    def add(self, seconds: float | None) -> None:
-        self.done += 1
-        if seconds is not None:
-            self.timed, self.seconds = self.timed + 1, self.seconds + seconds
-
-    def cost(self, count: int) -> float | None:
-        """Seconds that ``count`` of them take; None while none has been timed."""
-        if count <= 0:
-            return 0.0
-        return count * self.seconds / self.timed if self.timed else None
+        for text in (shown_metrics(outcome["metrics"]), f"report: {report}"):
+            self.output.print(text, markup=False, soft_wrap=True)
+            self._log(text)
 
 
 class ForwardedProgress(Progress):
-    """For a run in a process of its own: lines go into its log, and how far it is to the study's process.
+    """For a run in a process of its own, whose output is its log: how far it is goes to the study's process as well.
 
-    send: takes {"doing": words, "share": of the run that is done, "left": seconds it still takes, "whole": seconds all
-    of it takes, "line": whether this is worth a line}; seconds are None while they cannot be known.
+    send: takes {"doing": words, "line": whether this is worth a line} and what `RunPace.reckoned` says.
     """
 
     def __init__(self, send: Callable[[dict[str, Any]], None]) -> None:
         super().__init__()
         self.send = send
-        self.steps = self.evaluations = _Work(0, 0)
-        self.last_step: float | None = None
 
-    def plan(self, planned: Plan, tasks_done: int, step: int) -> None:
-        super().plan(planned, tasks_done, step)
-        steps = [planned.recipe.steps[name] for name in planned.order]
-        tasks = len(steps)
-        # Zero-shot and the stages after it: each answers the tasks seen so far, joint training has one stage of all.
-        seen = [tasks, tasks] if methods.load(planned.config.method).joint else [tasks, *range(1, tasks + 1)]
-        begun = tasks_done or step
-        self.steps = _Work(sum(steps), sum(steps[:tasks_done]) + step)
-        self.evaluations = _Work(sum(seen), sum(seen[: tasks_done + 1]) if begun else 0)
-        self._forward("starting")
+    def say(self, text: str) -> None:
+        self.console.print(heartbeat.stamped(text), markup=False, soft_wrap=True)
 
-    def step(self, stage: int, name: str, row: dict[str, Any], steps: int) -> None:
-        super().step(stage, name, row, steps)
-        now = time.perf_counter()
-        self.steps.add(now - self.last_step if self.last_step is not None else None)
-        self.last_step = now
-        self._forward(f"stage {stage} {name}: step {row['step']} of {steps}, loss {row['loss']:.3f}")
+    def _log(self, text: str) -> None:
+        """Nothing: what is printed is the log."""
 
-    @contextmanager
-    def evaluating(self, stage: int, trained: str, name: str, samples: int) -> Iterator[None]:
-        self.last_step, started = None, time.perf_counter()
-        self._forward(f"after {stage} {trained}: answering {name}")
-        with super().evaluating(stage, trained, name, samples):
-            yield
-        self.evaluations.add(time.perf_counter() - started)
-
-    def stage(self, stage: int, trained: str, rows: list[dict[str, Any]]) -> None:
-        super().stage(stage, trained, rows)
-        self._forward(f"after {stage} {trained}: mean {sum(row['strict'] for row in rows) / len(rows):.1f}", line=True)
-
-    def _forward(self, doing: str, line: bool = False) -> None:
-        work = (self.steps, self.evaluations)
-        wholes = [each.cost(each.total) for each in work]
-        lefts = [each.cost(each.total - each.done) for each in work]
-        whole = None if None in wholes else sum(wholes)
-        left = None if None in lefts else sum(lefts)
-        counted = sum(each.done for each in work) / max(1, sum(each.total for each in work))
-        share = 1 - left / whole if whole and left is not None else counted
-        self.send({"doing": doing, "share": share, "left": left, "whole": whole, "line": line})
+    def _tell(self, doing: str, line: bool = False, **values: Any) -> None:
+        super()._tell(doing, line, **values)
+        self.send({"doing": doing, **self.pace.reckoned(), "line": line})
 
 
 class StudyProgress:
@@ -192,12 +178,9 @@ class StudyProgress:
             refresh_per_second=4,
             disable=not self.console.is_terminal,
         )
-        self.total, self.jobs, self.ended = total, jobs, 0
+        self.pace = StudyPace(total, jobs)
         self.all = self.bars.add_task("all runs", total=float(total), left="", doing="")
         self.ids: dict[str, Any] = {}
-        self.started: dict[str, float] = {}
-        self.latest: dict[str, dict[str, Any]] = {}
-        self.wholes: dict[str, float] = {}
 
     def __enter__(self) -> StudyProgress:
         self.bars.start()
@@ -210,39 +193,25 @@ class StudyProgress:
         self.console.print(text, markup=False, soft_wrap=True)
 
     def start(self, name: str) -> None:
-        self.started[name] = time.perf_counter()
+        self.pace.start(name)
         self.ids[name] = self.bars.add_task(name, total=1.0, left="", doing="loading")
 
     def update(self, name: str, event: dict[str, Any]) -> None:
         """What a run's ForwardedProgress has sent."""
-        self.latest[name] = event
-        if event["whole"]:
-            self.wholes[name] = event["whole"]
+        self.pace.update(name, event)
         left = time_left(event["left"])
         self.bars.update(self.ids[name], completed=event["share"], left=left, doing=event["doing"])
         self._show_all()
         if event["line"] and not self.console.is_terminal:
-            self.say(f"{name}: {event['doing']}; {left}; all runs: {time_left(self.left())}")
+            self.say(f"{name}: {event['doing']}; {left}; all runs: {time_left(self.pace.left())}")
 
     def end(self, name: str, result: str, failed: bool = False) -> None:
         self.bars.remove_task(self.ids.pop(name))
-        self.latest.pop(name, None)
-        if not failed:
-            # With what loading took; of a run that went on from a checkpoint, the whole that it had estimated.
-            self.wholes[name] = max(self.wholes.get(name, 0.0), time.perf_counter() - self.started[name])
-        self.ended += 1
+        self.pace.end(name, failed)
         self._show_all()
-        self.say(f"{name}: {result}  ({self.ended} of {self.total} runs done; {time_left(self.left())})")
-
-    def left(self) -> float | None:
-        """Seconds until the last run ends; a run of which nothing is known takes the mean of the others."""
-        waiting = self.total - self.ended - len(self.ids)
-        mean = sum(self.wholes.values()) / len(self.wholes) if self.wholes else None
-        lefts = [self.latest[name]["left"] if name in self.latest else None for name in self.ids] + [None] * waiting
-        known = [mean if left is None else left for left in lefts]
-        return None if None in known else max([sum(known) / self.jobs, *known], default=0.0)
+        self.say(f"{name}: {result}  ({self.pace})")
 
     def _show_all(self) -> None:
-        done = self.ended + sum(event["share"] for event in self.latest.values())
-        doing = f"{self.ended} of {self.total} runs"
-        self.bars.update(self.all, completed=done, left=time_left(self.left()), doing=doing)
+        done = self.pace.ended + sum(event["share"] for event in self.pace.latest.values())
+        doing = f"{self.pace.ended} of {self.pace.total} runs"
+        self.bars.update(self.all, completed=done, left=time_left(self.pace.left()), doing=doing)

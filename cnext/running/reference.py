@@ -30,7 +30,7 @@ def _checksum(integers: list[int]) -> str:
     return hashlib.sha256(",".join(map(str, integers)).encode()).hexdigest()
 
 
-def reference(model: nn.Module) -> dict[str, Any]:
+def reference(model: Any) -> dict[str, Any]:
     """What reference.json holds, see `RULE`."""
     vocabulary = model.get_input_embeddings().num_embeddings
     ids = torch.randint(vocabulary, (1, LENGTH), generator=torch.Generator().manual_seed(0))
@@ -49,7 +49,7 @@ def reference(model: nn.Module) -> dict[str, Any]:
     }
 
 
-def agrees(model: nn.Module, kept: dict[str, Any]) -> bool:
+def agrees(model: Any, kept: dict[str, Any]) -> bool:
     """Whether a model gives the logits of a reference.json."""
     if max(kept["input_ids"]) >= model.get_input_embeddings().num_embeddings:
         return False

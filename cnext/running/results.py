@@ -25,7 +25,9 @@ def _matrix(scores: Scores, order: tuple[str, ...], *keys: str) -> ScoreMatrix:
     return matrix
 
 
-def results(planned: Plan, method: Method, scores: Scores, ledger: dict[str, Any]) -> dict[str, Any]:
+def results(
+    planned: Plan, method: Method, scores: Scores, ledger: dict[str, Any], fingerprint: dict[str, Any] | None
+) -> dict[str, Any]:
     """The results of a run, from the rows of its scores.jsonl and the ledger of its last checkpoint."""
     order, tasks = planned.order, [planned.suite.task(name) for name in planned.order]
     profiles = {}
@@ -65,5 +67,7 @@ def results(planned: Plan, method: Method, scores: Scores, ledger: dict[str, Any
             "optimizer_steps": sum(row["steps"] for row in trained.values()),
             "supervised_tokens": sum(row["tokens"] for row in trained.values()),
         },
+        "digests": ledger["digests"],
+        "fingerprint": fingerprint,
         "versions": environment.versions(),
     }

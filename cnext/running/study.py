@@ -16,10 +16,12 @@ import sys
 from dataclasses import dataclass, field
 from typing import Any
 
-from cnext import methods
+from cnext import methods, ranks
 from cnext.errors import UserError, unknown
-from cnext.running import table_formats, tables
+from cnext.running import fingerprint, processes, table_formats, tables
 from cnext.running.config import Options, Plan, RunConfig, plan
+from cnext.running.launchers import Launcher
+from cnext.running.parallel import Failure
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,10 +39,22 @@ class Flags(Options):
     """Seeds of initialization and of the order of samples."""
     jobs: str = "auto"
     """Runs at a time: a number, or "auto" for what cores and memory allow (one on a GPU). Results are the same."""
+    launcher: Launcher = "local"
+    """Where runs are done: "local", "ray" (a Ray cluster) or "slurm" (through submitit). Results are the same."""
+    launcher_option: list[str] = field(default_factory=list)
+    """Options of the launcher as key=value: address of the Ray cluster and options of a Ray task; or submitit's own,
+    for example slurm_partition=gpu timeout_min=600."""
     baseline: str | None = None
     """Method that the table compares the others with: lora where it runs, else the first."""
+    mix_environments: bool = False
+    """Average runs of different environments (processor, versions, threads), which decide bits. The tables say so."""
     dry_run: bool = False
     """Show the plan with an estimate of time and disk, and stop."""
+    gpus: int | None = None
+    """With --dry-run: forecast time, memory and disk on so many GPUs from the model's sizes; needs no weights, no data
+    and no GPU."""
+    tflops: float = 400.0
+    """With --gpus: TFLOP/s that a GPU is assumed to do in this work (an H100 at 40% of its peak)."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "method", [methods.canonical(name) for name in self.method])
@@ -101,6 +115,8 @@ def _check(flags: Any, plans: list[Plan]) -> None:
     tables.check_comparable({f"order {planned.config.order}": planned.as_dict() for planned in plans})
     if flags.jobs != "auto" and not (flags.jobs.isdecimal() and int(flags.jobs)):
         raise UserError(f"--jobs must be auto or a number of at least 1, got {flags.jobs}")
+    if flags.launcher_option and flags.launcher == "local":
+        raise UserError("--launcher-option is for --launcher ray or slurm")
     if flags.baseline is not None and flags.baseline not in flags.method:
         raise unknown("baseline", flags.baseline, flags.method)
 
@@ -116,39 +132,55 @@ def _finished(planned: Plan) -> bool:
 
 def _write_tables(flags: Any, plans: list[Plan]) -> None:
     """Prints the table of what is finished, and writes it in all formats into the study's folder."""
-    from cnext.running.checkpoint import write_text
+    from cnext.running.report import write_study
 
     folders = [planned.config.folder for planned in plans]
-    finished = {run.method for run in map(tables.read, folders) if run}
+    runs = tables.finished(folders)
+    finished = {run.method for run in runs}
     if not finished or (flags.baseline and flags.baseline not in finished):
         print(f"no run of {flags.baseline or 'the study'} is finished: there is no table yet", file=sys.stderr)
         return
-    study = tables.of_folders(folders, flags.baseline)
-    for name, render in table_formats.FORMATS.items():
-        write_text(flags.out / f"study.{table_formats.SUFFIXES[name]}", render(study))
+    study = tables.of_folders(folders, flags.baseline, flags.mix_environments)
+    if note := fingerprint.older([run.fingerprint for run in runs]):
+        print(note, file=sys.stderr)
+    write_study(folders, flags.out, flags.baseline, flags.mix_environments)
     print(table_formats.markdown(study))
     print(f"tables: {flags.out / 'study.md'}, and the same as .csv, .tex and .json")
+    print(f"report: {flags.out / 'study.html'}")
+
+
+def _do(flags: Any, to_do: list[Plan]) -> list[Failure]:
+    """Does runs here or where the launcher does them. Returns those that failed."""
+    from cnext.running import jobs, launchers, parallel
+    from cnext.running.preparing import check_clip, data_folder, read_suite
+
+    here = flags.launcher == "local"
+    if here:
+        at_a_time, why = jobs.decide(to_do, flags.jobs)
+    else:
+        at_a_time = len(to_do) if flags.jobs == "auto" else min(int(flags.jobs), len(to_do))
+        why = f"{len(to_do)} runs to do, by {flags.launcher}, {at_a_time} at a time"
+    print(why, file=sys.stderr)
+    if here and at_a_time == 1:
+        return parallel.one_after_another(to_do)
+    # The runs share these: drawn once, and what is wrong with them is one message before anything starts.
+    check_clip(to_do[0], to_do[0].device if here else "cpu")
+    read_suite(to_do[0], data_folder(to_do[0]))
+    if here:
+        return parallel.side_by_side(to_do, at_a_time)
+    return launchers.launch(flags.launcher, to_do, launchers.options(flags.launcher_option), at_a_time)
 
 
 def _study(flags: Any, plans: list[Plan]) -> int:
     """Does the runs that are not finished, then writes the tables. Returns the exit status."""
-    from cnext.running import jobs, parallel
+    from cnext.running import parallel
 
     to_do = [planned for planned in plans if not _finished(planned)]
+    if done := tables.finished(planned.config.folder for planned in plans):
+        fingerprint.check_alike({str(run.folder): run.fingerprint for run in done}, flags.mix_environments)
     if len(to_do) < len(plans):
         print(f"{len(plans) - len(to_do)} of {len(plans)} runs are finished already", file=sys.stderr)
-    failures = []
-    if to_do:
-        at_a_time, why = jobs.decide(to_do, flags.jobs)
-        print(why, file=sys.stderr)
-        if at_a_time == 1:
-            failures = parallel.one_after_another(to_do)
-        else:
-            from cnext.running.runner import data_folder, read_suite
-
-            # The runs share their items: drawn once, and bad data is one message before anything starts.
-            read_suite(to_do[0], data_folder(to_do[0]))
-            failures = parallel.side_by_side(to_do, at_a_time)
+    failures = _do(flags, to_do) if to_do else []
     _write_tables(flags, plans)
     for failure in failures:
         print(f"\n{failure}", file=sys.stderr)
@@ -158,24 +190,46 @@ def _study(flags: Any, plans: list[Plan]) -> int:
     return max(failures, key=lambda failure: failure.status == parallel.OTHER).status
 
 
+def _together(flags: Any, plans: list[Plan]) -> None:
+    """Does the runs one after another, each in all the processes that torchrun or accelerate has started."""
+    from cnext.running.runner import run
+
+    if flags.launcher != "local":
+        raise UserError(f"--launcher {flags.launcher} starts runs itself; leave it or torchrun away")
+    with processes.joined(plans[0].device):
+        for planned in plans:
+            if not ranks.told(ranks.number() == 0 and _finished(planned)):
+                run(planned.config)
+        if ranks.number() == 0 and len(plans) > 1:
+            _write_tables(flags, plans)
+
+
 def main(arguments: list[str]) -> int:
     """Runs what the flags ask for. Everything that can be checked is checked before the first run starts."""
     flags = _parse(arguments)
     for flag in ("method", "order", "seeds"):
         if not getattr(flags, flag):
             raise UserError(f"--{flag} needs at least one value")
-    plans = [plan(config) for config in configs(flags)]
+    forecasting = flags.gpus is not None
+    plans = [plan(config, flags.launcher != "local" or forecasting, forecasting) for config in configs(flags)]
     _check(flags, plans)
+    if flags.gpus is not None and not flags.dry_run:
+        raise UserError("--gpus forecasts a run and goes with --dry-run; a run takes the GPUs that torchrun gives it")
     if flags.dry_run:
-        from cnext.running import dry_run, jobs
+        from cnext.running import dry_run, forecast, jobs
 
-        if len(plans) == 1:
+        if flags.gpus is not None:
+            print("\n\n".join(forecast.text(planned, flags.gpus, flags.tflops) for planned in plans))
+        elif len(plans) == 1:
             print(dry_run.estimate(plans[0]).text)
         else:
             at_a_time, why = jobs.decide(plans, flags.jobs)
             print(f"{dry_run.estimate_study(plans, at_a_time)}\n{why}")
         return 0
-    if len(plans) > 1:
+    if processes.launched() > 1:
+        _together(flags, plans)
+        return 0
+    if len(plans) > 1 or flags.launcher != "local":
         return _study(flags, plans)
     from cnext.running.runner import run
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Iterator
+import re
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +22,9 @@ LATEX = {
     MINUS: "$-$",
     "±": r"$\pm$",
     NOTHING: "--",
+    "Σ": r"$\Sigma$",
+    "→": r"$\to$",
+    "·": r"$\cdot$",
 }
 
 
@@ -34,31 +38,38 @@ class Table:
     words: int = 1
 
 
-def _figure(value: float | None, sign: str = "") -> str:
-    return NOTHING if value is None else f"{value:{sign}.2f}".replace("-", MINUS)
+def mark(text: str) -> str:
+    """Plain text as one line of Markdown in which nothing is markup."""
+    return re.sub(r"([\\`*_\[\]<>|#~$&!])", r"\\\1", " ".join(text.split()))
 
 
-def _cell(found: dict[str, Any], sign: str = "") -> str:
+def _figure(value: float | None, sign: str = "", decimals: int = 2) -> str:
+    return NOTHING if value is None else f"{value:{sign}.{decimals}f}".replace("-", MINUS)
+
+
+def cell(found: dict[str, Any], sign: str = "", decimals: int = 2) -> str:
     """Mean, ± deviation, [low, high]: what there is of them."""
-    text = _figure(found["mean"], sign)
+    text = _figure(found["mean"], sign, decimals)
     if found.get("sd") is not None:
-        text += f" ± {_figure(found['sd'])}"
+        text += f" ± {_figure(found['sd'], decimals=decimals)}"
     if found.get("low") is not None:
-        text += f" [{_figure(found['low'], sign)}, {_figure(found['high'], sign)}]"
+        text += f" [{_figure(found['low'], sign, decimals)}, {_figure(found['high'], sign, decimals)}]"
     return text
 
 
 def _cells(row: dict[str, Any], sign: str = "") -> list[str]:
-    return [_cell(row[metric], sign) for metric in METRICS]
+    return [cell(row[metric], sign) for metric in METRICS]
 
 
-def _blocks(study: dict[str, Any]) -> Iterator[Table]:
+def blocks(study: dict[str, Any]) -> Iterator[Table]:
+    """The tables of a study."""
     setting = study["setting"]
     where = f"Suite {setting['suite']}, backbone {setting['backbone']}, budget {setting['budget']}"
     caption = f"{where}, {setting['split']} items, {setting['profile']} scores in percent. "
     caption += "Mean ± sample standard deviation of n runs."
     if study["missing"]:
         caption += f" Not finished and left out: {', '.join(study['missing'])}."
+    caption += "".join(f" {note}" for note in study.get("notes", ()))
     rows = [[row["method"], row["order"], str(row["n"]), *_cells(row)] for row in study["rows"]]
     yield Table(caption, ["method", "order", "n", *METRICS.values()], rows, words=2)
     if study["orders"]:
@@ -85,9 +96,14 @@ def _difference_caption(study: dict[str, Any]) -> str:
 
 
 def markdown(study: dict[str, Any]) -> str:
+    """The study's tables as Markdown."""
+    return as_markdown(blocks(study))
+
+
+def as_markdown(tables: Iterable[Table]) -> str:
     """Padded tables: to be read as they are, or rendered."""
     parts = []
-    for block in _blocks(study):
+    for block in tables:
         widths = [max(3, *map(len, column)) for column in zip(block.head, *block.rows, strict=True)]
         rules = ["-" * width if i < block.words else "-" * (width - 1) + ":" for i, width in enumerate(widths)]
         lines = []
@@ -100,10 +116,15 @@ def markdown(study: dict[str, Any]) -> str:
 
 
 def latex(study: dict[str, Any]) -> str:
+    """The study's tables as LaTeX."""
+    return as_latex(blocks(study))
+
+
+def as_latex(tables: Iterable[Table]) -> str:
     """A table environment for each; needs the package booktabs."""
     names = str.maketrans(LATEX)
     parts = ["% \\usepackage{booktabs}\n"]
-    for block in _blocks(study):
+    for block in tables:
         head, *rows = [" & ".join(cell.translate(names) for cell in row) + r" \\" for row in (block.head, *block.rows)]
         columns = "l" * block.words + "r" * (len(block.head) - block.words)
         lines = [r"\begin{table}", r"\centering", rf"\caption{{{block.caption.translate(names)}}}"]

@@ -17,19 +17,31 @@ from pathlib import Path
 from typing import Any
 
 from cnext.errors import UserError, unknown
+from cnext.running import fingerprint, written
 
 METRICS = {"avg_acc": "Avg.ACC", "forgetting": "Forgetting", "new_acc": "New.ACC"}
 SETTING = ("suite", "backbone", "split", "budget", "recipe")
 """What the runs of one table must have in common."""
 BASELINE = "lora"
 RESAMPLES = 10_000
+FINISHED = {
+    **dict.fromkeys(("method", "order"), str),
+    "seed": int,
+    "tasks": [str],
+    "hyperparameters": dict,
+    "metrics": dict.fromkeys(METRICS, written.SCORE),
+    "cost": {"optimizer_steps": float},
+    "fingerprint?": (dict, None),
+}
+"""What a table needs of a finished run's results.json."""
 LEAST_PAIRS = 3
 """With fewer pairs there is no interval: a bootstrap of two values is no more than those two."""
 
 
 @dataclass(frozen=True)
 class Run:
-    """A finished run, as far as a table needs it. values: by metric, None where the method has none."""
+    """A finished run, as far as a table needs it. values: by metric, None where the method has none. fingerprint: of
+    the environment, None where the run is older than fingerprints."""
 
     folder: Path
     method: str
@@ -39,6 +51,7 @@ class Run:
     hyperparameters: dict[str, Any]
     setting: dict[str, Any]
     values: dict[str, float | None]
+    fingerprint: dict[str, Any] | None = None
 
 
 def find(paths: Iterable[Path]) -> list[Path]:
@@ -60,45 +73,40 @@ def find(paths: Iterable[Path]) -> list[Path]:
     return list(found.values())
 
 
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{path} is not JSON ({error}); delete it, and the run's command writes it again") from error
-
-
 def read(folder: Path) -> Run | None:
     """The run of a folder; None where it is not finished. Raises UserError where its files are damaged."""
     file = folder / "results.json"
-    if not file.is_file():
+    if not file.is_file() or not written.read(file, {"finished": bool})["finished"]:
         return None
-    results, config = _json(file), _json(folder / "config.json")
-    try:
-        if not results["finished"]:
-            return None
-        values = {key: results["metrics"][key] for key in METRICS}
-        if not results["cost"]["optimizer_steps"]:
-            # Nothing was learnt, so nothing can be new or forgotten.
-            values |= {"forgetting": None, "new_acc": None}
-        named = {key: results[key] for key in ("method", "order", "seed", "hyperparameters")}
-        setting = {key: config[key] for key in SETTING}
-        return Run(folder, **named, tasks=tuple(results["tasks"]), setting=setting, values=values)
-    except KeyError as error:
-        raise UserError(f"{file} or config.json beside it lacks {error}; expected a run of this version") from error
+    results = written.read(file, FINISHED)
+    config = written.read(folder / "config.json", dict.fromkeys(SETTING, str) | {"recipe": dict})
+    values = {key: results["metrics"][key] for key in METRICS}
+    if not results["cost"]["optimizer_steps"]:
+        # Nothing was learnt, so nothing can be new or forgotten.
+        values |= {"forgetting": None, "new_acc": None}
+    named = {key: results[key] for key in ("method", "order", "seed", "hyperparameters")}
+    setting = {key: config[key] for key in SETTING}
+    here = results.get("fingerprint")
+    return Run(folder, **named, tasks=tuple(results["tasks"]), setting=setting, values=values, fingerprint=here)
 
 
-def of_folders(folders: Iterable[Path], baseline: str | None = None) -> dict[str, Any]:
+def finished(folders: Iterable[Path]) -> list[Run]:
+    """The finished runs of these folders."""
+    return [run for run in map(read, folders) if run]
+
+
+def of_folders(folders: Iterable[Path], baseline: str | None = None, mix: bool = False) -> dict[str, Any]:
     """``tabulate`` of the finished runs in these folders; the others are named."""
     found = {folder: read(folder) for folder in folders}
     missing = [str(folder) for folder, run in found.items() if run is None]
-    return tabulate([run for run in found.values() if run], baseline, missing)
+    return tabulate([run for run in found.values() if run], baseline, missing, mix)
 
 
-def check_comparable(settings: Mapping[str, Mapping[str, Any]]) -> None:
+def check_comparable(settings: Mapping[str, Mapping[str, Any]], keys: Sequence[str] = SETTING) -> None:
     """Raises UserError where two runs differ in what a table must have in common. settings: by the runs' names."""
     (first, expected), *others = settings.items()
     for name, setting in others:
-        found = [line for key in SETTING for line in _differences(expected[key], setting[key], key)]
+        found = [line for key in keys for line in _differences(expected[key], setting[key], key)]
         if found:
             listed = "\n".join(f"  {line}" for line in found)
             raise UserError(f"{first} and {name} are not comparable, one table cannot hold both:\n{listed}")
@@ -122,17 +130,21 @@ def _labelled(runs: Sequence[Run]) -> list[Run]:
     return labelled
 
 
-def tabulate(runs: Sequence[Run], baseline: str | None = None, missing: Sequence[str] = ()) -> dict[str, Any]:
+def tabulate(
+    runs: Sequence[Run], baseline: str | None = None, missing: Sequence[str] = (), mix: bool = False
+) -> dict[str, Any]:
     """Everything that the tables of a study show.
 
     Args: baseline: the method to compare with (None: lora where it is there, else the first).  missing: names of runs
-    that are not finished, for the notes.
+    that are not finished, for the notes.  mix: whether runs of different environments are averaged.
     Returns: ``rows`` (per method and order), ``orders`` (over all orders), ``differences`` (to the baseline), ``runs``.
-    Raises: UserError for no runs, runs that are not comparable, a run twice, or an unknown baseline.
+    Raises: UserError for no runs, runs that are not comparable or of different environments, a run twice, or an
+        unknown baseline.
     """
     if not runs:
         raise UserError("no finished run to make a table of")
     check_comparable({str(run.folder): run.setting for run in runs})
+    notes = fingerprint.check_alike({str(run.folder): run.fingerprint for run in runs}, mix)
     runs = _labelled(runs)
     once: dict[Any, Run] = {}
     for run in runs:
@@ -160,6 +172,7 @@ def tabulate(runs: Sequence[Run], baseline: str | None = None, missing: Sequence
         "differences": [_paired(method, cells[method], cells[base]) for method in cells if method != base],
         "runs": [{"method": r.method, "order": names[r.tasks], "seed": r.seed, **r.values} for r in runs],
         "missing": list(missing),
+        **({"notes": notes} if notes else {}),
     }
 
 
@@ -173,7 +186,7 @@ def summary(values: Sequence[float]) -> dict[str, Any]:
 
 
 def _known(runs: Iterable[Run], metric: str) -> list[float]:
-    return [run.values[metric] for run in runs if run.values[metric] is not None]
+    return [value for run in runs if (value := run.values[metric]) is not None]
 
 
 def _over(runs: Iterable[Run]) -> dict[str, Any]:
@@ -203,7 +216,8 @@ def _paired(method: str, cells: dict[str, dict[int, Run]], base: dict[str, dict[
     ]
     row: dict[str, Any] = {"method": method, "n": len(pairs)}
     for metric in METRICS:
-        known = [a[metric] - b[metric] for a, b in pairs if a[metric] is not None and b[metric] is not None]
+        values = [(a[metric], b[metric]) for a, b in pairs]
+        known = [here - there for here, there in values if here is not None and there is not None]
         low, high = interval(known)
         row[metric] = {**summary(known), "low": low, "high": high}
     return row

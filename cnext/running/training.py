@@ -94,8 +94,8 @@ class TaskTrainer:
         whole = None if alone else ranks.total(*self.backbone.supervised(batch), device=self.backbone.device)
         sums, penalties = Tensor(), {}
         for part in parts:
-            self.method.before_step(part)
             with autocast(self.recipe.precision, self.backbone.device):
+                self.method.before_step(part)
                 loss = self.backbone.loss(part, whole)
             loss.total.backward()
             row = torch.stack(

@@ -15,7 +15,8 @@ if TYPE_CHECKING:
 
 Box = tuple[float, float, float, float]
 
-_NUMBER = r"\s*([+-]?(?:\d+\.?\d*|\.\d+))\s*"
+# No two parts of it match the same digits: a long row of them is given up at once.
+_NUMBER = r"\s*([+-]?(?:\d+(?:\.\d*)?|\.\d+))\s*"
 _BOX = re.compile(r"\[" + ",".join([_NUMBER] * 4) + r"\]")
 
 

@@ -1,4 +1,4 @@
-"""CLIP models through open_clip's own API, and the small one that scores the embedded suite.
+"""CLIP models through open_clip's own API: weights given by the user, and the small one that scores the embedded suite.
 
 A small CLIP is a folder of three files: ``model.json`` (open_clip's model configuration without the vocabulary size),
 ``vocabulary.json`` (a list of words, the id of each its place: 0 pads, 1 is unknown, the last ends the text, so that
@@ -9,15 +9,17 @@ from __future__ import annotations
 
 import json
 import string
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
+from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from cnext.errors import UserError
+from cnext.scoring.clip_weights import WEIGHTS_FILES, load_weights
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -26,7 +28,7 @@ TINY_CLIP = Path(__file__).parent / "tiny_clip"
 """The folder of the small CLIP that is installed with cnext."""
 
 MODEL_FILE, VOCABULARY_FILE, WEIGHTS_FILE = "model.json", "vocabulary.json", "weights.safetensors"
-_PREPROCESSING = {"image_mean": (0.5, 0.5, 0.5), "image_std": (0.5, 0.5, 0.5)}
+_PREPROCESSING: dict[str, Any] = {"image_mean": (0.5, 0.5, 0.5), "image_std": (0.5, 0.5, 0.5)}
 _NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
 _BATCH = 64
 
@@ -65,28 +67,27 @@ class WordTokenizer:
 class Clip:
     """A CLIP model in evaluation mode with the image transform and the tokenizer that belong to it."""
 
-    model: torch.nn.Module
+    model: Any
     transform: Callable[[Image], torch.Tensor]
     tokenizer: Callable[[Sequence[str]], torch.Tensor]
     device: str = "cpu"
 
-    def encode_images(self, images: Sequence[Image]) -> torch.Tensor:
-        """Unit embeddings of images, shape (N, D), float64 on the CPU."""
+    def encode_images(self, images: Iterable[Image]) -> torch.Tensor:
+        """Unit embeddings of one or more images, shape (N, D), float64 on the CPU. Takes a batch of them at a time."""
         return self._encode(images, self._pixels, self.model.encode_image)
 
-    def encode_texts(self, texts: Sequence[str]) -> torch.Tensor:
-        """Unit embeddings of texts, shape (N, D), float64 on the CPU."""
+    def encode_texts(self, texts: Iterable[str]) -> torch.Tensor:
+        """Unit embeddings of one or more texts, shape (N, D), float64 on the CPU."""
         return self._encode(texts, self.tokenizer, self.model.encode_text)
 
     def _pixels(self, images: Sequence[Image]) -> torch.Tensor:
         return torch.stack([self.transform(image) for image in images])
 
     @torch.no_grad()
-    def _encode(self, items: Sequence, prepare: Callable, encode: Callable) -> torch.Tensor:
-        parts = [
-            encode(prepare(items[start : start + _BATCH]).to(self.device)).cpu().double()
-            for start in range(0, len(items), _BATCH)
-        ]
+    def _encode(self, items: Iterable, prepare: Callable, encode: Callable) -> torch.Tensor:
+        items, parts = iter(items), []
+        while batch := list(islice(items, _BATCH)):
+            parts.append(encode(prepare(batch).to(self.device)).cpu().double())
         return torch.nn.functional.normalize(torch.cat(parts), dim=-1)
 
 
@@ -96,17 +97,26 @@ def load_clip(name: str, device: str) -> Clip:
 
     Args:
         name: "tiny", the small CLIP installed with cnext; "<tag>/<model>", weights that open_clip knows and downloads
-            on first use, as "openai/ViT-B-32" of the benchmark; or the path of a small CLIP's folder.
+            on first use, as "openai/ViT-B-32" of the benchmark; the path of such weights or of their folder (see
+            ``clip_weights``); or a small CLIP's folder.
         device: where it runs.
 
     Raises:
-        UserError: there is no such model, or its files or weights cannot be had.
+        UserError: there is no such model, or its files or weights cannot be had, or are no CLIP's.
     """
     import open_clip
 
     tag, _, model_name = name.partition("/")
+    path = Path(name)
+    transform: Any
     if name == "tiny":
         model, transform, tokenizer = _load_folder(TINY_CLIP)
+    elif path.is_file():
+        model, transform, tokenizer = load_weights(path)
+    elif weights := [path / file for file in WEIGHTS_FILES if (path / file).is_file()]:
+        model, transform, tokenizer = load_weights(weights[0])
+    elif path.is_dir():
+        model, transform, tokenizer = _load_folder(path)
     elif (model_name, tag) in open_clip.list_pretrained():
         quick_gelu = open_clip.get_pretrained_cfg(model_name, tag).get("quick_gelu", False)
         try:
@@ -116,14 +126,13 @@ def load_clip(name: str, device: str) -> Clip:
         except RuntimeError as error:
             raise UserError(
                 f"expected the weights of CLIP {name!r} from the network or open_clip's cache, got: {error}; "
-                "load it once where there is a network"
+                "load it once where there is a network, or give the path of its weights with --clip"
             ) from error
         tokenizer = open_clip.get_tokenizer(model_name)
-    elif Path(name).is_dir():
-        model, transform, tokenizer = _load_folder(Path(name))
     else:
         raise UserError(
-            f"unknown CLIP {name!r}; valid: tiny, a folder with {MODEL_FILE}, {VOCABULARY_FILE} and {WEIGHTS_FILE}, "
+            f"unknown CLIP {name!r}, and no such file; valid: tiny, a file or folder with {' or '.join(WEIGHTS_FILES)}"
+            f", a folder with {MODEL_FILE}, {VOCABULARY_FILE} and {WEIGHTS_FILE}, "
             "or <tag>/<model> as open_clip.list_pretrained() has them, as in openai/ViT-B-32"
         )
     return Clip(model.to(device).eval(), transform, tokenizer, device)
@@ -159,7 +168,9 @@ def _create(
     # open_clip knows a model by its file's stem, and the file added last wins.
     open_clip.add_model_config(folder / MODEL_FILE)
     name = (folder / MODEL_FILE).stem
-    text = {**open_clip.get_model_config(name)["text_cfg"], "vocab_size": len(vocabulary)}
+    config: Any = open_clip.get_model_config(name)
+    text = {**config["text_cfg"], "vocab_size": len(vocabulary)}
+    transform: Any
     model, _, transform = open_clip.create_model_and_transforms(
         name, pretrained=str(weights) if weights else None, text_cfg=text, **_PREPROCESSING
     )

@@ -42,7 +42,7 @@ class ImageScorers:
         paper: dict[int, float] = {}
         if drawn:
             clip = self._load()
-            images = clip.encode_images([_drawn_image(predictions[i]) for i in drawn])
+            images = clip.encode_images(_drawn_image(predictions[i]) for i in drawn)
             instructions = [samples[i].turns[0].instruction for i in drawn]
             captions = clip.encode_texts([caption_of(text) for text in instructions])
             strict = dict(zip(drawn, _percent_cosines(images, captions), strict=True))
@@ -70,8 +70,8 @@ class ImageScorers:
         cosines: dict[int, float] = {}
         if drawn:
             clip = self._load()
-            images = clip.encode_images([_drawn_image(predictions[i]) for i in drawn])
-            targets = clip.encode_images([_target_image(samples[i]) for i in drawn])
+            images = clip.encode_images(_drawn_image(predictions[i]) for i in drawn)
+            targets = clip.encode_images(_target_image(samples[i]) for i in drawn)
             cosines = dict(zip(drawn, _percent_cosines(images, targets), strict=True))
         return [
             _score(prediction, cosines.get(i, 0.0), cosines.get(i, 0.0))
@@ -97,6 +97,7 @@ def _percent_cosines(a, b) -> list[float]:
 def _drawn_image(prediction: Prediction) -> Image:
     from PIL import Image
 
+    assert prediction.image is not None, "asked of those that are drawn"
     return Image.fromarray(prediction.image)
 
 

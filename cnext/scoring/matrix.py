@@ -109,7 +109,7 @@ class ScoreMatrix:
     def __eq__(self, other: object) -> bool:
         return isinstance(other, ScoreMatrix) and self.to_rows() == other.to_rows()
 
-    __hash__ = None
+    __hash__ = None  # pyright: ignore[reportAssignmentType]  (Python's own way to say that there is none)
 
     @property
     def stages_done(self) -> int:
@@ -174,8 +174,8 @@ def metrics(
         result["forgetting_intermodal"], result["forgetting_intramodal"] = _mean(between), _mean(within)
 
     if last:
-        expected = done / last * (result["new_acc"] - result["avg_acc"])
-        found = result["forgetting"]
+        average, learnt, found = (fsum(values) / len(values) for values in (final, new, drops))
+        expected = done / last * (learnt - average)
         assert isnan(found) or isclose(found, expected, abs_tol=IDENTITY_TOLERANCE), (found, expected)
     if error_matrices is not None:
         result |= _error_growth(matrix, error_matrices, last)
@@ -245,8 +245,8 @@ def _defined(result: dict[str, float | None]) -> dict[str, float | None]:
 
 
 def _forward_transfer(matrix: ScoreMatrix, zero_shot: Sequence[float | None], done: int) -> float | None:
-    pairs = [(matrix[i - 1, i], zero_shot[i]) for i in range(1, done)]
-    if any(isnan(ahead) or base is None or isnan(base) for ahead, base in pairs):
+    pairs = [(matrix[i - 1, i], nan if (base := zero_shot[i]) is None else base) for i in range(1, done)]
+    if any(isnan(ahead) or isnan(base) for ahead, base in pairs):
         return None
     return _mean([ahead - base for ahead, base in pairs])
 
@@ -262,10 +262,11 @@ def _error_growth(matrix: ScoreMatrix, errors: Mapping[str, ScoreMatrix], last: 
                 f"expected the error shares of task {i + 1} after stage {t + 1} to add up to 100 minus its score, "
                 f"{100.0 - matrix[t, i]:.6f}, got {total:.6f}; scores and shares are not of the same answers"
             )
-    growth = {
+    growth: dict[str, float | None] = {
         name: _mean([errors[kind][last, i] - errors[kind][i, i] for i in range(last)])
         for name, kind in _ERROR_METRICS.items()
     }
     forgetting = fsum(matrix[i, i] - matrix[last, i] for i in range(last)) / last
-    assert isclose(fsum(growth.values()), forgetting, abs_tol=2 * IDENTITY_TOLERANCE), (growth, forgetting)
+    total = fsum(value or 0.0 for value in growth.values())
+    assert isclose(total, forgetting, abs_tol=2 * IDENTITY_TOLERANCE), (growth, forgetting)
     return growth

@@ -16,11 +16,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from cnext.errors import UserError
+from cnext.errors import UserError, parse_json
 from cnext.scoring.base import ERROR_TYPES
 from cnext.scoring.matrix import ScoreMatrix, metrics, reference_metrics
 
-NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", re.ASCII)
+NUMBER = re.compile(r"[+-]?(\d+(\.\d*)?|\.\d+)([eE][+-]?\d+)?", re.ASCII)
 ZERO_SHOT = re.compile(r"zero[ _-]?shot", re.IGNORECASE)
 
 
@@ -59,7 +59,7 @@ def read(path: Path) -> ScoreRecord:
 def read_json(path: Path) -> Any:
     """The value in a JSON file. Raises UserError naming line and column of what is none."""
     try:
-        return json.loads(_text(path))
+        return parse_json(_text(path))
     except ValueError as error:
         raise UserError(f"{path}: expected JSON, got something else ({error}); write the file again") from error
 
@@ -81,7 +81,8 @@ def from_json(value: Any, where: str, least: float = 0.0) -> ScoreRecord:
     _check_names(tasks, f"{where}, tasks")
     size = len(tasks)
     matrix = _rows(rows, size, f"{where}, score_matrix", (least, 100))
-    references = {key: _full(given[key], size, f"{where}, {key}") for key in ("single", "chance") if key in given}
+    lists = [key for key in ("single", "chance") if key in given]
+    references: dict[str, Any] = {key: _full(given[key], size, f"{where}, {key}") for key in lists}
     # In the results.json of a run "joint" is a flag: whether it learnt all tasks at once.
     if not isinstance(given.get("joint", False), bool):
         references["joint"] = _full(given["joint"], size, f"{where}, joint")
@@ -119,7 +120,7 @@ def _full(value: Any, size: int, where: str) -> list[float]:
     row = _row(value, size, where, (0, 100))
     if None in row:
         raise UserError(f"{where}, column {row.index(None) + 1}: expected a score, got null")
-    return row
+    return [cell for cell in row if cell is not None]
 
 
 def _text(path: Path) -> str:

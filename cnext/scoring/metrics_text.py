@@ -39,9 +39,9 @@ def metrics_text(given: ScoreRecord) -> str:
         "R[t][i]: score in percent on task i after stage t; R[0][i]: zero-shot",
         "",
         *(
-            f"{name:<{width}} {points(found[name]):>7}  {formula}"
+            f"{name:<{width}} {points(value):>7}  {formula}"
             for name, formula in (FORMULAS | REFERENCE_FORMULAS).items()
-            if found[name] is not None
+            if (value := found[name]) is not None
         ),
         f"{'stage averages':<{width}} {' '.join(averages)}  a_t = (1/t) Σ_{{i<=t}} R[t][i]; divisor t",
     ]

@@ -12,6 +12,7 @@ from cnext.errors import UserError, unknown
 
 IMAGE_POSITIONS = ("first", "random")
 PROMPTS = ("released", "consistent")
+IMAGE_FILTERS = ("none", "released")
 TRAINABLE = ("branches", "connections", "released")
 PRECISIONS = ("float32", "bfloat16")
 BY_TASK = ("batch_size", "micro_batch_size", "learning_rate", "warmup_steps")
@@ -44,6 +45,7 @@ class Sample:
     size: width and height in pixels of the original image, where boxes are given relative to it.
     origin: "file:line" (JSONL) or "file#index" (JSON), for error messages.
     image_first: whether the image that is read stands before the first instruction, or after it.
+    tiled: whether a backbone that cuts images into tiles may cut it; as released, not where an image is written.
     prompt: what the model is asked in a test, where that is not the first instruction as it is scored; "" elsewhere.
     references: all accepted answers to the first instruction, where there are several.
     """
@@ -55,8 +57,14 @@ class Sample:
     size: tuple[int, int] | None = None
     origin: str = ""
     image_first: bool = True
+    tiled: bool = True
     prompt: str = ""
     references: tuple[str, ...] = ()
+
+    @property
+    def images(self) -> list[Path]:
+        """The images that are read or should be written, each once."""
+        return sorted({path for path in (self.image, self.target_image) if path is not None})
 
     @property
     def answers(self) -> tuple[str, ...]:
@@ -77,6 +85,8 @@ class Task:
         its id; "first" in every test.
     prompts: of tasks that write images. "released" leaves the files' wording, which differs between training and test;
         "consistent" begins every instruction alike and leaves test_prefix out.
+    image_filter: "none"; "released" leaves training samples out as the paper's code does where pictures are edited: by
+        their images' sizes, see ``cnext.tasks.images.unfit``.
     test_prefix: what the released evaluation puts before the instruction of a test item.
     train_count, test_count: rows as published, 0 where they are not.  source: where the images come from.
     """
@@ -96,13 +106,15 @@ class Task:
     references: str = ""
     image_position: str = "first"
     prompts: str = "released"
+    image_filter: str = "none"
     test_prefix: str = ""
     train_count: int = 0
     test_count: int = 0
     source: str = ""
 
     def __post_init__(self) -> None:
-        for name, valid in (("image_position", IMAGE_POSITIONS), ("prompts", PROMPTS)):
+        named = {"image_position": IMAGE_POSITIONS, "prompts": PROMPTS, "image_filter": IMAGE_FILTERS}
+        for name, valid in named.items():
             if getattr(self, name) not in valid:
                 raise unknown(f"{name} of task {self.name}", getattr(self, name), valid)
 

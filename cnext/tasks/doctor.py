@@ -17,7 +17,7 @@ from typing import Any, Protocol
 
 from cnext.errors import UserError
 from cnext.tasks.base import DataError, Sample, Suite, Task, caption_of
-from cnext.tasks.formats import scan
+from cnext.tasks.formats import left_out, scan
 from cnext.tasks.images import fault
 from cnext.tasks.rows import files
 
@@ -55,6 +55,7 @@ class SplitReport:
     missing_images: list[str] = field(default_factory=list)
     broken_images: list[str] = field(default_factory=list)
     repeated: list[str] = field(default_factory=list)
+    left_out: list[str] = field(default_factory=list)
 
     @property
     def miscounted(self) -> bool:
@@ -63,7 +64,7 @@ class SplitReport:
 
     @property
     def problems(self) -> int:
-        """What a run would stumble over. Repeated rows are told and not counted: a data set may well have some."""
+        """What a run would stumble over. Rows repeated, and left out by the image filter, are told and not counted."""
         found = (self.lacking, self.malformed, self.missing_images, self.broken_images)
         return self.miscounted + sum(map(len, found))
 
@@ -126,6 +127,7 @@ def check(suite: Suite, data: Path, watcher: Watcher, look: str = "verify") -> R
             found.splits[split], seen[split] = _check_split(task, data, split, watcher)
             if look != "none":
                 _check_images(found.splits[split], seen[split].images, faults, look == "decode", task, split, watcher)
+                found.splits[split].left_out = _left_out(task, data, split, faults)
             else:
                 faults |= dict.fromkeys(seen[split].images, "")
         for one, other in combinations(task.splits, 2):
@@ -153,7 +155,7 @@ def _check_split(task: Task, data: Path, split: str, watcher: Watcher) -> tuple[
                 report.malformed.append(f"{line.origin}: {line.problem}")
                 continue
             sample = line.sample
-            shown = [str(image) for image in (sample.image, sample.target_image) if image is not None]
+            shown = [str(image) for image in sample.images]
             report.without_image += not shown
             for image in shown:
                 seen.images.setdefault(image, line.origin)
@@ -213,6 +215,15 @@ def _check_images(
             listed = report.missing_images if faults[image] == "missing" else report.broken_images
             why = "" if faults[image] == "missing" else f" {faults[image].removeprefix('broken ')}"
             listed.append(f"{image}{why}, named first by {origin}")
+
+
+def _left_out(task: Task, data: Path, split: str, faults: dict[str, str]) -> list[str]:
+    """The training rows that the task's image filter leaves out, of those whose images are whole."""
+    if task.image_filter == "none" or split != "train" or not any(data.glob(task.train)):
+        return []
+    samples = (line.sample for line in scan(task, data, split) if line.sample)
+    whole = (sample for sample in samples if not any(faults.get(str(path), "missing") for path in sample.images))
+    return [f"{sample.origin}: {why}" for sample in whole if (why := left_out(sample, task, split))]
 
 
 def _images_in(folders: Iterable[Path]) -> Iterator[str]:

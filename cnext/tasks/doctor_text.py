@@ -40,12 +40,14 @@ class Bars:
         self.task = self.bars.add_task(doing, total=total or None)
 
     def advance(self, count: int) -> None:
-        self.bars.advance(self.task, count)
+        if self.task is not None:
+            self.bars.advance(self.task, count)
 
 
 def text(report: Report) -> str:
     """The table of counts, then the first lines of every kind of problem, and the verdict."""
-    table, details = [list(COLUMNS)], []
+    table: list[list[str]] = [[*COLUMNS]]
+    details: list[str] = []
     for name, task in report.tasks.items():
         for label, split in task.splits.items():
             lists = (split.malformed, split.missing_images, split.broken_images, split.repeated)
@@ -57,6 +59,8 @@ def text(report: Report) -> str:
             details += _listed(f"{name} {label}: malformed", split.malformed)
             details += _listed(f"{name} {label}: missing images", split.missing_images)
             details += _listed(f"{name} {label}: broken images", split.broken_images)
+            title = "rows left out of training by their images' sizes, as released (not counted as a problem)"
+            details += _listed(f"{name} {label}: {title}", split.left_out)
             details += _listed(f"{name} {label}: repeated rows (not counted as a problem)", split.repeated)
         details += _listed(f"{name}: the same question about the same image in two splits", task.shared_items)
         details += _listed(f"{name}: the same image in two splits (not counted as a problem)", task.shared_images)

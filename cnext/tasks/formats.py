@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
+from cnext.errors import parse_json, unknown
 from cnext.tasks.base import DataError, Sample, Task, caption_of
-from cnext.tasks.images import fault
+from cnext.tasks.images import fault, unfit
 from cnext.tasks.readers import READERS
 from cnext.tasks.rows import Row, files, rows, text
 
@@ -30,11 +30,11 @@ class Line(NamedTuple):
 def captions(path: Path) -> dict[int, tuple[str, ...]]:
     """Several captions per item from a file as COCO writes it: {"annotations": [{"image_id", "caption"}, ...]}."""
     try:
-        listed = json.loads(path.read_text(encoding="utf-8"))["annotations"]
+        listed = parse_json(path.read_bytes())["annotations"]
         found: dict[int, list[str]] = {}
         for annotation in listed:
             found.setdefault(int(annotation["image_id"]), []).append(text(annotation, "caption"))
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, OverflowError) as error:
         raise DataError(f"cannot read the captions {path}: expected COCO's 'annotations': {error!r}") from error
     return {item: tuple(accepted) for item, accepted in found.items()}
 
@@ -45,6 +45,8 @@ def scan(task: Task, data: Path, split: str, advance: Callable[[int], None] | No
     Args: advance: told the bytes read.
     """
     pattern = getattr(task, split)
+    if task.format not in READERS:
+        raise unknown(f"format of task {task.name}", task.format, list(READERS))
     if not pattern:
         raise DataError(f"task {task.name} has no {split} split")
     root = data / task.image_folder(split)
@@ -84,8 +86,17 @@ def _placed(sample: Sample, task: Task, split: str) -> Sample:
     return replace(sample, image_first=bool(digest[0] & 1))
 
 
+def left_out(sample: Sample, task: Task, split: str) -> str:
+    """Which images of a sample the task's image filter refuses, or "". Every test sample stays."""
+    if task.image_filter == "none" or split != "train":
+        return ""
+    return ", ".join(f"{image} is {size}" for image in sample.images if (size := unfit(image)))
+
+
 def read(task: Task, data: Path, split: str, limit: int = 0) -> list[Sample]:
     """A task's samples of one split: "train", "test" or "validation"; at most ``limit`` of them (0 = all).
+
+    Without those that the task's image filter leaves out; `cnext data check` counts them.
 
     Raises DataError naming, for all files at once, every line that is malformed or names a missing or broken image
     or one outside the image folder.
@@ -97,19 +108,20 @@ def read(task: Task, data: Path, split: str, limit: int = 0) -> list[Sample]:
         if limit and len(samples) >= limit:
             break
         problem = line.problem
-        for image in sorted({line.sample.image, line.sample.target_image} - {None}) if line.sample else ():
+        for image in line.sample.images if line.sample else ():
             if image not in faults:
                 faults[image] = fault(image)
             problem = f"names an image that is {faults[image]}: {image}" if faults[image] else problem
-        if problem:
+        if problem or line.sample is None:
             problems.append(f"{line.origin}: {problem}")
-        else:
+        elif not left_out(line.sample, task, split):
             samples.append(line.sample)
     if problems:
         raise DataError("\n".join([f"task {task.name}: {len(problems)} unusable rows", *problems]))
     place = data / getattr(task, split)
     if not samples:
-        raise DataError(f"task {task.name}: no {split} samples in {place}")
+        why = " that its image filter leaves in" if task.image_filter != "none" and split == "train" else ""
+        raise DataError(f"task {task.name}: no {split} samples in {place}{why}")
     if "image" in task.reads and not any(sample.image for sample in samples):
         raise DataError(f"task {task.name} reads images, and none of its {len(samples)} rows in {place} names one")
     return samples

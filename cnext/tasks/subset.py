@@ -59,7 +59,7 @@ def _write(suite: Suite, data: Path, n: int, seed: int, protocol: str, folder: P
         counts = {}
         for split in task.splits:
             lines, totals[split] = draw(task, data, split, n, seed)
-            rows = [{**line.row, "question_id": line.sample.id} for line in lines]
+            rows = [{**line.row, "question_id": line.sample.id} for line in lines if line.sample]
             counts[split] = len(rows)
             content = _rows_file(folder / _place(task, split), rows)
             digest.update(f"{task.name}/{split}\n{content}".encode())
@@ -96,7 +96,7 @@ def draw(task: Task, data: Path, split: str, n: int, seed: int) -> tuple[list[Li
     chosen = sorted(heapq.nsmallest(n, ranked(), key=lambda item: item[:2]), key=lambda item: item[1])
     lines = [line for _, _, line in chosen]
     for line in lines:
-        for image in sorted({line.sample.image, line.sample.target_image} - {None}):
+        for image in line.sample.images if line.sample else ():
             found = fault(image)
             if found:
                 problems.append(f"{line.origin}: names an image that is {found}: {image}")

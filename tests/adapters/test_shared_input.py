@@ -132,6 +132,7 @@ def test_merged_routed_and_switched_off_layers_leave_the_group(x: Tensor) -> Non
     torch.testing.assert_close(model(x), alone(x))
 
 
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # torch before 2.9's own
 def test_compiles_into_one_graph(x: Tensor) -> None:
     compiled = torch.compile(made(), backend="aot_eager", fullgraph=True)
     for one, other in zip(results(compiled, x), results(made(), x), strict=True):

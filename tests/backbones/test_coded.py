@@ -215,7 +215,8 @@ def test_generation_is_that_of_a_plain_loop(load: Load, data: Path, draws: bool,
                     given, nothing = (stock.step(backbone, *row, codes)[1] for row in ((begun, read), (blank, None)))
                     codes.append(int((nothing + guidance * (given - nothing)).argmax()))
                 picture = backbone._pictures(torch.tensor([[code for code in codes if code != stock.ROW_END]]))[0]
-                assert (picture == answer.image).all()
+                # The VQ model computes in float32, and decodes the others' pictures beside this one.
+                assert abs(picture.astype(int) - answer.image).max() <= 1
     assert all(answer.image is not None for answer in answers) or not draws
 
 

@@ -1,5 +1,6 @@
 """The branches' GPU kernels without a GPU: Triton interpreted and compiled ahead, CUDA with warnings as errors."""
 
+import importlib.metadata
 import os
 import re
 import shutil
@@ -12,6 +13,8 @@ from ops import ahead_of_time
 from ops.ahead_of_time import SHARED_MEMORY, assert_fits
 
 ROOT = Path(__file__).parents[2]
+TUNED = tuple(map(int, importlib.metadata.version("triton").split(".")[:2])) >= (3, 9)
+"""Whether Triton is as new as the one that the kernels are tuned with; older ones take more registers."""
 HERE = Path(__file__).parent
 """Where the subprocesses start: a folder without a `cnext` of its own, so that they import the installed one."""
 
@@ -20,7 +23,9 @@ def test_triton_interpreted_agrees_with_float64():
     """The numeric tests once more, in a process where Triton interprets."""
     environment = os.environ | {"TRITON_INTERPRET": "1", "CNEXT_TEST_IMPL": "triton", "CNEXT_TEST_DEVICE": "cpu"}
     chosen = "errs_no_more or noticed or those_of_the_reference or not_contiguous or bitwise or float64_is"
-    tests = [sys.executable, "-m", "pytest", "-qx", "-k", chosen, str(Path(__file__).with_name("test_branches_ops.py"))]
+    quiet = ["-q", "-x", "-W", "ignore:Conversion of an array:DeprecationWarning"]  # of older interpreters, by numpy
+    file = str(Path(__file__).with_name("test_branches_ops.py"))
+    tests = [sys.executable, "-m", "pytest", *quiet, "-k", chosen, file]
     run = subprocess.run(tests, env=environment, cwd=HERE, capture_output=True, text=True)
     assert run.returncode == 0, run.stdout[-4000:]
     assert int(re.search(r"(\d+) passed", run.stdout)[1]) >= 25
@@ -31,7 +36,8 @@ def test_triton_compiles_ahead_of_time_without_spills(capability, tmp_path):
     report = ahead_of_time.report("branches", capability, tmp_path)
     assert len(report) == 10
     for kernel, built in report.items():
-        assert_fits(kernel, built, capability, registers=208 if kernel.endswith("bf16 32") else 255)
+        tight = kernel.endswith("bf16 32") and TUNED
+        assert_fits(kernel, built, capability, registers=208 if tight else 255)
         assert built["tensor_cores"] == ("bf16" in kernel), kernel
 
 

@@ -15,8 +15,9 @@ from cnext.errors import UserError
 from cnext.running import parallel
 from cnext.running.config import RunConfig
 from cnext.running.progress import ForwardedProgress
+from cnext.running.stopping import Stop
 
-ENDS_WELL, KILLED, USER_ERROR, CRASHES, GOES_ON = range(5)
+ENDS_WELL, KILLED, USER_ERROR, CRASHES, GOES_ON, SAVES = range(6)
 EVENT = {"doing": "step 1 of 4", "share": 0.25, "left": 3.0, "whole": 4.0, "line": True}
 
 
@@ -25,7 +26,7 @@ def write_results(config: RunConfig, score: float = 50.0) -> None:
     setting = {"suite": "toy", "backbone": "tiny", "split": "test", "budget": "default", "recipe": {"steps": {"a": 4}}}
     results = {
         "method": config.method, "order": config.order, "seed": config.seed, "hyperparameters": {}, "tasks": ["a"],
-        "finished": True, "cost": {"optimizer_steps": 4},
+        "finished": True, "cost": {"optimizer_steps": 4}, "score_matrix": [[score]], "zero_shot": [score],
         "metrics": {"avg_acc": score + config.seed, "forgetting": None, "new_acc": score},
     }  # fmt: skip
     config.folder.mkdir(parents=True, exist_ok=True)
@@ -37,6 +38,8 @@ def write_results(config: RunConfig, score: float = 50.0) -> None:
 
 def run(config: RunConfig, progress: ForwardedProgress) -> None:
     """What cnext.running.runner.run does, in small."""
+    if config.seed == SAVES:
+        saves(config, progress)
     print(f"pid {os.getpid()}", flush=True)
     progress.send(EVENT)
     if config.seed == KILLED:
@@ -49,6 +52,18 @@ def run(config: RunConfig, progress: ForwardedProgress) -> None:
         time.sleep(0.02)
         progress.send(EVENT)
     write_results(config)
+
+
+def saves(config: RunConfig, progress: ForwardedProgress) -> None:
+    """Goes on until it is told to stop, and takes a while to save."""
+    with Stop() as stop, stop.held():
+        print(f"pid {os.getpid()}", flush=True)
+        while not stop.requested:
+            time.sleep(0.02)
+            progress.send(EVENT)
+        time.sleep(0.3)
+        (config.folder / "saved").touch()
+        stop.check("saved after step 3")
 
 
 def child(config: RunConfig, connection: Connection) -> None:

@@ -39,7 +39,7 @@ def made(folder: Path, name: str, learnt: int = 2, trainable: str = "branches", 
             parameter.copy_(torch.randn(parameter.shape) * 0.05)
     config = {"method": name, "hyperparameters": dataclasses.asdict(method), "backbone": "tiny", "suite": "next-tiny",
               "order": "paper", "tasks": TASKS, "seed": 3, "recipe": {"trainable": trainable}}  # fmt: skip
-    results = {"tasks": TASKS, "profile": "strict", "split": "test", "zero_shot": [10.0, 20.0], "finished": True,
+    results = {"method": name, "suite": "next-tiny", "tasks": TASKS, "profile": "strict", "split": "test", "zero_shot": [10.0, 20.0], "finished": True,
                "score_matrix": [[50.0, None], [40.0, 61.5]], "metrics": {"avg_acc": 50.75, "bwt": None}}  # fmt: skip
     run = folder / name
     tensors = {"adapters": held, "method": method.state_dict(), "optimizer": {}}
@@ -236,7 +236,7 @@ def test_the_verbs(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert main([*asked[:3], str(tmp_path / "x"), *asked[4:], "--checkpoint", "9_X"]) == 2
     assert "unknown checkpoint (of those between tasks) '9_X'; valid: 2_HQEdit" in capsys.readouterr().err
     assert main(["export", str(tmp_path / "none"), "--to", str(tmp_path / "x"), "--format", "peft"]) == 2
-    assert "expected a folder with config.json, cannot read" in capsys.readouterr().err
+    assert "config.json: expected a JSON object, could not read one" in capsys.readouterr().err
     assert main(["import", str(out), "--to", str(back)]) == 0
     assert "lora on tiny, 28 layers, branches lora (rank 32)" in capsys.readouterr().out
     assert main(["import", str(back), "--to", str(tmp_path / "x")]) == 2

@@ -49,7 +49,7 @@ def test_files_of_a_run(finished: Path) -> None:
     names = {path.name for path in finished.iterdir() if not path.name.startswith(".")}
     assert names == {
         "config.json", "results.json", "cost.json", "environment.json", "scores.jsonl", "train.jsonl",
-        "predictions", "checkpoints", "report.html", "report.md", "report_files",
+        "predictions", "checkpoints", "report.html", "report.md", "report_files", "run.log",
     }  # fmt: skip
     assert sorted(path.name for path in (finished / "checkpoints").iterdir()) == ["1_VQAv2", "2_Flickr30k", "3_HQEdit"]
 
@@ -214,7 +214,7 @@ def test_a_damaged_checkpoint_is_named_and_not_read(config: Callable[..., RunCon
     content = bytearray(path.read_bytes())
     content[-1] ^= 1
     path.write_bytes(content)
-    with pytest.raises(UserError, match=r"adapters\.safetensors is missing or damaged; delete"):
+    with pytest.raises(UserError, match=r"no checkpoint of this run is whole:\n.*adapters\.safetensors is not"):
         run(made)
 
 
@@ -223,9 +223,9 @@ def test_a_loss_that_is_not_finite_stops_with_step_and_samples(
 ) -> None:
     made, original, calls = config(order="VQAv2"), TinyBackbone.loss, []
 
-    def poisoned(self: TinyBackbone, encoded: object) -> object:
+    def poisoned(self: TinyBackbone, encoded: object, whole: object = None) -> object:
         calls.append(1)
-        loss = original(self, encoded)
+        loss = original(self, encoded, whole)
         return loss if len(calls) < 3 else type(loss)(loss.total * torch.nan, loss.text, loss.image, loss.tokens)
 
     monkeypatch.setattr(TinyBackbone, "loss", poisoned)

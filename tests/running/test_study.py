@@ -15,7 +15,7 @@ from types import SimpleNamespace
 
 import pytest
 from running import fake_child
-from running.fake_child import CRASHES, ENDS_WELL, EVENT, GOES_ON, KILLED, USER_ERROR
+from running.fake_child import CRASHES, ENDS_WELL, EVENT, GOES_ON, KILLED, SAVES, USER_ERROR
 
 from cnext.cli import run_main
 from cnext.errors import UserError
@@ -73,7 +73,7 @@ def test_side_by_side_gives_the_same_bits_and_finished_runs_are_read(
         assert one.read_bytes() == other.read_bytes(), name
     assert "after 1 VQAv2" in (tmp_path / "several" / folder / "run.log").read_text()
     tables = {path.name: path.read_text() for path in (tmp_path / "several").glob("study.*")}
-    assert sorted(tables) == ["study.csv", "study.json", "study.md", "study.tex"]
+    assert sorted(tables) == ["study.csv", "study.html", "study.json", "study.md", "study.tex"]
     assert tables["study.md"] in shown.out
 
     def forbidden(*_: object) -> None:
@@ -137,10 +137,50 @@ def test_the_interrupt_key_stops_every_process(
     arguments = ["--method", "lora", "mage", "--seeds", str(GOES_ON), "--out", str(tmp_path), "--jobs", "2"]
     assert run_main([*flags, *arguments]) == 130
     thread.join()
-    assert "interrupted; the same command goes on" in capsys.readouterr().err
+    assert "stopped by SIGINT: all that was finished is saved; the same command goes on" in capsys.readouterr().err
     assert len(pids) == 2
     assert all(map(gone, pids))
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+@pytest.mark.usefixtures("fake", "interruptible")
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 0), (signal.SIGINT, 130)], ids=["SIGTERM", "SIGINT"])
+def test_told_to_stop_a_study_waits_until_every_run_has_saved(
+    number: signal.Signals, status: int, flags: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folders = [tmp_path / f"{method}/VQAv2/seed-{SAVES}" for method in ("lora", "mage")]
+    pids: list[int] = []
+
+    def stop() -> None:
+        pids.extend(pid_in(folder / "run.log") for folder in folders)
+        os.kill(os.getpid(), number)
+
+    thread = threading.Thread(target=stop)
+    thread.start()
+    arguments = ["--method", "lora", "mage", "ewc", "--seeds", str(SAVES), "--out", str(tmp_path), "--jobs", "2"]
+    assert run_main([*flags, *arguments]) == status
+    thread.join()
+    assert f"stopped by {number.name}: all that was finished is saved; the same" in capsys.readouterr().err
+    assert all(map(gone, pids))
+    for folder in folders:
+        assert (folder / "saved").is_file()
+        assert "stopped by SIGTERM: saved after step 3; the same command goes on" in (folder / "run.log").read_text()
+    assert not (tmp_path / f"ewc/VQAv2/seed-{SAVES}/run.log").exists(), "no other run is begun"
+
+
+@pytest.mark.usefixtures("fake")
+def test_a_run_that_is_told_to_stop_alone_is_not_done(
+    flags: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    logs = [tmp_path / f"{method}/VQAv2/seed-{SAVES}/run.log" for method in ("lora", "mage")]
+    thread = threading.Thread(target=lambda: [os.kill(pid_in(log), signal.SIGTERM) for log in logs])
+    thread.start()
+    arguments = ["--method", "lora", "mage", "--seeds", str(SAVES), "--out", str(tmp_path), "--jobs", "2"]
+    assert run_main([*flags, *arguments]) == 1
+    thread.join()
+    shown = capsys.readouterr().err
+    assert f"failed: lora/VQAv2/seed-{SAVES} (told to stop, and saved as far as it was)" in shown
+    assert "2 of 2 runs failed; the same command does only what is missing" in shown
 
 
 def test_a_run_does_not_outlive_its_study(tmp_path: Path) -> None:
@@ -161,7 +201,9 @@ def test_a_run_does_not_outlive_its_study(tmp_path: Path) -> None:
 def test_in_one_process_a_run_that_fails_stops_no_other(
     flags: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(runner, "run", lambda config: fake_child.run(config, SimpleNamespace(send=lambda event: None)))
+    monkeypatch.setattr(
+        runner, "run", lambda config, _: fake_child.run(config, SimpleNamespace(send=lambda event: None))
+    )
     flags = [*flags, "--method", "lora", "--out", str(tmp_path), "--jobs", "1", "--seeds"]
     assert run_main([*flags, str(CRASHES), str(USER_ERROR), str(ENDS_WELL)]) == 1
     shown = capsys.readouterr().err
@@ -174,7 +216,7 @@ def test_in_one_process_a_run_that_fails_stops_no_other(
 def test_without_its_baseline_there_is_no_table_yet(
     flags: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def run(config: RunConfig) -> None:
+    def run(config: RunConfig, _: object) -> None:
         if config.method == "mage":
             raise UserError("the data is bad")
         fake_child.write_results(config)
@@ -382,21 +424,21 @@ def test_a_run_forwards_its_time_left(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_the_time_left_of_a_study() -> None:
     with StudyProgress(4, 2) as shown:
-        assert shown.left() is None
+        assert shown.pace.left() is None
         shown.start("a")
         shown.start("b")
-        assert shown.left() is None
+        assert shown.pace.left() is None
         shown.update("a", {**EVENT, "left": 30.0, "whole": 40.0})
-        assert shown.left() == pytest.approx((30 + 3 * 40) / 2), "the others take as long as the whole of a"
+        assert shown.pace.left() == pytest.approx((30 + 3 * 40) / 2), "the others take as long as the whole of a"
         shown.update("b", {**EVENT, "left": 90.0, "whole": 100.0})
-        assert shown.left() == pytest.approx((30 + 90 + 2 * 70) / 2)
+        assert shown.pace.left() == pytest.approx((30 + 90 + 2 * 70) / 2)
         shown.end("a", "failed", failed=True)
         shown.end("b", "50.0")
         shown.start("c")
         shown.start("d")
         shown.update("c", {**EVENT, "left": 1.0})
         shown.update("d", {**EVENT, "left": 9.0})
-        assert shown.left() == 9.0, "at least the longest"
+        assert shown.pace.left() == 9.0, "at least the longest"
 
 
 def test_bad_data_is_one_message_before_any_process_starts(

@@ -215,9 +215,9 @@ def test_unfinished_runs_are_left_out_and_named(write: Write) -> None:
 @pytest.mark.parametrize(
     ("file", "text", "message"),
     [
-        ("results.json", "{", r"results\.json is not JSON"),
-        ("results.json", "{}", r"results\.json or config\.json beside it lacks 'finished'"),
-        ("config.json", "{}", r"lacks 'suite'"),
+        ("results.json", "{", r"results\.json: expected a JSON object"),
+        ("results.json", "{}", r"results\.json is not as a run writes it: finished: missing"),
+        ("config.json", "{}", r"config\.json is not as a run writes it: suite: missing"),
     ],
     ids=["cut", "empty", "no setting"],
 )

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from cnext import RunConfig, methods, run
 from cnext.backbones.tiny.model import TinyBackbone
 from cnext.errors import UserError
-from cnext.running import runner
+from cnext.running import checkpoint, runner
 from cnext.running.batches import Batches, Order
-from cnext.running.config import plan
+from cnext.running.config import loading_options, plan
 from cnext.running.precision import in_float32
 from cnext.running.schedules import SCHEDULES
 from cnext.running.training import TaskTrainer
@@ -172,12 +172,11 @@ def test_connections_learn_where_a_recipe_says_so(
     branches = sum(p.numel() for p in before.trainable(suites.load("next-tiny").task("VQAv2")).values())
     assert results["cost"]["trainable_params_by_task"]["VQAv2"] == branches + counted
 
-    made = runner.Runner(plan(whole), runner.RunFolder(whole.folder, plan(whole).as_dict()), runner.Progress())
-    made._restore()
+    saved_there, _ = checkpoint.load(whole.folder / "checkpoints" / "2_HQEdit")
     original = TinyBackbone.load().state_dict()
-    now = {name.replace(".base.", "."): value for name, value in made.backbone.state_dict().items()}
-    changed = {name for name, value in original.items() if not torch.equal(value, now[name])}
-    assert changed == expected
+    beside = {k.removeprefix("backbone."): v for k, v in saved_there["adapters"].items() if k.startswith("backbone.")}
+    assert beside.keys() == expected
+    assert not [name for name, value in beside.items() if torch.equal(value, original[name])], "all have learnt"
 
     class Stop(Exception):
         pass
@@ -238,3 +237,31 @@ def test_a_whole_run_in_bfloat16_with_checkpointing(
 def test_the_tiny_backbone_takes_no_device_map(data: Path, toy_suite: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="takes no device map, got 'balanced'"):
         run(config(data, toy_suite, tmp_path, device_map="balanced"))
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ((), {}),
+        (("edit_stage=second", "steps=30"), {"edit_stage": "second", "steps": 30}),
+        (("end_every_turn=true", "resolution=512"), {"end_every_turn": True, "resolution": 512}),
+    ],
+    ids=["none", "a word and a number", "a switch"],
+)
+def test_options_of_a_backbone_are_read(given: tuple[str, ...], expected: dict) -> None:
+    assert loading_options("seed-x", given) == expected
+
+
+@pytest.mark.parametrize(
+    ("backbone", "given", "message"),
+    [
+        ("seed-x", "stage=second", "option of backbone seed-x 'stage'"),
+        ("seed-x", "steps=many", "steps takes a number, true or false, got 'many'"),
+        ("seed-x", "steps=true", "steps takes a value like 50, got true"),
+        ("tiny", "steps=3", "it takes no options"),
+    ],
+    ids=["unknown", "no number", "another type", "none known"],
+)
+def test_bad_options_of_a_backbone_are_named(backbone: str, given: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        loading_options(backbone, [given])

@@ -13,9 +13,10 @@ SHORT = "Answer the question using a single word or phrase."
 LOCATE = "Please provide the bounding box coordinate of the region this sentence describes:"
 
 
-def picture(path: Path, seed: int = 0) -> None:
+def picture(path: Path, seed: int = 0, size: tuple[int, int] = (8, 6)) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(numpy.random.default_rng(seed).integers(0, 255, (6, 8, 3), numpy.uint8)).save(path)
+    image = Image.fromarray(numpy.random.default_rng(seed).integers(0, 255, (6, 8, 3), numpy.uint8))
+    image.resize(size, Image.Resampling.NEAREST).save(path)
 
 
 def lines(path: Path, rows: list[Any]) -> None:
@@ -46,7 +47,7 @@ def write_continual_next(data: Path) -> Path:
         picture(ocr / "OCR-VQA/images" / jpg, index)
         picture(boxes / "COCO2014/train2014" / jpg, index)
         for side in ("source", "target"):
-            picture(edit / f"images/{side}_images" / jpg, index)
+            picture(edit / f"images/{side}_images" / jpg, index, (480, 400))
         if test:
             rows[vqa][1].append({"question id": index, "image": coco, "text": f"What? {SHORT}", "answer": "net"})
             name = f"val/n{index}/{index}.JPEG"

@@ -70,6 +70,17 @@ def test_progress_goes_to_the_end(data: Path) -> None:
     assert all(done == total for _, total, done in watch.told)
 
 
+def test_rows_left_out_of_training_are_told_and_no_problem(data: Path) -> None:
+    picture(data / "SEED-Data-HQEdit/images/target_images/000000000001.jpg", size=(480, 399))
+    report = check(data)
+    (told,) = report.tasks["HQEdit"].splits["train"].left_out
+    assert "output_001.jsonl:2: " in told
+    assert "000000000001.jpg is 480x399" in told
+    assert report.problems == 0
+    assert "HQEdit train: rows left out of training by their images' sizes, as released" in doctor_text.text(report)
+    assert all(not split.left_out for split in check(data, "none").tasks["HQEdit"].splits.values())
+
+
 def test_every_malformed_row_is_named(data: Path) -> None:
     path = data / VQA / "annotations/output_002.jsonl"
     append(

@@ -108,12 +108,40 @@ def test_a_task_that_reads_images_needs_some(tmp_path: Path) -> None:
 
 def test_edits_with_a_new_instruction_and_a_response(tmp_path: Path) -> None:
     for side in ("source", "target"):
-        picture(tmp_path / f"SEED-Data-HQEdit/images/{side}_images/a.jpg")
+        picture(tmp_path / f"SEED-Data-HQEdit/images/{side}_images/a.jpg", size=(400, 400))
     row = {"source image": "source_images/a.jpg", "target image": "target_images/a.jpg", "instruction": "old"}
     rows = [row | {"instruction_new": "new", "response": "Here it is."}]
     lines(tmp_path / "SEED-Data-HQEdit/annotations/output_001.jsonl", rows)
     (turn,) = read(tmp_path, "HQEdit", "train")[0].turns
     assert (turn.instruction, turn.answer) == ("new", "Here it is.")
+
+
+@pytest.mark.parametrize(
+    ("source", "target", "stays"),
+    [
+        ((400, 400), (400, 400), True),
+        ((399, 500), (400, 400), False),
+        ((400, 400), (500, 399), False),
+        ((1000, 600), (600, 1000), True),
+        ((1000, 599), (400, 400), False),
+        ((599, 1000), (400, 400), False),
+        ((2000, 1200), (2000, 1200), True),
+    ],
+    ids=str,
+)
+def test_pictures_to_edit_are_left_out_by_their_size_as_released(
+    source: tuple[int, int], target: tuple[int, int], stays: bool, tmp_path: Path
+) -> None:
+    sides = {"source": source, "target": target}
+    for side, size in sides.items():
+        picture(tmp_path / f"SEED-Data-HQEdit/images/{side}_images/b.png", size=size)
+        picture(tmp_path / f"SEED-Data-HQEdit/images/{side}_images/a.png", size=(400, 400))
+    rows = [{f"{side}_image": f"{side}_images/{name}.png" for side in sides} for name in "ab"]
+    rows = [row | {"instruction": "add a hat"} for row in rows]
+    lines(tmp_path / "SEED-Data-HQEdit/annotations/output_001.jsonl", rows)
+    listing(tmp_path / "SEED-Data-HQEdit/questions/test.json", rows)
+    assert len(read(tmp_path, "HQEdit", "train")) == 1 + stays
+    assert len(read(tmp_path, "HQEdit", "train", image_filter="none")) == len(read(tmp_path, "HQEdit", "test")) == 2
 
 
 def test_several_accepted_answers(tmp_path: Path) -> None:
@@ -130,7 +158,9 @@ def test_a_missing_folder_says_what_is_there_instead(tmp_path: Path) -> None:
         read(tmp_path, "Flickr30k", "train")
 
 
-@pytest.mark.parametrize(("field", "value"), [("prompts", "consistant"), ("image_position", "last")])
+@pytest.mark.parametrize(
+    ("field", "value"), [("prompts", "consistant"), ("image_position", "last"), ("image_filter", "some")]
+)
 def test_a_manifest_s_options_are_checked(field: str, value: str) -> None:
     with pytest.raises(UserError, match=f"unknown {field} of task VQAv2 '{value}'; valid: "):
         dataclasses.replace(SUITE.task("VQAv2"), **{field: value})

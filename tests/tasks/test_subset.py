@@ -11,7 +11,7 @@ from tasks.official import listing, picture, write_continual_next
 from cnext.cli import main
 from cnext.errors import UserError
 from cnext.running.config import RunConfig, plan
-from cnext.running.runner import read_suite
+from cnext.running.preparing import read_suite
 from cnext.tasks import doctor, formats, suites
 from cnext.tasks.base import DataError
 from cnext.tasks.doctor_text import Bars

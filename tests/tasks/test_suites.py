@@ -97,9 +97,9 @@ def test_a_suite_says_its_name_and_a_budget_may_be_another_s(toy_suite: Path, tm
     ("text", "reason"),
     [
         ("{", "cannot read"),
-        ("[]", "must be a JSON object"),
-        ("{}", "needs 'tasks'"),
-        ('{"tasks": ["A"]}', "cannot read"),
+        ("[]", r"expected an object, got \[\]"),
+        ("{}", "tasks: missing"),
+        ('{"tasks": ["A"], "orders": {}, "budgets": {}}', "cannot read"),
     ],
     ids=["cut", "list", "empty", "no task file"],
 )

@@ -140,7 +140,7 @@ class Drawing:
             places = [place for place, one in enumerate(edits) if one == edit]
             for start in range(0, len(places), IMAGES):
                 chunk = places[start : start + IMAGES]
-                edited = [sources[place] for place in chunk] if edit else None
+                edited = [source for place in chunk if (source := sources[place])] if edit else None
                 with torch.autocast(self.device.type, enabled=False):
                     latents = self._denoised(features[chunk], nothing, edited)
                     drawn |= {place: self._pixels(latent[None]) for place, latent in zip(chunk, latents, strict=True)}
@@ -207,9 +207,11 @@ class Stage:
 
 def _widened(layer: torch.nn.Conv2d) -> torch.nn.Conv2d:
     """The layer with as many input channels again, of weight zero."""
-    wide = torch.nn.Conv2d(2 * layer.in_channels, layer.out_channels, layer.kernel_size, layer.stride, layer.padding)
+    sizes: Any = (layer.kernel_size, layer.stride, layer.padding)
+    wide = torch.nn.Conv2d(2 * layer.in_channels, layer.out_channels, *sizes)
     wide = wide.to(layer.weight).requires_grad_(False)
     wide.weight.zero_()
     wide.weight[:, : layer.in_channels] = layer.weight
-    wide.bias.copy_(layer.bias)
+    if wide.bias is not None and layer.bias is not None:
+        wide.bias.copy_(layer.bias)
     return wide

@@ -57,8 +57,8 @@ def prepare(tokenizer: Tokenizer, sample: Sample, *, end_every_turn: bool = Fals
         options = {"end_every_turn": end_every_turn, "max_length": max_length}
         made = conversation.conversation(tokenizer, sample, count, **options)
         target = whole(open_picture(sample.target_image)) if sample.target_image else None
-    tokens = (torch.tensor(values) for values in (made.ids, made.labels, made.roles))
-    return Encoded(*tokens, read.centres if read else None, read.pixels if read else None, target)
+    ids, labels, roles = (torch.tensor(values) for values in (made.ids, made.labels, made.roles))
+    return Encoded(ids, labels, roles, read.centres if read else None, read.pixels if read else None, target)
 
 
 def encode(vit: VisualEncoder, prepared: Sequence[Encoded]) -> list[Encoded]:
@@ -81,6 +81,9 @@ def encode(vit: VisualEncoder, prepared: Sequence[Encoded]) -> list[Encoded]:
 
 def padded(items: Sequence[Encoded], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
     """ids, labels, roles: (B, L), with padding on the right."""
-    fields = (("ids", PAD), ("labels", IGNORED), ("roles", TEXT_READ))
-    pad = nn.utils.rnn.pad_sequence
-    return tuple(pad([getattr(item, name) for item in items], True, value).to(device) for name, value in fields)
+
+    def pad(rows: list[Tensor], value: int) -> Tensor:
+        return nn.utils.rnn.pad_sequence(rows, True, value).to(device)
+
+    ids, labels = pad([item.ids for item in items], PAD), pad([item.labels for item in items], IGNORED)
+    return ids, labels, pad([item.roles for item in items], TEXT_READ)

@@ -67,6 +67,7 @@ def load(
 ) -> SeedX:
     """See `SeedX.load`. options: edit_stage, resolution and steps of a `Drawing`."""
     parts = Released.find(weights)
+    assert weights is not None, "found"
     drawing = Drawing(weights, device=device, dtype=dtype, **_checked(options))
     if missing := drawing.missing():
         warnings.warn(missing, stacklevel=3)
@@ -82,7 +83,7 @@ def load(
     beside = torch.nn.ModuleDict({"input_resampler": model.input_resampler, "output_resampler": model.output_resampler})
     beside.register_parameter("patch_pos_embed", model.patch_pos_embed)
     fill(beside, [parts.agent], dtype, lambda _: main, optional=POSITIONS)
-    model.patch_pos_embed = beside.patch_pos_embed
+    model.patch_pos_embed = beside.get_parameter("patch_pos_embed")
     for resampler in (model.vit.attn_pool, model.input_resampler, model.output_resampler):
         if resampler.pos_embed.is_meta:
             queries, width = resampler.query.shape

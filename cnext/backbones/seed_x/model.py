@@ -66,7 +66,8 @@ class SeedX(Backbone):
         from transformers import LlamaForCausalLM
 
         super().__init__()
-        self.tokenizer, self.drawing = tokenizer, drawing
+        self.tokenizer: Any = tokenizer  # None on the meta device alone
+        self.drawing = drawing
         self.end_every_turn, self.max_length = end_every_turn, max_length
         self.llm = LlamaForCausalLM(config)
         self.vit = VisualEncoder(vision)
@@ -119,7 +120,7 @@ class SeedX(Backbone):
         whole = "image" in task.writes
         seen = ("image" in task.reads) * (1 if whole else 3) + whole
         patches = (SIDE // self.vit.conv1.kernel_size[0]) ** 2
-        blocks = self.vit.transformer["resblocks"]
+        blocks: Any = self.vit.transformer["resblocks"]
         attention = 4 * patches * patches * self.vit.conv1.out_channels * len(blocks)
         return seen * (2.0 * patches * sum(p.numel() for p in blocks.parameters()) + attention)
 
@@ -155,12 +156,13 @@ class SeedX(Backbone):
     def inputs(self, ids: Tensor, roles: Tensor, items: Sequence[Encoded]) -> Tensor:
         """Input embeddings (B, L, hidden) of ids and roles, (B, L) both; sets `positions`."""
         embeddings = self.llm.model.embed_tokens(ids)
-        read = [item for item in items if item.features is not None]
-        if read:
-            tokens = self.input_resampler(torch.cat([item.features for item in read]))
-            parts = tokens.split([len(item.features) for item in read])
-            spread = [part.expand(len(item.centres), -1, -1) for part, item in zip(parts, read, strict=True)]
-            centres = patch_features(torch.cat([item.centres for item in read])).to(self.patch_pos_embed)
+        features = [item.features for item in items if item.features is not None]
+        if features:
+            places = [item.centres for item in items if item.centres is not None]
+            tokens = self.input_resampler(torch.cat(features))
+            parts = tokens.split([len(each) for each in features])
+            spread = [part.expand(len(place), -1, -1) for part, place in zip(parts, places, strict=True)]
+            centres = patch_features(torch.cat(places)).to(self.patch_pos_embed)
             tokens = torch.cat(spread) + (centres @ self.patch_pos_embed)[:, None]
             embeddings = embeddings.masked_scatter((roles == IMAGE_READ)[..., None], tokens.to(embeddings.dtype))
         self.positions = roles
@@ -207,10 +209,11 @@ class SeedX(Backbone):
 
     def _drawn(self, samples: Sequence[Sample], written: Sequence[generation.Written]) -> dict[int, Any]:
         """Images by the numbers of their samples; none where there is no de-tokenizer, of which `load` has warned."""
-        places = [place for place, answer in enumerate(written) if answer.states is not None]
+        states = {place: answer.states for place, answer in enumerate(written) if answer.states is not None}
+        places = list(states)
         if not places or self.drawing is None or self.drawing.missing():
             return {}
-        features = self.output_resampler(torch.stack([written[place].states for place in places]))
+        features = self.output_resampler(torch.stack(list(states.values())))
         if self._nothing is None:
             self._nothing = pooled(self.vit.nothing())[0]
         sources = [samples[place].image for place in places]

@@ -30,8 +30,8 @@ def plan(
 
     if device_map not in DEVICE_MAPS:
         raise unknown("device map", device_map, DEVICE_MAPS)
-    whole = {"no_split_module_classes": model._no_split_modules, "dtype": dtype}
-    free = dict(memory or get_max_memory())
+    whole: dict[str, Any] = {"no_split_module_classes": model._no_split_modules, "dtype": dtype}
+    free: Any = dict(memory or get_max_memory() or {})
     if device_map != "sequential":
         free = get_balanced_memory(model, free, low_zero=device_map == "balanced_low_0", **whole)
     found = infer_auto_device_map(model, free, **whole)
@@ -56,4 +56,5 @@ def connect(model: nn.Module, placed: Mapping[str, Any]) -> None:
     """Has the parts, which are where the plan says, hand their results on from device to device."""
     from accelerate import dispatch_model
 
-    dispatch_model(model, dict(placed), skip_keys=model._skip_keys_device_placement)
+    skipped: Any = model._skip_keys_device_placement
+    dispatch_model(model, dict(placed), skip_keys=skipped)

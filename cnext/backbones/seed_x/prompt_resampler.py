@@ -114,7 +114,8 @@ class PromptResampler(nn.Module):
 
     def forward(self, features: Tensor) -> tuple[Tensor, Tensor]:
         x, latents = self.proj_in(features), self.latents.expand(len(features), -1, -1)
-        for attention, feed_forward in self.layers:
+        for layer in self.layers:
+            attention, feed_forward = layer.children()
             latents = attention(x, latents) + latents
             latents = feed_forward(latents) + latents
         latents = self.norm_out(latents)

@@ -42,6 +42,8 @@ class Resampler(nn.Module):
     Reference: Qwen-VL, arXiv 2308.12966; SEED-X, arXiv 2404.14396.
     """
 
+    pos_embed: Tensor
+
     def __init__(self, queries: int, width: int, source: int, eps: float = 1e-5) -> None:
         super().__init__()
         self.query = nn.Parameter(torch.zeros(queries, width))

@@ -51,8 +51,9 @@ class Block(nn.Module):
         self.ln_1 = nn.LayerNorm(width, EPS)
         self.ln_2 = nn.LayerNorm(width, EPS)
         self.attn = Attention(width)
-        layers = OrderedDict(c_fc=nn.Linear(width, mlp), gelu=nn.GELU(), c_proj=nn.Linear(mlp, width))
-        self.mlp = nn.Sequential(layers)
+        wide, narrow = nn.Linear(width, mlp), nn.Linear(mlp, width)
+        layers: dict[str, nn.Module] = {"c_fc": wide, "gelu": nn.GELU(), "c_proj": narrow}
+        self.mlp = nn.Sequential(OrderedDict(layers))
 
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.attn(self.ln_1(x))
@@ -80,7 +81,7 @@ class VisualEncoder(nn.Module):
         """(N, 3, 448, 448), as `normalized`, to (N, 256, output), in the parameters' dtype."""
         x = self.conv1(pixels.to(self.proj.dtype)).flatten(2).mT
         x = self.ln_pre(x + resized(self.positional_embedding, x.shape[1]))
-        for block in self.transformer["resblocks"]:
+        for block in self.transformer["resblocks"].children():
             x = block(x)
         return self.ln_post(self.attn_pool(x)) @ self.proj
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from cnext.backbones.base import Backbone, Output
+from cnext.backbones.pretrained import checkpoint_activations
 from cnext.backbones.tiny.tokenizer import TinyTokenizer
 from cnext.backbones.tiny.vision import TOKENS, WIDTH, Detokenizer, VisualEncoder, to_image, to_input
 from cnext.errors import UserError
@@ -110,9 +111,9 @@ class TinyBackbone(Backbone):
             raise UserError(f"the tiny backbone is for one device and takes no device map, got {device_map!r}")
         model = cls()
         model.load_state_dict({name: tensor.float() for name, tensor in load_file(weights or WEIGHTS).items()})
-        model.decoder.to(dtype)
+        nn.Module.to(model.decoder, dtype)
         if checkpointing:
-            model.decoder.gradient_checkpointing_enable({"use_reentrant": False})
+            checkpoint_activations(model.decoder)
         return model.requires_grad_(False).eval().to(device)
 
     @classmethod

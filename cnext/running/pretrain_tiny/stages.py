@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from random import Random
+from typing import Any
 
 import numpy
 import torch
@@ -26,7 +27,8 @@ PICTURE = Path("picture")
 
 def _encode(model: TinyBackbone, items: list[Item]) -> list[Encoded]:
     def features(column: int) -> list[Tensor | None]:
-        pixels = [scenes.draw(item[column]) for item in items if item[column] is not None]
+        shown: list[Any] = [item[column] for item in items if item[column] is not None]
+        pixels = [scenes.draw(picture) for picture in shown]
         if not pixels:
             return [None] * len(items)
         with torch.no_grad():
@@ -163,6 +165,7 @@ def pretrain_clip(
     """
     torch.manual_seed(seed)
     rng = Random(f"clip/{seed}")
+    clip: Any
     clip, _, tokenizer = build_tiny_clip(clip_vocabulary())
     clip.logit_scale.requires_grad_(False)
     clip.train()

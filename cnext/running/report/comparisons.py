@@ -41,7 +41,7 @@ def kept(methods: Mapping[str, tuple[Sequence[float], float | None]]) -> Figure:
             axes.plot(new, row, "o", ms=5, mfc=PAPER, mec=INK, mew=1, zorder=3)
         axes.plot(seeds, [row] * len(seeds), "|", ms=9, color=SCORE_COLOUR, mew=1, zorder=3)
         axes.plot(mean, row, "o", ms=5.5, color=SCORE_COLOUR, zorder=4)
-        least = float(min([*seeds, *([] if new is None else [new])]))
+        least = min(*map(float, seeds), mean if new is None else new)
         axes.text(least - 1.2, row, points(mean), size=8, weight="bold", ha="right", va="center")
     low, high = axes.get_xlim()
     axes.set(xlim=(max(-2, low - 5), high))

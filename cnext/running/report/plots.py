@@ -138,6 +138,7 @@ def accuracy(scores: np.ndarray, task: int | None, title: str) -> Figure:
     last = int(np.flatnonzero(np.isfinite(lines).any(1)).max(initial=0))
     figure, axes = panel(title)
     axes.plot(np.delete(lines, [] if task is None else task, 1), color=FAINT, lw=0.8)
+    line: Any
     if task is None:
         line = np.array([np.nan, *map(mean_seen, lines[1 : last + 1])])
         colour, start, width = INK, mean_seen(scores[0]), 2.4

@@ -6,6 +6,7 @@ import shlex
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -134,7 +135,8 @@ def _types(page: Page) -> Section:
     def show(found: list[Finding]) -> list[Block]:
         keys = dict(zip(("avg_hal", "avg_iuf", "avg_oth"), ERROR_TYPES, strict=True))
         columns = {error: found[0].head.index(TYPES[metric]) for metric, error in keys.items()}
-        shares = {page.name(*row[:2]): {error: row[i]["mean"] for error, i in columns.items()} for row in found[0].rows}
+        rows: list[Any] = list(found[0].rows)
+        shares = {page.name(*row[:2]): {error: row[i]["mean"] for error, i in columns.items()} for row in rows}
         shares = dict(sorted(shares.items(), key=lambda item: sum(item[1].values())))
         spoken = "; ".join(f"{name} {sum(parts.values()):.1f}" for name, parts in shares.items())
         picture = Picture("types.svg", comparisons.growth(shares), f"Forgetting by error type, least first: {spoken}")

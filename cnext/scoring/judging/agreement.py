@@ -29,7 +29,7 @@ def agreement(known: Sequence[str], judged: Sequence[str | None]) -> dict[str, A
     chance = sum(rows[kind] * columns[kind] for kind in ERROR_TYPES) / count**2 if count else 1.0
     return {
         "accuracy": accuracy,
-        "kappa": None if chance == 1.0 else (accuracy - chance) / (1 - chance),
+        "kappa": None if accuracy is None or chance == 1.0 else (accuracy - chance) / (1 - chance),
         "confusion": {label: {found: counts[label, found] for found in ERROR_TYPES} for label in ERROR_TYPES},
         "judged": count,
         "unjudged": len(known) - count,

@@ -81,7 +81,7 @@ class Verdicts:
     def error_type(self, name: str) -> str | None:
         """The error type of the verdict under this key; None where there is no verdict."""
         row = self._rows.get(name)
-        return row and error_type(*(row[question] for question in QUESTIONS))
+        return error_type(*(row[question] for question in QUESTIONS)) if row else None
 
     def add(self, row: dict[str, Any]) -> None:
         """Keeps a verdict: on the disk when this returns. Any thread may call it."""

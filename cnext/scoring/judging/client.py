@@ -78,7 +78,7 @@ class Client:
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._client.close()
 
-    def ask(self, messages: list[dict[str, Any]]) -> Reply:
+    def ask(self, messages: list[Any]) -> Reply:
         """The reply to some messages.
 
         Raises:

@@ -25,10 +25,11 @@ def parse(content: str | None) -> dict[str, bool]:
     Raises:
         Malformed: the reply is anything but one JSON object with exactly these two booleans.
     """
+    content = content or ""
     try:
-        value = json.loads(content or "")
+        value = json.loads(content)
     except (ValueError, RecursionError) as error:
-        raise Malformed(f"not JSON: {(content or '')[:80]!r}") from error
+        raise Malformed(f"not JSON: {content[:80]!r}") from error
     if not isinstance(value, dict) or value.keys() != set(QUESTIONS):
         raise Malformed(f"not an object with {' and '.join(QUESTIONS)}: {content[:80]!r}")
     if any(type(answer) is not bool for answer in value.values()):

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 from random import Random
-from typing import Any
 
 from cnext.errors import UserError, unknown
-from cnext.tasks.base import Recipe, Suite, Task
+from cnext.tasks import manifests
+from cnext.tasks.base import Suite
 
 FOLDER = Path(__file__).parent
 ORDERS = ("reverse", "alphabet", "random:K")
@@ -21,24 +20,6 @@ def names() -> list[str]:
     return sorted(path.parent.name for path in FOLDER.glob("*/suite.json"))
 
 
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot read the manifest {path}: {error}") from error
-    if not isinstance(value, dict):
-        raise UserError(f"the manifest {path} must be a JSON object, got {type(value).__name__}")
-    return value
-
-
-def _build(kind: type, values: dict[str, Any], path: Path) -> Any:
-    frozen = {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
-    try:
-        return kind(**frozen)
-    except TypeError as error:
-        raise UserError(f"the manifest {path} does not describe a {kind.__name__}: {error}") from error
-
-
 def load(name: str) -> Suite:
     """A suite by its name, or by the path of a folder with ``suite.json``. Raises UserError with the valid names."""
     folder = FOLDER / name
@@ -46,32 +27,7 @@ def load(name: str) -> Suite:
         folder = Path(name)
         if not (folder / "suite.json").is_file():
             raise unknown("suite", name, [*names(), "or the path of a folder with suite.json"])
-    path = folder / "suite.json"
-    values = _json(path)
-    try:
-        tasks = tuple(
-            _build(Task, {"name": task, **_json(folder / f"{task}.json")}, folder / task) for task in values["tasks"]
-        )
-        orders = {label: tuple(order) for label, order in values["orders"].items()}
-        # A budget may be the name of another: {"paper": {...}, "default": "paper"}.
-        given = values["budgets"]
-        recipes = {label: given[recipe] if isinstance(recipe, str) else recipe for label, recipe in given.items()}
-        budgets = {label: _build(Recipe, recipe, path) for label, recipe in recipes.items()}
-    except (KeyError, TypeError, AttributeError) as error:
-        raise UserError(
-            f"the manifest {path} needs 'tasks' (a list), 'orders' and 'budgets' (objects): {error!r}"
-        ) from error
-    return Suite(
-        name=values.get("name", folder.name),
-        description=values.get("description", ""),
-        tasks=tasks,
-        orders=orders,
-        budgets=budgets,
-        synthetic=values.get("synthetic", ""),
-        clip=values.get("clip", Suite.clip),
-        source=values.get("source", ""),
-        license=values.get("license", ""),
-    )
+    return manifests.read(folder)
 
 
 def summary(suite: Suite) -> str:

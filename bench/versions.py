@@ -1,0 +1,83 @@
+"""Tests cnext with the oldest, or with the newest, versions that pyproject.toml admits, in an environment of its own.
+
+python bench/versions.py oldest
+python bench/versions.py newest --python python3.12
+python bench/versions.py oldest tests/ops tests/adapters        these tests, and not the default choice
+python bench/versions.py oldest --folder /scratch/oldest        keep the environment, and use it again
+
+Oldest: every requirement at its lower bound, those of the tests too. Newest: what the registry has. The environment
+takes 6 GB (torch brings CUDA's libraries), and is removed unless it has a folder. Reading pyproject.toml takes Python
+3.11; the environment may have another.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import tomllib
+
+ROOT = Path(__file__).parents[1]
+TESTS = (
+    "tests/test_house.py",
+    "tests/adapters",
+    "tests/backbones",
+    "tests/ops",
+    "tests/scoring/test_image_scorers.py",
+    "tests/scoring/test_clip_weights.py",
+    "tests/running/test_runner.py",
+    "tests/running/test_export.py",
+    "tests/running/test_launchers.py",
+)
+"""What touches the interfaces of torch, triton, transformers, peft, diffusers, open_clip, ray and submitit."""
+_BOUND = re.compile(r"(?P<name>[\w.-]+)\s*>=\s*(?P<version>[\w.]+)[^;]*(?P<marker>;.*)?")
+
+
+def lowest() -> list[str]:
+    """The requirements of cnext and of its tests, each at its lower bound."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    pins = []
+    for requirement in (*project["dependencies"], *project["optional-dependencies"]["test"]):
+        bound = _BOUND.fullmatch(requirement)
+        assert bound, f"no lower bound: {requirement}"
+        pins.append(f"{bound['name']}=={bound['version']}{bound['marker'] or ''}")
+    return pins
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("which", choices=("oldest", "newest"))
+    parser.add_argument("tests", nargs="*", default=TESTS, help="tests to run (default: those of interfaces)")
+    parser.add_argument("--python", default=sys.executable, help="Python of the environment (default: this one)")
+    parser.add_argument("--folder", type=Path, help="keep the environment in this folder")
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = (arguments.folder or Path(scratch) / "environment").absolute()
+        constraints = Path(scratch) / "constraints.txt"
+        constraints.write_text("\n".join(lowest() if arguments.which == "oldest" else []), encoding="utf-8")
+        programs = folder / "bin"
+        # Not the tree's cnext and no settings of this environment's.
+        environment = {key: value for key, value in os.environ.items() if not key.startswith("PYTHON")}
+        environment |= {"CNEXT_CACHE": str(Path(scratch) / "cache"), "PATH": f"{programs}:{os.environ['PATH']}"}
+
+        def run(*command: str) -> int:
+            print("+", *command, flush=True)
+            return subprocess.run(command, cwd=ROOT, env=environment, check=False).returncode
+
+        install = (str(programs / "pip"), "install", "--quiet", "--constraint", str(constraints), "--upgrade")
+        return (
+            (not programs.is_dir() and run(arguments.python, "-m", "venv", str(folder)))
+            or run(*install, ".[test]")
+            or run(str(programs / "cnext"), "doctor")
+            or run(str(programs / "cnext-run"), "--method", "mage", "--budget", "smoke", "--out", f"{scratch}/runs")
+            or run(str(programs / "pytest"), "-q", *arguments.tests)
+        )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,122 @@
+"""The CLIP that a file of weights holds: OpenAI's, or one of its shape.
+
+Weights are the file that OpenAI publishes (``ViT-B-32.pt``, a TorchScript archive, read as data), or the same numbers
+as ``open_clip_model.safetensors`` or ``open_clip_pytorch_model.bin``. Their sizes say what the model is; that its
+activation is the quick GELU, unless ``open_clip_config.json`` beside them says otherwise.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cnext.errors import UserError
+from cnext.scoring.archive import is_archive, read_archive
+
+CONFIG_FILE = "open_clip_config.json"
+WEIGHTS_FILES = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin", "ViT-B-32.pt")
+"""What is looked for in a folder of weights, in this order."""
+_HEAD = 64
+"""Width of an attention head in all of OpenAI's models: the one size that no tensor tells."""
+
+
+def load_weights(path: Path) -> tuple[torch.nn.Module, Callable, Callable]:
+    """OpenAI's CLIP in float32 at the size that the tensors of a file have, as (model, image transform, tokenizer).
+
+    Raises:
+        UserError: the file cannot be read, or holds anything but such a CLIP.
+    """
+    import open_clip
+
+    given = read_archive(path) if is_archive(path) else _read_tensors(path)
+    sizes = _sizes(given, path)
+    transform: Any
+    quick_gelu, looks = _told(path.parent / CONFIG_FILE)
+    model, _, transform = open_clip.create_model_and_transforms(
+        "ViT-B-32", force_quick_gelu=quick_gelu, image_mean=looks.get("mean"), image_std=looks.get("std"), **sizes
+    )
+    # Archives have attributes beside the parameters: sizes, and the mask of the text's attention.
+    names = model.state_dict().keys()
+    wanted = {name: tensor for name, tensor in given.items() if name in names} if is_archive(path) else given
+    try:
+        model.load_state_dict(wanted)
+    except RuntimeError as error:
+        raise UserError(f"{path}: expected the weights of a CLIP like OpenAI's: {error}") from error
+    context = sizes["text_cfg"]["context_length"]
+    return model, transform, open_clip.SimpleTokenizer(context_length=context)
+
+
+def _told(config: Path) -> tuple[bool, dict[str, Any]]:
+    """Whether open_clip's configuration beside some weights has the quick GELU, and how it prepares images."""
+    if not config.is_file():
+        return True, {}
+    try:
+        told = json.loads(config.read_text(encoding="utf-8"))
+        return told["model_cfg"].get("quick_gelu", False), told.get("preprocess_cfg", {})
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{config}: expected open_clip's 'model_cfg' and 'preprocess_cfg': {error!r}") from error
+
+
+def _read_tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file, or of a torch file, which is read with weights_only=True."""
+    import pickle
+
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        given = torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, SafetensorError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        reason = str(error).partition("\n")[0]
+        raise UserError(
+            f"{path}: expected the weights of a CLIP ({', '.join(WEIGHTS_FILES)}), cannot read it: {reason}"
+        ) from error
+    given = given.get("state_dict", given) if isinstance(given, dict) else given
+    if not isinstance(given, dict) or not all(isinstance(tensor, Tensor) for tensor in given.values()):
+        raise UserError(f"{path}: expected the weights of a CLIP, a table of tensors; found {type(given).__name__}")
+    return {name.removeprefix("module."): tensor for name, tensor in given.items()}
+
+
+def _sizes(tensors: dict[str, Tensor], path: Path) -> dict[str, Any]:
+    """open_clip's configuration of the vision transformer and the text model that some tensors belong to."""
+    needed = ("visual.conv1.weight", "visual.positional_embedding", "token_embedding.weight", "positional_embedding")
+    ranks = {**dict.fromkeys(needed, 2), "visual.conv1.weight": 4, "text_projection": 2}
+    lacking = [name for name, rank in ranks.items() if name not in tensors or tensors[name].ndim != rank]
+    if lacking:
+        raise UserError(
+            f"{path}: expected the weights of a CLIP with a vision transformer, as OpenAI's ViT-B/32; "
+            f"found {len(tensors)} tensors, without {', '.join(lacking)}"
+        )
+    patches, seen, words, places = (tensors[name].shape for name in needed)
+    if patches[0] % _HEAD or words[1] % _HEAD:
+        raise UserError(
+            f"{path}: expected widths in multiples of {_HEAD}, as OpenAI's, got {patches[0]} and {words[1]}"
+        )
+
+    def layers(prefix: str) -> int:
+        return len({name.split(".resblocks.")[1].split(".")[0] for name in tensors if name.startswith(prefix)})
+
+    return {
+        "embed_dim": tensors["text_projection"].shape[1],
+        "vision_cfg": {
+            "image_size": patches[3] * round((seen[0] - 1) ** 0.5),
+            "patch_size": patches[3],
+            "width": patches[0],
+            "layers": layers("visual.transformer.resblocks."),
+            "head_width": _HEAD,
+        },
+        "text_cfg": {
+            "context_length": places[0],
+            "vocab_size": words[0],
+            "width": words[1],
+            "heads": words[1] // _HEAD,
+            "layers": layers("transformer.resblocks."),
+        },
+    }

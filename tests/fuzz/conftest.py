@@ -1,0 +1,45 @@
+"""How long fuzzing goes on: repeatable and short, or by CNEXT_FUZZ=N N times as long and different every time."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Callable, Iterator
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+from fuzz.guard import Guard
+from hypothesis import HealthCheck, configuration, settings
+
+FACTOR = int(os.environ.get("CNEXT_FUZZ", "1"))
+configuration.set_hypothesis_home_dir(Path(tempfile.gettempdir()) / "cnext-hypothesis")
+settings.register_profile(
+    "cnext",
+    derandomize=FACTOR == 1,
+    database=None,
+    # What takes seconds for a few bytes would hang for a few more.
+    deadline=timedelta(seconds=10),
+    suppress_health_check=list(HealthCheck),
+    print_blob=True,
+)
+settings.load_profile("cnext")
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder that is given, beside one that is not."""
+    base = tmp_path_factory.mktemp("fuzz")
+    for name in ("given", "other"):
+        (base / name).mkdir()
+    (base / "other" / "secret.txt").write_text("secret")
+    return base / "given"
+
+
+@pytest.fixture(scope="module")
+def refused_or_taken(place: Path) -> Iterator[Callable[[Callable[[], object]], bool]]:
+    """Does something with bad input: whether it was taken. Anything but a UserError, and any file outside, fails."""
+    guard = Guard(place)
+    yield guard
+    assert (place.parent / "other" / "secret.txt").read_text() == "secret"
+    assert {path.name for path in place.parent.iterdir()} == {"given", "other"}

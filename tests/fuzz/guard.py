@@ -1,0 +1,63 @@
+"""Watches which files are opened, listed, written and removed while something is tried."""
+
+from __future__ import annotations
+
+import os
+import sys
+import sysconfig
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import cnext
+from cnext.errors import UserError
+
+EVENTS = {"open", "os.listdir", "os.scandir", "os.mkdir", "os.remove", "os.rmdir", "os.rename", "shutil.rmtree"}
+OURS = [*{sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")}, "/proc", "/dev", "/sys"]
+"""Where the interpreter and the libraries look of themselves."""
+_watching: list[Guard] = []
+
+
+class Guard:
+    """Called with something to do, whether it was done (and not refused with a UserError).
+
+    Args: given: the folder that may be read and written.
+    """
+
+    def __init__(self, given: Path) -> None:
+        # Entry points are looked for wherever modules are.
+        places = (*OURS, Path(cnext.__file__).parent, sys.prefix, *filter(None, sys.path))
+        installed = [os.path.realpath(path) for path in places]
+        self.allowed = (os.path.realpath(given), *installed)
+        self.strayed: list[str] = []
+        self.calls = 0
+
+    def __call__(self, work: Callable[[], object]) -> bool:
+        self.calls += 1
+        _watching.append(self)
+        try:
+            work()
+            taken = True
+        except UserError:
+            taken = False
+        finally:
+            _watching.remove(self)
+        strayed, self.strayed = self.strayed, []
+        assert not strayed, strayed
+        return taken
+
+    def look(self, event: str, arguments: tuple[Any, ...]) -> None:
+        """Notes a path outside."""
+        for path in arguments[: 2 if event == "os.rename" else 1]:
+            if isinstance(path, str | bytes | os.PathLike):
+                real = os.path.realpath(os.fsdecode(path))
+                if not any(real == folder or real.startswith(folder + os.sep) for folder in self.allowed):
+                    self.strayed.append(f"{event} {real}")
+
+
+def _hook(event: str, arguments: tuple[Any, ...]) -> None:
+    if _watching and event in EVENTS:
+        _watching[-1].look(event, arguments)
+
+
+sys.addaudithook(_hook)

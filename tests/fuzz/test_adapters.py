@@ -1,0 +1,218 @@
+"""Bad adapters and checkpoints: PEFT folders, released files, safetensors headers, manifests are read or refused."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import shutil
+import struct
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from fuzz.conftest import FACTOR
+from fuzz.mutations import BYTES, VALUES, dumped, mutated_bytes, mutated_value
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import save, save_file
+
+from cnext.adapters import exchange_authors
+from cnext.adapters.exchange_peft import read_peft
+from cnext.errors import UserError
+from cnext.running import checkpoint
+
+Try = Callable[[Callable[[], object]], bool]
+LAYERS = ("model.layers.0.q_proj", "model.layers.1.q_proj")
+CONFIG = {
+    "peft_type": "LORA",
+    "r": 2,
+    "lora_alpha": 4,
+    "use_rslora": False,
+    "bias": "none",
+    "target_modules": ["q_proj"],
+}
+
+
+def pair() -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.ones(2, 3), torch.ones(4, 2)
+
+
+@pytest.fixture(scope="module")
+def peft(place: Path) -> Path:
+    """An adapter of two layers."""
+    folder = place / "peft"
+    folder.mkdir()
+    tensors = {}
+    for layer in LAYERS:
+        for half, tensor in zip("AB", pair(), strict=True):
+            tensors[f"base_model.model.{layer}.lora_{half}.weight"] = tensor
+    save_file(tensors, folder / "adapter_model.safetensors")
+    (folder / "adapter_config.json").write_bytes(dumped(CONFIG))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def released(place: Path) -> Path:
+    """A released file of one plain branch, as torch writes it."""
+    state = {}
+    for layer in LAYERS:
+        for half, tensor in zip("AB", pair(), strict=True):
+            state[f"llm.base_model.model.{layer}.lora_{half}.default.weight"] = tensor
+    torch.save(state, place / "pytorch_model.bin")
+    return place / "pytorch_model.bin"
+
+
+def read_released(path: Path) -> exchange_authors.Released:
+    return exchange_authors.from_released(exchange_authors.read_tensors(path), "lora")
+
+
+def header(content: bytes, mutations: list) -> bytes:
+    """A safetensors file with a changed header, its length put right."""
+    (length,) = struct.unpack("<Q", content[:8])
+    changed = dumped(mutated_value(json.loads(content[8 : 8 + length]), mutations))
+    return struct.pack("<Q", len(changed)) + changed + content[8 + length :]
+
+
+def fuzzed(
+    path: Path,
+    change: Callable[[bytes, list], bytes],
+    strategy: st.SearchStrategy,
+    examples: int,
+    work: Callable[[], bool],
+) -> None:
+    """Does the work over so many changed versions of a file, and puts it back."""
+    content, calls = path.read_bytes(), []
+
+    @settings(max_examples=examples * FACTOR)
+    @given(strategy)
+    def try_one(mutations: list) -> None:
+        path.write_bytes(change(content, mutations))
+        calls.append(work())
+
+    try:
+        try_one()
+    finally:
+        path.write_bytes(content)
+    assert len(calls) >= examples
+    assert False in calls, "nothing was refused: nothing was tried"
+    assert work(), "the good file is taken"
+
+
+def test_peft_config(peft: Path, refused_or_taken: Try) -> None:
+    def change(_: bytes, mutations: list) -> bytes:
+        return dumped(mutated_value(CONFIG, mutations))
+
+    read = lambda: refused_or_taken(lambda: read_peft(peft))  # noqa: E731
+    fuzzed(peft / "adapter_config.json", change, VALUES, 500, read)
+
+
+@pytest.mark.parametrize(("change", "strategy"), [(mutated_bytes, BYTES), (header, VALUES)], ids=["bytes", "header"])
+def test_peft_weights(change: Callable, strategy: st.SearchStrategy, peft: Path, refused_or_taken: Try) -> None:
+    path = peft / "adapter_model.safetensors"
+    fuzzed(path, change, strategy, 400, lambda: refused_or_taken(lambda: read_peft(peft)))
+
+
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol:UserWarning")
+def test_released(released: Path, refused_or_taken: Try) -> None:
+    fuzzed(released, mutated_bytes, BYTES, 500, lambda: refused_or_taken(lambda: read_released(released)))
+
+
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol:UserWarning")
+def test_released_of_an_older_torch(released: Path, place: Path, refused_or_taken: Try) -> None:
+    """Not a zip file but pickles one after another, which a flipped byte takes anywhere."""
+    path = place / "older" / "pytorch_model.bin"
+    path.parent.mkdir()
+    torch.save(torch.load(released, weights_only=True), path, _use_new_zipfile_serialization=False)
+    fuzzed(path, mutated_bytes, BYTES, 600, lambda: refused_or_taken(lambda: read_released(path)))
+
+
+@pytest.mark.parametrize(("change", "strategy"), [(mutated_bytes, BYTES), (header, VALUES)], ids=["bytes", "header"])
+def test_released_safetensors(
+    change: Callable, strategy: st.SearchStrategy, released: Path, place: Path, refused_or_taken: Try
+) -> None:
+    path = place / "model.safetensors"
+    save_file(torch.load(released, weights_only=True), path)
+    fuzzed(path, change, strategy, 300, lambda: refused_or_taken(lambda: read_released(path)))
+
+
+def test_a_pickle_that_runs_a_program_is_refused(place: Path, refused_or_taken: Try) -> None:
+    class Bad:
+        def __reduce__(self) -> tuple:
+            return os.system, ("touch " + str(place.parent / "other" / "ran"),)
+
+    for name, content in (("a.bin", pickle.dumps(Bad(), 2)), ("b.bin", pickle.dumps({"x": Bad()}, 2))):
+        (place / name).write_bytes(content)
+        assert not refused_or_taken(lambda name=name: read_released(place / name))
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_weights_that_are_no_numbers_are_refused(bad: float, peft: Path, place: Path) -> None:
+    folder = place / f"bad-{bad}"
+    shutil.copytree(peft, folder)
+    a, b = pair()
+    a[0, 0] = bad
+    names = [f"base_model.model.{LAYERS[0]}.lora_{half}.weight" for half in "AB"]
+    save_file(dict(zip(names, (a, b), strict=True)), folder / "adapter_model.safetensors")
+    with pytest.raises(UserError, match="not finite"):
+        read_peft(folder)
+
+
+STATE = {"adapters": {"a": torch.arange(6.0)}, "method": {"count": torch.tensor(3)}, "optimizer": {}}
+VALUED = {"tasks_done": 1, "step": 2, "ledger": {"trained": {"a": {"steps": 3}}, "ratio": 0.1}}
+
+
+@pytest.mark.parametrize(
+    "name", ["manifest.json", "adapters.safetensors", "method.safetensors", "optimizer.safetensors"]
+)
+def test_a_changed_checkpoint_is_refused(name: str, place: Path, refused_or_taken: Try) -> None:
+    """Whatever byte is another: it is refused, or what is read is what was written."""
+    folder = place / "checkpoint"
+    checkpoint.save(folder, STATE, VALUED)
+
+    def read() -> None:
+        tensors, values = checkpoint.load(folder)
+        assert values == VALUED
+        for kind, state in STATE.items():
+            assert tensors[kind].keys() == state.keys()
+            assert all(torch.equal(tensors[kind][key], tensor) for key, tensor in state.items())
+
+    fuzzed(folder / name, mutated_bytes, BYTES, 250, lambda: refused_or_taken(read))
+
+
+def test_a_manifest_from_elsewhere(place: Path, refused_or_taken: Try) -> None:
+    """Its checksum is right, and what it says is not."""
+    folder = place / "elsewhere"
+    checkpoint.save(folder, STATE, VALUED)
+    whole = json.loads((folder / "manifest.json").read_bytes())
+    del whole["sha256"]
+
+    def change(_: bytes, mutations: list) -> bytes:
+        changed = mutated_value(whole, mutations)
+        return dumped(checkpoint._sealed(changed) if isinstance(changed, dict) else changed)
+
+    def read() -> None:
+        checkpoint.load(folder)
+
+    original = json.dumps
+    checkpoint.json.dumps = lambda value, **named: original(value, **named | {"allow_nan": True})
+    try:
+        fuzzed(folder / "manifest.json", change, VALUES, 500, lambda: refused_or_taken(read))
+    finally:
+        checkpoint.json.dumps = original
+
+
+@pytest.mark.parametrize("name", ["../../other/secret.txt", "/etc/passwd", "a/b.safetensors", ".."])
+def test_a_manifest_that_names_files_elsewhere_is_refused(name: str, place: Path, refused_or_taken: Try) -> None:
+    folder = place / "named"
+    checkpoint.save(folder, STATE, VALUED)
+    values = {"files": {name: "0"}, **VALUED}
+    (folder / "manifest.json").write_bytes(dumped(checkpoint._sealed(values)))
+    assert not refused_or_taken(lambda: checkpoint.load(folder))
+
+
+def test_a_header_longer_than_the_file_is_refused(place: Path, refused_or_taken: Try) -> None:
+    for length in (2**63, 2**40, 10):
+        (place / "x.safetensors").write_bytes(struct.pack("<Q", length) + save({"a": torch.ones(1)})[8:])
+        assert not refused_or_taken(lambda: read_released(place / "x.safetensors"))

@@ -1,0 +1,277 @@
+"""Bad data: rows of every format, files of rows, images, captions and manifests are read or refused by name."""
+
+from __future__ import annotations
+
+import io
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from fuzz.conftest import FACTOR
+from fuzz.mutations import BYTES, VALUES, dumped, mutated_bytes, mutated_value
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from cnext.errors import UserError
+from cnext.running.config import RunConfig, plan
+from cnext.scoring.boxes import iou, parse_box, parse_box_as_released
+from cnext.tasks import doctor, formats, suites
+from cnext.tasks.base import Task
+from cnext.tasks.images import fault
+from cnext.tasks.readers import READERS
+
+Try = Callable[[Callable[[], object]], bool]
+PICTURE = "a/red.png"
+ROWS = {
+    "conversation": [
+        {"question_id": 1, "image": PICTURE, "data": ["what?", "red", "where?", "here"]},
+        {"question_id": "2", "image": None, "text": "what?", "answer": ["red", "scarlet"], "size": [4, 5]},
+        {"image": PICTURE, "text": "where?", "answer_bbox": "[0.1,0.2,0.3,0.4]"},
+    ],
+    "generation": [
+        {"question_id": 1, "image": PICTURE, "data": ["Please generate the image.", "a cat"]},
+        {"question_id": 2, "text": "a dog", "image": "none"},
+    ],
+    "editing": [
+        {"source_image": PICTURE, "target_image": PICTURE, "instruction": "paint it", "response": "done"},
+        {"source_image": PICTURE, "target_image": PICTURE, "instruction": "a", "instruction new": "b"},
+    ],
+    "llava": [
+        {
+            "id": "x", "image": PICTURE,
+            "conversations": [{"from": "human", "value": "<image>\nwhat?"}, {"from": "gpt", "value": "red"}],
+        },
+        {"question_id": 3, "text": "what?", "answer": "red"},
+    ],
+    "messages": [
+        {
+            "messages": [
+                {"role": "system", "content": "be kind"},
+                {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "what?"}]},
+                {"role": "assistant", "content": "a <image>"},
+            ],
+            "images": [PICTURE, PICTURE],
+        }
+    ],
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def data(place: Path) -> Path:
+    """A data folder with one picture, and a link in it to a folder that is not given."""
+    picture = place / "images" / PICTURE
+    picture.parent.mkdir(parents=True)
+    Image.new("RGB", (8, 6), "red").save(picture)
+    return place
+
+
+def task(name: str, suffix: str = "jsonl", **changes: str) -> Task:
+    made = Task("t", ("text",), ("text",), name, "short_answer", f"rows.{suffix}", f"rows.{suffix}", "images", "images")
+    return replace(made, **changes)
+
+
+@pytest.mark.parametrize("name", READERS)
+def test_rows_of_every_format(name: str, data: Path, refused_or_taken: Try) -> None:
+    begun, examples = refused_or_taken.calls, 500 * FACTOR
+
+    @settings(max_examples=examples)
+    @given(st.sampled_from(ROWS[name]), VALUES, st.sampled_from(["train", "test"]))
+    def try_one(row: dict, mutations: list, split: str) -> None:
+        (data / "rows.jsonl").write_bytes(dumped(mutated_value(row, mutations)) + b"\n")
+        refused_or_taken(lambda: formats.read(task(name), data, split))
+
+    try_one()
+    assert refused_or_taken.calls - begun >= examples
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "json"])
+def test_files_of_rows(suffix: str, data: Path, refused_or_taken: Try) -> None:
+    begun, examples = refused_or_taken.calls, 600 * FACTOR
+    rows = ROWS["conversation"] * 2
+    content = b"".join(dumped(row) + b"\n" for row in rows) if suffix == "jsonl" else dumped(rows)
+
+    @settings(max_examples=examples)
+    @given(BYTES)
+    def try_one(mutations: list) -> None:
+        (data / f"rows.{suffix}").write_bytes(mutated_bytes(content, mutations))
+        refused_or_taken(lambda: formats.read(task("conversation", suffix), data, "train"))
+
+    try_one()
+    assert refused_or_taken.calls - begun >= examples
+
+
+@pytest.mark.parametrize("content", [b"[" * 100_000, b'{"a":' * 100_000, b"1" * 10_000, b"[" + b"9" * 5000 + b"]"])
+@pytest.mark.parametrize("suffix", ["jsonl", "json"])
+def test_nesting_and_numbers_without_end(content: bytes, suffix: str, data: Path, refused_or_taken: Try) -> None:
+    (data / f"rows.{suffix}").write_bytes(content + b"\n")
+    assert not refused_or_taken(lambda: formats.read(task("conversation", suffix), data, "train"))
+    (data / "suite.json").write_bytes(content)
+    assert not refused_or_taken(lambda: suites.load(str(data)))
+    assert not refused_or_taken(lambda: formats.captions(data / "suite.json"))
+
+
+CAPTIONS = {"annotations": [{"image_id": 1, "caption": "a"}, {"image_id": 1, "caption": "b"}]}
+
+
+def test_captions(data: Path, refused_or_taken: Try) -> None:
+    begun, examples = refused_or_taken.calls, 300 * FACTOR
+
+    @settings(max_examples=examples)
+    @given(VALUES)
+    def try_one(mutations: list) -> None:
+        (data / "captions.json").write_bytes(dumped(mutated_value(CAPTIONS, mutations)))
+        refused_or_taken(lambda: formats.captions(data / "captions.json"))
+
+    try_one()
+    assert refused_or_taken.calls - begun >= examples
+
+
+def picture(kind: str) -> bytes:
+    buffer = io.BytesIO()
+    Image.linear_gradient("L").resize((9, 7)).convert("RGB").save(buffer, kind)
+    return buffer.getvalue()
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning:PIL")
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "GIF", "BMP", "TIFF", "WEBP"])
+@pytest.mark.parametrize("decode", [False, True], ids=["header", "pixels"])
+def test_images(kind: str, decode: bool, data: Path, refused_or_taken: Try) -> None:
+    begun, examples, content = refused_or_taken.calls, 80 * FACTOR, picture(kind)
+
+    @settings(max_examples=examples)
+    @given(BYTES)
+    def try_one(mutations: list) -> None:
+        (data / "mutated.png").write_bytes(mutated_bytes(content, mutations))
+        refused_or_taken(lambda: fault(data / "mutated.png", decode))
+
+    try_one()
+    assert refused_or_taken.calls - begun >= examples
+
+
+def test_other_kinds_of_files_are_no_images(data: Path) -> None:
+    """A PostScript file under a picture's name would be given to a program to run."""
+    (data / "x.png").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\nshowpage\n")
+    assert fault(data / "x.png", decode=True).startswith("broken")
+
+
+OUTSIDE = [
+    "../other/secret.txt",
+    "/etc/passwd",
+    "a/../../other/secret.txt",
+    "../given/images/a/red.png",
+    "\\..\\x",
+    "..",
+]
+
+
+@pytest.mark.parametrize("path", OUTSIDE)
+def test_images_outside_are_refused_by_name(path: str, data: Path, refused_or_taken: Try) -> None:
+    (data / "rows.jsonl").write_bytes(dumped({"image": path, "text": "a", "answer": "b"}) + b"\n")
+    assert not refused_or_taken(lambda: formats.read(task("conversation"), data, "train"))
+
+
+SUITE = json.loads((suites.FOLDER / "next-tiny" / "suite.json").read_text())
+TASK = json.loads((suites.FOLDER / "next-tiny" / "VQAv2.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def suite(place: Path) -> Path:
+    shutil.copytree(suites.FOLDER / "next-tiny", place / "suite")
+    return place / "suite"
+
+
+@pytest.mark.parametrize("pattern", ["../other/*", "/etc/*", "a/../../other/*", "**/**/**/x", "a**b", "\x00"])
+@pytest.mark.parametrize("field", ["train", "test", "validation", "references"])
+def test_patterns_outside_are_refused(field: str, pattern: str, suite: Path, refused_or_taken: Try) -> None:
+    (suite / "VQAv2.json").write_bytes(dumped(TASK | {field: pattern}))
+    assert not refused_or_taken(lambda: suites.load(str(suite)))
+    (suite / "VQAv2.json").write_bytes(dumped(TASK))
+    assert refused_or_taken(lambda: suites.load(str(suite)))
+
+
+@pytest.mark.parametrize(("file", "value"), [("suite.json", SUITE), ("VQAv2.json", TASK)], ids=["suite", "task"])
+def test_manifests(file: str, value: dict, suite: Path, refused_or_taken: Try) -> None:
+    """Loaded, ordered, described and planned for a run."""
+    begun, examples = refused_or_taken.calls, 500 * FACTOR
+    original = (suite / file).read_bytes()
+
+    def use() -> None:
+        loaded = suites.load(str(suite))
+        suites.details(loaded)
+        plan(RunConfig(suite=str(suite), data=suite.parent, device="cpu", order="reverse"))
+
+    @settings(max_examples=examples)
+    @given(VALUES)
+    def try_one(mutations: list) -> None:
+        (suite / file).write_bytes(dumped(mutated_value(value, mutations)))
+        refused_or_taken(use)
+
+    try_one()
+    (suite / file).write_bytes(original)
+    assert refused_or_taken.calls - begun >= examples
+    assert refused_or_taken(use)
+
+
+def test_task_manifests_with_data(data: Path, suite: Path, refused_or_taken: Try) -> None:
+    """What passes as a manifest is examined as `cnext data check` does."""
+    begun, examples = refused_or_taken.calls, 200 * FACTOR
+    (data / "rows.jsonl").write_bytes(dumped(ROWS["conversation"][0]) + b"\n")
+    whole = TASK | {"train": "rows.jsonl", "test": "rows.jsonl", "train_images": "images", "test_images": "images"}
+    (suite / "suite.json").write_bytes(dumped(SUITE | {"tasks": ["VQAv2"], "orders": {}}))
+
+    class Silent:
+        def begin(self, doing: str, total: int) -> None: ...
+
+        def advance(self, count: int) -> None: ...
+
+    @settings(max_examples=examples)
+    @given(VALUES)
+    def try_one(mutations: list) -> None:
+        (suite / "VQAv2.json").write_bytes(dumped(mutated_value(whole, mutations)))
+        refused_or_taken(lambda: doctor.check(suites.load(str(suite)), data, Silent()))
+
+    try_one()
+    assert refused_or_taken.calls - begun >= examples
+
+
+@pytest.mark.parametrize("name", ["../../other/x", "/tmp/x", ".hidden", "a/b", "", "a\nb", "x" * 300, 5, None])
+def test_names_that_are_paths_are_refused(name: object, suite: Path, refused_or_taken: Try) -> None:
+    for changes in ({"tasks": [name]}, {"name": name}):
+        (suite / "suite.json").write_bytes(dumped(SUITE | changes))
+        assert not refused_or_taken(lambda: suites.load(str(suite)))
+
+
+BOX_WORDS = ["[", "]", "(", ",", "0.1", ".5", "1.", "-", "+", "1e5", "nan", "inf", " ", "\u0663", "9" * 400, "_", "box"]
+
+
+@settings(max_examples=2500 * FACTOR)
+@given(st.one_of(st.text(max_size=60), st.lists(st.sampled_from(BOX_WORDS), max_size=14).map("".join)))
+def test_boxes(text: str) -> None:
+    """Any text gives a box in order or none, and its overlap with any other is a share."""
+    box = parse_box(text)
+    assert box is None or (len(box) == 4 and box[0] < box[2] and box[1] < box[3])
+    released = parse_box_as_released(text)
+    assert released is None or len(released) == 4
+    for one in (box, released):
+        if one is not None:
+            iou(one, (0.1, 0.1, 0.5, 0.5))
+    if box is not None:
+        assert not iou(box, (0.1, 0.1, 0.5, 0.5)) > 1
+
+
+def test_a_long_row_of_digits_is_given_up_at_once() -> None:
+    """With two ways to read each digit this would take hours."""
+    assert parse_box("[" + "1" * 200_000) is None
+
+
+def test_a_reference_that_is_no_box_is_named(data: Path) -> None:
+    from cnext.scoring import make_scorers
+
+    (sample,) = [line.sample for line in formats.scan(task("conversation", train="rows.jsonl"), data, "train")][:1]
+    with pytest.raises(UserError, match="expected a reference box"):
+        make_scorers()["box"](task("conversation"), [sample], [None])

@@ -1,0 +1,243 @@
+"""Bad results: tables, comparisons, reports, status and score matrices of damaged files are made or refused."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from fuzz.conftest import FACTOR
+from fuzz.mutations import BYTES, VALUES, dumped, mutated_bytes, mutated_value
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from running.fake_run import write_fake_run
+
+from cnext.errors import UserError
+from cnext.running import compare, status, table_formats, tables
+from cnext.running.analysis import analyze
+from cnext.running.analysis.study import Study
+from cnext.running.folder import RunFolder
+from cnext.running.heartbeat import FILE, Heartbeat
+from cnext.running.report import plots, write_report
+from cnext.scoring import matrix_file
+from cnext.scoring.base import ERROR_TYPES
+from cnext.scoring.metrics_text import metrics_text
+
+Try = Callable[[Callable[[], object]], bool]
+TASKS = ("VQAv2", "HQEdit")
+FINGERPRINT = {"python": "3.11", "threads": 1, "sha256": "0"}
+DIGESTS = [{"stage": 0, "trained": "zero-shot", "sha256": "a"}, {"stage": 1, "trained": "VQAv2", "sha256": "b"}]
+
+
+@pytest.fixture(scope="module")
+def study(place: Path) -> Path:
+    """Two runs of one method and one of another, as tables, comparisons and reports read them."""
+    for method, seed in (("mage", 0), ("mage", 1), ("lora", 0)):
+        folder = place / "runs" / method / f"seed-{seed}"
+        write_fake_run(folder, TASKS, method=method, samples=4)
+        for name in ("results", "config"):
+            value = json.loads((folder / f"{name}.json").read_text()) | {"seed": seed}
+            value |= {"fingerprint": FINGERPRINT, "digests": DIGESTS} if name == "results" else {}
+            (folder / f"{name}.json").write_text(json.dumps(value))
+        Heartbeat(folder).beat(stage=1, task="VQAv2", step=3, steps=9, left=3.0, whole=9.0, seconds_per_step=0.1)
+    # What libraries look for once (fonts) is found before anyone watches.
+    write_report(place / "runs" / "mage" / "seed-0")
+    return place / "runs"
+
+
+def restored(file: Path, work: Callable[[], None]) -> None:
+    """Does something to a file and puts it back."""
+    content = file.read_bytes()
+    try:
+        work()
+    finally:
+        file.write_bytes(content)
+
+
+def used(study: Path) -> None:
+    """Everything light that reads results."""
+    table = tables.of_folders(tables.find([study]), None, mix=True)
+    for render in table_formats.FORMATS.values():
+        render(table)
+
+
+def compared(study: Path) -> None:
+    here, there = (compare.of_run(study / "mage" / f"seed-{seed}") for seed in (0, 1))
+    compare.text(compare.compare(here, there, anyway=True))
+
+
+USES = {
+    "tables": (used, "results.json", 700),
+    "tables, config": (used, "config.json", 300),
+    "compare": (compared, "results.json", 700),
+    "status": (lambda study: status.text(status.of_folders([study])), FILE, 300),
+    "status, results": (lambda study: status.text(status.of_folders([study])), "results.json", 300),
+}
+
+
+@pytest.mark.parametrize(("use", "file", "examples"), USES.values(), ids=USES.keys())
+def test_results(use: Callable[[Path], None], file: str, examples: int, study: Path, refused_or_taken: Try) -> None:
+    path, begun = study / "mage" / "seed-0" / file, refused_or_taken.calls
+    value, content = json.loads(path.read_text()), path.read_bytes()
+
+    @settings(max_examples=examples * FACTOR)
+    @given(st.one_of(VALUES, BYTES))
+    def try_one(mutations: list) -> None:
+        values = mutations[0][0] in ("replace", "remove", "nest", "rename")
+        changed = mutated_value(value, mutations) if values else mutated_bytes(content, mutations)
+        path.write_bytes(dumped(changed) if values else changed)
+        refused_or_taken(lambda: use(study))
+
+    restored(path, try_one)
+    assert refused_or_taken.calls - begun >= examples
+    assert refused_or_taken(lambda: use(study))
+
+
+REPORTED = {
+    "results.json": 500,
+    "config.json": 100,
+    "cost.json": 150,
+    "environment.json": 60,
+    "train.jsonl": 100,
+    "predictions/1_VQAv2/VQAv2.jsonl": 150,
+    "predictions/2_HQEdit/HQEdit.jsonl": 150,
+}
+
+
+@pytest.mark.parametrize(("file", "examples"), REPORTED.items(), ids=REPORTED.keys())
+def test_reports(file: str, examples: int, study: Path, refused_or_taken: Try, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Drawing takes most of a report's time, and sees numbers that have been checked."""
+    for name, function in vars(plots).items():
+        if hasattr(function, "__wrapped__"):
+            monkeypatch.setattr(plots, name, lambda *_: b"<svg></svg>")
+    folder, begun = study / "mage" / "seed-0", refused_or_taken.calls
+    path = folder / file
+    lines = path.read_bytes().splitlines(keepends=True) if file.endswith("jsonl") else [path.read_bytes()]
+
+    def use() -> None:
+        write_report(folder)
+        analyze(Study.read([folder]))
+
+    @settings(max_examples=examples * FACTOR)
+    @given(st.one_of(VALUES, BYTES), st.floats(0, 1, exclude_max=True))
+    def try_one(mutations: list, share: float) -> None:
+        at = int(share * len(lines))
+        values = mutations[0][0] in ("replace", "remove", "nest", "rename")
+        content = lines[at]
+        changed = dumped(mutated_value(json.loads(content), mutations)) if values else mutated_bytes(content, mutations)
+        path.write_bytes(b"".join([*lines[:at], changed + b"\n", *lines[at + 1 :]]))
+        refused_or_taken(use)
+
+    restored(path, try_one)
+    assert refused_or_taken.calls - begun >= examples
+    assert refused_or_taken(use)
+
+
+CSV = b"after,A,B\nzero-shot,10,20\nA,60,25\nB,40,70\n"
+MATRIX = {
+    "score_matrix": [[60, None], [40, 70.5]], "zero_shot": [10, 20], "tasks": ["A", "B"],
+    "writes": {"A": ["text"], "B": ["image"]}, "single": [50, 60], "joint": [70, 70], "chance": [0, 0],
+    "held_out": {"before": [1, 2], "after": [3, 4]},
+    "error_matrix": {
+        "hallucination": [[30, None], [40, 20]],
+        "instruction_unfollowing": [[10, None], [20, 9.5]],
+        "other": [[0, None], [0, 0]],
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("suffix", ["csv", "json"])
+def test_matrices(suffix: str, place: Path, refused_or_taken: Try) -> None:
+    path, begun, examples = place / f"matrix.{suffix}", refused_or_taken.calls, 900
+    path.write_bytes(CSV if suffix == "csv" else dumped(MATRIX))
+    assert refused_or_taken(lambda: metrics_text(matrix_file.read(path)))
+
+    @settings(max_examples=examples * FACTOR)
+    @given(BYTES if suffix == "csv" else VALUES)
+    def try_one(mutations: list) -> None:
+        changed = mutated_bytes(CSV, mutations) if suffix == "csv" else dumped(mutated_value(MATRIX, mutations))
+        path.write_bytes(changed)
+        refused_or_taken(lambda: metrics_text(matrix_file.read(path)))
+
+    try_one()
+    assert refused_or_taken.calls - begun >= examples
+
+
+@pytest.mark.parametrize("content", [b"[" * 100_000, b"1" * 5000, b"\xff\xfe", b'{"a":1}{', b""])
+def test_no_json_at_all(content: bytes, study: Path, refused_or_taken: Try) -> None:
+    """And a cell of the CSV with more digits than anyone waits for."""
+    folder = study / "mage" / "seed-0"
+    for name, use in (("results.json", used), ("config.json", used), ("results.json", compared)):
+        restored(
+            folder / name, lambda name=name, use=use: _refused(folder / name, content, use, study, refused_or_taken)
+        )
+    (study.parent / "matrix.csv").write_bytes(b"A,B\n" + b"1" * 100_000 + b"x,2\n1,2\n")
+    assert not refused_or_taken(lambda: matrix_file.read(study.parent / "matrix.csv"))
+
+
+def _refused(path: Path, content: bytes, use: Callable[[Path], None], study: Path, guard: Try) -> None:
+    path.write_bytes(content)
+    assert not guard(lambda: use(study))
+
+
+@pytest.mark.parametrize("path", ["../../other/secret.png", "/etc/passwd", "predictions/../../../x.png"])
+def test_pictures_of_a_run_from_elsewhere_are_in_it(path: str, study: Path, refused_or_taken: Try) -> None:
+    """Predictions that name a file outside the run folder are refused, and so are tasks whose names are paths."""
+    folder = study / "mage" / "seed-0"
+    answers = folder / "predictions/2_HQEdit/HQEdit.jsonl"
+
+    def change() -> None:
+        rows = [json.loads(line) | {"image": path} for line in answers.read_text().splitlines()]
+        answers.write_bytes(b"".join(dumped(row) + b"\n" for row in rows))
+        assert not refused_or_taken(lambda: write_report(folder))
+
+    restored(answers, change)
+
+    def rename() -> None:
+        results = json.loads((folder / "results.json").read_text()) | {"tasks": ["VQAv2", path]}
+        (folder / "results.json").write_text(json.dumps(results))
+        assert not refused_or_taken(lambda: write_report(folder))
+
+    restored(folder / "results.json", rename)
+
+
+SHARES = dict.fromkeys(ERROR_TYPES, 0.0)
+LOGGED = {"stage": 0, "step": 1, "loss": 1.0, "trained": "zero-shot", "task": "VQAv2", "scorer": "vqa", "samples": 4}
+LOGGED |= {"strict": 5.0, "paper": 5.0, "errors": {"strict": SHARES, "paper": SHARES}}
+
+
+@pytest.mark.parametrize("name", ["train.jsonl", "scores.jsonl", "config.json"])
+def test_logs_of_a_run_that_goes_on(name: str, place: Path, refused_or_taken: Try) -> None:
+    """A log is read up to its first row that is not whole, and a configuration that is not one is refused."""
+    path, begun, examples = place / "going" / name, refused_or_taken.calls, 300
+    row = LOGGED
+
+    def use() -> None:
+        folder = RunFolder(place / "going", {"a": 1})
+        try:
+            folder.cut_steps(1, 1)
+            folder.scores(1)
+        finally:
+            folder.close()
+
+    shutil.rmtree(place / "going", ignore_errors=True)
+    assert refused_or_taken(use)
+
+    @settings(max_examples=examples * FACTOR)
+    @given(st.one_of(VALUES, BYTES))
+    def try_one(mutations: list) -> None:
+        values = mutations[0][0] in ("replace", "remove", "nest", "rename")
+        changed = dumped(mutated_value(row, mutations)) if values else mutated_bytes(dumped(row), mutations)
+        path.write_bytes(changed + b"\n" + dumped(row) + b"\n")
+        refused_or_taken(use)
+
+    try_one()
+    assert refused_or_taken.calls - begun >= examples
+
+
+def test_a_taken_matrix_has_shares_of_a_hundred(place: Path) -> None:
+    (place / "matrix.json").write_bytes(dumped({**MATRIX, "score_matrix": [[101, None], [1, 2]]}))
+    with pytest.raises(UserError, match="from 0 to 100, got 101"):
+        matrix_file.read(place / "matrix.json")
