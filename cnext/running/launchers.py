@@ -11,10 +11,12 @@ import dataclasses
 import importlib.util
 import logging
 import os
+import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol, get_args
@@ -222,7 +224,8 @@ def launch(launcher: str, plans: list[Plan], given: dict[str, Any], jobs: int) -
     package = PACKAGES[launcher]
     if importlib.util.find_spec(package) is None:
         raise UserError(f"--launcher {launcher} needs the package {package}; pip install 'cnext[{launcher}]'")
-    engine = ENGINES[launcher](given, plans[0].config.out.absolute())
+    with interruptible():
+        engine = ENGINES[launcher](given, plans[0].config.out.absolute())
     waiting, failures, told = list(reversed(plans)), [], False
     running: dict[Any, RunConfig] = {}
     with Stop() as stop, stop.held(), StudyProgress(len(plans), jobs) as shown:
@@ -234,7 +237,8 @@ def launch(launcher: str, plans: list[Plan], given: dict[str, Any], jobs: int) -
                         engine.cancel(handle)
                 while waiting and len(running) < jobs:
                     planned = waiting.pop()
-                    running[_submit(engine, planned)] = planned.config
+                    with interruptible():
+                        running[_submit(engine, planned)] = planned.config
                     shown.start(name(planned.config))
                 for handle, config in list(running.items()):
                     ended = engine.ended(handle)
@@ -256,6 +260,19 @@ def launch(launcher: str, plans: list[Plan], given: dict[str, Any], jobs: int) -
                 engine.cancel(handle)
             engine.close()
     return failures
+
+
+@contextmanager
+def interruptible() -> Iterator[None]:
+    """Processes started inside hear SIGINT, by which engines cancel jobs. Those of a shell's background jobs do not."""
+    ignored = signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+    if ignored:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        if ignored:
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def _submit(engine: Engine, planned: Plan) -> Any:

@@ -18,7 +18,6 @@ from PIL import Image
 
 from cnext.errors import UserError
 from cnext.running.config import RunConfig, plan
-from cnext.scoring.boxes import iou, parse_box, parse_box_as_released
 from cnext.tasks import doctor, formats, suites
 from cnext.tasks.base import Task
 from cnext.tasks.images import fault
@@ -244,29 +243,6 @@ def test_names_that_are_paths_are_refused(name: object, suite: Path, refused_or_
     for changes in ({"tasks": [name]}, {"name": name}):
         (suite / "suite.json").write_bytes(dumped(SUITE | changes))
         assert not refused_or_taken(lambda: suites.load(str(suite)))
-
-
-BOX_WORDS = ["[", "]", "(", ",", "0.1", ".5", "1.", "-", "+", "1e5", "nan", "inf", " ", "\u0663", "9" * 400, "_", "box"]
-
-
-@settings(max_examples=2500 * FACTOR)
-@given(st.one_of(st.text(max_size=60), st.lists(st.sampled_from(BOX_WORDS), max_size=14).map("".join)))
-def test_boxes(text: str) -> None:
-    """Any text gives a box in order or none, and its overlap with any other is a share."""
-    box = parse_box(text)
-    assert box is None or (len(box) == 4 and box[0] < box[2] and box[1] < box[3])
-    released = parse_box_as_released(text)
-    assert released is None or len(released) == 4
-    for one in (box, released):
-        if one is not None:
-            iou(one, (0.1, 0.1, 0.5, 0.5))
-    if box is not None:
-        assert not iou(box, (0.1, 0.1, 0.5, 0.5)) > 1
-
-
-def test_a_long_row_of_digits_is_given_up_at_once() -> None:
-    """With two ways to read each digit this would take hours."""
-    assert parse_box("[" + "1" * 200_000) is None
 
 
 def test_a_reference_that_is_no_box_is_named(data: Path) -> None:

@@ -85,9 +85,9 @@ def test_draws_of_a_step_repeat(data: Path) -> None:
         places = {id(item): place for place, item in enumerate(sequence.method.memory)}
         original = sequence.tiny.loss
 
-        def spy(batch: list, original=original, places=places, drawn=drawn) -> object:
+        def spy(batch: list, *whole: object, original=original, places=places, drawn=drawn) -> object:
             drawn.append([places.get(id(item), -1) for item in batch])
-            return original(batch)
+            return original(batch, *whole)
 
         sequence.tiny.loss = spy
         while trainer.step < STEPS:

@@ -39,7 +39,8 @@ def made(folder: Path, name: str, learnt: int = 2, trainable: str = "branches", 
             parameter.copy_(torch.randn(parameter.shape) * 0.05)
     config = {"method": name, "hyperparameters": dataclasses.asdict(method), "backbone": "tiny", "suite": "next-tiny",
               "order": "paper", "tasks": TASKS, "seed": 3, "recipe": {"trainable": trainable}}  # fmt: skip
-    results = {"method": name, "suite": "next-tiny", "tasks": TASKS, "profile": "strict", "split": "test", "zero_shot": [10.0, 20.0], "finished": True,
+    results = {"method": name, "suite": "next-tiny", "tasks": TASKS,
+               "profile": "strict", "split": "test", "zero_shot": [10.0, 20.0], "finished": True,
                "score_matrix": [[50.0, None], [40.0, 61.5]], "metrics": {"avg_acc": 50.75, "bwt": None}}  # fmt: skip
     run = folder / name
     tensors = {"adapters": held, "method": method.state_dict(), "optimizer": {}}

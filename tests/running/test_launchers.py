@@ -8,6 +8,7 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -98,14 +99,25 @@ sys.exit(int(sys.argv[1])) if sys.argv[1].isdecimal() else time.sleep(100)
 """
 
 
+@pytest.fixture
+def background() -> Iterator[None]:
+    """Among a shell's background jobs, which are started with the interrupt key ignored."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("background")
 @pytest.mark.parametrize("engine", ENGINES)
 def test_how_a_job_ends(engine: str, tmp_path: Path) -> None:
     """With its run's exit status, or without one; and its run is told to stop when the job is cancelled."""
-    made = ENGINES[engine](OPTIONS[engine], tmp_path)
+    with launchers.interruptible():
+        made = ENGINES[engine](OPTIONS[engine], tmp_path)
 
     def submit(label: str, *command: str) -> Any:
         work = Work(command, str(tmp_path), str(tmp_path / f"{label}.log"))
-        return made.submit(work, RunConfig(method="lora"), "cpu")
+        with launchers.interruptible():
+            return made.submit(work, RunConfig(method="lora"), "cpu")
 
     def end(handle: Any) -> Ended:
         while (ended := made.ended(handle)) is None:

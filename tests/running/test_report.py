@@ -296,7 +296,7 @@ def test_command_resolves_to_the_configuration(run: Path) -> None:
         ("results.json", None, "no such file; give a folder in which cnext-run has evaluated a stage"),
         ("results.json", "{", "could not read one"),
         ("results.json", "[]", r"expected an object, got \[\]"),
-        ("results.json", '{"method": "mage"}', r"score_matrix: missing"),
+        ("results.json", '{"method": "mage"}', "suite: missing"),
         ("cost.json", "{", "could not read one"),
         ("train.jsonl", "{}}\n", r"train.jsonl:1: expected a JSON object"),
         ("predictions/6_HQEdit/HQEdit/HQEdit-2.png", "no picture", "expected an image"),
