@@ -31,7 +31,7 @@ from cnext.methods.lora import Lora
 class Distillation(Lora):
     """L = L_task + weight (distillation of text and pictures from the model before the task)."""
 
-    weight: float = 1.0
+    weight: float = 0.3
     """Weight of the distillation beside the task loss."""
     temperature: float = 2.0
     """Softens both distributions over the vocabulary."""

@@ -36,7 +36,7 @@ class MageExperts(MagePull):
 
     rank: int = 32
     """Rank in all, shared evenly by two general branches and an expert for every task."""
-    scale: float = 3.0
+    scale: float = 6.0
     """Factor of the branches: of six tasks' rank three eighths take part in an answer."""
 
     card = Card("own; arXiv 2602.18055, 1909.01520", keeps="summed Fisher information, moments of question features")

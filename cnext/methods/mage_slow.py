@@ -30,7 +30,7 @@ from cnext.tasks.base import Task
 class MageSlow(Mage):
     """MAGE whose general branches take ``slow`` times the optimizer's step."""
 
-    slow: float = 0.2
+    slow: float = 0.5
     """Factor on the steps of the general branches."""
 
     card = Card("own; arXiv 2602.18055", keeps="the averaging rule's state; of pema the summed Fisher information")

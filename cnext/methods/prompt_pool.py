@@ -33,7 +33,7 @@ class PromptPool(Method):
     """Prompts that a question gets."""
     pull: float = 0.5
     """Weight of the chosen keys' pull towards the questions."""
-    scale: float = 30.0
+    scale: float = 100.0
     """Prompts are this times their parameters: the published learning rate, 0.03, at the suite's of 0.001."""
 
     card = Card("arXiv 2112.08654")

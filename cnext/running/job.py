@@ -1,4 +1,4 @@
-"""One run as a process of its own: ``python -m cnext.running.job FILE``. What a launcher starts, wherever that is."""
+"""One run as a process of its own: what a launcher starts, wherever that is."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import dataclasses
 import faulthandler
 import json
 import signal
-import sys
 from pathlib import Path
 
 from cnext.running import parallel
@@ -24,9 +23,9 @@ def write(config: RunConfig) -> Path:
     return path
 
 
-def read(path: Path) -> RunConfig:
+def read(path: str | Path) -> RunConfig:
     """The run that ``write`` wrote."""
-    values = json.loads(path.read_text(encoding="utf-8"))
+    values = json.loads(Path(path).read_text(encoding="utf-8"))
     for field in dataclasses.fields(RunConfig):
         value, kind = values[field.name], str(field.type)
         if value is not None and kind.startswith(("Path", "tuple")):
@@ -34,13 +33,9 @@ def read(path: Path) -> RunConfig:
     return RunConfig(**values)
 
 
-def main(path: Path) -> int:
+def main(path: str) -> int:
     """Does the run, and says on standard output how it goes on. Returns the exit status."""
     # The interrupt key is the study's to obey: it tells this process to stop.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     faulthandler.enable()
     return parallel.perform(read(path), lambda event: None)
-
-
-if __name__ == "__main__":
-    sys.exit(main(Path(sys.argv[1])))

@@ -1,7 +1,7 @@
 """Studies beyond one machine: every run a job of a Ray cluster, or of Slurm through submitit.
 
-A job starts a process of its own in the folder that the study was started in, with the study's Python, which is there
-under the same path, as are the data and the folder of the runs: on a shared file system. It writes what a run on this
+A job starts a process of its own in the folder that the study was started in, with the study's Python and its import
+path, which are there under the same paths, as are the data and the folder of the runs: on a shared file system. It writes what a run on this
 machine writes, its log included, and goes on where an earlier one stopped, so that results and resuming are the same.
 """
 
@@ -39,6 +39,8 @@ LOOK = 0.2
 GRACE = 60.0
 """Seconds that a run has to save where it is when it is told to stop."""
 DAY = 24 * 60
+JOB = "import sys; sys.path[:] = {path!r}; from cnext.running.job import main; sys.exit(main({file!r}))"
+"""What Python does in a job. With -m, a cnext that lies in the folder would come before the study's own."""
 SHOWN = ("doing", "share", "left", "whole")
 
 
@@ -105,6 +107,8 @@ class RayEngine:
     def __init__(self, options: dict[str, Any], _: Path) -> None:
         # Ray reads these when it is imported. It asks nobody whether it may report how it is used.
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        # Releases between two ways to treat a task without a GPU warn unless one is chosen: the newer.
+        os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
         import ray
 
         self.ray, self.options = ray, dict(options)
@@ -278,7 +282,8 @@ def interruptible() -> Iterator[None]:
 def _submit(engine: Engine, planned: Plan) -> Any:
     # The device as this machine has resolved it: "auto" could be another one where the job runs.
     config = dataclasses.replace(planned.config, device=planned.device)
-    command = (sys.executable, "-m", "cnext.running.job", str(job.write(config).absolute()))
+    code = JOB.format(path=[os.path.abspath(entry) for entry in sys.path], file=str(job.write(config).absolute()))
+    command = (sys.executable, "-c", code)
     log = (config.folder / heartbeat.LOG).absolute()
     return engine.submit(Work(command, os.getcwd(), str(log)), config, planned.device)
 

@@ -26,6 +26,10 @@ ORDER = "VQAv2,Flickr30k,RefCOCO,HQEdit"
 FOLDER = "lora/VQAv2-Flickr30k-RefCOCO-HQEdit/seed-0"
 LAUNCHED = {"ray": ["--launcher", "ray"], "slurm": ["--launcher", "slurm", "--launcher-option", "cluster=local"]}
 OPTIONS = {"ray": {}, "slurm": {"cluster": "local"}}
+# Older Ray leaves its own processes and their files to the garbage collector.
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:Exception ignored in.*(Popen|FileIO):pytest.PytestUnraisableExceptionWarning"
+)
 
 
 @pytest.fixture(autouse=True)
@@ -154,6 +158,19 @@ def test_a_run_that_is_killed_where_it_runs_is_told_with_the_end_of_its_log(
     shown = capsys.readouterr().err
     assert f"failed: {FOLDER} (ended by signal 9, Killed; the system does this when memory runs out)" in shown
     assert "    so far so good" in shown
+
+
+def test_a_job_has_the_package_of_its_study_and_not_one_that_lies_in_the_folder(
+    flags: list[str], here: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = tmp_path / "folder" / "cnext"
+    other.mkdir(parents=True)
+    (other / "__init__.py").write_text("raise SystemExit(9)")
+    monkeypatch.chdir(other.parent)
+    engine = SimpleNamespace(submit=lambda work, *_: work(), ended=Ended, close=bool)
+    monkeypatch.setitem(launchers.ENGINES, "slurm", lambda *_: engine)
+    assert run_main([*flags, "--launcher", "slurm", "--out", str(tmp_path / "out")]) == 0
+    assert (tmp_path / "out" / FOLDER / "results.json").read_bytes() == (here / "results.json").read_bytes()
 
 
 def test_what_a_job_is_given_is_the_run(tmp_path: Path) -> None:

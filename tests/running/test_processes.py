@@ -36,6 +36,7 @@ def start(command: list[str], processes: int = 2, **environment: str) -> list[su
         subprocess.Popen(
             [sys.executable, *command],
             env=os.environ | shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)} | environment,
+            cwd=CHILD.parent,  # where no source tree of cnext comes before what is installed
             text=True,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
