@@ -14,7 +14,7 @@ from ops.ahead_of_time import SHARED_MEMORY, assert_fits
 
 ROOT = Path(__file__).parents[2]
 TUNED = tuple(map(int, importlib.metadata.version("triton").split(".")[:2])) >= (3, 9)
-"""Whether Triton is as new as the one that the kernels are tuned with; older ones need more registers, and may spill."""
+"""Whether Triton is as new as the one that the kernels are tuned with. Older ones may spill registers."""
 HERE = Path(__file__).parent
 """Where the subprocesses start: a folder without a `cnext` of its own, so that they import the installed one."""
 
