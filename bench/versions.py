@@ -55,7 +55,7 @@ def main() -> int:
     parser.add_argument("tests", nargs="*", default=TESTS, help="tests to run (default: those of interfaces)")
     parser.add_argument("--python", default=sys.executable, help="Python of the environment (default: this one)")
     parser.add_argument("--folder", type=Path, help="keep the environment in this folder")
-    arguments = parser.parse_args()
+    arguments = parser.parse_intermixed_args()
     with tempfile.TemporaryDirectory() as scratch:
         folder = (arguments.folder or Path(scratch) / "environment").absolute()
         constraints = Path(scratch) / "constraints.txt"

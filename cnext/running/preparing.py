@@ -68,6 +68,6 @@ def trained_beside(backbone: Backbone, trainable: str) -> dict[str, nn.Parameter
 
 
 def check_clip(planned: Plan, device: str) -> None:
-    """Loads the CLIP where a task draws. Raises UserError where it is not there, or is none, before all else."""
+    """Loads the CLIP where a task draws. Raises UserError where it is not there, or is none."""
     if any("image" in planned.suite.task(name).writes for name in planned.order):
         load_clip(planned.suite.clip, device)

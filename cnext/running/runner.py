@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cnext import methods, ranks
+from cnext import backbones, methods, ranks
 from cnext.running import cost, digests, environment, fingerprint, processes, report
 from cnext.running.batches import stable_seed
 from cnext.running.checkpoint import write_json
@@ -68,8 +68,10 @@ class Runner:
         self.plan, self.config, self.folder, self.progress = planned, planned.config, folder, progress
         self.stop = stop
         self.tasks = [planned.suite.task(name) for name in planned.order]
-        check_clip(planned, planned.device)
+        # What is missing is said before anything large is read, or fetched.
+        backbones.load(self.config.backbone).check(self.config.weights)
         self.samples = read_suite(planned, data_folder(planned))
+        check_clip(planned, planned.device)
         self.backbone = load_backbone(planned)
         self.method = methods.load(self.config.method)(**planned.hyperparameters)
         generator = torch.Generator().manual_seed(stable_seed(self.config.seed, "adapters"))

@@ -8,6 +8,7 @@ open_clip's argmax pooling finds it) and ``weights.safetensors``.
 from __future__ import annotations
 
 import json
+import logging
 import string
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -119,15 +120,19 @@ def load_clip(name: str, device: str) -> Clip:
         model, transform, tokenizer = _load_folder(path)
     elif (model_name, tag) in open_clip.list_pretrained():
         quick_gelu = open_clip.get_pretrained_cfg(model_name, tag).get("quick_gelu", False)
+        # Every attempt of the download is logged; the error says what came of them.
+        logging.disable(logging.ERROR)
         try:
             model, _, transform = open_clip.create_model_and_transforms(
                 model_name, pretrained=tag, force_quick_gelu=quick_gelu
             )
         except RuntimeError as error:
             raise UserError(
-                f"expected the weights of CLIP {name!r} from the network or open_clip's cache, got: {error}; "
-                "load it once where there is a network, or give the path of its weights with --clip"
+                f"expected the weights of CLIP {name!r} in open_clip's cache, or a network to fetch them; found neither. "
+                f"Load it once where there is a network, or give the path of its weights with --clip ({error})"
             ) from error
+        finally:
+            logging.disable(logging.NOTSET)
         tokenizer = open_clip.get_tokenizer(model_name)
     else:
         raise UserError(
