@@ -75,8 +75,14 @@ def _card(arguments: argparse.Namespace) -> None:
 def _report(arguments: argparse.Namespace) -> None:
     from cnext.running.report import write_reports
 
-    for path in write_reports(arguments.run, arguments.out, arguments.mix_environments):
+    for path in write_reports(arguments.run, arguments.out, _baseline(arguments), arguments.mix_environments):
         print(path)
+
+
+def _baseline(arguments: argparse.Namespace) -> str | None:
+    from cnext import methods
+
+    return arguments.baseline and methods.canonical(arguments.baseline)
 
 
 def _analyze(arguments: argparse.Namespace) -> None:
@@ -93,12 +99,10 @@ def _analyze(arguments: argparse.Namespace) -> None:
 
 
 def _table(arguments: argparse.Namespace) -> None:
-    from cnext import methods
     from cnext.running import fingerprint, table_formats, tables
 
-    baseline = arguments.baseline and methods.canonical(arguments.baseline)
     folders = tables.find(arguments.run)
-    study = tables.of_folders(folders, baseline, arguments.mix_environments)
+    study = tables.of_folders(folders, _baseline(arguments), arguments.mix_environments)
     print(table_formats.FORMATS[arguments.format](study), end="")
     if note := fingerprint.older([run.fingerprint for run in tables.finished(folders)]):
         print(note, file=sys.stderr)
@@ -145,10 +149,10 @@ def _judge(arguments: argparse.Namespace) -> None:
 
     given = {field.name: getattr(arguments, field.name) for field in dataclasses.fields(judging.JudgeConfig)}
     config = judging.JudgeConfig(**{name: value for name, value in given.items() if value is not None})
-    if arguments.run == "validate":
+    if arguments.run == ["validate"]:
         judge_validation.validate(config, arguments.out)
     else:
-        judging.judge_run(Path(arguments.run), config)
+        judging.judge_runs([Path(run) for run in arguments.run], config)
 
 
 def _data_check(arguments: argparse.Namespace) -> int:
@@ -244,7 +248,9 @@ def _parser() -> argparse.ArgumentParser:
     told = "average runs of different environments (processor, versions, threads), which decide bits, and say so"
     for verb in (report, analyze, table):
         verb.add_argument("--mix-environments", action="store_true", help=told)
-    table.add_argument("--baseline", metavar="METHOD", help="method to compare with (default: lora, else the first)")
+    told = "method that a study's tables compare with (default: lora, else the first)"
+    for verb in (report, table):
+        verb.add_argument("--baseline", metavar="METHOD", help=told)
     formats = ("markdown", "csv", "latex", "json")
     table.add_argument("--format", choices=formats, default="markdown", help="default: markdown")
     status = add("status", _status, "how the runs in a folder stand: state, step, pace, time left; from any terminal")
@@ -260,20 +266,22 @@ def _parser() -> argparse.ArgumentParser:
     other.add_argument("--to", type=Path, metavar="RUN", help="another run")
     compare.add_argument("--anyway", action="store_true", help="compare what is not comparable, and say why it is not")
     compare.add_argument("--json", action="store_true", help="print the comparison as JSON")
-    judge = add("judge", _judge, "book each error of a run to hallucination, instruction-unfollowing or other")
-    judge.add_argument("run", help="a run folder, or `validate`: agreement with 200 errors whose type is known")
+    judge = add("judge", _judge, "book each error of runs to hallucination, instruction unfollowing or other")
+    told = "run folders, or folders that hold some; or `validate`: agreement with 200 errors whose type is known"
+    judge.add_argument("run", nargs="+", help=told)
     judges = (
         "rules (default; free, offline), openai:URL (a server, for example http://localhost:8000/v1) or replay:FILE"
     )
     judge.add_argument("--judge", default="rules", help=judges)
     judge.add_argument("--model", help="the model behind the URL (default: Qwen/Qwen3-VL-30B-A3B-Instruct)")
-    judge.add_argument("--limit", type=int, metavar="N", help="ask about N errors, spread over stages and tasks")
+    told = "ask about N errors of a run, spread over stages and tasks, and estimate the averages with intervals"
+    judge.add_argument("--limit", type=int, metavar="N", help=told)
     every = "judge every stage (default for a model: those that Avg.HAL, Avg.IUF and Avg.OTH are made of)"
     judge.add_argument("--every-stage", action="store_true", help=every)
     judge.add_argument("--dry-run", action="store_true", help="say how many requests and tokens it takes, and stop")
-    judge.add_argument("--name", help="name of the files in RUN/judge (default: that of the judge or model)")
+    judge.add_argument("--name", help="name of the files in RUN/judge (default: rules, replay or the model's name)")
     judge.add_argument("--concurrency", type=int, metavar="N", help="requests at a time (default: 8)")
-    judge.add_argument("--timeout", type=float, metavar="S", help="seconds that a reply may take (default: 120)")
+    judge.add_argument("--timeout", type=float, metavar="S", help="seconds that a server may be silent (default: 120)")
     judge.add_argument("--tries", type=int, metavar="N", help="tries of one request (default: 5)")
     judge.add_argument("--out", type=Path, default=Path("judge"), help="of validate: its folder (default: ./judge)")
     about = "check the files of a suite, or draw a named reduced protocol from them"

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from math import fsum
 from pathlib import Path
 from typing import Any
@@ -17,19 +18,27 @@ from cnext.tasks.base import Sample, Task, Turn
 
 
 def evaluate(
-    method: Method, task: Task, samples: Sequence[Sample], scorer: Scorer, run: Path | None, stage: str
+    method: Method,
+    task: Task,
+    samples: Sequence[Sample],
+    scorer: Scorer,
+    run: Path | None,
+    stage: str,
+    unevenly: Callable[[], AbstractContextManager[None]] = nullcontext,
 ) -> dict[str, Any]:
     """Answers a task's samples, each process its share, and scores them.
 
     Writes ``predictions/<stage>/<task>.jsonl`` and the pictures drawn.
 
-    run: the run's folder, of the first process; None in the others.
+    run: the run's folder, of the first process; None in the others.  unevenly: as `processes.sharded` returns it.
 
     Returns: the mean score and the error shares of both profiles, in percent of all samples.
     """
     told = task if method.card.task_id_at_test else None
     mine = [question(sample) for sample in ranks.share(samples)]
-    predictions = ranks.gathered(method.answer(mine, task.max_new_tokens, told))
+    with unevenly():
+        answers = method.answer(mine, task.max_new_tokens, told)
+    predictions = ranks.gathered(answers)
     return ranks.told({} if run is None else _scored(task, samples, scorer, predictions, run, stage))
 
 

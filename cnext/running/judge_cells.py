@@ -50,7 +50,10 @@ class JudgedRun:
         file, scores = run / "results.json", run / "scores.jsonl"
         for path in (file, scores):
             if not path.is_file():
-                raise UserError(f"{path}: expected what a run has written, found nothing; give a run folder")
+                raise UserError(
+                    f"{path} is not there: a judge needs a whole run folder, with {file.name}, {scores.name} and "
+                    "predictions/; give one, or run cnext-run again"
+                )
         results = written.read(file, {"tasks": [str], "writes": {str: [str]}})
         tasks = results["tasks"]
         rows = {(row["stage"], row["task"]): row for row in written.read_rows(scores, _SCORED)}
@@ -170,7 +173,10 @@ def text(table: dict[str, Any]) -> str:
     """A booked table in lines of text."""
     width = max([4, *(len(f"{row['stage']} {row['trained']}") for row in table["cells"])])
     wide = max([4, *(len(row["task"]) for row in table["cells"])])
-    lines = [f"{'stage':<{width}}  {'task':<{wide}}   score     HAL     IUF     OTH  unjudged"]
+    lines = [
+        "What each score lacks to 100: hallucination (HAL), instruction unfollowing (IUF), other (OTH)",
+        f"{'stage':<{width}}  {'task':<{wide}}   score     HAL     IUF     OTH  unjudged",
+    ]
     for row in table["cells"]:
         shares = "".join(f"{row['shares'][kind]:8.2f}" for kind in ERROR_TYPES)
         left = f"{row['unjudged']} of {row['errors']} ({row['unjudged_share']:.2f})" if row["unjudged"] else "0"
@@ -179,6 +185,10 @@ def text(table: dict[str, Any]) -> str:
     names = {"forgetting": "Forgetting", "avg_hal": "Avg.HAL", "avg_iuf": "Avg.IUF", "avg_oth": "Avg.OTH"}
     values = [(label, table["metrics"][name]) for name, label in names.items()]
     lines.append("  ".join(f"{label} {'not known' if value is None else f'{value:.2f}'}" for label, value in values))
+    if guessed := table.get("estimates"):
+        ends = [(names[name], *(of[end] for end in ("estimate", "low", "high"))) for name, of in guessed.items()]
+        told = "  ".join(f"{name} {estimate:.2f} [{low:.2f}, {high:.2f}]" for name, estimate, low, high in ends)
+        lines.append(f"Estimated from those judged, with 95% intervals: {told}")
     if not table["complete"]:
         lines.append(f"INCOMPLETE: {table['unjudged']} errors are not judged; their share is booked to no type")
     return "\n".join(lines)

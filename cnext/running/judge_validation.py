@@ -38,8 +38,9 @@ def validate(config: JudgeConfig, folder: Path) -> dict[str, Any] | None:
     found = agreement([row["error"] for row in labelled], [outcome.labels.get(case) for case in cases])
     found = {**outcome.judge, **found, "reasons": dict(outcome.reasons)}
     folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / f"{config.file_name}.json", found)
+    write_json(file := folder / f"{config.file_name}.json", found)
     print(text(found))
+    print(file)
     return found
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from cnext.errors import UserError, unknown
-from cnext.running import judge_cells
+from cnext.running import judge_cells, judge_estimates, tables
 from cnext.running.checkpoint import write_json, write_text
 from cnext.scoring.judging import asking, client, sampling
 from cnext.scoring.judging.cache import Verdicts
@@ -20,6 +20,7 @@ from cnext.scoring.judging.cases import Case
 from cnext.scoring.judging.requests import REPLY_TOKENS, Prompts
 
 JUDGES = ("rules", "openai:URL", "replay:FILE")
+BEYOND = "beyond the limit"
 
 
 @dataclass(frozen=True)
@@ -77,6 +78,18 @@ class Outcome:
     stopped: UserError | None = None
 
 
+def judge_runs(given: Sequence[Path], config: JudgeConfig) -> None:
+    """Judges the run folders given and those inside other folders given, one after another; of several says which.
+
+    Raises: UserError as ``judge_run``, at the first run of which it holds.
+    """
+    runs = tables.find(given)
+    for run in runs:
+        if len(runs) > 1:
+            print(run)
+        judge_run(run, config)
+
+
 def judge_run(run: Path, config: JudgeConfig) -> dict[str, Any] | None:
     """Judges a run and writes ``judge/<name>.json`` (the table) and ``judge/<name>.jsonl`` (the verdicts).
 
@@ -90,6 +103,8 @@ def judge_run(run: Path, config: JudgeConfig) -> dict[str, Any] | None:
     if outcome is None:
         return None
     table = {**outcome.judge, **judge_cells.booked(answers, cells, outcome.labels), "reasons": dict(outcome.reasons)}
+    if table["metrics"]["avg_hal"] is None and set(outcome.reasons) == {BEYOND}:
+        table["estimates"] = judge_estimates.estimates(answers, outcome.labels)
     (run / "judge").mkdir(exist_ok=True)
     file = run / "judge" / f"{config.file_name}.json"
     if config.kind == "rules":
@@ -100,7 +115,9 @@ def judge_run(run: Path, config: JudgeConfig) -> dict[str, Any] | None:
         write_text(file.with_suffix(".jsonl"), "".join(json.dumps(row) + "\n" for row in rows))
     write_json(file, table)
     if outcome.stopped is not None:
-        raise UserError(f"{outcome.stopped}; what was judged is kept, and the same command goes on from there")
+        raise UserError(
+            f"{outcome.stopped}; what was judged is kept, {file} is marked incomplete, and the same command goes on"
+        )
     print(judge_cells.text(table))
     for reason, count in outcome.reasons.items():
         print(f"not judged: {count}, {reason}")
@@ -139,7 +156,7 @@ def judge_cases(cases: Sequence[Case], config: JudgeConfig, folder: Path) -> Out
         labels |= {case: verdicts.error_type(name) for case, (name, _) in named.items()}
     default = "no verdict in the file" if replayed else "the judging ended early"
     reasons = Counter(why.get(name, default) for case, (name, _) in named.items() if labels[case] is None)
-    reasons += Counter({"beyond the limit": len(open_cases) - len(chosen)})
+    reasons += Counter({BEYOND: len(open_cases) - len(chosen)})
     who = {"judge": config.kind, "model": verdicts.model, "prompts": prompts.version, "prompts_sha256": prompts.sha256}
     return Outcome(labels, reasons, who, stopped)
 

@@ -1,8 +1,9 @@
 """Studies beyond one machine: every run a job of a Ray cluster, or of Slurm through submitit.
 
 A job starts a process of its own in the folder that the study was started in, with the study's Python and its import
-path, which are there under the same paths, as are the data and the folder of the runs: on a shared file system. It writes what a run on this
-machine writes, its log included, and goes on where an earlier one stopped, so that results and resuming are the same.
+path, which are there under the same paths, as are the data and the folder of the runs: on a shared file system. It
+writes what a run on this machine writes, its log included, and goes on where an earlier one stopped, so that results
+and resuming are the same.
 """
 
 from __future__ import annotations

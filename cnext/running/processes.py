@@ -8,14 +8,28 @@ first process alone writes the run's folder.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+import time
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from datetime import timedelta
+from typing import Any
 
 import torch
-from torch import nn
+from torch import distributed, nn
 
 from cnext import ranks
 from cnext.errors import UserError
+from cnext.running.stopping import GO_ON
+from cnext.running.zero import asked
+from cnext.tasks.base import Recipe
+
+PATIENCE = timedelta(minutes=30)
+"""How long a process waits for another, which may be scoring the answers of a task meanwhile."""
+ROLL_CALL = 3.0
+"""Seconds that those who are left have to say so, when one is lost."""
+CUT_OFF = ("gloo", "Connection closed by peer", "Connection reset by peer")
+"""Signs of an error of sending or receiving; gloo raises plain RuntimeErrors."""
 
 
 def launched() -> int:
@@ -33,25 +47,42 @@ def joined(device: str) -> Iterator[str]:
         yield own_device(device)
         return
     from accelerate import PartialState
-    from torch import distributed
 
-    if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
-        raise UserError(
-            "accelerate launch asks for DeepSpeed, which cnext does not run: only the adapters are trained, so that "
-            "there is little optimizer state to divide; for a model that is too large for one device divide the frozen "
-            "model, by accelerate launch --use_fsdp --fsdp_version 2"
-        )
+    asked()
     gpus = torch.cuda.device_count()
     if device.startswith("cuda") and int(os.environ.get("LOCAL_RANK", "0")) >= gpus:
         raise UserError(f"{launched()} processes need a GPU each; torch sees {gpus} here: start fewer, or --device cpu")
-    PartialState(cpu=device == "cpu")
+    PartialState(cpu=device == "cpu", timeout=PATIENCE)
     try:
         yield own_device(device)
         # Nobody leaves while another still sends.
         distributed.barrier()
+    except RuntimeError as error:
+        if not (isinstance(error, distributed.DistError) or any(sign in str(error) for sign in CUT_OFF)):
+            raise
+        raise UserError(
+            f"{_missing()} was lost (killed, out of memory, or ended by an error that it tells of itself): "
+            f"all finished blocks are saved; {GO_ON}"
+        ) from error
     finally:
-        distributed.destroy_process_group()
+        if distributed.is_initialized():
+            distributed.destroy_process_group()
         PartialState._reset_state()
+
+
+def _missing() -> str:
+    """Which process does not answer any more, in words. Leaves the group, so that none waits for this one."""
+    store: Any = distributed.distributed_c10d._get_default_store()
+    count, number = distributed.get_world_size(), distributed.get_rank()
+    distributed.destroy_process_group()
+    try:
+        store.set(f"cnext/{number}", "here")
+        time.sleep(ROLL_CALL)
+        gone = [str(other) for other in range(count) if not store.check([f"cnext/{other}"])]
+    except RuntimeError:
+        # The store is gone with the process that has it, the first one where no launcher's agent keeps it.
+        gone = ["0"]
+    return f"process {', '.join(gone) or 'unknown'} of {count} (counted from 0)"
 
 
 def own_device(device: str) -> str:
@@ -59,15 +90,33 @@ def own_device(device: str) -> str:
     return f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if device == "cuda" and ranks.count() > 1 else device
 
 
-def sharded(model: nn.Module, trained: Iterable[nn.Parameter]) -> nn.Module:
-    """Divides the frozen parameters of a language model over the processes, where the launcher asks for FSDP.
+def check(recipes: Iterable[Recipe]) -> None:
+    """Raises UserError where the launcher's configuration says another recipe than one of these."""
+    if zero := asked():
+        for recipe in recipes:
+            zero.check(recipe)
 
-    By PyTorch's fully_shard (FSDP2), block by block: a block's parameters are together while it computes, and a
-    process holds its share at other times. Whole in every process are what is trained, a few percent at most, so that
-    methods see plain tensors, and what is outside of the blocks: backbones look words up without a forward pass.
+
+def sharded(model: nn.Module, trained: Iterable[nn.Parameter]) -> Callable[[], AbstractContextManager[None]]:
+    """Divides the frozen parameters of a language model over the processes, where the launcher asks for it.
+
+    By PyTorch's fully_shard (FSDP2) or DeepSpeed's ZeRO stage 3, block by block: a block's parameters are together
+    while it computes, and a process holds its share at other times. Whole in every process are what is trained, a few
+    percent at most, so that methods see plain tensors, and what is outside of the blocks: backbones look words up
+    without a forward pass.
+
+    Returns: what to enter where processes may call the model unequally often, as when they write answers.
     """
-    if os.environ.get("ACCELERATE_USE_FSDP") != "true" or ranks.count() == 1:
-        return model
+    zero = asked()
+    fsdp = os.environ.get("ACCELERATE_USE_FSDP") == "true"
+    if ranks.count() == 1 or not (fsdp or (zero and zero.stage == 3)):
+        return nullcontext
+    whole = set(trained)
+    blocks: list[Any] = list(max((m for m in model.modules() if isinstance(m, nn.ModuleList)), key=len, default=()))
+    if zero:
+        from cnext.running.zero_blocks import Blocks
+
+        return _unevenly(model, Blocks(model, blocks, whole, zero.engine).take_part)
     if os.environ.get("FSDP_VERSION", "2") != "2":
         raise UserError(
             "accelerate launch asks for FSDP 1, which cannot hold frozen and trained parameters in one block; "
@@ -75,8 +124,36 @@ def sharded(model: nn.Module, trained: Iterable[nn.Parameter]) -> nn.Module:
         )
     from torch.distributed.fsdp import fully_shard
 
-    whole = set(trained)
-    blocks = max((m for m in model.modules() if isinstance(m, nn.ModuleList)), key=len, default=nn.ModuleList())
+    # What a language model returns is changed in place by nobody.
+    warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor", UserWarning)
     for block in blocks:
         fully_shard(block, ignored_params=whole)
-    return model
+    # The root of them all, with no share of its own: a block that is a root stays together for good after it computes.
+    fully_shard(model, ignored_params=set(model.parameters()))
+
+    def take_part() -> None:
+        for block in blocks:
+            block.unshard()
+            block.reshard()
+
+    return _unevenly(model, take_part)
+
+
+def _unevenly(model: nn.Module, take_part: Callable[[], None]) -> Callable[[], AbstractContextManager[None]]:
+    """A context of which a process leaves when all are done; until then it takes part in the others' forward passes."""
+    device = next(model.parameters()).device
+
+    def announce(*_: object) -> None:
+        ranks.total(1.0, device=device)
+
+    @contextmanager
+    def together() -> Iterator[None]:
+        hook = model.register_forward_pre_hook(announce, prepend=True)
+        try:
+            yield
+        finally:
+            hook.remove()
+        while ranks.total(0.0, device=device) != (0.0,):
+            take_part()
+
+    return together

@@ -44,6 +44,7 @@ def run(config: RunConfig, progress: Progress | None = None) -> dict[str, Any]:
     torch.set_num_threads(config.threads)
     with processes.joined(planned.device) as device, Stop() as stop:
         mine = dataclasses.replace(planned, device=device)
+        processes.check([planned.recipe.of(name) for name in planned.order])
         if ranks.number():
             with Progress(quiet=True) as hidden:
                 return Runner(mine, None, hidden, stop).run()
@@ -78,7 +79,7 @@ class Runner:
         self.method.setup(self.backbone, self.tasks, generator)
         self.extras = trained_beside(self.backbone, planned.recipe.trainable)
         self.held = self.method.held() | self.extras
-        processes.sharded(self.backbone.language_model, self.held.values())
+        self.unevenly = processes.sharded(self.backbone.language_model, self.held.values())
         self.stages = self._stages()
         self.scorers = make_scorers(planned.suite.clip, planned.device)
         self.tasks_done, self.step, self.tensors = 0, 0, {}
@@ -272,7 +273,8 @@ class Runner:
             precision = autocast(self.plan.recipe.precision, self.backbone.device)
             with shown, precision, self.method.for_eval():
                 folder = self.folder and self.folder.path
-                row = evaluate(self.method, task, samples, self.scorers[task.scorer], folder, f"{stage}_{trained}")
+                label = f"{stage}_{trained}"
+                row = evaluate(self.method, task, samples, self.scorers[task.scorer], folder, label, self.unevenly)
             self._log_score({"stage": stage, "trained": trained, "task": task.name, "scorer": task.scorer, **row})
         self._measure(trained, "evaluate")
         self.progress.stage(

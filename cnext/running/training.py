@@ -13,6 +13,7 @@ from cnext import ranks
 from cnext.backbones.base import Backbone
 from cnext.errors import UserError
 from cnext.methods.base import Method
+from cnext.running import zero
 from cnext.running.batches import Batches, stable_seed
 from cnext.running.precision import autocast
 from cnext.running.schedules import SCHEDULES
@@ -48,7 +49,7 @@ class TaskTrainer:
             )
         self.batches = Batches(backbone, samples, recipe.batch_size, seed, workers)
         self.step = 0
-        self.optimizer = torch.optim.AdamW(
+        self.optimizer = zero.adamw(
             list(self.parameters.values()),
             lr=recipe.learning_rate,
             betas=recipe.betas,
@@ -133,18 +134,21 @@ class TaskTrainer:
             )
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The optimizer's moments and step counts by parameter name."""
-        state = self.optimizer.state
+        """The optimizer's moments and step counts by parameter name; divided ones in the first process alone."""
+        kept = zero.moments(self.optimizer, self.parameters.values())
         return {
             f"{key}:{name}": value
-            for name, parameter in self.parameters.items()
-            for key, value in state[parameter].items()
+            for name, values in zip(self.parameters, kept, strict=True)
+            for key, value in values.items()
         }
 
     def load_state_dict(self, tensors: dict[str, Tensor], step: int) -> None:
         """Goes on after ``step`` steps with the optimizer's saved state."""
         self.step = step
+        mine = zero.held(self.optimizer)
+        learnt = {parameter for group in mine.param_groups for parameter in group["params"]}
         for label, value in tensors.items():
             key, _, name = label.partition(":")
             parameter = self.parameters[name]
-            self.optimizer.state[parameter][key] = value.to(parameter.device)
+            if parameter in learnt:
+                mine.state[parameter][key] = value.to(parameter.device)

@@ -128,8 +128,8 @@ def load_clip(name: str, device: str) -> Clip:
             )
         except RuntimeError as error:
             raise UserError(
-                f"expected the weights of CLIP {name!r} in open_clip's cache, or a network to fetch them; found neither. "
-                f"Load it once where there is a network, or give the path of its weights with --clip ({error})"
+                f"expected the weights of CLIP {name!r} in open_clip's cache, or a network to fetch them; found "
+                f"neither. Load it once where there is a network, or give its weights' path with --clip ({error})"
             ) from error
         finally:
             logging.disable(logging.NOTSET)

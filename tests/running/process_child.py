@@ -5,6 +5,7 @@ Every method learns two tasks, its batches shared out; the first process writes 
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 
@@ -24,9 +25,21 @@ TASKS = ("VQAv2", "HQEdit")
 def learnt(method: str, data: Path) -> dict[str, torch.Tensor]:
     """What a method holds after two tasks, and its state, whose floats are compared as well."""
     made = Sequence(method, data)
-    sharded(made.tiny.language_model, made.method.held().values())
+    model = made.tiny.language_model
+    whole = sum(p.numel() for p in model.layers[-1].parameters())
+    unevenly = sharded(model, made.method.held().values())
     for name in TASKS:
         made.learn(name)
+    if os.environ.get("ACCELERATE_USE_FSDP") or os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE"):
+        here = sum(getattr(p, "_local_tensor", p).numel() for p in model.layers[-1].parameters())
+        kept = sum(p.numel() for name, p in made.method.held().items() if name.startswith("layers.3."))
+        assert here - kept <= (whole - kept) / 2, f"{method}: {here} of {whole} numbers of a block, {kept} trained"
+    (question,) = made.tiny.encode_prepared([made.tiny.prepare(made.samples(TASKS[0])[0])])
+    with unevenly():
+        # One process calls the model more often than the other, as when its answers are longer.
+        for _ in range(1 + 2 * ranks.number()):
+            features = made.tiny.question_features([question])
+    assert all(torch.equal(one, features[0]) for one in ranks.joined(features)), f"{method}: they compute another thing"
     state = {f"state:{name}": value for name, value in made.method.state_dict().items()}
     tensors = {name: parameter.detach() for name, parameter in made.method.held().items()} | state
     return {name: tensor.contiguous().clone() for name, tensor in tensors.items()}

@@ -168,7 +168,7 @@ def test_a_judge_table_of_something_else_is_named(tmp_path: Path) -> None:
     folder = write(tmp_path / "run")
     (folder / "judge").mkdir()
     (folder / "judge" / "notes.json").write_text("{}")
-    with pytest.raises(UserError, match=r"notes.json: expected what `cnext judge` writes, lacks judge"):
+    with pytest.raises(UserError, match=r"notes.json: expected what `cnext judge` writes: judge: missing"):
         ANALYSES["types"](study(tmp_path))
 
 

@@ -97,7 +97,7 @@ def test_what_tasks_share(drifted: tuple[Path, dict]) -> None:
     overlap = {(s, t): np.minimum(shares[:, s], shares[:, t]).sum() for s, t in itertools.combinations(range(3), 2)}
     general = np.array([name.endswith("general") for name in updates])
     branches = np.array([shares[general].sum(0), shares[~general].sum(0)])
-    found, moved, turned, apart, norms = ANALYSES["drift"](Study.read(tables.find([folder])))
+    found, moved, turned, apart, pairs, norms = ANALYSES["drift"](Study.read(tables.find([folder])))
     rows = {row[2]: dict(zip(found.head[3:], row[3:], strict=True)) for row in found.rows}
     # say and name read and write the same; draw shares nothing with either.
     assert {relation: row["pairs"] for relation, row in rows.items()} == {"same input, same output": 1, "neither": 2}
@@ -109,6 +109,18 @@ def test_what_tasks_share(drifted: tuple[Path, dict]) -> None:
     assert [row[2] for row in turned.rows] == list(TASKS[:2])
     assert apart.head == ["from stage", "1 say", "2 draw", "3 name"]
     assert len(norms.rows) == len(NAMES)
+    assert pairs.head[3:] == ["layer 0", "layer 1", "layer 10", "mlp.up_proj", "self_attn.q_proj"]
+    assert [tuple(row[:3]) for row in pairs.rows[:3]] == [
+        ("expert", "say", "draw"),
+        ("expert", "say", "name"),
+        ("expert", "draw", "name"),
+    ]
+    for branch, first, second, *shown in pairs.rows:
+        learnt = range(TASKS.index(first) + 1, TASKS.index(second) + 1)
+        whole = {name: sum(of[task] for task in learnt) for name, of in updates.items() if name.endswith(branch)}
+        for at, place in enumerate(("layers.0.", "layers.1.", "layers.10.", "up_proj", "q_proj")):
+            norm = sum((of**2).sum() for name, of in whole.items() if place in name) ** 0.5
+            assert shown[at] == pytest.approx(norm, abs=1e-9)
 
 
 def test_a_stage_without_checkpoint_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

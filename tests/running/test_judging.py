@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -143,6 +144,7 @@ def test_what_is_not_judged_is_counted_and_never_guessed(run: Path, capsys: pyte
         assert found["reasons"] == {"beyond the limit": 3}
         assert [found["metrics"][f"avg_{name}"] for name in ("hal", "iuf", "oth")] == [None] * 3
         assert found["metrics"]["forgetting"] is not None
+        assert found["estimates"] is None, "a cell of which nothing is judged tells nothing"
         for cell in found["cells"]:
             assert sum(cell["shares"].values()) + cell["unjudged_share"] == pytest.approx(100 - cell["score"])
             assert ("undecided_by_rule" in cell) == (cell["unjudged"] > 0)
@@ -157,11 +159,58 @@ def test_what_is_not_judged_is_counted_and_never_guessed(run: Path, capsys: pyte
         assert main(command) == 2
         error = capsys.readouterr().err
         assert error.count("\n") == 1
-        assert "refuses the key (status 401); set OPENAI_API_KEY; what was judged is kept" in error
+        assert "wants a key in OPENAI_API_KEY (status 401); what was judged is kept" in error
+        assert f"{run / 'judge' / 'toy.json'} is marked incomplete" in error
         assert 0 < table(run, "toy")["unjudged"] < 3
         judge.script = ()
         assert main(command) == 0
     assert table(run, "toy")["complete"]
+
+
+def answer_more(run: Path) -> None:
+    """More wrong answers to colors, which no rule decides."""
+    more = ["green", "pink", "cyan", "gold", "teal", "navy"]
+    rows = {}
+    for stage, trained in ((1, "colors"), (3, "pictures")):
+        file = run / "predictions" / f"{stage}_{trained}" / "colors.jsonl"
+        known = [json.loads(line) for line in file.read_text().splitlines()]
+        known += [known[-1] | {"id": text, "text": text, "strict": 0.0, "error": "hallucination"} for text in more]
+        file.write_text("".join(json.dumps(row) + "\n" for row in known))
+        rows[stage] = sum(row["strict"] for row in known) / len(known)
+    scores = [json.loads(line) for line in (run / "scores.jsonl").read_text().splitlines()]
+    for row in scores:
+        if row["task"] == "colors" and row["stage"] in rows:
+            row["strict"] = rows[row["stage"]]
+    (run / "scores.jsonl").write_text("".join(json.dumps(row) + "\n" for row in scores))
+
+
+def test_a_part_of_the_errors_gives_estimates(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    answer_more(run)
+    with serving(Judge(brain=lambda messages: {"follows_instruction": True, "consistent": False})) as judge:
+        given = ["judge", str(run), "--judge", f"openai:{judge.url}", "--model", "toy"]
+        assert main(given) == 0
+        whole = table(run, "toy")
+        assert "estimates" not in whole
+        assert main([*given, "--limit", "8"]) == 0
+    found = table(run, "toy")
+    assert not found["complete"]
+    assert [found["metrics"][name] for name in found["estimates"]] == [None] * 3
+    assert sum(of["estimate"] for of in found["estimates"].values()) == pytest.approx(found["metrics"]["forgetting"])
+    for name, of in found["estimates"].items():
+        assert of["low"] <= whole["metrics"][name] <= of["high"]
+    low, high = (found["estimates"]["avg_hal"][end] for end in ("low", "high"))
+    assert low < high
+    out = capsys.readouterr().out
+    assert f"Avg.HAL {found['estimates']['avg_hal']['estimate']:.2f} [{low:.2f}, {high:.2f}]  Avg.IUF" in out
+
+
+def test_every_run_of_a_folder_is_judged(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shutil.copytree(run, tmp_path / "study" / "one")
+    shutil.copytree(run, tmp_path / "study" / "two")
+    assert main(["judge", str(tmp_path / "study"), str(run)]) == 0
+    folders = [tmp_path / "study" / "one", tmp_path / "study" / "two", run]
+    assert all((folder / "judge" / "rules.json").is_file() for folder in folders)
+    assert [line for line in capsys.readouterr().out.splitlines() if line in map(str, folders)] == [*map(str, folders)]
 
 
 def test_replay_of_part_of_the_verdicts(run: Path) -> None:
@@ -181,9 +230,9 @@ def test_replay_of_part_of_the_verdicts(run: Path) -> None:
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
-        ("results.json", "expected what a run has written"),
-        ("scores.jsonl", "expected what a run has written"),
-        ("predictions/3_pictures/boxes.jsonl", "a judge needs a run's predictions, found none"),
+        ("results.json", "is no run folder and holds none"),
+        ("scores.jsonl", "scores.jsonl is not there: a judge needs a whole run folder"),
+        ("predictions/3_pictures/boxes.jsonl", "boxes.jsonl: a judge needs a run's predictions, found none"),
     ],
     ids=["results", "scores", "predictions"],
 )
@@ -193,7 +242,7 @@ def test_a_run_without_its_files_is_named(
     (run / spoil).unlink()
     assert main(["judge", str(run)]) == 2
     error = capsys.readouterr().err
-    assert str(run / spoil) in error
+    assert str(run) in error
     assert message in error
 
 

@@ -1,22 +1,28 @@
-"""Two processes (gloo, on the CPU) learn and answer what one does, with the model whole in each or divided."""
+"""Two processes (gloo, on the CPU) learn and answer what one does, with the model whole in each or divided.
+
+By FSDP2 always, by DeepSpeed's ZeRO where it is installed.
+"""
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy
 import pytest
 import torch
+from running.members import go
 from running.process_child import learnt
 from safetensors.torch import load_file
 
 from cnext import RunConfig, methods, ranks, run
-from cnext.errors import UserError
 from cnext.running.processes import joined
 
 CHILD = Path(__file__).with_name("process_child.py")
@@ -56,6 +62,34 @@ def finish(children: list[subprocess.Popen[str]]) -> list[str]:
     return texts
 
 
+FSDP = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
+ZERO_3 = {
+    "zero_optimization": {
+        "stage": 3,
+        "overlap_comm": True,
+        "stage3_prefetch_bucket_size": 5e4,
+        "stage3_max_live_parameters": 1e5,
+        "stage3_max_reuse_distance": 0,
+        "stage3_param_persistence_threshold": 0,
+        "offload_param": {"device": "cpu", "pin_memory": False},
+    },
+    "train_batch_size": "auto",
+    "gradient_accumulation_steps": 1,
+    "gradient_clipping": 1.0,
+    "fp16": {"enabled": "auto", "loss_scale": 0},
+}
+"""A file of DeepSpeed's own that leaves no parameter of a small model whole, and no block longer than it computes."""
+STAGES = (1, 2, 3) if find_spec("deepspeed") else ()
+
+
+def zero(stage: int, folder: Path) -> dict[str, str]:
+    """The environment of ``accelerate launch --use_deepspeed``: by its own settings, at stage 3 by DeepSpeed's file."""
+    if stage < 3:
+        return {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": str(stage)}
+    (folder / "zero.json").write_text(json.dumps(ZERO_3))
+    return {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_CONFIG_FILE": str(folder / "zero.json")}
+
+
 NAMES = sorted(set(methods.modules()) - {"zero-shot"})
 
 
@@ -63,7 +97,7 @@ NAMES = sorted(set(methods.modules()) - {"zero-shot"})
 def together(request: pytest.FixtureRequest, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What two processes learn with every method, the frozen model whole in each or divided by FSDP2."""
     out = tmp_path_factory.mktemp(request.param)
-    asked = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"} if request.param == "divided" else {}
+    asked = FSDP if request.param == "divided" else {}
     finish(start([str(CHILD), ",".join(NAMES), str(data), str(out)], **asked))
     return out
 
@@ -76,7 +110,10 @@ def alone(data: Path) -> dict[str, dict[str, torch.Tensor]]:
 @pytest.mark.parametrize("method", NAMES)
 def test_two_learn_what_one_does(together: Path, alone: dict[str, dict[str, torch.Tensor]], method: str) -> None:
     """Batches of 2 and 2 against one of 4, 8 steps: AdamW makes much of small differences where gradients are small."""
-    found, expected = load_file(together / f"{method}.safetensors"), alone[method]
+    compare(method, load_file(together / f"{method}.safetensors"), alone[method])
+
+
+def compare(method: str, found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
     assert found.keys() == expected.keys()
     for name, value in expected.items():
         if not value.is_floating_point():
@@ -91,6 +128,45 @@ def test_two_learn_what_one_does(together: Path, alone: dict[str, dict[str, torc
         largest = value.abs().max().clamp(min=1e-6)
         off = (ours - value).abs().mean() / largest
         assert off < LOOSE.get(method, TIGHT), f"{name}: off by {off:.4f} of {largest:.4g}"
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_zero_learns_what_one_process_does(
+    stage: int, alone: dict[str, dict[str, torch.Tensor]], data: Path, tmp_path: Path
+) -> None:
+    """Moments divided by stages 1 and 2, the frozen model by stage 3."""
+    names = ["ewc", "mage", "pgp"]
+    finish(start([str(CHILD), ",".join(names), str(data), str(tmp_path)], **zero(stage, tmp_path)))
+    for method in names:
+        compare(method, load_file(tmp_path / f"{method}.safetensors"), alone[method])
+
+
+ENGINES = ["fsdp", *(["zero-3"] if STAGES else [])]
+
+
+@pytest.fixture(scope="module")
+def in_bfloat16(data: Path, toy_suite: Path, tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
+    """A run in two processes, in bfloat16, activations computed again, with an odd number of test items."""
+    out = tmp_path_factory.mktemp("engines")
+    suite = shutil.copytree(toy_suite, out / "odd")
+    manifest = json.loads((suite / "suite.json").read_text())
+    manifest["budgets"]["default"] |= {"test_samples": 5, "checkpointing": True}
+    (suite / "suite.json").write_text(json.dumps(manifest))
+    shared = {"data": data, "order": "VQAv2,HQEdit", "device": "cpu", "precision": "bfloat16", "block_steps": 2}
+    config = RunConfig(suite=str(suite), out=out / "whole", **shared)
+    assert [(member.status, member.said) for member in go(config, 2) if member.status] == []
+    return config
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_divided_model_gives_the_same_run(engine: str, in_bfloat16: RunConfig, tmp_path: Path) -> None:
+    """To the bit, though the processes do not write answers of the same length."""
+    config = dataclasses.replace(in_bfloat16, out=tmp_path / engine)
+    environment = FSDP if engine == "fsdp" else zero(3, tmp_path)
+    for member in go(config, 2, **environment):
+        assert member.status == 0, member.said
+    for name in ("results.json", "scores.jsonl", "train.jsonl"):
+        assert (config.folder / name).read_bytes() == (in_bfloat16.folder / name).read_bytes(), name
 
 
 def test_a_whole_run_in_two_processes(data: Path, toy_suite: Path, tmp_path: Path) -> None:
@@ -126,13 +202,6 @@ def test_a_batch_that_cannot_be_shared_is_refused(data: Path, toy_suite: Path, t
     assert all(child.returncode for child in children)
     assert "must be a multiple of the number of processes, 2, got 3" in texts[0]
     assert "Traceback" not in texts[0] + texts[1]
-
-
-def test_deepspeed_is_refused_with_the_way_to_go(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
-    with pytest.raises(UserError, match="--use_fsdp --fsdp_version 2"), joined("cpu"):
-        pass
 
 
 def test_one_process_needs_no_group() -> None:

@@ -201,8 +201,7 @@ def test_results_alone_are_enough(tmp_path: Path, run: Path) -> None:
     (tmp_path / "results.json").write_bytes((run / "results.json").read_bytes())
     assert report(tmp_path).table("after stage")
     text = html.unescape((tmp_path / "report.html").read_text())
-    assert text.count("Not shown: predictions/ is not there") == 1
-    assert text.count(f"Not shown: {tmp_path}: predictions/ is not there") == 1
+    assert text.count(f"Not shown: {tmp_path}: this needs what was answered, and predictions/ is not there") == 2
     assert f"Not shown: {tmp_path}: drift needs the checkpoint of every stage, checkpoints/ lacks 1_VQAv2" in text
 
 
@@ -391,6 +390,19 @@ def test_study_is_one_offline_page(study_page: Path) -> None:
     assert anchors == {attributes["id"] for tag, attributes in page.elements if tag == "h2"}
     assert f"Not finished and left out: {study_page.parent / 'slow' / '0'}" in html.unescape(text)
     assert "drift needs the checkpoint of every stage" in text
+    assert text.startswith("<!doctype html>")
+    assert "<title>2 methods on next-tiny</title>" in text
+
+
+def test_a_study_says_how_to_make_it_again(study_page: Path, tmp_path: Path) -> None:
+    """It names the folder that holds the runs, or the runs where that folder holds others as well."""
+    shown = html.unescape(re.sub("<.*?>", "", re.findall("<pre>.*?</pre>", study_page.read_text())[0]))
+    assert shown == f"cnext report {study_page.parent}"
+    one, two, lora = (study_page.parent / name / "0" for name in ("mage", "slow", "<b>lora</b>"))
+    write_reports([one, lora], tmp_path, baseline="mage", mix=True)
+    shown = html.unescape(re.sub("<.*?>", "", re.findall("<pre>.*?</pre>", (tmp_path / "study.html").read_text())[0]))
+    assert shown == shlex.join(["cnext", "report", str(one), str(lora), "--baseline", "mage", "--mix-environments"])
+    assert two.is_dir()
 
 
 def test_study_tables_hold_the_results(study_page: Path) -> None:
@@ -440,11 +452,14 @@ def test_judges_and_what_they_have_not_judged(tmp_path: Path) -> None:
         "rules": {"judge": "rules", "complete": True, "unjudged": 0, "metrics": averages},
         "vlm": {"judge": "openai", "model": "m", "complete": False, "unjudged": 7, "metrics": dict.fromkeys(averages)},
     }
+    of = {"estimate": 1.5, "low": -1.0, "high": 4.0}
+    tables["part"] = tables["vlm"] | {"estimates": dict.fromkeys(("avg_hal", "avg_iuf", "avg_oth"), of)}
     for name, table in tables.items():
         (folder / "judge" / f"{name}.json").write_text(json.dumps(table))
     rows = report(folder).table("judge")
     assert rows["rules"] == ["rules", "+1.0", "+2.0", "+0.2", "+3.2", "complete"]
     assert rows["vlm"] == ["m", *[points(None)] * 4, "incomplete, 7 not judged"]
+    assert rows["part"] == ["m", *["+1.5 [\N{MINUS SIGN}1.0, +4.0]"] * 3, points(None), "incomplete, 7 not judged"]
     assert "Incomplete: judge vlm has not judged 7 errors" in (folder / "report.html").read_text()
 
 

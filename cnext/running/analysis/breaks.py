@@ -18,7 +18,7 @@ from cnext.scoring.boxes import iou, parse_box
 RIGHT = 50.0
 """An answer of at least this score is right; a wrong or a broken one has less than half of what it had when right."""
 NUMBER = re.compile(r"[+-]?(?:\d+\.?\d*|\.\d+)")
-NO_PREDICTIONS = "predictions/ is not there, and with it what was answered; take the whole run folder, or run again"
+NO_PREDICTIONS = "this needs what was answered, and predictions/ is not there; take the whole run folder, or run again"
 
 
 @dataclass(frozen=True)

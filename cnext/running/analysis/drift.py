@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 
 from cnext.running.analysis.finding import Cell, Finding, Unavailable
@@ -18,6 +20,10 @@ SHARED = (
 )
 MOVED = "Share of each branch in the squared norm of each task's update, in percent."
 TURNED = "Cosine between the updates of the tasks in row and column: 1 the same way, 0 unrelated, below 0 turned back."
+PAIRS = (
+    "Frobenius norm of the difference of one branch between the stages of two tasks, over all projections of a layer "
+    "and over all layers of a projection, without the method's scale."
+)
 APART = "Frobenius norm of the difference of all branches between two stages, without the method's scale."
 NORMS = "Frobenius norm of each task's update in one branch of one layer's projection, without the method's scale."
 
@@ -61,7 +67,7 @@ def later(values: np.ndarray) -> np.ndarray:
 
 
 def places(run: Run, found: Updates) -> list[Finding]:
-    """How far every two stages of one run are apart, and the norm of every adapter's update."""
+    """How far every two stages of one run are apart, in all and by place, and the norm of every adapter's update."""
     stages = [run.stage(stage) for stage in range(len(found.tasks) + 1)]
     apart: list[list[Cell]] = [
         [stage, *(None if np.isnan(value) else float(value) for value in row[1:])]
@@ -71,7 +77,18 @@ def places(run: Run, found: Updates) -> list[Finding]:
         [branch, str(layer), projection, *np.sqrt(energies).tolist()]
         for (layer, projection, branch), energies in zip(found.places, found.energies(), strict=True)
     ]
+    head, layers = ["branch", "task", "and task"], [f"layer {layer}" for layer in found.layers]
+    pairs: list[list[Cell]] = [
+        [
+            *(branch, found.tasks[s], found.tasks[t]),
+            *(found.apart(s + 1, t + 1, found.of(branch, [layer])) for layer in found.layers),
+            *(found.apart(s + 1, t + 1, found.of(branch, projection=name)) for name in found.projections),
+        ]
+        for branch in found.branches
+        for s, t in itertools.combinations(range(len(found.tasks)), 2)
+    ]
     return [
         Finding("drift.distances", "How far the stages are apart", APART, ["from stage", *stages[1:]], apart[:-1]),
+        Finding("drift.pairs", "How far tasks are apart", PAIRS, [*head, *layers, *found.projections], pairs, words=3),
         Finding("drift.norms", "Where a task moved", NORMS, ["branch", "layer", "projection", *found.tasks], norms, 3),
     ]

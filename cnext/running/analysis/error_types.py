@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from cnext.errors import UserError
+from cnext.running import written
 from cnext.running.analysis.finding import Finding, Unavailable
 from cnext.running.analysis.study import Study, means
+from cnext.shapes import wrong
 
 TYPES = {"avg_iuf": "Avg.IUF", "avg_hal": "Avg.HAL", "avg_oth": "Avg.OTH", "forgetting": "Forgetting"}
 WHO = ("judge", "model", "prompts", "prompts_sha256", "profile")
@@ -46,10 +48,31 @@ def who(table: dict[str, Any]) -> str:
     return f"{table.get('model') or table['judge']}{prompts}"
 
 
+ESTIMATE = dict.fromkeys(("estimate", "low", "high"), written.percent)
+TABLE = {
+    **dict.fromkeys(("judge", "model?", "prompts?", "prompts_sha256?"), str),
+    "complete": bool,
+    "unjudged": int,
+    "metrics": {str: written.SCORE},
+    "estimates?": (dict.fromkeys(("avg_hal", "avg_iuf", "avg_oth"), ESTIMATE), None),
+}
+
+
 def check_table(path: Path, table: dict[str, Any]) -> None:
     """Raises UserError where a file in RUN/judge is not one that ``cnext judge`` writes."""
-    if lacking := [key for key in ("judge", "complete", "unjudged", "metrics") if key not in table]:
-        raise UserError(f"{path}: expected what `cnext judge` writes, lacks {', '.join(lacking)}; judge the run again")
+    if found := wrong(table, TABLE):
+        raise UserError(f"{path}: expected what `cnext judge` writes: {found}; judge the run again")
+
+
+def averages(table: dict[str, Any]) -> list[Any]:
+    """A judge's figures in the order of ``TYPES``; where a part of the errors was judged its estimates, with ends."""
+    guessed = table.get("estimates") or {}
+    return [
+        {"n": 1, "mean": of["estimate"], "sd": None, "low": of["low"], "high": of["high"]}
+        if (of := guessed.get(name))
+        else table["metrics"].get(name)
+        for name in TYPES
+    ]
 
 
 def _by_judge(study: Study, name: str) -> Finding:
@@ -67,7 +90,10 @@ def _by_judge(study: Study, name: str) -> Finding:
         if judged:
             left = sum(run.judged[name]["unjudged"] for run in judged)
             cells = means([[run.judged[name]["metrics"].get(metric) for metric in TYPES] for run in judged])
-            rows.append([group.method, group.order, *cells, f"INCOMPLETE: {left} not judged" if left else "complete"])
+            told = f"INCOMPLETE: {left} not judged" if left else "complete"
+            if len(judged) == 1 and judged[0].judged[name].get("estimates"):
+                cells, told = averages(judged[0].judged[name]), f"{told}; estimates with 95% intervals"
+            rows.append([group.method, group.order, *cells, told])
     [(_, table)] = judges.values()
     definition = f"As above, told apart by {who(table)}; where errors are not judged, nothing is guessed for them."
     definition += f" Without its verdicts: {', '.join(missing)}." if missing else ""

@@ -50,11 +50,21 @@ class Updates:
     def projections(self) -> list[str]:
         return list(dict.fromkeys(projection for _, projection, _ in self.places))
 
-    def of(self, branch: str | None = None, layers: list[int] | None = None) -> np.ndarray:
-        """(P',) bool: the adapters of a branch (None: all) in some layers (None: all)."""
+    def of(
+        self, branch: str | None = None, layers: list[int] | None = None, projection: str | None = None
+    ) -> np.ndarray:
+        """(P,) bool: the adapters of a branch, in some layers, of a projection; None: all."""
         return np.array(
-            [(branch is None or b == branch) and (layers is None or n in layers) for n, _, b in self.places], bool
+            [
+                branch in (None, b) and (layers is None or n in layers) and projection in (None, p)
+                for n, p, b in self.places
+            ],
+            bool,
         )
+
+    def apart(self, first: int, second: int, chosen: np.ndarray) -> float:
+        """The norm of the chosen adapters' difference between two stages, first < second."""
+        return float(np.sqrt(max(0.0, self.products[chosen, first:second, first:second].sum())))
 
     def energies(self, chosen: np.ndarray | None = None) -> np.ndarray:
         """(P', T) squared norms of the updates."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -35,11 +36,14 @@ SECTIONS = (
 )
 
 
-def write_reports(given: Sequence[Path], out: Path | None = None, mix: bool = False) -> list[Path]:
+def write_reports(
+    given: Sequence[Path], out: Path | None = None, baseline: str | None = None, mix: bool = False
+) -> list[Path]:
     """The report of the one run folder given, or that of the study which several runs or their folders are.
 
     Args:
         out: folder of the study's files; where None, the folder that holds all that is given.
+        baseline: the method of a study to compare with; None: as ``tables.tabulate``.
         mix: whether a study may average over runs of different environments.
 
     Raises: UserError where there is no run, and for runs that are not comparable.
@@ -48,7 +52,7 @@ def write_reports(given: Sequence[Path], out: Path | None = None, mix: bool = Fa
     if not others and out is None and any((first / f"{name}.json").is_file() for name in ("config", "results")):
         return list(write_report(first))
     folders = tables.find(given)
-    return write_study(folders, out or Path(os.path.commonpath([path.resolve() for path in given])), mix=mix)
+    return write_study(folders, out or _common(given), baseline, mix)
 
 
 def write_study(folders: Sequence[Path], out: Path, baseline: str | None = None, mix: bool = False) -> list[Path]:
@@ -60,12 +64,28 @@ def write_study(folders: Sequence[Path], out: Path, baseline: str | None = None,
     names = {kind: f"study.{suffix}" for kind, suffix in table_formats.SUFFIXES.items()}
     texts = {names[kind]: write(study.tables) for kind, write in table_formats.FORMATS.items()}
     analysis = analyze(study)
-    texts["study.html"] = page.html(sections(study, analysis, folders))
+    texts["study.html"] = page.html(sections(study, analysis, _again(folders, baseline, mix)))
     texts["analysis.md"] = formats.markdown(analysis)
     out.mkdir(parents=True, exist_ok=True)
     for name, text in texts.items():
         write_text(out / name, text)
     return [out / name for name in texts]
+
+
+def _common(paths: Sequence[Path]) -> Path:
+    """The folder that holds them all."""
+    return paths[0] if len(paths) == 1 else Path(os.path.commonpath([path.resolve() for path in paths]))
+
+
+def _again(folders: Sequence[Path], baseline: str | None, mix: bool) -> str:
+    """The command that makes a study's page; where a folder holds the runs and no others, it is named alone."""
+    named = list(map(str, folders))
+    if len(folders) > 1 and len({folder.is_absolute() for folder in folders}) == 1:
+        above = Path(os.path.commonpath(folders))
+        if {path.resolve() for path in tables.find([above])} == {path.resolve() for path in folders}:
+            named = [str(above)]
+    options = [*(["--baseline", baseline] if baseline else []), *(["--mix-environments"] if mix else [])]
+    return shlex.join(["cnext", "report", *named, *options])
 
 
 def write_report(run: Path) -> tuple[Path, Path]:

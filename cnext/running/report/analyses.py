@@ -8,22 +8,26 @@ import numpy as np
 
 from cnext.running.analysis import ANALYSES
 from cnext.running.analysis.drift import TURNED, later
-from cnext.running.analysis.finding import Finding, Unavailable
+from cnext.running.analysis.finding import Cell, Finding, Unavailable
 from cnext.running.analysis.formats import shown
 from cnext.running.analysis.run import Run
 from cnext.running.analysis.study import Study
 from cnext.running.analysis.transfer import changes, in_turn
-from cnext.running.analysis.updates import has_branches, read
-from cnext.running.report.blocks import Block, Folded, Picture, Plots, Section, Table, Text
-from cnext.running.report.maps import Panel, heat_maps
+from cnext.running.analysis.updates import Updates, has_branches, read
+from cnext.running.report.blocks import Block, Folded, Key, Picture, Plots, Section, Table, Text
+from cnext.running.report.maps import DEEPEST, MORE, Panel, heat_maps
 
 LISTED = 40
 """Broken answers that the page lists of each task; `cnext analyze` lists all."""
+NARROW = 16
+"""Heat maps of at most so many columns stand side by side."""
 
 
 def table(finding: Finding, without: Sequence[str] = ("method", "order")) -> Table:
-    """A finding as a table under its definition, without columns that say the same everywhere."""
+    """A finding as a table under its definition, without columns that say the same everywhere; one names the rows."""
     kept = [column for column, name in enumerate(finding.head) if name not in without]
+    if kept[0] >= finding.words:
+        kept.insert(0, 0)
     words = tuple(place for place, column in enumerate(kept) if column < finding.words)
     rows = [[shown(row[column], finding) for column in kept] for row in finding.rows]
     return Table([finding.head[column] for column in kept], rows, finding.definition, words)
@@ -51,7 +55,7 @@ def transfer(run: Run) -> Section:
     blocks: list[Block] = [
         table(summary),
         Text(note),
-        Plots([Picture("transfer.svg", drawn, alt)], wide=True),
+        Plots([Picture("transfer.svg", drawn, alt)], "wide plot"),
         Folded("Change of earlier tasks as a table", table(moved)),
         Folded("Recovery of earlier tasks as a table", table(back)),
     ]
@@ -83,11 +87,11 @@ def drift(run: Run) -> Section:
         found = read(run)
     except Unavailable as why:
         return Section(title, [missing(why)])
-    shared, moved, _, apart, norms = ANALYSES["drift"](Study.of(run))
+    shared, moved, ways, apart, pairs, norms = ANALYSES["drift"](Study.of(run))
     fields = found.norms()
     deepest = float(np.nanmax(fields, initial=0))
     layers = [str(layer) for layer in found.layers]
-    columns = [name.rpartition(".")[2].removesuffix("_proj") for name in found.projections]
+    columns = [_short(name) for name in found.projections]
     grid = [
         [
             Panel("" if row else task, field, () if column else layers, () if row else columns)
@@ -106,15 +110,53 @@ def drift(run: Run) -> Section:
     pictures = []
     for number, (name, cosines) in enumerate(turned, 1):
         drawn = heat_maps([[Panel(name, cosines, found.tasks[:-1], found.tasks[1:])]], limit, "+.2f")
-        pictures.append(Picture(f"cosines_{number}.svg", drawn, f"Heat map of the cosines between updates of {name}"))
+        spoken = ", ".join(
+            f"{found.tasks[s]} and {found.tasks[t + 1]} {cosines[s, t]:.2f}"
+            for s, t in np.argwhere(np.isfinite(cosines))
+        )
+        pictures.append(Picture(f"cosines_{number}.svg", drawn, f"Cosines between updates of {name}: {spoken}"))
     blocks: list[Block] = [
         table(shared),
         table(moved),
-        Text(f"{norms.definition} Rows: layers; columns: projections; deepest: {deepest:.2f}."),
-        Plots([where], wide=True),
+        Text(f"{norms.definition} Rows: layers; columns: projections."),
+        _depths(deepest),
+        Plots([where], "wide plot"),
+        *_pairs(found, pairs),
         Text(TURNED),
-        Plots(pictures),
+        Plots(pictures, "maps"),
+        Folded("The cosines of all branches as a table", table(ways)),
         Folded("How far the stages are apart", table(apart)),
+        Folded("How far the tasks are apart, by layer and projection", table(pairs)),
         Folded("Every norm", table(norms)),
     ]
     return Section(title, blocks)
+
+
+def _depths(deepest: float) -> Key:
+    """What the depths of colour of a heat map stand for."""
+    return Key([(f"{share * deepest:.2f}", f"{MORE}{round(255 * DEEPEST * share):02x}") for share in (0.1, 0.5, 1)])
+
+
+def _pairs(found: Updates, pairs: Finding) -> list[Block]:
+    """How far the adapters are apart after one task and after a later one, a heat map a branch."""
+    if not pairs.rows:
+        return []
+    columns = [*map(str, found.layers), "", *map(_short, found.projections)]
+    rows: dict[str, dict[str, list[Cell]]] = {}
+    for branch, first, second, *norms in pairs.rows:
+        norms.insert(len(found.layers), None)
+        rows.setdefault(str(branch), {})[f"{first} → {second}"] = norms
+    panels = [Panel(branch, np.array([*of.values()], float), [*of], columns) for branch, of in rows.items()]
+    deepest = max(float(np.nanmax(panel.values)) for panel in panels)
+    pictures = [
+        Picture(
+            f"apart_{number}.svg", heat_maps([[panel]], deepest), f"Heat map of {panel.title}, as in the table below"
+        )
+        for number, panel in enumerate(panels, 1)
+    ]
+    note = f"{pairs.definition} Rows: the two tasks; columns: layers, then projections."
+    return [Text(note), _depths(deepest), Plots(pictures, "maps" if len(columns) <= NARROW else "wide plot")]
+
+
+def _short(projection: str) -> str:
+    return projection.rpartition(".")[2].removesuffix("_proj")

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from cnext.running.table_formats import mark
 
 FILES = "report_files"
+SHORT = 24
 
 
 def escape(text: str) -> str:
@@ -38,12 +39,13 @@ class Text:
 
 @dataclass(frozen=True)
 class Code:
-    """Text to copy."""
+    """Text to copy, whose lines break between its words alone."""
 
     text: str
 
     def html(self) -> str:
-        return f"<pre><code>{escape(self.text)}</code></pre>"
+        words = " ".join(f"<span>{escape(word)}</span>" for word in self.text.split(" "))
+        return f"<pre><code>{words}</code></pre>"
 
     def markdown(self) -> str:
         return f"```\n{self.text}\n```"
@@ -68,7 +70,10 @@ class Numbers:
 
 @dataclass(frozen=True)
 class Table:
-    """A table whose first column names the rows. words: the columns that hold words and not numbers."""
+    """A table whose first column names the rows. words: the columns that hold words and not numbers.
+
+    Columns of more than ``SHORT`` letters a cell may break their lines.
+    """
 
     head: list[str]
     rows: list[list[str]]
@@ -76,7 +81,13 @@ class Table:
     words: tuple[int, ...] = ()
 
     def html(self) -> str:
-        kinds = ['class="words"' if column in (0, *self.words) else "" for column in range(len(self.head))]
+        longest = (
+            [max(map(len, cells)) for cells in zip(*self.rows, strict=True)] if self.rows else [0] * len(self.head)
+        )
+        kinds = [
+            f'class="words{" long" * (column > 0 and longest[column] > SHORT)}"' if column in (0, *self.words) else ""
+            for column in range(len(self.head))
+        ]
         pairs = zip(self.head, kinds, strict=True)
         head = "".join(f'<th scope="col" {kind}>{escape(name)}</th>' for name, kind in pairs)
         rows = "".join(
@@ -129,15 +140,17 @@ class Picture:
 
 @dataclass(frozen=True)
 class Plots:
-    """Panels side by side, or one plot over the whole width; fits: a plot that a phone shows whole."""
+    """Pictures side by side or over the whole width.
+
+    kind: a class of the style sheet: "panels", "maps" (heat maps, fewer in a row), "wide plot" (which a phone scrolls)
+    or "fits" (which a phone shows whole).
+    """
 
     pictures: list[Picture]
-    wide: bool = False
-    fits: bool = False
+    kind: str = "panels"
 
     def html(self) -> str:
-        kind = "fits" if self.fits else "wide plot" if self.wide else "panels"
-        return f'<div class="{kind}">{"".join(picture.html() for picture in self.pictures)}</div>'
+        return f'<div class="{self.kind}">{"".join(picture.html() for picture in self.pictures)}</div>'
 
     def markdown(self) -> str:
         return "\n".join(picture.markdown() for picture in self.pictures)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from cnext.running.analysis.run import points
-from cnext.running.report.plots import ERROR_COLOURS, FAINT, INK, MUTED, PAPER, SCORE_COLOUR, panel, svg
+from cnext.running.report.plots import CLEAR, ERROR_COLOURS, FAINT, INK, MUTED, PAPER, SCORE_COLOUR, panel, svg
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -16,18 +16,28 @@ if TYPE_CHECKING:
 
 
 def _rows(names: Sequence[str]) -> tuple[Figure, Axes]:
-    """A figure 4.6 inches wide with a row for each name."""
+    """A figure 4 inches wide with a row for each name."""
     from matplotlib.figure import Figure
 
     height, left = 0.24 * len(names) + 0.3, 0.2 + 0.075 * max(map(len, names))
-    figure = Figure(figsize=(4.6, height))
-    axes = figure.add_axes((left / 4.6, 0.24 / height, 1 - (left + 0.3) / 4.6, 1 - 0.3 / height))
+    figure = Figure(figsize=(4.0, height))
+    axes = figure.add_axes((left / 4.0, 0.24 / height, 1 - (left + 0.1) / 4.0, 1 - 0.3 / height))
     axes.set(ylim=(len(names) - 0.5, -0.5), yticks=range(len(names)))
     axes.set_yticklabels(names)
     axes.tick_params(axis="y", labelsize=8, labelcolor=INK)
     axes.grid(axis="x", color=FAINT, lw=0.4)
     axes.set_axisbelow(True)
     return figure, axes
+
+
+def _label(axes: Axes, x: float, row: int, value: float, side: int) -> None:
+    """Writes a value left (side -1) or right (1) of a place."""
+    beside: dict[str, Any] = {
+        "xytext": (6 * side, 0),
+        "textcoords": "offset points",
+        "ha": "right" if side < 0 else "left",
+    }
+    axes.annotate(points(value), (x, row), size=8, weight="bold", va="center", **beside, **CLEAR)
 
 
 @svg
@@ -42,9 +52,9 @@ def kept(methods: Mapping[str, tuple[Sequence[float], float | None]]) -> Figure:
         axes.plot(seeds, [row] * len(seeds), "|", ms=9, color=SCORE_COLOUR, mew=1, zorder=3)
         axes.plot(mean, row, "o", ms=5.5, color=SCORE_COLOUR, zorder=4)
         least = min(*map(float, seeds), mean if new is None else new)
-        axes.text(least - 1.2, row, points(mean), size=8, weight="bold", ha="right", va="center")
+        _label(axes, least, row, mean, -1)
     low, high = axes.get_xlim()
-    axes.set(xlim=(max(-2, low - 5), high))
+    axes.set(xlim=(low - 0.2 * (high - low), high))
     return figure
 
 
@@ -60,10 +70,10 @@ def growth(methods: Mapping[str, Mapping[str, float]]) -> Figure:
             ends[side] += share
         total = sum(parts.values())
         axes.plot([total, total], [row - 0.42, row + 0.42], color=INK, lw=1.6)
-        axes.text(ends[1] + 0.6, row, points(total), size=8, weight="bold", va="center")
+        _label(axes, max(ends[1], total), row, total, 1)
     axes.axvline(0, color=MUTED, lw=0.6)
     low, high = axes.get_xlim()
-    axes.set(xlim=(low, high + 0.06 * (high - low)))
+    axes.set(xlim=(low, high + 0.16 * (high - low)))
     return figure
 
 
@@ -77,7 +87,7 @@ def over_stages(lines: np.ndarray, chosen: int, title: str, limits: tuple[float,
     axes.plot(stages, line, color=SCORE_COLOUR, lw=1.8, marker="o", ms=3.2)
     last = int(np.flatnonzero(np.isfinite(line)).max(initial=0))
     if np.isfinite(line[last]):
-        axes.text(stages[last] + 0.18, line[last], points(line[last]), weight="bold", size=8, va="center")
+        axes.text(stages[last] + 0.26, line[last], points(line[last]), weight="bold", size=8, va="center")
     axes.set(xlim=(0.75, len(stages) + 0.4), ylim=limits, xticks=stages)
     axes.locator_params(axis="y", nbins=3)
     axes.grid(axis="y", color=FAINT, lw=0.4)

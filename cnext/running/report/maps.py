@@ -38,13 +38,13 @@ def heat_maps(grid: Sequence[Sequence[Panel]], limit: float, figures: str = "", 
     edges = [max(LETTER * len(name) + 4 for name in ("", *panels[0].rows)) for panels in zip(*grid, strict=True)]
     widths = []
     for panels, edge in zip(zip(*grid, strict=True), edges, strict=True):
-        slant = 0.8 * _slanted(panels[0]) if figures else 0.0
+        slant = 0.8 * _height(panels[0], size) if figures else 0.0
         title = max(LETTER * 1.15 * len(panel.title) for panel in panels)
         widths.append(max(edge + panels[0].values.shape[1] * size[0] + slant, title) + 12)
     parts, y = [], 0.0
     for row, panels in enumerate(grid):
         titled = any(panel.title for panel in panels)
-        top = y + (12 if titled else 0) + max(map(_slanted, panels)) + 3
+        top = y + (12 if titled else 0) + max(_height(panel, size) for panel in panels) + 3
         x = side
         for panel, edge, width in zip(panels, edges, widths, strict=True):
             parts += [_text("t", x, y + 9, panel.title), *_panel(panel, x + edge, top, size, limit, figures)]
@@ -56,9 +56,14 @@ def heat_maps(grid: Sequence[Sequence[Panel]], limit: float, figures: str = "", 
     return _svg(side + sum(widths) - 12, y, parts)
 
 
-def _slanted(panel: Panel) -> float:
-    """Pixels that slanted column names take upwards."""
-    return 0.72 * LETTER * max(map(len, panel.columns)) + 6 if panel.columns else 0.0
+def _turn(size: tuple[int, int]) -> int:
+    """Degrees by which column names are turned: where columns are narrower than letters are high, upright."""
+    return -45 if size[0] > 10 else -90
+
+
+def _height(panel: Panel, size: tuple[int, int]) -> float:
+    """Pixels that turned column names take upwards."""
+    return (0.72 if _turn(size) > -90 else 1.0) * LETTER * max(map(len, panel.columns)) + 6 if panel.columns else 0.0
 
 
 def _panel(panel: Panel, left: float, top: float, size: tuple[int, int], limit: float, figures: str) -> list[str]:
@@ -69,7 +74,7 @@ def _panel(panel: Panel, left: float, top: float, size: tuple[int, int], limit: 
     ]
     for column, name in enumerate(panel.columns):
         x, y = left + (column + 0.5) * width + 2, top - 3
-        parts.append(_text("m", x, y, name, f'transform="rotate(-45 {x:.1f} {y:.1f})"'))
+        parts.append(_text("m", x, y, name, f'transform="rotate({_turn(size)} {x:.1f} {y:.1f})"'))
     for (row, column), value in np.ndenumerate(panel.values):
         if np.isfinite(value):
             x, y = left + column * width, top + row * height

@@ -9,14 +9,16 @@ for (const table of document.querySelectorAll("table.data")) {
     sort.append(...cell.childNodes);
     cell.append(sort);
     sort.onclick = () => {
-      const turn = cell.ariaSort === "descending" ? 1 : -1;
+      const words = cell.classList.contains("words"), first = words ? "ascending" : "descending";
+      const turn = (cell.ariaSort === first) === words ? -1 : 1;
       head.forEach(other => other.removeAttribute("aria-sort"));
       cell.setAttribute("aria-sort", turn > 0 ? "ascending" : "descending");
       const key = row => text(row.cells[column]);
       const order = (a, b) => {
+        if (words) return a.localeCompare(b, undefined, { numeric: true });
         const [x, y] = [figure(a), figure(b)];
         if (isNaN(x) !== isNaN(y)) return isNaN(x) ? turn : -turn;
-        return isNaN(x) ? b.localeCompare(a) : x - y;
+        return isNaN(x) ? a.localeCompare(b) : x - y;
       };
       body.append(...[...body.rows].sort((a, b) => turn * order(key(a), key(b))));
     };

@@ -24,6 +24,8 @@ SCORE_COLOUR = TASK_COLOURS[0]
 ERROR_COLOURS = {"hallucination": "#9c3a1c", "instruction_unfollowing": "#d98a55", "other": "#a9a59c"}
 ON_ERROR_COLOURS = {"hallucination": "#ffffff", "instruction_unfollowing": "#000000", "other": "#000000"}
 CENTRED: dict[Any, Any] = {"ha": "center", "va": "center"}
+CLEAR: dict[str, Any] = {"bbox": {"fc": PAPER, "ec": "none", "pad": 0.6, "alpha": 0.8}}
+"""A label that lines may pass behind."""
 
 STYLE: dict[Any, Any] = {
     "font.size": 8,
@@ -149,9 +151,9 @@ def accuracy(scores: np.ndarray, task: int | None, title: str) -> Figure:
         first, end = seen[0], seen[-1]
         axes.plot([0, first], [start, line[first]], color=colour, lw=0.7, ls=(0, (1, 2)))
         axes.plot(line, color=colour, lw=width, marker="o", ms=3.2)
-        axes.text(end + 0.18, line[end], points(line[end]), weight="bold", size=8, va="center")
+        axes.text(end + 0.26, line[end], points(line[end]), weight="bold", size=8, va="center")
         if end > first:
-            axes.text(first, line[first] + 6, points(line[first]), ha="center", va="bottom", color=MUTED, size=7)
+            axes.text(first, line[first] + 7, points(line[first]), ha="center", color=MUTED, size=7, **CLEAR)
     axes.plot(0, start, "o", ms=3.6, mfc=PAPER, mec=colour, mew=1)
     axes.set(xlim=(-0.25, len(scores) - 0.6), ylim=(-4, 108), xticks=range(len(scores)), yticks=(0, 50, 100))
     axes.grid(axis="y", color=FAINT, lw=0.4)

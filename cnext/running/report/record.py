@@ -120,7 +120,7 @@ def reproduction(run: Run) -> Section:
     """The command, the configuration, the versions and the machine."""
     blocks: list[Block] = []
     if run.config:
-        blocks += [Text("To run it again:"), Code(command(run.config))]
+        blocks.append(Code(command(run.config)))
     versions = {**run.environment.get("versions", {}), **run.results.get("versions", {})}
     machine = [[name, _plain(value)] for name, value in run.environment.items() if name != "versions"]
     for head, rows in (

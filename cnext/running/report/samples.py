@@ -21,7 +21,7 @@ def drawings(run: Run) -> Section:
     """One prompt of each task that writes images: what was given, what was wanted, what was drawn at each stage."""
     blocks: list[Block] = []
     if not run.answered and any("image" in run.modalities("writes", task) for task in run.tasks):
-        return Section("Drawn over the stages", [Text(f"Not shown: {NO_PREDICTIONS}.", "missing")])
+        return Section("Drawn over the stages", [Text(f"Not shown: {run.path}: {NO_PREDICTIONS}.", "missing")])
     for number, task in enumerate(run.tasks, 1):
         samples = telling(run, task, 1) if "image" in run.modalities("writes", task) else []
         if not samples:

@@ -57,7 +57,7 @@ def matrix(run: Run) -> Section:
     if samples:
         note += f" One standard error of a score is at most {points(50 / min(samples) ** 0.5)} points."
     picture = Picture("score_matrix.svg", heat, "Heat map of the score matrix, which the table below it repeats")
-    return Section("Score matrix", [Text(note), Plots([picture], wide=True), Folded("The same as a table", table)])
+    return Section("Score matrix", [Text(note), Plots([picture], "wide plot"), Folded("The same as a table", table)])
 
 
 def stages(run: Run) -> Section:
@@ -122,12 +122,19 @@ def _judged(run: Run) -> list[Block]:
     rows, banners = [], []
     for name, table in run.judged.items():
         check_table(run.path / "judge" / f"{name}.json", table)
-        left, booked = table["unjudged"], table["metrics"]
-        averages = (points(booked.get(metric), signed=True) for metric in (*_AVERAGES, "forgetting"))
+        left, booked, guessed = table["unjudged"], table["metrics"], table.get("estimates") or {}
+        averages = [points(booked.get(metric), signed=True) for metric in (*_AVERAGES, "forgetting")]
+        for place, metric in enumerate(_AVERAGES):
+            if of := guessed.get(metric):
+                estimate, low, high = (points(of[end], signed=True) for end in ("estimate", "low", "high"))
+                averages[place] = f"{estimate} [{low}, {high}]"
         rows.append([name, who(table), *averages, f"incomplete, {left} not judged" if left else "complete"])
         if left:
             text = f"Incomplete: judge {name} has not judged {left} errors; nothing is guessed for them."
             banners.append(Text(text, "banner"))
     head = ["judge", "who", "Avg.HAL", "Avg.IUF", "Avg.OTH", "Forgetting", "verdicts"]
-    caption = "The same averages as told apart by each judge of `cnext judge`; a dash where verdicts are missing."
+    caption = (
+        "The same averages as told apart by each judge of cnext judge; a dash where verdicts are missing, "
+        "and an estimate with its 95% interval where a part of the errors was drawn to be judged."
+    )
     return [*banners, Table(head, rows, caption, words=(1, 6))] if rows else []

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import shlex
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -26,11 +24,11 @@ from cnext.scoring.base import ERROR_TYPES
 from cnext.scoring.matrix import FORMULAS
 
 
-def sections(study: Study, analysis: Analysis, folders: Iterable[Path]) -> list[Section]:
-    """Every section that the runs allow; where files are missing, the section says so."""
+def sections(study: Study, analysis: Analysis, command: str) -> list[Section]:
+    """Every section that the runs allow; where files are missing, the section says so. command: makes them again."""
     page = Page(study, analysis)
     builders = (_head, _overview, _stages, _types, _transfer, _breaks, _orders, _ablations, _seeds, _drift, _metrics)
-    return [*(section for build in builders if (section := build(page)).blocks), _again(page, folders)]
+    return [*(section for build in builders if (section := build(page)).blocks), _again(page, command)]
 
 
 @dataclass(frozen=True)
@@ -75,8 +73,8 @@ def _head(page: Page) -> Section:
     if page.study.tables["missing"]:
         blocks.append(Text(f"Not finished and left out: {', '.join(page.study.tables['missing'])}", "banner"))
     blocks += [Text(note, "banner") for note in page.study.tables.get("notes", [])]
-    methods = len({group.method for group in page.study.groups})
-    return Section(f"{methods} {'methods' if methods > 1 else 'method'} on {setting['suite']}", blocks)
+    methods = list(dict.fromkeys(group.method for group in page.study.groups))
+    return Section(f"{f'{len(methods)} methods' if methods[1:] else methods[0]} on {setting['suite']}", blocks)
 
 
 def _overview(page: Page) -> Section:
@@ -92,7 +90,7 @@ def _overview(page: Page) -> Section:
         "Avg.ACC, the mean score at the end over all tasks: a tick for each seed, a dot for their mean. Open dot: "
         "New.ACC, the mean score of each task right after learning it. Forgetting is T/(T-1) times the line between."
     )
-    found: list[Block] = [Text(note), Plots([picture], fits=True)]
+    found: list[Block] = [Text(note), Plots([picture], "fits")]
     for block in study_tables(page.study.tables):
         keep = [i for i, name in enumerate(block.head) if name not in page.same]
         words = tuple(place for place, i in enumerate(keep) if i < block.words)
@@ -122,7 +120,7 @@ def _stages(page: Page) -> Section:
         ]
     accuracy, forgetting, tasks = page.analysis.found["stages"]
     found: list[Block] = [
-        Text(f"{accuracy.definition} Grey: the other methods."),
+        Text(f"{accuracy.definition}{' Grey: the others.' if len(groups) > 1 else ''}"),
         Plots(pictures["accuracy"]),
         Text(forgetting.definition),
         Plots(pictures["forgetting"]),
@@ -144,7 +142,7 @@ def _types(page: Page) -> Section:
         incomplete = [one.title for one in found if any(str(row[-1]).startswith("INCOMPLETE") for row in one.rows)]
         banners = [Text(f"Incomplete: {title}. Some errors are not judged.", "banner") for title in incomplete]
         note = Text("Forgetting in points by the type of error that grew; the dark bar is the sum of all three.")
-        return [note, key, Plots([picture], fits=True), *banners, *map(page.table, found)]
+        return [note, key, Plots([picture], "fits"), *banners, *map(page.table, found)]
 
     return page.section("types", "Why they forget", show)
 
@@ -160,9 +158,12 @@ def _transfer(page: Page) -> Section:
         for number, panel in enumerate(panels, 1):
             alt = f"Heat map of the change of earlier tasks under {panel.title}, as in the table below"
             pictures.append(Picture(f"transfer_{number}.svg", heat_maps([[panel]], limit, "+.0f"), alt))
-        note = "Mean change of an earlier task (column) while another is learnt (row), in points. Vermilion: falls."
+        note = (
+            "Mean change of an earlier task (column) while another is learnt (row), in points. Blue: rises; vermilion: "
+            "falls."
+        )
         folded = [Folded(f"{one.title} as a table", page.table(one)) for one in found[1:]]
-        return [page.table(found[0]), Text(note), Plots(pictures), *folded]
+        return [page.table(found[0]), Text(note), Plots(pictures, "maps"), *folded]
 
     return page.section("transfer", "Transfer between tasks", show)
 
@@ -194,8 +195,7 @@ def _metrics(_: Page) -> Section:
     return Section("Metrics", [Text(note), Table(["metric", "formula and divisor"], rows, words=(1,))])
 
 
-def _again(page: Page, folders: Iterable[Path]) -> Section:
-    command = shlex.join(["cnext", "report", *map(str, folders)])
+def _again(page: Page, command: str) -> Section:
     every = [(group, run) for group in page.study.groups for run in group.runs]
     rows = [[page.name(group.method, group.order), str(run.results["seed"]), str(run.path)] for group, run in every]
     runs = Folded("The runs", Table(["method", "seed", "folder"], rows, words=(2,)))

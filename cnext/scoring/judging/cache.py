@@ -47,6 +47,8 @@ class Verdicts:
 
     def __init__(self, path: Path, prompts: Prompts, model: str | None) -> None:
         self.path, self.prompts = path, prompts
+        # What helps where a file is another judge's; one to replay is given by its name.
+        self._cure = "give another --name, or move the file" if model else "judge again, or replay another file"
         self._file: IO[bytes] | None = None
         self._lock = Lock()
         if model is None and not path.is_file():
@@ -65,12 +67,12 @@ class Verdicts:
         if ours != theirs:
             raise UserError(
                 f"{self.path} holds verdicts of prompts {theirs[0]} ({theirs[1][:12]}), asked for are prompts "
-                f"{ours[0]} ({ours[1][:12]}), and one table may not mix them; give another --name or move the file"
+                f"{ours[0]} ({ours[1][:12]}), and one table may not mix them; {self._cure}"
             )
         if row["model"] != self.model:
             raise UserError(
                 f"{self.path} holds verdicts of {row['model']}, asked for are those of {self.model}, and one table may "
-                "not mix them; give another --name, or move the file away"
+                f"not mix them; {self._cure}"
             )
         if any(type(row[question]) is not bool for question in QUESTIONS):
             raise UserError(f"{self.path}: expected true or false for {' and '.join(QUESTIONS)}, got {row}")

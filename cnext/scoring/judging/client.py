@@ -100,7 +100,7 @@ class Client:
             except openai.APIConnectionError as error:
                 reason = f"{error.__cause__ or error}"
                 failure, cause = (
-                    Unavailable(f"the judge at {self.url} cannot be reached ({reason}); is it running?"),
+                    Unavailable(f"the judge at {self.url} cannot be reached ({reason}); start it, or mend the URL"),
                     error,
                 )
             except openai.APIStatusError as error:
@@ -119,7 +119,12 @@ class Client:
         said = " ".join(str(error.message).split())[:200]
         status = error.status_code
         if status in (401, 403):
-            return Unavailable(f"the judge at {self.url} refuses the key (status {status}); set {KEY_VARIABLE}")
+            given = (
+                f"refuses the key in {KEY_VARIABLE}"
+                if os.environ.get(KEY_VARIABLE)
+                else f"wants a key in {KEY_VARIABLE}"
+            )
+            return Unavailable(f"the judge at {self.url} {given} (status {status})")
         return Unavailable(f"the judge at {self.url} refuses a request for {self.model} (status {status}): {said}")
 
 

@@ -32,9 +32,10 @@ def _rank(case: Case) -> bytes:
     return hashlib.sha256(f"{case.task}/{case.index}/{case.id}".encode("utf-8", "replace")).digest()
 
 
-def wilson(hits: int, count: int) -> tuple[float, float]:
+def wilson(hits: float, count: float) -> tuple[float, float]:
     """The 95% interval of a share by Wilson's score, (p + z²/2n ± z √(p(1-p)/n + z²/4n²)) / (1 + z²/n), from 0 to 1.
 
+    Args: count: it may be the effective one of unequal parts.
     Reference: Wilson 1927, "Probable inference, the law of succession, and statistical inference".
     """
     assert 0 <= hits <= count
