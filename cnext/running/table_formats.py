@@ -44,7 +44,10 @@ def mark(text: str) -> str:
 
 
 def _figure(value: float | None, sign: str = "", decimals: int = 2) -> str:
-    return NOTHING if value is None else f"{value:{sign}.{decimals}f}".replace("-", MINUS)
+    if value is None:
+        return NOTHING
+    rounded = round(value, decimals) or 0.0
+    return f"{rounded:{sign if rounded else ''}.{decimals}f}".replace("-", MINUS)
 
 
 def cell(found: dict[str, Any], sign: str = "", decimals: int = 2) -> str:

@@ -137,7 +137,8 @@ def tabulate(
 
     Args: baseline: the method to compare with (None: lora where it is there, else the first).  missing: names of runs
     that are not finished, for the notes.  mix: whether runs of different environments are averaged.
-    Returns: ``rows`` (per method and order), ``orders`` (over all orders), ``differences`` (to the baseline), ``runs``.
+    Returns: ``rows`` (per method and order), ``orders`` (over the orders, of methods that have several),
+        ``differences`` (to the baseline), ``runs``.
     Raises: UserError for no runs, runs that are not comparable or of different environments, a run twice, or an
         unknown baseline.
     """
@@ -168,7 +169,7 @@ def tabulate(
             for method, orders in cells.items()
             for order, seeds in orders.items()
         ],
-        "orders": [_over_orders(method, orders) for method, orders in cells.items()] if len(names) > 1 else [],
+        "orders": [_over_orders(method, orders) for method, orders in cells.items() if len(orders) > 1],
         "differences": [_paired(method, cells[method], cells[base]) for method in cells if method != base],
         "runs": [{"method": r.method, "order": names[r.tasks], "seed": r.seed, **r.values} for r in runs],
         "missing": list(missing),

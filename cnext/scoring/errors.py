@@ -23,7 +23,7 @@ def text_error(
 
     instruction_unfollowing: an image was drawn, nothing was said, more than ``MAX_WORDS`` words were said, a word more
     than twice, an answer of another kind than the question asks for ("fish" for a color), a second answer after the
-    first ("snowman blue"), or what is no word at all ("djt").
+    first ("snowman blue"), or what is no word at all ("djt", "[ a").
     other: well formed, and the answer's words contain the reference's or the reverse ("red circle" for "red"):
     wrong under exact match, yet nothing was made up.
     hallucination: any other well-formed answer.
@@ -41,7 +41,7 @@ def text_error(
         or repeats_a_word(text)
         or kinds.is_of_another_kind(text, reference, instruction)
         or kinds.answers_another_question_too(text, reference)
-        or (known is not None and kinds.is_no_word(text, known))
+        or (known is not None and (kinds.is_no_word(text, known) or kinds.lacks_a_word(text, reference)))
     )
     if malformed:
         return "instruction_unfollowing"

@@ -26,6 +26,7 @@ _ASKS = {"count": re.compile(r"\bhow many\b"), "color": re.compile(r"\b(what|whi
 _OPEN = re.compile(r"\s*(what|which|who|whose|where|when|why|how)\b")
 _COORDINATES = re.compile(r"\[\s*[+-]?[\d.]+(\s*,\s*[+-]?[\d.]+){2,}")
 _VOWEL = re.compile("[aeiouy]")
+_TWO_LETTERS = re.compile(r"[^\W\d_]{2}")
 
 
 def words(text: str) -> list[str]:
@@ -86,3 +87,10 @@ def is_no_word(text: str, known: Collection[str]) -> bool:
         word.isascii() and word.isalpha() and word.islower() and not _VOWEL.search(word) and word not in known
         for word in found
     )
+
+
+def lacks_a_word(text: str, reference: str) -> bool:
+    """Whether a word is asked for and there is none, and no number: "[ a" for "boat". One letter may be a word outside
+    of ASCII alone."""
+    asked = _TWO_LETTERS.search(reference) is not None
+    return asked and text.isascii() and not (_TWO_LETTERS.search(text) or any(c.isdigit() for c in text))

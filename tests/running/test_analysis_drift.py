@@ -160,5 +160,6 @@ def test_a_method_without_branches_is_left_out(drifted: tuple[Path, dict], tmp_p
         write_checkpoint(folder, stage, {"prompts": torch.ones(3)})
     found, *_ = ANALYSES["drift"](Study.read([drifted[0], folder]))
     assert {row[0] for row in found.rows} == {"lora"}
+    assert found.definition.endswith("Left out, for want of low-rank branches: prompt-pool.")
     with pytest.raises(Unavailable, match="low-rank branches"):
         ANALYSES["drift"](Study.read([folder]))

@@ -89,8 +89,14 @@ def test_over_orders_the_mean_is_of_runs_and_the_range_of_orders(runs: Path) -> 
     assert found["mage"]["n"] == 6
 
 
-def test_one_order_needs_no_table_over_orders(runs: Path) -> None:
-    assert study(runs / "lora/paper", runs / "mage/paper")["orders"] == []
+def test_a_method_with_one_order_has_no_range_over_orders(runs: Path) -> None:
+    assert [row["method"] for row in study(runs / "lora/paper", runs / "mage")["orders"]] == ["mage"]
+
+
+def test_a_difference_of_nothing_has_no_sign() -> None:
+    assert table_formats.cell({"mean": -0.004, "sd": 0.0, "low": -0.006, "high": 0.004}, "+") == (
+        "0.00 ± 0.00 [\N{MINUS SIGN}0.01, 0.00]"
+    )
 
 
 def test_differences_are_paired_by_order_and_seed(runs: Path) -> None:

@@ -65,6 +65,11 @@ ASKED = "Is there a red circle?"
         (THING, "little snowman", "snowman", "other"),
         (THING, "[0.1,0.2,0.3,0.4]", "snowman", "instruction_unfollowing"),
         (THING, "djt", "snowman", "instruction_unfollowing"),
+        (THING, "[ a", "snowman", "instruction_unfollowing"),
+        (THING, "[", "snowman", "instruction_unfollowing"),
+        (THING, "7", "snowman", "hallucination"),
+        (THING, "\N{CJK UNIFIED IDEOGRAPH-732B}", "snowman", "hallucination"),
+        ("Which one is it?", "a", "b", "hallucination"),
         (THING, "cup", "snowman", "hallucination"),
         (THING, "tv", "snowman", "hallucination"),
         (THING, "TV", "snowman", "hallucination"),
@@ -80,6 +85,7 @@ def test_letters_may_be_read_from_an_image() -> None:
     assert text_error(Prediction("djt"), "dot", THING) == "hallucination"
     samples = [Sample("1", (Turn("What word is written in the image?", "dot"),))]
     assert SCORERS["ocr_answer"](None, samples, [Prediction("djt")])[0].error == "hallucination"
+    assert SCORERS["ocr_answer"](None, samples, [Prediction("d")])[0].error == "hallucination"
     assert SCORERS["short_answer"](None, samples, [Prediction("djt")])[0].error == "instruction_unfollowing"
 
 

@@ -30,7 +30,8 @@ NORMS = "Frobenius norm of each task's update in one branch of one layer's proje
 
 def drift(study: Study) -> list[Finding]:
     """What tasks of the same input or output share, which branches each task moved and which way; of one run, where."""
-    groups = [group for group in study.groups if in_turn(group.runs[0]) and has_branches(group.runs[0])]
+    learning = [group for group in study.groups if in_turn(group.runs[0])]
+    groups = [group for group in learning if has_branches(group.runs[0])]
     if not groups:
         raise Unavailable(f"{SINGLE}, and low-rank branches to follow")
     shared: list[list[Cell]] = []
@@ -48,13 +49,15 @@ def drift(study: Study) -> list[Finding]:
         for task, *cosines in zip(found[0].tasks, *(later(of.cosines()) for of in found), strict=True):
             turned.append([group.method, group.order, task, *means([row[1:] for row in cosines])])
         turned.pop()
+    without = ", ".join(dict.fromkeys(group.method for group in learning if group not in groups))
+    definition = f"{SHARED} Left out, for want of low-rank branches: {without}." if without else SHARED
     tasks = found[0].tasks
     if any(group.tasks != groups[0].tasks for group in groups):
         tasks = [f"task {number}" for number in range(1, len(tasks) + 1)]
     keys = ["method", "order"]
     head = [*keys, "tasks have", "pairs", *measures[0]]
     findings = [
-        Finding("drift", "What tasks share in parameters", SHARED, head, shared, words=3),
+        Finding("drift", "What tasks share in parameters", definition, head, shared, words=3),
         Finding("drift.branches", "Which branches a task moved", MOVED, [*keys, "branch", *tasks], moved, words=3),
         Finding("drift.cosines", "Which way tasks moved", TURNED, [*keys, "task", *tasks[1:]], turned, 3, True),
     ]
