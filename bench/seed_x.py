@@ -136,11 +136,12 @@ def unfilled(dtype: torch.dtype) -> Iterator[None]:
 def randomly(module: nn.Module, device: torch.device) -> Any:
     """A module of the meta device, on its device and with numbers: norms of one, biases of zero, else normal, 0.02."""
     module.to_empty(device=device).requires_grad_(False)
-    for name, parameter in module.named_parameters():
-        if parameter.dim() > 1:
-            parameter.normal_(0, 0.02)
+    # Tables of positions are buffers, and memory that nobody has filled may hold anything.
+    for name, tensor in itertools.chain(module.named_parameters(), module.named_buffers()):
+        if tensor.dim() > 1:
+            tensor.normal_(0, 0.02)
         else:
-            parameter.fill_(float(name.endswith("weight")))
+            tensor.fill_(float(name.endswith("weight")))
     return module.eval()
 
 

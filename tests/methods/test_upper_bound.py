@@ -96,7 +96,7 @@ def test_killed_in_training_and_in_evaluation_it_ends_with_the_same_bits(
         return step(trainer)
 
     def unanswered(method: object, task: object, *rest: object) -> dict:
-        if task.name == "HQEdit" and rest[-1] == "3_joint":
+        if task.name == "HQEdit" and "3_joint" in rest:
             raise KeyboardInterrupt
         return evaluate(method, task, *rest)
 
