@@ -6,6 +6,7 @@ import dataclasses
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -15,6 +16,7 @@ from cnext.running import table_formats, tables
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "results" / "next-tiny"
 STUDY = tables.of_folders(sorted(tables.find([RESULTS])), "lora")
+PAPER = [row for row in STUDY["rows"] if row["order"] == "paper"]
 
 
 @pytest.mark.parametrize("kind", ["markdown", "csv", "latex", "json"])
@@ -35,12 +37,30 @@ def test_the_runs_have_the_methods_present_defaults() -> None:
         assert results["hyperparameters"] == defaults, folder
 
 
+def figures(row: dict[str, Any]) -> list[str]:
+    cells = [row[metric] for metric in ("avg_acc", "forgetting", "new_acc")]
+    return [table_formats.NOTHING if c["mean"] is None else f"{c['mean']:.1f} ± {c['sd']:.1f}" for c in cells]
+
+
+def shown(file: Path) -> dict[str, list[str]]:
+    """The last three cells of every row whose first cell is a name and whose last one is a mean, by that name."""
+    lines = file.read_text(encoding="utf-8").splitlines()
+    is_row = re.compile(rf"\| `[a-z-]+` \|.* (± [\d.]+|{table_formats.NOTHING}) \|$")
+    rows = [line.strip("| ").split(" | ") for line in lines if is_row.match(line)]
+    return {row[0].strip("`"): row[-3:] for row in rows}
+
+
 def test_the_readme_says_what_the_tables_say() -> None:
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    shown = dict(re.findall(r"^\| `([a-z-]+)` \| (.+) \|$", text, re.MULTILINE))
-    rows = {row["method"]: row for row in STUDY["rows"] if row["order"] == "paper"}
-    assert shown.keys() == rows.keys()
-    for method, row in rows.items():
-        cells = [row[metric] for metric in ("avg_acc", "forgetting", "new_acc")]
-        expected = [table_formats.NOTHING if c["mean"] is None else f"{c['mean']:.1f} ± {c['sd']:.1f}" for c in cells]
-        assert shown[method].split(" | ")[:3] == expected, method
+    assert shown(ROOT / "README.md") == {row["method"]: figures(row) for row in PAPER}
+
+
+def test_the_other_readme_says_what_its_folders_hold() -> None:
+    (mage,) = (row for row in PAPER if row["method"] == "mage")
+    expected = {"pema": figures(mage)}
+    for folder, name in (("averaging", ""), ("interleaved", "")):
+        study = tables.of_folders(sorted(tables.find([RESULTS.with_name(f"next-tiny-{folder}")])))
+        for row in study["rows"]:
+            assert row["seeds"] == [0, 1, 2]
+            rule = re.search(r"average=([a-z-]+)", row["method"])
+            expected[name or (rule[1] if rule else row["method"])] = figures(row)
+    assert shown(RESULTS / "README.md") == expected
