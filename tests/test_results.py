@@ -56,8 +56,8 @@ def test_the_readme_says_what_the_tables_say() -> None:
 
 def test_the_other_readme_says_what_its_folders_hold() -> None:
     (mage,) = (row for row in PAPER if row["method"] == "mage")
-    expected = {"pema": figures(mage)}
-    for folder, name in (("averaging", ""), ("interleaved", "")):
+    expected = {"pema": figures(mage), "branches": figures(mage)}
+    for folder, name in (("averaging", ""), ("interleaved", ""), ("connections", "connections")):
         study = tables.of_folders(sorted(tables.find([RESULTS.with_name(f"next-tiny-{folder}")])))
         for row in study["rows"]:
             assert row["seeds"] == [0, 1, 2]
