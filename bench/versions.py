@@ -33,8 +33,10 @@ TESTS = (
     "tests/running/test_runner.py",
     "tests/running/test_export.py",
     "tests/running/test_launchers.py",
+    "tests/running/test_processes.py",
+    "tests/running/test_zero.py",
 )
-"""What touches the interfaces of torch, triton, transformers, peft, diffusers, open_clip, ray and submitit."""
+"""What touches the interfaces of torch, triton, transformers, peft, diffusers, open_clip, ray, submitit and DeepSpeed."""
 _BOUND = re.compile(r"(?P<name>[\w.-]+)\s*>=\s*(?P<version>[\w.]+)[^;]*(?P<marker>;.*)?")
 
 
