@@ -36,7 +36,7 @@ TESTS = (
     "tests/running/test_processes.py",
     "tests/running/test_zero.py",
 )
-"""What touches the interfaces of torch, triton, transformers, peft, diffusers, open_clip, ray, submitit and DeepSpeed."""
+"""What touches the interfaces of torch, triton, transformers, peft, diffusers, open_clip, DeepSpeed, ray, submitit."""
 _BOUND = re.compile(r"(?P<name>[\w.-]+)\s*>=\s*(?P<version>[\w.]+)[^;]*(?P<marker>;.*)?")
 
 
