@@ -69,7 +69,20 @@ def _list(arguments: argparse.Namespace) -> None:
 def _card(arguments: argparse.Namespace) -> None:
     from cnext import methods
 
-    print("\n\n".join(methods.describe(name) for name in arguments.method))
+    print("\n\n".join(methods.describe(name, _extra_bytes(name)) for name in arguments.method))
+
+
+def _extra_bytes(method: str) -> str:
+    """What a method keeps after the six tasks of next-tiny on the tiny backbone, beside one adapter of rank 32."""
+    import torch
+
+    from cnext import backbones, methods
+    from cnext.tasks import suites
+
+    made, suite = methods.load(method)(), suites.load("next-tiny")
+    made.setup(backbones.load("tiny").load(), suite.tasks, torch.Generator().manual_seed(0))
+    count = made.extra_bytes(len(suite.tasks))
+    return f"{count:,} at most beside one adapter of rank 32, after the tasks of next-tiny on the tiny backbone"
 
 
 def _report(arguments: argparse.Namespace) -> None:
@@ -149,8 +162,18 @@ def _judge(arguments: argparse.Namespace) -> None:
 
     given = {field.name: getattr(arguments, field.name) for field in dataclasses.fields(judging.JudgeConfig)}
     config = judging.JudgeConfig(**{name: value for name, value in given.items() if value is not None})
-    if arguments.run == ["validate"]:
-        judge_validation.validate(config, arguments.out)
+    validates = arguments.run == ["validate"]
+    # What would change nothing is refused: who gives --limit expects a model to be asked.
+    foreign = {"every_stage": "run folders"} if validates else {"out": "`cnext judge validate`"}
+    if config.kind != "openai":
+        foreign |= dict.fromkeys(("model", "concurrency", "timeout", "tries"), "--judge openai:URL")
+    if config.kind == "rules":
+        foreign["limit"] = "--judge openai:URL or replay:FILE, for rules judge every error"
+    for name, of in foreign.items():
+        if getattr(arguments, name):
+            raise UserError(f"--{name.replace('_', '-')} belongs to {of}; leave it out")
+    if validates:
+        judge_validation.validate(config, arguments.out or Path("judge"))
     else:
         judging.judge_runs([Path(run) for run in arguments.run], config)
 
@@ -283,7 +306,7 @@ def _parser() -> argparse.ArgumentParser:
     judge.add_argument("--concurrency", type=int, metavar="N", help="requests at a time (default: 8)")
     judge.add_argument("--timeout", type=float, metavar="S", help="seconds that a server may be silent (default: 120)")
     judge.add_argument("--tries", type=int, metavar="N", help="tries of one request (default: 5)")
-    judge.add_argument("--out", type=Path, default=Path("judge"), help="of validate: its folder (default: ./judge)")
+    judge.add_argument("--out", type=Path, help="of validate: its folder (default: ./judge)")
     about = "check the files of a suite, or draw a named reduced protocol from them"
     data = verbs.add_parser("data", help=about, description=about)
     parts = data.add_subparsers(dest="part", required=True, metavar="part")

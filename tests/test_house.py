@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -83,6 +84,15 @@ def test_loads_without_torch(code: str) -> None:
     heavy = "sys.modules.keys() & {'torch', 'numpy', 'transformers'}"
     check = f"import sys; {code}; assert not ({heavy}), {heavy}"
     subprocess.run([sys.executable, "-c", check], cwd=Path(__file__).parent, check=True, stdout=subprocess.DEVNULL)
+
+
+def test_running_says_where_each_of_its_modules_is() -> None:
+    folder = ROOT / "running"
+    words = set(re.findall(r"\w+", (folder / "__init__.py").read_text()))
+    modules = {path.stem for path in folder.glob("[!_]*.py")} | {
+        path.parent.name for path in folder.glob("*/__init__.py")
+    }
+    assert modules <= words, modules - words
 
 
 def test_public_names_resolve() -> None:

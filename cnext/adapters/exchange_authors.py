@@ -9,11 +9,9 @@ Reference: Continual-NExT, arXiv 2602.18055, the released code of SEED-X with MA
 from __future__ import annotations
 
 import re
-import struct
 from collections import Counter
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -32,11 +30,6 @@ NORM = re.compile(r"(?P<norm>.+)\.modules_to_save\.default\.weight")
 IGNORED = {"original_module": re.compile(r".+\.original_module\.weight"), "inv_freq": re.compile(r".+\.inv_freq")}
 IN_LLM = {"embeddings": re.compile(r".*embed_tokens\.weight"), "head": re.compile(r"lm_head\.weight")}
 BESIDE = ("input_resampler", "output_resampler", "patch_pos_embed")
-UNREADABLE = (
-    *(RuntimeError, EOFError, LookupError, TypeError, ValueError, AttributeError, AssertionError),
-    *(MemoryError, OverflowError),
-)
-"""What torch's reader of pickles says of a damaged one: it takes what is written for what ought to be there."""
 LANGUAGE_MODEL = (*IN_LLM, "norms")
 """Kinds of extra tensors that are parameters of the language model, and named as there."""
 
@@ -55,31 +48,6 @@ class Released:
     routers: dict[str, Tensor] = field(default_factory=dict)
     extras: dict[str, dict[str, Tensor]] = field(default_factory=dict)
     ignored: dict[str, int] = field(default_factory=dict)
-
-
-def read_tensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of a torch file (read with weights_only=True) or, by its ending, of a safetensors file.
-
-    Raises:
-        UserError: the file cannot be read, or holds anything but named tensors.
-    """
-    import pickle
-
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, SafetensorError, pickle.UnpicklingError, struct.error, *UNREADABLE) as error:
-        reason = str(error).partition("\n")[0]
-        raise UserError(f"{path}: expected a file of tensors, by torch or safetensors; cannot read it: {reason}") from (
-            error
-        )
-    if not isinstance(state, dict) or not all(isinstance(n, str) and isinstance(t, Tensor) for n, t in state.items()):
-        raise UserError(f"{path}: expected a flat table of tensors, found {type(state).__name__} with other things")
-    return state
 
 
 def from_released(
@@ -163,7 +131,10 @@ def from_released(
 def _names(halves: dict[str, dict[str, dict[str, Tensor]]], kind: str) -> dict[str, str]:
     """Branch in the file to name of ours. Raises UserError where the file is of another kind."""
     if not halves:
-        raise UserError(f"expected tensors {LLM}<layer>.lora_A.default...weight, found none")
+        raise UserError(
+            f"expected a released adapter, with tensors {LLM}<layer>.lora_A.default...weight, found none; is it of "
+            "other weights, or of a PEFT adapter without its adapter_config.json?"
+        )
     found = {number for experts in halves.values() for number in experts}
     if kind == "mage" and "lora" not in found:
         return {str(number): role for number, role in enumerate(ROLES)}

@@ -145,6 +145,11 @@ class Backbone(ABC, nn.Module):
         """
         return []
 
+    @classmethod
+    def missing_to_draw(cls, weights: Path | None) -> str:
+        """What is not there of what turns features or codes into pixels, found without loading it; "" where all is."""
+        return ""
+
     @abstractmethod
     def connections(self) -> dict[str, nn.Parameter]:
         """The layers between the visual parts and the language model, by name: trained where a recipe says so."""

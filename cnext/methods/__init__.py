@@ -22,13 +22,19 @@ ALIASES = {"ew+ga": "ew-ga", "4-split": "ew-ga", "2-split": "two-split", "joint"
 
 
 def modules() -> dict[str, str]:
-    """Method names and the modules that hold them. Imports none of them."""
+    """Method names and the modules that hold them. Imports none of them.
+
+    Raises UserError where another package's method has the name of one of ours.
+    """
     own = {
         path.stem.replace("_", "-"): f"{__name__}.{path.stem}"
         for path in sorted(Path(__file__).parent.glob("*.py"))
         if path.stem not in ("__init__", "base")
     }
-    return own | {entry.name: entry.value for entry in importlib.metadata.entry_points(group=GROUP)}
+    others = {entry.name: entry.value.partition(":")[0] for entry in importlib.metadata.entry_points(group=GROUP)}
+    if taken := sorted(own.keys() & others.keys()):
+        raise UserError(f"a package registers a method as {', '.join(taken)}, which cnext has; it needs another name")
+    return own | others
 
 
 def canonical(name: str) -> str:
@@ -82,17 +88,22 @@ def described_fields(kind: type) -> dict[str, str]:
     return {field.name: found.get(field.name, "") for field in dataclasses.fields(kind) if field.init}
 
 
-def describe(name: str) -> str:
-    """A method's card as text: its docstring, what it needs and keeps, and its hyperparameters with their defaults."""
+def describe(name: str, extra_bytes: str) -> str:
+    """A method's card as text: its docstring, what it needs and keeps, and its hyperparameters with their defaults.
+
+    extra_bytes: how many bytes it keeps, and where, for they depend on a backbone.
+    """
     kind = load(name)
     method, canon = kind(), canonical(name)
     card = method.card
     lines = [inspect.getdoc(importlib.import_module(kind.__module__)) or "", ""]
     lines.append(f"paper               {card.paper}")
     rehearsal = f"{card.rehearsal} training samples of every task are kept" if card.rehearsal else "none"
+    rehearsal = "every training sample of every task is there at once" if method.joint else rehearsal
     lines.append(f"rehearsal           {rehearsal}")
     lines.append(f"task id at test     {'needed' if card.task_id_at_test else 'not needed'}")
     lines.append(f"keeps between tasks {card.keeps}")
+    lines.append(f"extra bytes         {extra_bytes}")
     lines.append(
         "learns              " + ("all tasks at once, as a reference" if method.joint else "one task after another")
     )

@@ -3,8 +3,9 @@
     theta* <- (1 - alpha) theta* + alpha theta,    alpha = 2 (1 + |g|) / (|theta - theta*| |g - g_before|)
 
 |.| sums absolute values over a tensor; alpha is 0.01 where it would not be in (0, 1). A task starts with theta* = theta
-and ends with theta = theta*, see `cnext.averaging.Dema`. CIA also chooses between old and new adapters by how similar
-instructions are; that is left out, as in Continual-NExT.
+and ends with theta = theta*, see `cnext.averaging.Dema`. theta is where g was taken; the release reads it one step
+later, after the optimizer, and starts theta* after the first step. CIA also chooses between old and new adapters by how
+similar instructions are; that is left out, as in Continual-NExT.
 
 Reference: Qiao et al., Large Continual Instruction Assistant, arXiv 2410.10868.
 """

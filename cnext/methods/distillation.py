@@ -41,8 +41,8 @@ class Distillation(Lora):
     def __post_init__(self) -> None:
         super().__post_init__()
         for name in ("weight", "temperature"):
-            if not getattr(self, name) > 0:
-                raise UserError(f"distillation: {name} must be above 0, got {getattr(self, name)}")
+            if not 0 < getattr(self, name) < float("inf"):
+                raise UserError(f"distillation: {name} must be above 0 and finite, got {getattr(self, name)}")
         self.tasks, self.teacher = torch.tensor(0), {}
 
     def before_task(self, parameters: dict[str, nn.Parameter], steps: int, memory: Memory) -> None:

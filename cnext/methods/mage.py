@@ -19,7 +19,7 @@ from cnext import adapters
 from cnext.adapters import BRANCH_ROLES, roles_of
 from cnext.averaging import RULES
 from cnext.averaging.pooling import pooled
-from cnext.errors import unknown
+from cnext.errors import UserError, unknown
 from cnext.methods.base import Averaged, Card
 from cnext.methods.lora import Lora
 from cnext.tasks.base import Task
@@ -42,6 +42,10 @@ class Mage(Averaged, Lora):
         super().__post_init__()
         if self.average not in RULES:
             raise unknown("averaging rule", self.average, list(RULES))
+        if not self.c > 0:
+            raise UserError(f"expected c > 0, got c={self.c}")
+        if self.average != "pema" and self.c != type(self).c:
+            raise UserError(f"c={self.c} is of the average pema, and means nothing to {self.average}; leave it out")
         self.rule = RULES[self.average](**({"c": self.c} if self.average == "pema" else {}))
 
     def roles(self, task: Task) -> list[str]:

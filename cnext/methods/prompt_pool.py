@@ -39,8 +39,8 @@ class PromptPool(Method):
     card = Card("arXiv 2112.08654")
 
     def __post_init__(self) -> None:
-        if min(self.length, self.top_k) < 1 or not self.scale > 0 or not self.pull >= 0:
-            raise UserError(f"expected length and top_k from 1, scale above 0 and pull from 0, got {self}")
+        if min(self.length, self.top_k) < 1 or not 0 < self.scale < float("inf") or not 0 <= self.pull < float("inf"):
+            raise UserError(f"expected length and top_k from 1, finite scale above 0 and pull from 0, got {self}")
         self.trained = torch.tensor(False)
 
     def attach(self, tasks: Sequence[Task], generator: torch.Generator) -> None:

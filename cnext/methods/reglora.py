@@ -60,7 +60,7 @@ class Reglora(TaskBranches, Lora):
     @torch.no_grad()
     def after_task(self) -> dict[str, Any] | None:
         for name, update in self.updates():
-            largest = update.abs().topk(int(self.share * len(update))).indices.int()
+            largest = update.abs().topk(max(1, int(self.share * len(update)))).indices.int()
             self.protected[name] = torch.cat([self.protected.get(name, largest[:0]), largest])
 
     def extra_bytes(self, tasks: int) -> int:

@@ -36,8 +36,8 @@ class Replay(Lora):
         super().__post_init__()
         if self.samples < 1:
             raise UserError(f"replay: samples must be at least 1, got {self.samples}; without a memory it is lora")
-        if not self.weight > 0:
-            raise UserError(f"replay: weight must be above 0, got {self.weight}; without it replay is lora")
+        if not 0 < self.weight < float("inf"):
+            raise UserError(f"replay: weight must be above 0 and finite, got {self.weight}; without it replay is lora")
 
     @property
     def card(self) -> Card:
@@ -51,4 +51,10 @@ class Replay(Lora):
         if not self.memory:
             return None
         drawn = ranks.told(torch.randperm(len(self.memory))[: len(batch) * ranks.count()].tolist())
-        return self.weight * self.backbone.loss([self.memory[index] for index in ranks.share(drawn)]).total
+        mine = [self.memory[index] for index in ranks.share(drawn)]
+        if ranks.count() == 1:
+            return self.weight * self.backbone.loss(mine).total
+        # Penalties of processes are averaged. One without a sample takes part with one that does not count.
+        whole = ranks.total(*self.backbone.supervised(mine), device=self.backbone.device)
+        weight = self.weight * ranks.count() if mine else 0.0
+        return weight * self.backbone.loss(mine or self.memory[:1], whole).total

@@ -87,6 +87,8 @@ class Batches:
             batch_sampler=batches,  # type: ignore[arg-type]
             num_workers=self.workers,
             collate_fn=list,
+            # Of its own: else every new loader takes a number from the one that dropout draws from.
+            generator=torch.Generator(),
             # Forked: the samples and the tokenizer are there already.
             multiprocessing_context="fork" if self.workers else None,
         )

@@ -12,9 +12,12 @@ from cnext.running import fingerprint
 from cnext.scoring import published
 from cnext.scoring.matrix import ScoreMatrix, points
 from cnext.scoring.matrix_file import ScoreRecord, from_json, read_json
+from cnext.tasks import suites
 
 CONDITIONS = ("suite", "backbone", "tasks", "split", "samples", "budget")
 """What must be equal besides the scoring profile, by its name in results.json. Seeds and versions may differ."""
+
+SUITES_OWN = "the suite's"
 
 SCORES = ("score_matrix", "zero_shot", "error_matrix")
 """What results.json holds for each profile."""
@@ -72,7 +75,11 @@ def of_run(path: Path, profile: str | None = None) -> Side:
         profile = results["profile"]
     # The released evaluators take a cosine as it is.
     record = from_json(results, str(file), least=-100.0 if profile == "paper" else 0.0)
-    conditions = {"profile": profile, **{key: results[key] for key in CONDITIONS}}
+    conditions = {
+        "profile": profile,
+        **{key: results[key] for key in CONDITIONS},
+        **_scored_by(file.parent, results["suite"]),
+    }
     here = results.get("fingerprint")
     return Side(
         f"{results['method']} ({path})",
@@ -82,6 +89,20 @@ def of_run(path: Path, profile: str | None = None) -> Side:
         digests=_digests(results.get("digests"), str(file)),
         fingerprint=here if isinstance(here, dict) else None,
     )
+
+
+def _scored_by(folder: Path, suite: Any) -> dict[str, str]:
+    """The CLIP that scored a run's pictures, of which config.json alone tells; nothing where it is not there.
+
+    A file named as the model that the suite has is that model: ViT-B-32.pt is openai/ViT-B-32.
+    """
+    file = folder / "config.json"
+    config = read_json(file) if file.is_file() else None
+    if not isinstance(config, dict) or "clip" not in config:
+        return {}
+    own, given = suites.load(suite).clip if suite in suites.names() else "", Path(str(config["clip"] or ""))
+    is_own = not config["clip"] or str(given) == own or (given.suffix and given.stem == Path(own).name)
+    return {"clip": SUITES_OWN if is_own else str(given)}
 
 
 def _digests(rows: Any, where: str) -> dict[tuple[int, str], str]:
@@ -112,7 +133,7 @@ def of_paper(method: str) -> Side:
     """What the Continual-NExT paper printed for a method. Raises UserError with the methods that it has."""
     method = methods.canonical(method)
     paper = published.continual_next()
-    conditions = paper["conditions"]
+    conditions = {**paper["conditions"], "clip": SUITES_OWN}
     tasks = conditions["tasks"]
     matrix = published.score_matrix(paper, method)
     zero_shot = published.score_matrix(paper, "zero-shot").to_rows()[-1]

@@ -59,6 +59,9 @@ class Options:
     clip: str | None = None
     """CLIP that scores pictures, where it is not to be the suite's: a file or folder of weights, for example
     ViT-B-32.pt as OpenAI publishes it, or <tag>/<model> of open_clip."""
+    prompts: Literal["released", "consistent"] | None = None
+    """How tasks that write pictures are worded, where it is not to be as the suite has it. "consistent": in training
+    and in the test alike, which the released files are not; the suite then has another name."""
     learning_rate: float | None = None
     """Overrides the budget's peak learning rate."""
     batch_size: int | None = None
@@ -172,6 +175,8 @@ def plan(config: RunConfig, elsewhere: bool = False, forecast: bool = False) -> 
     suite = suites.load(config.suite)
     if config.clip is not None:
         suite = dataclasses.replace(suite, clip=config.clip)
+    if config.prompts is not None:
+        suite = suites.worded(suite, config.prompts)
     order = suites.order(suite, config.order)
     if config.budget not in suite.budgets:
         raise unknown("budget", config.budget, list(suite.budgets))
@@ -200,11 +205,20 @@ def plan(config: RunConfig, elsewhere: bool = False, forecast: bool = False) -> 
         raise UserError(f"suite {suite.name} needs --data, the folder that holds its files")
     kind = methods.load(config.method)
     known = {field.name: field for field in dataclasses.fields(kind)}
-    for name in config.hyperparameters:
+    for name, value in config.hyperparameters.items():
         if name not in known:
             raise unknown(f"hyperparameter of {config.method}", name, list(known))
+        _check_type(f"hyperparameter {name} of {config.method}", value, known[name].default)
     hyperparameters = dataclasses.asdict(kind(**config.hyperparameters))
     return Plan(config, suite, order, recipe, _device(config.device, elsewhere), hyperparameters)
+
+
+def _check_type(what: str, value: Any, default: Any) -> None:
+    """Raises UserError for a value of another type than its default's. A whole number does for a float."""
+    kind = type(default)
+    kinds = {bool: bool, int: int, float: (int, float), str: str}
+    if kind in kinds and (not isinstance(value, kinds[kind]) or isinstance(value, bool) != (kind is bool)):
+        raise UserError(f"{what} must be of type {kind.__name__}, as {default!r} is, got {value!r}")
 
 
 def loading_options(backbone: str, given: Sequence[str]) -> dict[str, Any]:

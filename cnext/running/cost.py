@@ -1,10 +1,14 @@
-"""What a run costs, measured: seconds, memory and energy of every stage. None: the system does not tell."""
+"""What a run costs, measured: seconds, memory and energy of every stage. None: the system does not tell.
+
+Of several processes the peaks are those of the one that takes the most.
+"""
 
 from __future__ import annotations
 
 import resource
 import sys
 import time
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +16,7 @@ import torch
 
 STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 POWERCAP = Path("/sys/class/powercap")
+PEAKS = ("peak_memory_bytes", "peak_device_memory_bytes")
 
 
 def peak_memory() -> int:
@@ -102,14 +107,32 @@ def _gpu_energy(device: torch.device) -> dict[str, int]:
         pynvml.nvmlShutdown()
 
 
+def together(laps: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The laps of several processes as one: the longest, the highest peaks, and the energy of all their GPUs.
+
+    Processes on a CPU read the same counters, those of the machine, so that of them the largest counts.
+    """
+    joules = [lap["energy_joules"] for lap in laps]
+    gpus = any(lap["peak_device_memory_bytes"] is not None for lap in laps)
+    return {
+        **{key: _most(lap[key] for lap in laps) for key in ("seconds", *PEAKS)},
+        "energy_joules": None if None in joules else sum(joules) if gpus else max(joules),
+    }
+
+
+def _most(values: Iterable[Any]) -> Any:
+    """The largest of those that are known, else None."""
+    return max((value for value in values if value is not None), default=None)
+
+
 def added(row: dict[str, Any], kind: str, lap: dict[str, Any]) -> dict[str, Any]:
     """A stage's row with one more lap of "train" or "evaluate" in it: seconds and joules add up, of peaks the most."""
     row = {"train_seconds": 0.0, "evaluate_seconds": 0.0, "energy_joules": 0.0} | row
     row[f"{kind}_seconds"] += lap["seconds"]
     both = (row["energy_joules"], lap["energy_joules"])
     row["energy_joules"] = None if None in both else sum(both)
-    for key in ("peak_memory_bytes", "peak_device_memory_bytes"):
-        row[key] = max((value for value in (row.get(key), lap[key]) if value is not None), default=None)
+    for key in PEAKS:
+        row[key] = _most((row.get(key), lap[key]))
     return row
 
 
@@ -133,13 +156,12 @@ def summary(ledger: dict[str, Any], meter: Meter, seconds: float) -> dict[str, A
                 "seconds_per_step": busy / trained["steps"] if trained["steps"] else None,
             }
         )
-    device = [row["peak_device_memory_bytes"] for row in stages if row["peak_device_memory_bytes"] is not None]
     energy = [row["energy_joules"] for row in stages]
     return {
         "stages": stages,
         "last_process_seconds": seconds,
         "total_seconds": sum(row["train_seconds"] + row["evaluate_seconds"] for row in stages),
         "peak_memory_bytes": max([meter.whole, *(row["peak_memory_bytes"] for row in stages)]),
-        "peak_device_memory_bytes": max(device, default=None),
+        "peak_device_memory_bytes": _most(row["peak_device_memory_bytes"] for row in stages),
         "energy_joules": None if None in energy else sum(energy),
     }

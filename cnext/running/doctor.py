@@ -49,7 +49,8 @@ def examine(wanted: Wanted) -> list[Finding]:
     bad = {finding.name for finding in found if finding.state == BAD}
     if {"torch", "numpy"} & bad:
         return [*found, *data(suite, wanted.data)]
-    found += [*devices(), *kernels(), *backbones(wanted), *data(suite, wanted.data)]
+    drawn = any("image" in task.writes for task in suite.tasks)
+    found += [*devices(), *kernels(), *backbones(wanted, drawn), *data(suite, wanted.data)]
     if not {"torchvision", "open_clip_torch", "pillow"} & bad:
         found += scorers(suite, wanted.clip)
     return found + room(wanted)
@@ -95,8 +96,11 @@ def kernels() -> list[Finding]:
     return found
 
 
-def backbones(wanted: Wanted) -> list[Finding]:
-    """Whether a backbone's weights are there: of the one that is asked about, and of those that need none."""
+def backbones(wanted: Wanted, drawn: bool = False) -> list[Finding]:
+    """Whether a backbone's weights are there: of the one that is asked about, and of those that need none.
+
+    drawn: whether the run draws, and the one asked about needs what turns features into pixels as well.
+    """
     from cnext import backbones as known
 
     found = []
@@ -106,6 +110,8 @@ def backbones(wanted: Wanted) -> list[Finding]:
             files = known.load(name).check(wanted.weights if asked else None)
             size = sum(file.stat().st_size for file in files)
             found.append(Finding("backbones", name, OK, f"{size / 1e6:,.0f} MB of weights" if files else "ready"))
+            if asked and drawn and (missing := known.load(name).missing_to_draw(wanted.weights)):
+                found.append(Finding("backbones", f"{name} drawing", BAD, missing))
         except (UserError, OSError) as error:
             found.append(Finding("backbones", name, BAD if asked else NOTE, str(error)))
     return found

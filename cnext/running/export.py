@@ -27,6 +27,11 @@ from cnext.tasks.base import Task
 
 FORMATS = ("peft", "peft-merged-rank", "authors", "merged")
 REFERENCE, EXTRAS = "reference.json", "extras"
+WITH_A_MODEL = (
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "preprocessor_config.json"),
+    *("processor_config.json", "chat_template.json", "chat_template.jinja"),
+)
+"""What transformers loads from a model's folder beside its weights."""
 
 
 @dataclass
@@ -91,6 +96,8 @@ def restore(run: Path, label: str | None = None) -> Restored:
     Raises:
         UserError: no run folder, no such checkpoint, a damaged one, or one that does not fit the method of today.
     """
+    if not (run / "config.json").is_file():
+        raise UserError(f"expected the folder of a run, such as runs/mage/paper/seed-0, found no config.json in {run}")
     config = written.read(run / "config.json", written.RESTORED)
     folder = _checkpoint(run, label)
     file = run / "results.json"
@@ -218,6 +225,10 @@ def _write(restored: Restored, folder: Path, format: str, extras: dict[str, dict
         return []
     with exchange.merged(model):
         model.save_pretrained(str(folder))
+    if (weights := restored.config.get("weights")) is not None:
+        for name in WITH_A_MODEL:
+            if (Path(weights) / name).is_file():
+                shutil.copyfile(Path(weights) / name, folder / name)
     inside = exchange_authors.LANGUAGE_MODEL
     beside = {name: t for kind, part in extras.items() if kind not in inside for name, t in part.items()}
     if not beside:

@@ -13,6 +13,7 @@ from torch import Tensor
 from cnext import backbones, methods
 from cnext.adapters import exchange, exchange_authors, exchange_peft
 from cnext.adapters.exchange_authors import BESIDE, KINDS, LANGUAGE_MODEL, ROLES, Released
+from cnext.adapters.tensor_files import read_tensors
 from cnext.backbones.base import Backbone
 from cnext.errors import UserError, unknown
 from cnext.running import checkpoint, written
@@ -82,10 +83,13 @@ def _read(path: Path, method: str | None, beside: Collection[str]) -> tuple[Rele
     if file is None:
         looked = f"{exchange_peft.CONFIG}, */{exchange_peft.CONFIG}, {', '.join(FILES)}"
         raise UserError(f"expected a file, or a folder with one of {looked}, at {path}; found none")
-    state = exchange_authors.read_tensors(file)
+    state = read_tensors(file)
     if method is None and any(".loraA." in name for name in state):
         raise UserError(f"{file} has several branches; say what they are: --method mage or --method moelora")
-    return exchange_authors.from_released(state, method or "lora", beside=beside), method or "lora"
+    try:
+        return exchange_authors.from_released(state, method or "lora", beside=beside), method or "lora"
+    except UserError as error:
+        raise UserError(f"{file}: {error}") from error
 
 
 def _check(path: Path, model: torch.nn.Module, backbone: str) -> str:

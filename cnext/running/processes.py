@@ -20,21 +20,26 @@ from torch import distributed, nn
 
 from cnext import ranks
 from cnext.errors import UserError
+from cnext.running.config import Plan
 from cnext.running.stopping import GO_ON
 from cnext.running.zero import asked
-from cnext.tasks.base import Recipe
 
 PATIENCE = timedelta(minutes=30)
 """How long a process waits for another, which may be scoring the answers of a task meanwhile."""
 ROLL_CALL = 3.0
 """Seconds that those who are left have to say so, when one is lost."""
+LAUNCHED = ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+"""What a launcher tells every process, beside how many there are."""
 CUT_OFF = ("gloo", "Connection closed by peer", "Connection reset by peer")
 """Signs of an error of sending or receiving; gloo raises plain RuntimeErrors."""
 
 
 def launched() -> int:
     """How many processes the launcher has started, by its environment; 1 without one."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
+    given = os.environ.get("WORLD_SIZE", "1")
+    if not (given.isdecimal() and int(given)):
+        raise UserError(f"WORLD_SIZE, which a launcher sets, must be a number of processes, got {given!r}; unset it")
+    return int(given)
 
 
 @contextmanager
@@ -52,6 +57,12 @@ def joined(device: str) -> Iterator[str]:
     gpus = torch.cuda.device_count()
     if device.startswith("cuda") and int(os.environ.get("LOCAL_RANK", "0")) >= gpus:
         raise UserError(f"{launched()} processes need a GPU each; torch sees {gpus} here: start fewer, or --device cpu")
+    missing = [name for name in LAUNCHED if not os.environ.get(name)]
+    if missing:
+        raise UserError(
+            f"the environment says WORLD_SIZE={launched()} without {', '.join(missing)}: "
+            "start by torchrun or accelerate launch, or unset it"
+        )
     PartialState(cpu=device == "cpu", timeout=PATIENCE)
     try:
         yield own_device(device)
@@ -90,10 +101,16 @@ def own_device(device: str) -> str:
     return f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if device == "cuda" and ranks.count() > 1 else device
 
 
-def check(recipes: Iterable[Recipe]) -> None:
-    """Raises UserError where the launcher's configuration says another recipe than one of these."""
-    if zero := asked():
-        for recipe in recipes:
+def check(planned: Plan) -> None:
+    """Raises UserError where the processes cannot share a batch, or the launcher's configuration has another recipe."""
+    zero = asked()
+    for recipe in map(planned.recipe.of, planned.order):
+        if recipe.batch_size % ranks.count():
+            raise UserError(
+                f"the batch size must be a multiple of the number of processes, {ranks.count()}, "
+                f"got {recipe.batch_size}"
+            )
+        if zero:
             zero.check(recipe)
 
 

@@ -44,7 +44,7 @@ def run(config: RunConfig, progress: Progress | None = None) -> dict[str, Any]:
     torch.set_num_threads(config.threads)
     with processes.joined(planned.device) as device, Stop() as stop:
         mine = dataclasses.replace(planned, device=device)
-        processes.check([planned.recipe.of(name) for name in planned.order])
+        processes.check(planned)
         if ranks.number():
             with Progress(quiet=True) as hidden:
                 return Runner(mine, None, hidden, stop).run()
@@ -217,7 +217,9 @@ class Runner:
                     self._measure(task.name, "train")
                     self.ledger["trained"][task.name] = trained
                     self._save(rows, f"{stage}_{task.name}_step{trainer.step}", self.tasks_done, trainer)
-                    self.stop.check(f"saved after step {trainer.step} of {steps} of {task.name}")
+                    # Asked again: one that hears of it while the first process writes must not leave the others.
+                    if self._told_to_stop():
+                        self.stop.check(f"saved after step {trainer.step} of {steps} of {task.name}")
             self.backbone.eval()
             with autocast(recipe.precision, self.backbone.device):
                 statistics = self.method.after_task()
@@ -238,7 +240,8 @@ class Runner:
     def _measure(self, name: str, kind: str) -> None:
         """Books what the time since the last such call has cost."""
         measured = self.ledger["measured"]
-        measured[name] = cost.added(measured.get(name, {}), kind, self.meter.lap())
+        lap = cost.together(ranks.gathered([self.meter.lap()]))
+        measured[name] = cost.added(measured.get(name, {}), kind, lap)
 
     def _save(self, rows: list[dict[str, Any]], label: str, tasks_done: int, trainer: TaskTrainer | None) -> None:
         """Logs the steps since the last checkpoint, then writes the next one."""

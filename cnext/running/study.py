@@ -21,7 +21,9 @@ from cnext.errors import UserError, unknown
 from cnext.running import fingerprint, processes, table_formats, tables
 from cnext.running.config import Options, Plan, RunConfig, plan
 from cnext.running.launchers import Launcher
+from cnext.running.mistakes import in_one_line
 from cnext.running.parallel import Failure
+from cnext.tasks import suites
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,18 +70,20 @@ def _parse(arguments: list[str]) -> Any:
     # One meaning, two names: a suite's budgets are the presets that `--preset paper` speaks of.
     arguments = [re.sub(r"^--preset(?=$|=)", "--budget", argument) for argument in arguments]
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    first.add_argument("--method", nargs="+", default=["mage"])
+    first.add_argument("--method", nargs="*", default=["mage"])
     chosen = dict.fromkeys(map(methods.canonical, first.parse_known_args(arguments)[0].method))
-    groups = []
+    groups, known = [], []
     for name in chosen:
         kind = methods.load(name)
+        known += [f"--{name}.{item.name.replace('_', '-')}" for item in dataclasses.fields(kind) if item.init]
         if any(item.init for item in dataclasses.fields(kind)):
             groups.append((name.replace("-", "_"), kind, field(default_factory=kind)))
     flags = dataclasses.make_dataclass("Flags", groups, bases=(Flags,), frozen=True, kw_only=True)
     description = inspect.cleandoc(Flags.__doc__ or "")
-    return tyro.cli(
-        flags, prog="cnext-run", args=arguments, description=description, config=(tyro.conf.FlagCreatePairsOff,)
-    )
+    with in_one_line(known):
+        return tyro.cli(
+            flags, prog="cnext-run", args=arguments, description=description, config=(tyro.conf.FlagCreatePairsOff,)
+        )
 
 
 def configs(flags: Any) -> list[RunConfig]:
@@ -119,6 +123,18 @@ def _check(flags: Any, plans: list[Plan]) -> None:
         raise UserError("--launcher-option is for --launcher ray or slurm")
     if flags.baseline is not None and flags.baseline not in flags.method:
         raise unknown("baseline", flags.baseline, flags.method)
+
+
+def _say_what_is_left_out(plans: list[Plan]) -> None:
+    """A line for every order that lacks tasks of its suite: averages are then over fewer tasks."""
+    for planned in {planned.order: planned for planned in plans}.values():
+        lacking = [name for name in suites.order(planned.suite, "alphabet") if name not in planned.order]
+        if lacking:
+            print(
+                f"note: order {planned.config.order} leaves out {', '.join(lacking)}, neither learnt nor tested; "
+                f"with all tasks: {', '.join([*planned.suite.orders, *suites.ORDERS])}",
+                file=sys.stderr,
+            )
 
 
 def _finished(planned: Plan) -> bool:
@@ -198,6 +214,8 @@ def _together(flags: Any, plans: list[Plan]) -> None:
         raise UserError(f"--launcher {flags.launcher} starts runs itself; leave it or torchrun away")
     with processes.joined(plans[0].device):
         for planned in plans:
+            processes.check(planned)
+        for planned in plans:
             if not ranks.told(ranks.number() == 0 and _finished(planned)):
                 run(planned.config)
         if ranks.number() == 0 and len(plans) > 1:
@@ -213,6 +231,7 @@ def main(arguments: list[str]) -> int:
     forecasting = flags.gpus is not None
     plans = [plan(config, flags.launcher != "local" or forecasting, forecasting) for config in configs(flags)]
     _check(flags, plans)
+    _say_what_is_left_out(plans)
     if flags.gpus is not None and not flags.dry_run:
         raise UserError("--gpus forecasts a run and goes with --dry-run; a run takes the GPUs that torchrun gives it")
     if flags.dry_run:

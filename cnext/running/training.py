@@ -42,11 +42,6 @@ class TaskTrainer:
         self.backbone, self.method, self.own = backbone, method, parameters
         self.parameters = parameters | (extras or {})
         self.recipe, self.steps, self.seed = recipe, steps, seed
-        if recipe.batch_size % ranks.count():
-            raise UserError(
-                f"the batch size must be a multiple of the number of processes, {ranks.count()}, "
-                f"got {recipe.batch_size}"
-            )
         self.batches = Batches(backbone, samples, recipe.batch_size, seed, workers)
         self.step = 0
         self.optimizer = zero.adamw(

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cnext.adapters.tensor_files import UNREADABLE
 from cnext.errors import UserError
 
 STORAGES = {
@@ -37,10 +38,11 @@ _SHORT_TUPLES = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
 
 def is_archive(path: Path) -> bool:
     """Whether a file is a TorchScript archive, which torch.load refuses, and no plain file of tensors."""
-    if not zipfile.is_zipfile(path):
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return any(name.endswith("/constants.pkl") for name in archive.namelist())
+    except UNREADABLE:
         return False
-    with zipfile.ZipFile(path) as archive:
-        return any(name.endswith("/constants.pkl") for name in archive.namelist())
 
 
 def read_archive(path: Path) -> dict[str, Tensor]:
@@ -52,7 +54,7 @@ def read_archive(path: Path) -> dict[str, Tensor]:
     try:
         with zipfile.ZipFile(path) as archive:
             return _flat(_Reader(archive).read())
-    except (ValueError, IndexError, KeyError, TypeError, RuntimeError, zipfile.BadZipFile) as error:
+    except UNREADABLE as error:
         raise UserError(f"{path}: expected a TorchScript archive of modules and tensors: {error}") from error
 
 

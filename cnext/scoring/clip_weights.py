@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cnext.adapters.tensor_files import load_file
 from cnext.errors import UserError
 from cnext.scoring.archive import is_archive, read_archive
 
@@ -64,22 +65,11 @@ def _told(config: Path) -> tuple[bool, dict[str, Any]]:
 
 def _read_tensors(path: Path) -> dict[str, Tensor]:
     """The tensors of a safetensors file, or of a torch file, which is read with weights_only=True."""
-    import pickle
-
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        given = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, SafetensorError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        reason = str(error).partition("\n")[0]
-        raise UserError(
-            f"{path}: expected the weights of a CLIP ({', '.join(WEIGHTS_FILES)}), cannot read it: {reason}"
-        ) from error
+    given = load_file(path, f"the weights of a CLIP ({', '.join(WEIGHTS_FILES)})")
     given = given.get("state_dict", given) if isinstance(given, dict) else given
-    if not isinstance(given, dict) or not all(isinstance(tensor, Tensor) for tensor in given.values()):
+    if not isinstance(given, dict) or not all(
+        isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in given.items()
+    ):
         raise UserError(f"{path}: expected the weights of a CLIP, a table of tensors; found {type(given).__name__}")
     return {name.removeprefix("module."): tensor for name, tensor in given.items()}
 

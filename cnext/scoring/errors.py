@@ -41,13 +41,18 @@ def text_error(
         or repeats_a_word(text)
         or kinds.is_of_another_kind(text, reference, instruction)
         or kinds.answers_another_question_too(text, reference)
-        or (known is not None and (kinds.is_no_word(text, known) or kinds.lacks_a_word(text, reference)))
+        or (known is not None and _says_no_word(text, reference, known))
     )
     if malformed:
         return "instruction_unfollowing"
     if contains_words(text, reference) or contains_words(reference, text):
         return "other"
     return "hallucination"
+
+
+def _says_no_word(text: str, reference: str, known: Collection[str]) -> bool:
+    no_word = kinds.is_no_word(text, known) or kinds.lacks_a_word(text, reference)
+    return no_word and not kinds.may_be_short_for(text, reference)
 
 
 def box_error(prediction: Prediction, parsable: bool) -> str:

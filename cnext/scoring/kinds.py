@@ -27,6 +27,8 @@ _OPEN = re.compile(r"\s*(what|which|who|whose|where|when|why|how)\b")
 _COORDINATES = re.compile(r"\[\s*[+-]?[\d.]+(\s*,\s*[+-]?[\d.]+){2,}")
 _VOWEL = re.compile("[aeiouy]")
 _TWO_LETTERS = re.compile(r"[^\W\d_]{2}")
+_INITIALS = re.compile(r"([a-z]\.)+[a-z]?")
+_OPTION = re.compile(r"\(?[A-Za-z][.):]\s")
 
 
 def words(text: str) -> list[str]:
@@ -90,7 +92,17 @@ def is_no_word(text: str, known: Collection[str]) -> bool:
 
 
 def lacks_a_word(text: str, reference: str) -> bool:
-    """Whether a word is asked for and there is none, and no number: "[ a" for "boat". One letter may be a word outside
-    of ASCII alone."""
+    """Whether a word is asked for and there is none, and no number: "[ a" for "boat".
+
+    Outside of ASCII a word may have one letter.
+    """
     asked = _TWO_LETTERS.search(reference) is not None
     return asked and text.isascii() and not (_TWO_LETTERS.search(text) or any(c.isdigit() for c in text))
+
+
+def may_be_short_for(text: str, reference: str) -> bool:
+    """Whether letters may stand for words: "p.m.", the reference's first letter, any one letter for "A. dog"."""
+    said = text.strip().casefold()
+    if len(said.rstrip(".")) == 1:
+        return _OPTION.match(reference) is not None or reference.casefold().startswith(said.rstrip("."))
+    return _INITIALS.fullmatch(said) is not None

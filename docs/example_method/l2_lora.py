@@ -17,7 +17,7 @@ class L2Lora(Lora):
     card = Card("Kirkpatrick et al. 2017, arXiv 1612.00796, section 2.1: the L2 baseline", keeps="nothing")
 
     def __post_init__(self):
-        if self.strength < 0:
+        if not self.strength >= 0:
             raise UserError(f"strength must be at least 0, got {self.strength}")
         self.old = {}
 

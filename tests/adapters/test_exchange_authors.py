@@ -17,9 +17,9 @@ from cnext.adapters.exchange_authors import (
     from_released,
     put_extras,
     put_routers,
-    read_tensors,
     to_released,
 )
+from cnext.adapters.tensor_files import read_tensors
 from cnext.errors import UserError
 from cnext.methods.moelora import Router
 
@@ -179,5 +179,14 @@ def test_a_file_is_read_without_running_what_it_says(tmp_path: Path) -> None:
     for name in ("object.bin", "text.bin", "text.safetensors", "missing.bin"):
         with pytest.raises(UserError, match="cannot read it"):
             read_tensors(tmp_path / name)
-    with pytest.raises(UserError, match="expected a flat table of tensors"):
-        read_tensors(tmp_path / "number.bin")
+    torch.save({1: torch.ones(1)}, tmp_path / "names.bin")
+    for name in ("number.bin", "names.bin"):
+        with pytest.raises(UserError, match="expected a flat table of tensors"):
+            read_tensors(tmp_path / name)
+    (tmp_path / "empty.bin").write_bytes(b"")
+    with pytest.raises(UserError, match="it ends too early"):
+        read_tensors(tmp_path / "empty.bin")
+    for name in ("folder.bin", "folder.safetensors"):
+        (tmp_path / name).mkdir()
+        with pytest.raises(UserError, match="it is a folder"):
+            read_tensors(tmp_path / name)

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from cnext.backbones.tiny.model import IGNORED, TinyBackbone, pixels
 from cnext.backbones.tiny.tokenizer import TinyTokenizer
 from cnext.backbones.tiny.vision import TOKENS
+from cnext.errors import UserError
 from cnext.tasks import formats, suites
 from cnext.tasks.base import Sample, Turn
 
@@ -207,6 +208,11 @@ def test_encoder_and_detokenizer_agree(tiny: TinyBackbone, data: Path) -> None:
     assert error < 0.25 * F.mse_loss(features.roll(1, 0), features)
 
 
-def test_missing_weights_are_named(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError):
+def test_missing_and_other_weights_are_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"none\.safetensors: expected a file of tensors"):
         TinyBackbone.load(weights=tmp_path / "none.safetensors")
+    with pytest.raises(UserError, match=r"cannot read it: it is a folder\nleave --weights"):
+        TinyBackbone.load(weights=tmp_path)
+    torch.save({"llm.weight": torch.ones(2)}, tmp_path / "other.bin")
+    with pytest.raises(UserError, match=r"other\.bin: expected those of the tiny backbone(.|\n)*leave --weights"):
+        TinyBackbone.load(weights=tmp_path / "other.bin")

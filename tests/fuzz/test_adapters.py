@@ -20,6 +20,7 @@ from safetensors.torch import save, save_file
 
 from cnext.adapters import exchange_authors
 from cnext.adapters.exchange_peft import read_peft
+from cnext.adapters.tensor_files import read_tensors
 from cnext.errors import UserError
 from cnext.running import checkpoint
 
@@ -65,7 +66,7 @@ def released(place: Path) -> Path:
 
 
 def read_released(path: Path) -> exchange_authors.Released:
-    return exchange_authors.from_released(exchange_authors.read_tensors(path), "lora")
+    return exchange_authors.from_released(read_tensors(path), "lora")
 
 
 def header(content: bytes, mutations: list) -> bytes:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 import json
 import shutil
+import struct
+import zlib
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from cnext.backbones.pretrained import open_picture
 from cnext.errors import UserError
 from cnext.running.config import RunConfig, plan
 from cnext.tasks import doctor, formats, suites
@@ -156,6 +159,23 @@ def test_other_kinds_of_files_are_no_images(data: Path) -> None:
     """A PostScript file under a picture's name would be given to a program to run."""
     (data / "x.png").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\nshowpage\n")
     assert fault(data / "x.png", decode=True).startswith("broken")
+
+
+def test_decompression_bombs_are_refused(data: Path) -> None:
+    """A few hundred bytes that say they are 40,000 pixels a side."""
+    path = data / "bomb.png"
+    size = struct.pack(">II", 40_000, 40_000) + bytes([8, 2, 0, 0, 0])
+    chunks = ((b"IHDR", size), (b"IDAT", zlib.compress(bytes(9))), (b"IEND", b""))
+    body = (struct.pack(">I", len(c)) + name + c + struct.pack(">I", zlib.crc32(name + c)) for name, c in chunks)
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(body))
+    for decode in (False, True):
+        assert "decompression bomb" in fault(path, decode)
+    with pytest.raises(UserError, match=r"cannot be read: .*decompression bomb"):
+        open_picture(path)
+    (data / "images" / "bomb.png").write_bytes(path.read_bytes())
+    (data / "rows.jsonl").write_bytes(dumped({"image": "bomb.png", "text": "a", "answer": "b"}) + b"\n")
+    with pytest.raises(UserError, match=r"rows\.jsonl:1: names an image that is broken .*decompression bomb"):
+        formats.read(task("conversation"), data, "train")
 
 
 OUTSIDE = [

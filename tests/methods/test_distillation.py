@@ -121,7 +121,8 @@ def test_a_teacher_is_kept_within_a_task_only(data: Path) -> None:
     assert sequence.method.state_dict().keys() == {"tasks", *sequence.parameters}
 
 
+@pytest.mark.parametrize("value", [-1.0, math.inf, math.nan])
 @pytest.mark.parametrize("name", ["weight", "temperature"])
-def test_bad_values_are_named(name: str) -> None:
-    with pytest.raises(UserError, match=rf"{name} must be above 0, got -1"):
-        Distillation(**{name: -1.0})
+def test_bad_values_are_named(name: str, value: float) -> None:
+    with pytest.raises(UserError, match=rf"{name} must be above 0 and finite, got {value}"):
+        Distillation(**{name: value})

@@ -82,6 +82,22 @@ def test_runs_with_its_own_hyperparameter(installed: Path, data: Path, toy_suite
     assert (results["method"], results["hyperparameters"]["strength"], results["finished"]) == ("l2-lora", 0.5, True)
 
 
+def test_a_class_may_be_named_beside_the_module(installed: Path) -> None:
+    registered = next(installed.glob("*.dist-info")) / "entry_points.txt"
+    registered.write_text("[cnext.methods]\nl2-lora = l2_lora:L2Lora\n")
+    importlib.invalidate_caches()
+    assert methods.load("l2-lora").__name__ == "L2Lora"
+    assert methods.summary("l2-lora").startswith("LoRA, held by a spring")
+
+
+def test_a_name_of_ours_is_not_taken(installed: Path) -> None:
+    """Results that say mage are of ours."""
+    next(installed.glob("*.dist-info")).joinpath("entry_points.txt").write_text("[cnext.methods]\nmage = l2_lora\n")
+    importlib.invalidate_caches()
+    with pytest.raises(UserError, match="a package registers a method as mage, which cnext has; it needs another name"):
+        methods.load("mage")
+
+
 def test_its_bad_values_are_one_message(installed: Path) -> None:
     with pytest.raises(UserError, match="strength must be at least 0, got -1"):
         methods.load("l2-lora")(strength=-1)

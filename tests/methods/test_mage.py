@@ -133,5 +133,17 @@ def test_an_unknown_rule_lists_the_valid() -> None:
         Mage(average="ema")
 
 
+@pytest.mark.parametrize("c", [0.0, -1.0, float("nan")])
+def test_an_impossible_plasticity_is_refused(c: float) -> None:
+    with pytest.raises(UserError, match="expected c > 0, got c="):
+        Mage(c=c)
+
+
+def test_a_plasticity_that_would_do_nothing_is_refused() -> None:
+    with pytest.raises(UserError, match=r"c=2.0 is of the average pema, and means nothing to dema; leave it out"):
+        Mage(average="dema", c=2.0)
+    Mage(average="dema", c=5.0)
+
+
 def test_the_recipe_of_these_tests_decays() -> None:
     assert RECIPE.weight_decay > 0

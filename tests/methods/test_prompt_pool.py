@@ -128,7 +128,11 @@ def test_before_the_first_task_the_pretrained_model_answers(data: Path) -> None:
     assert [answer.text for answer in method.answer(shown, 8, None)] == expected
 
 
-@pytest.mark.parametrize("values", [{"length": 0}, {"top_k": 0}, {"scale": 0.0}, {"pull": -1.0}], ids=str)
+@pytest.mark.parametrize(
+    "values",
+    [{"length": 0}, {"top_k": 0}, {"scale": 0.0}, {"scale": float("inf")}, {"pull": -1.0}, {"pull": float("inf")}],
+    ids=str,
+)
 def test_bad_values_are_named(values: dict) -> None:
     [(name, value)] = values.items()
     with pytest.raises(UserError, match=f"expected length and top_k from 1.*{name}={value}"):

@@ -33,6 +33,15 @@ def test_exactly_the_largest_entries_of_every_task_are_protected(data: Path) -> 
             assert update.flatten().abs()[chosen].min() >= update.flatten().abs()[~chosen].max()
 
 
+def test_the_smallest_share_is_one_entry(data: Path) -> None:
+    """Of none the mean would be no number."""
+    sequence = Sequence("reglora", data, share=1e-9)
+    sequence.learn(TASKS[0])
+    assert {len(indices) for indices in sequence.method.protected.values()} == {1}
+    sequence.learn(TASKS[1])
+    assert all(torch.isfinite(parameter).all() for parameter in sequence.parameters.values())
+
+
 def test_the_penalty_against_dense_matrices(data: Path) -> None:
     """Entries protected by two tasks count twice in the mean, as in the release."""
     sequence = Sequence("reglora", data, penalty=3.0, share=0.5)

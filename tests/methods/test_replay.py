@@ -10,6 +10,7 @@ import torch
 from methods.sequence import STEPS, Sequence
 from torch.nn import functional as F
 
+from cnext import ranks
 from cnext.errors import UserError
 from cnext.methods.replay import Replay
 
@@ -50,6 +51,30 @@ def test_the_loss_against_a_plain_loop(data: Path) -> None:
     assert image, "the draw has pictures"
     expected = 0.3 * (torch.cat(text).mean() + 6 * torch.cat(image).mean())
     torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("samples", [5, 1], ids=["2 and 2 drawn", "1 and none drawn"])
+def test_shares_of_two_processes_average_to_the_loss_of_one(
+    samples: int, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Captions have words in different numbers: it is no mean of means."""
+    sequence = Sequence("replay", data, samples=samples)
+    sequence.learn("HQEdit")
+    trainer = sequence.open("VQAv2")
+    method, batch = sequence.method, trainer.batches.encoded
+    torch.manual_seed(3)
+    expected = method.extra_loss(batch[:4])
+    torch.manual_seed(3)
+    drawn = [method.memory[index] for index in torch.randperm(len(method.memory))[:4].tolist()]
+    whole = tuple(map(float, method.backbone.supervised(drawn)))
+    monkeypatch.setattr(ranks, "count", lambda: 2)
+    monkeypatch.setattr(ranks, "total", lambda *_, device: whole)
+    parts = []
+    for number in range(2):
+        monkeypatch.setattr(ranks, "share", lambda items, number=number: items[number::2])
+        torch.manual_seed(3)
+        parts.append(method.extra_loss(batch[:2]))
+    torch.testing.assert_close(sum(parts) / 2, expected)
 
 
 def test_every_step_draws_anew_and_none_twice(data: Path) -> None:
@@ -111,10 +136,11 @@ def test_a_small_memory_is_replayed_whole(data: Path) -> None:
     ("values", "message"),
     [
         ({"samples": 0}, "samples must be at least 1, got 0"),
-        ({"weight": 0.0}, "weight must be above 0, got 0.0"),
-        ({"weight": float("nan")}, "weight must be above 0, got nan"),
+        ({"weight": 0.0}, "weight must be above 0 and finite, got 0.0"),
+        ({"weight": float("nan")}, "weight must be above 0 and finite, got nan"),
+        ({"weight": float("inf")}, "weight must be above 0 and finite, got inf"),
     ],
-    ids=["samples", "weight", "nan"],
+    ids=["samples", "weight", "nan", "infinite"],
 )
 def test_bad_values_are_named(values: dict, message: str) -> None:
     with pytest.raises(UserError, match=message):

@@ -153,6 +153,32 @@ def test_types_by_a_judge(tmp_path: Path) -> None:
     assert "m, prompts v1 (00000000)" in found.definition
 
 
+def test_many_runs_without_verdicts_are_counted(tmp_path: Path) -> None:
+    runs = [write(tmp_path / str(seed), seed=seed) for seed in range(6)]
+    judged(runs[0])
+    _, found = ANALYSES["types"](study(tmp_path))
+    assert f"Without its verdicts: {', '.join(map(str, runs[1:4]))} and 2 other runs." in found.definition
+
+
+def test_a_table_of_the_rules_is_shown_where_it_says_something_else(tmp_path: Path) -> None:
+    folder = write(tmp_path / "run")
+    judged(folder, "rules", judge="rules", metrics=Run.read(folder).results["metrics"])
+    assert [found.name for found in ANALYSES["types"](study(folder))] == ["types"]
+    judged(folder, "rules", judge="rules")
+    assert [found.name for found in ANALYSES["types"](study(folder))] == ["types", "types.rules"]
+    judged(folder, "vlm", metrics=Run.read(folder).results["metrics"])
+    assert [found.name for found in ANALYSES["types"](study(folder))] == ["types", "types.rules", "types.vlm"]
+
+
+def test_a_judge_says_nothing_of_what_was_not_trained(tmp_path: Path) -> None:
+    trained, untrained = write(tmp_path / "lora"), write(tmp_path / "zero", method="zero-shot")
+    found = json.loads((untrained / "results.json").read_text())
+    (untrained / "results.json").write_text(json.dumps(found | {"cost": {"optimizer_steps": 0}}))
+    for folder in (trained, untrained):
+        judged(folder)
+    assert [[row[0] for row in found.rows] for found in ANALYSES["types"](study(tmp_path))] == [["lora"], ["lora"]]
+
+
 @pytest.mark.parametrize("change", [{"model": "other"}, {"prompts_sha256": "1" * 64}, {"judge": "replay"}], ids=str)
 def test_two_judges_under_one_name_are_refused(tmp_path: Path, change: dict) -> None:
     one, two = (write(tmp_path / str(seed), seed=seed) for seed in range(2))

@@ -107,6 +107,29 @@ def test_one_difference_is_refused(condition: str, tmp_path: Path) -> None:
     assert "--anyway" in advice
 
 
+@pytest.mark.parametrize(
+    ("clip", "alike"),
+    [
+        (None, True),
+        ("openai/ViT-B-32", True),
+        ("w/ViT-B-32.pt", True),
+        ("ViT-L-14.pt", False),
+        ("laion/ViT-B-32", False),
+    ],
+)
+def test_scores_of_another_clip_are_refused(clip: str | None, alike: bool, tmp_path: Path) -> None:
+    """config.json alone says which CLIP scored the pictures, where it was not the suite's."""
+    for folder, told in (("a", clip), ("b", None)):
+        (run(tmp_path / folder, results()) / "config.json").write_text(json.dumps({"clip": told}))
+    here = of_run(tmp_path / "a" / "results.json", "paper")
+    for there in (of_paper("mage"), of_run(tmp_path / "b", "paper")):
+        if alike:
+            assert compare(here, there)["not_comparable"] == []
+        else:
+            with pytest.raises(UserError, match=rf"\n  clip: {clip} here, the suite's there\n"):
+                compare(here, there)
+
+
 def test_every_difference_is_in_one_message_and_above_the_table(tmp_path: Path) -> None:
     given = results(**DIFFERENT, profiles={})
     here, there = of_run(run(tmp_path, given), "paper"), of_paper("mage")
@@ -136,6 +159,13 @@ def test_an_unfinished_run_is_compared_up_to_its_last_stage(tmp_path: Path) -> N
     assert found["stages"] == 3
     assert found["metrics"]["avg_acc"]["there"] == pytest.approx((41.25 + 78.37 + 31.26) / 3)
     assert found["metrics"]["avg_acc"]["difference"] == pytest.approx(DELTA)
+
+
+def test_two_runs_of_other_budgets_are_refused(tmp_path: Path) -> None:
+    """The paper names no budget of ours, so against it none is asked for."""
+    here, there = (of_run(run(tmp_path / budget, results(budget=budget))) for budget in ("smoke", "default"))
+    with pytest.raises(UserError, match="\n  budget: smoke here, default there\n"):
+        compare(here, there)
 
 
 def test_two_runs(tmp_path: Path) -> None:

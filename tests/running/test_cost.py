@@ -10,7 +10,9 @@ import torch
 
 from cnext import RunConfig, run
 from cnext.running import cost
+from cnext.running.analysis.run import Run
 from cnext.running.cost import Meter, added, summary
+from cnext.running.report.record import costs
 
 MEGABYTES = 1024 * 1024
 
@@ -44,6 +46,19 @@ def test_laps_add_up() -> None:
     assert added(row, "train", lap(1, 1, None))["energy_joules"] is None, "part of it is unknown, so all of it is"
 
 
+def test_laps_of_several_processes_are_one() -> None:
+    """A GPU each: their energy adds up. On one machine's processor all have read the same counters."""
+    laps = [
+        {"seconds": 2.0, "peak_memory_bytes": 5, "peak_device_memory_bytes": 7, "energy_joules": 1.0},
+        {"seconds": 3.0, "peak_memory_bytes": 4, "peak_device_memory_bytes": 8, "energy_joules": 2.0},
+    ]
+    found = {"seconds": 3.0, "peak_memory_bytes": 5, "peak_device_memory_bytes": 8, "energy_joules": 3.0}
+    assert cost.together(laps) == found
+    cpu = [lap | {"peak_device_memory_bytes": None} for lap in laps]
+    assert cost.together(cpu) == found | {"peak_device_memory_bytes": None, "energy_joules": 2.0}
+    assert cost.together([laps[0], laps[1] | {"energy_joules": None}])["energy_joules"] is None
+
+
 @pytest.mark.parametrize(
     ("before", "after", "joules"),
     [({"a": 5, "b": 1}, {"a": 2_000_005, "b": 1_000_001}, 3.0), ({"a": 5}, {"a": 4}, None), ({}, {}, None)],
@@ -74,6 +89,21 @@ def test_a_run_says_what_every_stage_has_cost(data: Path, toy_suite: Path, tmp_p
         assert row["peak_memory_bytes"] > 1e8
     assert second["stored_bytes"] == results["cost"]["stored_bytes"] >= first["stored_bytes"] > 312_320 * 4
     assert found["peak_memory_bytes"] >= max(row["peak_memory_bytes"] for row in found["stages"])
+    assert found["energy_joules"] is None or found["energy_joules"] > 0
+
+
+def test_the_report_shows_every_cost_of_every_stage() -> None:
+    stage = {"train_seconds": 7.0, "evaluate_seconds": 3.0, "steps": 100, "seconds_per_step": 0.07}
+    stage |= {"tokens_per_second": 4000.0, "stored_bytes": 2_500_000, "peak_memory_bytes": 1_300_000_000}
+    measured = {"peak_device_memory_bytes": 3_000_000_000, "energy_joules": 4200.0}
+    shown = costs(Run(Path(), {}, {}, {"stages": [{"task": "say", **stage, **measured}], "energy_joules": 4200.0}, {}))
+    whole, table = shown.blocks
+    assert ["energy", "4.20 kJ"] in whole.rows
+    found = dict(zip(table.head, table.rows[0], strict=True))
+    assert {"kept": "2.5 MB", "peak memory": "1.30 GB", "peak device memory": "3.00 GB"}.items() <= found.items()
+    assert found["energy"] == "4.20 kJ"
+    (table,) = costs(Run(Path(), {}, {}, {"stages": [{"task": "say", **stage}]}, {})).blocks
+    assert "energy" not in table.head, "where no device tells it"
 
 
 def test_the_whole_is_the_sum_of_its_stages() -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from backbones.seed_x.released import write_released
 from tasks.official import write_continual_next
 
 from cnext.cli import main
@@ -123,6 +124,17 @@ def test_weights_that_are_not_there(backbone: str, tmp_path: Path, capsys: pytes
         shown = capsys.readouterr().out
         assert shown.splitlines()[-1] == f"in the way of a run: backbones: {backbone}"
         assert (str(tmp_path) if given else "--weights") in shown
+
+
+@pytest.mark.usefixtures("whole")
+def test_what_a_backbone_draws_with_is_looked_for_where_the_suite_draws(tmp_path: Path) -> None:
+    weights = write_released(tmp_path / "pretrained", drawing=False)
+    for drawn, expected in ((False, {"seed-x": OK}), (True, {"seed-x": OK, "seed-x drawing": BAD})):
+        found = doctor.backbones(Wanted("seed-x", weights=weights), drawn)
+        assert {finding.name: finding.state for finding in found if "seed-x" in finding.name} == expected
+    assert f"expected in {weights}, and not there: seed_detokenizer/first_stage" in found[-2].text
+    shown = states(doctor.examine(Wanted("seed-x", "continual-next", weights)))
+    assert shown["seed-x drawing"] == BAD
 
 
 @pytest.mark.usefixtures("whole")

@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from backbones.small_folders import write_janus
 from torch import Tensor, nn
 
-from cnext import adapters, methods
+from cnext import adapters, backbones, methods
 from cnext.backbones.tiny.model import TinyBackbone
 from cnext.cli import main
 from cnext.errors import UserError
@@ -26,19 +27,28 @@ IDS = torch.arange(5, 37).view(2, 16)
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 
 
-def made(folder: Path, name: str, learnt: int = 2, trainable: str = "branches", **hyperparameters: object) -> Path:
+def made(
+    folder: Path,
+    name: str,
+    learnt: int = 2,
+    trainable: str = "branches",
+    backbone: str = "tiny",
+    weights: Path | None = None,
+    **hyperparameters: object,
+) -> Path:
     """The folder of a run as it is after some tasks, what it trains filled with noise."""
-    method, tiny = methods.load(name)(**hyperparameters), TinyBackbone.load()
-    method.setup(tiny, [stand_in(task) for task in TASKS], torch.Generator().manual_seed(0))
+    method, model = methods.load(name)(**hyperparameters), backbones.load(backbone).load("cpu", weights)
+    method.setup(model, [stand_in(task) for task in TASKS], torch.Generator().manual_seed(0))
     if isinstance(method, methods.base.TaskBranches):
         method.activate(learnt)
-    held = method.held() | trained_beside(tiny, trainable)
+    held = method.held() | trained_beside(model, trainable)
     torch.manual_seed(0)
     with torch.no_grad():
         for parameter in held.values():
             parameter.copy_(torch.randn(parameter.shape) * 0.05)
-    config = {"method": name, "hyperparameters": dataclasses.asdict(method), "backbone": "tiny", "suite": "next-tiny",
-              "order": "paper", "tasks": TASKS, "seed": 3, "recipe": {"trainable": trainable}}  # fmt: skip
+    config = {"method": name, "hyperparameters": dataclasses.asdict(method), "backbone": backbone, "suite": "next-tiny",
+              "order": "paper", "tasks": TASKS, "seed": 3, "recipe": {"trainable": trainable},
+              "weights": weights and str(weights)}  # fmt: skip
     results = {"method": name, "suite": "next-tiny", "tasks": TASKS,
                "profile": "strict", "split": "test", "zero_shot": [10.0, 20.0], "finished": True,
                "score_matrix": [[50.0, None], [40.0, 61.5]], "metrics": {"avg_acc": 50.75, "bwt": None}}  # fmt: skip
@@ -115,6 +125,10 @@ def test_released_extras_are_loaded_kept_and_given_back(run: Path, tmp_path: Pat
     assert again.keys() == state.keys()
     assert all(torch.equal(again[name], tensor) for name, tensor in state.items())
 
+    other = tmp_path / "other.bin"
+    torch.save({name: tensor for name, tensor in state.items() if "lora_" not in name}, other)
+    with pytest.raises(UserError, match=r"other\.bin: expected a released adapter, .*, found none"):
+        import_adapter(other, tmp_path / "other", method="mage")
     torch.save(state | {"llm.base_model.model.lm_head.weight": torch.zeros(9, 128)}, file)
     with pytest.raises(UserError, match=r"do not fit the model: lm_head.weight \(9, 128\), expected \(151, 128\)"):
         import_adapter(file, tmp_path / "other", method="mage")
@@ -174,6 +188,20 @@ def test_the_checksum_holds_small_errors_and_not_large_ones(run: Path) -> None:
         assert agrees(model, kept)
         bias.mul_(1.02)
         assert not agrees(model, kept)
+
+
+@torch.no_grad()
+def test_a_merged_model_is_a_folder_of_weights_as_the_backbone_s_own(tmp_path: Path) -> None:
+    """With the tokenizer and the image processor, without which neither transformers nor a run can use it."""
+    weights = write_janus(tmp_path / "janus")
+    export(made(tmp_path, "lora", backbone="janus", weights=weights), tmp_path / "merged", "merged")
+    again = backbones.load("janus").load("cpu", tmp_path / "merged")
+    ids = torch.arange(10, 30)[None]
+    expected = restore(tmp_path / "lora").model(input_ids=ids).logits
+    torch.testing.assert_close(again.model(input_ids=ids).logits, expected, rtol=1e-5, atol=1e-5)
+    own = backbones.load("janus").load("cpu", weights)
+    assert again.text("a red ring") == own.text("a red ring")
+    assert not torch.allclose(own.model(input_ids=ids).logits, expected, atol=1e-2)
 
 
 def test_moelora_goes_out_as_released_with_its_routers_and_comes_back(tmp_path: Path) -> None:
@@ -237,7 +265,10 @@ def test_the_verbs(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert main([*asked[:3], str(tmp_path / "x"), *asked[4:], "--checkpoint", "9_X"]) == 2
     assert "unknown checkpoint (of those between tasks) '9_X'; valid: 2_HQEdit" in capsys.readouterr().err
     assert main(["export", str(tmp_path / "none"), "--to", str(tmp_path / "x"), "--format", "peft"]) == 2
-    assert "config.json: expected a JSON object, could not read one" in capsys.readouterr().err
+    assert (
+        "expected the folder of a run, such as runs/mage/paper/seed-0, found no config.json in"
+        in capsys.readouterr().err
+    )
     assert main(["import", str(out), "--to", str(back)]) == 0
     assert "lora on tiny, 28 layers, branches lora (rank 32)" in capsys.readouterr().out
     assert main(["import", str(back), "--to", str(tmp_path / "x")]) == 2

@@ -204,6 +204,23 @@ def test_a_part_of_the_errors_gives_estimates(run: Path, capsys: pytest.CaptureF
     assert f"Avg.HAL {found['estimates']['avg_hal']['estimate']:.2f} [{low:.2f}, {high:.2f}]  Avg.IUF" in out
 
 
+def test_words_that_a_task_knows_are_words(run: Path) -> None:
+    """A "tv" has no vowel, and is no slip of the form where the task asks about one; "djt" is."""
+    file = run / "predictions" / "3_pictures" / "colors.jsonl"
+    row = json.loads(file.read_text().splitlines()[0]) | {"instruction": "What is it?"}
+    asked = [("tv", "tv", 100.0, ""), ("lamp", "tv", 0.0, ""), ("lamp", "djt", 0.0, "")]
+    rows = [row | dict(zip(("answer", "text", "strict", "error"), of, strict=True)) for of in asked]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    scores = [json.loads(line) for line in (run / "scores.jsonl").read_text().splitlines()]
+    of_colors = {"stage": 3, "task": "colors"}
+    scores = [row | {"strict": 100 / 3} if row.items() >= of_colors.items() else row for row in scores]
+    (run / "scores.jsonl").write_text("".join(json.dumps(row) + "\n" for row in scores))
+    judge_run(run, JudgeConfig())
+    labels = [json.loads(line) for line in (run / "judge" / "rules.jsonl").read_text().splitlines()]
+    found = [row["error"] for row in labels if row.items() >= of_colors.items()]
+    assert found == ["hallucination", "instruction_unfollowing"]
+
+
 def test_every_run_of_a_folder_is_judged(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     shutil.copytree(run, tmp_path / "study" / "one")
     shutil.copytree(run, tmp_path / "study" / "two")
@@ -271,6 +288,27 @@ def test_bad_options_are_named(given: list[str], run: Path, capsys: pytest.Captu
     assert main(["judge", str(run), *given]) == 2
     assert capsys.readouterr().err.startswith("error: ")
     assert not (run / "judge").exists()
+
+
+@pytest.mark.parametrize(
+    "given",
+    [["--limit", "5"], ["--model", "toy"], ["--concurrency", "2"], ["--timeout", "9"], ["--tries", "2"],
+     ["--judge", "replay:nowhere.jsonl", "--model", "toy"], ["--out", "elsewhere"]],
+    ids=lambda given: " ".join(given),
+)  # fmt: skip
+def test_an_option_that_would_change_nothing_is_refused(
+    given: list[str], run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["judge", str(run), *given]) == 2
+    assert capsys.readouterr().err.startswith(f"error: {given[-2]} belongs to ")
+    assert not (run / "judge").exists()
+
+
+def test_validate_has_no_stages(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["judge", "validate", "--every-stage", "--out", str(tmp_path / "judge")]) == 2
+    assert "error: --every-stage belongs to run folders; leave it out" in capsys.readouterr().err
+    assert main(["judge", "validate", "--out", str(tmp_path / "judge")]) == 0
+    assert (tmp_path / "judge" / "rules.json").is_file()
 
 
 def test_validate(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -105,6 +105,17 @@ def test_answers_of_finished_tasks_are_kept(kind: str, make: Make, whole: tuple[
     same_end(made, expected)
 
 
+def test_told_to_stop_while_the_first_writes_all_stop_together(make: Make, of_two: RunConfig) -> None:
+    """The signal comes to the process that saves a block, the ninth file, while the other waits to go on."""
+    made = make("while-writing")
+    members = go(made, 2, End(TERM, 9, ("half",)))
+    for member in members:
+        assert member.status == 0, member.said
+        assert "stopped by SIGTERM: saved after step 2 of 4 of VQAv2" in member.said
+    assert [member.status for member in go(made, 2)] == [0, 0]
+    same_end(made, of_two)
+
+
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.parametrize("processes", [1, 3])
 def test_another_number_of_processes_goes_on(optimizer: str, processes: int, make: Make, of_two: RunConfig) -> None:

@@ -205,6 +205,27 @@ def test_results_alone_are_enough(tmp_path: Path, run: Path) -> None:
     assert f"Not shown: {tmp_path}: drift needs the checkpoint of every stage, checkpoints/ lacks 1_VQAv2" in text
 
 
+def test_what_was_not_trained_has_nothing_to_forget(tmp_path: Path) -> None:
+    folder = write_fake_run(tmp_path, samples=4, method="zero-shot", averaging=False)
+    found = results(folder)
+    found["cost"]["optimizer_steps"] = 0
+    (folder / "results.json").write_text(json.dumps(found))
+    (folder / "judge").mkdir()
+    table = {"judge": "openai", "model": "m", "complete": True, "unjudged": 0, "metrics": found["metrics"]}
+    (folder / "judge" / "vlm.json").write_text(json.dumps(table))
+    tables = report(folder).tables
+    text = (folder / "report.html").read_text()
+    titles = re.findall(r"<h2 id=[^>]*>(.*?)</h2>", text)
+    assert "What it gets wrong" in titles
+    assert not {"Why it forgets", "Accuracy over stages", "Transfer between tasks", "Answers that broke"} & {*titles}
+    assert re.findall(r"<dd><b>(.*?)</b>", text) == [points(found["metrics"]["avg_acc"])]
+    assert not {"growth since learnt", "judge"} & {table[0][0] for table in tables}
+    study = write_reports([tmp_path], tmp_path / "study")[4].read_text()
+    titles = re.findall(r"<h2 id=[^>]*>(.*?)</h2>", study)
+    assert titles == ["What is learnt and kept", "Metrics", "To make this page again"]
+    assert "Not shown" not in study
+
+
 def test_smoke_banner(tmp_path: Path) -> None:
     folder = write_fake_run(tmp_path, samples=4, budget="smoke")
     assert report(folder).elements
@@ -394,6 +415,23 @@ def test_study_is_one_offline_page(study_page: Path) -> None:
     assert "<title>2 methods on next-tiny</title>" in text
 
 
+def test_long_names_stand_whole_on_several_lines(tmp_path: Path) -> None:
+    """An order may be a list of tasks, and a method's name holds the hyperparameters that differ."""
+    turned, long = ",".join(ORDER[::-1]), "mage-of-a-name-longer-than-any-line-of-a-plot-may-be"
+    write_fake_run(tmp_path / "0", samples=2, method=long)
+    write_fake_run(tmp_path / "1", ORDER[::-1], samples=2, method=long, order=turned)
+    text = write_reports([tmp_path])[4].read_text()
+    drawn = [base64.b64decode(code) for code in re.findall('data:image/svg.xml;base64,([^"]+)', text)]
+    assert len(drawn) == 8, "two plots of all, and three of each order"
+    for number, plot in enumerate(drawn):
+        root = ElementTree.fromstring(plot)
+        assert float(root.attrib["viewBox"].split()[2]) < 400
+        written = [line for part in root.findall(".//{*}text") for line in part.itertext()]
+        assert max(map(len, written)) <= maps.TITLE, number
+        words = re.sub(r"\s", "", "".join(written))
+        assert f"{long},{turned}" in words or f"{long},paper" in words, number
+
+
 def test_a_study_says_how_to_make_it_again(study_page: Path, tmp_path: Path) -> None:
     """It names the folder that holds the runs, or the runs where that folder holds others as well."""
     shown = html.unescape(re.sub("<.*?>", "", re.findall("<pre>.*?</pre>", study_page.read_text())[0]))
@@ -434,6 +472,12 @@ def test_two_runs_make_a_study_beside_them_and_one_a_report(study_page: Path, tm
             (tmp_path / str(seed) / name).write_bytes((study_page.parent / "mage" / str(seed) / name).read_bytes())
     assert tmp_path / "study.html" in write_reports([tmp_path / "0", tmp_path / "1"])
     assert write_reports([tmp_path / "0"]) == [tmp_path / "0" / "report.html", tmp_path / "0" / "report.md"]
+
+
+def test_options_of_a_study_are_refused_for_one_run(run: Path) -> None:
+    for options in ({"baseline": "lora"}, {"mix": True}):
+        with pytest.raises(UserError, match="is one run, and --baseline and --mix-environments are for several"):
+            write_reports([run], **options)
 
 
 def test_runs_that_are_not_comparable_write_nothing(tmp_path: Path) -> None:

@@ -60,6 +60,7 @@ def study(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for method in ("mage", "lora", "a-method-with-a-rather-long-name"):
         for seed in (0, 1):
             write_fake_run(folder / method / str(seed), samples=4, method=method, seed=seed)
+    write_fake_run(folder / "turned", ORDER[::-1], samples=4, order=",".join(ORDER[::-1]))
     write_reports([folder])
     return folder / "study.html"
 

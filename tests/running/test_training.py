@@ -81,6 +81,14 @@ def test_workers_change_nothing(data: Path, kind: type[TinyBackbone], workers: i
             torch.testing.assert_close(one.target, other.target)
 
 
+def test_reading_samples_takes_no_random_numbers(data: Path) -> None:
+    """A run that goes on begins to read in another step, and draws the same dropout in it."""
+    batches = Batches(Late.load(), samples(data, "HQEdit"), 6, ("seed",))
+    before = torch.get_rng_state()
+    batches.at(1, 3)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 def trained(
     data: Path, recipe: Recipe, method: str = "mage", task: str = "Flickr30k"
 ) -> tuple[dict[str, Tensor], dict]:

@@ -68,7 +68,7 @@ def serving(judge: Judge) -> Iterator[Judge]:
                 judge.at_once += 1
                 judge.most_at_once = max(judge.most_at_once, judge.at_once)
             what = judge.script[number] if number < len(judge.script) else "ok"
-            what = (400, {}) if number >= MOST_REQUESTS else what
+            what = (404, {}) if number >= MOST_REQUESTS else what
             time.sleep(judge.seconds)
             with lock:
                 judge.at_once -= 1

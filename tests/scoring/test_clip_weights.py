@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import pickle
 import shutil
+import struct
 import warnings
 import zipfile
 from collections.abc import Callable, Iterator
@@ -192,6 +193,13 @@ def _cut(folder: Path, path: Path) -> None:
     path.write_bytes((folder / "safetensors" / SAFETENSORS).read_bytes()[:-100])
 
 
+def _spanned(folder: Path, path: Path) -> None:
+    """A zip file that says it goes on on another disk."""
+    content = (folder / "archive" / ARCHIVE).read_bytes()
+    end = content.rindex(b"PK\5\6")
+    path.write_bytes(content[:end] + struct.pack("<4sLQL", b"PK\6\7", 1, 0, 2) + content[end:])
+
+
 def _other_model(folder: Path, path: Path) -> None:
     save_file({"lm_head.weight": torch.zeros(4, 4)}, path)
 
@@ -230,6 +238,7 @@ def _cut_tree(folder: Path, path: Path) -> None:
 BAD = {
     "nothing.pt": (_nothing, "cannot read it"),
     "words.pt": (_words, "cannot read it"),
+    "spanned.pt": (_spanned, "cannot read it"),
     "words.safetensors": (_words, "cannot read it"),
     "cut.safetensors": (_cut, "cannot read it"),
     "other.safetensors": (_other_model, "found 1 tensors, without visual.conv1.weight"),

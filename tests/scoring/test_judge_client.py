@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
+import shutil
 import time
 from collections import Counter
 from pathlib import Path
+from threading import Event
 
 import pytest
 from scoring.judge_server import Judge, serving, text_of
 
 from cnext.errors import UserError
-from cnext.scoring.judging import asking
+from cnext.scoring.judging import asking, requests
 from cnext.scoring.judging.cache import Verdicts
 from cnext.scoring.judging.cases import Case
 from cnext.scoring.judging.client import Client, Unavailable
@@ -105,6 +107,33 @@ def test_retry_after_is_waited_for(tmp_path: Path) -> None:
     assert time.monotonic() - started >= 0.4
 
 
+def test_waits_double_up_to_the_longest() -> None:
+    waits: list[float] = []
+
+    class Recorded(Event):
+        def wait(self, timeout: float | None = None) -> bool:
+            waits.append(timeout or 0.0)
+            return False
+
+    server = serving(Judge([(500, {})] * 4))
+    with server as judge, Client(judge.url, "toy", tries=5, wait=16.0, stopped=Recorded()) as client:
+        client.ask(PROMPTS.messages(case("blue")))
+    assert len(waits) == 4
+    for waited, full in zip(waits, (16, 32, 60, 60), strict=True):
+        assert full / 2 <= waited <= full
+
+
+def test_the_hash_names_this_version_of_the_prompts(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Whoever changes a text or a parameter of v1 breaks every file of verdicts: that is a new version's to do."""
+    assert Prompts("v1").sha256.startswith("8869b69d581a")
+    monkeypatch.setitem(requests.PARAMETERS, "temperature", 1)
+    warmer = Prompts("v1").sha256
+    shutil.copytree(requests.FOLDER / "v1", tmp_path / "v1")
+    (tmp_path / "v1" / "edit.txt").write_text("Edited well?")
+    monkeypatch.setattr(requests, "FOLDER", tmp_path)
+    assert len({Prompts("v1").sha256, warmer, PROMPTS.sha256}) == 3
+
+
 @pytest.mark.parametrize(
     ("script", "reason"),
     [
@@ -113,18 +142,21 @@ def test_retry_after_is_waited_for(tmp_path: Path) -> None:
         (["cut off"] * 2, "malformed reply, no chat completion"),
         ([(500, {})] * 3, "status 500"),
         (["slow"] * 3, "no reply within 1 s"),
+        *(([(status, {})], f"refused with status {status}") for status in (400, 413, 422)),
     ],
-    ids=["malformed", "length", "cut-off", "500", "slow"],
+    ids=["malformed", "length", "cut-off", "500", "slow", "bad-request", "too-large", "not-processable"],
 )
 def test_no_label_is_guessed(script: list, reason: str, tmp_path: Path) -> None:
     with serving(Judge(script)) as judge:
         labels, reasons = judged(judge, [case("blue"), case("navy", 1)], tmp_path / "toy.jsonl", timeout=1.0)
     assert labels == [None, "hallucination"]
-    assert reasons == {reason: 1}
+    [(why, count)] = reasons.items()
+    assert (why.startswith(reason), count) == (True, 1)
+    assert ("no such luck" in why) == reason.startswith("refused"), "in the server's words"
     assert len((tmp_path / "toy.jsonl").read_text().splitlines()) == 1
 
 
-@pytest.mark.parametrize("status", [401, 403, 404, 400])
+@pytest.mark.parametrize("status", [401, 403, 404])
 def test_a_refusal_stops_at_once_and_keeps_what_is_done(
     status: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -152,9 +184,10 @@ def test_nobody_listens(tmp_path: Path) -> None:
         judged(judge, [case("blue")], tmp_path / "toy.jsonl")
 
 
-def test_a_server_that_is_down_is_given_up(tmp_path: Path) -> None:
-    with serving(Judge([(500, {})] * 60)) as judge:
-        with pytest.raises(Unavailable, match="no reply to 10 requests in a row"):
+@pytest.mark.parametrize(("status", "why"), [(500, "status 500"), (400, "refused with status 400: .*no such luck")])
+def test_a_server_that_answers_nothing_is_given_up(status: int, why: str, tmp_path: Path) -> None:
+    with serving(Judge([(status, {})] * 60)) as judge:
+        with pytest.raises(Unavailable, match=rf"no reply to 10 requests in a row \({why}"):
             judged(judge, [case(f"blue{i}", i) for i in range(40)], tmp_path / "toy.jsonl", tries=1)
         assert len(judge.requests) == 10
 

@@ -4,20 +4,26 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from dataclasses import replace
 from math import comb
 from pathlib import Path
 
+import numpy
 import pytest
 from scoring.labelled_errors import FILE, content, labelled_errors
 
 from cnext.errors import UserError
+from cnext.scoring import make_scorers
 from cnext.scoring.answers import normalise
+from cnext.scoring.base import Prediction
 from cnext.scoring.boxes import iou, parse_box
 from cnext.scoring.judging.agreement import agreement
 from cnext.scoring.judging.cache import Verdicts
-from cnext.scoring.judging.cases import Case
+from cnext.scoring.judging.cases import Case, rule
 from cnext.scoring.judging.requests import Prompts
 from cnext.scoring.judging.sampling import stratified, wilson
+from cnext.scoring.kinds import known_words
+from cnext.tasks.base import Sample, Turn
 
 PROMPTS = Prompts()
 HAL, IUF, OTH = "hallucination", "instruction_unfollowing", "other"
@@ -96,6 +102,43 @@ def test_stratified_takes_in_turn_and_only_adds() -> None:
     many = [case(stage, "A", i) for stage in (1, 2) for i in range(30)]
     by_stage = [{c.index for c in stratified(many, 12) if c.stage == stage} for stage in (1, 2)]
     assert by_stage[0] == by_stage[1]
+
+
+SAID = [
+    "red",
+    "",
+    "djt",
+    "[ a",
+    "d",
+    "7",
+    "fish",
+    "yes",
+    "a b",
+    "dark red",
+    "red red red",
+    "[0.1,0.1,0.9,0.9]",
+    "x" * 9,
+]
+
+
+@pytest.mark.parametrize("scorer", ["short_answer", "ocr_answer", "exact_answer", "contained_answer", "box"])
+@pytest.mark.parametrize("drawn", [False, True], ids=["words", "picture"])
+def test_a_judge_has_the_rules_of_the_scorer(scorer: str, drawn: bool) -> None:
+    """What a scorer calls malformed is decided without a model, and nothing else is."""
+    asked, expected = "What color is the dog?", "[0.2,0.2,0.5,0.5]" if scorer == "box" else "blue"
+    samples = [Sample(str(number), (Turn(asked, expected),)) for number in range(len(SAID))]
+    picture = numpy.zeros((2, 2, 3), numpy.uint8) if drawn else None
+    scores = make_scorers()[scorer](None, samples, [Prediction(text, picture) for text in SAID])
+    known = known_words([asked, expected])
+    ruled = [rule(scorer, text, drawn, expected, asked, known, "") for text in SAID]
+    assert ruled == [score.error for score in scores]
+    case = Case(1, "t", 0, "0", "text", asked, expected, "", None, None, None, IUF)
+    assert [replace(case, by_rule=label).decided for label in ruled] == [label == IUF for label in ruled]
+    if scorer != "box" and not drawn:
+        alone = dict(zip(SAID, ruled, strict=True))
+        assert [alone[text] for text in ("[ a", "djt")] == [IUF, IUF], "no color, whatever else"
+        labels = [rule(scorer, "[ a", False, "boat", "What is it?", frozenset(), "")]
+        assert labels == ["hallucination" if scorer == "ocr_answer" else IUF]
 
 
 def test_wilson() -> None:

@@ -82,6 +82,21 @@ def test_the_paper_s_suite_is_the_paper_s() -> None:
     assert suites.order(suite, "appendix-reverse") == suites.order(suite, "appendix")[::-1]
 
 
+def test_consistent_prompts_are_an_option_and_another_suite(
+    tmp_path: Path,
+) -> None:
+    released, consistent = (
+        plan(RunConfig(suite="continual-next", data=tmp_path, prompts=prompts, method="lora"))
+        for prompts in ("released", "consistent")
+    )
+    assert released.suite == suites.load("continual-next")
+    assert {task.name for task in consistent.suite.tasks if task.prompts == "consistent"} == {"Flickr30k", "HQEdit"}
+    assert consistent.as_dict()["suite"] == "continual-next-consistent"
+    assert plan(RunConfig(suite="coin", data=tmp_path, prompts="consistent")).suite.name == "coin"
+    with pytest.raises(UserError, match=r"unknown prompts .* 'consistant'; valid: released, consistent"):
+        plan(RunConfig(suite="continual-next", data=tmp_path, prompts="consistant"))
+
+
 def test_a_suite_says_its_name_and_a_budget_may_be_another_s(toy_suite: Path, tmp_path: Path) -> None:
     folder = tmp_path / "anything"
     shutil.copytree(toy_suite, folder)

@@ -18,10 +18,11 @@ import numpy
 import torch
 from torch import Tensor
 
+from cnext.adapters.tensor_files import read_tensors
 from cnext.backbones.pretrained import open_picture
-from cnext.backbones.seed_x.folder import NAMES, check, fill, read
+from cnext.backbones.seed_x.folder import NAMES, check, fill
 from cnext.backbones.seed_x.prompt_resampler import PromptResampler, PromptSizes
-from cnext.errors import UserError
+from cnext.errors import UserError, parse_json
 
 SDXL = "stable-diffusion-xl-base-1.0"
 STAGES = ("first", "second")
@@ -70,6 +71,29 @@ class Drawing:
             f"stabilityai/{SDXL}"
         )
 
+    def look(self) -> None:
+        """Raises UserError where a file is broken, as far as names and sizes of its tensors tell: it would be found
+        only when the first image is drawn."""
+        from safetensors import SafetensorError, safe_open
+
+        for stage in dict.fromkeys(("first", self.edit_stage)):
+            read_tensors(self.stage_file(stage))
+        sdxl = self.root / SDXL
+        for path in (sdxl / "unet/config.json", sdxl / "vae/config.json", sdxl / "scheduler/scheduler_config.json"):
+            try:
+                parse_json(path.read_bytes())
+            except ValueError as error:
+                raise UserError(f"{path}: expected a JSON file of SDXL as diffusers saves it: {error}") from error
+        for part in ("unet", "vae"):
+            for path in sorted((sdxl / part).glob("diffusion_pytorch_model*.safetensors")):
+                try:
+                    with safe_open(path, "pt"):
+                        pass
+                except SafetensorError as error:
+                    raise UserError(
+                        f"{path}: expected {part} of SDXL; cannot read it: {error}; copy it again"
+                    ) from error
+
     @cached_property
     def vae(self) -> Any:
         """In float32: SDXL's overflows in half precision."""
@@ -104,7 +128,7 @@ class Drawing:
     def _stage(self, name: str) -> Stage:
         file = self.stage_file(name)
         unet = self._part("UNet2DConditionModel", "unet", self.dtype)
-        state = read(file)
+        state = read_tensors(file)
         if name == "second":
             unet.conv_in = _widened(unet.conv_in)
         tuned = {key.removeprefix("unet."): tensor for key, tensor in state.items() if key.startswith("unet.")}

@@ -15,9 +15,7 @@ runs.
 
 from __future__ import annotations
 
-import pickle
 import re
-import zipfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +23,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from cnext.adapters.tensor_files import read_tensors
 from cnext.errors import UserError, parse_json
 
 TOKENIZER = "cvlm_llama2_tokenizer_100img_and_224loc_addpatch"
@@ -116,29 +115,6 @@ def listed(names: Sequence[str]) -> str:
     return ", ".join(names[:SHOWN]) + (f" and {len(names) - SHOWN} more" if len(names) > SHOWN else "")
 
 
-def read(file: Path) -> dict[str, Tensor]:
-    """A file's tensors by name, mapped from the disk where its format allows it.
-
-    Raises:
-        UserError: it cannot be read, or holds anything but named tensors.
-    """
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    try:
-        if file.suffix == ".safetensors":
-            return load_file(file)
-        state = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
-    except (OSError, RuntimeError, EOFError, KeyError, pickle.UnpicklingError, SafetensorError) as error:
-        reason = str(error).partition("\n")[0]
-        raise UserError(f"{file}: expected tensors, by torch or safetensors; cannot read it: {reason}") from error
-    if not isinstance(state, dict) or not all(isinstance(tensor, Tensor) for tensor in state.values()):
-        raise UserError(
-            f"{file}: expected a table of names and tensors, found {type(state).__name__} with other things"
-        )
-    return state
-
-
 def check(source: str, expected: dict[str, Tensor], found: dict[str, Tensor], optional: str = "(?!)") -> None:
     """Raises UserError naming and counting the tensors that are missing, not of the model, or of another shape.
 
@@ -181,7 +157,7 @@ def fill(
     """
 
     def own(file: Path) -> dict[str, Tensor]:
-        named = {name.removeprefix(prefix): t for name, t in read(file).items() if name.startswith(prefix)}
+        named = {name.removeprefix(prefix): t for name, t in read_tensors(file).items() if name.startswith(prefix)}
         return {name: tensor for name, tensor in named.items() if not re.fullmatch(ignored, name)}
 
     source = str(files[0] if len(files) == 1 else files[0].parent)

@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from cnext.adapters.tensor_files import read_tensors
 from cnext.backbones.seed_x import placing
 from cnext.backbones.seed_x.drawing import STAGES, Drawing
-from cnext.backbones.seed_x.folder import Released, fill, read, weight_files
+from cnext.backbones.seed_x.folder import Released, fill, weight_files
 from cnext.backbones.seed_x.resampler import sinusoids
 from cnext.backbones.seed_x.sizes import VisionSizes
 from cnext.backbones.seed_x.tokenizer import Tokenizer
@@ -74,7 +75,7 @@ def load(
     tokenizer = Tokenizer.read(parts.tokenizer)
     config = read_config(parts.llm / "config.json", tokenizer)
     files = weight_files(parts.llm)
-    shapes = {name: tensor.shape for name, tensor in read(parts.vision).items()}
+    shapes = {name: tensor.shape for name, tensor in read_tensors(parts.vision).items()}
     with torch.device("meta"):
         model = kind(config, VisionSizes.of(shapes, str(parts.vision)), tokenizer, drawing).requires_grad_(False)
     placed = {} if device_map is None else placing.plan(model.llm.model, device_map, dtype)

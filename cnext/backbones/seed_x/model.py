@@ -129,6 +129,11 @@ class SeedX(Backbone):
         parts = Released.find(weights)
         return [*weight_files(parts.llm), parts.agent, parts.vision]
 
+    @classmethod
+    def missing_to_draw(cls, weights: Path | None) -> str:
+        assert weights is not None, "checked before"
+        return Drawing(weights, "first", None, 1, torch.device("cpu"), torch.float32).missing()
+
     @property
     def language_model(self) -> nn.Module:
         return self.llm.model
@@ -144,6 +149,7 @@ class SeedX(Backbone):
     def require_drawing(self) -> None:
         if self.drawing is None or (missing := self.drawing.missing()):
             raise UserError(missing if self.drawing else "this model was made without a de-tokenizer")
+        self.drawing.look()
 
     def prepare(self, sample: Sample) -> Encoded:
         """The sample with pixels in place of features."""

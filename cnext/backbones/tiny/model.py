@@ -15,6 +15,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from cnext.adapters.tensor_files import read_tensors
 from cnext.backbones.base import Backbone, Output
 from cnext.backbones.pretrained import checkpoint_activations
 from cnext.backbones.tiny.tokenizer import TinyTokenizer
@@ -104,13 +105,17 @@ class TinyBackbone(Backbone):
         device_map: str | None = None,
         checkpointing: bool = False,
     ) -> TinyBackbone:
-        """The pretrained model, frozen; the visual parts stay in float32. Raises FileNotFoundError without weights."""
-        from safetensors.torch import load_file
-
+        """The pretrained model, frozen; the visual parts stay in float32. Raises UserError for other weights."""
         if device_map is not None:
             raise UserError(f"the tiny backbone is for one device and takes no device map, got {device_map!r}")
-        model = cls()
-        model.load_state_dict({name: tensor.float() for name, tensor in load_file(weights or WEIGHTS).items()})
+        model, file = cls(), weights or WEIGHTS
+        try:
+            model.load_state_dict({name: tensor.float() for name, tensor in read_tensors(file).items()})
+        except (RuntimeError, UserError) as error:
+            raise UserError(
+                f"--weights {file}: expected those of the tiny backbone, as `cnext pretrain-tiny` writes: {error}\n"
+                "leave --weights away for those that come with cnext, or name another --backbone"
+            ) from error
         nn.Module.to(model.decoder, dtype)
         if checkpointing:
             checkpoint_activations(model.decoder)

@@ -9,7 +9,7 @@ import numpy as np
 from cnext.running.analysis.finding import Cell, Finding, Unavailable
 from cnext.running.analysis.run import Run
 from cnext.running.analysis.study import Study, means
-from cnext.running.analysis.transfer import SINGLE, in_turn
+from cnext.running.analysis.transfer import in_turn
 from cnext.running.analysis.updates import Updates, has_branches, read, relations
 
 SHARED = (
@@ -33,7 +33,9 @@ def drift(study: Study) -> list[Finding]:
     learning = [group for group in study.groups if in_turn(group.runs[0])]
     groups = [group for group in learning if has_branches(group.runs[0])]
     if not groups:
-        raise Unavailable(f"{SINGLE}, and low-rank branches to follow")
+        raise Unavailable(
+            "drift needs two stages or more, one task learnt after another, and low-rank branches to follow"
+        )
     shared: list[list[Cell]] = []
     moved: list[list[Cell]] = []
     turned: list[list[Cell]] = []

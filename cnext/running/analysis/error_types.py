@@ -3,24 +3,30 @@
 from __future__ import annotations
 
 import json
+from math import isclose
 from pathlib import Path
 from typing import Any
 
 from cnext.errors import UserError
 from cnext.running import written
 from cnext.running.analysis.finding import Finding, Unavailable
+from cnext.running.analysis.run import Run
 from cnext.running.analysis.study import Study, means
+from cnext.running.analysis.transfer import in_turn
 from cnext.shapes import wrong
 
 TYPES = {"avg_iuf": "Avg.IUF", "avg_hal": "Avg.HAL", "avg_oth": "Avg.OTH", "forgetting": "Forgetting"}
 WHO = ("judge", "model", "prompts", "prompts_sha256", "profile")
 """What makes two judges one."""
+NAMED = 3
+"""So many runs without verdicts are named, the others counted."""
 
 
 def types(study: Study) -> list[Finding]:
     """The types of each method, as the scorers' rules have them and as each judge has them whose tables are there."""
     found = [_by_rules(study)]
-    for name in dict.fromkeys(name for run in study.runs for name in run.judged):
+    learning = filter(in_turn, study.runs)
+    for name in dict.fromkeys(name for run in learning for name in run.judged if not repeats(run, name)):
         found.append(_by_judge(study, name))
     found = [finding for finding in found if finding.rows]
     if not found:
@@ -64,6 +70,20 @@ def check_table(path: Path, table: dict[str, Any]) -> None:
         raise UserError(f"{path}: expected what `cnext judge` writes: {found}; judge the run again")
 
 
+def repeats(run: Run, name: str) -> bool:
+    """Whether a table of a run is of the rules and says what the scorers have said already.
+
+    Raises: UserError as ``check_table``.
+    """
+    table = run.judged[name]
+    check_table(run.path / "judge" / f"{name}.json", table)
+    figures = [(run.metric(metric), table["metrics"].get(metric)) for metric in TYPES]
+    return table["judge"] == "rules" and all(
+        ours == theirs or (ours is not None and theirs is not None and isclose(ours, theirs, abs_tol=1e-6))
+        for ours, theirs in figures
+    )
+
+
 def averages(table: dict[str, Any]) -> list[Any]:
     """A judge's figures in the order of ``TYPES``; where a part of the errors was judged its estimates, with ends."""
     guessed = table.get("estimates") or {}
@@ -77,12 +97,11 @@ def averages(table: dict[str, Any]) -> list[Any]:
 
 def _by_judge(study: Study, name: str) -> Finding:
     rows, missing, judges = [], [], {}
-    for group in study.groups:
+    for group in (group for group in study.groups if in_turn(group.runs[0])):
         judged = [run for run in group.runs if name in run.judged]
         missing += [str(run.path) for run in group.runs if run not in judged]
         for run in judged:
             table = run.judged[name]
-            check_table(run.path / "judge" / f"{name}.json", table)
             judges.setdefault(json.dumps([table.get(key) for key in WHO]), (run, table))
         if len(judges) > 1:
             listed = "\n".join(f"  {run.path}: {who(table)}" for run, table in judges.values())
@@ -96,6 +115,8 @@ def _by_judge(study: Study, name: str) -> Finding:
             rows.append([group.method, group.order, *cells, told])
     [(_, table)] = judges.values()
     definition = f"As above, told apart by {who(table)}; where errors are not judged, nothing is guessed for them."
-    definition += f" Without its verdicts: {', '.join(missing)}." if missing else ""
+    if missing:
+        others = f" and {len(missing) - NAMED} other runs" if len(missing) > NAMED else ""
+        definition += f" Without its verdicts: {', '.join(missing[:NAMED])}{others}."
     head = ["method", "order", *TYPES.values(), "verdicts"]
     return Finding(f"types.{name}", f"Types of forgetting, judged: {name}", definition, head, rows, words=2)

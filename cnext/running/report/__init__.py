@@ -7,6 +7,7 @@ import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
+from cnext.errors import UserError
 from cnext.running import table_formats, tables
 from cnext.running.analysis import analyze, formats
 from cnext.running.analysis.run import Run
@@ -46,10 +47,14 @@ def write_reports(
         baseline: the method of a study to compare with; None: as ``tables.tabulate``.
         mix: whether a study may average over runs of different environments.
 
-    Raises: UserError where there is no run, and for runs that are not comparable.
+    Raises: UserError where there is no run, for runs that are not comparable, and for one run with a study's options.
     """
     [first, *others] = given
     if not others and out is None and any((first / f"{name}.json").is_file() for name in ("config", "results")):
+        if baseline or mix:
+            raise UserError(
+                f"{first} is one run, and --baseline and --mix-environments are for several; leave them out"
+            )
         return list(write_report(first))
     folders = tables.find(given)
     return write_study(folders, out or _common(given), baseline, mix)

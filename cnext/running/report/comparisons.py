@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from cnext.running.analysis.run import points
+from cnext.running.report import plots
 from cnext.running.report.plots import CLEAR, ERROR_COLOURS, FAINT, INK, MUTED, PAPER, SCORE_COLOUR, panel, svg
 
 if TYPE_CHECKING:
@@ -19,11 +20,13 @@ def _rows(names: Sequence[str]) -> tuple[Figure, Axes]:
     """A figure 4 inches wide with a row for each name."""
     from matplotlib.figure import Figure
 
-    height, left = 0.24 * len(names) + 0.3, 0.2 + 0.075 * max(map(len, names))
+    labels = [plots.on_lines(name, 24) for name in names]
+    height = (0.11 + 0.13 * max(map(len, labels))) * len(names) + 0.3
+    left = 0.2 + 0.075 * max(len(line) for label in labels for line in label)
     figure = Figure(figsize=(4.0, height))
     axes = figure.add_axes((left / 4.0, 0.24 / height, 1 - (left + 0.1) / 4.0, 1 - 0.3 / height))
     axes.set(ylim=(len(names) - 0.5, -0.5), yticks=range(len(names)))
-    axes.set_yticklabels(names)
+    axes.set_yticklabels(["\n".join(label) for label in labels])
     axes.tick_params(axis="y", labelsize=8, labelcolor=INK)
     axes.grid(axis="x", color=FAINT, lw=0.4)
     axes.set_axisbelow(True)

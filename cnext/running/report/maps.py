@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from cnext.running.report.plots import DARK, FAINT, INK, MUTED, PAPER
+from cnext.running.report.plots import DARK, FAINT, INK, MUTED, PAPER, on_lines
 
 MORE, LESS = "#0076b8", "#d55e00"
 """Okabe and Ito's blue and vermilion: apart for every kind of colour vision. Depth, not hue, tells how much."""
@@ -16,6 +16,8 @@ DEEPEST = 0.6
 """Opacity of the largest value, so that ink stays readable on it."""
 LETTER = 4.6
 """Pixels that a letter takes."""
+TITLE = 34
+"""Letters that a line of a title holds."""
 
 
 @dataclass(frozen=True)
@@ -39,15 +41,16 @@ def heat_maps(grid: Sequence[Sequence[Panel]], limit: float, figures: str = "", 
     widths = []
     for panels, edge in zip(zip(*grid, strict=True), edges, strict=True):
         slant = 0.8 * _height(panels[0], size) if figures else 0.0
-        title = max(LETTER * 1.15 * len(panel.title) for panel in panels)
+        title = max(LETTER * 1.15 * len(line) for panel in panels for line in ("", *on_lines(panel.title, TITLE)))
         widths.append(max(edge + panels[0].values.shape[1] * size[0] + slant, title) + 12)
     parts, y = [], 0.0
     for row, panels in enumerate(grid):
-        titled = any(panel.title for panel in panels)
-        top = y + (12 if titled else 0) + max(_height(panel, size) for panel in panels) + 3
+        titles = [on_lines(panel.title, TITLE) for panel in panels]
+        top = y + max(12 * len(title) for title in titles) + max(_height(panel, size) for panel in panels) + 3
         x = side
-        for panel, edge, width in zip(panels, edges, widths, strict=True):
-            parts += [_text("t", x, y + 9, panel.title), *_panel(panel, x + edge, top, size, limit, figures)]
+        for panel, title, edge, width in zip(panels, titles, edges, widths, strict=True):
+            parts += [_text("t", x, y + 9 + 12 * number, line) for number, line in enumerate(title)]
+            parts += _panel(panel, x + edge, top, size, limit, figures)
             x += width
         height = panels[0].values.shape[0] * size[1]
         if sides:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools
 import io
+import re
+import textwrap
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -82,14 +84,20 @@ def _stylesheet() -> str:
     return f"<style>{font}@media (prefers-color-scheme:dark){{{dark}}}</style>"
 
 
+def on_lines(name: str, width: int) -> list[str]:
+    """A name on lines of at most so many letters, broken where it has blanks, hyphens or commas; none of no name."""
+    return textwrap.wrap(re.sub(r",\s*", ", ", name), width)
+
+
 def panel(title: str, left: float = 0.28, right: float = 0.42, height: float = 0.95) -> tuple[Figure, Axes]:
     """A figure 2.15 inches wide with its title and one pair of axes of that height, between margins in inches."""
     from matplotlib.figure import Figure
 
-    width, bottom, top = 2.15, 0.22, 0.32
-    total = bottom + height + top
+    titles = on_lines(title, 28)
+    width, bottom, more = 2.15, 0.22, 0.142 * max(0, len(titles) - 1)
+    total = bottom + height + 0.32 + more
     figure = Figure(figsize=(width, total))
-    figure.text(0, 1 - 0.11 / total, title, size=8.5, weight="bold", va="center")
+    figure.text(0, 1 - (0.11 + more / 2) / total, "\n".join(titles), size=8.5, weight="bold", va="center")
     return figure, figure.add_axes((left / width, bottom / total, 1 - (left + right) / width, height / total))
 
 

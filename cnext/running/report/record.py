@@ -87,7 +87,7 @@ def _beside(value: float | None, other: float | None) -> tuple[str, str]:
 
 
 def costs(run: Run) -> Section:
-    """What the run took: parameters, storage, memory, time."""
+    """What the run took: parameters, storage, memory, time, energy. A column that no stage has is left out."""
     cost = {**run.results.get("cost", {}), **run.cost}
     known = (
         ("trainable parameters", "trainable_params", _count),
@@ -97,6 +97,7 @@ def costs(run: Run) -> Section:
         ("optimizer steps", "optimizer_steps", _count),
         ("supervised tokens", "supervised_tokens", _count),
         ("time in all", "total_seconds", _time),
+        ("energy", "energy_joules", _joules),
     )
     rows = [[name, show(cost[key])] for name, key, show in known if cost.get(key) is not None]
     blocks: list[Block] = [Table(["cost", ""], rows)] if rows else []
@@ -107,12 +108,17 @@ def costs(run: Run) -> Section:
             ("steps", "steps", _count),
             ("seconds a step", "seconds_per_step", "{:.3f}".format),
             ("tokens a second", "tokens_per_second", _count),
+            ("kept", "stored_bytes", _size),
+            ("peak memory", "peak_memory_bytes", _size),
+            ("peak device memory", "peak_device_memory_bytes", _size),
+            ("energy", "energy_joules", _joules),
         )
+        told = [column for column in columns if any(stage.get(column[1]) is not None for stage in cost["stages"])]
         stages = [
-            [stage["task"], *(NOTHING if stage.get(key) is None else show(stage[key]) for _, key, show in columns)]
+            [stage["task"], *(NOTHING if stage.get(key) is None else show(stage[key]) for _, key, show in told)]
             for stage in cost["stages"]
         ]
-        blocks.append(Table(["stage", *(name for name, _, _ in columns)], stages))
+        blocks.append(Table(["stage", *(name for name, _, _ in told)], stages))
     return Section("Costs", blocks)
 
 
@@ -160,6 +166,10 @@ def _count(value: float) -> str:
 
 def _size(value: float) -> str:
     return f"{value / 1e9:.2f} GB" if value >= 1e9 else f"{value / 1e6:.1f} MB"
+
+
+def _joules(value: float) -> str:
+    return f"{value / 1e3:.2f} kJ" if value < 1e6 else f"{value / 3.6e6:.2f} kWh"
 
 
 def _time(seconds: float) -> str:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from cnext.running.analysis.error_types import check_table, who
+from cnext.running.analysis.error_types import repeats, who
 from cnext.running.analysis.run import Run, mean_seen, points
+from cnext.running.analysis.transfer import in_turn
 from cnext.running.report import plots
 from cnext.running.report.blocks import Block, Folded, Key, Numbers, Picture, Plots, Section, Table, Text
 from cnext.scoring.base import ERROR_TYPES
@@ -34,8 +35,16 @@ def headline(run: Run) -> Section:
     if run.joint:
         blocks.append(Text("Joint training, a reference: all tasks were learnt at once, and none is forgotten."))
         numbers = [numbers[0], numbers[-1]]
+    if _untrained(run):
+        blocks.append(Text("Without training, a reference: nothing is learnt, and nothing can be forgotten."))
+        numbers = numbers[:1]
     blocks.append(Numbers([(name, points(value), meaning) for name, value, meaning in numbers]))
     return Section(f"{results['method']} on {results['suite']}", blocks)
+
+
+def _untrained(run: Run) -> bool:
+    """Whether stages went by without a step, so that all of them are as the first."""
+    return run.untrained and run.last > 0
 
 
 def matrix(run: Run) -> Section:
@@ -62,7 +71,7 @@ def matrix(run: Run) -> Section:
 
 def stages(run: Run) -> Section:
     """Accuracy over the stages, one panel a task, the stage average first."""
-    if run.joint:
+    if run.joint or _untrained(run):
         return Section("", [])
     titles = ["stage average", *(run.stage(number) for number in range(1, len(run.tasks) + 1))]
     pictures = []
@@ -85,10 +94,11 @@ def why_it_forgets(run: Run) -> Section:
     if run.last == 0 or set(matrices) != set(ERROR_TYPES):
         return Section("", [])
     shares = {error: run.staged(matrices[error]) for error in ERROR_TYPES}
+    once = run.joint or _untrained(run)
     pictures, rows = [], []
     for task, name in enumerate(run.tasks[: run.last]):
-        learnt = run.learnt(task)
-        times = {"learnt": learnt, "end": run.last} if learnt < run.last else {"learnt": learnt}
+        learnt = run.last if _untrained(run) else run.learnt(task)
+        times = {"end": run.last} if once else {"learnt": learnt} | ({"end": run.last} if learnt < run.last else {})
         bars = {time: {error: shares[error][stage, task] for error in ERROR_TYPES} for time, stage in times.items()}
         if any(not np.isfinite(share) for parts in bars.values() for share in parts.values()):
             continue
@@ -96,16 +106,17 @@ def why_it_forgets(run: Run) -> Section:
             f"{time}: " + ", ".join(f"{error.replace('_', ' ')} {points(share)}" for error, share in parts.items())
             for time, parts in bars.items()
         )
-        drawn = plots.errors(bars, name if run.joint else run.stage(learnt))
+        drawn = plots.errors(bars, name if once else run.stage(learnt))
         pictures.append(Picture(f"errors_{task + 1}.svg", drawn, f"Error shares of {name}, {words}"))
-        if "end" in bars:
+        if len(bars) > 1:
             growth = [bars["end"][error] - bars["learnt"][error] for error in ERROR_TYPES]
             rows.append([name, *(points(value, signed=True) for value in (*growth, sum(growth)))])
     metrics = run.results.get("metrics", {})
     sums = [metrics.get(name) for name in (*_AVERAGES, "forgetting")]
     rows.append(["mean", *(points(value, signed=True) for value in sums)])
+    when = "at the end" if once else "when learnt and, if that is later, at the end"
     note = (
-        "What keeps each task from 100 percent, when learnt and, if that is later, at the end, in percent of samples: "
+        f"What keeps each task from 100 percent, {when}, in percent of samples: "
         "hallucination (an answer of the right form that is wrong), instruction unfollowing (an answer of the wrong "
         "form) and other. Told apart by the scorers' rules."
     )
@@ -113,15 +124,18 @@ def why_it_forgets(run: Run) -> Section:
     caption = "Last row: Avg.HAL + Avg.IUF + Avg.OTH = Forgetting, in points."
     key = Key([(error.replace("_", " "), plots.ERROR_COLOURS[error]) for error in ERROR_TYPES])
     table = [Table(head, rows, caption)] if len(rows) > 1 else []
-    title = "What it gets wrong" if run.joint else "Why it forgets"
+    title = "What it gets wrong" if once else "Why it forgets"
     return Section(title, [Text(note), key, Plots(pictures), *table, *_judged(run)])
 
 
 def _judged(run: Run) -> list[Block]:
     """What each judge whose table is in judge/ books forgetting to."""
+    if not in_turn(run):
+        return []
     rows, banners = [], []
     for name, table in run.judged.items():
-        check_table(run.path / "judge" / f"{name}.json", table)
+        if repeats(run, name):
+            continue
         left, booked, guessed = table["unjudged"], table["metrics"], table.get("estimates") or {}
         averages = [points(booked.get(metric), signed=True) for metric in (*_AVERAGES, "forgetting")]
         for place, metric in enumerate(_AVERAGES):

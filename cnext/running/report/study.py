@@ -50,7 +50,8 @@ class Page:
         """An analysis under its title: its tables, or what ``show`` makes of it, or what it lacks."""
         found = self.analysis.found.get(what)
         if found is None:
-            return Section(title, [Text(f"Not shown: {self.analysis.left_out[what]}.", "missing")])
+            lacks = Text(f"Not shown: {self.analysis.left_out[what]}.", "missing")
+            return Section(title, [lacks] if any(map(in_turn, self.study.runs)) else [])
         return Section(title, show(found) if show else [self.table(one) for one in found])
 
     def first(self, found: list[Finding]) -> list[Block]:

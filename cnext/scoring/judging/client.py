@@ -19,6 +19,8 @@ DEFAULT_MODEL = "Qwen/Qwen3-VL-30B-A3B-Instruct"
 KEY_VARIABLE = "OPENAI_API_KEY"
 LONGEST_WAIT = 60.0
 """The longest wait in seconds before a request is tried again, unless the server names a longer one."""
+OF_ONE = (400, 413, 422)
+"""Refusals that may be of one request alone: too long, or a picture of a shape that the model does not take."""
 
 
 class Unavailable(UserError):
@@ -83,8 +85,8 @@ class Client:
 
         Raises:
             Malformed: the reply is cut off, or no chat completion.
-            NoReply: the server was overloaded, failed or was silent at every try.
-            Unavailable: it cannot be reached, or refuses the key, the model or the request.
+            NoReply: the server was overloaded, failed or was silent at every try, or refuses this request.
+            Unavailable: it cannot be reached, or refuses the key or the model.
         """
         openai = self._openai
         for attempt in range(self.tries):
@@ -104,6 +106,8 @@ class Client:
                     error,
                 )
             except openai.APIStatusError as error:
+                if error.status_code in OF_ONE:
+                    raise NoReply(f"refused with status {error.status_code}: {_said(error)}") from error
                 if error.status_code != 429 and error.status_code < 500:
                     raise self._refusal(error) from error
                 failure, cause = NoReply(f"status {error.status_code}"), error
@@ -116,7 +120,6 @@ class Client:
         raise AssertionError("tries must be at least 1")
 
     def _refusal(self, error: Any) -> Unavailable:
-        said = " ".join(str(error.message).split())[:200]
         status = error.status_code
         if status in (401, 403):
             given = (
@@ -125,7 +128,13 @@ class Client:
                 else f"wants a key in {KEY_VARIABLE}"
             )
             return Unavailable(f"the judge at {self.url} {given} (status {status})")
-        return Unavailable(f"the judge at {self.url} refuses a request for {self.model} (status {status}): {said}")
+        return Unavailable(
+            f"the judge at {self.url} refuses a request for {self.model} (status {status}): {_said(error)}"
+        )
+
+
+def _said(error: Any) -> str:
+    return " ".join(str(error.message).split())[:200]
 
 
 def _read(body: str) -> Reply:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
 from random import Random
 
@@ -28,6 +29,13 @@ def load(name: str) -> Suite:
         if not (folder / "suite.json").is_file():
             raise unknown("suite", name, [*names(), "or the path of a folder with suite.json"])
     return manifests.read(folder)
+
+
+def worded(suite: Suite, prompts: str) -> Suite:
+    """The suite with its tasks that write images asked in "released" or "consistent" words. Where that changes one, the
+    suite has a name of its own: scores under different words do not compare."""
+    tasks = tuple(replace(task, prompts=prompts) if "image" in task.writes else task for task in suite.tasks)
+    return suite if tasks == suite.tasks else replace(suite, name=f"{suite.name}-{prompts}", tasks=tasks)
 
 
 def summary(suite: Suite) -> str:

@@ -169,6 +169,30 @@ def test_parts_of_sdxl_that_cannot_be_read_are_named(folder: Path, tmp_path: Pat
         drawing(tmp_path).draw(*features(1), [None])
 
 
+@pytest.mark.parametrize(
+    ("file", "content", "message"),
+    [
+        ("stable-diffusion-xl-base-1.0/unet/diffusion_pytorch_model.safetensors", b"cut", "expected unet of SDXL"),
+        ("stable-diffusion-xl-base-1.0/vae/config.json", b"{", "expected a JSON file of SDXL"),
+        ("seed_detokenizer/first_stage/pytorch_model.bin", b"cut", "expected a file of tensors"),
+        ("seed_detokenizer/second_stage/pytorch_model.bin", b"", "it ends too early"),
+    ],
+    ids=["unet", "config", "first stage", "second stage"],
+)
+def test_broken_parts_are_found_before_anything_is_drawn(
+    folder: Path, tmp_path: Path, file: str, content: bytes, message: str
+) -> None:
+    for part in ("stable-diffusion-xl-base-1.0", "seed_detokenizer"):
+        shutil.copytree(folder / part, tmp_path / part)
+    drawing(tmp_path, edit_stage="second").look()
+    (tmp_path / file).write_bytes(content)
+    with pytest.raises(UserError, match=message) as caught:
+        drawing(tmp_path, edit_stage="second").look()
+    assert str(tmp_path / file) in str(caught.value)
+    if "second" in file:
+        drawing(tmp_path, edit_stage="first").look()
+
+
 def attended(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Sixteen heads of one sample."""
     size = q.shape[1] // 16

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import random
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +15,7 @@ import pytest
 import torch
 from backbones.seed_x.released import PIECES, TOKENIZER
 
+from cnext.backbones.seed_x.folder import fill
 from cnext.backbones.seed_x.model import SeedX
 from cnext.errors import UserError
 
@@ -165,7 +168,7 @@ VISION = "QwenViT/qwen_vit_G.pt"
         ),
         (
             lambda root: replaced(next(root.glob(LLM)), b"no weights"),
-            "expected tensors, by torch or safetensors; cannot",
+            "expected a file of tensors, by torch or safetensors; cannot",
         ),
         (lambda root: replaced(next(root.glob(LLM)), pickle.dumps(Path, protocol=2)), "cannot read it"),
         (changed_state(LLM, lambda s: s.pop("model.embed_tokens.weight")), "1 missing: model.embed_tokens.weight"),
@@ -222,6 +225,24 @@ def test_what_does_not_fit_is_named(copy: Path, change: Callable[[Path], None], 
 def test_options_out_of_range_are_refused(folder: Path, options: dict[str, object], message: str) -> None:
     with pytest.raises(UserError, match=message):
         SeedX.load(weights=folder, **options)
+
+
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol:UserWarning")
+@pytest.mark.parametrize("zipped", [True, False], ids=["zip", "older"])
+def test_whatever_is_damaged_in_a_file_it_is_refused(copy: Path, tmp_path: Path, zipped: bool) -> None:
+    """A flipped byte takes the reader of pickles anywhere; a user sees one message."""
+    small, agent = tmp_path / "small.bin", copy / AGENT
+    torch.save({"patch_pos_embed": torch.ones(2, 2)}, small, _use_new_zipfile_serialization=zipped)
+    content, draw, refused = small.read_bytes(), random.Random(0), 0
+    for _ in range(150):
+        damaged = bytearray(content)
+        for _ in range(draw.randint(1, 4)):
+            damaged[draw.randrange(len(damaged))] = draw.randrange(256)
+        replaced(agent, bytes(damaged))
+        with pytest.raises(UserError, match=re.escape(str(agent))) as caught:
+            fill(torch.nn.Linear(3, 3, device="meta"), [agent], torch.float32, lambda _: torch.device("cpu"))
+        refused += "cannot read it" in str(caught.value)
+    assert refused > 40
 
 
 def test_a_folder_without_the_detokenizer_warns_and_then_refuses_to_draw(copy: Path) -> None:

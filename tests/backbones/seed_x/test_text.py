@@ -113,6 +113,14 @@ def test_of_several_turns_the_answers_and_the_last_end_are_supervised(tokenizer:
     assert supervised(tokenizer, sample, 2, end_every_turn=True) == [*red, 2, *blue, 2]
 
 
+def test_the_end_of_every_turn_is_an_option_of_loading(
+    folder: Path, loaded: SeedX, tasks: dict[str, list[Sample]]
+) -> None:
+    (talk, _), every = tasks["VQAv2"], SeedX.load(weights=folder, end_every_turn=True)
+    ends = [int((model.prepare(talk).labels == 2).sum()) for model in (loaded, every)]
+    assert ends == [1, len(talk.turns)] == [1, 3]
+
+
 @pytest.mark.parametrize("response", ["", "Sure, here."])
 def test_of_a_picture_the_phrase_its_begin_and_the_end_are_supervised(tokenizer: Tokenizer, response: str) -> None:
     sample = Sample("7", (Turn("draw", response),), None, Path("t"))

@@ -1,0 +1,52 @@
+"""Files of tensors from elsewhere: read without running what is in them, and a damaged one is named."""
+
+from __future__ import annotations
+
+import pickle
+import struct
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cnext.errors import UserError
+
+UNREADABLE = (
+    *(OSError, pickle.UnpicklingError, struct.error, zipfile.BadZipFile),
+    *(RuntimeError, EOFError, LookupError, TypeError, ValueError, AttributeError, AssertionError),
+    *(MemoryError, OverflowError),
+)
+"""What torch's reader of pickles says of a damaged one: it takes what is written for what ought to be there."""
+
+
+def load_file(path: Path, expected: str) -> Any:
+    """What a torch file holds, read with weights_only=True and mapped from the disk where its format allows it, or, by
+    its ending, a safetensors file.
+
+    Args: expected: what the file ought to be, in words.
+
+    Raises: UserError where it cannot be read.
+    """
+    from safetensors import SafetensorError
+    from safetensors import torch as safe
+
+    try:
+        if path.suffix == ".safetensors":
+            return safe.load_file(path)
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except (SafetensorError, *UNREADABLE) as error:
+        reason = "it is a folder" if path.is_dir() else str(error).partition("\n")[0] or "it ends too early"
+        raise UserError(f"{path}: expected {expected}; cannot read it: {reason}") from error
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a file by name.
+
+    Raises: UserError where it cannot be read, or holds anything but named tensors.
+    """
+    state = load_file(path, "a file of tensors, by torch or safetensors")
+    if not isinstance(state, dict) or not all(isinstance(n, str) and isinstance(t, Tensor) for n, t in state.items()):
+        raise UserError(f"{path}: expected a flat table of tensors, found {type(state).__name__} with other things")
+    return state
