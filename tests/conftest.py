@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,6 +15,15 @@ from cnext.tasks import suites, synthetic
 
 torch.set_num_threads(1)
 TRAIN, TEST, STEPS = 32, 8, 4
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Whole files to a process, so that what a module sets up is set up once. As --dist in addopts it would switch the
+    benchmarks off."""
+    from xdist.scheduler import LoadFileScheduling
+
+    return LoadFileScheduling(config, log)
 
 
 @pytest.fixture(scope="session")

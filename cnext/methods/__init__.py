@@ -48,9 +48,12 @@ def canonical(name: str) -> str:
 
 def summary(name: str) -> str:
     """The first line of a method's docstring, read without importing it (torch would take a second)."""
-    spec = importlib.util.find_spec(modules()[name])
+    try:
+        spec = importlib.util.find_spec(modules()[name])
+    except ModuleNotFoundError:  # of the package around it
+        spec = None
     if spec is None or spec.origin is None:
-        return ""
+        return f"registered by a package, but there is no module {modules()[name]}"
     text = ast.get_docstring(ast.parse(Path(spec.origin).read_text(encoding="utf-8"))) or ""
     return " ".join(text.partition("\n\n")[0].split()).partition(": ")[2]
 
@@ -62,7 +65,12 @@ def load(name: str) -> type:
     known, found = modules(), canonical(name)
     if found not in known:
         raise unknown("method", name, sorted(known))
-    module = importlib.import_module(known[found])
+    try:
+        module = importlib.import_module(known[found])
+    except ImportError as error:
+        raise UserError(
+            f"the method {found} cannot be imported from {known[found]}: {error}; install the package again"
+        ) from error
     classes = [
         value
         for value in vars(module).values()

@@ -82,6 +82,16 @@ def test_runs_with_its_own_hyperparameter(installed: Path, data: Path, toy_suite
     assert (results["method"], results["hyperparameters"]["strength"], results["finished"]) == ("l2-lora", 0.5, True)
 
 
+@pytest.mark.parametrize("module", ["gone", "gone.inside"])
+def test_a_module_that_is_gone_is_named(installed: Path, module: str) -> None:
+    registered = next(installed.glob("*.dist-info")) / "entry_points.txt"
+    registered.write_text(f"[cnext.methods]\nl2-lora = {module}\n")
+    importlib.invalidate_caches()
+    assert methods.summary("l2-lora").endswith(f"no module {module}")
+    with pytest.raises(UserError, match=f"l2-lora cannot be imported from {module}"):
+        methods.load("l2-lora")
+
+
 def test_a_class_may_be_named_beside_the_module(installed: Path) -> None:
     registered = next(installed.glob("*.dist-info")) / "entry_points.txt"
     registered.write_text("[cnext.methods]\nl2-lora = l2_lora:L2Lora\n")
