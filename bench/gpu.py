@@ -38,7 +38,8 @@ def file(what: str) -> Path:
     """Where results of this GPU and day go."""
     words = [torch.cuda.get_device_name(), date.today().isoformat(), what]
     name = "_".join(re.sub(r"[^a-z0-9.-]+", "_", word.lower()) for word in words if word)
-    return ROOT / "bench/results" / f"{name}.json"
+    (HERE / "results").mkdir(exist_ok=True)
+    return HERE / "results" / f"{name}.json"
 
 
 def tests() -> None:
@@ -48,7 +49,6 @@ def tests() -> None:
 
 def kernels(chosen: str = "", what: str = "averaging or branches") -> None:
     result = file(chosen)
-    result.parent.mkdir(exist_ok=True)
     options = ["--benchmark-only", "-k", what, f"--benchmark-json={result}"]
     called([sys.executable, "-m", "pytest", "-q", HERE, *options])
     print(f"wrote {result.relative_to(ROOT)}")
@@ -65,7 +65,6 @@ def every_method() -> None:
             rows[name] = {row["task"]: {key: row[key] for key in COST} for row in cost["stages"]}
     versions = {"device": torch.cuda.get_device_name(), "torch": torch.__version__, "cuda": torch.version.cuda}
     result = file("methods")
-    result.parent.mkdir(exist_ok=True)
     result.write_text(json.dumps({**versions, "precision": "bfloat16", "methods": rows}, indent=2) + "\n")
     print(f"wrote {result.relative_to(ROOT)}")
 

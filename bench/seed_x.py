@@ -14,7 +14,6 @@ import argparse
 import io
 import itertools
 import json
-import re
 import statistics
 import string
 import sys
@@ -23,13 +22,13 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import date
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy
 import torch
+from gpu import file
 from torch import Tensor, nn
 
 from cnext import adapters, methods
@@ -45,7 +44,6 @@ from cnext.running.training import TaskTrainer
 from cnext.tasks import suites
 from cnext.tasks.base import Recipe, Sample, Turn
 
-RESULTS = Path(__file__).parent / "results"
 TASKS = ("VQAv2", "HQEdit")
 BASE_UNET = {
     "addition_embed_type": "text_time",
@@ -372,11 +370,9 @@ def main() -> None:
     text = json.dumps(found, indent=2)
     print(text)
     if not given.small:
-        name = "_".join(re.sub(r"[^a-z0-9.-]+", "_", word.lower()) for word in (found["device"], str(date.today())))
-        RESULTS.mkdir(exist_ok=True)
-        file = RESULTS / f"{name}_seed-x.json"
-        file.write_text(text + "\n", encoding="utf-8")
-        print(f"wrote {file.relative_to(RESULTS.parents[1])}")
+        result = file("seed-x")
+        result.write_text(text + "\n", encoding="utf-8")
+        print(f"wrote {result}")
 
 
 if __name__ == "__main__":

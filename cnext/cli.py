@@ -68,21 +68,9 @@ def _list(arguments: argparse.Namespace) -> None:
 
 def _card(arguments: argparse.Namespace) -> None:
     from cnext import methods
+    from cnext.running.forecast import extra_bytes
 
-    print("\n\n".join(methods.describe(name, _extra_bytes(name)) for name in arguments.method))
-
-
-def _extra_bytes(method: str) -> str:
-    """What a method keeps after the six tasks of next-tiny on the tiny backbone, beside one adapter of rank 32."""
-    import torch
-
-    from cnext import backbones, methods
-    from cnext.tasks import suites
-
-    made, suite = methods.load(method)(), suites.load("next-tiny")
-    made.setup(backbones.load("tiny").load(), suite.tasks, torch.Generator().manual_seed(0))
-    count = made.extra_bytes(len(suite.tasks))
-    return f"{count:,} at most beside one adapter of rank 32, after the tasks of next-tiny on the tiny backbone"
+    print("\n\n".join(methods.describe(name, extra_bytes(name)) for name in arguments.method))
 
 
 def _report(arguments: argparse.Namespace) -> None:

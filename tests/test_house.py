@@ -20,12 +20,13 @@ BELOW = {
     "errors": set(),
     "ranks": set(),
     "shapes": set(),
+    "tensor_files": {"errors"},
     "ops": {"errors", "kernels"},
     "kernels": set(),
     "adapters": {"errors", "ranks", "shapes", "ops"},
     "averaging": {"errors", "ops"},
-    **{name: {"errors", "ranks", "shapes", "ops", "adapters", "averaging"} for name in SIBLINGS},
-    "running": {"errors", "ranks", "shapes", "ops", "adapters", "averaging", *SIBLINGS},
+    **{name: {"errors", "ranks", "shapes", "tensor_files", "ops", "adapters", "averaging"} for name in SIBLINGS},
+    "running": {"errors", "ranks", "shapes", "tensor_files", "ops", "adapters", "averaging", *SIBLINGS},
     "cli": {"errors", "running", *SIBLINGS},
 }
 

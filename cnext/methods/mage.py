@@ -66,5 +66,5 @@ class Mage(Averaged, Lora):
         return {branch: pooled(betas, group) for branch, group in self.groups.items()} if betas else None
 
     def extra_bytes(self, tasks: int) -> int:
-        """An average and one more statistic of every parameter."""
-        return 0 if self.average == "none" else 2 * sum(4 * parameter.numel() for parameter in self.held().values())
+        """One statistic of every parameter; the other rules begin anew with every task."""
+        return sum(4 * parameter.numel() for parameter in self.held().values()) if self.average == "pema" else 0

@@ -13,12 +13,12 @@ from torch import Tensor
 from cnext import backbones, methods
 from cnext.adapters import exchange, exchange_authors, exchange_peft
 from cnext.adapters.exchange_authors import BESIDE, KINDS, LANGUAGE_MODEL, ROLES, Released
-from cnext.adapters.tensor_files import read_tensors
 from cnext.backbones.base import Backbone
 from cnext.errors import UserError, unknown
 from cnext.running import checkpoint, written
 from cnext.running.export import EXTRAS, REFERENCE, outer_model, whole
 from cnext.running.reference import agrees
+from cnext.tensor_files import read_tensors
 
 FILES = ("pytorch_model.bin", "pytorch_model.bin/pytorch_model.bin", "model.safetensors")
 

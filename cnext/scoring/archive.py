@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cnext.adapters.tensor_files import UNREADABLE
 from cnext.errors import UserError
+from cnext.tensor_files import UNREADABLE
 
 STORAGES = {
     "torch HalfStorage": torch.float16,

@@ -121,6 +121,7 @@ def load_clip(name: str, device: str) -> Clip:
     elif (model_name, tag) in open_clip.list_pretrained():
         quick_gelu = open_clip.get_pretrained_cfg(model_name, tag).get("quick_gelu", False)
         # Every attempt of the download is logged; the error says what came of them.
+        before = logging.root.manager.disable
         logging.disable(logging.ERROR)
         try:
             model, _, transform = open_clip.create_model_and_transforms(
@@ -132,7 +133,7 @@ def load_clip(name: str, device: str) -> Clip:
                 f"neither. Load it once where there is a network, or give its weights' path with --clip ({error})"
             ) from error
         finally:
-            logging.disable(logging.NOTSET)
+            logging.disable(before)
         tokenizer = open_clip.get_tokenizer(model_name)
     else:
         raise UserError(

@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cnext.adapters.tensor_files import load_file
 from cnext.errors import UserError
 from cnext.scoring.archive import is_archive, read_archive
+from cnext.tensor_files import load_file
 
 CONFIG_FILE = "open_clip_config.json"
 WEIGHTS_FILES = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin", "ViT-B-32.pt")

@@ -19,9 +19,9 @@ from cnext.adapters.exchange_authors import (
     put_routers,
     to_released,
 )
-from cnext.adapters.tensor_files import read_tensors
 from cnext.errors import UserError
 from cnext.methods.moelora import Router
+from cnext.tensor_files import read_tensors
 
 FIRST = f"{LLM}model.layers.0.self_attn.q_proj"
 

@@ -20,9 +20,9 @@ from safetensors.torch import save, save_file
 
 from cnext.adapters import exchange_authors
 from cnext.adapters.exchange_peft import read_peft
-from cnext.adapters.tensor_files import read_tensors
 from cnext.errors import UserError
 from cnext.running import checkpoint
+from cnext.tensor_files import read_tensors
 
 Try = Callable[[Callable[[], object]], bool]
 LAYERS = ("model.layers.0.q_proj", "model.layers.1.q_proj")

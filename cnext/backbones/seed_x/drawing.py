@@ -18,11 +18,11 @@ import numpy
 import torch
 from torch import Tensor
 
-from cnext.adapters.tensor_files import read_tensors
 from cnext.backbones.pretrained import open_picture
 from cnext.backbones.seed_x.folder import NAMES, check, fill
 from cnext.backbones.seed_x.prompt_resampler import PromptResampler, PromptSizes
 from cnext.errors import UserError, parse_json
+from cnext.tensor_files import read_tensors
 
 SDXL = "stable-diffusion-xl-base-1.0"
 STAGES = ("first", "second")

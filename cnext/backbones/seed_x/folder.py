@@ -23,8 +23,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from cnext.adapters.tensor_files import read_tensors
 from cnext.errors import UserError, parse_json
+from cnext.tensor_files import read_tensors
 
 TOKENIZER = "cvlm_llama2_tokenizer_100img_and_224loc_addpatch"
 NAMES = ("pytorch_model.bin", "model.safetensors")

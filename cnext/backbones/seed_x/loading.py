@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from cnext.adapters.tensor_files import read_tensors
 from cnext.backbones.seed_x import placing
 from cnext.backbones.seed_x.drawing import STAGES, Drawing
 from cnext.backbones.seed_x.folder import Released, fill, weight_files
@@ -17,6 +16,7 @@ from cnext.backbones.seed_x.resampler import sinusoids
 from cnext.backbones.seed_x.sizes import VisionSizes
 from cnext.backbones.seed_x.tokenizer import Tokenizer
 from cnext.errors import UserError, parse_json, unknown
+from cnext.tensor_files import read_tensors
 
 if TYPE_CHECKING:
     from cnext.backbones.seed_x.model import SeedX

@@ -15,7 +15,6 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from cnext.adapters.tensor_files import read_tensors
 from cnext.backbones.base import Backbone, Output
 from cnext.backbones.pretrained import checkpoint_activations
 from cnext.backbones.tiny.tokenizer import TinyTokenizer
@@ -23,6 +22,7 @@ from cnext.backbones.tiny.vision import TOKENS, WIDTH, Detokenizer, VisualEncode
 from cnext.errors import UserError
 from cnext.scoring.base import Prediction
 from cnext.tasks.base import Sample
+from cnext.tensor_files import read_tensors
 
 WEIGHTS = Path(__file__).parent / "weights.safetensors"
 IGNORED = -100
