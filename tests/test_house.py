@@ -16,17 +16,19 @@ ROOT = Path(cnext.__file__).parent
 FILES = sorted(path for path in ROOT.rglob("*.py"))
 LIGHT = {"torch", "numpy", "cnext"}
 SIBLINGS = ("methods", "backbones", "tasks", "scoring")
+_UNDER = {"errors", "kv_cache", "ranks", "shapes", "tensor_files", "ops", "adapters", "averaging"}
 BELOW = {
     "errors": set(),
+    "kv_cache": {"errors"},
     "ranks": set(),
     "shapes": set(),
     "tensor_files": {"errors"},
     "ops": {"errors", "kernels"},
     "kernels": set(),
-    "adapters": {"errors", "ranks", "shapes", "ops"},
+    "adapters": {"errors", "kv_cache", "ranks", "shapes", "ops"},
     "averaging": {"errors", "ops"},
-    **{name: {"errors", "ranks", "shapes", "tensor_files", "ops", "adapters", "averaging"} for name in SIBLINGS},
-    "running": {"errors", "ranks", "shapes", "tensor_files", "ops", "adapters", "averaging", *SIBLINGS},
+    **dict.fromkeys(SIBLINGS, _UNDER),
+    "running": {*_UNDER, *SIBLINGS},
     "cli": {"errors", "running", *SIBLINGS},
 }
 

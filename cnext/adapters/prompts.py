@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from cnext.adapters.attach import trained_like
 from cnext.errors import UserError
+from cnext.kv_cache import given_cache
 
 
 class Prompts(nn.Module):
@@ -19,7 +20,7 @@ class Prompts(nn.Module):
 
     The prompts' positions are cut off from what the decoder returns. It takes ``inputs_embeds`` and, where given,
     ``attention_mask`` (rows, cached and new positions), ``position_ids`` (rows, new positions), which are counted from
-    behind the prompts, and ``past_key_values``: a cache takes the prompts once, while it is empty.
+    behind the prompts, and a key-value cache, which takes the prompts once, while it is empty.
 
     Args:
         model: a transformers decoder.
@@ -68,7 +69,7 @@ class Prompts(nn.Module):
     def _enter(self, model: nn.Module, args: tuple, given: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
         if self.chosen is None:
             return None
-        inputs, cache, changed = given["inputs_embeds"], given.get("past_key_values"), dict(given)
+        inputs, cache, changed = given["inputs_embeds"], given_cache(given), dict(given)
         rows, self._new = inputs.shape[:2]
         prompts = (self.scale * self.prompts[self.chosen]).flatten(1, 2).to(inputs.dtype).expand(rows, -1, -1)
         count, first = prompts.shape[1], cache is None or not cache.get_seq_length()

@@ -21,8 +21,8 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from cnext.backbones.base import Output
-from cnext.backbones.conversation import IGNORED, TEXT_READ, Conversation, Encoded, Frame
-from cnext.backbones.decoding import draw, write
+from cnext.backbones.conversation import IGNORED, IMAGE_WRITTEN, TEXT_READ, Conversation, Encoded, Frame
+from cnext.backbones.decoding import Decoding, greedy
 from cnext.backbones.pretrained import PretrainedBackbone, open_picture
 from cnext.errors import UserError
 from cnext.scoring.base import Prediction
@@ -231,15 +231,52 @@ class CodedBackbone(PretrainedBackbone):
         answers: list[Prediction] = []
         for start in range(0, len(asked), BATCH):
             questions = [item.question for item in self.encode(asked[start : start + BATCH])]
-            written = write(self, questions, max_new_tokens)
+            written = self._write(questions, max_new_tokens)
             drawing = [index for index, ids in enumerate(written) if ids and ids[-1] == self.begin[0]]
             begun = [questions[index].before_codes([*written[index], *self.begin[1:]]) for index in drawing]
-            images = dict(zip(drawing, self._pictures(draw(self, begun)), strict=True)) if begun else {}
+            images = dict(zip(drawing, self._pictures(self.draw(begun)), strict=True)) if begun else {}
             answers += [
                 Prediction(self.tokenizer.decode(ids, skip_special_tokens=True).strip(), images.get(index))
                 for index, ids in enumerate(written)
             ]
         return answers
+
+    def _decoding(self, begun: Sequence[Encoded]) -> Decoding:
+        ids, _, codes, positions, mask = self.padded(begun, "left")
+        reads = [item.read for item in begun if item.read is not None]
+        return Decoding(self, self.embed(ids, codes, reads), mask, positions)
+
+    def _write(self, questions: Sequence[Encoded], max_new_tokens: int) -> list[list[int]]:
+        """Text tokens up to the end token (dropped) or the one that begins a picture (kept)."""
+        written = greedy(
+            self._decoding(questions),
+            self.model.lm_head,
+            self.embed_tokens,
+            stops=(self.eos, self.begin[0]),
+            never=self.never,
+            pad=self.pad,
+            max_new_tokens=max_new_tokens,
+        )
+        return [[index for index in ids if index not in (self.eos, self.pad)] for ids in written]
+
+    @torch.no_grad()
+    def draw(self, begun: Sequence[Encoded]) -> Tensor:
+        """The most likely code after another of each picture begun, (N, tokens) int64, with guidance above 1."""
+        guided = self.guidance > 1
+        decoding = self._decoding([*begun, *map(self.without_instruction, begun)] if guided else begun)
+        codes: list[Tensor] = []
+        while True:
+            logits = self.code_logits(decoding.last).to(self.device).float()
+            if guided:
+                given, blank = logits.chunk(2)
+                logits = blank + self.guidance * (given - blank)
+            codes.append(logits.argmax(-1))
+            if len(codes) == self.tokens:
+                return torch.stack(codes, 1)
+            fed = codes[-1].repeat(2) if guided else codes[-1]
+            decoding.feed(self.code_embeddings(fed), IMAGE_WRITTEN)
+            if self.row_end is not None and len(codes) % self.grid[1] == 0:
+                decoding.feed(self.embed_tokens(torch.full_like(fed, self.row_end)), IMAGE_WRITTEN)
 
     @torch.no_grad()
     def _pictures(self, codes: Tensor) -> list[numpy.ndarray]:

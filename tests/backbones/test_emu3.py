@@ -13,7 +13,6 @@ from backbones.small_folders import CODES, write_emu3
 from PIL import Image
 
 from cnext.backbones.conversation import IGNORED, IMAGE_READ
-from cnext.backbones.decoding import draw
 from cnext.backbones.emu3 import Emu3Backbone
 from cnext.errors import UserError
 from cnext.tasks.base import Sample, Turn
@@ -39,7 +38,7 @@ def wide(tmp_path: Path) -> Path:
 def test_codes_are_those_that_transformers_generates(emu3: Emu3Backbone) -> None:
     """Greedy, with the row ends enforced, and guidance against a picture that nothing was asked of."""
     item = emu3.prepare(Sample("", (Turn("two blue stars"),))).question.before_codes(emu3.begin)
-    codes = draw(emu3, [item])[0]
+    codes = emu3.draw([item])[0]
     start, visual = len(item), list(range(emu3.first_code, emu3.first_code + CODES))
 
     def allowed(_: int, ids: torch.Tensor) -> list[int]:

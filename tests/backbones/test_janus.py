@@ -16,7 +16,6 @@ from transformers import GenerationConfig
 
 from cnext.backbones.coded import CodedBackbone
 from cnext.backbones.conversation import IMAGE_READ
-from cnext.backbones.decoding import draw
 from cnext.backbones.janus import JanusBackbone
 from cnext.errors import UserError
 from cnext.tasks.base import Sample, Turn
@@ -37,7 +36,7 @@ def test_codes_are_those_that_transformers_generates(janus: JanusBackbone) -> No
     asked = [janus.prepare(Sample("", (Turn(text),))).question for text in ("a red ring", "two blue stars on green")]
     begun = [question.before_codes(janus.begin) for question in asked]
     janus.model.generation_config.generation_kwargs = {"boi_token_id": janus.begin[0]}
-    for item, codes in zip(begun, draw(janus, begun), strict=True):
+    for item, codes in zip(begun, janus.draw(begun), strict=True):
         config = GenerationConfig(
             pad_token_id=0, bos_token_id=1, eos_token_id=2, guidance_scale=5.0, do_sample=False, max_length=200
         )

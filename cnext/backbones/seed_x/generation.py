@@ -1,4 +1,4 @@
-"""Greedy answers with a key-value cache; a picture, once begun, is written to its end."""
+"""SEED-X's greedy answers: a picture, once begun, is written to its end."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from cnext.backbones.conversation import IMAGE_WRITTEN, TEXT_READ, TEXT_WRITTEN
+from cnext.backbones.decoding import Decoding, greedy
 from cnext.backbones.seed_x.sizes import TOKENS
 from cnext.backbones.seed_x.tokenizer import END, PAD, Tokenizer
 
@@ -33,56 +34,37 @@ def successors(tokenizer: Tokenizer, device: torch.device) -> Tensor:
     return table
 
 
-def greedy(model: SeedX, asked: Sequence[Encoded], max_new_tokens: int) -> list[Written]:
-    """The likeliest next token, one at a time, until </s>. What follows ``<img>`` is forced, and only that may be it.
+def generate(model: SeedX, asked: Sequence[Encoded], max_new_tokens: int) -> list[Written]:
+    """Greedy answers up to </s>. What follows ``<img>`` is forced, and only that may be it.
 
     The released code sets the logits of tokens that may not be to 0 and not to -inf: the same wherever the largest
     logit is positive.
     """
-    from transformers import DynamicCache
-
     tokenizer, device = model.tokenizer, model.device
-    longest = max(len(item.ids) for item in asked)
-
-    def left(values: Tensor, padding: int) -> Tensor:
-        return torch.nn.functional.pad(values, (longest - len(values), 0), value=padding)
-
-    ids = torch.stack([left(item.ids, PAD) for item in asked]).to(device)
-    roles = torch.stack([left(item.roles, TEXT_READ) for item in asked]).to(device)
-    mask = torch.stack([left(torch.ones_like(item.ids), 0) for item in asked]).to(device)
+    pad = torch.nn.utils.rnn.pad_sequence
+    ids = pad([item.ids for item in asked], True, PAD, "left").to(device)
+    roles = pad([item.roles for item in asked], True, TEXT_READ, "left").to(device)
+    mask = pad([torch.ones_like(item.ids) for item in asked], True, 0, "left").to(device)
     follows = successors(tokenizer, device)
-    forced = follows[follows >= 0]
     slots = torch.zeros(len(tokenizer), dtype=torch.bool, device=device)
     slots[tokenizer.slots] = True
-    inputs, cache = model.inputs(ids, roles, asked), DynamicCache(config=model.llm.config)
-    finished = torch.zeros(len(asked), dtype=torch.bool, device=device)
-    written: list[Tensor] = []
     states: list[Tensor] = []
-    for _ in range(max_new_tokens):
-        positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -inputs.shape[1] :]
-        states.append(
-            model.llm.model(
-                inputs_embeds=inputs, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True
-            ).last_hidden_state[:, -1]
-        )
-        chosen = model.llm.lm_head(states[-1]).index_fill(1, forced, -torch.inf).argmax(-1)
-        if written:
-            following = follows[written[-1]]
-            chosen = torch.where(following >= 0, following, chosen)
-        chosen = chosen.masked_fill(finished, PAD)
-        written.append(chosen)
-        finished = finished | (chosen == END)
-        if finished.all():
-            break
-        inputs = model.llm.model.embed_tokens(chosen)[:, None]
-        model.positions = torch.where(slots[chosen], IMAGE_WRITTEN, TEXT_WRITTEN)[:, None]
-        mask = torch.cat([mask, mask.new_ones(len(asked), 1)], 1)
-    rows = torch.stack(written, 1).tolist()
-    return [Written(_until_end(row), _first_picture(tokenizer, row, number, states)) for number, row in enumerate(rows)]
-
-
-def _until_end(ids: list[int]) -> list[int]:
-    return ids[: ids.index(END)] if END in ids else ids
+    rows = greedy(
+        Decoding(model, model.inputs(ids, roles, asked), mask, roles),
+        model.llm.lm_head,
+        model.llm.model.embed_tokens,
+        stops=[END],
+        never=follows[follows >= 0],
+        pad=PAD,
+        max_new_tokens=max_new_tokens,
+        follows=follows,
+        position_of=lambda chosen: torch.where(slots[chosen], IMAGE_WRITTEN, TEXT_WRITTEN),
+        states=states,
+    )
+    return [
+        Written([index for index in row if index != END], _first_picture(tokenizer, row, number, states))
+        for number, row in enumerate(rows)
+    ]
 
 
 def _first_picture(tokenizer: Tokenizer, ids: list[int], row: int, states: Sequence[Tensor]) -> Tensor | None:

@@ -207,7 +207,7 @@ class SeedX(Backbone):
         for start in range(0, len(samples), BATCH):
             chunk = samples[start : start + BATCH]
             asked = self.encode_prepared([encoding.prepare(self.tokenizer, s, max_length=None) for s in chunk])
-            written = generation.greedy(self, asked, max_new_tokens)
+            written = generation.generate(self, asked, max_new_tokens)
             images = self._drawn(chunk, written)
             texts = [self.tokenizer.decode(answer.ids) for answer in written]
             answers += [Prediction(text, images.get(place)) for place, text in enumerate(texts)]

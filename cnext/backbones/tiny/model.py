@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from cnext.backbones.base import Backbone, Output
+from cnext.backbones.decoding import Decoding, greedy
 from cnext.backbones.pretrained import checkpoint_activations
 from cnext.backbones.tiny.tokenizer import TinyTokenizer
 from cnext.backbones.tiny.vision import TOKENS, WIDTH, Detokenizer, VisualEncoder, to_image, to_input
@@ -296,36 +297,23 @@ class TinyBackbone(Backbone):
         ]
 
     def _greedy(self, prompts: list[list[int]], features: list[Tensor | None], max_new_tokens: int) -> list[list[int]]:
-        """The likeliest next token, one at a time with a key-value cache, until </s> (dropped) or <img> (kept)."""
-        from transformers import DynamicCache
-
+        """The most likely token after another, until </s> (dropped) or <img> (kept)."""
         token, device = self.tokenizer, self.device
         longest = max(map(len, prompts))
         ids = torch.tensor([[token["<pad>"]] * (longest - len(p)) + p for p in prompts], device=device)
-        mask = (ids != token["<pad>"]).long()
         last = torch.arange(longest, device=device).expand_as(ids) == longest - 1
         inputs, _ = self._embed(ids, features, [False] * len(prompts), last)
-        cache = DynamicCache(config=self.decoder.config)
-        stops = torch.tensor([token["</s>"], token["<img>"]], device=device)
-        never = torch.tensor([token["<pad>"], token["<s>"], token["<patch>"]], device=device)
-        finished = torch.zeros(len(prompts), dtype=torch.bool, device=device)
-        columns: list[Tensor] = []
-        for _ in range(max_new_tokens):
-            positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -inputs.shape[1] :]
-            hidden = self.decoder.model(
-                inputs_embeds=inputs, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True
-            ).last_hidden_state[:, -1]
-            logits = self.decoder.lm_head(hidden).index_fill(1, never, -torch.inf)
-            chosen = logits.argmax(-1).masked_fill(finished, token["<pad>"])
-            columns.append(chosen)
-            finished |= torch.isin(chosen, stops)
-            if finished.all():
-                break
-            inputs = self.decoder.model.embed_tokens(chosen)[:, None]
-            self.positions = torch.full_like(chosen[:, None], TEXT_WRITTEN)
-            mask = torch.cat([mask, mask.new_ones(len(prompts), 1)], 1)
-        unwanted = (token["</s>"], token["<pad>"])
-        return [[index for index in row if index not in unwanted] for row in torch.stack(columns, 1).tolist()]
+        assert self.positions is not None, "_embed sets them"
+        written = greedy(
+            Decoding(self, inputs, (ids != token["<pad>"]).long(), self.positions),
+            self.decoder.lm_head,
+            self.decoder.model.embed_tokens,
+            stops=(token["</s>"], token["<img>"]),
+            never=[token["<pad>"], token["<s>"], token["<patch>"]],
+            pad=token["<pad>"],
+            max_new_tokens=max_new_tokens,
+        )
+        return [[index for index in row if index != token["</s>"]] for row in written]
 
     def _draw(self, prompts: list[list[int]], answers: list[list[int]], features: list[Tensor | None]) -> Tensor:
         """Pictures for answers that end in <img>, (N, 48, 48, 3) uint8: one pass over the 16 queries after it."""
