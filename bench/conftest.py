@@ -9,10 +9,15 @@ import time
 from collections.abc import Callable, Iterator
 
 import pytest
+import tested_versions
 import torch
 
 DEVICE = os.environ.get("CNEXT_TEST_DEVICE", "cpu")
 COPY_BYTES = 2**28 if DEVICE == "cpu" else 2**31
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    tested_versions.configure(config)
 
 
 def finish() -> None:

@@ -2,12 +2,14 @@
 
 python bench/versions.py oldest
 python bench/versions.py newest --python python3.12
+python bench/versions.py record                                 all tests with the newest; tests/tested-versions.txt
 python bench/versions.py oldest tests/ops tests/adapters        these tests, and not the default choice
 python bench/versions.py oldest --folder /scratch/oldest        keep the environment, and use it again
 
-Oldest: every requirement at its lower bound, those of the tests too. Newest: what the registry has. The environment
-takes 6 GB (torch brings CUDA's libraries), and is removed unless it has a folder. Reading pyproject.toml takes Python
-3.11; the environment may have another.
+Oldest: every requirement at its lower bound, those of the tests too. Newest: what the registry has. Record: the newest,
+with every warning an error in the main job and in all tests; where these pass, tests/tested-versions.txt then has these
+versions. The environment takes 6 GB (torch brings CUDA's libraries), and is removed unless it has a folder. Reading
+pyproject.toml takes Python 3.11; the environment may have another.
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ from pathlib import Path
 import tomllib
 
 ROOT = Path(__file__).parents[1]
+TESTED = ROOT / "tests/tested-versions.txt"
 TESTS = (
     "tests/test_house.py",
     "tests/adapters",
@@ -37,6 +40,8 @@ TESTS = (
     "tests/running/test_zero.py",
 )
 """What touches the interfaces of torch, triton, transformers, peft, diffusers, open_clip, DeepSpeed, ray, submitit."""
+NOT_PINNED = re.compile(r"cnext|pip|setuptools|nvidia-.*")
+"""cnext itself, pip's own tools, and what torch pins."""
 _BOUND = re.compile(r"(?P<name>[\w.-]+)\s*>=\s*(?P<version>[\w.]+)[^;]*(?P<marker>;.*)?")
 
 
@@ -51,9 +56,22 @@ def lowest() -> list[str]:
     return pins
 
 
+def installed(python: Path) -> str:
+    """What ``tests/tested-versions.txt`` says of an environment, as constraints of pip."""
+    about = "import platform as p; print(f'# Python {p.python_version()} on {p.system()} {p.machine()}')"
+    listed = (str(python), "-m", "pip", "list", "--format=freeze")
+    head, pins = (
+        subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+        for command in ((str(python), "-c", about), listed)
+    )
+    pins = [pin.partition("+")[0] for pin in pins if not NOT_PINNED.fullmatch(pin.partition("==")[0])]
+    how = "# By `python bench/versions.py record`: all tests pass with these, and no library of these warns."
+    return "\n".join([*head, how, *pins, ""])
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("which", choices=("oldest", "newest"))
+    parser.add_argument("which", choices=("oldest", "newest", "record"))
     parser.add_argument("tests", nargs="*", default=TESTS, help="tests to run (default: those of interfaces)")
     parser.add_argument("--python", default=sys.executable, help="Python of the environment (default: this one)")
     parser.add_argument("--folder", type=Path, help="keep the environment in this folder")
@@ -67,18 +85,38 @@ def main() -> int:
         environment = {key: value for key, value in os.environ.items() if not key.startswith("PYTHON")}
         environment |= {"CNEXT_CACHE": str(Path(scratch) / "cache"), "PATH": f"{programs}:{os.environ['PATH']}"}
 
-        def run(*command: str) -> int:
-            print("+", *command, flush=True)
-            return subprocess.run(command, cwd=ROOT, env=environment, check=False).returncode
+        def run(*command: str, **more: str) -> int:
+            print("+", *(f"{name}={value}" for name, value in more.items()), *command, flush=True)
+            return subprocess.run(command, cwd=ROOT, env=environment | more, check=False).returncode
 
+        recording = arguments.which == "record"
+        strict = {"PYTHONWARNINGS": "error"} if recording else {}
+        tests = ("-n", "2", "-m", "") if recording else ("-q", "-m", "", *arguments.tests)
         install = (str(programs / "pip"), "install", "--quiet", "--constraint", str(constraints), "--upgrade")
-        return (
-            (not programs.is_dir() and run(arguments.python, "-m", "venv", str(folder)))
-            or run(*install, ".[test]")
-            or run(str(programs / "cnext"), "doctor")
-            or run(str(programs / "cnext-run"), "--method", "mage", "--budget", "smoke", "--out", f"{scratch}/runs")
-            or run(str(programs / "pytest"), "-q", *arguments.tests)
+        made = programs.is_dir() or not run(arguments.python, "-m", "venv", str(folder))
+        if not made or run(*install, ".[test]"):
+            return 1
+        before = TESTED.read_text(encoding="utf-8")
+        if recording:
+            # Before the tests, which are as strict as the file says.
+            TESTED.write_text(installed(programs / "python"), encoding="utf-8")
+        failed = (
+            run(str(programs / "cnext"), "doctor")
+            or run(
+                str(programs / "cnext-run"),
+                "--method",
+                "mage",
+                "--budget",
+                "smoke",
+                "--out",
+                f"{scratch}/runs",
+                **strict,
+            )
+            or run(str(programs / "pytest"), *tests)
         )
+        if recording and failed:
+            TESTED.write_text(before, encoding="utf-8")
+        return failed
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tested_versions
 import torch
 
 from cnext.backbones.tiny.model import TinyBackbone
@@ -15,6 +16,14 @@ from cnext.tasks import suites, synthetic
 
 torch.set_num_threads(1)
 TRAIN, TEST, STEPS = 32, 8, 4
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    tested_versions.configure(config)
+
+
+def pytest_report_header() -> str:
+    return tested_versions.header()
 
 
 @pytest.hookimpl(optionalhook=True)

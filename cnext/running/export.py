@@ -19,7 +19,7 @@ from cnext.adapters import exchange, exchange_authors, exchange_peft
 from cnext.backbones.base import Backbone
 from cnext.errors import UserError, unknown
 from cnext.methods.base import Method
-from cnext.running import checkpoint, written
+from cnext.running import checkpoint, installed, written
 from cnext.running.model_card import card
 from cnext.running.preparing import trained_beside
 from cnext.running.reference import reference
@@ -104,6 +104,7 @@ def restore(run: Path, label: str | None = None) -> Restored:
     results = written.checked(written.read_results(file), written.CARD, str(file)) if file.is_file() else None
     tensors, values = checkpoint.load(folder)
     weights = config.get("weights")
+    installed.require(*installed.MODELS)
     backbone = backbones.load(config["backbone"]).load("cpu", None if weights is None else Path(weights))
     method = _method(config)
     method.setup(backbone, [stand_in(name) for name in config["tasks"]], torch.Generator().manual_seed(0))

@@ -15,6 +15,7 @@ from cnext import backbones, methods
 from cnext.backbones.base import Backbone
 from cnext.errors import UserError
 from cnext.methods.base import Method
+from cnext.running import installed
 from cnext.running.batches import stable_seed
 from cnext.running.config import Plan
 from cnext.running.precision import DTYPES
@@ -52,6 +53,7 @@ def text(planned: Plan, gpus: int, teraflops: float) -> str:
     uneven = [name for name in planned.order if recipe.of(name).batch_size % gpus]
     if uneven:
         raise UserError(f"--gpus {gpus} cannot share the batches of {', '.join(uneven)} evenly; give another number")
+    installed.require(*installed.MODELS)
     backbone = backbones.load(config.backbone).meta(config.weights)
     method = methods.load(config.method)(**planned.hyperparameters)
     tasks = [planned.suite.task(name) for name in planned.order]
@@ -121,6 +123,7 @@ def _sizes(backbone: Backbone, method: Method, trainable: str) -> Sizes:
 
 def extra_bytes(method: str) -> str:
     """What a method keeps after the six tasks of next-tiny on the tiny backbone, in words for its card."""
+    installed.require(*installed.MODELS)
     made, suite = methods.load(method)(), suites.load("next-tiny")
     made.setup(backbones.load("tiny").load(), suite.tasks, torch.Generator().manual_seed(0))
     count = made.extra_bytes(len(suite.tasks))

@@ -15,7 +15,7 @@ from cnext.adapters import exchange, exchange_authors, exchange_peft
 from cnext.adapters.exchange_authors import BESIDE, KINDS, LANGUAGE_MODEL, ROLES, Released
 from cnext.backbones.base import Backbone
 from cnext.errors import UserError, unknown
-from cnext.running import checkpoint, written
+from cnext.running import checkpoint, installed, written
 from cnext.running.export import EXTRAS, REFERENCE, outer_model, whole
 from cnext.running.reference import agrees
 from cnext.tensor_files import read_tensors
@@ -43,6 +43,7 @@ def import_adapter(
     if method is not None and method not in KINDS:
         raise unknown("method of an adapter to import", method, KINDS)
     with whole(to) as folder:
+        installed.require(*installed.MODELS)
         model = backbones.load(backbone).load("cpu", weights)
         connections = {name.partition(".")[0] for name in model.connections()}
         found, method = _read(path, method, {*BESIDE, *connections})

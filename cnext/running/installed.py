@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.metadata
 import re
 import subprocess
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+
+from cnext.errors import UserError
 
 OK, NOTE, BAD = "ok", "note", "problem"
 EVERY_RUN = {
@@ -25,6 +28,8 @@ EVERY_RUN = {
 """What every run imports: distribution to module, or module:name where the module alone would not load what counts.
 
 torchvision stands before those that import it, so that what is broken in it is found in it."""
+MODELS = ("torchvision", "transformers")
+"""Those of ``EVERY_RUN`` that a backbone is made of."""
 SOME_RUNS = {
     "triton": ("triton", "for kernels on CUDA devices, where the compiled ones are missing"),
     "accelerate": ("accelerate", "for several processes, and models spread over devices"),
@@ -115,6 +120,27 @@ def broken(places: Sequence[str]) -> list[str]:
     return reasons
 
 
+def require(*names: str) -> None:
+    """Imports packages of ``EVERY_RUN``, here and now, that a run is about to import anyway.
+
+    Raises:
+        UserError: one cannot be imported: which, why, and what to do about it.
+    """
+    for name in names:
+        module, _, attribute = EVERY_RUN[name].partition(":")
+        try:
+            found = importlib.import_module(module)
+            if attribute:
+                getattr(found, attribute)
+        except (ImportError, RuntimeError, OSError, AttributeError, ValueError) as error:
+            # What such an error says first is what counts; the rest is often the state of a whole library.
+            said = str(error).strip().partition("\n")[0]
+            has, cure = version(name) or "(not installed)", cure_of(name, {name: said})
+            raise UserError(
+                f"{name} {has} cannot be imported: {said}\n{cure}\n`cnext doctor` tries every package"
+            ) from error
+
+
 def _last(said: str, status: int) -> str:
     lines = [line.strip() for line in said.splitlines() if line.strip()]
     return f"its import ends Python by signal {-status}" if status < 0 or not lines else lines[-1]
@@ -126,8 +152,10 @@ def cure_of(name: str, reasons: dict[str, str]) -> str:
         if reasons.get(first) and name in others:
             return f"mend {first} first, which it imports"
     if name == "torchvision":
-        # Each is made for one torch, and breaks whatever imports it where another is installed.
-        return f"install the one for this torch: pip install --force-reinstall torchvision torch=={version('torch')}"
+        # Each is made for one build of torch, and breaks whatever imports it beside another.
+        torch = version("torch") or ""
+        index = " --index-url INDEX, with the index that torch came from" if "+" in torch else ""
+        return f"install the one for this torch: pip install --force-reinstall torchvision torch=={torch}{index}"
     return f"pip install --force-reinstall {name}"
 
 

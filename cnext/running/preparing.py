@@ -8,6 +8,7 @@ from torch import nn
 
 from cnext import backbones
 from cnext.backbones.base import Backbone
+from cnext.running import installed
 from cnext.running.config import Plan, cache, loading_options
 from cnext.running.precision import DTYPES, in_float32
 from cnext.scoring.clip import load_clip
@@ -46,6 +47,7 @@ def read_suite(planned: Plan, data: Path) -> dict[str, dict[str, list[Sample]]]:
 def load_backbone(planned: Plan) -> Backbone:
     """The plan's backbone on its device, at its precision. Raises UserError where a task draws and it cannot."""
     config, recipe = planned.config, planned.recipe
+    installed.require(*installed.MODELS)
     backbone = backbones.load(config.backbone).load(
         planned.device,
         config.weights,
@@ -70,4 +72,5 @@ def trained_beside(backbone: Backbone, trainable: str) -> dict[str, nn.Parameter
 def check_clip(planned: Plan, device: str) -> None:
     """Loads the CLIP where a task draws. Raises UserError where it is not there, or is none."""
     if any("image" in planned.suite.task(name).writes for name in planned.order):
+        installed.require("torchvision", "open_clip_torch")
         load_clip(planned.suite.clip, device)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,7 +13,7 @@ import pytest
 from backbones.seed_x.released import write_released
 from tasks.official import write_continual_next
 
-from cnext.cli import main
+from cnext.cli import main, run_main
 from cnext.errors import UserError
 from cnext.ops import dispatch
 from cnext.running import doctor, installed, jobs
@@ -68,6 +69,24 @@ def test_a_torchvision_of_another_torch_is_the_one_to_mend(monkeypatch: pytest.M
     assert "install --force-reinstall torchvision torch==" in found["torchvision"].cure
     assert found["open_clip_torch"].cure == found["peft"].cure == "mend torchvision first, which it imports"
     assert found["peft"].state == NOTE
+
+
+def test_a_run_with_a_broken_torchvision_ends_in_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As a CPU build of torch finds the torchvision of a CUDA build."""
+    (tmp_path / "torchvision.py").write_text("raise RuntimeError('operator torchvision::nms does not exist')")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "torchvision", raising=False)
+    real = installed.version
+    told = {"torch": "2.13.0+cpu", "torchvision": "0.28.0"}
+    monkeypatch.setattr(installed, "version", lambda name: told.get(name) or real(name))
+    assert run_main(["--method", "lora", "--budget", "smoke", "--out", str(tmp_path / "runs")]) == 2
+    why, cure, more = capsys.readouterr().err.splitlines()[-3:]
+    assert why == "error: torchvision 0.28.0 cannot be imported: operator torchvision::nms does not exist"
+    assert "pip install --force-reinstall torchvision torch==2.13.0+cpu --index-url INDEX, with the index that" in cure
+    assert more == "`cnext doctor` tries every package"
+    assert not list(tmp_path.rglob("results.json"))
 
 
 @pytest.mark.usefixtures("whole")
