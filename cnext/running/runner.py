@@ -71,8 +71,8 @@ class Runner:
         self.tasks = [planned.suite.task(name) for name in planned.order]
         # What is missing is said before anything large is read, or fetched.
         backbones.load(self.config.backbone).check(self.config.weights)
-        self.samples = read_suite(planned, data_folder(planned))
         check_clip(planned, planned.device)
+        self.samples = read_suite(planned, data_folder(planned))
         self.backbone = load_backbone(planned)
         self.method = methods.load(self.config.method)(**planned.hyperparameters)
         generator = torch.Generator().manual_seed(stable_seed(self.config.seed, "adapters"))

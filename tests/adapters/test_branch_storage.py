@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
+from waiting import outputs
 
 from cnext.adapters import AdapterLinear, Branch
 from cnext.errors import UserError
@@ -147,7 +148,8 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-sys.path.insert(0, os.path.dirname(sys.argv[1]))
+here = os.path.dirname(sys.argv[1])
+sys.path[:0] = [here, os.path.dirname(here)]
 from test_branch_storage import layer
 
 torch.set_num_threads(1)
@@ -191,7 +193,7 @@ def test_two_processes_train_as_one(how: str, tmp_path: Path) -> None:
         )
         for rank in range(2)
     ]
-    errors = [process.communicate(timeout=120)[1] for process in ranks]
+    errors = [error for _, error in outputs(ranks)]
     assert [process.returncode for process in ranks] == [0, 0], "\n".join(errors)[-4000:]
 
 

@@ -49,10 +49,13 @@ def worker(rank: int, folder: Path) -> None:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from waiting import outputs  # which this file does not find as a program of its own
+
     made = tmp_path_factory.mktemp("ranks")
     commands = [[sys.executable, "-W", "ignore", __file__, str(rank), str(made)] for rank in range(RANKS)]
     processes = [subprocess.Popen(command) for command in commands]
-    assert [process.wait(timeout=120) for process in processes] == [0] * RANKS
+    outputs(processes)
+    assert [process.returncode for process in processes] == [0] * RANKS
     return made
 
 

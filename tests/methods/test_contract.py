@@ -171,7 +171,12 @@ def test_starts_as_the_pretrained_model(name: str, data: Path) -> None:
     assert [answer.text for answer in Sequence(name, data).tiny.generate(samples, 8)] == expected
 
 
-@pytest.mark.parametrize("stop", [None, 0, 1, 3], ids=lambda step: "between" if step is None else f"after-{step}-steps")
+ANYWHERE = [pytest.param(0, marks=pytest.mark.slow), 1, pytest.param(3, marks=pytest.mark.slow)]
+
+
+@pytest.mark.parametrize(
+    "stop", [None, *ANYWHERE], ids=lambda step: "between" if step is None else f"after-{step}-steps"
+)
 def test_a_resumed_run_ends_as_one_never_interrupted(name: str, data: Path, stop: int | None) -> None:
     whole = Sequence(name, data)
     for task in TASKS:

@@ -15,8 +15,11 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+import pytest
+
 SHARED_MEMORY = {80: 166_912, 90: 232_448, 120: 101_376}
 """Bytes that a program may have, by compute capability."""
+CAPABILITIES = [pytest.param(c, id=f"sm_{c}", marks=[] if c == 90 else pytest.mark.slow) for c in SHARED_MEMORY]
 REGISTERS = 65_536
 """Registers of a multiprocessor, on all of them."""
 Spec = tuple[str, object, dict[str, str], dict[str, object], set[str], int]

@@ -219,6 +219,7 @@ if DEVICE == "cuda":
 
 if shutil.which("g++"):
 
+    @pytest.mark.slow
     @warned_by_torch
     def test_compiled_by_inductor(monkeypatch):
         """A whole adapter layer with generated code around the op: forward and backward as in plain torch."""

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from ops import ahead_of_time
-from ops.ahead_of_time import SHARED_MEMORY, assert_fits
+from ops.ahead_of_time import CAPABILITIES, assert_fits
 
 ROOT = Path(__file__).parents[2]
 TUNED = tuple(map(int, importlib.metadata.version("triton").split(".")[:2])) >= (3, 9)
@@ -19,6 +19,7 @@ HERE = Path(__file__).parent
 """Where the subprocesses start: a folder without a `cnext` of its own, so that they import the installed one."""
 
 
+@pytest.mark.slow
 def test_triton_interpreted_agrees_with_float64():
     """The numeric tests once more, in a process where Triton interprets."""
     environment = os.environ | {"TRITON_INTERPRET": "1", "CNEXT_TEST_IMPL": "triton", "CNEXT_TEST_DEVICE": "cpu"}
@@ -31,7 +32,7 @@ def test_triton_interpreted_agrees_with_float64():
     assert int(re.search(r"(\d+) passed", run.stdout)[1]) >= 25
 
 
-@pytest.mark.parametrize("capability", SHARED_MEMORY, ids=lambda c: f"sm_{c}")
+@pytest.mark.parametrize("capability", CAPABILITIES)
 def test_triton_compiles_ahead_of_time_without_spills(capability, tmp_path):
     report = ahead_of_time.report("branches", capability, tmp_path)
     assert len(report) == 10

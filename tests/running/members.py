@@ -6,16 +6,15 @@ import os
 import signal
 import socket
 import sys
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 import torch
 from running import faults
+from waiting import Hanging, until
 
 from cnext import RunConfig, cli
 from cnext.running import report, runner
-
-PATIENCE = 120
-"""Seconds after which a process that has not ended is one that hangs."""
 
 
 @dataclass(frozen=True)
@@ -78,8 +77,8 @@ def go(config: RunConfig, processes: int, end: End | None = None, **environment:
         (config.out / f"events-{number}").unlink(missing_ok=True)
         started.append(faults._server().Process(target=_run, args=(config, number, environment | shared | own, end)))
         started[-1].start()
-    for process in started:
-        process.join(PATIENCE)
+    with suppress(Hanging):
+        until(lambda: all(process.exitcode is not None for process in started), [process.pid for process in started])
     found = []
     for number, process in enumerate(started):
         status = process.exitcode

@@ -53,7 +53,7 @@ def here(flags: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def seen(path: Path, words: str) -> bool:
     """Waits until a file has some words."""
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 600
     while time.monotonic() < deadline:
         if path.is_file() and words in path.read_text():
             return True

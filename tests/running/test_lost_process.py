@@ -61,7 +61,10 @@ def of_two(make: Make) -> RunConfig:
     return made
 
 
-LOST = [(seed, victim, event) for event in ("step", "answer") for seed, victim in ((0, 0), (1, 1))]
+LOST = [
+    (0, 0, "step"),
+    *(pytest.param(*lost, marks=pytest.mark.slow) for lost in ((1, 1, "step"), (0, 0, "answer"), (1, 1, "answer"))),
+]
 
 
 @pytest.mark.parametrize(("seed", "victim", "event"), LOST, ids=lambda value: str(value))
@@ -80,6 +83,7 @@ def test_the_others_end_when_one_is_lost(seed: int, victim: int, event: str, mak
     same_end(made, of_two)
 
 
+@pytest.mark.slow
 def test_of_three_both_others_name_the_one_that_is_lost(make: Make) -> None:
     """Also the one that waited for another than that which is lost."""
     members = go(make("of-three"), 3, End(KILL, 5, ("step",), 1))
@@ -88,6 +92,7 @@ def test_of_three_both_others_name_the_one_that_is_lost(make: Make) -> None:
         assert "error: process 1 of 3 (counted from 0) was lost" in other.said
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [KILL, TERM])
 def test_answers_of_finished_tasks_are_kept(kind: str, make: Make, whole: tuple[int, RunConfig]) -> None:
     """Ended at the second of a stage's two tasks: the first one's answers are there, and are not asked for again."""
@@ -116,6 +121,7 @@ def test_told_to_stop_while_the_first_writes_all_stop_together(make: Make, of_tw
     same_end(made, of_two)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.parametrize("processes", [1, 3])
 def test_another_number_of_processes_goes_on(optimizer: str, processes: int, make: Make, of_two: RunConfig) -> None:

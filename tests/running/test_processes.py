@@ -21,13 +21,13 @@ import torch
 from running.members import go
 from running.process_child import learnt
 from safetensors.torch import load_file
+from waiting import outputs
 
 from cnext import RunConfig, methods, ranks, run
 from cnext.cli import run_main
 from cnext.running.processes import joined
 
 CHILD = Path(__file__).with_name("process_child.py")
-MINUTES = 5 * 60
 TIGHT, LOOSE = 0.02, {"pgp": 0.05}
 """Tolerance, as a share of a parameter's largest value. Loose is pgp, which sees the padding of shorter batches."""
 
@@ -52,12 +52,7 @@ def start(command: list[str], processes: int = 2, **environment: str) -> list[su
 
 
 def finish(children: list[subprocess.Popen[str]]) -> list[str]:
-    try:
-        texts = [child.communicate(timeout=MINUTES)[0] for child in children]
-    finally:
-        for child in children:
-            child.kill()
-            child.wait()
+    texts = [out for out, _ in outputs(children)]
     assert [child.returncode for child in children] == [0] * len(children), "\n".join(texts)
     return texts
 
@@ -93,7 +88,7 @@ def zero(stage: int, folder: Path) -> dict[str, str]:
 NAMES = sorted(set(methods.modules()) - {"zero-shot"})
 
 
-@pytest.fixture(scope="module", params=["whole", "divided"])
+@pytest.fixture(scope="module", params=["whole", pytest.param("divided", marks=pytest.mark.slow)])
 def together(request: pytest.FixtureRequest, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What two processes learn with every method, the frozen model whole in each or divided by FSDP2."""
     out = tmp_path_factory.mktemp(request.param)
@@ -130,6 +125,7 @@ def compare(method: str, found: dict[str, torch.Tensor], expected: dict[str, tor
         assert off < LOOSE.get(method, TIGHT), f"{name}: off by {off:.4f} of {largest:.4g}"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", STAGES)
 def test_zero_learns_what_one_process_does(
     stage: int, alone: dict[str, dict[str, torch.Tensor]], data: Path, tmp_path: Path
@@ -198,7 +194,7 @@ def test_a_whole_run_in_two_processes(data: Path, toy_suite: Path, tmp_path: Pat
 def test_a_batch_that_cannot_be_shared_is_refused(data: Path, toy_suite: Path, tmp_path: Path) -> None:
     flags = ["--suite", str(toy_suite), "--data", str(data), "--device", "cpu", "--batch-size", "3"]
     children = start(["-m", "cnext.cli", "run", *flags, "--out", str(tmp_path)])
-    texts = [child.communicate(timeout=MINUTES)[0] for child in children]
+    texts = [out for out, _ in outputs(children)]
     assert all(child.returncode for child in children)
     assert "must be a multiple of the number of processes, 2, got 3" in texts[0]
     assert "Traceback" not in texts[0] + texts[1]

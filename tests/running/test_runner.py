@@ -7,12 +7,12 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from waiting import until
 
 from cnext import RunConfig, run
 from cnext.backbones.tiny.model import TinyBackbone
@@ -149,10 +149,7 @@ def test_killed_anywhere_it_ends_with_the_same_bits(finished: Path, config: Call
     )
     for moment in moments:
         process = subprocess.Popen(command(made), cwd=made.out, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-        deadline = time.monotonic() + 120
-        # A checkpoint inside a task lives until the next one, so any later trace of the moment counts as well.
-        while not (made.folder / moment).exists() and process.poll() is None and time.monotonic() < deadline:
-            time.sleep(0.002)
+        until(lambda m=moment, p=process: (made.folder / m).exists() or p.poll() is not None, [process.pid])
         process.send_signal(signal.SIGKILL)
         _, errors = process.communicate()
         assert process.returncode == -signal.SIGKILL, f"at {moment}: {errors.decode()}"

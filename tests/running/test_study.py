@@ -49,7 +49,7 @@ def gone(pid: int) -> bool:
 
 
 def soon(holds: Callable[[], bool]) -> bool:
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 600
     while not holds() and time.monotonic() < deadline:
         time.sleep(0.02)
     return holds()
