@@ -98,6 +98,10 @@ def test_running_says_where_each_of_its_modules_is() -> None:
     assert modules <= words, modules - words
 
 
+def test_type_checkers_are_told_that_it_has_types() -> None:
+    assert (ROOT / "py.typed").is_file()
+
+
 def test_public_names_resolve() -> None:
     assert {name for name in cnext.__all__ if getattr(cnext, name)} == set(cnext.__all__)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import socket
 import time
 from contextlib import suppress
@@ -20,6 +21,8 @@ PATIENCE = 120.0
 """Seconds without a heartbeat after which a run on another machine counts as gone; ten of its steps where those take
 longer."""
 RUNNING, FINISHED, STOPPED, FAILED = "running", "finished", "stopped", "failed"
+_WARNING = re.compile(r"^\S.*:\d+: \w*Warning: .*\n?(?:[ \t]+\S.*\n?)?", re.MULTILINE)
+"""As Python prints one: file, line, kind and text; below it the line of code, indented."""
 KEYS = {"pid": int, "host": str, "time": int | float, "state": str, "why": str, "doing": str}
 
 
@@ -115,11 +118,12 @@ def stamped(text: str) -> str:
 
 
 def last_line(folder: Path) -> str:
-    """The last line of the run's log, "" where there is none."""
+    """The last line of the run's log, "" where there is none. Warnings of libraries do not count: they hide the run's
+    own words."""
     path = folder / LOG
     if not path.is_file():
         return ""
     with open(path, "rb") as file:
         file.seek(max(0, path.stat().st_size - 4096))
-        lines = file.read().decode("utf-8", "replace").split("\n")
+        lines = _WARNING.sub("", file.read().decode("utf-8", "replace")).split("\n")
     return next((line.strip() for line in reversed(lines) if line.strip()), "")

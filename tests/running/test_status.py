@@ -71,6 +71,20 @@ def test_a_run_that_goes_on(folder: Path, capsys: pytest.CaptureFixture[str]) ->
     assert "1 runs: 1 running; all runs: 1 min 00 s left" in lines
 
 
+def test_a_librarys_warning_is_not_a_runs_last_word(folder: Path) -> None:
+    code = "import warnings\nfor text in ('old', 'older'):\n    warnings.warn(text, FutureWarning)\n"
+    (folder / "script.py").write_text(code)
+    heartbeat.log(folder, "after 0 zero-shot: a 50.0")
+    said = subprocess.run([sys.executable, folder / "script.py"], capture_output=True, text=True, check=True).stderr
+    assert said.splitlines()[-1].strip() == "warnings.warn(text, FutureWarning)"
+    with open(folder / "run.log", "a") as file:
+        file.write(said)
+    assert heartbeat.last_line(folder).endswith("after 0 zero-shot: a 50.0")
+    with open(folder / "run.log", "a") as file:
+        file.write("Segmentation fault\n")
+    assert heartbeat.last_line(folder) == "Segmentation fault"
+
+
 def test_a_run_whose_process_is_gone_has_stopped(folder: Path, ended: int, capsys: pytest.CaptureFixture[str]) -> None:
     beat(folder, **PACE, pid=ended)
     found = shown(folder, capsys)
