@@ -68,6 +68,7 @@ def shallow(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("shallow")
+@pytest.mark.slow
 def test_memory_stays_flat_over_two_thousand_steps(tmp_path: Path, toy_suite: Path, data: Path) -> None:
     suite = tmp_path / "suite"
     suite.mkdir()
