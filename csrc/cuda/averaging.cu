@@ -177,8 +177,8 @@ const char* launch(const Lists& lists, const Numbers& numbers, const Counts& cou
   return nullptr;
 }
 
-const Kernel kKernels[] = {
-#define CNEXT_KERNEL(name, dtypes, kinds, ...) {name, dtypes, kinds, launch<__VA_ARGS__>},
+constexpr Kernel kKernels[] = {
+#define CNEXT_KERNEL(name, dtypes, kinds, ...) {signature<__VA_ARGS__>(name, dtypes, kinds), launch<__VA_ARGS__>},
 #include "../averaging.kernels.inc"
 #undef CNEXT_KERNEL
 };
