@@ -10,6 +10,10 @@
 
 #include "foreach.h"
 
+#if CUDART_VERSION < 12010
+#error "cnext needs CUDA 12.1 or newer: before it, a kernel's arguments took up to 4 KB"
+#endif
+
 namespace {
 
 constexpr int kThreads = 256, kVector = 4, kArgumentBytes = 32000;
