@@ -10,18 +10,19 @@ PACKAGE = Path(__file__).resolve().parents[1]
 CURES = {
     "cpp": "install cnext again where a C++17 compiler is at hand",
     "cuda": "install cnext again with CNEXT_CUDA=1 where a CUDA toolkit from 12.1 on is at hand",
+    "triton": "install cnext again",
 }
 
 
 def without(part: str) -> str:
-    """Why a part ("cpp", "cuda") is not there, and the cure."""
+    """Why a part ("cpp", "cuda", "triton") is not there, and the cure."""
     record = PACKAGE / "_build.json"
     if record.is_file():  # by setup.py
         left_out = json.loads(record.read_text(encoding="utf-8"))["left_out"]
         why = left_out.get(part, "its module is gone, or is one for another Python")
         return f"cnext was built without it: {why}; {CURES[part]}"
     tree = PACKAGE.parent
-    if not (tree / "setup.py").is_file():
+    if not (tree / "csrc").is_dir():
         return f"cnext was built without it; {CURES[part]}"
     found = f"this is the source tree in {tree}, imported as it lies there, and nothing in it is compiled"
     compiles = f"pip install -e {tree}"

@@ -46,6 +46,8 @@ def missing(impl: str, device: str) -> str:
     if impl == "triton":
         if importlib.util.find_spec("triton") is None:
             return "triton is not installed"
+        if importlib.util.find_spec("cnext.kernels") is None:  # which installing puts there, from kernels/triton
+            return build.without(impl)
         if device == "cuda" or _triton_interprets():
             return ""
         return f"triton does not run on {device} (set TRITON_INTERPRET=1 before Python starts to interpret it there)"

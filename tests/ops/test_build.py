@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -38,3 +39,19 @@ def test_the_warning_says_why(package: Path) -> None:
     told = r"cnext was built without it: there was no C\+\+ compiler; install cnext again where a C\+\+17 compiler"
     with pytest.warns(RuntimeWarning, match=f"plain torch, many times slower; cpp: {told}"):
         assert dispatch.best("cpu") == "reference"
+
+
+def test_a_source_tree_that_is_imported_as_it_lies_is_named(package: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tree = package.parent
+    (tree / "csrc").mkdir()
+    (tree / "cnext.egg-info").mkdir()  # which building leaves there, and which is no installation
+    site = tree.parent / "site"
+    monkeypatch.setattr(sys, "path", [str(tree), str(site)])
+    told = f"this is the source tree in {tree}, imported as it lies there, and nothing in it is compiled; "
+    assert dispatch.missing("cpp", "cpu") == f"{told}`pip install -e {tree}` compiles it"
+    (site / "cnext-0.1.0.dist-info").mkdir(parents=True)
+    (site / "cnext").mkdir()
+    (site / "cnext" / "__init__.py").touch()
+    told += f"cnext is installed in {site}/cnext: run from another folder or with python -P, or `pip install -e {tree}`"
+    assert dispatch.missing("cuda", "cuda") == told
+    assert any(f"plain torch, many times slower; no cpp: {told}" in finding.text for finding in doctor.kernels())
