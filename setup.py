@@ -1,11 +1,15 @@
-"""Builds the compiled core without torch: C++ where a compiler is found, CUDA where nvcc is found.
+"""Builds the compiled core without torch: C++ where a compiler is found, CUDA where an nvcc is found that can build it.
 
 Environment: CNEXT_CUDA=0/1 leaves the CUDA part out or insists on it; CXX and CUDA_HOME choose the compilers;
 CNEXT_WERROR=1 turns warnings into errors; CNEXT_SANITIZE=1 builds the C++ part with ASan and UBSan.
+
+What was built, and why the rest was not, is kept in cnext/_build.json: pip shows no output of a build that succeeds.
 """
 
+import json
 import os
 import platform
+import re
 import shlex
 import shutil
 import subprocess
@@ -17,6 +21,7 @@ from pathlib import Path
 import pybind11
 from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.errors import CompileError
 
 CSRC = Path("csrc")
 INCLUDES = f"-I{pybind11.get_include()} -I{sysconfig.get_paths()['include']}"
@@ -35,28 +40,63 @@ GENCODE = " ".join(
     for virtual, real in (("80", "sm_80"), ("90a", "sm_90a"), ("90", "compute_90"))
 )
 
+OLDEST_CUDA = (12, 1)  # the first whose kernels take arguments of more than 4 KB; csrc/cuda/averaging.cu passes 32
+
+
+class Missing(Exception):
+    """Nothing is there that could build a part, or it is not wanted."""
+
 
 def find_cxx() -> str | None:
     """The C++ compiler: CXX where it is set, else the first of the usual names."""
-    names = [os.environ["CXX"]] if os.environ.get("CXX") else ["g++", "clang++", "c++"]
-    return next((name for name in names if shutil.which(shlex.split(name)[0])), None)
+    chosen = os.environ.get("CXX")
+    found = [name for name in ([chosen] if chosen else ["g++", "clang++", "c++"]) if shutil.which(shlex.split(name)[0])]
+    if chosen and not found:
+        sys.exit(f"CXX is {chosen!r}; expected a C++17 compiler, and there is none of this name")
+    return found[0] if found else None
 
 
 def find_nvcc() -> str | None:
-    """nvcc from CUDA_HOME, CUDA_PATH or PATH; None where there is none or CNEXT_CUDA=0."""
-    wanted = os.environ.get("CNEXT_CUDA", "auto")
-    if wanted not in ("auto", "0", "1"):
-        sys.exit(f"CNEXT_CUDA is {wanted!r}; expected 0, 1 or auto")
-    if wanted == "0":
-        return None
+    """nvcc from CUDA_HOME, CUDA_PATH or PATH."""
     home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
-    nvcc = (home and shutil.which("nvcc", path=str(Path(home, "bin")))) or shutil.which("nvcc")
-    if wanted == "1" and not nvcc:
-        sys.exit("CNEXT_CUDA=1, but there is no nvcc in CUDA_HOME or PATH")
-    return nvcc
+    return (home and shutil.which("nvcc", path=str(Path(home, "bin")))) or shutil.which("nvcc")
+
+
+def toolkit(nvcc: str) -> str:
+    """The version of an nvcc's toolkit, as "13.0". Raises CompileError for one that cannot build the CUDA part."""
+    try:
+        run = subprocess.run([nvcc, "--version"], capture_output=True, text=True, errors="replace", timeout=60)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise CompileError(f"{nvcc} cannot be run: {error}") from error
+    if run.returncode:
+        said = (run.stderr or run.stdout).strip().splitlines()
+        raise CompileError(f"`{nvcc} --version` ends with status {run.returncode}: {said[-1] if said else 'no word'}")
+    version = re.search(r"release (\d+)\.(\d+)", run.stdout)
+    if not version:
+        raise CompileError(f"`{nvcc} --version` names no release")
+    if (int(version[1]), int(version[2])) < OLDEST_CUDA:
+        needed = ".".join(map(str, OLDEST_CUDA))
+        raise CompileError(f"{nvcc} is of CUDA {version[1]}.{version[2]}, and the CUDA part needs {needed} or newer")
+    return f"{version[1]}.{version[2]}"
 
 
 CXX, NVCC = find_cxx(), find_nvcc()
+CUDA = os.environ.get("CNEXT_CUDA", "auto")
+if CUDA not in ("auto", "0", "1"):
+    sys.exit(f"CNEXT_CUDA is {CUDA!r}; expected 0, 1 or auto")
+
+
+def compiler(part: str) -> str:
+    """What builds a part ("cpp", "cuda"), in words. Raises Missing, and CompileError for an nvcc that cannot."""
+    if CXX is None:
+        raise Missing("there was no C++ compiler (CXX, g++, clang++ or c++)")
+    if part == "cpp":
+        return f"{CXX}, for {', '.join(ISAS)}"
+    if CUDA == "0":
+        raise Missing("CNEXT_CUDA=0 left it out")
+    if NVCC is None:
+        raise Missing("there was no nvcc in CUDA_HOME, CUDA_PATH or PATH")
+    return f"{NVCC} of CUDA {toolkit(NVCC)}"
 
 
 def cxx_flags() -> str:
@@ -104,7 +144,43 @@ def ninja_file(name: str, sources: list[str], target: Path, objects: Path) -> st
 
 
 class NinjaBuild(build_ext):
-    """Builds each extension with ninja."""
+    """Builds each extension with ninja, and records what was built and why the rest was left out."""
+
+    def run(self) -> None:
+        self.built: dict[str, str] = {}
+        self.left_out: dict[str, str] = {}
+        super().run()
+        record = json.dumps({"built": self.built, "left_out": self.left_out}, indent=2) + "\n"
+        in_tree = [self.get_finalized_command("build_py").get_package_dir("cnext")] if self.inplace else []
+        for folder in (Path(self.build_lib, "cnext"), *map(Path, in_tree)):
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / "_build.json").write_text(record)
+            for part in self.left_out:  # one that an earlier build has left would be installed
+                (folder / Path(self.get_ext_filename(f"cnext.{MODULES[part]}")).name).unlink(missing_ok=True)
+
+    def build_extensions(self) -> None:
+        for part, ext in zip(MODULES, self.extensions, strict=True):
+            try:
+                used = compiler(part)
+                self.build_extension(ext)
+                self.built[part] = used
+            except (Missing, CompileError) as error:
+                self.left_out[part] = self.answered(part, error)
+        # Not in place: the distribution has the same list, and stays one of extensions whatever is left out.
+        self.extensions = [ext for part, ext in zip(MODULES, self.extensions, strict=True) if part in self.built]
+
+    def answered(self, part: str, error: Exception) -> str:
+        """Why a part is left out; ends the build where it must not be, warns where that is not to be expected."""
+        if part == "cuda" and CUDA == "1":
+            sys.exit(f"CNEXT_CUDA=1 insists on the CUDA part, which cannot be built: {error}")
+        if part == "cpp" and isinstance(error, CompileError):
+            sys.exit(f"{error}; CXX=... chooses another C++17 compiler")
+        if part == "cpp":
+            warnings.warn("no C++ compiler found: cnext will run on plain torch, without its kernels", stacklevel=2)
+        elif isinstance(error, CompileError):
+            ways = "CNEXT_CUDA=0 leaves it out without this warning, CNEXT_CUDA=1 insists on it"
+            warnings.warn(f"the CUDA part of cnext is left out: {error}. {ways}", stacklevel=2)
+        return str(error)
 
     def build_extension(self, ext: Extension) -> None:
         target = Path(self.get_ext_fullpath(ext.name)).resolve()
@@ -112,29 +188,28 @@ class NinjaBuild(build_ext):
         target.parent.mkdir(parents=True, exist_ok=True)
         objects.mkdir(parents=True, exist_ok=True)
         (objects / "build.ninja").write_text(ninja_file(ext.name, ext.sources, target, objects))
-        subprocess.check_call([sys.executable, "-m", "ninja", "-C", str(objects)])
-
-
-def extensions() -> list[Extension]:
-    """What this machine can build."""
-    if CXX is None:
-        if os.environ.get("CNEXT_CUDA") == "1":
-            sys.exit("CNEXT_CUDA=1, but there is no C++ compiler (CXX, g++, clang++, c++)")
-        warnings.warn("no C++ compiler found: cnext will run on plain torch, without its kernels", stacklevel=2)
-        return []
-    found = [Extension("cnext._cpu", sorted(map(str, CSRC.glob("cpu/*.cpp"))), depends=HEADERS)]
-    cuda = sorted(str(path) for path in CSRC.glob("cuda/*.c*"))
-    if NVCC and cuda:
-        found.append(Extension("cnext._cuda", cuda, depends=HEADERS))
-    return found
+        command = [sys.executable, "-m", "ninja", "-C", str(objects)]
+        run = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace")
+        print(run.stdout, flush=True)
+        if run.returncode:
+            used = NVCC if ext.name.endswith("_cuda") else CXX
+            said = [line.strip() for line in run.stdout.splitlines() if line.strip()] or ["no word"]
+            why = next((line for line in said if re.search(r"\b(fatal|error)\b", line, re.IGNORECASE)), said[-1])
+            raise CompileError(f"{used} did not compile {ext.name}: {why}")
 
 
 PACKAGES = find_packages(include=["cnext", "cnext.*"])
 DATA = ["*.json", "*.css", "*.js", "*.safetensors", "*.md", "*.html", "*.txt", "py.typed"]
-setup(
-    packages=[*PACKAGES, "cnext.kernels"],
-    package_dir={"cnext": "cnext", "cnext.kernels": "kernels/triton"},
-    package_data={package: DATA + [f"**/{pattern}" for pattern in DATA] for package in PACKAGES},
-    ext_modules=extensions(),
-    cmdclass={"build_ext": NinjaBuild},
-)
+MODULES = {"cpp": "_cpu", "cuda": "_cuda"}
+EXTENSIONS = [
+    Extension(f"cnext.{module}", sorted(map(str, CSRC.glob(f"{module[1:]}/*.c*"))), depends=HEADERS)
+    for module in MODULES.values()
+]
+if __name__ == "__main__":  # as build backends run it; the tests import it
+    setup(
+        packages=[*PACKAGES, "cnext.kernels"],
+        package_dir={"cnext": "cnext", "cnext.kernels": "kernels/triton"},
+        package_data={package: DATA + [f"**/{pattern}" for pattern in DATA] for package in PACKAGES},
+        ext_modules=EXTENSIONS,
+        cmdclass={"build_ext": NinjaBuild},
+    )

@@ -16,7 +16,8 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-RESULTS = Path(__file__).parents[1] / "results" / "next-tiny" / "tuning.json"
+HERE = Path(__file__).resolve().parent
+RESULTS = HERE.parent / "results" / "next-tiny" / "tuning.json"
 SEED = 10
 SHOWN = ("avg_acc", "forgetting", "new_acc")
 GRID: dict[str, tuple[str, tuple[float, ...]]] = {
@@ -43,12 +44,12 @@ GRID: dict[str, tuple[str, tuple[float, ...]]] = {
 
 def tried(out: Path, method: str, name: str, value: float) -> dict[str, float]:
     """One run's metrics, in a process of its own; an earlier one's, where it is finished."""
-    folder = out / f"{method}-{name}-{value:g}"
+    folder = out.absolute() / f"{method}-{name}-{value:g}"
     flag = f"--{method}.{name.replace('_', '-')}"
     command = ["-m", "cnext.cli", "run", "--method", method, "--split", "validation", "--seeds", str(SEED)]
-    done = subprocess.run(
-        [sys.executable, *command, "--out", str(folder), flag, f"{value:g}"], capture_output=True, text=True
-    )
+    command = [sys.executable, *command, "--out", str(folder), flag, f"{value:g}"]
+    # In a folder where no source tree of cnext comes before what is installed.
+    done = subprocess.run(command, cwd=HERE, capture_output=True, text=True)
     if done.returncode:
         raise SystemExit(f"{method} with {flag} {value:g} failed:\n{done.stderr}")
     metrics = json.loads((folder / method / "paper" / f"seed-{SEED}" / "results.json").read_text())["metrics"]

@@ -2,8 +2,8 @@
 //
 // A rule reads x[0 .. operands), leaves its results in x[0 .. outputs), and puts what is to be counted into
 // s[0 .. columns); kind(k) says how column k is combined: '+' sum, '<' minimum, '>' maximum.
-// `row` is the tensor's own row of doubles, for rules that need a number per tensor. Everything has internal
-// linkage, because the C++ layer compiles this file once per instruction set.
+// It is made from scalars[0 .. scalars), the numbers of a call, and row[0 .. row_width), the tensor's own, and reads no
+// further. Everything has internal linkage, because the C++ layer compiles this file once per instruction set.
 #pragma once
 
 #include <math.h>
@@ -55,6 +55,7 @@ CNEXT_HD bool finite(float x) {
 // fisher += scale * grad^2; an element whose square is not finite is skipped.
 struct FisherAccumulate {
   static constexpr int operands = 2, outputs = 1, columns = 0;
+  static constexpr int scalars = 1, row_width = 0;
   CNEXT_HD static constexpr char kind(int) { return '+'; }
   float scale;
   CNEXT_HD FisherAccumulate(const double* scalars, const double*) : scale(float(scalars[0])) {}
@@ -67,6 +68,7 @@ struct FisherAccumulate {
 // The sum of one operand.
 struct Sum {
   static constexpr int operands = 1, outputs = 0, columns = 1;
+  static constexpr int scalars = 0, row_width = 0;
   CNEXT_HD static constexpr char kind(int) { return '+'; }
   CNEXT_HD Sum(const double*, const double*) {}
   CNEXT_HD void operator()(float* x, float* s) const { s[0] = x[0]; }
@@ -76,6 +78,7 @@ struct Sum {
 // fisher_old += f. Operands: theta, fisher_old, theta_old, fisher_new. Counts beta: number, sum, squares, least, most.
 struct PemaMerge {
   static constexpr int operands = 4, outputs = 2, columns = 5;
+  static constexpr int scalars = 3, row_width = 0;
   CNEXT_HD static constexpr char kind(int k) { return "+++<>"[k]; }
   float new_scale, c, damping;
   CNEXT_HD PemaMerge(const double* scalars, const double*)
@@ -101,6 +104,7 @@ CNEXT_HD float mix(float ema, float theta, float beta) { return theta + beta * (
 // Operands: ema, theta. A theta that is not finite leaves ema alone.
 struct EmaStep {
   static constexpr int operands = 2, outputs = 1, columns = 0;
+  static constexpr int scalars = 1, row_width = 0;
   CNEXT_HD static constexpr char kind(int) { return '+'; }
   float beta;
   CNEXT_HD EmaStep(const double* scalars, const double*) : beta(float(scalars[0])) {}
@@ -111,6 +115,7 @@ struct EmaStep {
 // are 0); ema <- mix. Operands: ema, fisher, theta, grad. Counts elements used, the sum of fisher, beta and beta^2.
 struct PemaStep {
   static constexpr int operands = 4, outputs = 2, columns = 4;
+  static constexpr int scalars = 2, row_width = 1;
   CNEXT_HD static constexpr char kind(int) { return '+'; }
   float decay, scale, level;
   CNEXT_HD PemaStep(const double* scalars, const double* row)
@@ -135,6 +140,7 @@ struct PemaStep {
 // Counts elements used, beta inside, beta at or below 0, beta at or above 1 (or not a number).
 struct PemaLiteral {
   static constexpr int operands = 4, outputs = 2, columns = 4;
+  static constexpr int scalars = 5, row_width = 0;
   CNEXT_HD static constexpr char kind(int) { return '+'; }
   float decay, scale, damping, below, above;  // beta where the equation gives 0 or less, and 1 or more
   CNEXT_HD PemaLiteral(const double* scalars, const double*)
@@ -159,6 +165,7 @@ struct PemaLiteral {
 // The three norms of DEMA: |theta - ema|, |grad|, |grad - grad_prev|. Operands: ema, grad_prev, theta, grad.
 struct DemaNorms {
   static constexpr int operands = 4, outputs = 0, columns = 3;
+  static constexpr int scalars = 2, row_width = 0;  // of one op with DemaStep, and so given its numbers
   CNEXT_HD static constexpr char kind(int) { return '+'; }
   CNEXT_HD DemaNorms(const double*, const double*) {}
   CNEXT_HD void operator()(float* x, float* s) const {
@@ -173,6 +180,7 @@ struct DemaNorms {
 // alpha towards theta, and grad_prev becomes grad. Operands as DemaNorms.
 struct DemaStep {
   static constexpr int operands = 4, outputs = 2, columns = 0;
+  static constexpr int scalars = 2, row_width = 3;
   CNEXT_HD static constexpr char kind(int) { return '+'; }
   float beta;
   CNEXT_HD DemaStep(const double* scalars, const double* row) {
@@ -191,12 +199,13 @@ struct DemaStep {
 template <bool Own>
 struct AdamwPemaStep {
   static constexpr int operands = Own ? 6 : 5, outputs = Own ? 5 : 4, columns = 4;
+  static constexpr int scalars = Own ? 5 : 3, row_width = 4;
   CNEXT_HD static constexpr char kind(int) { return '+'; }
   float weight1, beta2, weight2, eps, decay, scale, level, shrink, size, correction;
   CNEXT_HD AdamwPemaStep(const double* scalars, const double* row)
       : weight1(float(1.0 - scalars[0])), beta2(float(scalars[1])), weight2(float(1.0 - scalars[1])),
-        eps(float(scalars[2])), decay(float(scalars[3])), scale(float(scalars[4])), level(float(row[0])),
-        shrink(float(row[1])), size(float(row[2])), correction(float(row[3])) {}
+        eps(float(scalars[2])), decay(Own ? float(scalars[3]) : 1.0f), scale(Own ? float(scalars[4]) : 1.0f),
+        level(float(row[0])), shrink(float(row[1])), size(float(row[2])), correction(float(row[3])) {}
   CNEXT_HD void operator()(float* x, float* s) const {
     const float grad = x[operands - 1];
     const bool use = finite(grad * grad) & finite(x[0]);

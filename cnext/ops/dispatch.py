@@ -12,6 +12,7 @@ from functools import cache
 from types import ModuleType
 
 from cnext.errors import UserError, unknown
+from cnext.ops import build
 
 IMPLS = ("cpp", "cuda", "triton", "reference")
 BEST = {"cpu": ("cpp",), "cuda": ("cuda", "triton")}
@@ -45,12 +46,13 @@ def missing(impl: str, device: str) -> str:
     if impl == "triton":
         if importlib.util.find_spec("triton") is None:
             return "triton is not installed"
+        if importlib.util.find_spec("cnext.kernels") is None:  # which installing puts there, from kernels/triton
+            return build.without(impl)
         if device == "cuda" or _triton_interprets():
             return ""
         return f"triton does not run on {device} (set TRITON_INTERPRET=1 before Python starts to interpret it there)"
     if core(impl) is None:
-        needs = {"cpp": "a C++17 compiler", "cuda": "a CUDA toolkit"}[impl]
-        return f"cnext was built without it; reinstall with {needs} at hand"
+        return build.without(impl)
     needed = {"cpp": "cpu", "cuda": "cuda"}[impl]
     return "" if device == needed else f"it runs on {needed} tensors, and these are on {device}"
 
@@ -58,12 +60,14 @@ def missing(impl: str, device: str) -> str:
 @cache
 def best(device: str) -> str:
     """The implementation that ``impl=None`` takes on a device type."""
+    reasons = {}
     for impl in BEST.get(device, ()):
-        if not missing(impl, device):
+        reasons[impl] = missing(impl, device)
+        if not reasons[impl]:
             return impl
-    warnings.warn(
-        f"cnext has no compiled kernels for {device} here and runs on plain torch", RuntimeWarning, stacklevel=2
-    )
+    why = "".join(f"; {impl}: {reason}" for impl, reason in reasons.items())
+    text = f"cnext has no compiled kernels for {device} here and runs on plain torch, many times slower{why}"
+    warnings.warn(text, RuntimeWarning, stacklevel=2)
     return "reference"
 
 

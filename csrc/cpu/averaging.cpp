@@ -79,8 +79,8 @@ void run(const double* scalars, const double* row, void* const* operands, int64_
   unpack<Rule, T...>(scalars, row, operands, n, columns, std::index_sequence_for<T...>());
 }
 
-const Kernel kKernels[] = {
-#define CNEXT_KERNEL(name, dtypes, kinds, ...) {name, dtypes, kinds, run<__VA_ARGS__>},
+constexpr Kernel kKernels[] = {
+#define CNEXT_KERNEL(name, dtypes, kinds, ...) {signature<__VA_ARGS__>(name, dtypes, kinds), run<__VA_ARGS__>},
 #include "../averaging.kernels.inc"
 #undef CNEXT_KERNEL
 };

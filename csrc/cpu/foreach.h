@@ -3,10 +3,10 @@
 
 #include <cstdint>
 
+#include "../signature.h"
+
 struct Kernel {
-  const char* rule;
-  const char* dtypes;  // one letter per operand: f float32, b bfloat16
-  const char* kinds;   // one letter per counted column: + sum, < minimum, > maximum
+  Signature signature;
   void (*run)(const double* scalars, const double* row, void* const* operands, int64_t n, double* columns);
 };
 

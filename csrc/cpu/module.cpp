@@ -1,10 +1,7 @@
 // The Python module cnext._cpu: picks the instruction set, and runs a rule over lists of tensors on threads.
-#include <pybind11/numpy.h>
-#include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
 #include <algorithm>
-#include <cstring>
 #include <limits>
 #include <stdexcept>
 #include <string>
@@ -14,6 +11,7 @@
 #include <omp.h>
 #endif
 
+#include "../calls.h"
 #include "dropout.h"
 #include "foreach.h"
 
@@ -22,8 +20,6 @@ namespace py = pybind11;
 namespace {
 
 constexpr int64_t kChunk = 16384;  // elements per piece of work: the operands of one piece stay within L2
-
-using Table = py::array_t<int64_t, py::array::c_style>;
 
 struct InstructionSet {
   const char* name;
@@ -66,13 +62,6 @@ std::string use_instruction_set(const std::string& name) {
   throw std::invalid_argument("instruction set " + name + " was not built or does not run here");
 }
 
-const Kernel& find(const std::string& rule, const std::string& dtypes) {
-  const KernelTable table = active().table;
-  for (int i = 0; i < table.size; ++i)
-    if (rule == table.kernels[i].rule && dtypes == table.kernels[i].dtypes) return table.kernels[i];
-  throw std::invalid_argument("no C++ kernel for rule " + rule + " with dtypes " + dtypes);
-}
-
 double identity(char kind) {
   const double inf = std::numeric_limits<double>::infinity();
   return kind == '+' ? 0.0 : kind == '<' ? inf : -inf;
@@ -85,16 +74,15 @@ struct Chunk {
 };
 
 // addresses: (operands, tensors) of data pointers; sizes: (tensors,) of elements; columns and rows: addresses of
-// float64 arrays, (tensors, counted columns) that is written and (tensors, row_width) that is read, or 0.
-void foreach (const std::string& rule, const std::string& dtypes, const Table& addresses, const Table& sizes,
-              const std::vector<double>& scalars, uintptr_t columns, uintptr_t rows, int64_t row_width, int threads) {
-  const Kernel& kernel = find(rule, dtypes);
+// float64 arrays, (tensors, column_width) that is written and (tensors, row_width) that is read, or 0.
+void foreach (const std::string& rule, const std::string& dtypes, const Addresses& addresses, const Addresses& sizes,
+              const std::vector<double>& scalars, uintptr_t columns, int64_t column_width, uintptr_t rows,
+              int64_t row_width, int threads) {
+  const Kernel& kernel = find(active().table, "C++", rule, dtypes);
+  check(kernel.signature, addresses, sizes, scalars.size(), {columns, column_width}, {rows, row_width});
+  const char* kinds = kernel.signature.kinds;
   const int operands = int(dtypes.size());
-  const int width = int(std::strlen(kernel.kinds));
-  if (addresses.ndim() != 2 || sizes.ndim() != 1 || addresses.shape(0) != operands ||
-      addresses.shape(1) != sizes.shape(0))
-    throw std::invalid_argument("addresses must be (operands, tensors) and sizes (tensors,)");
-  if (width && !columns) throw std::invalid_argument("rule " + rule + " counts, and needs an address for it");
+  const int width = int(std::strlen(kinds));
   const int64_t tensors = sizes.shape(0);
   const int64_t* size = sizes.data();
   const int64_t* address = addresses.data();
@@ -105,7 +93,7 @@ void foreach (const std::string& rule, const std::string& dtypes, const Table& a
     for (int64_t begin = 0; begin < size[t]; begin += kChunk)
       chunks.push_back({t, begin, std::min(kChunk, size[t] - begin)});
   std::vector<double> partial(chunks.size() * width);
-  for (size_t i = 0; i < partial.size(); ++i) partial[i] = identity(kernel.kinds[i % width]);
+  for (size_t i = 0; i < partial.size(); ++i) partial[i] = identity(kinds[i % width]);
 
   const int64_t count = int64_t(chunks.size());
   threads = int(std::max<int64_t>(1, std::min<int64_t>(threads, count / 2)));
@@ -120,11 +108,11 @@ void foreach (const std::string& rule, const std::string& dtypes, const Table& a
   }
 
   double* out = reinterpret_cast<double*>(columns);
-  for (int64_t i = 0; i < tensors * width; ++i) out[i] = identity(kernel.kinds[i % width]);
+  for (int64_t i = 0; i < tensors * width; ++i) out[i] = identity(kinds[i % width]);
   for (int64_t i = 0; i < count; ++i)
     for (int k = 0; k < width; ++k) {
       double& to = out[chunks[i].tensor * width + k];
-      to = combine(kernel.kinds[k], to, partial[i * width + k]);
+      to = combine(kinds[k], to, partial[i * width + k]);
     }
 }
 
@@ -152,8 +140,9 @@ void dropout(const std::string& type, bool add, uintptr_t x, uintptr_t out, int6
 PYBIND11_MODULE(_cpu, m) {
   m.doc() = "C++ kernels of cnext, over raw addresses.";
   m.def("foreach", &foreach, py::arg("rule"), py::arg("dtypes"), py::arg("addresses").noconvert(),
-        py::arg("sizes").noconvert(), py::arg("scalars"), py::arg("columns") = 0, py::arg("rows") = 0,
-        py::arg("row_width") = 0, py::arg("threads") = 1);
+        py::arg("sizes").noconvert(), py::arg("scalars"), py::arg("columns") = 0, py::arg("column_width") = 0,
+        py::arg("rows") = 0, py::arg("row_width") = 0, py::arg("threads") = 1);
+  m.def("kernels", [] { return signatures(active().table); }, "(rule, dtypes, kinds of columns, scalars, row width) of each.");
   m.def("dropout", &dropout, py::arg("type"), py::arg("add"), py::arg("x"), py::arg("out"), py::arg("rows"),
         py::arg("columns"), py::arg("x_stride"), py::arg("out_stride"), py::arg("seed"), py::arg("threshold"),
         py::arg("branch"), py::arg("threads") = 1);

@@ -10,6 +10,10 @@
 
 #include "foreach.h"
 
+#if CUDART_VERSION < 12010
+#error "cnext needs CUDA 12.1 or newer: before it, a kernel's arguments took up to 4 KB"
+#endif
+
 namespace {
 
 constexpr int kThreads = 256, kVector = 4, kArgumentBytes = 32000;
@@ -177,8 +181,8 @@ const char* launch(const Lists& lists, const Numbers& numbers, const Counts& cou
   return nullptr;
 }
 
-const Kernel kKernels[] = {
-#define CNEXT_KERNEL(name, dtypes, kinds, ...) {name, dtypes, kinds, launch<__VA_ARGS__>},
+constexpr Kernel kKernels[] = {
+#define CNEXT_KERNEL(name, dtypes, kinds, ...) {signature<__VA_ARGS__>(name, dtypes, kinds), launch<__VA_ARGS__>},
 #include "../averaging.kernels.inc"
 #undef CNEXT_KERNEL
 };

@@ -3,6 +3,8 @@
 
 #include <cstdint>
 
+#include "../signature.h"
+
 constexpr int64_t kBlockElements = 4096;  // elements that one thread block works on
 
 using Stream = struct CUstream_st*;  // cudaStream_t, named so that no CUDA header is needed
@@ -26,9 +28,7 @@ struct Counts {
 };
 
 struct Kernel {
-  const char* rule;
-  const char* dtypes;  // one letter per operand: f float32, b bfloat16
-  const char* kinds;   // one letter per counted column
+  Signature signature;
   const char* (*launch)(const Lists&, const Numbers&, const Counts&, Stream);  // an error's text, or null
 };
 

@@ -262,8 +262,10 @@ def arguments(rule: str, dtypes: str, scalars: list[float]) -> tuple[list[float]
     types: dict[str, object] = {f"T{k}": TYPES[letter] for k, letter in enumerate(dtypes)}
     if rule.startswith("adamw"):
         # 1 - beta in float64: in float32 the difference of two near numbers keeps few digits.
-        beta1, beta2, eps, *unit = scalars
-        return [1 - beta1, beta2, 1 - beta2, eps, *(unit or (1.0, 1.0))], {"T5": None, **types}
+        beta1, beta2, *rest = scalars
+        scalars = [1 - beta1, beta2, 1 - beta2, *rest]
+    if rule == "adamw_pema_step_shared":
+        types |= {"T5": None, "decay": None, "scale": None}  # those of a fisher operand, which this rule has not
     return scalars, types
 
 

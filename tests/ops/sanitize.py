@@ -5,7 +5,6 @@ without a byte to spare, of sizes around every boundary, aligned and not, with f
 """
 
 import os
-import re
 import subprocess
 import sys
 import tempfile
@@ -35,20 +34,13 @@ def build(folder: str) -> None:
 
 
 def run() -> None:
-    """Every kernel of the list that C++ and CUDA share."""
+    """Every kernel of the list that C++ and CUDA share, with as many numbers as it declares."""
     import _cpu
 
-    text = (ROOT / "csrc/averaging.kernels.inc").read_text()
-    groups = {"CNEXT_PER_STEP": ("ffff", "ffbb", "bfff", "bfbb"), "CNEXT_DEMA": ("ffff", "fbbb", "bfff", "bbbb")}
-    kernels = re.findall(r'^CNEXT_KERNEL\("(\w+)", "(\w+)"', text, re.MULTILINE)
-    for macro, letters in groups.items():
-        kernels += [
-            (rule, dtypes) for rule in re.findall(rf'^{macro}\("(\w+)"', text, re.MULTILINE) for dtypes in letters
-        ]
     generator = numpy.random.default_rng(0)
     for name in _cpu.instruction_sets():
         _cpu.use_instruction_set(name)
-        for rule, dtypes in kernels:
+        for rule, dtypes, kinds, scalars, row_width in _cpu.kernels():
             for threads in (1, 3):
                 arrays = []
                 for letter in dtypes:
@@ -61,20 +53,21 @@ def run() -> None:
                     )
                 # Exact allocations: numpy asks malloc for each, so a byte past the end is in a red zone.
                 pointers = numpy.array([[a.ctypes.data for a in values] for values in arrays], dtype=numpy.int64)
-                columns, rows = numpy.zeros((len(SIZES), 5)), numpy.ones((len(SIZES), 4))
+                columns, rows = numpy.zeros((len(SIZES), len(kinds))), numpy.ones((len(SIZES), row_width))
                 _cpu.foreach(
                     rule,
                     dtypes,
                     pointers,
                     numpy.array(SIZES, dtype=numpy.int64),
-                    [0.5] * 5,
+                    [0.5] * scalars,
                     columns=columns.ctypes.data,
+                    column_width=len(kinds),
                     rows=rows.ctypes.data,
-                    row_width=4,
+                    row_width=row_width,
                     threads=threads,
                 )
         dropout(_cpu, generator)
-    print(f"{len(kernels)} kernels and dropout x {len(_cpu.instruction_sets())} instruction sets: clean")
+    print(f"{len(_cpu.kernels())} kernels and dropout x {len(_cpu.instruction_sets())} instruction sets: clean")
 
 
 def dropout(module: ModuleType, generator: numpy.random.Generator) -> None:

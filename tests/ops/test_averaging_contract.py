@@ -1,7 +1,11 @@
 """What the averaging ops promise besides their numbers: checks, choice of implementation, torch.library, compile."""
 
+import itertools
+
+import numpy
 import pytest
 import torch
+from cnext.kernels import averaging as triton_kernels
 from ops.averaging_cases import CASES, DEVICE, F32, LEVEL, clone, inputs
 from torch.library import opcheck
 
@@ -128,6 +132,58 @@ def test_rows_must_fit():
     lists, numbers = arguments(OPS["pema_step_"])
     with pytest.raises(UserError, match=r"level has dtype torch.float32.*expected torch.float64, \(2,\)"):
         ops.pema_step_(*lists[:-1], torch.ones(2, device=DEVICE), **numbers)
+
+
+def signatures(op):
+    """(rule, dtypes, columns, scalars, row width) of every call that an op makes."""
+    letters = [{"s": "f", "p": param, "e": ema} for param, ema in itertools.product("fb", "fb")]
+    for rule in op.rules:
+        first = rule == op.rules[0]
+        # An op's numbers go to each of its rules, and what its first rule counts is the rows of the next.
+        columns, row_width = (op.columns, op.rows[1]) if first else (0, op.columns)
+        for letter in letters:
+            yield rule, "".join(letter[op.roles[name]] for name in op.order), columns, len(op.scalars), row_width
+
+
+BUILT = [impl for impl in ("cpp", "cuda") if dispatch.core(impl)]
+
+
+@pytest.mark.parametrize("impl", BUILT)
+def test_kernels_take_what_the_table_of_ops_gives(impl):
+    """What the sanitizer's driver relies on: it calls each kernel with what the compiled module declares."""
+    declared = [(rule, dtypes, len(kinds), *rest) for rule, dtypes, kinds, *rest in dispatch.core(impl).kernels()]
+    assert len(declared) == len(set(declared))
+    assert set(declared) == {signature for op in OPS.values() for signature in signatures(op)}
+
+
+@every_op
+def test_triton_kernels_take_what_the_table_of_ops_gives(op):
+    for rule, dtypes, _, scalars, _ in signatures(op):
+        numbers, constants = triton_kernels.arguments(rule, dtypes, [0.5] * scalars)
+        names = triton_kernels.KERNELS[rule].arg_names
+        taken = [name for name in names[names.index("rows") + 1 :] if name not in {*constants, "ALIGN", "BLOCK"}]
+        assert len(numbers) == len(taken), rule
+
+
+@pytest.mark.parametrize("impl", BUILT)
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ({"scalars": [0.5] * 2}, "expected 3 scalars, got 2"),
+        ({"scalars": [0.5] * 5}, "expected 3 scalars, got 5"),
+        ({"row_width": 1}, "expected 4 numbers in a row, got 1"),
+        ({"rows": 0}, "expected 4 numbers in a row, got 0"),
+        ({"column_width": 3}, "expected 4 columns, got 3"),
+        ({"columns": 0}, "expected 4 columns, got 0"),
+        ({"addresses": numpy.zeros((6, 1), numpy.int64)}, "expected 5 operands, got 6"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else None,
+)
+def test_a_call_that_gives_too_little_is_refused_before_anything_is_read(impl, change, expected):
+    given = {"addresses": numpy.zeros((5, 1), numpy.int64), "sizes": numpy.ones(1, numpy.int64), "scalars": [0.5] * 3}
+    given |= {"columns": 8, "column_width": 4, "rows": 8, "row_width": 4} | change  # no address that can be read
+    with pytest.raises(ValueError, match=f"rule adamw_pema_step_shared: {expected};"):
+        dispatch.core(impl).foreach("adamw_pema_step_shared", "fffff", **given)
 
 
 def test_empty_lists_do_nothing():

@@ -190,7 +190,10 @@ def test_a_run_does_not_outlive_its_study(tmp_path: Path) -> None:
     code = f"from running import fake_child; fake_child.forever({str(tmp_path)!r})"
     paths = os.pathsep.join([str(Path(fake_child.__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
     study = subprocess.Popen(
-        [sys.executable, "-c", code], env=os.environ | {"PYTHONPATH": paths}, stderr=subprocess.DEVNULL
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": paths},
+        stderr=subprocess.DEVNULL,
     )
     log = tmp_path / f"mage/paper/seed-{GOES_ON}/run.log"
     pid = pid_in(log)
