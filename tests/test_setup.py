@@ -60,7 +60,9 @@ def programs(folder: Path, **scripts: str) -> dict[str, str]:
 
 def run(tree: Path, environment: dict[str, str], *command: str) -> subprocess.CompletedProcess[str]:
     command = command or ("setup.py", "-q", "build_ext", "--build-lib", "out", "--build-temp", "temp")
-    return subprocess.run([sys.executable, *command], cwd=tree, env=environment, capture_output=True, text=True)
+    # Of warnings those of setup.py alone: a newer setuptools may have some.
+    words = [sys.executable, "-W", "ignore", "-W", "default:::__main__", *command]
+    return subprocess.run(words, cwd=tree, env=environment, capture_output=True, text=True)
 
 
 def outcome(tree: Path, environment: dict[str, str], folder: str = "out/cnext") -> tuple[dict[str, str], str]:
