@@ -28,6 +28,7 @@ BELOW = {
     **{name: {"errors", "ranks", "shapes", "tensor_files", "ops", "adapters", "averaging"} for name in SIBLINGS},
     "running": {"errors", "ranks", "shapes", "tensor_files", "ops", "adapters", "averaging", *SIBLINGS},
     "cli": {"errors", "running", *SIBLINGS},
+    "__main__": {"cli"},
 }
 
 

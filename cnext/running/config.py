@@ -17,7 +17,6 @@ from cnext.running import event_log
 from cnext.tasks import suites
 from cnext.tasks.base import Recipe, Suite, Task
 from cnext.tasks.formats import READERS
-from cnext.tasks.synthetic import GENERATORS
 
 SPLITS = ("test", "validation")
 LOGS = ("jsonl", "tensorboard")
@@ -171,6 +170,7 @@ def plan(config: RunConfig, elsewhere: bool = False, forecast: bool = False) -> 
         forecast: whether it is not done at all, and needs no data.
     """
     from cnext import backbones, methods
+    from cnext.tasks.synthetic import GENERATORS
 
     suite = suites.load(config.suite)
     if config.clip is not None:
@@ -209,7 +209,10 @@ def plan(config: RunConfig, elsewhere: bool = False, forecast: bool = False) -> 
         if name not in known:
             raise unknown(f"hyperparameter of {config.method}", name, list(known))
         _check_type(f"hyperparameter {name} of {config.method}", value, known[name].default)
-    hyperparameters = dataclasses.asdict(kind(**config.hyperparameters))
+    try:
+        hyperparameters = dataclasses.asdict(kind(**config.hyperparameters))
+    except ValueError as error:
+        raise UserError(f"{config.method}: {error}") from error
     return Plan(config, suite, order, recipe, _device(config.device, elsewhere), hyperparameters)
 
 

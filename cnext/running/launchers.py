@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, Protocol, get_args
+from typing import Any, NamedTuple, Protocol
 
 from cnext.errors import UserError
 from cnext.running import heartbeat, job
@@ -30,8 +30,6 @@ from cnext.running.progress import StudyProgress, shown_metrics
 from cnext.running.stopping import Stop
 from cnext.running.tables import read
 
-Launcher = Literal["local", "ray", "slurm"]
-LAUNCHERS: tuple[str, ...] = get_args(Launcher)
 PACKAGES = {"ray": "ray", "slurm": "submitit"}
 POLL = 1.0
 """Seconds between two looks at the jobs."""

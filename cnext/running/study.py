@@ -7,100 +7,16 @@ cnext-run --method mage --budget smoke
 
 from __future__ import annotations
 
-import argparse
-import dataclasses
-import inspect
-import itertools
-import re
 import sys
-from dataclasses import dataclass, field
 from typing import Any
 
-from cnext import methods, ranks
+from cnext import ranks
 from cnext.errors import UserError, unknown
 from cnext.running import fingerprint, processes, table_formats, tables
-from cnext.running.config import Options, Plan, RunConfig, plan
-from cnext.running.launchers import Launcher
-from cnext.running.mistakes import in_one_line
+from cnext.running.config import Plan, plan
+from cnext.running.flags import configs
 from cnext.running.parallel import Failure
 from cnext.tasks import suites
-
-
-@dataclass(frozen=True, kw_only=True)
-class Flags(Options):
-    """Learn the tasks of a suite one after another and report what is remembered.
-
-    The same command again goes on where an earlier one was interrupted.
-    """
-
-    method: list[str] = field(default_factory=lambda: ["mage"])
-    """Method, or several. `cnext list` shows them."""
-    order: list[str] = field(default_factory=lambda: ["paper"])
-    """Order of the tasks, or several: "paper", "reverse", "alphabet", "random:K", or your own "a,b,c"."""
-    seeds: list[int] = field(default_factory=lambda: [0])
-    """Seeds of initialization and of the order of samples."""
-    jobs: str = "auto"
-    """Runs at a time: a number, or "auto" for what cores and memory allow (one on a GPU). Results are the same."""
-    launcher: Launcher = "local"
-    """Where runs are done: "local", "ray" (a Ray cluster) or "slurm" (through submitit). Results are the same."""
-    launcher_option: list[str] = field(default_factory=list)
-    """Options of the launcher as key=value: address of the Ray cluster and options of a Ray task; or submitit's own,
-    for example slurm_partition=gpu timeout_min=600."""
-    baseline: str | None = None
-    """Method that the table compares the others with: lora where it runs, else the first."""
-    mix_environments: bool = False
-    """Average runs of different environments (processor, versions, threads), which decide bits. The tables say so."""
-    dry_run: bool = False
-    """Show the plan with an estimate of time and disk, and stop."""
-    gpus: int | None = None
-    """With --dry-run: forecast time, memory and disk on so many GPUs from the model's sizes; needs no weights, no data
-    and no GPU."""
-    tflops: float = 400.0
-    """With --gpus: TFLOP/s that a GPU is assumed to do in this work (an H100 at 40% of its peak)."""
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "method", [methods.canonical(name) for name in self.method])
-        object.__setattr__(self, "baseline", self.baseline and methods.canonical(self.baseline))
-
-
-def _parse(arguments: list[str]) -> Any:
-    """Flags with one group of typed flags per chosen method, for example ``--mage.c``."""
-    import tyro
-
-    # One meaning, two names: a suite's budgets are the presets that `--preset paper` speaks of.
-    arguments = [re.sub(r"^--preset(?=$|=)", "--budget", argument) for argument in arguments]
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    first.add_argument("--method", nargs="*", default=["mage"])
-    chosen = dict.fromkeys(map(methods.canonical, first.parse_known_args(arguments)[0].method))
-    groups, known = [], []
-    for name in chosen:
-        kind = methods.load(name)
-        known += [f"--{name}.{item.name.replace('_', '-')}" for item in dataclasses.fields(kind) if item.init]
-        if any(item.init for item in dataclasses.fields(kind)):
-            groups.append((name.replace("-", "_"), kind, field(default_factory=kind)))
-    flags = dataclasses.make_dataclass("Flags", groups, bases=(Flags,), frozen=True, kw_only=True)
-    description = inspect.cleandoc(Flags.__doc__ or "")
-    with in_one_line(known):
-        return tyro.cli(
-            flags, prog="cnext-run", args=arguments, description=description, config=(tyro.conf.FlagCreatePairsOff,)
-        )
-
-
-def configs(flags: Any) -> list[RunConfig]:
-    """One RunConfig per method, order and seed, in the order in which they run."""
-    shared = {item.name: getattr(flags, item.name) for item in dataclasses.fields(Options)}
-    return [
-        RunConfig(
-            method=method,
-            hyperparameters=dataclasses.asdict(
-                getattr(flags, method.replace("-", "_"), None) or methods.load(method)()
-            ),
-            order=order,
-            seed=seed,
-            **shared,
-        )
-        for method, order, seed in itertools.product(flags.method, flags.order, flags.seeds)
-    ]
 
 
 def _check(flags: Any, plans: list[Plan]) -> None:
@@ -222,9 +138,8 @@ def _together(flags: Any, plans: list[Plan]) -> None:
             _write_tables(flags, plans)
 
 
-def main(arguments: list[str]) -> int:
-    """Runs what the flags ask for. Everything that can be checked is checked before the first run starts."""
-    flags = _parse(arguments)
+def main(flags: Any) -> int:
+    """Runs what flags as of `flags.parse` ask for. What can be checked is checked before the first run starts."""
     for flag in ("method", "order", "seeds"):
         if not getattr(flags, flag):
             raise UserError(f"--{flag} needs at least one value")

@@ -134,7 +134,7 @@ def command(made: RunConfig) -> list[str]:
         "--suite": made.suite, "--data": made.data, "--order": made.order, "--out": made.out, "--device": "cpu",
         "--block-steps": made.block_steps,
     }  # fmt: skip
-    return [sys.executable, "-m", "cnext.cli", "run", *(str(part) for pair in flags.items() for part in pair)]
+    return [sys.executable, "-m", "cnext", "run", *(str(part) for pair in flags.items() for part in pair)]
 
 
 def test_killed_anywhere_it_ends_with_the_same_bits(finished: Path, config: Callable[..., RunConfig]) -> None:
