@@ -93,12 +93,13 @@ class Options:
 class RunConfig(Options):
     """One run: one method on one order of a suite with one seed.
 
-    order: "paper", "reverse", "alphabet", "random:K", or "a,b,c".  seed: of the adapters and of the samples' order.
+    order: "paper", "reverse", "alphabet", "random:K", or "a,b,c"; None: as `suites.usual_order` says.
+    seed: of the adapters and of the samples' order.
     """
 
     method: str = "mage"
     hyperparameters: dict[str, Any] = field(default_factory=dict)
-    order: str = "paper"
+    order: str | None = None
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -108,13 +109,14 @@ class RunConfig(Options):
 
     @property
     def folder(self) -> Path:
-        label = re.sub(r"[^A-Za-z0-9_-]+", "-", self.order)
+        order = suites.usual_order(suites.load(self.suite)) if self.order is None else self.order
+        label = re.sub(r"[^A-Za-z0-9_-]+", "-", order)
         return Path(self.out) / self.method / label / f"seed-{self.seed}"
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A RunConfig with every name looked up and every default filled in."""
+    """A RunConfig with every name looked up and every default filled in; its own order is given, never None."""
 
     config: RunConfig
     suite: Suite
@@ -177,7 +179,9 @@ def plan(config: RunConfig, elsewhere: bool = False, forecast: bool = False) -> 
         suite = dataclasses.replace(suite, clip=config.clip)
     if config.prompts is not None:
         suite = suites.worded(suite, config.prompts)
-    order = suites.order(suite, config.order)
+    if config.order is None:
+        config = dataclasses.replace(config, order=suites.usual_order(suite))
+    order = suites.order(suite, config.order or "")
     if config.budget not in suite.budgets:
         raise unknown("budget", config.budget, list(suite.budgets))
     if config.split not in SPLITS:

@@ -77,7 +77,7 @@ def estimate(planned: Plan) -> Estimate:
 
 def estimate_study(plans: list[Plan], jobs: int) -> str:
     """The plan of every method and order, timed with its first seed, and the totals over all runs."""
-    groups: dict[tuple[str, str], list[Plan]] = {}
+    groups: dict[tuple[str, str | None], list[Plan]] = {}
     for planned in plans:
         groups.setdefault((planned.config.method, planned.config.order), []).append(planned)
     texts, seconds, size = [], [], 0

@@ -29,8 +29,9 @@ class Flags(Options):
 
     method: list[str] = field(default_factory=lambda: ["mage"])
     """Method, or several. `cnext list` shows them."""
-    order: list[str] = field(default_factory=lambda: ["paper"])
-    """Order of the tasks, or several: "paper", "reverse", "alphabet", "random:K", or your own "a,b,c"."""
+    order: list[str] | None = None
+    """Order of the tasks, or several: one that the suite names, "reverse", "alphabet", "random:K", or your own "a,b,c".
+    Default: "paper" where the suite has it, else its first."""
     seeds: list[int] = field(default_factory=lambda: [0])
     """Seeds of initialization and of the order of samples."""
     jobs: str = "auto"
@@ -104,7 +105,8 @@ def configs(flags: Any) -> list[RunConfig]:
     shared = {item.name: getattr(flags, item.name) for item in dataclasses.fields(Options)}
     groups = {name: getattr(flags, name.replace("-", "_"), None) for name in flags.method}
     given = {name: {} if group is None else dataclasses.asdict(group) for name, group in groups.items()}
+    orders = [None] if flags.order is None else flags.order
     return [
         RunConfig(method=method, hyperparameters=given[method], order=order, seed=seed, **shared)
-        for method, order, seed in itertools.product(flags.method, flags.order, flags.seeds)
+        for method, order, seed in itertools.product(flags.method, orders, flags.seeds)
     ]

@@ -50,7 +50,7 @@ def run(config: RunConfig, progress: Progress | None = None) -> dict[str, Any]:
                 return Runner(mine, None, hidden, stop).run()
         with (
             progress or Progress() as shown,
-            closing(RunFolder(config.folder, planned.as_dict())) as folder,
+            closing(RunFolder(planned.config.folder, planned.as_dict())) as folder,
             shown.kept_in(folder.path),
             explained(folder.path, lambda: shown.doing, planned.recipe.batch_size),
         ):

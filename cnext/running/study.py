@@ -22,11 +22,11 @@ from cnext.tasks import suites
 def _check(flags: Any, plans: list[Plan]) -> None:
     """Raises UserError where the runs would not make one table."""
     for flag in ("method", "order", "seeds"):
-        given = getattr(flags, flag)
+        given = getattr(flags, flag) or []
         repeated = [str(value) for value in dict.fromkeys(given) if given.count(value) > 1]
         if repeated:
             raise UserError(f"--{flag} has {', '.join(repeated)} more than once; every run is done once")
-    orders: dict[tuple[str, ...], str] = {}
+    orders: dict[tuple[str, ...], str | None] = {}
     for planned in plans:
         spec = planned.config.order
         other = orders.setdefault(planned.order, spec)
@@ -141,7 +141,7 @@ def _together(flags: Any, plans: list[Plan]) -> None:
 def main(flags: Any) -> int:
     """Runs what flags as of `flags.parse` ask for. What can be checked is checked before the first run starts."""
     for flag in ("method", "order", "seeds"):
-        if not getattr(flags, flag):
+        if getattr(flags, flag) == []:
             raise UserError(f"--{flag} needs at least one value")
     forecasting = flags.gpus is not None
     plans = [plan(config, flags.launcher != "local" or forecasting, forecasting) for config in configs(flags)]
