@@ -92,7 +92,7 @@ def test_an_output_folder_that_cannot_be_made_is_one_line(
     (tmp_path / "file").write_text("not a folder")
     assert run_main(["--data", str(data), "--out", str(tmp_path / "file")]) == 2
     shown = capsys.readouterr().err.splitlines()[-1]
-    assert shown.startswith("error: Not a directory")
+    assert shown == f"error: expected a folder for the runs, {tmp_path / 'file'} is a file; give another --out"
 
 
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EROFS], ids=["full disk", "read-only"])

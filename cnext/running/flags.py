@@ -52,8 +52,8 @@ class Flags(Options):
     gpus: int | None = None
     """With --dry-run: forecast time, memory and disk on so many GPUs from the model's sizes; needs no weights, no data
     and no GPU."""
-    tflops: float = 400.0
-    """With --gpus: TFLOP/s that a GPU is assumed to do in this work (an H100 at 40% of its peak)."""
+    tflops: float | None = None
+    """With --gpus: TFLOP/s that a GPU is assumed to do in this work. Default: 400 (an H100 at 40% of its peak)."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "method", [methods.canonical(name) for name in self.method])

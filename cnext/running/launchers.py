@@ -219,14 +219,19 @@ def _number(value: str) -> int | float | str:
     return value
 
 
+def require(launcher: str) -> None:
+    """Raises UserError where the launcher's package is not installed."""
+    package = PACKAGES[launcher]
+    if importlib.util.find_spec(package) is None:
+        raise UserError(f"--launcher {launcher} needs the package {package}; pip install 'cnext[{launcher}]'")
+
+
 def launch(launcher: str, plans: list[Plan], given: dict[str, Any], jobs: int) -> list[Failure]:
     """Does runs as jobs, at most ``jobs`` of them submitted at a time. The run folders are there.
 
     However this ends, no job is left behind. Told to stop, every run saves where it is before this raises Stopped.
     """
-    package = PACKAGES[launcher]
-    if importlib.util.find_spec(package) is None:
-        raise UserError(f"--launcher {launcher} needs the package {package}; pip install 'cnext[{launcher}]'")
+    require(launcher)
     with interruptible():
         engine = ENGINES[launcher](given, plans[0].config.out.absolute())
     waiting, failures, told = list(reversed(plans)), [], False
