@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 from cnext.errors import UserError
-from cnext.running import heartbeat, job
+from cnext.running import command, heartbeat
 from cnext.running.config import Plan, RunConfig
 from cnext.running.parallel import OTHER, TAIL, Failure, end_of_log, failure, name
 from cnext.running.progress import StudyProgress, shown_metrics
@@ -286,10 +286,10 @@ def interruptible() -> Iterator[None]:
 def _submit(engine: Engine, planned: Plan) -> Any:
     # The device as this machine has resolved it: "auto" could be another one where the job runs.
     config = dataclasses.replace(planned.config, device=planned.device)
-    code = JOB.format(path=[os.path.abspath(entry) for entry in sys.path], file=str(job.write(config).absolute()))
-    command = (sys.executable, "-c", code)
+    file = command.write(config).absolute()
+    code = JOB.format(path=[os.path.abspath(entry) for entry in sys.path], file=str(file))
     log = (config.folder / heartbeat.LOG).absolute()
-    return engine.submit(Work(command, os.getcwd(), str(log)), config, planned.device)
+    return engine.submit(Work((sys.executable, "-c", code), os.getcwd(), str(log)), config, planned.device)
 
 
 def _show(shown: StudyProgress, config: RunConfig) -> None:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from cnext import ranks
-from cnext.running import cost, digests, environment, fingerprint, processes, report
+from cnext.running import command, cost, digests, environment, fingerprint, processes, report
 from cnext.running.batches import stable_seed
 from cnext.running.checkpoint import write_json
 from cnext.running.config import Plan, RunConfig, plan
@@ -54,6 +54,7 @@ def run(config: RunConfig, progress: Progress | None = None) -> dict[str, Any]:
             shown.kept_in(folder.path),
             explained(folder.path, lambda: shown.doing, planned.recipe.batch_size),
         ):
+            command.write(planned.config)
             shown.say(f"run folder: {folder.path}")
             return Runner(mine, folder, shown, stop).run()
 

@@ -48,7 +48,7 @@ def rows(path: Path) -> list[dict]:
 def test_files_of_a_run(finished: Path) -> None:
     names = {path.name for path in finished.iterdir() if not path.name.startswith(".")}
     assert names == {
-        "config.json", "results.json", "cost.json", "environment.json", "scores.jsonl", "train.jsonl",
+        "config.json", "options.json", "results.json", "cost.json", "environment.json", "scores.jsonl", "train.jsonl",
         "predictions", "checkpoints", "report.html", "report.md", "report_files", "run.log",
     }  # fmt: skip
     assert sorted(path.name for path in (finished / "checkpoints").iterdir()) == ["1_VQAv2", "2_Flickr30k", "3_HQEdit"]
