@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-COMMAND = [sys.executable, "-m", "cnext.cli"]
+COMMAND = [sys.executable, "-m", "cnext"]
 
 
 @pytest.mark.parametrize(("budget", "seconds"), [("smoke", 40), ("default", 180)])
@@ -43,12 +43,12 @@ def test_main_job(benchmark, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bu
     }
 
 
-@pytest.mark.parametrize("verb", ["--help", "list"])
-def test_answers_at_once(benchmark, tmp_path: Path, verb: str) -> None:
+@pytest.mark.parametrize("verb", [["--help"], ["list"], ["run", "--help"]], ids=" ".join)
+def test_answers_at_once(benchmark, tmp_path: Path, verb: list[str]) -> None:
     """Help and lists import nothing heavy."""
 
     def command() -> None:
-        subprocess.run([*COMMAND, verb], cwd=tmp_path, check=True, stdout=subprocess.DEVNULL)
+        subprocess.run([*COMMAND, *verb], cwd=tmp_path, check=True, stdout=subprocess.DEVNULL)
 
     benchmark.pedantic(command, rounds=5, warmup_rounds=1)
     benchmark.extra_info["target_seconds"] = 0.5

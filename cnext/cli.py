@@ -9,29 +9,42 @@ import argparse
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from platform import python_version
 from typing import Any
 
+import cnext
 from cnext.errors import UserError
 from cnext.running.stopping import Stop, Stopped
+from cnext.running.streams import outliving_readers
 
 
 def _guarded(verb: Callable[[], int | None]) -> int:
     """Runs a verb; the user's errors become one message and an exit status of 2, without a traceback."""
-    try:
-        return verb() or 0
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except OSError as error:
-        where = f": {error.filename}" if error.filename else ""
-        print(f"error: {error.strerror or error}{where}", file=sys.stderr)
-        return 2
-    except Stopped as stopped:
-        print(stopped, file=sys.stderr)
-        return stopped.status
-    except KeyboardInterrupt:
-        print("interrupted; the same command goes on after the last saved block", file=sys.stderr)
-        return 130
+    with outliving_readers():
+        try:
+            try:
+                return verb() or 0
+            finally:
+                # At the interpreter's exit it would be too late to say what is wrong with it.
+                if sys.stdout is not None:
+                    sys.stdout.flush()
+        except UserError as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 2
+        except OSError as error:
+            where = f": {error.filename}" if error.filename else ""
+            print(f"error: {error.strerror or error}{where}", file=sys.stderr)
+            return 2
+        except Stopped as stopped:
+            print(stopped, file=sys.stderr)
+            return stopped.status
+        except KeyboardInterrupt:
+            print("interrupted; the same command goes on after the last saved block", file=sys.stderr)
+            return 130
+
+
+def _version() -> str:
+    return f"cnext {cnext.__version__} from {Path(cnext.__file__).parent} (Python {python_version()})"
 
 
 def run_main(arguments: list[str] | None = None) -> int:
@@ -39,10 +52,16 @@ def run_main(arguments: list[str] | None = None) -> int:
     given = sys.argv[1:] if arguments is None else arguments
 
     def verb() -> int | None:
+        from cnext.running import flags
+
+        parsed = flags.parse(given)
+        if parsed.version:
+            print(_version())
+            return 0
         from cnext.running import study
 
         with Stop():
-            return study.main(given)
+            return study.main(parsed)
 
     return _guarded(verb)
 
@@ -228,7 +247,11 @@ def _pretrain_tiny(arguments: argparse.Namespace) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="cnext", description="Continual learning of dual-to-dual multimodal models.")
+    told = "Continual learning of dual-to-dual multimodal models."
+    # Raw, so that no path is broken in two.
+    parser = argparse.ArgumentParser("cnext", description=told, formatter_class=argparse.RawDescriptionHelpFormatter)
+    told = "show the version and where it is installed, and stop"
+    parser.add_argument("--version", action="version", version=_version(), help=told)
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="verb")
 
     def add(
@@ -354,8 +377,12 @@ def main(arguments: list[str] | None = None) -> int:
     given = sys.argv[1:] if arguments is None else arguments
     if given[:1] == ["run"]:
         return run_main(given[1:])
-    parsed = _parser().parse_args(given)
-    return _guarded(lambda: parsed.action(parsed))
+
+    def verb() -> int | None:
+        parsed = _parser().parse_args(given)
+        return parsed.action(parsed)
+
+    return _guarded(verb)
 
 
 if __name__ == "__main__":

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+import cnext
+from cnext import methods
 from cnext.cli import main, run_main
 from cnext.scoring.clip import TINY_CLIP
 
@@ -90,7 +92,7 @@ def test_an_output_folder_that_cannot_be_made_is_one_line(
     (tmp_path / "file").write_text("not a folder")
     assert run_main(["--data", str(data), "--out", str(tmp_path / "file")]) == 2
     shown = capsys.readouterr().err.splitlines()[-1]
-    assert shown.startswith("error: Not a directory")
+    assert shown == f"error: expected a folder for the runs, {tmp_path / 'file'} is a file; give another --out"
 
 
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EROFS], ids=["full disk", "read-only"])
@@ -307,6 +309,78 @@ def test_help_on_data(verb: list[str], capsys: pytest.CaptureFixture[str]) -> No
     assert f"usage: cnext {' '.join(verb)}" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--method", *methods.modules(), "--help"],
+        ["--version"],
+        ["--mage.cc", "1"],
+        ["--method", "ewc", "--seeds", "x"],
+    ],
+    ids=["help on every method", "version", "unknown flag", "wrong value"],
+)
+def test_flags_are_read_and_explained_without_torch(flags: list[str], tmp_path: Path) -> None:
+    heavy = "sys.modules.keys() & {'torch', 'numpy', 'transformers', 'PIL'}"
+    code = f"import atexit, sys; atexit.register(lambda: print({heavy})); from cnext import cli; cli.run_main({flags})"
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "set()"
+
+
 def test_data_needs_no_torch(tmp_path: Path) -> None:
     code = "import sys; from cnext.cli import main; main(['data', 'check', '.']); sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True, stdout=subprocess.DEVNULL)
+
+
+def unread(words: list[str], folder: Path, *streams: str) -> subprocess.CompletedProcess[str]:
+    """The command with nobody to read the named streams, as after the first line in ``| head -1``."""
+    read, write = os.pipe()
+    os.close(read)
+    try:
+        given = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | dict.fromkeys(streams, write)
+        return subprocess.run([sys.executable, "-m", "cnext", *words], cwd=folder, text=True, check=False, **given)
+    finally:
+        os.close(write)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [["--help"], ["--version"], ["list"], ["run", "--help"], ["metrics", "matrix.csv"], ["data", "check", "--help"]],
+    ids=" ".join,
+)
+def test_output_that_nobody_reads_is_no_error(words: list[str], tmp_path: Path) -> None:
+    (tmp_path / "matrix.csv").write_text(MATRIX)
+    done = unread(words, tmp_path, "stdout")
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_an_error_that_nobody_reads_keeps_its_status(tmp_path: Path) -> None:
+    for words in (["metrics", "none.csv"], ["run", "--order", "none"], ["none"]):
+        assert unread(words, tmp_path, "stdout", "stderr").returncode == 2
+
+
+@pytest.mark.parametrize("jobs", ["1", "2"])
+def test_runs_go_on_when_nobody_reads_what_they_say(jobs: str, tmp_path: Path, toy_suite: Path, data: Path) -> None:
+    words = ["run", "--method", "zero-shot", "--order", "VQAv2", "--suite", str(toy_suite), "--data", str(data)]
+    done = unread([*words, "--seeds", "0", "1", "--jobs", jobs, "--out", str(tmp_path)], tmp_path, "stdout", "stderr")
+    assert done.returncode == 0
+    assert len(list(tmp_path.glob("zero-shot/VQAv2/seed-?/report.html"))) == 2
+    assert (tmp_path / "study.md").is_file()
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="the system has no /dev/full")
+@pytest.mark.parametrize("words", [["list"], ["--help"], ["run", "--help"]], ids=" ".join)
+def test_output_that_does_not_fit_on_the_disk_is_one_line(words: list[str], tmp_path: Path) -> None:
+    with open("/dev/full", "w") as full:
+        command = [sys.executable, "-m", "cnext", *words]
+        done = subprocess.run(command, cwd=tmp_path, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert (done.returncode, done.stderr) == (2, f"error: {os.strerror(errno.ENOSPC)}\n")
+
+
+def test_the_version_says_where_it_is_installed(tmp_path: Path) -> None:
+    said = f"cnext {cnext.__version__} from {Path(cnext.__file__).parent}"
+    scripts = [[sys.executable, "-m", "cnext"], [sys.executable, "-m", "cnext", "run"]]
+    scripts += [[sys.executable, "-c", f"from cnext import cli; cli.{main}()"] for main in ("main", "run_main")]
+    for script in scripts:
+        done = subprocess.run([*script, "--version"], cwd=tmp_path, capture_output=True, text=True, check=True)
+        assert done.stdout.startswith(said)
+        assert done.stdout.count("\n") == 1

@@ -30,6 +30,7 @@ BELOW = {
     **dict.fromkeys(SIBLINGS, _UNDER),
     "running": {*_UNDER, *SIBLINGS},
     "cli": {"errors", "running", *SIBLINGS},
+    "__main__": {"cli"},
 }
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from cnext.adapters.linear import AdapterLinear, Branch, SharedInput
-from cnext.errors import UserError
+from cnext.errors import UserError, unknown
 
 SHARED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 """Linear layers of one module that read the same x in every decoder of transformers."""
@@ -114,9 +114,24 @@ def detach(model: nn.Module) -> nn.Module:
     return model
 
 
+def _named(model: nn.Module, branches: Iterable[str]) -> tuple[str, ...]:
+    """The names, each once. Raises UserError for those that no layer of the model has a branch of."""
+    there = list(dict.fromkeys(name for layer in layers(model).values() for name in layer.branches))
+    valid = there or ["none: the model has no adapter layers"]
+    if isinstance(branches, str):
+        raise UserError(f"branches must be a list of names, got the text {branches!r}; valid: {', '.join(valid)}")
+    asked = tuple(dict.fromkeys(branches))
+    if strange := [str(name) for name in asked if name not in there]:
+        raise unknown("branch", ", ".join(strange), valid)
+    return asked
+
+
 def branch_parameters(model: nn.Module, branches: Iterable[str] | None = None) -> dict[str, nn.Parameter]:
-    """The parameters of the named branches (default: all), keyed "<layer>.<branch>.<A or B>"."""
-    wanted = None if branches is None else set(branches)
+    """The parameters of the named branches (default: all), keyed "<layer>.<branch>.<A or B>".
+
+    Raises: UserError for a branch that no layer has, as do `activate`, `activated` and `set_trainable`.
+    """
+    wanted = None if branches is None else _named(model, branches)
     return {
         f"{name}.{key}.{part}": parameter
         for name, layer in layers(model).items()
@@ -135,14 +150,15 @@ def adapter_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     }
 
 
-def activate(model: nn.Module, branches: Sequence[str]) -> None:
-    """Lets exactly these branches take part in every layer; none: the model is as it was without adapters."""
+def activate(model: nn.Module, branches: Iterable[str]) -> None:
+    """Lets exactly these branches take part in every layer that has them; none: as it was without adapters."""
+    asked = _named(model, branches)
     for layer in layers(model).values():
-        layer.active = tuple(branches)
+        layer.active = tuple(name for name in asked if name in layer.branches)
 
 
 @contextmanager
-def activated(model: nn.Module, branches: Sequence[str]) -> Iterator[None]:
+def activated(model: nn.Module, branches: Iterable[str]) -> Iterator[None]:
     """Inside, exactly these branches take part; () switches the adapters off."""
     before = {name: layer.active for name, layer in layers(model).items()}
     activate(model, branches)
@@ -173,8 +189,8 @@ def set_trainable(model: nn.Module, branches: Iterable[str]) -> dict[str, nn.Par
 
     Only these belong into an optimizer: a frozen branch then has no gradient, no optimizer state and no weight decay.
     """
-    model.requires_grad_(False)
     chosen = branch_parameters(model, branches)
+    model.requires_grad_(False)
     for parameter in chosen.values():
         parameter.requires_grad_(True)
         parameter.grad = None

@@ -6,13 +6,16 @@ A package elsewhere adds one by an entry point of the group ``cnext.methods``: `
 from __future__ import annotations
 
 import ast
+import contextlib
 import dataclasses
 import importlib
 import importlib.metadata
 import importlib.util
 import inspect
 import itertools
+import sys
 from pathlib import Path
+from typing import Any
 
 from cnext.errors import UserError, unknown
 
@@ -49,12 +52,9 @@ def canonical(name: str) -> str:
 def summary(name: str) -> str:
     """The first line of a method's docstring, read without importing it (torch would take a second)."""
     try:
-        spec = importlib.util.find_spec(modules()[name])
-    except ModuleNotFoundError:  # of the package around it
-        spec = None
-    if spec is None or spec.origin is None:
+        text = ast.get_docstring(_source(modules()[name])) or ""
+    except _Unclear:
         return f"registered by a package, but there is no module {modules()[name]}"
-    text = ast.get_docstring(ast.parse(Path(spec.origin).read_text(encoding="utf-8"))) or ""
     return " ".join(text.partition("\n\n")[0].split()).partition(": ")[2]
 
 
@@ -85,15 +85,96 @@ def described_fields(kind: type) -> dict[str, str]:
     """A method's hyperparameters and what the string under each says it means, its base classes' included."""
     found: dict[str, str] = {}
     for one in [base for base in reversed(kind.__mro__) if dataclasses.is_dataclass(base)]:
-        (body,) = [node.body for node in ast.parse(inspect.getsource(one)).body if isinstance(node, ast.ClassDef)]
-        for first, second in itertools.pairwise(body):
-            if (
-                isinstance(first, ast.AnnAssign)
-                and isinstance(second, ast.Expr)
-                and isinstance(second.value, ast.Constant)
-            ):
-                found[ast.unparse(first.target)] = " ".join(str(second.value.value).split())
+        (node,) = [node for node in ast.parse(inspect.getsource(one)).body if isinstance(node, ast.ClassDef)]
+        found |= {ast.unparse(field.target): text for field, text in _annotated(node)}
     return {field.name: found.get(field.name, "") for field in dataclasses.fields(kind) if field.init}
+
+
+def _annotated(node: ast.ClassDef) -> list[tuple[ast.AnnAssign, str]]:
+    """The annotated names of a class, each with the string under it or ""."""
+    found = []
+    for first, second in itertools.pairwise([*node.body, ast.Pass()]):
+        if isinstance(first, ast.AnnAssign):
+            said = second.value if isinstance(second, ast.Expr) else None
+            text = str(said.value) if isinstance(said, ast.Constant) else ""
+            found.append((first, " ".join(text.split())))
+    return found
+
+
+class _Unclear(Exception):
+    """The source alone does not say what a class's fields are."""
+
+
+def declared(name: str) -> type:
+    """A dataclass with the fields, defaults and docstring of a method, and nothing else of it.
+
+    Made from the method's source without importing it, as torch would take a second; each field's metadata has what it
+    means as "help". The method's class itself, where a field's type or default is more than a plain literal.
+
+    Raises: UserError with the valid names.
+    """
+    module = modules().get(canonical(name))
+    if module is not None:
+        with contextlib.suppress(_Unclear):
+            nodes = [node for node in _source(module).body if isinstance(node, ast.ClassDef) and node.decorator_list]
+            outlines = [_outline(module, node.name) for node in nodes]
+            methods = [one for one in outlines if ("cnext.methods.base", "Method") in map(_place, one.__mro__)]
+            if len(methods) == 1:
+                return methods[0]
+    return load(name)
+
+
+def _place(kind: type) -> tuple[str, str]:
+    return kind.__module__, kind.__name__
+
+
+def _source(module: str) -> ast.Module:
+    try:
+        spec = importlib.util.find_spec(module)
+    except ModuleNotFoundError:  # of the package around it
+        spec = None
+    if spec is None or spec.origin is None or not spec.origin.endswith(".py"):
+        raise _Unclear
+    return ast.parse(Path(spec.origin).read_text(encoding="utf-8"))
+
+
+def _outline(module: str, name: str) -> type:
+    """A class of a module, or one that it imports, with its bases, fields and docstring."""
+    if module.partition(".")[0] in sys.stdlib_module_names:  # no class of these has fields
+        return type(name, (), {})
+    for node in _source(module).body:
+        if isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            for alias in node.names:
+                if (alias.asname or alias.name) == name:
+                    return _outline(node.module, alias.name)
+        if isinstance(node, ast.ClassDef) and node.name == name:
+            break
+    else:
+        raise _Unclear
+    bases = [base.id for base in node.bases if isinstance(base, ast.Name)]
+    if len(bases) < len(node.bases):
+        raise _Unclear
+    body: dict[str, Any] = {"__module__": module, "__doc__": ast.get_docstring(node), "__annotations__": {}}
+    decorators = [ast.unparse(one) for one in node.decorator_list]
+    if decorators not in ([], ["dataclass"]):
+        raise _Unclear
+    for field, text in _annotated(node) if decorators else ():
+        kind = ast.unparse(field.annotation)
+        if kind.startswith("ClassVar"):
+            continue
+        if kind not in _TYPES or field.value is None:
+            raise _Unclear
+        label = ast.unparse(field.target)
+        body["__annotations__"][label] = _TYPES[kind]
+        try:
+            body[label] = dataclasses.field(default=ast.literal_eval(field.value), metadata={"help": text})
+        except ValueError as error:
+            raise _Unclear from error
+    kind = type(name, tuple(_outline(module, base) for base in bases), body)
+    return dataclasses.dataclass(kind) if decorators else kind
+
+
+_TYPES: dict[str, type] = {"bool": bool, "int": int, "float": float, "str": str}
 
 
 def describe(name: str, extra_bytes: str) -> str:

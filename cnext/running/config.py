@@ -17,7 +17,6 @@ from cnext.running import event_log
 from cnext.tasks import suites
 from cnext.tasks.base import Recipe, Suite, Task
 from cnext.tasks.formats import READERS
-from cnext.tasks.synthetic import GENERATORS
 
 SPLITS = ("test", "validation")
 LOGS = ("jsonl", "tensorboard")
@@ -94,12 +93,13 @@ class Options:
 class RunConfig(Options):
     """One run: one method on one order of a suite with one seed.
 
-    order: "paper", "reverse", "alphabet", "random:K", or "a,b,c".  seed: of the adapters and of the samples' order.
+    order: "paper", "reverse", "alphabet", "random:K", or "a,b,c"; None: as `suites.usual_order` says.
+    seed: of the adapters and of the samples' order.
     """
 
     method: str = "mage"
     hyperparameters: dict[str, Any] = field(default_factory=dict)
-    order: str = "paper"
+    order: str | None = None
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -109,13 +109,14 @@ class RunConfig(Options):
 
     @property
     def folder(self) -> Path:
-        label = re.sub(r"[^A-Za-z0-9_-]+", "-", self.order)
+        order = suites.usual_order(suites.load(self.suite)) if self.order is None else self.order
+        label = re.sub(r"[^A-Za-z0-9_-]+", "-", order)
         return Path(self.out) / self.method / label / f"seed-{self.seed}"
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A RunConfig with every name looked up and every default filled in."""
+    """A RunConfig with every name looked up and every default filled in; its own order is given, never None."""
 
     config: RunConfig
     suite: Suite
@@ -171,13 +172,16 @@ def plan(config: RunConfig, elsewhere: bool = False, forecast: bool = False) -> 
         forecast: whether it is not done at all, and needs no data.
     """
     from cnext import backbones, methods
+    from cnext.tasks.synthetic import GENERATORS
 
     suite = suites.load(config.suite)
     if config.clip is not None:
         suite = dataclasses.replace(suite, clip=config.clip)
     if config.prompts is not None:
         suite = suites.worded(suite, config.prompts)
-    order = suites.order(suite, config.order)
+    if config.order is None:
+        config = dataclasses.replace(config, order=suites.usual_order(suite))
+    order = suites.order(suite, config.order or "")
     if config.budget not in suite.budgets:
         raise unknown("budget", config.budget, list(suite.budgets))
     if config.split not in SPLITS:
@@ -209,7 +213,10 @@ def plan(config: RunConfig, elsewhere: bool = False, forecast: bool = False) -> 
         if name not in known:
             raise unknown(f"hyperparameter of {config.method}", name, list(known))
         _check_type(f"hyperparameter {name} of {config.method}", value, known[name].default)
-    hyperparameters = dataclasses.asdict(kind(**config.hyperparameters))
+    try:
+        hyperparameters = dataclasses.asdict(kind(**config.hyperparameters))
+    except ValueError as error:
+        raise UserError(f"{config.method}: {error}") from error
     return Plan(config, suite, order, recipe, _device(config.device, elsewhere), hyperparameters)
 
 

@@ -10,17 +10,15 @@ from typing import NamedTuple
 
 import torch
 
-from cnext import backbones, methods
-from cnext.backbones.base import Backbone
-from cnext.methods.base import Method
-from cnext.running.batches import stable_seed
 from cnext.running.config import Plan
-from cnext.running.evaluation import question
+from cnext.running.evaluation import answered
 from cnext.running.pace import duration
-from cnext.running.training import TaskTrainer
-from cnext.tasks import formats, synthetic
-from cnext.tasks.base import Sample
+from cnext.running.precision import autocast
+from cnext.running.preparing import Prepared, prepare
+from cnext.running.training import begin
+from cnext.tasks.base import Sample, Task
 
+SAMPLES = ("train_samples", "test_samples")
 TIMED_STEPS, TIMED_SAMPLES = 3, 32
 
 
@@ -33,18 +31,18 @@ class Estimate(NamedTuple):
 
 
 def estimate(planned: Plan) -> Estimate:
-    """Times ``TIMED_STEPS`` steps and ``TIMED_SAMPLES`` answers of every task. Leaves no file."""
+    """Times ``TIMED_STEPS`` steps and ``TIMED_SAMPLES`` answers of every task. Leaves no file.
+
+    Raises: UserError for what a run of this plan would not start with.
+    """
     config, recipe = planned.config, planned.recipe
     torch.set_num_threads(config.threads)
+    # What the user has is read whole, as what is wrong with it may be in its last row; what is drawn is good.
+    few = {name: min(TIMED_SAMPLES, getattr(recipe, name) or TIMED_SAMPLES) for name in SAMPLES}
+    small = dataclasses.replace(planned, recipe=dataclasses.replace(recipe, **few))
     with tempfile.TemporaryDirectory() as scratch:
-        data = config.data
-        if data is None:
-            data = synthetic.write_next_tiny(Path(scratch) / "data", TIMED_SAMPLES, TIMED_SAMPLES)
-        backbone = backbones.load(config.backbone).load(planned.device)
-        method = methods.load(config.method)(**planned.hyperparameters)
-        tasks = [planned.suite.task(name) for name in planned.order]
-        method.setup(backbone, tasks, torch.Generator().manual_seed(stable_seed(config.seed, "adapters")))
-        small = dataclasses.replace(recipe, train_samples=TIMED_SAMPLES, test_samples=TIMED_SAMPLES)
+        ready = prepare(planned if config.data else small, Path(scratch))
+        method = ready.method
         heading = f"plan: {config.method} on {config.backbone}, suite {planned.suite.name} ({config.budget})"
         lines = [
             f"{heading}, order {config.order}, seed {config.seed}, device {planned.device}",
@@ -53,13 +51,10 @@ def estimate(planned: Plan) -> Estimate:
         total = 0.0
         for index, name in enumerate(planned.order):
             task = planned.suite.task(name)
-            train = formats.read(task, data, "train", small.train_samples)
-            test = formats.read(task, data, config.split, small.test_samples)
-            trained, step_seconds = _time_steps(planned, backbone, method, train, name)
-            started = time.perf_counter()
-            with method.for_eval():
-                method.answer([question(sample) for sample in test], task.max_new_tokens, task)
-            answers = (time.perf_counter() - started) / len(test) * (recipe.test_samples or len(test))
+            trained, step_seconds = _time_steps(planned, ready, task)
+            test = ready.samples[config.split][name]
+            asked = len(test) if config.data else recipe.test_samples or len(test)
+            answers = _time_answers(planned, ready, task, test[:TIMED_SAMPLES]) * asked
             training = step_seconds * recipe.steps[name]
             # A task is answered zero-shot, after its own training, and after every later task.
             total += training + answers * (2 if method.joint else 1 + len(planned.order) - index)
@@ -67,7 +62,7 @@ def estimate(planned: Plan) -> Estimate:
             steps = recipe.steps[name] if trained else 0
             times = f"{duration(training)}, {duration(answers)}"
             lines.append(f"{name:<12} {reads:<12} {writes:<8} {steps:>6} {trained:>10,}   {times}")
-        state = [*method.held().values(), *method.state_dict().values()]
+        state = [*(method.held() | ready.extras).values(), *method.state_dict().values()]
         size = sum(tensor.numel() * tensor.element_size() for tensor in state) * len(planned.order)
     lines.append(f"estimated time: {duration(total)}, and what it takes to load data, model and libraries")
     lines.append(f"estimated disk: {size / 1e6:.1f} MB of checkpoints, and the answers")
@@ -77,7 +72,7 @@ def estimate(planned: Plan) -> Estimate:
 
 def estimate_study(plans: list[Plan], jobs: int) -> str:
     """The plan of every method and order, timed with its first seed, and the totals over all runs."""
-    groups: dict[tuple[str, str], list[Plan]] = {}
+    groups: dict[tuple[str, str | None], list[Plan]] = {}
     for planned in plans:
         groups.setdefault((planned.config.method, planned.config.order), []).append(planned)
     texts, seconds, size = [], [], 0
@@ -94,17 +89,29 @@ def estimate_study(plans: list[Plan], jobs: int) -> str:
     return "\n\n".join(texts)
 
 
-def _time_steps(planned: Plan, backbone: Backbone, method: Method, train: list[Sample], name: str) -> tuple[int, float]:
-    parameters = method.trainable(planned.suite.task(name))
+def _time_steps(planned: Plan, ready: Prepared, task: Task) -> tuple[int, float]:
+    """How many numbers a task trains, and the seconds of a step."""
+    parameters = ready.method.trainable(task)
     if not parameters:
         return 0, 0.0
-    trainer = TaskTrainer(backbone, method, parameters, train, planned.recipe, TIMED_STEPS + 1, ("dry-run", name))
-    memory = {name: train[: method.card.rehearsal]} if method.card.rehearsal else {}
-    method.before_task(parameters, TIMED_STEPS + 1, memory)
+    samples, kept = ready.samples["train"][task.name], ready.method.card.rehearsal
+    memory = {task.name: samples[:kept]} if kept else {}
+    trainer = begin(planned, ready, task, parameters, samples, TIMED_STEPS + 1, memory)
+    ready.backbone.train()
     trainer.train_step()
     started = time.perf_counter()
     for _ in range(TIMED_STEPS):
         trainer.train_step()
     seconds = (time.perf_counter() - started) / TIMED_STEPS
-    method.after_task()
-    return sum(parameter.numel() for parameter in parameters.values()), seconds
+    ready.backbone.eval()
+    with autocast(trainer.recipe.precision, ready.backbone.device):
+        ready.method.after_task()
+    return sum(parameter.numel() for parameter in trainer.parameters.values()), seconds
+
+
+def _time_answers(planned: Plan, ready: Prepared, task: Task, samples: list[Sample]) -> float:
+    """The seconds of an answer."""
+    started = time.perf_counter()
+    with autocast(planned.recipe.precision, ready.backbone.device), ready.method.for_eval():
+        answered(ready.method, task, samples)
+    return (time.perf_counter() - started) / len(samples)

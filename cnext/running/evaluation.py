@@ -34,12 +34,16 @@ def evaluate(
 
     Returns: the mean score and the error shares of both profiles, in percent of all samples.
     """
-    told = task if method.card.task_id_at_test else None
-    mine = [question(sample) for sample in ranks.share(samples)]
     with unevenly():
-        answers = method.answer(mine, task.max_new_tokens, told)
+        answers = answered(method, task, ranks.share(samples))
     predictions = ranks.gathered(answers)
     return ranks.told({} if run is None else _scored(task, samples, scorer, predictions, run, stage))
+
+
+def answered(method: Method, task: Task, samples: Sequence[Sample]) -> list[Prediction]:
+    """A method's answers to the questions alone; it is told the task where its card asks for that."""
+    told = task if method.card.task_id_at_test else None
+    return method.answer([question(sample) for sample in samples], task.max_new_tokens, told)
 
 
 def _scored(

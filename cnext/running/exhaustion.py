@@ -45,6 +45,6 @@ def explained(folder: Path, doing: Callable[[], str], batch_size: int) -> Iterat
         raise UserError(
             f"out of memory ({doing()}): {reason}\n"
             f"the last checkpoint is whole; with more memory (fewer --jobs, other programs ended) {GO_ON}; "
-            f"a --micro-batch-size below {batch_size}, --checkpointing or a lower --batch-size needs less, "
+            f"a --micro-batch-size below {batch_size}, --checkpointing True or a lower --batch-size needs less, "
             "and another --out"
         ) from error

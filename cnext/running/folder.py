@@ -58,31 +58,40 @@ def _content(path: Path) -> bytes:
     return path.read_bytes() if path.is_file() else b""
 
 
-class RunFolder:
-    """Opens (or makes) the folder of one run.
+def check_free(path: Path, config: dict[str, Any]) -> None:
+    """Raises UserError where a run of this configuration cannot go into a folder, or go on in it.
 
-    Raises UserError where the folder holds results of another configuration, naming every difference. A configuration
-    that stopped before its first result (at bad data, say) is replaced: nothing is lost with it.
+    As it holds results of another configuration (every difference is named), or something else. A configuration that
+    stopped before its first result (at bad data, say) is replaced: nothing is lost with it.
     """
+    there = next(place for place in (path, *path.parents, Path()) if place.exists())
+    if not there.is_dir():
+        raise UserError(f"expected a folder for the runs, {there} is a file; give another --out")
+    file = path / "config.json"
+    if file.is_file():
+        try:
+            old = parse_json(file.read_bytes())
+        except ValueError as error:
+            raise UserError(f"{file} is not JSON ({error}); give another --out or delete the folder") from error
+        changed = _differences(old, config)
+        if changed and (path / "scores.jsonl").exists():
+            listed = "\n".join(changed)
+            raise UserError(
+                f"{path} holds a run of another configuration:\n{listed}\ngive another --out or delete the folder"
+            )
+    elif path.is_dir() and any(not other.name.startswith(".") for other in path.iterdir()):
+        raise UserError(f"{path} is not empty and holds no config.json; give another --out")
+
+
+class RunFolder:
+    """Opens (or makes) the folder of one run. Raises UserError as `check_free`, and where a process has it open."""
 
     def __init__(self, path: Path, config: dict[str, Any]) -> None:
         self.path = path
         self.checkpoints = path / "checkpoints"
         self.events: EventLog | None = None
         file = path / "config.json"
-        if file.is_file():
-            try:
-                old = parse_json(file.read_bytes())
-            except ValueError as error:
-                raise UserError(f"{file} is not JSON ({error}); give another --out or delete the folder") from error
-            changed = _differences(old, config)
-            if changed and (path / "scores.jsonl").exists():
-                listed = "\n".join(changed)
-                raise UserError(
-                    f"{path} holds a run of another configuration:\n{listed}\ngive another --out or delete the folder"
-                )
-        elif path.is_dir() and any(not other.name.startswith(".") for other in path.iterdir()):
-            raise UserError(f"{path} is not empty and holds no config.json; give another --out")
+        check_free(path, config)
         path.mkdir(parents=True, exist_ok=True)
         self._lock = self._locked()
         with ExitStack() as undo:

@@ -28,6 +28,8 @@ ANSWER_TOKENS = 8
 """Tokens of a text answer, assumed."""
 BANDWIDTH = 2e12
 """Bytes per second that a GPU reads weights at while it writes an answer, assumed (an H100 at 60% of its peak)."""
+TERAFLOPS = 400.0
+"""TFLOP/s that a GPU does in this work, assumed where nothing else is given (an H100 at 40% of its peak)."""
 AT_A_TIME = 16
 """Answers written at a time, assumed."""
 

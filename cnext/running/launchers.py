@@ -20,18 +20,16 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, Protocol, get_args
+from typing import Any, NamedTuple, Protocol
 
 from cnext.errors import UserError
-from cnext.running import heartbeat, job
+from cnext.running import command, heartbeat
 from cnext.running.config import Plan, RunConfig
 from cnext.running.parallel import OTHER, TAIL, Failure, end_of_log, failure, name
 from cnext.running.progress import StudyProgress, shown_metrics
 from cnext.running.stopping import Stop
 from cnext.running.tables import read
 
-Launcher = Literal["local", "ray", "slurm"]
-LAUNCHERS: tuple[str, ...] = get_args(Launcher)
 PACKAGES = {"ray": "ray", "slurm": "submitit"}
 POLL = 1.0
 """Seconds between two looks at the jobs."""
@@ -221,14 +219,19 @@ def _number(value: str) -> int | float | str:
     return value
 
 
+def require(launcher: str) -> None:
+    """Raises UserError where the launcher's package is not installed."""
+    package = PACKAGES[launcher]
+    if importlib.util.find_spec(package) is None:
+        raise UserError(f"--launcher {launcher} needs the package {package}; pip install 'cnext[{launcher}]'")
+
+
 def launch(launcher: str, plans: list[Plan], given: dict[str, Any], jobs: int) -> list[Failure]:
     """Does runs as jobs, at most ``jobs`` of them submitted at a time. The run folders are there.
 
     However this ends, no job is left behind. Told to stop, every run saves where it is before this raises Stopped.
     """
-    package = PACKAGES[launcher]
-    if importlib.util.find_spec(package) is None:
-        raise UserError(f"--launcher {launcher} needs the package {package}; pip install 'cnext[{launcher}]'")
+    require(launcher)
     with interruptible():
         engine = ENGINES[launcher](given, plans[0].config.out.absolute())
     waiting, failures, told = list(reversed(plans)), [], False
@@ -283,10 +286,10 @@ def interruptible() -> Iterator[None]:
 def _submit(engine: Engine, planned: Plan) -> Any:
     # The device as this machine has resolved it: "auto" could be another one where the job runs.
     config = dataclasses.replace(planned.config, device=planned.device)
-    code = JOB.format(path=[os.path.abspath(entry) for entry in sys.path], file=str(job.write(config).absolute()))
-    command = (sys.executable, "-c", code)
+    file = command.write(config).absolute()
+    code = JOB.format(path=[os.path.abspath(entry) for entry in sys.path], file=str(file))
     log = (config.folder / heartbeat.LOG).absolute()
-    return engine.submit(Work(command, os.getcwd(), str(log)), config, planned.device)
+    return engine.submit(Work((sys.executable, "-c", code), os.getcwd(), str(log)), config, planned.device)
 
 
 def _show(shown: StudyProgress, config: RunConfig) -> None:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from torch import nn
 
-from cnext import backbones
+from cnext import backbones, methods
 from cnext.backbones.base import Backbone
+from cnext.methods.base import Method
 from cnext.running import installed
+from cnext.running.batches import stable_seed
 from cnext.running.config import Plan, cache, loading_options
 from cnext.running.precision import DTYPES, in_float32
 from cnext.scoring.clip import load_clip
@@ -16,13 +20,41 @@ from cnext.tasks import formats, synthetic
 from cnext.tasks.base import DataError, Sample
 
 
-def data_folder(planned: Plan) -> Path:
-    """The folder with the suite's files; a synthetic suite is drawn into the cache first."""
+@dataclass(frozen=True)
+class Prepared:
+    """What a run starts from. samples: as `read_suite` gives them.  extras: as `trained_beside` gives them."""
+
+    samples: dict[str, dict[str, list[Sample]]]
+    backbone: Backbone
+    method: Method
+    extras: dict[str, nn.Parameter]
+
+
+def prepare(planned: Plan, drawn: Path | None = None) -> Prepared:
+    """Reads and loads all that a run needs; a dry run as well, so that it refuses what a run refuses.
+
+    drawn: folder that a synthetic suite is drawn into, in place of the cache.
+    """
+    # What is missing is said before anything large is read, or fetched.
+    backbones.load(planned.config.backbone).check(planned.config.weights)
+    check_clip(planned, planned.device)
+    samples = read_suite(planned, data_folder(planned, drawn))
+    backbone = load_backbone(planned)
+    method = methods.load(planned.config.method)(**planned.hyperparameters)
+    generator = torch.Generator().manual_seed(stable_seed(planned.config.seed, "adapters"))
+    method.setup(backbone, [planned.suite.task(name) for name in planned.order], generator)
+    return Prepared(samples, backbone, method, trained_beside(backbone, planned.recipe.trainable))
+
+
+def data_folder(planned: Plan, drawn: Path | None = None) -> Path:
+    """The folder with the suite's files; a synthetic suite is drawn first, into the cache or the folder ``drawn``."""
     recipe = planned.recipe
     if planned.config.data is not None:
         return planned.config.data
     name = f"{planned.suite.name}-v{synthetic.FORMAT_VERSION}-{recipe.train_samples}-{recipe.test_samples}"
-    return synthetic.GENERATORS[planned.suite.synthetic](cache() / name, recipe.train_samples, recipe.test_samples)
+    return synthetic.GENERATORS[planned.suite.synthetic](
+        (drawn or cache()) / name, recipe.train_samples, recipe.test_samples
+    )
 
 
 def read_suite(planned: Plan, data: Path) -> dict[str, dict[str, list[Sample]]]:

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cnext import backbones, methods, ranks
-from cnext.running import cost, digests, environment, fingerprint, processes, report
+from cnext import ranks
+from cnext.running import command, cost, digests, environment, fingerprint, processes, report
 from cnext.running.batches import stable_seed
 from cnext.running.checkpoint import write_json
 from cnext.running.config import Plan, RunConfig, plan
@@ -22,11 +22,11 @@ from cnext.running.event_log import EventLog
 from cnext.running.exhaustion import explained
 from cnext.running.folder import RunFolder
 from cnext.running.precision import autocast
-from cnext.running.preparing import check_clip, data_folder, load_backbone, read_suite, trained_beside
+from cnext.running.preparing import prepare
 from cnext.running.progress import Progress
 from cnext.running.results import results
 from cnext.running.stopping import Stop
-from cnext.running.training import TaskTrainer
+from cnext.running.training import TaskTrainer, begin
 from cnext.scoring import make_scorers
 from cnext.tasks.base import Sample, Task, joined
 
@@ -50,10 +50,11 @@ def run(config: RunConfig, progress: Progress | None = None) -> dict[str, Any]:
                 return Runner(mine, None, hidden, stop).run()
         with (
             progress or Progress() as shown,
-            closing(RunFolder(config.folder, planned.as_dict())) as folder,
+            closing(RunFolder(planned.config.folder, planned.as_dict())) as folder,
             shown.kept_in(folder.path),
             explained(folder.path, lambda: shown.doing, planned.recipe.batch_size),
         ):
+            command.write(planned.config)
             shown.say(f"run folder: {folder.path}")
             return Runner(mine, folder, shown, stop).run()
 
@@ -69,15 +70,9 @@ class Runner:
         self.plan, self.config, self.folder, self.progress = planned, planned.config, folder, progress
         self.stop = stop
         self.tasks = [planned.suite.task(name) for name in planned.order]
-        # What is missing is said before anything large is read, or fetched.
-        backbones.load(self.config.backbone).check(self.config.weights)
-        check_clip(planned, planned.device)
-        self.samples = read_suite(planned, data_folder(planned))
-        self.backbone = load_backbone(planned)
-        self.method = methods.load(self.config.method)(**planned.hyperparameters)
-        generator = torch.Generator().manual_seed(stable_seed(self.config.seed, "adapters"))
-        self.method.setup(self.backbone, self.tasks, generator)
-        self.extras = trained_beside(self.backbone, planned.recipe.trainable)
+        self.ready = prepare(planned)
+        self.samples, self.backbone = self.ready.samples, self.ready.backbone
+        self.method, self.extras = self.ready.method, self.ready.extras
         self.held = self.method.held() | self.extras
         self.unevenly = processes.sharded(self.backbone.language_model, self.held.values())
         self.stages = self._stages()
@@ -188,19 +183,11 @@ class Runner:
         steps = sum(recipe.steps[name] for name in names)
         parameters = self.method.trainable(task)
         rows, statistics = [], None
-        extras = self.extras if parameters else {}
-        learnt = [*parameters.values(), *extras.values()]
+        learnt = [*parameters.values(), *self.extras.values()] if parameters else []
         trained = {"parameters": sum(p.numel() for p in learnt), "steps": 0, "tokens": 0}
         if parameters:
-            for parameter in extras.values():
-                parameter.requires_grad_(True)
-            seed = (self.config.seed, task.name)
             samples = [sample for name in names for sample in self.samples["train"][name]]
-            trainer = TaskTrainer(
-                self.backbone, self.method, parameters, samples, recipe, steps, seed, extras, self.config.workers
-            )
-            with autocast(recipe.precision, self.backbone.device):
-                self.method.before_task(parameters, steps, self._memory(stage))
+            trainer = begin(self.plan, self.ready, task, parameters, samples, steps, self._memory(stage))
             if self.step:
                 trained = self.ledger["trained"][task.name]
                 trainer.load_state_dict(self.tensors["optimizer"], self.step)

@@ -6,7 +6,7 @@ import os
 import signal
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import Any
 
@@ -63,8 +63,11 @@ class Stop:
         if not self._held:
             raise Stopped(heard)
         if heard == signal.SIGINT:
-            # Not print, which the signal may have interrupted.
-            os.write(2, f"{heard.name}: saving at the end of this step; interrupt again to leave at once\n".encode())
+            # Not print, which the signal may have interrupted. Perhaps nobody reads it any more.
+            with suppress(OSError):
+                os.write(
+                    2, f"{heard.name}: saving at the end of this step; interrupt again to leave at once\n".encode()
+                )
 
     @contextmanager
     def held(self) -> Iterator[None]:

@@ -7,110 +7,28 @@ cnext-run --method mage --budget smoke
 
 from __future__ import annotations
 
-import argparse
-import dataclasses
-import inspect
-import itertools
-import re
 import sys
-from dataclasses import dataclass, field
 from typing import Any
 
-from cnext import methods, ranks
+from cnext import backbones, ranks
 from cnext.errors import UserError, unknown
 from cnext.running import fingerprint, processes, table_formats, tables
-from cnext.running.config import Options, Plan, RunConfig, plan
-from cnext.running.launchers import Launcher
-from cnext.running.mistakes import in_one_line
+from cnext.running.config import Plan, plan
+from cnext.running.flags import configs
 from cnext.running.parallel import Failure
 from cnext.tasks import suites
 
 
-@dataclass(frozen=True, kw_only=True)
-class Flags(Options):
-    """Learn the tasks of a suite one after another and report what is remembered.
-
-    The same command again goes on where an earlier one was interrupted.
-    """
-
-    method: list[str] = field(default_factory=lambda: ["mage"])
-    """Method, or several. `cnext list` shows them."""
-    order: list[str] = field(default_factory=lambda: ["paper"])
-    """Order of the tasks, or several: "paper", "reverse", "alphabet", "random:K", or your own "a,b,c"."""
-    seeds: list[int] = field(default_factory=lambda: [0])
-    """Seeds of initialization and of the order of samples."""
-    jobs: str = "auto"
-    """Runs at a time: a number, or "auto" for what cores and memory allow (one on a GPU). Results are the same."""
-    launcher: Launcher = "local"
-    """Where runs are done: "local", "ray" (a Ray cluster) or "slurm" (through submitit). Results are the same."""
-    launcher_option: list[str] = field(default_factory=list)
-    """Options of the launcher as key=value: address of the Ray cluster and options of a Ray task; or submitit's own,
-    for example slurm_partition=gpu timeout_min=600."""
-    baseline: str | None = None
-    """Method that the table compares the others with: lora where it runs, else the first."""
-    mix_environments: bool = False
-    """Average runs of different environments (processor, versions, threads), which decide bits. The tables say so."""
-    dry_run: bool = False
-    """Show the plan with an estimate of time and disk, and stop."""
-    gpus: int | None = None
-    """With --dry-run: forecast time, memory and disk on so many GPUs from the model's sizes; needs no weights, no data
-    and no GPU."""
-    tflops: float = 400.0
-    """With --gpus: TFLOP/s that a GPU is assumed to do in this work (an H100 at 40% of its peak)."""
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "method", [methods.canonical(name) for name in self.method])
-        object.__setattr__(self, "baseline", self.baseline and methods.canonical(self.baseline))
-
-
-def _parse(arguments: list[str]) -> Any:
-    """Flags with one group of typed flags per chosen method, for example ``--mage.c``."""
-    import tyro
-
-    # One meaning, two names: a suite's budgets are the presets that `--preset paper` speaks of.
-    arguments = [re.sub(r"^--preset(?=$|=)", "--budget", argument) for argument in arguments]
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    first.add_argument("--method", nargs="*", default=["mage"])
-    chosen = dict.fromkeys(map(methods.canonical, first.parse_known_args(arguments)[0].method))
-    groups, known = [], []
-    for name in chosen:
-        kind = methods.load(name)
-        known += [f"--{name}.{item.name.replace('_', '-')}" for item in dataclasses.fields(kind) if item.init]
-        if any(item.init for item in dataclasses.fields(kind)):
-            groups.append((name.replace("-", "_"), kind, field(default_factory=kind)))
-    flags = dataclasses.make_dataclass("Flags", groups, bases=(Flags,), frozen=True, kw_only=True)
-    description = inspect.cleandoc(Flags.__doc__ or "")
-    with in_one_line(known):
-        return tyro.cli(
-            flags, prog="cnext-run", args=arguments, description=description, config=(tyro.conf.FlagCreatePairsOff,)
-        )
-
-
-def configs(flags: Any) -> list[RunConfig]:
-    """One RunConfig per method, order and seed, in the order in which they run."""
-    shared = {item.name: getattr(flags, item.name) for item in dataclasses.fields(Options)}
-    return [
-        RunConfig(
-            method=method,
-            hyperparameters=dataclasses.asdict(
-                getattr(flags, method.replace("-", "_"), None) or methods.load(method)()
-            ),
-            order=order,
-            seed=seed,
-            **shared,
-        )
-        for method, order, seed in itertools.product(flags.method, flags.order, flags.seeds)
-    ]
-
-
 def _check(flags: Any, plans: list[Plan]) -> None:
-    """Raises UserError where the runs would not make one table."""
+    """Raises UserError where the runs would not make one table, or a flag has no use."""
+    from cnext.running import launchers
+
     for flag in ("method", "order", "seeds"):
-        given = getattr(flags, flag)
+        given = getattr(flags, flag) or []
         repeated = [str(value) for value in dict.fromkeys(given) if given.count(value) > 1]
         if repeated:
             raise UserError(f"--{flag} has {', '.join(repeated)} more than once; every run is done once")
-    orders: dict[tuple[str, ...], str] = {}
+    orders: dict[tuple[str, ...], str | None] = {}
     for planned in plans:
         spec = planned.config.order
         other = orders.setdefault(planned.order, spec)
@@ -119,8 +37,15 @@ def _check(flags: Any, plans: list[Plan]) -> None:
     tables.check_comparable({f"order {planned.config.order}": planned.as_dict() for planned in plans})
     if flags.jobs != "auto" and not (flags.jobs.isdecimal() and int(flags.jobs)):
         raise UserError(f"--jobs must be auto or a number of at least 1, got {flags.jobs}")
-    if flags.launcher_option and flags.launcher == "local":
+    if flags.launcher != "local":
+        launchers.require(flags.launcher)
+        launchers.options(flags.launcher_option)
+    elif flags.launcher_option:
         raise UserError("--launcher-option is for --launcher ray or slurm")
+    if flags.gpus is not None and not flags.dry_run:
+        raise UserError("--gpus forecasts a run and goes with --dry-run; a run takes the GPUs that torchrun gives it")
+    if flags.tflops is not None and flags.gpus is None:
+        raise UserError("--tflops is what --gpus N forecasts with; give both, or leave it away")
     if flags.baseline is not None and flags.baseline not in flags.method:
         raise unknown("baseline", flags.baseline, flags.method)
 
@@ -144,6 +69,12 @@ def _finished(planned: Plan) -> bool:
     folder = planned.config.folder
     RunFolder(folder, planned.as_dict()).close()
     return (folder / "report.html").is_file() and tables.read(folder) is not None
+
+
+def _check_done(flags: Any, plans: list[Plan]) -> None:
+    """Raises UserError where the runs that are finished are of different environments, unless these may be mixed."""
+    if done := tables.finished(planned.config.folder for planned in plans):
+        fingerprint.check_alike({str(run.folder): run.fingerprint for run in done}, flags.mix_environments)
 
 
 def _write_tables(flags: Any, plans: list[Plan]) -> None:
@@ -180,6 +111,7 @@ def _do(flags: Any, to_do: list[Plan]) -> list[Failure]:
     if here and at_a_time == 1:
         return parallel.one_after_another(to_do)
     # The runs share these: drawn once, and what is wrong with them is one message before anything starts.
+    backbones.load(to_do[0].config.backbone).check(to_do[0].config.weights)
     check_clip(to_do[0], to_do[0].device if here else "cpu")
     read_suite(to_do[0], data_folder(to_do[0]))
     if here:
@@ -192,8 +124,7 @@ def _study(flags: Any, plans: list[Plan]) -> int:
     from cnext.running import parallel
 
     to_do = [planned for planned in plans if not _finished(planned)]
-    if done := tables.finished(planned.config.folder for planned in plans):
-        fingerprint.check_alike({str(run.folder): run.fingerprint for run in done}, flags.mix_environments)
+    _check_done(flags, plans)
     if len(to_do) < len(plans):
         print(f"{len(plans) - len(to_do)} of {len(plans)} runs are finished already", file=sys.stderr)
     failures = _do(flags, to_do) if to_do else []
@@ -222,28 +153,39 @@ def _together(flags: Any, plans: list[Plan]) -> None:
             _write_tables(flags, plans)
 
 
-def main(arguments: list[str]) -> int:
-    """Runs what the flags ask for. Everything that can be checked is checked before the first run starts."""
-    flags = _parse(arguments)
+def _dry_run(flags: Any, plans: list[Plan]) -> None:
+    """Prints what the runs will take. Raises UserError for what they would be refused for."""
+    from cnext.running import dry_run, forecast, jobs
+    from cnext.running.folder import check_free
+
+    if flags.gpus is not None:
+        teraflops = forecast.TERAFLOPS if flags.tflops is None else flags.tflops
+        print("\n\n".join(forecast.text(planned, flags.gpus, teraflops) for planned in plans))
+        return
+    if processes.launched() > 1:
+        raise UserError("--dry-run times steps in one process; leave torchrun away, or give --gpus N for a forecast")
+    for planned in plans:
+        check_free(planned.config.folder, planned.as_dict())
+    _check_done(flags, plans)
+    if len(plans) == 1:
+        print(dry_run.estimate(plans[0]).text)
+    else:
+        at_a_time, why = jobs.decide(plans, flags.jobs)
+        print(f"{dry_run.estimate_study(plans, at_a_time)}\n{why}")
+
+
+def main(flags: Any) -> int:
+    """Runs what flags as of `flags.parse` ask for. What can be checked is checked before the first run starts."""
     for flag in ("method", "order", "seeds"):
-        if not getattr(flags, flag):
+        if getattr(flags, flag) == []:
             raise UserError(f"--{flag} needs at least one value")
     forecasting = flags.gpus is not None
-    plans = [plan(config, flags.launcher != "local" or forecasting, forecasting) for config in configs(flags)]
+    elsewhere = forecasting or (flags.launcher != "local" and not flags.dry_run)
+    plans = [plan(config, elsewhere, forecasting) for config in configs(flags)]
     _check(flags, plans)
     _say_what_is_left_out(plans)
-    if flags.gpus is not None and not flags.dry_run:
-        raise UserError("--gpus forecasts a run and goes with --dry-run; a run takes the GPUs that torchrun gives it")
     if flags.dry_run:
-        from cnext.running import dry_run, forecast, jobs
-
-        if flags.gpus is not None:
-            print("\n\n".join(forecast.text(planned, flags.gpus, flags.tflops) for planned in plans))
-        elif len(plans) == 1:
-            print(dry_run.estimate(plans[0]).text)
-        else:
-            at_a_time, why = jobs.decide(plans, flags.jobs)
-            print(f"{dry_run.estimate_study(plans, at_a_time)}\n{why}")
+        _dry_run(flags, plans)
         return 0
     if processes.launched() > 1:
         _together(flags, plans)

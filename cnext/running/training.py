@@ -12,12 +12,14 @@ from torch import Tensor, nn
 from cnext import ranks
 from cnext.backbones.base import Backbone
 from cnext.errors import UserError
-from cnext.methods.base import Method
+from cnext.methods.base import Memory, Method
 from cnext.running import zero
 from cnext.running.batches import Batches, stable_seed
+from cnext.running.config import Plan
 from cnext.running.precision import autocast
+from cnext.running.preparing import Prepared
 from cnext.running.schedules import SCHEDULES
-from cnext.tasks.base import Recipe, Sample
+from cnext.tasks.base import Recipe, Sample, Task
 
 
 class TaskTrainer:
@@ -147,3 +149,27 @@ class TaskTrainer:
             parameter = self.parameters[name]
             if parameter in learnt:
                 mine.state[parameter][key] = value.to(parameter.device)
+
+
+def begin(
+    planned: Plan,
+    ready: Prepared,
+    task: Task,
+    parameters: dict[str, nn.Parameter],
+    samples: Sequence[Sample],
+    steps: int,
+    memory: Memory,
+) -> TaskTrainer:
+    """The trainer of a task's parameters, and of what learns beside them, as the plan has it; the method is told.
+
+    memory: as `Method.before_task` takes it.
+    """
+    recipe, seed = planned.recipe.of(task.name), (planned.config.seed, task.name)
+    for parameter in ready.extras.values():
+        parameter.requires_grad_(True)
+    trainer = TaskTrainer(
+        ready.backbone, ready.method, parameters, samples, recipe, steps, seed, ready.extras, planned.config.workers
+    )
+    with autocast(recipe.precision, ready.backbone.device):
+        ready.method.before_task(parameters, steps, memory)
+    return trainer

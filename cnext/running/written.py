@@ -60,7 +60,12 @@ RESULTS = {
     "hyperparameters?": dict,
     **dict.fromkeys(("backbone?", "budget?", "order?", "split?"), str),
 }
-CONFIG = {"recipe?": dict, "hyperparameters?": dict, "seed?": int}
+CONFIG = {
+    **dict.fromkeys(("method?", "suite?"), str),
+    **dict.fromkeys(("hyperparameters?", "backbone_options?"), dict),
+    "recipe?": {"by_task?": {str: dict}},
+    "seed?": int,
+}
 ENVIRONMENT = {"versions?": {str: (str, None)}}
 RESTORED = {"method": str, "hyperparameters": dict, "backbone": str, "tasks": [name], "recipe?": dict}
 CARD = {"profile": str, "split": str, "zero_shot": [SCORE], "metrics": dict, "finished": bool}

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import re
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -11,6 +14,7 @@ from torch.nn import functional as F
 
 from cnext import adapters
 from cnext.adapters import BRANCH_ROLES, AdapterLinear, Branch, roles_of
+from cnext.errors import UserError
 
 
 @pytest.mark.parametrize(
@@ -152,3 +156,57 @@ def test_set_trainable_unfreezes_the_named_branches_alone() -> None:
     assert set(chosen) == {f"{layer}.b.{part}" for layer in ("q_proj", "v_proj") for part in "AB"}
     live = {id(parameter) for parameter in model.parameters() if parameter.requires_grad}
     assert live == {id(parameter) for parameter in chosen.values()}
+
+
+TAKES_BRANCHES: dict[str, Callable[[nn.Module, Any], object]] = {
+    "branch_parameters": adapters.branch_parameters,
+    "set_trainable": adapters.set_trainable,
+    "activate": adapters.activate,
+    "activated": lambda model, branches: adapters.activated(model, branches).__enter__(),
+}
+
+
+@pytest.mark.parametrize("function", TAKES_BRANCHES.values(), ids=TAKES_BRANCHES.keys())
+@pytest.mark.parametrize(
+    ("ranks", "branches", "message"),
+    [
+        ({"text-general": 2, "b": 1}, ["b", "text_general"], "unknown branch 'text_general'; valid: text-general, b"),
+        ({"a": 2}, ["c", "a", "b"], "unknown branch 'c, b'; valid: a"),
+        ({"a": 2}, "ab", "branches must be a list of names, got the text 'ab'; valid: a"),
+        ({}, ["a"], "unknown branch 'a'; valid: none: the model has no adapter layers"),
+    ],
+    ids=["one", "two", "a text", "no adapter layers"],
+)
+def test_branches_that_are_not_there_are_named_and_change_nothing(
+    function: Callable[[nn.Module, Any], object], ranks: dict[str, int], branches: Any, message: str
+) -> None:
+    model = adapters.attach(Toy(), ("q_proj", "v_proj"), ranks) if ranks else Toy()
+    trained = [parameter.requires_grad for parameter in model.parameters()]
+    with pytest.raises(UserError, match=re.escape(message)):
+        function(model, branches)
+    assert [parameter.requires_grad for parameter in model.parameters()] == trained
+    assert all(layer.active == tuple(ranks) for layer in adapters.layers(model).values())
+
+
+@pytest.mark.parametrize("function", TAKES_BRANCHES.values(), ids=TAKES_BRANCHES.keys())
+def test_no_branches_are_asked_of_any_model(function: Callable[[nn.Module, Any], object]) -> None:
+    assert not adapters.set_trainable(Toy(), [])
+    function(Toy(), [])
+
+
+def test_layers_of_different_branches_let_take_part_what_they_have() -> None:
+    model, x = Toy(), torch.randn(3, 6)
+    adapters.attach(model, ("q_proj",), {"a": 2, "b": 2})
+    adapters.attach(model, ("v_proj",), {"b": 2, "c": 2})
+    with torch.no_grad():
+        for parameter in adapters.branch_parameters(model).values():
+            parameter.normal_()
+    adapters.activate(model, ["c", "b"])
+    assert [layer.active for layer in adapters.layers(model).values()] == [("b",), ("c", "b")]
+    without_a = model(x)
+    with torch.no_grad():
+        for parameter in adapters.branch_parameters(model, ["a"]).values():
+            parameter.zero_()
+    adapters.activate(model, ["a", "b", "c"])
+    torch.testing.assert_close(model(x), without_a)
+    assert set(adapters.set_trainable(model, ["c"])) == {"v_proj.c.A", "v_proj.c.B"}

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import re
+from dataclasses import fields
 from pathlib import Path
 from types import SimpleNamespace
+from typing import get_type_hints
 
 import pytest
 
@@ -70,6 +72,17 @@ def test_the_card_shows_every_claim(name: str, capsys: pytest.CaptureFixture[str
     assert all(re.search(rf"^{label} +\S", shown, re.MULTILINE) for label in labels)
     keeps_nothing = methods.load(name).extra_bytes is Method.extra_bytes
     assert not keeps_nothing or "\nextra bytes         0 at most" in shown
+
+
+@pytest.mark.parametrize("name", sorted(methods.modules()))
+def test_what_the_source_declares_is_what_the_class_has(name: str) -> None:
+    outline, kind = methods.declared(name), methods.load(name)
+    assert outline is not kind, "it is read, not imported"
+    types, texts = get_type_hints(kind), methods.described_fields(kind)
+    assert outline.__doc__ == kind.__doc__
+    assert [(field.name, field.type, field.default, field.metadata["help"]) for field in fields(outline)] == [
+        (field.name, types[field.name], field.default, texts[field.name]) for field in fields(kind)
+    ]
 
 
 def test_the_bytes_of_a_card_are_those_of_its_branches(capsys: pytest.CaptureFixture[str]) -> None:

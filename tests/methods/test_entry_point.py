@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import linecache
 import os
 import re
 import shutil
@@ -16,6 +17,7 @@ import torch
 from methods.sequence import Sequence
 
 from cnext import RunConfig, methods, run
+from cnext.cli import run_main
 from cnext.errors import UserError
 
 EXAMPLE = Path(__file__).parents[2] / "docs" / "example_method"
@@ -44,7 +46,7 @@ def test_is_no_longer_than_it_is_said_to_be() -> None:
 
 def test_is_listed_by_the_command_line(installed: Path, tmp_path: Path) -> None:
     listed = subprocess.run(
-        [sys.executable, "-m", "cnext.cli", "list"],
+        [sys.executable, "-m", "cnext", "list"],
         env=os.environ | {"PYTHONPATH": str(installed)},
         cwd=tmp_path,
         capture_output=True,
@@ -98,6 +100,37 @@ def test_a_class_may_be_named_beside_the_module(installed: Path) -> None:
     importlib.invalidate_caches()
     assert methods.load("l2-lora").__name__ == "L2Lora"
     assert methods.summary("l2-lora").startswith("LoRA, held by a spring")
+
+
+@pytest.mark.parametrize(
+    ("field", "shown"),
+    [
+        ('kind: Literal["a", "b"] = "a"', "--l2-lora.kind {a,b}"),
+        ("sizes: tuple[int, ...] = (1, 2)", "--l2-lora.sizes [INT [INT ...]]"),
+        ("most: float = 2 * 8.0", "--l2-lora.most FLOAT"),
+        ("most: float = field(default=16.0)", "--l2-lora.most FLOAT"),
+    ],
+    ids=["choice", "several", "no literal", "field"],
+)
+def test_a_field_that_the_source_alone_does_not_tell_is_a_flag_too(
+    field: str, shown: str, installed: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = (installed / "l2_lora.py").read_text()
+    imports = "from dataclasses import dataclass, field\nfrom typing import Literal\n"
+    source = source.replace("from dataclasses import dataclass\n", imports)
+    source = source.replace(
+        "    strength: float = 0.001", f'    {field}\n    """What it says."""\n    strength: float = 0.001'
+    )
+    (installed / "l2_lora.py").write_text(source)
+    monkeypatch.delitem(sys.modules, "l2_lora", raising=False)
+    linecache.clearcache()
+    with pytest.raises(SystemExit) as stop:
+        run_main(["--method", "l2-lora", "--help"])
+    assert stop.value.code == 0
+    told = capsys.readouterr().out
+    assert shown in told
+    assert "What it says." in told
+    assert "--l2-lora.strength FLOAT" in told
 
 
 def test_a_name_of_ours_is_not_taken(installed: Path) -> None:

@@ -18,7 +18,7 @@ import pytest
 
 from cnext.cli import run_main
 from cnext.errors import UserError
-from cnext.running import job, launchers, tables
+from cnext.running import command, launchers, tables
 from cnext.running.config import RunConfig, plan
 from cnext.running.launchers import ENGINES, Ended, Work
 
@@ -176,7 +176,7 @@ def test_a_job_has_the_package_of_its_study_and_not_one_that_lies_in_the_folder(
 def test_what_a_job_is_given_is_the_run(tmp_path: Path) -> None:
     config = RunConfig(method="mage", hyperparameters={"c": 2.0}, out=tmp_path, data=tmp_path / "data", threads=2)
     config.folder.mkdir(parents=True)
-    assert job.read(job.write(config)) == config
+    assert command.read(command.write(config)) == config
 
 
 def test_options() -> None:

@@ -193,7 +193,7 @@ def test_a_whole_run_in_two_processes(data: Path, toy_suite: Path, tmp_path: Pat
 
 def test_a_batch_that_cannot_be_shared_is_refused(data: Path, toy_suite: Path, tmp_path: Path) -> None:
     flags = ["--suite", str(toy_suite), "--data", str(data), "--device", "cpu", "--batch-size", "3"]
-    children = start(["-m", "cnext.cli", "run", *flags, "--out", str(tmp_path)])
+    children = start(["-m", "cnext", "run", *flags, "--out", str(tmp_path)])
     texts = [out for out, _ in outputs(children)]
     assert all(child.returncode for child in children)
     assert "must be a multiple of the number of processes, 2, got 3" in texts[0]

@@ -10,6 +10,7 @@ import itertools
 import json
 import re
 import shlex
+import shutil
 from html.parser import HTMLParser
 from pathlib import Path
 from xml.etree import ElementTree
@@ -24,7 +25,6 @@ from safetensors.torch import save_file
 from cnext.errors import UserError
 from cnext.running.analysis.run import Run, points
 from cnext.running.report import maps, plots, write_report, write_reports
-from cnext.running.report.record import command
 from cnext.running.report.samples import answers, drawings, picture
 from cnext.scoring.matrix import FORMULAS
 
@@ -75,6 +75,10 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def report(folder: Path) -> Page:
     return Page(write_report(folder)[0].read_text())
+
+
+def report_text(folder: Path) -> str:
+    return write_report(folder)[1].read_text()
 
 
 def results(folder: Path) -> dict:
@@ -298,16 +302,15 @@ def test_loss_of_a_step_run_twice_counts_once(run: Path, tmp_path: Path) -> None
     assert Run.read(tmp_path).losses[1].tolist() == [7, 6, 5]
 
 
-def test_command_resolves_to_the_configuration(run: Path) -> None:
-    config = json.loads((run / "config.json").read_text())
-    words = shlex.split(
-        command({**config, "order": "a b,c", "hyperparameters": {"rank": 8, "freeze": False, "x": None}})
-    )
-    pairs = list(itertools.pairwise(words))
-    assert words[0] == "cnext-run"
-    assert {("--method", "mage"), ("--seeds", "0"), ("--order", "a b,c"), ("--mage.rank", "8")} <= set(pairs)
-    assert "--mage.no-freeze" in words
-    assert "--mage.x" not in words
+def test_the_command_to_run_it_again_is_there(run: Path, tmp_path: Path) -> None:
+    assert "cnext-run --backbone tiny --suite next-tiny" in (run / "report.md").read_text()
+    folder = shutil.copytree(run, tmp_path / "run")
+    (folder / "options.json").write_text('{"suite": "my/suite", "workers": 2}')
+    assert "cnext-run --backbone tiny --suite my/suite" in report_text(folder)
+    assert " --workers 2" in report_text(folder)
+    (folder / "options.json").write_text("[]")
+    with pytest.raises(UserError, match=r"options\.json"):
+        write_report(folder)
 
 
 @pytest.mark.parametrize(

@@ -48,7 +48,7 @@ def rows(path: Path) -> list[dict]:
 def test_files_of_a_run(finished: Path) -> None:
     names = {path.name for path in finished.iterdir() if not path.name.startswith(".")}
     assert names == {
-        "config.json", "results.json", "cost.json", "environment.json", "scores.jsonl", "train.jsonl",
+        "config.json", "options.json", "results.json", "cost.json", "environment.json", "scores.jsonl", "train.jsonl",
         "predictions", "checkpoints", "report.html", "report.md", "report_files", "run.log",
     }  # fmt: skip
     assert sorted(path.name for path in (finished / "checkpoints").iterdir()) == ["1_VQAv2", "2_Flickr30k", "3_HQEdit"]
@@ -134,7 +134,7 @@ def command(made: RunConfig) -> list[str]:
         "--suite": made.suite, "--data": made.data, "--order": made.order, "--out": made.out, "--device": "cpu",
         "--block-steps": made.block_steps,
     }  # fmt: skip
-    return [sys.executable, "-m", "cnext.cli", "run", *(str(part) for pair in flags.items() for part in pair)]
+    return [sys.executable, "-m", "cnext", "run", *(str(part) for pair in flags.items() for part in pair)]
 
 
 def test_killed_anywhere_it_ends_with_the_same_bits(finished: Path, config: Callable[..., RunConfig]) -> None:

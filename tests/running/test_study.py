@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -238,6 +239,7 @@ def test_without_its_baseline_there_is_no_table_yet(
 
 MISTAKES = {
     "no seed": (["--seeds"], "--seeds needs at least one value"),
+    "no order": (["--order"], "--order needs at least one value"),
     "seed twice": (["--seeds", "0", "1", "0"], "--seeds has 0 more than once"),
     "method twice": (["--method", "lora", "lora"], "--method has lora more than once"),
     "order twice": (["--order", "paper", "paper"], "--order has paper more than once"),
@@ -493,3 +495,51 @@ def test_bad_data_is_one_message_before_any_process_starts(
     assert run_main([*flags, *arguments, "--out", str(tmp_path)]) == 2
     assert capsys.readouterr().err.count("no file matches") == 2, "train and test, once"
     assert not list(tmp_path.rglob("run.log"))
+
+
+@pytest.fixture
+def renamed(toy_suite: Path, tmp_path: Path) -> Callable[[dict[str, list[str]]], Path]:
+    """The toy suite with other named orders."""
+
+    def make(orders: dict[str, list[str]]) -> Path:
+        folder = shutil.copytree(toy_suite, tmp_path / "suite")
+        manifest = json.loads((folder / "suite.json").read_text())
+        (folder / "suite.json").write_text(json.dumps(manifest | {"orders": orders}))
+        return folder
+
+    return make
+
+
+ALL = ["VQAv2", "ImageNet", "Flickr30k", "OCRVQA", "RefCOCO", "HQEdit"]
+
+
+@pytest.mark.parametrize(
+    ("orders", "expected", "label"),
+    [
+        ({"mine": ALL[::-1], "other": ALL}, "mine", "mine"),
+        ({"mine": ALL[::-1], "paper": ALL}, "paper", "paper"),
+        ({}, ",".join(ALL), "-".join(ALL)),
+    ],
+    ids=["its first", "paper", "none"],
+)
+def test_where_no_order_is_asked_for_it_is_one_of_the_suites_own(
+    orders: dict[str, list[str]],
+    expected: str,
+    label: str,
+    renamed: Callable[[dict[str, list[str]]], Path],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    suite, ran = renamed(orders), []
+    config = RunConfig(suite=str(suite))
+    planned = plan(config)
+    assert planned.as_dict()["order"] == expected
+    assert planned.order == tuple(orders.get(expected, ALL))
+    assert config.folder == planned.config.folder == Path("runs/mage") / label / "seed-0"
+    monkeypatch.setattr(runner, "run", lambda config, *_: ran.append(config.folder))
+    assert run_main(["--suite", str(suite)]) == 0
+    assert ran == [config.folder]
+    if "paper" not in orders:
+        assert run_main(["--suite", str(suite), "--order", "paper"]) == 2
+        names = "".join(f"{name}, " for name in orders)
+        assert f"unknown order 'paper'; valid: {names}reverse, alphabet" in capsys.readouterr().err

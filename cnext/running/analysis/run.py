@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
@@ -37,6 +37,7 @@ class Run:
     config: dict
     cost: dict
     environment: dict
+    options: dict = field(default_factory=dict)
 
     @classmethod
     def read(cls, path: Path) -> Run:
@@ -45,7 +46,9 @@ class Run:
         if not results_path.is_file():
             raise UserError(f"{results_path}: no such file; give a folder in which cnext-run has evaluated a stage")
         results = written.read_results(results_path)
-        shapes = {"config": written.CONFIG, "cost": written.COST, "environment": written.ENVIRONMENT}
+        shapes = {
+            "config": written.CONFIG, "cost": written.COST, "environment": written.ENVIRONMENT, "options": dict,
+        }  # fmt: skip
         others = [(path / f"{name}.json", shape) for name, shape in shapes.items()]
         return cls(path, results, *(written.read(other, shape) if other.is_file() else {} for other, shape in others))
 

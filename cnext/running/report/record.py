@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-import shlex
 
 import numpy as np
 
 from cnext.running.analysis.run import NOTHING, Run, points
+from cnext.running.command import command
 from cnext.running.report import plots
 from cnext.running.report.blocks import Block, Code, Picture, Plots, Section, Table, Text
 from cnext.scoring.matrix import FORMULAS
@@ -126,7 +126,7 @@ def reproduction(run: Run) -> Section:
     """The command, the configuration, the versions and the machine."""
     blocks: list[Block] = []
     if run.config:
-        blocks.append(Code(command(run.config)))
+        blocks.append(Code(command(run.config, run.options)))
     versions = {**run.environment.get("versions", {}), **run.results.get("versions", {})}
     machine = [[name, _plain(value)] for name, value in run.environment.items() if name != "versions"]
     for head, rows in (
@@ -137,23 +137,6 @@ def reproduction(run: Run) -> Section:
         if rows:
             blocks.append(Table([head, ""], rows, words=(1,)))
     return Section("To run it again", blocks)
-
-
-def command(config: dict) -> str:
-    """The command line that resolves to this configuration."""
-    recipe = config.get("recipe", {})
-    named = ("method", "backbone", "suite", "budget", "order", "split", "data", "device", "threads", "block_steps")
-    options = {name: config.get(name) for name in named} | {"seeds": config.get("seed")}
-    options |= {name: recipe.get(name) for name in ("learning_rate", "batch_size")}
-    options |= {f"{config.get('method')}.{name}": value for name, value in config.get("hyperparameters", {}).items()}
-    words = ["cnext-run"]
-    for name, value in options.items():
-        group, dot, flag = name.replace("_", "-").rpartition(".")
-        if isinstance(value, bool):
-            words.append(f"--{group}{dot}{flag if value else f'no-{flag}'}")
-        elif value is not None:
-            words += [f"--{group}{dot}{flag}", *map(str, value if isinstance(value, list) else [value])]
-    return shlex.join(words)
 
 
 def _plain(value: object) -> str:

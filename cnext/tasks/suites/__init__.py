@@ -66,6 +66,12 @@ def details(suite: Suite) -> str:
     return "\n".join(lines)
 
 
+def usual_order(suite: Suite) -> str:
+    """The order that is meant where none is asked for: "paper" where the suite names one so, else its first."""
+    listed = ",".join(task.name for task in suite.tasks)
+    return "paper" if "paper" in suite.orders else next(iter(suite.orders), listed)
+
+
 def order(suite: Suite, spec: str) -> tuple[str, ...]:
     """Task names in training order, from the name of an order, "reverse", "alphabet", "random:K" or "a,b,c".
 
