@@ -61,11 +61,13 @@ MISTAKES = {
     "backbone": (["--backbone", "huge"], "unknown backbone 'huge'; valid: emu3, janus, seed-x, tiny"),
     "budget": (["--budget", "large"], "unknown budget 'large'; valid: default, smoke"),
     "device": (["--device", "toaster"], "unknown device 'toaster'; valid: auto, cpu, cuda"),
+    "device of no use": (["--device", "meta"], "unknown device 'meta'; valid: auto, cpu, cuda"),
     "no such device": (["--device", "cuda:99"], "device cuda:99 is not there"),
     "negative seed": (["--seeds", "-1"], "seed must be at least 0, got -1"),
     "no threads": (["--threads", "0"], "threads must be at least 1, got 0"),
     "learning rate": (["--learning-rate", "nan"], "learning_rate must be positive and finite"),
-    "data": (["--data", "nowhere"], "no file matches nowhere"),
+    "data": (["--data", "nowhere"], "no file matches nowhere/VQAv2/annotations/*.jsonl; nowhere holds nothing: it is"),
+    "data in a file": (["--data", "file"], "no file matches file/VQAv2/annotations/*.jsonl; file is a file, no folder"),
     "clip": (["--clip", "nowhere.pt"], "unknown CLIP 'nowhere.pt', and no such file; valid: tiny, a file or folder"),
 }
 
@@ -75,6 +77,7 @@ def test_a_mistake_is_one_message_and_status_2(
     flags: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    Path("file").touch()
     assert run_main(flags) == 2
     shown = capsys.readouterr().err
     assert f"error: {message}" in shown

@@ -89,7 +89,7 @@ def test_tuning_runs_the_installed_package(tree: Path) -> None:
     (tree / "file").touch()
     done = run(tree, "bench/tune.py", "--out", "file", "--method", "mage", "--jobs", "1")
     assert done.returncode == 1
-    assert f"error: Not a directory: {tree}/file/mage-c-2" in done.stderr
+    assert f"error: expected a folder for the runs, {tree}/file is a file" in done.stderr
 
 
 def test_what_a_source_tree_runs_on_is_said(tree: Path) -> None:

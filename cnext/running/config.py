@@ -288,10 +288,13 @@ def _device(name: str, elsewhere: bool) -> str:
 
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
+    valid = ["auto", "cpu", "cuda", "cuda:N"]
     try:
         device = torch.device(name)
     except RuntimeError as error:
-        raise unknown("device", name, ["auto", "cpu", "cuda", "cuda:N"]) from error
+        raise unknown("device", name, valid) from error
+    if device.type not in ("cpu", "cuda"):
+        raise unknown("device", name, valid)
     if not elsewhere and device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise UserError(f"device {name} is not there: torch sees {torch.cuda.device_count()} CUDA devices")
     return name

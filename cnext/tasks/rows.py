@@ -64,6 +64,8 @@ def optional_image(row: Row, name: str, root: Path) -> Path | None:
 def files(data: Path, pattern: str) -> list[Path]:
     """The files that a pattern names, sorted. Raises DataError where there are none, with what is there instead."""
     found = sorted(path for path in data.glob(pattern) if path.is_file())
+    if data.is_file():
+        raise DataError(f"no file matches {data / pattern}; {data} is a file, no folder")
     if not found:
         folder = data
         for part in Path(pattern).parts[:-1]:

@@ -90,3 +90,11 @@ def test_the_official_templates_are_narrower_than_the_benchmark() -> None:
         if "object in the image" in question
     }
     assert answers <= set(corpus.SEEN_ICONS)
+
+
+def test_a_folder_that_cannot_be_made_is_said_first(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").touch()
+    assert main(["pretrain-tiny", "--out", str(tmp_path / "file"), "--scale", "0.001"]) == 2
+    shown = capsys.readouterr()
+    assert shown.err == f"error: File exists: {tmp_path / 'file'}\n"
+    assert "step" not in shown.out

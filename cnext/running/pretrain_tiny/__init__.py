@@ -37,6 +37,8 @@ def pretrain(out: Path, seed: int = 0, scale: float = 1.0, threads: int = 1) -> 
 
     The layout is that of the package: ``cnext pretrain-tiny --out cnext`` in a checkout replaces what ships.
     """
+    # Before twenty minutes of work, and not after them.
+    out.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(seed)
     torch.set_num_threads(threads)
     steps = {name: max(round(count * scale), 1) for name, count in STAGES.items()}
