@@ -26,8 +26,9 @@ from cnext.running.zero import asked
 
 PATIENCE = timedelta(minutes=30)
 """How long a process waits for another, which may be scoring the answers of a task meanwhile."""
-ROLL_CALL = 3.0
-"""Seconds that those who are left have to say so, when one is lost."""
+ROLL_CALL = (3.0, 30.0)
+"""Seconds that those who are left have to say so when one is lost: at least, and at most while more than one is silent,
+as on a loaded machine some hear of it late."""
 LAUNCHED = ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 """What a launcher tells every process, beside how many there are."""
 CUT_OFF = ("gloo", "Connection closed by peer", "Connection reset by peer")
@@ -87,13 +88,26 @@ def _missing() -> str:
     count, number = distributed.get_world_size(), distributed.get_rank()
     distributed.destroy_process_group()
     try:
-        store.set(f"cnext/{number}", "here")
-        time.sleep(ROLL_CALL)
-        gone = [str(other) for other in range(count) if not store.check([f"cnext/{other}"])]
+        begun = time.monotonic()
+
+        def passed(least: float) -> bool:
+            return time.monotonic() - begun > least
+
+        def silent(word: str) -> list[int]:
+            return [other for other in range(count) if not store.check([f"cnext/{word}/{other}"])]
+
+        store.set(f"cnext/here/{number}", "")
+        while not passed(ROLL_CALL[0]) or (len(silent("here")) > 1 and not passed(ROLL_CALL[1])):
+            time.sleep(0.1)
+        gone = silent("here")
+        store.set(f"cnext/seen/{number}", "")
+        # The first has the store where no launcher's agent keeps it, and leaves when all have looked.
+        while number == 0 and silent("seen") != gone and not passed(2 * ROLL_CALL[1]):
+            time.sleep(0.1)
     except RuntimeError:
         # The store is gone with the process that has it, the first one where no launcher's agent keeps it.
-        gone = ["0"]
-    return f"process {', '.join(gone) or 'unknown'} of {count} (counted from 0)"
+        gone = [0]
+    return f"process {', '.join(map(str, gone)) or 'unknown'} of {count} (counted from 0)"
 
 
 def own_device(device: str) -> str:
