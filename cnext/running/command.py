@@ -22,9 +22,10 @@ FLAGS = {"seed": "seeds"}
 
 
 def write(config: RunConfig) -> Path:
-    """Writes what a run is asked for into its folder."""
-    path = config.folder / FILE
-    write_text(path, json.dumps(dataclasses.asdict(config), indent=2, default=str) + "\n")
+    """Writes what a run is asked for into its folder, where that does not say it yet."""
+    path, text = config.folder / FILE, json.dumps(dataclasses.asdict(config), indent=2, default=str) + "\n"
+    if not path.is_file() or path.read_bytes() != text.encode():
+        write_text(path, text)
     return path
 
 
