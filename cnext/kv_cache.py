@@ -1,4 +1,4 @@
-"""The key-value cache argument of a transformers decoder, under the name that the installed version gives it.
+"""Name of the key-value cache argument of a transformers decoder, across versions.
 
 transformers 5 renames ``past_key_values`` to ``cache`` and removes the old name in 5.40: from then on it would be
 dropped among a decoder's ``**kwargs`` without an error, and every position computed without those before it.

@@ -1,4 +1,4 @@
-"""How this cnext was built: why a part of the compiled core is not there, and what to do about it."""
+"""Why a part of the compiled core is missing, and how to get it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The command line of a run, from its folder: every option by its name in `RunConfig`, so that none can be left out."""
+"""Rebuild the command line of a run from config.json and options.json in its folder."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def command(config: dict[str, Any], options: dict[str, Any]) -> str:
         config, options: config.json and options.json of the run; {} for a folder of before the latter.
     """
     # What both have is resolved in the first. A suite's name is not its folder.
-    given = _reckoned(config) | {
+    given = _from_config(config) | {
         name: value for name, value in options.items() if name == "suite" or name not in config
     }
     words = ["cnext-run"]
@@ -82,7 +82,7 @@ def _defaults(method: str) -> dict[str, Any]:
         return {}
 
 
-def _reckoned(config: dict[str, Any]) -> dict[str, Any]:
+def _from_config(config: dict[str, Any]) -> dict[str, Any]:
     """Options that resolve to a configuration, as far as that tells."""
     given = {field.name: config[field.name] for field in dataclasses.fields(RunConfig) if field.name in config}
     recipe = config.get("recipe", {})

@@ -1,4 +1,4 @@
-"""The flags of ``cnext-run``: the options that a study's runs share, what a study is, each method's hyperparameters.
+"""Command-line flags of ``cnext-run``, parsed without importing torch.
 
 Help is made from these alone: nothing that runs anything is imported.
 """

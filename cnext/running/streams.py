@@ -1,4 +1,4 @@
-"""Standard output and error whose reader may leave before the program ends, as in ``cnext list | head -1``."""
+"""Standard streams that tolerate a closed pipe, as in ``cnext list | head -1``."""
 
 from __future__ import annotations
 
