@@ -22,10 +22,10 @@ def test_a_lap_s_peak_is_its_own() -> None:
     block = torch.ones(256 * MEGABYTES // 4)
     large = meter.lap()
     del block
-    meter.lap()
+    between = meter.lap()  # began with the block still there, so that its peak may be the highest of all
     small = meter.lap()
     assert large["peak_memory_bytes"] - small["peak_memory_bytes"] > 200 * MEGABYTES
-    assert meter.whole == large["peak_memory_bytes"]
+    assert meter.whole == max(lap["peak_memory_bytes"] for lap in (large, between, small))
     assert large["peak_device_memory_bytes"] is None
     assert large["seconds"] > 0
 
