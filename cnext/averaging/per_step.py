@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from cnext import ops
-from cnext.averaging.base import MovingAverage, by_kind, laid_out, spread
+from cnext.averaging.base import MovingAverage, by_kind, spread
 from cnext.errors import UserError
 
 
@@ -24,6 +24,11 @@ class PerStepAverage(MovingAverage):
         super().__init__()
         self.dtype = dtype
         self.ema: dict[str, Tensor] = {}
+        self._prepared: dict[int, ops.Prepared] = {}
+
+    def __getstate__(self) -> dict[str, object]:
+        # A copy has other tensors, and prepares its own calls.
+        return self.__dict__ | {"_prepared": {}}
 
     def slots(self) -> dict[str, dict[str, Tensor]]:
         return {"ema": self.ema}
@@ -35,6 +40,17 @@ class PerStepAverage(MovingAverage):
         for name, parameter in self.parameters.items():
             self.ema[name] = parameter.detach().to(self.dtype, copy=True)
         self.groups = list(by_kind(self.parameters))
+        self._prepared = {}
+
+    def prepared(self, group: int, op: str, *slots: Mapping[str, Tensor] | None) -> ops.Prepared:
+        """An op on the state of a group, made at its first call; what is None, as the gradients, every call gives.
+
+        The parameters are given as well: theirs is the one memory that others may move within a task.
+        """
+        if group not in self._prepared:
+            lists = [None if slot is None else self.listed(slot, self.groups[group]) for slot in slots]
+            self._prepared[group] = ops.prepare(op, *lists)
+        return self._prepared[group]
 
     def finish(self) -> dict[str, tuple[float, float]]:
         with torch.no_grad():
@@ -42,6 +58,7 @@ class PerStepAverage(MovingAverage):
                 parameter.copy_(self.ema[name])
         for slot in self.slots().values():
             slot.clear()
+        self._prepared = {}
         return {}
 
     def like(self, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
@@ -51,8 +68,8 @@ class PerStepAverage(MovingAverage):
     def listed(self, slot: Mapping[str, Tensor], names: list[str]) -> list[Tensor]:
         return [slot[name] for name in names]
 
-    def gradients(self, names: list[str]) -> list[Tensor]:
-        return [laid_out(self.parameters[name].grad, self.parameters[name]) for name in names]
+    def gradients(self, names: list[str]) -> list[Tensor | None]:
+        return [self.parameters[name].grad for name in names]
 
 
 class Constant(PerStepAverage):
@@ -74,8 +91,8 @@ class Constant(PerStepAverage):
 
     def read_gradients(self, losses: Tensor | None) -> None:
         beta = self.retention ** (1 / self.steps) if self.beta is None else self.beta
-        for names in self.groups:
-            ops.ema_step_(self.listed(self.parameters, names), self.listed(self.ema, names), beta=beta)
+        for k, names in enumerate(self.groups):
+            self.prepared(k, "ema_step_", None, self.ema)(theta=self.listed(self.parameters, names), beta=beta)
 
     def finish(self) -> dict[str, tuple[float, float]]:
         self.read_gradients(None)
@@ -128,8 +145,9 @@ class PemaStep(PerStepAverage):
         for k, names in enumerate(self.groups):
             theta = self.listed(self.parameters, names)
             gradients = self.gradients(names) if scale else theta
-            state = self.listed(self.fisher, names), self.listed(self.ema, names)
-            rows = ops.pema_step_(theta, gradients, *state, self._levels[k], scale=scale)
+            step = self.prepared(k, "pema_step_", None, None, self.fisher, self.ema)
+            rows = step(self._levels[k], theta=theta, grad=gradients, scale=scale)
+            assert rows is not None, "it counts"
             self._levels[k].copy_(rows[:, 1] * self._factors[k])
             self._rows[k].copy_(rows)
 
@@ -187,10 +205,10 @@ class PemaLiteral(PerStepAverage):
             self.counts |= dict(zip(names, self._counted[-1].unbind(), strict=True))
 
     def read_gradients(self, losses: Tensor | None) -> None:
-        for names, counted in zip(self.groups, self._counted, strict=True):
-            state = self.listed(self.fisher, names), self.listed(self.ema, names)
+        for k, names in enumerate(self.groups):
+            step = self.prepared(k, "pema_literal_", None, None, self.fisher, self.ema)
             theta = self.listed(self.parameters, names)
-            counted += ops.pema_literal_(theta, self.gradients(names), *state, **self.numbers)
+            self._counted[k] += step(theta=theta, grad=self.gradients(names), **self.numbers)
 
     def finish(self) -> dict[str, tuple[float, float]]:
         number, inside = (sum(float(counted[:, k].sum()) for counted in self._counted) for k in (0, 1))

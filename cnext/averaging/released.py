@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from cnext import ops
-from cnext.averaging.base import MovingAverage
+from cnext.averaging.base import MovingAverage, laid_out
 from cnext.averaging.per_step import PerStepAverage
 
 MISSING = 0.99
@@ -39,13 +39,14 @@ class Dema(PerStepAverage):
         self.grad_prev |= self.like()
 
     def read_gradients(self, losses: Tensor | None) -> None:
-        for names in self.groups:
-            gradients, previous = self.gradients(names), self.listed(self.grad_prev, names)
+        for k, names in enumerate(self.groups):
             if self.step == 0:
-                torch._foreach_copy_(previous, gradients)
+                found = [laid_out(self.parameters[name].grad, self.parameters[name]) for name in names]
+                torch._foreach_copy_(self.listed(self.grad_prev, names), found)
                 continue
-            theta, ema = self.listed(self.parameters, names), self.listed(self.ema, names)
-            ops.dema_step_(theta, gradients, ema, previous, factor=self.factor, fallback=self.fallback)
+            step = self.prepared(k, "dema_step_", None, None, self.ema, self.grad_prev)
+            theta = self.listed(self.parameters, names)
+            step(theta=theta, grad=self.gradients(names), factor=self.factor, fallback=self.fallback)
 
     def finish(self) -> dict[str, tuple[float, float]]:
         for names in self.groups:
@@ -75,7 +76,8 @@ class PemaReleased(PerStepAverage):
         for group in self.groups:
             names = [name for name in group if self.parameters[name].ndim == 2]
             theta, ema = self.listed(self.parameters, names), self.listed(self.ema, names)
-            ops.pema_released_(theta, self.gradients(names), ema, damping=self.damping, fallback=MISSING)
+            gradients = [laid_out(self.parameters[name].grad, self.parameters[name]) for name in names]
+            ops.pema_released_(theta, gradients, ema, damping=self.damping, fallback=MISSING)
             self._fallback([name for name in group if self.parameters[name].ndim != 2])
 
     def finish(self) -> dict[str, tuple[float, float]]:

@@ -2,6 +2,7 @@
 
 from cnext.ops.averaging import (
     GUARDS,
+    Prepared,
     adamw_pema_step_,
     dema_step_,
     ema_step_,
@@ -10,6 +11,7 @@ from cnext.ops.averaging import (
     pema_merge_,
     pema_released_,
     pema_step_,
+    prepare,
     sums,
 )
 from cnext.ops.branches import dropout_mask, lora_branches, lora_branches_grouped
@@ -17,6 +19,7 @@ from cnext.ops.dispatch import last_path
 
 __all__ = [
     "GUARDS",
+    "Prepared",
     "adamw_pema_step_",
     "dema_step_",
     "dropout_mask",
@@ -29,5 +32,6 @@ __all__ = [
     "pema_merge_",
     "pema_released_",
     "pema_step_",
+    "prepare",
     "sums",
 ]

@@ -12,13 +12,55 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from cnext.errors import UserError
-from cnext.ops.rules import OPS
+from cnext.errors import UserError, unknown
+from cnext.ops.foreach import Prepared
+from cnext.ops.rules import GUARDS, OPS, adamw_numbers, literal_numbers
 
-GUARDS = ("fallback", "clamp")
+__all__ = [
+    "GUARDS",
+    "Prepared",
+    "adamw_pema_step_",
+    "dema_step_",
+    "ema_step_",
+    "fisher_accumulate_",
+    "pema_literal_",
+    "pema_merge_",
+    "pema_released_",
+    "pema_step_",
+    "prepare",
+    "sums",
+]
 
 for _op in OPS.values():
     _op.register()
+
+
+def prepare(op: str, *lists: list[Tensor] | None, impl: str | None = None) -> Prepared:
+    """An op whose lists of tensors are checked once, to be called at every step with little work of the host.
+
+        step = ops.prepare("pema_step_", theta, None, fisher, ema)
+        step(level, grad=[parameter.grad for parameter in parameters])
+
+    Args:
+        op: name of a function of this module that works on lists, such as "pema_step_".
+        lists: its lists of tensors, in its order, none of them empty; None in place of one that is only read and that
+            every call gives anew.
+        impl: as the op's.
+
+    Returns:
+        A `cnext.ops.foreach.Prepared`, called with the rest of the op's arguments; its result is the op's.
+
+    Raises:
+        UserError: as the op; ``op`` is not known.
+    """
+    if op not in OPS:
+        raise unknown("op", op, list(OPS))
+    if op == "adamw_pema_step_" and len(lists) == 6 and lists[4] is None:
+        op, lists = "adamw_pema_step_shared_", (*lists[:4], lists[5])
+    roles = OPS[op].roles
+    if len(lists) != len(roles):
+        raise UserError(f"prepare: {op} takes {len(roles)} lists, {', '.join(roles)}; got {len(lists)}")
+    return Prepared(OPS[op], dict(zip(roles, lists, strict=True)), impl)
 
 
 def fisher_accumulate_(
@@ -148,13 +190,10 @@ def pema_literal_(
 
     Reference: Continual-NExT, arXiv 2602.18055, Eq. 4 and its released code.
     """
-    if guard not in GUARDS:
-        raise UserError(f"pema_literal_: guard is {guard!r}; expected one of {', '.join(GUARDS)}")
+    _, numbers = literal_numbers(guard=guard, decay=decay, scale=scale, damping=damping, fallback=fallback)
     if not theta:
         return torch.empty((0, 4), dtype=torch.float64)
-    numbers = {"decay": decay, "scale": scale, "damping": damping, "fallback": fallback}
-    clamp = float(guard == "clamp")
-    return torch.ops.cnext.pema_literal_(theta, grad, fisher, ema, **numbers, clamp=clamp, impl=impl)
+    return torch.ops.cnext.pema_literal_(theta, grad, fisher, ema, **numbers, impl=impl)
 
 
 def dema_step_(
@@ -250,12 +289,7 @@ def adamw_pema_step_(
     """
     if not theta:
         return torch.empty((0, 4), dtype=torch.float64)
-    numbers = (1 - lr * weight_decay, lr / (1 - betas[0] ** step), (1 - betas[1] ** step) ** 0.5)
-    rows = torch.empty((len(theta), 4), dtype=torch.float64, device=level.device)
-    rows[:, 0] = level
-    for k, number in enumerate(numbers, 1):
-        rows[:, k] = number
-    scalars = {"beta1": betas[0], "beta2": betas[1], "eps": eps}
+    (rows,), scalars = adamw_numbers(level, step=step, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
     if fisher is None:
         return torch.ops.cnext.adamw_pema_step_shared_(
             theta, grad, exp_avg, exp_avg_sq, ema, rows, **scalars, impl=impl

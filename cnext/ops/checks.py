@@ -3,15 +3,45 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import cache
+from typing import Any
 
 import numpy
 import torch
 from torch import Tensor
 
 from cnext.errors import UserError
+from cnext.ops import dispatch
 
 STATE = (torch.float32,)
 PARAM = (torch.float32, torch.bfloat16)
+ADDRESS, ELEMENTS, KIND, LAYOUT = range(4)
+"""Columns of a `table`."""
+
+
+@cache
+def _exchange() -> tuple[Any, Any] | None:
+    """The compiled core and torch's DLPack exchange API (torch 2.10 or newer), which it reads tensors through."""
+    core, api = dispatch.core("cpp"), getattr(torch.Tensor, "__dlpack_c_exchange_api__", None)
+    return None if core is None or api is None else (core, api)
+
+
+def table(tensors: Sequence[Tensor | None]) -> numpy.ndarray:
+    """(tensors, 4) int64: address, elements, a number for dtype and device, and one for shape and strides.
+
+    A row of -1 is no dense strided tensor, None among them. Numbers of one process are comparable, no others.
+    """
+    if (found := _exchange()) is not None:
+        core, api = found
+        return core.describe(api, list(tensors))
+    rows = [_row(tensor) if tensor is not None and _dense(tensor) else (-1,) * 4 for tensor in tensors]
+    return numpy.array(rows, dtype=numpy.int64).reshape(-1, 4)
+
+
+def _row(tensor: Tensor) -> tuple[int, int, int, int]:
+    strides = [s for s, n in zip(tensor.stride(), tensor.shape, strict=True) if n != 1 and tensor.numel()]
+    shape = hash((tuple(tensor.shape), tuple(strides)))
+    return tensor.data_ptr(), tensor.numel(), hash((str(tensor.dtype), str(tensor.device))), shape
 
 
 def _dense(tensor: Tensor) -> bool:
@@ -20,10 +50,33 @@ def _dense(tensor: Tensor) -> bool:
         return False
     expected = 1
     for stride, size in sorted((s, n) for s, n in zip(tensor.stride(), tensor.shape, strict=True) if n != 1):
-        if stride != expected:
+        if stride != expected and tensor.numel():
             return False
         expected *= size
     return True
+
+
+def tables(op: str, lists: Mapping[str, Sequence[Tensor]], roles: Mapping[str, str]) -> dict[str, numpy.ndarray]:
+    """The `table` of every list, once dtypes, shapes, devices and layouts are seen to fit.
+
+    Raises:
+        UserError: as `metadata` and `layout`.
+    """
+    found = {name: table(tensors) for name, tensors in lists.items()}
+    base, *_ = found.values()
+    same = all(
+        len(rows) == len(base)
+        and (rows[:, KIND] == rows[0, KIND]).all()
+        and (rows[:, LAYOUT] == base[:, LAYOUT]).all()
+        and (rows[:, LAYOUT] != -1).all()
+        for rows in found.values()
+    )
+    # Numbers tell that all are alike; which one is not, and whether what all share is allowed, the tensors tell.
+    ends = lists if not same else {name: tensors[:1] for name, tensors in lists.items()}
+    metadata(op, ends, roles)
+    if not same:
+        layout(op, lists)
+    return found
 
 
 def metadata(op: str, lists: Mapping[str, Sequence[Tensor]], roles: Mapping[str, str]) -> None:
@@ -54,16 +107,30 @@ def metadata(op: str, lists: Mapping[str, Sequence[Tensor]], roles: Mapping[str,
         ):
             continue
         for i, tensor in enumerate(tensors):
-            what = f"{op}: {name}[{i}] has"
-            if tensor.dtype not in allowed or tensor.dtype != dtype:
-                expected = " or ".join(map(str, allowed if dtype not in allowed else (dtype,)))
-                raise UserError(f"{what} dtype {tensor.dtype}; expected {expected}")
-            if tensor.shape != shapes[i]:
-                raise UserError(
-                    f"{what} shape {tuple(tensor.shape)}; expected {tuple(shapes[i])}, that of {first}[{i}]"
-                )
-            if tensor.device != device:
-                raise UserError(f"{what} device {tensor.device}; expected {device}, that of {first}[0]")
+            what, fellow = f"{op}: {name}[{i}]", f"that of {first}"
+            require(what, tensor, (dtype,) if dtype in allowed else allowed, shapes[i], device, fellow, i)
+
+
+def require(
+    what: str,
+    tensor: Tensor,
+    dtypes: Sequence[torch.dtype],
+    shape: torch.Size,
+    device: torch.device,
+    fellow: str,
+    index: int,
+) -> None:
+    """Checks one tensor.
+
+    Raises:
+        UserError: its dtype is none of ``dtypes``, or its shape or device is another.
+    """
+    if tensor.dtype not in dtypes:
+        raise UserError(f"{what} has dtype {tensor.dtype}; expected {' or '.join(map(str, dtypes))}")
+    if tensor.shape != shape:
+        raise UserError(f"{what} has shape {tuple(tensor.shape)}; expected {tuple(shape)}, {fellow}[{index}]")
+    if tensor.device != device:
+        raise UserError(f"{what} has device {tensor.device}; expected {device}, {fellow}[0]")
 
 
 def layout(op: str, lists: Mapping[str, Sequence[Tensor]]) -> None:
@@ -88,25 +155,49 @@ def layout(op: str, lists: Mapping[str, Sequence[Tensor]]) -> None:
                 )
 
 
-def addresses(op: str, lists: Mapping[str, Sequence[Tensor]], written: Sequence[str]) -> numpy.ndarray:
-    """The data pointers, (arguments, tensors) int64, once none that is written overlaps another.
+def spans(rows: numpy.ndarray, itemsize: int) -> numpy.ndarray:
+    """(tensors, 2) int64: the first byte of each tensor, and the one behind its last."""
+    return numpy.stack([rows[:, ADDRESS], rows[:, ADDRESS] + itemsize * rows[:, ELEMENTS]], 1)
+
+
+def alone(
+    op: str, lists: Mapping[str, Sequence[Tensor]], found: Mapping[str, numpy.ndarray], written: Sequence[str]
+) -> numpy.ndarray:
+    """The `spans` of what is written, sorted, once none of it overlaps anything else.
 
     Raises:
         UserError: two tensors share memory and the op writes at least one of them.
     """
-    pointers = numpy.array([[t.data_ptr() for t in tensors] for tensors in lists.values()], dtype=numpy.int64)
-    nbytes = numpy.array([[t.nbytes for t in tensors] for tensors in lists.values()], dtype=numpy.int64)
-    writes = numpy.repeat([name in written for name in lists], pointers.shape[1])
-    order = numpy.flatnonzero(nbytes.ravel())
-    order = order[numpy.argsort(pointers.ravel()[order], kind="stable")]
-    start, end, write = pointers.ravel()[order], (pointers + nbytes).ravel()[order], writes[order]
+    places = numpy.concatenate([spans(found[name], tensors[0].element_size()) for name, tensors in lists.items()])
+    count = len(next(iter(found.values())))
+    writes = numpy.repeat([name in written for name in lists], count)
+    order = numpy.flatnonzero(places[:, 0] < places[:, 1])
+    order = order[numpy.argsort(places[order, 0], kind="stable")]
+    (start, end), write = places[order].T, writes[order]
     reach = numpy.maximum.accumulate(end)[:-1]
     written_reach = numpy.maximum.accumulate(numpy.where(write, end, 0))[:-1]
     clash = (start[1:] < written_reach) | (write[1:] & (start[1:] < reach))
     if clash.any():
-        name, tensor = divmod(int(order[1:][clash][0]), pointers.shape[1])
-        raise UserError(
-            f"{op}: {list(lists)[name]}[{tensor}] shares memory with another argument; "
-            f"{', '.join(written)} are written in place and must stand alone"
-        )
-    return pointers
+        name, tensor = divmod(int(order[1:][clash][0]), count)
+        raise _shared(op, list(lists)[name], tensor, written)
+    return places[order][write]
+
+
+def apart(op: str, name: str, mine: numpy.ndarray, theirs: numpy.ndarray, written: Sequence[str]) -> None:
+    """Checks that no span of the list ``name`` overlaps one of ``theirs``, which are sorted and apart.
+
+    Raises:
+        UserError: one does.
+    """
+    if len(theirs):
+        last = numpy.searchsorted(theirs[:, 0], mine[:, 1]) - 1  # the last of theirs that begins before mine ends
+        clash = (last >= 0) & (theirs[last, 1] > mine[:, 0]) & (mine[:, 0] < mine[:, 1])
+        if clash.any():
+            raise _shared(op, name, int(clash.argmax()), written)
+
+
+def _shared(op: str, name: str, tensor: int, written: Sequence[str]) -> UserError:
+    return UserError(
+        f"{op}: {name}[{tensor}] shares memory with another argument; "
+        f"{', '.join(written)} are written in place and must stand alone"
+    )

@@ -2,13 +2,45 @@
 
 from __future__ import annotations
 
+import torch
+from torch import Tensor
+
+from cnext.errors import UserError
 from cnext.ops.foreach import Op
 
+GUARDS = ("fallback", "clamp")
 _STEP = {"theta": "p", "grad": "p", "fisher": "s", "ema": "e"}
 _ADAMW = {"theta": "p", "grad": "p", "exp_avg": "s", "exp_avg_sq": "s", "fisher": "s", "ema": "e"}
 _SHARED = {name: role for name, role in _ADAMW.items() if name != "fisher"}
 _ADAMW_SCALARS = {"beta1": 0.9, "beta2": 0.999, "eps": 1e-8}
 _UNIT = {"decay": 1.0, "scale": 1.0}
+
+
+def literal_numbers(*, guard: str = "fallback", **numbers: float) -> tuple[tuple[Tensor, ...], dict[str, float]]:
+    """The guard as a number."""
+    if guard not in GUARDS:
+        raise UserError(f"pema_literal_: guard is {guard!r}; expected one of {', '.join(GUARDS)}")
+    return (), {**numbers, "clamp": float(guard == "clamp")}
+
+
+def adamw_numbers(
+    level: Tensor,
+    *,
+    step: int | Tensor,
+    lr: float | Tensor,
+    betas: tuple[float, float] = (0.9, 0.999),
+    eps: float = 1e-8,
+    weight_decay: float = 0.0,
+    **numbers: float,
+) -> tuple[tuple[Tensor, ...], dict[str, float]]:
+    """Everything that changes from step to step as rows on the device, the rest as numbers."""
+    rows = torch.empty((len(level), 4), dtype=torch.float64, device=level.device)
+    rows[:, 0] = level
+    changing = (1 - lr * weight_decay, lr / (1 - betas[0] ** step), (1 - betas[1] ** step) ** 0.5)
+    for k, number in enumerate(changing, 1):
+        rows[:, k] = number
+    return (rows,), {"beta1": betas[0], "beta2": betas[1], "eps": eps, **numbers}
+
 
 OPS = {
     op.name: op
@@ -50,6 +82,7 @@ OPS = {
             2,
             {"decay": 0.0, "scale": 1.0, "damping": 1e-5, "fallback": 0.99, "clamp": 0.0},
             columns=4,
+            public=literal_numbers,
         ),
         Op(
             "dema_step_",
@@ -69,6 +102,7 @@ OPS = {
             _ADAMW_SCALARS | _UNIT,
             columns=4,
             rows=("rows", 4),
+            public=adamw_numbers,
         ),
         Op(
             "adamw_pema_step_shared_",
@@ -79,6 +113,7 @@ OPS = {
             _ADAMW_SCALARS,
             columns=4,
             rows=("rows", 4),
+            public=adamw_numbers,
         ),
         Op(
             "pema_released_",

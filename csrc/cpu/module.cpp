@@ -12,6 +12,7 @@
 #endif
 
 #include "../calls.h"
+#include "../tensors.h"
 #include "dropout.h"
 #include "foreach.h"
 
@@ -146,6 +147,8 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("dropout", &dropout, py::arg("type"), py::arg("add"), py::arg("x"), py::arg("out"), py::arg("rows"),
         py::arg("columns"), py::arg("x_stride"), py::arg("out_stride"), py::arg("seed"), py::arg("threshold"),
         py::arg("branch"), py::arg("threads") = 1);
+  m.def("describe", &describe, py::arg("api"), py::arg("tensors"),
+        "(tensors, 4) int64 through torch.Tensor.__dlpack_c_exchange_api__: address, elements, kind, layout; -1: none.");
   m.def("instruction_set", [] { return std::string(active().name); });
   m.def("instruction_sets", [] {
     std::vector<std::string> names;

@@ -1,29 +1,31 @@
 """The averaging rules in Triton: one pass over lists of tensors that a table of addresses in device memory describes.
 
-A program works on one block of one tensor; tables of blocks are kept for the last lists seen. Counts are written per
-program and summed per tensor afterwards, in the order of the blocks, so they are the same in every run.
+A program works on one block of one tensor. The arithmetic is that of csrc/averaging.h, rounded after every operation as
+it is there, so that both give the same bits. Counts are written per program and summed per tensor afterwards, in the
+order of the blocks, so they are the same in every run.
 """
 
 from __future__ import annotations
 
 from contextlib import nullcontext
-from functools import lru_cache
 
 import numpy
 import torch
 
 import triton
 import triton.language as tl
+from cnext.errors import UserError
 
 BLOCK = 1024
-WARPS = 8
+OPTIONS = {"num_warps": 4, "maxnreg": 168, "enable_fp_fusion": False}
+"""Eight elements a thread: 16 bytes of bfloat16. No contraction: it would round otherwise than the C++ and CUDA layers,
+and make of ``x * y - x * y`` something else than 0."""
 TYPES = {"f": tl.float32, "b": tl.bfloat16}
 _jit = triton.jit(do_not_specialize=["tensors"])
 
 
 @triton.jit
 def _finite(x):
-    # Not x - x == 0: where x is a product, the compiler makes that one fused multiply-add, which is rarely 0.
     return tl.abs(x) < float("inf")
 
 
@@ -54,7 +56,7 @@ def _count(partial, k, value, mask, COLUMNS: tl.constexpr):
 @triton.jit
 def _level(fisher, level):
     denominator = fisher + level
-    return tl.where(denominator > 0.0, level / denominator, 1.0)
+    return tl.where(denominator > 0.0, tl.div_rn(level, denominator), 1.0)
 
 
 @_jit
@@ -86,8 +88,8 @@ def pema_merge(addresses, sizes, block_tensor, block_begin, tensors, partial, ro
     old = tl.load(_pointer(addresses, 2, tensor, tensors, at, T2, ALIGN), mask).to(tl.float32)
     raw = tl.load(_pointer(addresses, 3, tensor, tensors, at, T3, ALIGN), mask, 0.0) * new_scale
     f = tl.where(_finite(raw), raw, 0.0)
-    mu = past / c
-    beta = tl.where(mu > 0.0, mu / (f + mu + damping), 0.0)
+    mu = tl.div_rn(past, c)
+    beta = tl.where(mu > 0.0, tl.div_rn(mu, f + mu + damping), 0.0)
     tl.store(theta_, _mix(old, theta, beta).to(T0), mask)
     tl.store(past_, past + f, mask)
     _count(partial, 0, tl.where(mask, 1.0, 0.0), mask, 5)
@@ -144,7 +146,7 @@ def pema_literal(addresses, sizes, block_tensor, block_begin, tensors, partial, 
     square = grad * grad * scale
     use = _finite(square) & _finite(theta) & mask
     fisher = tl.where(use, before * decay + square, before)
-    raw = (grad + 1.0) / ((theta - ema) * fisher + damping)
+    raw = tl.div_rn(grad + 1.0, (theta - ema) * fisher + damping)
     inside, low = (raw > 0.0) & (raw < 1.0), raw <= 0.0
     guard = tl.where(clamp != 0.0, tl.where(low, 0.0, 1.0), fallback)
     tl.store(ema_, tl.where(use, _mix(ema, theta, tl.where(inside, raw, guard)), ema).to(T0), mask)
@@ -156,7 +158,7 @@ def pema_literal(addresses, sizes, block_tensor, block_begin, tensors, partial, 
 
 
 @_jit
-def dema_norms(addresses, sizes, block_tensor, block_begin, tensors, partial, rows, factor, fallback,
+def dema_norms(addresses, sizes, block_tensor, block_begin, tensors, partial, rows, factor, rest, fallback,
                T0: tl.constexpr, T1: tl.constexpr, T2: tl.constexpr, T3: tl.constexpr,
                ALIGN: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
     tensor, at, mask = _place(sizes, block_tensor, block_begin, ALIGN, BLOCK)
@@ -170,13 +172,15 @@ def dema_norms(addresses, sizes, block_tensor, block_begin, tensors, partial, ro
 
 
 @_jit
-def dema_step(addresses, sizes, block_tensor, block_begin, tensors, partial, rows, factor, fallback,
+def dema_step(addresses, sizes, block_tensor, block_begin, tensors, partial, rows, factor, rest, fallback,
               T0: tl.constexpr, T1: tl.constexpr, T2: tl.constexpr, T3: tl.constexpr,
               ALIGN: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
     tensor, at, mask = _place(sizes, block_tensor, block_begin, ALIGN, BLOCK)
+    # 1 - fallback in float64 on the host, and the factor in two parts, as a number comes here in float32.
     row = rows + tensor * 3
-    alpha = factor * (1.0 + tl.load(row + 1)) / (tl.load(row) * tl.load(row + 2))
-    beta = (1.0 - tl.where((alpha > 0.0) & (alpha < 1.0), alpha, fallback)).to(tl.float32)
+    whole = tl.full((), 0.0, tl.float64) + factor + rest
+    alpha = whole * (1.0 + tl.load(row + 1)) / (tl.load(row) * tl.load(row + 2))
+    beta = tl.where((alpha > 0.0) & (alpha < 1.0), (1.0 - alpha).to(tl.float32), fallback)
     ema_ = _pointer(addresses, 0, tensor, tensors, at, T0, ALIGN)
     ema = tl.load(ema_, mask).to(tl.float32)
     theta = tl.load(_pointer(addresses, 2, tensor, tensors, at, T2, ALIGN), mask).to(tl.float32)
@@ -208,7 +212,7 @@ def adamw_pema_step(addresses, sizes, block_tensor, block_begin, tensors, partia
     m = average + weight1 * (grad - average)
     v = square * beta2 + weight2 * grad * grad
     size, correction = tl.load(row + 2).to(tl.float32), tl.load(row + 3).to(tl.float32)
-    moved = theta * tl.load(row + 1).to(tl.float32) - size * m / (tl.sqrt_rn(v) / correction + eps)
+    moved = theta * tl.load(row + 1).to(tl.float32) - tl.div_rn(size * m, tl.div_rn(tl.sqrt_rn(v), correction) + eps)
     if T5 is None:
         fisher = tl.where(use, v, square)
     else:
@@ -265,57 +269,85 @@ def arguments(rule: str, dtypes: str, scalars: list[float]) -> tuple[list[float]
         # 1 - beta in float64: in float32 the difference of two near numbers keeps few digits.
         beta1, beta2, *rest = scalars
         scalars = [1 - beta1, beta2, 1 - beta2, *rest]
+    elif rule.startswith("dema"):
+        factor, fallback = scalars
+        single = float(numpy.float32(factor))
+        scalars = [single, factor - single, 1 - fallback]
     if rule == "adamw_pema_step_shared":
         types |= {"T5": None, "decay": None, "scale": None}  # those of a fisher operand, which this rule has not
     return scalars, types
 
 
+_captured: list[tuple[torch.Tensor, ...]] = []
+"""Tables that CUDA graphs read. A graph does not say when it ends, so they stay."""
+
+
+class Lists:
+    """Where the blocks of lists of tensors lie, in device memory: of one call, or of one that is prepared.
+
+    Args:
+        sizes: (tensors,) elements.
+    """
+
+    def __init__(self, sizes: numpy.ndarray, device: torch.device) -> None:
+        self.sizes, self.device = sizes, device
+        count = -(-sizes // BLOCK)
+        first = numpy.concatenate([[0], count.cumsum()])
+        tensor = numpy.repeat(numpy.arange(len(sizes)), count)
+        begin = (numpy.arange(len(tensor)) - first[tensor]) * BLOCK
+        self.blocks = len(tensor)
+        self.tables = (sizes, tensor.astype(numpy.int32), begin, first.astype(numpy.int32))
+        self.uploaded: dict[int, tuple[torch.Tensor, ...]] = {}
+        self.addresses: tuple[int, bytes, torch.Tensor] | None = None
+
+    def __call__(
+        self,
+        rule: str,
+        dtypes: str,
+        pointers: numpy.ndarray,
+        scalars: list[float],
+        out: torch.Tensor | None,
+        rows: torch.Tensor | None,
+    ) -> None:
+        """Runs a rule; see `cnext.ops.foreach`."""
+        with torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext():
+            addresses, size, tensor, begin, first = self._on_device(pointers)
+            # Addresses and sizes that allow vectors of 16 bytes; otherwise element by element.
+            align = 16 if not (pointers % 16).any() and not (self.sizes % 8).any() else 2
+            columns = 0 if out is None else out.shape[1]
+            partial = torch.empty((self.blocks, columns), dtype=torch.float64, device=self.device)
+            numbers, types = arguments(rule, dtypes, scalars)
+            rows = size if rows is None else rows
+            if self.blocks:
+                KERNELS[rule][(self.blocks,)](
+                    addresses, size, tensor, begin, len(self.sizes), partial, rows, *numbers,
+                    **types, ALIGN=align, BLOCK=BLOCK, **OPTIONS,
+                )  # fmt: skip
+            if out is not None:
+                sums_ = SUMS.get(rule, columns)
+                grid = (len(self.sizes), columns)
+                combine[grid](partial, out, first, COLUMNS=columns, SUMS=sums_, BLOCK=256)
+
+    def _on_device(self, pointers: numpy.ndarray) -> tuple[torch.Tensor, ...]:
+        """Addresses and tables, uploaded on the stream that reads them: it frees them after its last read."""
+        stream = torch.cuda.current_stream().cuda_stream if self.device.type == "cuda" else 0
+        content = pointers.tobytes()
+        if self.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            if self.addresses is None or self.addresses[1] != content:
+                raise UserError(
+                    "Triton reads the addresses from a table in device memory, and none can be copied there while a "
+                    "CUDA graph is captured: make the call with cnext.ops.prepare, and call it once before the capture"
+                )
+            kept = (self.addresses[2], *self.uploaded[self.addresses[0]])
+            _captured.append(kept)
+            return kept
+        if stream not in self.uploaded:
+            self.uploaded[stream] = tuple(_upload(table, self.device) for table in self.tables)
+        if self.addresses is None or self.addresses[:2] != (stream, content):
+            self.addresses = stream, content, _upload(pointers.copy(), self.device)
+        return (self.addresses[2], *self.uploaded[stream])
+
+
 def _upload(table: numpy.ndarray, device: torch.device) -> torch.Tensor:
     tensor = torch.from_numpy(table)
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
-
-
-@lru_cache(maxsize=16)
-def _addresses(table: bytes, device: torch.device) -> torch.Tensor:
-    return _upload(numpy.frombuffer(table, dtype=numpy.int64).copy(), device)
-
-
-@lru_cache(maxsize=16)
-def _blocks(table: bytes, device: torch.device) -> tuple[torch.Tensor, ...]:
-    """Sizes; each block's tensor and first element; each tensor's first block."""
-    sizes = numpy.frombuffer(table, dtype=numpy.int64).copy()
-    count = -(-sizes // BLOCK)
-    first = numpy.concatenate([[0], count.cumsum()])
-    tensor = numpy.repeat(numpy.arange(len(sizes)), count)
-    begin = (numpy.arange(len(tensor)) - first[tensor]) * BLOCK
-    return tuple(_upload(t, device) for t in (sizes, tensor.astype(numpy.int32), begin, first.astype(numpy.int32)))
-
-
-def foreach(
-    rule: str,
-    dtypes: str,
-    pointers: numpy.ndarray,
-    sizes: numpy.ndarray,
-    scalars: list[float],
-    out: torch.Tensor | None,
-    rows: torch.Tensor | None,
-    device: torch.device,
-) -> None:
-    """Runs a rule over lists of tensors; see `cnext.ops.foreach`."""
-    size, tensor, begin, first = _blocks(sizes.tobytes(), device)
-    addresses = _addresses(pointers.tobytes(), device)
-    # Addresses and sizes that allow vectors of 16 bytes; otherwise element by element.
-    align = 16 if not (pointers % 16).any() and not (sizes % 8).any() else 2
-    columns = 0 if out is None else out.shape[1]
-    partial = torch.empty((len(tensor), columns), dtype=torch.float64, device=device)
-    numbers, types = arguments(rule, dtypes, scalars)
-    rows = size if rows is None else rows
-    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
-        if len(tensor):
-            KERNELS[rule][(len(tensor),)](
-                addresses, size, tensor, begin, len(sizes), partial, rows, *numbers,
-                **types, ALIGN=align, BLOCK=BLOCK, num_warps=WARPS,
-            )  # fmt: skip
-        if out is not None:
-            sums_ = SUMS.get(rule, columns)
-            combine[(len(sizes), columns)](partial, out, first, COLUMNS=columns, SUMS=sums_, BLOCK=256)

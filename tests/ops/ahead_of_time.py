@@ -1,7 +1,8 @@
 """Compiles a family's Triton kernels for a GPU that need not be there: ``python ahead_of_time.py branches 90``.
 
 Prints as JSON what each takes: registers a thread, spilled bytes, shared memory and threads a program, out of the
-compiled code; and whether its PTX has vector accesses, tensor cores and atomics.
+compiled code; of its PTX how many accesses are of 16 bytes, and whether it has tensor cores, atomics, and products
+contracted with sums.
 """
 
 from __future__ import annotations
@@ -22,8 +23,8 @@ SHARED_MEMORY = {80: 166_912, 90: 232_448, 120: 101_376}
 CAPABILITIES = [pytest.param(c, id=f"sm_{c}", marks=[] if c == 90 else pytest.mark.slow) for c in SHARED_MEMORY]
 REGISTERS = 65_536
 """Registers of a multiprocessor, on all of them."""
-Spec = tuple[str, object, dict[str, str], dict[str, object], set[str], int]
-"""Label, kernel, types of its arguments, its constants, the arguments that 16 divides, warps."""
+Spec = tuple[str, object, dict[str, str], dict[str, object], set[str], dict[str, object]]
+"""Label, kernel, types of its arguments, its constants, the arguments that 16 divides, options of the compiler."""
 
 
 def averaging() -> Iterator[Spec]:
@@ -46,10 +47,10 @@ def averaging() -> Iterator[Spec]:
                 signature = dict(zip(kernel.arg_names, kinds, strict=False))
                 pointers = {name for name, kind in signature.items() if kind[0] == "*"}
                 constants = {**types, "ALIGN": 16, "BLOCK": kernels.BLOCK}
-                yield f"{rule} {dtypes}", kernel, signature, constants, pointers, kernels.WARPS
+                yield f"{rule} {dtypes}", kernel, signature, constants, pointers, kernels.OPTIONS
     signature = {"partial": "*fp64", "out": "*fp64", "first_block": "*i32"}
     constants = {"COLUMNS": 5, "SUMS": 3, "BLOCK": 256}
-    yield "combine", kernels.combine, signature, constants, set(signature), 4
+    yield "combine", kernels.combine, signature, constants, set(signature), {"num_warps": 4}
 
 
 def branches() -> Iterator[Spec]:
@@ -67,7 +68,7 @@ def branches() -> Iterator[Spec]:
                 constants = {n: v for n, v in sizes.items() if n in kernel.arg_names}
                 types = {n: f"*{kind}" if n in operands.split() else kinds.get(n, "i32") for n in kernel.arg_names}
                 divisible = {n for n, t in types.items() if t[0] == "*" or n.endswith("stride") or n == "columns"}
-                yield f"{name} {kind} {rank}", kernel, types, constants, divisible, warps
+                yield f"{name} {kind} {rank}", kernel, types, constants, divisible, {"num_warps": warps}
 
 
 def compiled(spec: Spec, capability: int) -> Mapping[str, int | bool]:
@@ -76,12 +77,12 @@ def compiled(spec: Spec, capability: int) -> Mapping[str, int | bool]:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    _, kernel, types, constants, divisible, warps = spec
+    _, kernel, types, constants, divisible, options = spec
     names = kernel.arg_names
     signature = {name: "constexpr" if name in constants else types[name] for name in names}
     attributes = {(names.index(name),): [["tt.divisibility", 16]] for name in divisible}
     source = ASTSource(kernel, signature, {(names.index(n),): v for n, v in constants.items()}, attributes)
-    built = triton.compile(source, GPUTarget("cuda", capability, 32), {"num_warps": warps})
+    built = triton.compile(source, GPUTarget("cuda", capability, 32), options)
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(built.asm["cubin"])
@@ -93,8 +94,10 @@ def compiled(spec: Spec, capability: int) -> Mapping[str, int | bool]:
         "registers": registers,
         "spilled": stack + local,
         "shared": built.metadata.shared,
-        "threads": warps * 32,
-        "vectors": bool(re.search(r"(ld|st)\.global\S*\.v4", ptx)),
+        "threads": options["num_warps"] * 32,
+        "loads_16": len(re.findall(r"\bld\.global\S*\.v4\.[bf]32", ptx)),
+        "stores_16": len(re.findall(r"\bst\.global\S*\.v4\.[bf]32", ptx)),
+        "contracted": bool(re.search(r"\bfma\.", ptx)),
         "tensor_cores": "mma" in ptx,
         "atomics": bool(re.search(r"\b(atom|red)\.", ptx)),
     }
