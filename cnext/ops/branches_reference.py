@@ -118,7 +118,7 @@ def lora_branches(
     return with_projections(x, weights, biases, a, b, **options)[0]
 
 
-def unpacked(a: Tensor, b: Sequence[Tensor], ranks: list[int]) -> tuple[list[Sequence[Tensor]], ...]:
+def unpacked(a: Tensor, b: Sequence[Tensor], ranks: list[int]) -> tuple[Sequence[Sequence[Tensor]], ...]:
     """Every layer's A and B by branch, from the op's matrices: a (layers x rank, in), and per layer a b (out, rank)."""
     downs = [torch.split_with_sizes(part, ranks) for part in a.chunk(len(b))]
     return downs, [torch.split_with_sizes(part, ranks, 1) for part in b]
