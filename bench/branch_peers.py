@@ -150,7 +150,7 @@ class _LoraFusion(torch.autograd.Function):
 
 
 class Triton(Peer):
-    """cnext's own op once more, by its Triton kernels."""
+    """cnext's own op once more, its dropout and the products fused with it by Triton."""
 
     def forward(self, x: Tensor) -> Tensor:
         parts = zip(*((branch.A, branch.B) for branch in self.branches.values()), strict=True)
@@ -199,8 +199,8 @@ PEERS: dict[str, Callable[[AdapterLinear], nn.Module]] = {
 
 
 def peers(dropout: float) -> list[str]:
-    """Those that know this dropout: Unsloth's fast path has none."""
-    return [name for name in PEERS if not dropout or name != "unsloth"]
+    """Those that know this dropout: Unsloth's fast path has none, and without it Triton has nothing to do."""
+    return [name for name in PEERS if name != ("unsloth" if dropout else "cnext-triton")]
 
 
 def check(function: Callable[[Tensor], Tensor], x: Tensor, grad: Tensor, exact: Tensor | None = None) -> None:

@@ -1,4 +1,4 @@
-"""Public ops. Each has a reference in plain torch and compiled implementations; see `cnext.ops.dispatch`."""
+"""Public ops. Each has a reference in plain torch, and all but one have kernels; see `cnext.ops.dispatch`."""
 
 from cnext.ops.averaging import (
     GUARDS,

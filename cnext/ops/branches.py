@@ -1,8 +1,10 @@
 """Linear layers with low-rank branches: y = x W^T + b + scale * sum over branches of drop(x) A_i^T B_i^T, W frozen.
 
-The frozen products are left to the vendor's GEMM. The branches are one product of rank sum(r_i) that is added in the
-GEMM's own accumulation; a frozen branch adds to y and costs no gradient. Kept for the backward pass are x and
-h = drop(x) A^T, each only where a live branch needs it; the dropout mask is made again from its seed.
+The matrix products, frozen and low-rank, are the vendor's, through torch: the branches are packed into one of rank
+sum(r_i), which adds to the frozen layer's output. Ours is the dropout: a pass of its own in C++ and CUDA, fused with
+the low-rank products of x and dX in Triton. Without dropout no kernel of ours runs, whichever ``impl`` is asked for. A
+frozen branch adds to y and costs no gradient. Kept for the backward pass are x and h = drop(x) A^T, each only where a
+live branch needs it; the dropout mask is made again from its seed.
 """
 
 from __future__ import annotations
@@ -47,7 +49,8 @@ def lora_branches(
             generator, which is what makes activation checkpointing and a resumed run repeat the mask.
         independent: a mask for every branch, as released, in place of one that they share.
         routing: (..., branches) weight w of every branch for every token, as in MoELoRA; None: all are 1.
-        impl: "cpp", "cuda", "triton" or "reference"; None takes the device's best.
+        impl: "cpp", "cuda" or "triton" for the dropout; "torch" for the same passes in plain torch; "reference" for the
+            definition, branch after branch. None takes the device's best.
 
     Returns:
         (..., out), of the dtype of x.
@@ -118,6 +121,7 @@ def dropout_mask(
     Args:
         seed: (1,) int64.
         branch: 0 for the shared mask; with ``independent`` the branch's number.
+        impl: "cpp", "cuda", "triton" or "reference"; None takes the device's best.
     """
     return torch.ops.cnext.dropout_mask(seed, rows, columns, dropout, branch, impl=impl)
 

@@ -1,7 +1,8 @@
-"""The branches op and its backward as torch.library sees them: frozen products by the vendor's GEMM, dropout by ours.
+"""The branches op and its backward as torch.library sees them: products by torch's GEMMs, dropout by our kernels.
 
-Both work on packed matrices: ``a`` (linears x rank, in), the down-projections of all linear layers that read x one
-below the other, and a list ``b`` of (out, rank), where rank is the sum over the branches.
+With Triton the low-rank products that see dropout are ours as well; see `cnext.ops.branches_passes`. Both ops work on
+packed matrices: ``a`` (linears x rank, in), the down-projections of all linear layers that read x one below the other,
+and a list ``b`` of (out, rank), where rank is the sum over the branches.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from cnext.ops import branches_passes as passes
-from cnext.ops import dispatch
+from cnext.ops import branches_reference, dispatch
 
 NAME = "lora_branches"
 _COMMON = "Tensor? seed, Tensor? routing, int[] ranks, float scale, float dropout, bool independent, str? impl=None"
@@ -75,9 +76,15 @@ def _forward(
     independent: bool,
     impl: str | None = None,
 ) -> list[Tensor]:
-    path = dispatch.choose(NAME, x.device.type, impl)
-    flat = _flat(x)
-    h = passes.projected(flat, a, ranks, len(weight), (seed, dropout, independent, path))
+    path = dispatch.choose(NAME, x.device.type, impl, plain="torch")
+    if path == "reference":
+        options = {"scale": scale, "dropout": dropout, "seed": seed, "independent": independent, "routing": routing}
+        parts = branches_reference.unpacked(a, b, ranks)
+        outputs, h = branches_reference.with_projections(x, weight, bias, *parts, **options)
+        return [*outputs, h]
+    flat, random = _flat(x), passes.Dropout(seed, dropout, independent, path)
+    h = passes.projected(flat, a, ranks, len(weight), random)
+    dispatch.ran(NAME, random.ran)
     routed = _routed(h, routing, ranks, len(weight))
     outputs = []
     for w, offset, up, columns in zip(weight, bias, b, _by_linear(routed, len(weight)), strict=True):
@@ -117,11 +124,24 @@ def _backward(
     """dX, dA, each dB and d routing, as far as wanted, in this order.
 
     live_a, live_b: the first column of rank whose gradient is wanted and the one behind the last, [0, 0]: none. dA is
-    (linears x live rank, in), dB (out, live rank).
+    (linears x live rank, in), dB (out, live rank). x is needed for dA alone, h for dB and d routing.
     """
-    path = dispatch.choose(f"{NAME}_backward", grad[0].device.type, impl)
+    path = dispatch.choose(f"{NAME}_backward", grad[0].device.type, impl, plain="torch")
+    if path == "reference":
+        options = {"scale": scale, "dropout": dropout, "seed": seed, "independent": independent, "routing": routing}
+        parts = branches_reference.unpacked(a, b, ranks)
+        dx, da, db, d_routing = branches_reference.lora_branches_backward(grad, x, h, weight, *parts, **options)
+        outputs = [dx.view(*grad[0].shape[:-1], dx.shape[1])] if needs_x else []
+        if live_a[1]:
+            outputs.append(_live(torch.cat(da).T, live_a, len(grad)).T.contiguous())
+        if live_b[1]:
+            by_linear = [torch.cat(db[i : i + len(ranks)], 1) for i in range(0, len(db), len(ranks))]
+            outputs += [_live(one, live_b, 1).contiguous() for one in by_linear]
+        if needs_routing and routing is not None:
+            outputs.append(torch.stack(d_routing, 1).to(routing.dtype).view(routing.shape))
+        return outputs
     grads, linears = [_flat(g) for g in grad], len(grad)
-    random = (seed, dropout, independent, path)
+    random = passes.Dropout(seed, dropout, independent, path)
     outputs = []
     if needs_x or live_a[1] or needs_routing:
         parts = [dy @ up if scale == 1.0 else (dy @ up).mul_(scale) for dy, up in zip(grads, b, strict=True)]
@@ -148,6 +168,7 @@ def _backward(
         terms = (unrouted * h).view(-1, linears, sum(ranks)).sum(1)
         sums = torch.stack([part.sum(1) for part in terms.split(ranks, 1)], 1)
         outputs.append(sums.to(routing.dtype).view(routing.shape))
+    dispatch.ran(f"{NAME}_backward", random.ran)
     return outputs
 
 
@@ -176,7 +197,10 @@ def _backward_fake(
 
 
 def _mask(seed: Tensor, rows: int, columns: int, dropout: float, branch: int = 0, impl: str | None = None) -> Tensor:
-    return passes.mask(seed, rows, columns, dropout, branch, dispatch.choose("dropout_mask", seed.device.type, impl))
+    path = dispatch.choose("dropout_mask", seed.device.type, impl)
+    keep, path = passes.mask(seed, rows, columns, dropout, branch, path)
+    dispatch.ran("dropout_mask", path)
+    return keep
 
 
 def _mask_fake(seed: Tensor, rows: int, columns: int, *_: object, **__: object) -> Tensor:

@@ -1,8 +1,9 @@
-"""The branches op in plain torch, one branch after another: the ground truth, differentiated by autograd."""
+"""The branches op and its backward in plain torch, one branch after another: the ground truth."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -68,7 +69,17 @@ def dropout_mask(seed: Tensor, rows: int, columns: int, dropout: float, branch: 
     return bits >= threshold(dropout)
 
 
-def lora_branches(
+def dropped(x: Tensor, dropout: float, seed: Tensor | None, branch: int) -> Tensor:
+    """drop(x) for x (rows, columns), and what leads a gradient back through it."""
+    if not dropout:
+        return x
+    assert seed is not None, "drawn where there is dropout"
+    rows, columns = x.shape
+    keep = dropout_mask(seed, rows, columns, dropout, branch)
+    return torch.where(keep, x * (65536 / (65536 - threshold(dropout))), 0.0)
+
+
+def with_projections(
     x: Tensor,
     weights: Sequence[Tensor],
     biases: Sequence[Tensor | None],
@@ -80,20 +91,77 @@ def lora_branches(
     seed: Tensor | None = None,
     independent: bool = False,
     routing: Tensor | None = None,
-) -> list[Tensor]:
-    """See `cnext.ops.lora_branches`; for every linear layer that reads x its own weight, bias and branches."""
-    outputs = []
+) -> tuple[list[Tensor], Tensor]:
+    """`lora_branches`, and drop(x) A^T of every branch, side by side: layer by layer, (rows, layers x rank)."""
+    outputs, projections = [], []
     flat = x.reshape(-1, x.shape[-1])
     for weight, bias, downs, ups in zip(weights, biases, a, b, strict=True):
         y = F.linear(flat, weight, bias)
         for i, (down, up) in enumerate(zip(downs, ups, strict=True)):
-            dropped = flat
-            if dropout:
-                assert seed is not None, "drawn where there is dropout"
-                rows, columns = flat.shape
-                keep = dropout_mask(seed, rows, columns, dropout, i if independent else 0)
-                dropped = torch.where(keep, flat * (65536 / (65536 - threshold(dropout))), 0.0)
-            term = F.linear(F.linear(dropped, down.to(x.dtype)), up.to(x.dtype)) * scale
-            y = y + (term if routing is None else term * routing.reshape(-1, len(downs))[:, i : i + 1])
+            kept = dropped(flat, dropout, seed, i if independent else 0)
+            projections.append(F.linear(kept, down.to(x.dtype)))
+            term = F.linear(projections[-1], up.to(x.dtype)) * scale
+            y = y + (term if routing is None else term * routing.reshape(-1, len(downs))[:, i : i + 1].to(x.dtype))
         outputs.append(y.reshape(*x.shape[:-1], weight.shape[0]))
-    return outputs
+    return outputs, torch.cat(projections, 1)
+
+
+def lora_branches(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    a: Sequence[Sequence[Tensor]],
+    b: Sequence[Sequence[Tensor]],
+    **options: Any,
+) -> list[Tensor]:
+    """See `cnext.ops.lora_branches`; for every linear layer that reads x its own weight, bias and branches."""
+    return with_projections(x, weights, biases, a, b, **options)[0]
+
+
+def unpacked(a: Tensor, b: Sequence[Tensor], ranks: list[int]) -> tuple[Sequence[Sequence[Tensor]], ...]:
+    """Every layer's A and B by branch, from the op's matrices: a (layers x rank, in), and per layer a b (out, rank)."""
+    downs = [torch.split_with_sizes(part, ranks) for part in a.chunk(len(b))]
+    return downs, [torch.split_with_sizes(part, ranks, 1) for part in b]
+
+
+def lora_branches_backward(
+    grads: Sequence[Tensor],
+    x: Tensor | None,
+    projections: Tensor | None,
+    weights: Sequence[Tensor],
+    a: Sequence[Sequence[Tensor]],
+    b: Sequence[Sequence[Tensor]],
+    *,
+    scale: float,
+    dropout: float,
+    seed: Tensor | None,
+    independent: bool,
+    routing: Tensor | None,
+) -> tuple[Tensor, list[Tensor], list[Tensor], list[Tensor]]:
+    """Gradients of x, of every A and every B, layer by layer, and of every branch's routing, summed over the layers.
+
+    What autograd through `lora_branches` gives, by hand: an op cannot call autograd wherever it may be called.
+
+    Args:
+        x: None where no gradient of an A is wanted; the list is empty.
+        projections: as `with_projections` gives them. None: no gradients of B and of the routing.
+    """
+    rows = grads[0].shape[:-1].numel()
+    dx = grads[0].new_zeros(rows, weights[0].shape[1])
+    da, db, d_routing = [], [], [grads[0].new_zeros(rows) for _ in a[0]]
+    h = iter(() if projections is None else projections.split([down.shape[0] for downs in a for down in downs], 1))
+    for grad, weight, downs, ups in zip(grads, weights, a, b, strict=True):
+        dy = grad.reshape(-1, grad.shape[-1])
+        dx = dx + dy @ weight
+        for i, (down, up) in enumerate(zip(downs, ups, strict=True)):
+            branch = i if independent else 0
+            routed = dy if routing is None else dy * routing.reshape(-1, len(downs))[:, i : i + 1].to(dy.dtype)
+            dh = (routed @ up) * scale
+            dx = dx + dropped(dh @ down, dropout, seed, branch)
+            if x is not None:
+                da.append(dh.T @ dropped(x.reshape(-1, x.shape[-1]), dropout, seed, branch))
+            if projections is not None:
+                mine = next(h)
+                db.append((routed.T @ mine) * scale)
+                d_routing[i] = d_routing[i] + ((dy @ up) * mine).sum(1) * scale
+    return dx, da, db, d_routing

@@ -1,6 +1,14 @@
 """Which implementation of an op runs: the compiled core (C++, CUDA), Triton, or plain torch.
 
-``impl=None`` takes the device's best. An explicit ``impl`` is exact, and raises where it is missing.
+``impl=None`` takes the device's best. An explicit ``impl`` is exact, and raises where it is missing. `last_path` names
+what an op last ran, by one rule:
+
+- "cpp", "cuda", "triton": a kernel of ours was launched. It need not have done everything: the matrix products of
+  `lora_branches` are torch's, but for those that "triton" fuses with the dropout.
+- "reference": the op's definition in plain torch ran, `cnext.ops.reference` or `cnext.ops.branches_reference`.
+- "torch": torch's kernels alone ran, and not the definition. That is `lora_branches` and its backward without dropout,
+  where an explicit "cpp", "cuda" or "triton" is accepted and has nothing to launch; with ``impl="torch"``; and where no
+  kernels of ours are there. The plain torch of every other op is its reference.
 """
 
 from __future__ import annotations
@@ -17,6 +25,7 @@ from cnext.ops import build
 IMPLS = ("cpp", "cuda", "triton", "reference")
 BEST = {"cpu": ("cpp",), "cuda": ("cuda", "triton")}
 """What is faster than plain torch on a device type, the best first."""
+SLOWER = "many times slower in averaging and dropout"
 _PLAIN = ("this op is plain torch only", "")
 _last: dict[str, str] = {}
 
@@ -41,7 +50,7 @@ def _triton_interprets() -> bool:
 
 def missing(impl: str, device: str) -> str:
     """Why ``impl`` cannot run on a device type; "" where it can."""
-    if impl == "reference":
+    if impl in ("torch", "reference"):
         return ""
     if impl == "triton":
         if importlib.util.find_spec("triton") is None:
@@ -59,35 +68,43 @@ def missing(impl: str, device: str) -> str:
 
 @cache
 def best(device: str) -> str:
-    """The implementation that ``impl=None`` takes on a device type."""
+    """The implementation that ``impl=None`` takes on a device type; "reference" stands for plain torch."""
     reasons = {}
     for impl in BEST.get(device, ()):
         reasons[impl] = missing(impl, device)
         if not reasons[impl]:
             return impl
     why = "".join(f"; {impl}: {reason}" for impl, reason in reasons.items())
-    text = f"cnext has no compiled kernels for {device} here and runs on plain torch, many times slower{why}"
+    text = f"cnext has no compiled kernels for {device} here and runs on plain torch, {SLOWER}{why}"
     warnings.warn(text, RuntimeWarning, stacklevel=2)
     return "reference"
 
 
-def choose(op: str, device: str, impl: str | None, compiled: bool = True) -> str:
+def choose(op: str, device: str, impl: str | None, compiled: bool = True, plain: str = "reference") -> str:
     """The implementation of ``op`` to run on a device type, remembered for `last_path`.
 
     Args:
         compiled: whether the op has any other implementation than plain torch.
+        plain: what runs where there are no kernels: "torch" for an op whose reference is not meant to be fast.
 
     Raises:
         UserError: ``impl`` is not known, or cannot run here.
     """
-    if impl is not None and impl not in IMPLS:
-        raise unknown("impl", impl, IMPLS)
+    valid = IMPLS if plain in IMPLS else (*IMPLS[:-1], plain, IMPLS[-1])
+    if impl is not None and impl not in valid:
+        raise unknown("impl", impl, valid)
     if impl is not None and (reason := missing(impl, device) if compiled else _PLAIN[impl == "reference"]):
         raise UserError(f"{op}: impl={impl!r} is missing: {reason}")
-    _last[op] = impl or (best(device) if compiled else "reference")
+    fastest = best(device) if impl is None and compiled else "reference"
+    _last[op] = impl or (plain if fastest == "reference" else fastest)
     return _last[op]
 
 
+def ran(op: str, path: str) -> None:
+    """For `last_path`, from an op that knows only afterwards whether it launched anything."""
+    _last[op] = path
+
+
 def last_path(op: str) -> str | None:
-    """The implementation that ``op`` last ran ("cpp", "cuda", "triton", "reference"), or None."""
+    """What ``op`` last ran: "cpp", "cuda", "triton", "torch" or "reference", as said above; None: it has not run."""
     return _last.get(op)

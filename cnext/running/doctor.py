@@ -80,7 +80,7 @@ def devices() -> list[Finding]:
 
 
 def kernels() -> list[Finding]:
-    """Which implementation every op takes on each kind of device, and why it is not another one."""
+    """What computes the ops on each kind of device, and why it is nothing faster."""
     import torch
 
     from cnext.ops import dispatch
@@ -94,10 +94,11 @@ def kernels() -> list[Finding]:
         lacking = [f"no {impl}: {why}" for impl in impls if (why := dispatch.missing(impl, device))]
         best = next((impl for impl in impls if not dispatch.missing(impl, device)), "")
         if best:
-            text = "; ".join([f"{best} for all ops that have more than plain torch", *lacking])
-            found.append(Finding("kernels", device, OK, text))
+            part = "dropout and the products fused with it" if best == "triton" else "dropout"
+            text = f"{best} for averaging and the branches' {part}; torch for the rest"
+            found.append(Finding("kernels", device, OK, "; ".join([text, *lacking])))
         else:
-            found.append(Finding("kernels", device, NOTE, "; ".join(["plain torch, many times slower", *lacking])))
+            found.append(Finding("kernels", device, NOTE, "; ".join([f"plain torch, {dispatch.SLOWER}", *lacking])))
     return found
 
 

@@ -17,6 +17,7 @@ IMPLS = [i for i in ("cpp", "cuda", "triton") if not dispatch.missing(i, DEVICE)
 if only := os.environ.get("CNEXT_TEST_IMPL"):
     IMPLS = [only]
 INTERPRETED = IMPLS == ["triton"] and DEVICE == "cpu"
+WAYS = IMPLS if INTERPRETED else [*IMPLS, "torch", "reference"]
 SEED = torch.tensor([-8_161_640_532_671_778], device=DEVICE)
 
 

@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from cnext import adapters, ops
 from cnext.errors import UserError
-from cnext.ops import branches_reference
+from cnext.ops import branches_reference, dispatch
 
 F64, BF16 = torch.float64, torch.bfloat16
 DROPOUT = {"dropout": 0.25}
@@ -27,8 +27,9 @@ CHECKED = {
 }
 
 
+@pytest.mark.parametrize("impl", ["torch" if DEVICE == "cuda" else None, "reference"])
 @pytest.mark.parametrize("case", CHECKED.values(), ids=CHECKED)
-def test_gradcheck(case, monkeypatch):
+def test_gradcheck(case, impl):
     case = Case(lead=(3,), inner=4, dtype=F64, ranks=(2, 1), **{"outer": (3,), **case})
     routing = [case.routing] if case.routed else []
     linears = len(case.outer)
@@ -38,7 +39,6 @@ def test_gradcheck(case, monkeypatch):
         a = [parts[2 * g : 2 * g + 2] for g in range(linears)]
         b = [parts[2 * (g + linears) :][:2] for g in range(linears)]
         options = {"seed": SEED if case.options else None, **case.options}
-        impl = "reference" if DEVICE == "cuda" else None
         return tuple(
             ops.lora_branches_grouped(x, case.weights, case.biases, a, b, routing=routing, impl=impl, **options)
         )
@@ -47,11 +47,12 @@ def test_gradcheck(case, monkeypatch):
     assert torch.autograd.gradcheck(function, (case.x, *routing, *parts))
 
 
+@pytest.mark.parametrize("impl", [None, "torch", "reference"])
 @pytest.mark.parametrize("independent", [False, True], ids=["shared", "independent"])
-def test_opcheck(independent, monkeypatch):
+def test_opcheck(independent, impl, monkeypatch):
     monkeypatch.undo()  # opcheck compares outputs of two runs, and NaN differs from itself
     x, weight, bias, a, b = (torch.rand(shape, device=DEVICE) for shape in ((2, 3, 8), (5, 8), (5,), (6, 8), (5, 6)))
-    common = (SEED, None, [4, 2], 0.5, 0.25, independent)
+    common = (SEED, None, [4, 2], 0.5, 0.25, independent, impl)
     y, h = torch.ops.cnext.lora_branches(x, [weight], [bias], a, [b], *common)
     opcheck(torch.ops.cnext.lora_branches.default, (x, [weight], [bias], a, [b], *common))
     backward = ([torch.rand_like(y)], x, h, [weight], a, [b], [0, 6], [4, 6], True, False, *common)
@@ -105,26 +106,29 @@ def test_a_checkpoint_repeats_the_mask(reentrant):
 
 
 @warned_by_torch
+@pytest.mark.parametrize("impl", [None, "reference"])
 @pytest.mark.parametrize("dropout", [0.0, 0.25])
-def test_under_torch_compile_without_a_graph_break(dropout, monkeypatch):
+def test_under_torch_compile_without_a_graph_break(dropout, impl, monkeypatch):
     monkeypatch.undo()
     case = Case(options={"dropout": dropout}, live=(True, False, True, True))
 
     @torch.compile(backend="aot_eager", fullgraph=True)
     def layer(x):
-        return ops.lora_branches_grouped(x * 1.0, *case.arguments()[1:], dropout=dropout, seed=SEED)[0] + 0.0
+        arguments = x * 1.0, *case.arguments()[1:]
+        return ops.lora_branches_grouped(*arguments, dropout=dropout, seed=SEED, impl=impl)[0] + 0.0
 
     y = layer(case.x)
-    expected = case.run(None)
+    expected = case.run(impl)
     results = [y, *torch.autograd.grad(y, case.leaves, case.grads)]
     for mine, theirs in zip(results, expected, strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-5)
 
 
-def test_autocast_computes_in_its_dtype_and_gives_gradients_in_the_parameters():
+@pytest.mark.parametrize("impl", [None, "reference"])
+def test_autocast_computes_in_its_dtype_and_gives_gradients_in_the_parameters(impl):
     case = Case(options=DROPOUT)
     with torch.autocast(DEVICE, BF16):
-        y = ops.lora_branches_grouped(*case.arguments(), dropout=0.25, seed=SEED)[0]
+        y = ops.lora_branches_grouped(*case.arguments(), dropout=0.25, seed=SEED, impl=impl)[0]
         linear = F.linear(case.x, case.weights[0], case.biases[0])
     assert y.dtype == linear.dtype == BF16
     grads = torch.autograd.grad(y, case.leaves, case.grads[0].to(BF16))
@@ -133,12 +137,28 @@ def test_autocast_computes_in_its_dtype_and_gives_gradients_in_the_parameters():
         assert (mine.double() - exact).norm() < 0.02 * exact.norm()
 
 
-def test_branches_may_be_wider_than_the_base():
+@pytest.mark.parametrize("impl", [None, "torch", "reference"])
+def test_branches_and_routing_may_be_wider_than_the_base(impl):
     """PEFT keeps float32 adapters on a bfloat16 model."""
-    case = Case(dtype=BF16)
+    case = Case(dtype=BF16, routed=True)
     case.a = [[part.detach().float().requires_grad_() for part in parts] for parts in case.a]
-    grads = case.run(None)[2:]
+    case.routing = case.routing.detach().float().requires_grad_()
+    y, dx, d_routing, *grads = case.run(impl)
+    assert (y.dtype, dx.dtype, d_routing.dtype) == (BF16, BF16, torch.float32)
     assert [grad.dtype for grad in grads] == [torch.float32] * 4 + [BF16] * 4
+
+
+def test_without_a_compiled_core_the_packed_passes_run_in_plain_torch(monkeypatch):
+    case = Case(options=DROPOUT)
+    expected = case.run("torch")
+    monkeypatch.setattr(dispatch, "core", lambda name: None)
+    monkeypatch.setattr(dispatch, "BEST", {})
+    dispatch.best.cache_clear()
+    with pytest.warns(RuntimeWarning, match="runs on plain torch, many times slower in averaging and dropout"):
+        results = case.run(None)
+    dispatch.best.cache_clear()
+    assert ops.last_path("lora_branches") == ops.last_path("lora_branches_backward") == "torch"
+    assert all(torch.equal(mine, theirs) for mine, theirs in zip(results, expected, strict=True))
 
 
 def test_a_parameter_changed_before_backward_is_noticed():
@@ -191,7 +211,7 @@ BAD = {
         r"seed is \(2,\).*expected \(1,\) torch.int64",
     ),
     "routing": ({"routing": torch.ones(2, 3)}, r"routing is \(2, 3\).*expected \(2, 2\)"),
-    "impl": ({"impl": "fast"}, "unknown impl 'fast'; valid: cpp, cuda, triton, reference"),
+    "impl": ({"impl": "fast"}, "unknown impl 'fast'; valid: cpp, cuda, triton, torch, reference"),
 }
 
 

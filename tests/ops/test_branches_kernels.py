@@ -23,7 +23,7 @@ HERE = Path(__file__).parent
 def test_triton_interpreted_agrees_with_float64():
     """The numeric tests once more, in a process where Triton interprets."""
     environment = os.environ | {"TRITON_INTERPRET": "1", "CNEXT_TEST_IMPL": "triton", "CNEXT_TEST_DEVICE": "cpu"}
-    chosen = "errs_no_more or noticed or those_of_the_reference or not_contiguous or bitwise or float64_is"
+    chosen = "errs_no_more or noticed or those_of_the_reference or not_contiguous or bitwise or float64_is or last_path"
     quiet = ["-q", "-x", "-W", "ignore:Conversion of an array:DeprecationWarning"]  # of older interpreters, by numpy
     file = str(Path(__file__).with_name("test_branches_ops.py"))
     tests = [sys.executable, "-m", "pytest", *quiet, "-k", chosen, file]

@@ -1,11 +1,12 @@
 """The branches op, each implementation against float64. CNEXT_TEST_DEVICE=cuda runs them on a GPU."""
 
 import functools
+import importlib
 import itertools
 
 import pytest
 import torch
-from ops.branches_cases import DEVICE, IMPLS, INTERPRETED, SEED, Case
+from ops.branches_cases import DEVICE, IMPLS, INTERPRETED, SEED, WAYS, Case
 from ops.tolerance import assert_as_accurate
 
 from cnext import ops
@@ -17,6 +18,7 @@ DTYPES = [F32] if INTERPRETED else [F32, BF16, F16]
 # The largest error of a float32 sum depends on its order: one sum of rank 32 here, four of rank 8 in the reference.
 assert_close_to_exact = functools.partial(assert_as_accurate, factor=4.0)
 every_impl = pytest.mark.parametrize("impl", IMPLS)
+every_way = pytest.mark.parametrize("impl", WAYS)
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 SHARED, INDEPENDENT = {"dropout": 0.25}, {"dropout": 0.25, "independent": True}
 CASES = {
@@ -43,18 +45,17 @@ every_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 
 
 @every_case
-@every_impl
+@every_way
 @every_dtype
 def test_errs_no_more_than_plain_torch(case, impl, dtype):
     case = Case(dtype=dtype, **case)
     results, plain, exact = case.run(impl), case.plain(), case.exact()
-    assert ops.last_path("lora_branches") == impl
     assert len(results) == len(plain) == len(exact)
     for i, triple in enumerate(zip(results, plain, exact, strict=True)):
         assert_close_to_exact(*triple, what=f"result {i}")
 
 
-@every_impl
+@every_way
 @pytest.mark.parametrize("what", ["sign", "mask"])
 def test_a_wrong_branch_is_noticed(impl, what):
     """The negative control of the test above."""
@@ -71,7 +72,7 @@ def test_a_wrong_branch_is_noticed(impl, what):
             assert_close_to_exact(*triple)
 
 
-@every_impl
+@every_way
 @pytest.mark.parametrize("live", list(itertools.product((False, True), repeat=4)), ids=str)
 def test_every_subset_of_live_branches(impl, live):
     """Frozen branches get no gradient and change nothing for the live ones."""
@@ -93,7 +94,7 @@ def test_one_half_of_a_branch_may_be_frozen(which):
         assert_close_to_exact(*triple)
 
 
-@every_impl
+@every_way
 @pytest.mark.parametrize("lead", [(6,), (2, 3)], ids=str)
 def test_x_that_is_not_contiguous(impl, lead):
     case = Case(lead=lead, options=SHARED)
@@ -103,6 +104,102 @@ def test_x_that_is_not_contiguous(impl, lead):
         case.x = other.requires_grad_(True)
         for mine, theirs in zip(case.run(impl), expected, strict=True):
             torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-5)
+
+
+if not INTERPRETED:
+
+    @every_case
+    @pytest.mark.parametrize("impl", [way for way in WAYS if way != "reference"])
+    def test_agrees_with_the_reference(case, impl):
+        """With the same mask, that is: with another one, whole elements of x would differ."""
+        case = Case(**case)
+        for mine, theirs in zip(case.run(impl), case.run("reference"), strict=True):
+            torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-4)
+
+
+class Launches:
+    """A kernel, or a function, that counts how often it is called; a Triton kernel is called by way of its grid."""
+
+    def __init__(self, function):
+        self.function, self.count = function, 0
+
+    def __call__(self, *args, **kwargs):
+        self.count += 1
+        return self.function(*args, **kwargs)
+
+    def __getitem__(self, grid):
+        self.count += 1
+        return self.function[grid]
+
+
+@pytest.fixture
+def ran(monkeypatch):
+    """What was launched since the last call, by what it really calls; "torch" for nothing."""
+    counted = {}
+
+    def count(path, owner, name):
+        launches = Launches(getattr(owner, name))
+        monkeypatch.setattr(owner, name, launches)
+        counted.setdefault(path, []).append(launches)
+
+    for name in ("with_projections", "lora_branches_backward"):
+        count("reference", branches_reference, name)
+    for impl in IMPLS:
+        if impl == "triton":
+            for name in ("project", "weigh", "spread", "mask"):
+                count(impl, importlib.import_module("cnext.kernels.branches"), name)
+        else:
+            count(impl, dispatch.core(impl), "dropout")
+
+    def ask():
+        found = {path: sum(one.count for one in launches) for path, launches in counted.items()}
+        for launches in counted.values():
+            for one in launches:
+                one.count = 0
+        names = [path for path, launched in found.items() if launched]
+        assert len(names) < 2
+        return names[0] if names else "torch"
+
+    return ask
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.05])
+@every_way
+def test_last_path_names_what_was_launched(impl, dropout, ran):
+    expected = impl if dropout or impl == "reference" else "torch"
+    case = Case(outer=(29, 16), options={"dropout": dropout})
+    for live in (True, False):
+        with torch.set_grad_enabled(live):
+            outputs = ops.lora_branches_grouped(*case.arguments(), seed=SEED, dropout=dropout, impl=impl)
+        assert ran() == ops.last_path("lora_branches") == expected
+        if live:
+            torch.autograd.grad(outputs, case.leaves, case.grads)
+            assert ran() == ops.last_path("lora_branches_backward") == expected
+
+
+@every_way
+def test_last_path_where_dropout_meets_nothing(impl, ran):
+    """The gradient of B alone comes from what the forward pass has kept, and no rows need no kernel."""
+    case = Case(options=SHARED, x_live=False)
+    for part in case.a[0]:
+        part.requires_grad_(False)
+    case.run(impl)
+    ran()
+    assert ops.last_path("lora_branches_backward") == ("reference" if impl == "reference" else "torch")
+    assert ops.last_path("lora_branches") == impl
+    with torch.no_grad():
+        ops.lora_branches(case.x[:0], case.weights[0], None, case.a[0], case.b[0], seed=SEED, dropout=0.25, impl=impl)
+    assert ran() == ops.last_path("lora_branches") == ("reference" if impl == "reference" else "torch")
+
+
+@every_impl
+def test_last_path_of_a_mask(impl, ran):
+    for rows, expected in ((3, impl), (0, "torch")):
+        ops.dropout_mask(SEED, rows, 130, 0.3, impl=impl)
+        assert ran() == ops.last_path("dropout_mask") == expected
+    ops.dropout_mask(SEED, 3, 130, 0.3, impl="reference")
+    assert ran() == "torch"
+    assert ops.last_path("dropout_mask") == "reference"
 
 
 @every_impl
@@ -153,7 +250,7 @@ def test_philox_gives_the_published_numbers(monkeypatch):
     assert words == [0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD]
 
 
-@every_impl
+@every_way
 @every_dtype
 def test_bitwise_repeatable(impl, dtype):
     case = Case(lead=(67,), inner=257, options=INDEPENDENT, dtype=dtype)
@@ -184,7 +281,7 @@ if "cpp" in IMPLS:
         core.use_instruction_set(before)
 
 
-@every_impl
+@every_way
 def test_seeds_come_from_torchs_generator(impl):
     x, weight, a, b = (torch.ones(shape, device=DEVICE) for shape in ((4, 8), (8, 8), (2, 8), (8, 2)))
 
@@ -199,5 +296,5 @@ def test_seeds_come_from_torchs_generator(impl):
 if "triton" in IMPLS:
 
     def test_float64_is_refused_where_it_would_be_narrowed():
-        with pytest.raises(UserError, match="impl='triton' has no float64 with dropout; take impl='reference'"):
+        with pytest.raises(UserError, match="impl='triton' has no float64 with dropout; take impl='torch'"):
             Case(dtype=torch.float64, options=SHARED).run("triton")

@@ -37,7 +37,7 @@ def test_the_reason_of_the_build_is_given_with_its_cure(package: Path) -> None:
 def test_the_warning_says_why(package: Path) -> None:
     (package / "_build.json").write_text(json.dumps({"built": {}, "left_out": {"cpp": "there was no C++ compiler"}}))
     told = r"cnext was built without it: there was no C\+\+ compiler; install cnext again where a C\+\+17 compiler"
-    with pytest.warns(RuntimeWarning, match=f"plain torch, many times slower; cpp: {told}"):
+    with pytest.warns(RuntimeWarning, match=f"{dispatch.SLOWER}; cpp: {told}"):
         assert dispatch.best("cpu") == "reference"
 
 
@@ -54,4 +54,4 @@ def test_a_source_tree_that_is_imported_as_it_lies_is_named(package: Path, monke
     (site / "cnext" / "__init__.py").touch()
     told += f"cnext is installed in {site}/cnext: run from another folder or with python -P, or `pip install -e {tree}`"
     assert dispatch.missing("cuda", "cuda") == told
-    assert any(f"plain torch, many times slower; no cpp: {told}" in finding.text for finding in doctor.kernels())
+    assert any(f"plain torch, {dispatch.SLOWER}; no cpp: {told}" in finding.text for finding in doctor.kernels())
