@@ -3,16 +3,19 @@
 The rank-8 branches that MAGE trains (three of four) on LLaMA2-13B's seven linear layers: 40 decoder layers on a GPU, 5
 on a CPU. Every candidate is checked against plain torch first. A row's ``time_over_yardstick`` is the median ratio of
 its time to the yardstick's, timed in pairs; the yardstick is `pema_step_` unless the row's group says otherwise.
+
+On a GPU calls are timed as CUDA graphs. Rows named "eager" are calls as a training loop makes them, with the host's
+part; what waits for the host, DEMA as released and the dense inverse, has these alone.
 """
 
 from __future__ import annotations
 
 import copy
-import os
 from collections.abc import Callable
 
 import pytest
 import torch
+from timing import DEVICE, GPU, SMALL
 from torch import Tensor
 
 from cnext import ops
@@ -21,13 +24,12 @@ from cnext.ops.rules import OPS
 
 # torch 2.11 warns of its own code
 pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script:DeprecationWarning")
-DEVICE = os.environ.get("CNEXT_TEST_DEVICE", "cpu")
-LAYERS = 40 if DEVICE == "cuda" else 5
+LAYERS = 40 if GPU else 1 if SMALL else 5
 WIDE, NARROW, RANK, LIVE = 13824, 5120, 8, 3
 LINEARS = [(NARROW, NARROW)] * 4 + [(NARROW, WIDE)] * 2 + [(WIDE, NARROW)]
 SHAPES = [shape for m, n in LINEARS for shape in ((RANK, m), (n, RANK))] * LIVE * LAYERS
 PARAMETERS = sum(a * b for a, b in SHAPES)
-MATRIX = (RANK, NARROW if DEVICE == "cuda" else 1024)
+MATRIX = (RANK, NARROW if GPU else 1024)
 LEVEL = torch.full((len(SHAPES),), 1e-3, dtype=torch.float64, device=DEVICE)
 ADAMW = {"step": 2, "lr": 1e-4, "betas": (0.9, 0.98), "eps": 1e-6, "weight_decay": 0.01}
 
@@ -78,8 +80,10 @@ PER_STEP = {
     "foreach": lambda: foreach,
     "torch.compile": compiled,
 }
-if DEVICE == "cpu":
+if not GPU:
     del PER_STEP["triton"]
+TIMED = ("graph", "eager") if GPU else ("eager",)
+"""How calls are made that run in a CUDA graph and without one."""
 
 
 def fused_step() -> tuple[Callable[[], object], list[list[Tensor]]]:
@@ -88,8 +92,9 @@ def fused_step() -> tuple[Callable[[], object], list[list[Tensor]]]:
     return lambda: ops.pema_step_(*lists, LEVEL), lists
 
 
+@pytest.mark.parametrize("timed", TIMED)
 @pytest.mark.parametrize("name", PER_STEP)
-def test_pema_step(race, name):
+def test_pema_step(race, name, timed):
     function = PER_STEP[name]()
     yardstick, lists = fused_step()
     plain = copy.deepcopy(lists)
@@ -106,6 +111,7 @@ def test_pema_step(race, name):
         operations_per_parameter=12,
         state_bytes_per_parameter=8,
         path=path,
+        graph=timed == "graph",
     )
 
 
@@ -136,32 +142,33 @@ def test_rule(race, rule, dtype):
         parameters=PARAMETERS,
         bytes_per_parameter=passes + twice,
         path=ops.last_path(op.name),
+        graph=GPU,
     )
 
 
-def test_dema_as_released(race):
+def dema_released(theta: list[Tensor], grad: list[Tensor], ema: list[Tensor], held: dict[int, Tensor]) -> None:
     """CIA's loop as its code has it: norms and a host synchronisation per tensor, and a copy of every gradient."""
+    for i, (now, g, average) in enumerate(zip(theta, grad, ema, strict=True)):
+        a = torch.norm(now - average, p=1)
+        b = torch.norm(g, p=1)
+        c = torch.norm(g - held[i], p=1)
+        alpha = float(2 * (1 + b) / (a * c))
+        if not 0 < alpha < 1:
+            alpha = 0.01
+        ema[i] = (1 - alpha) * average + alpha * now
+        held[i] = copy.deepcopy(g)
+
+
+def test_dema_as_released_eager(race):
     theta, grad, ema, previous = filled(1e-2, 1e-3, 1e-2, 1e-3)
     held = dict(enumerate(previous))
-
-    def released() -> None:
-        for i, (now, g, average) in enumerate(zip(theta, grad, ema, strict=True)):
-            a = torch.norm(now - average, p=1)
-            b = torch.norm(g, p=1)
-            c = torch.norm(g - held[i], p=1)
-            alpha = float(2 * (1 + b) / (a * c))
-            if not 0 < alpha < 1:
-                alpha = 0.01
-            ema[i] = (1 - alpha) * average + alpha * now
-            held[i] = copy.deepcopy(g)
-
     other = copy.deepcopy([theta, grad, ema, previous])
-    released()
+    dema_released(theta, grad, ema, held)
     ops.dema_step_(*other)
     torch.testing.assert_close(ema, other[2], rtol=1e-4, atol=1e-6)
     yardstick, _ = fused_step()
     race.run(
-        released,
+        lambda: dema_released(theta, grad, ema, held),
         yardstick,
         parameters=PARAMETERS,
         bytes_per_parameter=72,
@@ -208,50 +215,47 @@ def test_released_formula(race, name):
     )
 
 
-@pytest.mark.parametrize("name", ["torch fused", "torch fused, then pema_step", "one pass", "one pass, v as fisher"])
+ADAMW_TRAFFIC = {"torch fused": 28, "torch fused, then pema_step": 52, "one pass": 44, "one pass, v as fisher": 36}
+"""Bytes that each moves for a parameter."""
+
+
+def adamw(name: str) -> Callable[[], object]:
+    """A step of AdamW, with the average where the name says so, on buffers of its own."""
+    theta, grad, m, v, fisher, ema = filled(1e-2, 1e-3, 1e-4, -1e-3, -1e-3, 1e-2)
+    if name.startswith("one pass"):
+        own = None if "v as" in name else fisher
+        return lambda: ops.adamw_pema_step_(theta, grad, m, v, own, ema, LEVEL, **ADAMW)
+    parameters = [torch.nn.Parameter(x) for x in theta]
+    for parameter, g in zip(parameters, grad, strict=True):
+        parameter.grad = g
+    numbers = {key: value for key, value in ADAMW.items() if key != "step"}
+    optimizer = torch.optim.AdamW(parameters, **numbers, fused=True, capturable=GPU)
+    if name == "torch fused":
+        return optimizer.step
+    return lambda: (optimizer.step(), ops.pema_step_(theta, grad, fisher, ema, LEVEL))
+
+
+def check_adamw(impl: str | None = None) -> None:
+    """The one pass, with a Fisher diagonal of its own and with v as that, against plain torch."""
+    for shared in (False, True):
+        lists = filled(1e-2, 1e-3, 1e-4, -1e-3, -1e-3, 1e-2, shapes=SHAPES[:14])
+        plain = copy.deepcopy(lists)
+        for made, by in ((lists, impl), (plain, "reference")):
+            theta, grad, m, v, fisher, ema = made
+            ops.adamw_pema_step_(theta, grad, m, v, None if shared else fisher, ema, LEVEL[:14], **ADAMW, impl=by)
+        for a, b in zip(lists, plain, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("name", ADAMW_TRAFFIC)
 def test_adamw(race, name):
     """AdamW with the average; the yardstick is torch's fused AdamW followed by the fused `pema_step_`."""
-
-    def candidate(name: str) -> Callable[[], object]:
-        theta, grad, m, v, fisher, ema = filled(1e-2, 1e-3, 1e-4, -1e-3, -1e-3, 1e-2)
-        if name.startswith("one pass"):
-            own = None if "v as" in name else fisher
-            return lambda: ops.adamw_pema_step_(theta, grad, m, v, own, ema, LEVEL, **ADAMW)
-        parameters = [torch.nn.Parameter(x) for x in theta]
-        for parameter, g in zip(parameters, grad, strict=True):
-            parameter.grad = g
-        numbers = {key: value for key, value in ADAMW.items() if key != "step"}
-        optimizer = torch.optim.AdamW(parameters, **numbers, fused=True)
-        if name == "torch fused":
-            return optimizer.step
-        return lambda: (optimizer.step(), ops.pema_step_(theta, grad, fisher, ema, LEVEL))
-
-    lists = filled(1e-2, 1e-3, 1e-4, -1e-3, -1e-3, 1e-2, shapes=SHAPES[:14])
-    plain = copy.deepcopy(lists)
-    ops.adamw_pema_step_(*lists, LEVEL[:14], **ADAMW)
-    ops.adamw_pema_step_(*plain, LEVEL[:14], **ADAMW, impl="reference")
-    for a, b in zip(lists, plain, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-7)
-    traffic = {"torch fused": 28, "torch fused, then pema_step": 52, "one pass": 44, "one pass, v as fisher": 36}
+    check_adamw()
     race.run(
-        candidate(name),
-        candidate("torch fused, then pema_step"),
+        adamw(name),
+        adamw("torch fused, then pema_step"),
         parameters=PARAMETERS,
-        bytes_per_parameter=traffic[name],
+        bytes_per_parameter=ADAMW_TRAFFIC[name],
         path=dispatch.choose("pema_step_", DEVICE, None),
+        graph=GPU,
     )
-
-
-if DEVICE == "cuda":
-
-    @pytest.mark.parametrize("impl", ["cuda", "triton"])
-    def test_pema_step_in_a_graph(race, impl):
-        """Ten steps of a captured graph: the kernels alone, without the host. The yardstick is the same graph."""
-        lists = filled(1e-2, 1e-3, -1e-3, 1e-2)
-        ops.pema_step_(*lists, LEVEL, impl=impl)
-        torch.cuda.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            for _ in range(10):
-                ops.pema_step_(*lists, LEVEL, impl=impl)
-        race.run(graph.replay, graph.replay, parameters=10 * PARAMETERS, bytes_per_parameter=24, path=f"{impl}, graph")

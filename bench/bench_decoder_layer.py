@@ -11,14 +11,15 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from branch_peers import DEVICE, DTYPE, GPU, NARROW, PEERS, WIDE, adapted, kept_bytes, ops_run
+from branch_peers import DTYPE, NARROW, PEERS, WIDE, adapted, kept_bytes, ops_run
+from timing import DEVICE, GPU, SMALL
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from cnext import ops
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-SEQUENCES, TOKENS = (16, 880) if GPU else (2, 128)
+SEQUENCES, TOKENS = (16, 880) if GPU else (2, 16) if SMALL else (2, 128)
 LINEARS = 7
 
 

@@ -8,12 +8,12 @@ of the concatenated rank, all of it live, because neither knows frozen branches.
 
 from __future__ import annotations
 
-import os
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
 import torch
+from timing import GPU, SMALL
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -21,10 +21,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from cnext import ops
 from cnext.adapters import AdapterLinear, Branch
 
-DEVICE = os.environ.get("CNEXT_TEST_DEVICE", "cpu")
-GPU = DEVICE == "cuda"
 DTYPE = torch.bfloat16 if GPU else torch.float32
-NARROW, WIDE = (5120, 13824) if GPU else (1280, 3456)
+NARROW, WIDE = (5120, 13824) if GPU else (256, 384) if SMALL else (1280, 3456)
 RANK, BRANCHES = 8, 4
 
 

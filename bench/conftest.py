@@ -3,35 +3,40 @@
 from __future__ import annotations
 
 import ctypes
-import os
+import json
 import statistics
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 import tested_versions
 import torch
+from timing import DEVICE, GPU, SMALL, captured, finish
 
-DEVICE = os.environ.get("CNEXT_TEST_DEVICE", "cpu")
-COPY_BYTES = 2**28 if DEVICE == "cpu" else 2**31
+COPY_BYTES = 2**31 if GPU else 2**20 if SMALL else 2**28
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--rows", type=Path, metavar="FILE", help="append each row of a race to FILE once it is known")
 
 
 def pytest_configure(config: pytest.Config) -> None:
     tested_versions.configure(config)
 
 
-def finish() -> None:
-    """Waits for the device."""
-    if DEVICE == "cuda":
-        torch.cuda.synchronize()
-
-
 def seconds(function: Callable[[], object]) -> float:
-    """Wall time of one call, the device's work included."""
+    """Time of one call, the device's work included: by events on a GPU, by the clock on a CPU."""
     finish()
+    if GPU:
+        before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        before.record()
+        function()
+        after.record()
+        finish()
+        return before.elapsed_time(after) / 1e3
     start = time.perf_counter()
     function()
-    finish()
     return time.perf_counter() - start
 
 
@@ -42,7 +47,7 @@ def _status(field: str) -> int:
 
 def transient_bytes(function: Callable[[], object]) -> int:
     """Peak memory that a call takes beyond what was held before it."""
-    if DEVICE == "cuda":
+    if GPU:
         finish()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
@@ -57,25 +62,12 @@ def transient_bytes(function: Callable[[], object]) -> int:
     return max(_status("VmHWM") - before, 0)
 
 
-def captured(function: Callable[[], object]) -> Callable[[], object]:
-    """The call replayed from a CUDA graph: what the device takes, without the host's launches."""
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(3):
-            function()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        function()
-    return graph.replay
-
-
 class Race:
     """Times a candidate against a yardstick, in pairs, and books what a reader needs to judge the row."""
 
-    def __init__(self, benchmark) -> None:
-        self.benchmark = benchmark
+    def __init__(self, benchmark, rows: Path | None) -> None:
+        """rows: the file to which every row is appended once it is known."""
+        self.benchmark, self.rows = benchmark, rows
         memory = torch.ones(COPY_BYTES // 8, device=DEVICE), torch.empty(COPY_BYTES // 8, device=DEVICE)
         self.copy = lambda: memory[1].copy_(memory[0])
 
@@ -93,14 +85,14 @@ class Race:
         """One row: paired times of yardstick and candidate, peak transient memory, and share of copy bandwidth.
 
         The share is that of moving ``bytes_per_parameter``; 0 for what is bound by arithmetic, and then left out. With
-        ``graph`` both are timed as CUDA graphs, for work so short that launching it would be what is measured.
+        ``graph`` both are timed as CUDA graphs, and what the host takes to launch them is not measured; else eager.
         """
         for function in (candidate, yardstick, self.copy):
             function()
         transient = transient_bytes(candidate)
         if graph:
             candidate, yardstick = captured(candidate), captured(yardstick)
-        other, copy = [], []
+        own, other, copy = [], [], []
 
         def before() -> None:
             # Both of a pair follow a copy, and so find the same in the caches.
@@ -108,12 +100,7 @@ class Race:
             other.append(seconds(yardstick))
             copy.append(seconds(self.copy))
 
-        def timed() -> None:
-            candidate()
-            finish()
-
-        self.benchmark.pedantic(timed, setup=before, rounds=rounds)
-        own = self.benchmark.stats.stats.data
+        self.benchmark.pedantic(lambda: own.append(seconds(candidate)), setup=before, rounds=rounds)
         ratios = sorted(a / b for a, b in zip(own, other, strict=True))
         copied = COPY_BYTES / statistics.median(copy) / 1e9
         moved = parameters * bytes_per_parameter / statistics.median(own) / 1e9
@@ -126,10 +113,11 @@ class Race:
             "share_of_copy": moved / copied,
         }
         self.benchmark.extra_info |= {
-            "device": torch.cuda.get_device_name() if DEVICE == "cuda" else "cpu",
+            "device": torch.cuda.get_device_name() if GPU else "cpu",
             "threads": torch.get_num_threads(),
             "torch": torch.__version__,
             "graph": graph,
+            "median_seconds": statistics.median(own),
             **(bandwidth if bytes_per_parameter else {}),
             "time_over_yardstick": statistics.median(ratios),
             "time_over_yardstick_20_80": (ratios[len(ratios) // 5], ratios[-1 - len(ratios) // 5]),
@@ -137,6 +125,10 @@ class Race:
             "transient_bytes": transient,
             **booked,
         }
+        if self.rows is not None:
+            row = {"name": self.benchmark.fullname, "group": self.benchmark.group, **self.benchmark.extra_info}
+            with self.rows.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(row) + "\n")
 
 
 @pytest.fixture
@@ -148,5 +140,5 @@ def one_thread() -> Iterator[None]:
 
 
 @pytest.fixture
-def race(benchmark) -> Race:
-    return Race(benchmark)
+def race(benchmark, pytestconfig: pytest.Config) -> Race:
+    return Race(benchmark, pytestconfig.getoption("rows"))

@@ -1,0 +1,128 @@
+"""Time on a device: CUDA graphs, events, and candidates that take turns. Used by the benchmarks and by ``gpu.py``."""
+
+from __future__ import annotations
+
+import os
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache
+
+import torch
+from torch import Tensor
+
+DEVICE = os.environ.get("CNEXT_TEST_DEVICE", "cpu")
+GPU = DEVICE == "cuda"
+SMALL = bool(os.environ.get("CNEXT_BENCH_SMALL"))
+"""Shapes of a rehearsal: the same code, and times that mean nothing."""
+FLUSH_BYTES = 2**28
+"""Written before every timed call; larger than the L2 cache of any GPU."""
+
+
+def finish() -> None:
+    """Waits for the device."""
+    if GPU:
+        torch.cuda.synchronize()
+
+
+def captured(function: Callable[[], object]) -> Callable[[], object]:
+    """The call replayed from a CUDA graph: what the device takes, without the host's launches."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            function()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        function()
+    return graph.replay
+
+
+@cache
+def _flushed() -> Tensor:
+    return torch.empty(FLUSH_BYTES // 4, dtype=torch.int32, device=DEVICE)
+
+
+def race(candidates: Mapping[str, Callable[[], object]], rounds: int, *, graph: bool) -> dict[str, list[float]]:
+    """Milliseconds of every candidate in every round; the candidates take turns, and start with caches flushed.
+
+    On a GPU by events on the stream, of CUDA graphs where ``graph``; on a CPU by its clock.
+    """
+    times: dict[str, list[float]] = {name: [] for name in candidates}
+    if not GPU:
+        for _ in range(rounds):
+            for name, function in candidates.items():
+                start = time.perf_counter()
+                function()
+                times[name].append((time.perf_counter() - start) * 1e3)
+        return times
+    run = {name: captured(function) if graph else function for name, function in candidates.items()}
+    for function in run.values():
+        function()
+    pairs = []
+    for _ in range(rounds):
+        for name, function in run.items():
+            _flushed().zero_()
+            before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            before.record()
+            function()
+            after.record()
+            pairs.append((name, before, after))
+    finish()
+    for name, before, after in pairs:
+        times[name].append(before.elapsed_time(after))
+    return times
+
+
+def spread(values: Sequence[float], unit: str = "ms") -> dict[str, float]:
+    """The median of a row, and its 20th and 80th percentiles."""
+    ordered = sorted(values)
+    return {
+        unit: statistics.median(ordered),
+        f"{unit}_p20": ordered[len(ordered) // 5],
+        f"{unit}_p80": ordered[-1 - len(ordered) // 5],
+    }
+
+
+def ratio(times: Sequence[float], yardstick: Sequence[float]) -> dict[str, float]:
+    """Median and percentiles of the ratio in each round, in which both found the same clocks and temperature."""
+    return spread([a / b for a, b in zip(times, yardstick, strict=True)], "ratio")
+
+
+def call_ms(function: Callable[[], object], calls: int) -> dict[str, float]:
+    """What a training loop meets, eager: wall time with the device's work, and the host's until the call returns."""
+    function()
+    walls, hosts = [], []
+    for _ in range(calls):
+        finish()
+        start = time.perf_counter()
+        function()
+        hosts.append((time.perf_counter() - start) * 1e3)
+        finish()
+        walls.append((time.perf_counter() - start) * 1e3)
+    return {
+        "wall_ms": statistics.median(walls),
+        "host_ms": statistics.median(hosts),
+        "best_wall_ms": min(walls),
+        "best_host_ms": min(hosts),
+    }
+
+
+def kernels(function: Callable[[], object], calls: int = 3) -> list[tuple[str, float, float]]:
+    """Name, launches and microseconds a call of all that runs on the device, fills included; on a CPU torch's ops."""
+    from torch.autograd import DeviceType
+    from torch.profiler import ProfilerActivity, profile
+
+    function()
+    finish()
+    with profile(activities=[ProfilerActivity.CUDA if GPU else ProfilerActivity.CPU]) as found:
+        for _ in range(calls):
+            function()
+        finish()
+    rows = []
+    for event in found.key_averages():
+        taken = event.self_device_time_total if GPU else event.self_cpu_time_total
+        if taken and event.device_type is (DeviceType.CUDA if GPU else DeviceType.CPU):
+            rows.append((event.key, event.count / calls, taken / calls))
+    return sorted(rows, key=lambda row: -row[2])
