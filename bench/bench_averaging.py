@@ -16,7 +16,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from timing import DEVICE, GPU, SMALL
-from torch import Tensor
+from torch import Tensor, nn
 
 from cnext import ops
 from cnext.ops import dispatch, reference
@@ -175,6 +175,33 @@ def test_dema_as_released_eager(race):
         state_bytes_per_parameter=8,
         path="torch",
     )
+
+
+if not GPU:
+    HOST = ("op", "prepared", "prepared, gradients anew", "gradients of parameters anew")
+
+    @pytest.mark.parametrize("name", HOST)
+    @pytest.mark.parametrize("rule", ["pema_step_", "dema_step_", "adamw_pema_step_"])
+    def test_host_time(race, rule, name):
+        """What a call costs the host: 1,680 tensors without an element, so that the kernels have nothing to do. The
+        yardstick is the unprepared op. On a GPU `gpu.py` has these rows with the tensors of the other benchmarks."""
+        tensors, op = 1680, OPS[rule]
+        race.benchmark.group = f"averaging, host time of {rule} on {tensors} tensors"
+        given = dict(zip(op.roles, filled(*[1.0] * len(op.roles), shapes=[(0, 2)] * tensors), strict=True))
+        parameters = [nn.Parameter(g) for g in given["grad"]]
+        for parameter, g in zip(parameters, given["grad"], strict=True):
+            parameter.grad = g
+        rows = [torch.full((tensors,), 1e-3, dtype=torch.float64)] if op.rows[0] else []
+        numbers = ADAMW if rule.startswith("adamw") else {}
+        whole = ops.prepare(rule, *given.values())
+        anew = ops.prepare(rule, *(None if one == "grad" else x for one, x in given.items()))
+        calls: dict[str, Callable[[], object]] = {
+            "op": lambda: getattr(ops, rule)(*given.values(), *rows, **numbers),
+            "prepared": lambda: whole(*rows, **numbers),
+            "prepared, gradients anew": lambda: anew(*rows, grad=given["grad"], **numbers),
+            "gradients of parameters anew": lambda: anew(*rows, grad=[p.grad for p in parameters], **numbers),
+        }
+        race.run(calls[name], calls["op"], rounds=40, path=ops.last_path(rule), tensors=tensors)
 
 
 @pytest.mark.parametrize("name", ["dense inverse", "low rank"])

@@ -1,90 +1,224 @@
-"""On a machine with a GPU: ``python bench/gpu.py`` tests and benchmarks what runs there, and keeps the results.
+"""Evidence from a GPU: what is right there, and how fast. The most valuable questions first; correctness before speed.
 
-    python bench/gpu.py                     all of these, one after the other:
-    python bench/gpu.py tests               the kernels' tests
-    python bench/gpu.py kernels             every benchmark of the compiled core
-    python bench/gpu.py methods             memory and speed of every method, in bfloat16, on the embedded default
-    python bench/gpu.py seed_x              SEED-X at full size, random weights; needs 80 GB
-    python bench/gpu.py branches_qkv        anything else: the benchmarks that pytest -k finds by this
+    python bench/gpu.py                                        every part but the long ones, in under 8 minutes
+    python bench/gpu.py --parts compiled,methods,seed_x        the long ones, in under 10
+    python bench/gpu.py --rehearse --out /tmp/rehearsal        the same program small on a CPU
+    python bench/gpu.py --wheels wheels                        what a machine without a network lacks
 
-The results are bench/results/<gpu>_<date>[_<what>].json, those of benchmarks as pytest-benchmark writes them.
+Each part runs in a process group of its own, with a time limit; where one fails, the next begins. The output folder
+takes rows.jsonl, a row as soon as it is known, log.txt, and summary.txt, which ends what is printed. The exit status is
+0 where all parts ended in time and everything that was checked is right; a speed is no failure.
 """
 
+from __future__ import annotations
+
+import argparse
+import importlib
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
-import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from datetime import date
 from pathlib import Path
+from typing import Any
 
-import torch
-
-from cnext import methods
-
-HERE = Path(__file__).parent
+HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
-COST = ("peak_device_memory_bytes", "seconds_per_step", "tokens_per_second", "energy_joules")
-
-
-def called(command: list[object]) -> None:
-    """Runs a command with the tests' tensors on the GPU; ends this program where it fails."""
-    environment = os.environ | {"CNEXT_TEST_DEVICE": "cuda"}
-    subprocess.run(list(map(str, command)), cwd=HERE, env=environment, check=True)
+PARTS = {
+    "ceilings": ("times.ceilings", 40),
+    "check": ("check.check", 80),
+    "tests": ("programs.tests", 110),
+    "sanitize": ("programs.sanitize", 60),
+    "averaging": ("times.averaging", 60),
+    "branches": ("times.branches", 130),
+    "layer": ("times.layer", 60),
+    "run": ("programs.run", 70),
+    "profile": ("times.profile", 40),
+    "compiled": ("times.compiled", 150),
+    "methods": ("programs.every_method", 300),
+    "seed_x": ("programs.seed_x", 240),
+}
+"""A part's function in bench/evidence, and the most seconds that it may take."""
+LONG = ("compiled", "methods", "seed_x")
+SLOWER = 20
+"""By how much a rehearsal may take longer: a CPU, and what else runs on it."""
+LEAST = 15
+"""Seconds under which no part is begun."""
 
 
 def file(what: str) -> Path:
-    """Where results of this GPU and day go."""
+    """Where results of this GPU and day go: bench/results/<gpu>_<date>_<what>."""
+    import torch
+
     words = [torch.cuda.get_device_name(), date.today().isoformat(), what]
-    name = "_".join(re.sub(r"[^a-z0-9.-]+", "_", word.lower()) for word in words if word)
     (HERE / "results").mkdir(exist_ok=True)
-    return HERE / "results" / f"{name}.json"
+    return HERE / "results" / "_".join(re.sub(r"[^a-z0-9.-]+", "_", word.lower()) for word in words if word)
 
 
-def tests() -> None:
-    # Kernels that run need not be interpreted, nor compiled for GPUs that are not there.
-    called([sys.executable, "-m", "pytest", "-q", ROOT / "tests/ops", "-k", "not interpreted and not compiles"])
+def isolated(command: Sequence[str], log: Path, limit: float) -> tuple[int | str, float]:
+    """Runs a command in a process group of its own; after ``limit`` seconds the group is killed.
+
+    Returns:
+        Its exit status, or "time limit", and the seconds that it took.
+    """
+    start = time.monotonic()
+    with log.open("a") as out:
+        process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, start_new_session=True)
+        try:
+            code: int | str = process.wait(limit)
+        except subprocess.TimeoutExpired:
+            code = "time limit"
+        finally:
+            # Whatever it has started and left ends with it.
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+    return code, time.monotonic() - start
 
 
-def kernels(chosen: str = "", what: str = "averaging or branches") -> None:
-    result = file(chosen)
-    options = ["--benchmark-only", "-k", what, f"--benchmark-json={result}"]
-    called([sys.executable, "-m", "pytest", "-q", HERE, *options])
-    print(f"wrote {result.relative_to(ROOT)}")
+def written(rows: Path) -> list[dict[str, Any]]:
+    """The rows of a file; the last one may have been cut off."""
+    found = []
+    for line in rows.read_text().splitlines() if rows.is_file() else ():
+        try:
+            found.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue
+    return found
 
 
-def every_method() -> None:
-    """Costs of every method's stages, as measured by its run. Scores of so few steps mean nothing, and are left out."""
-    names, rows = sorted(methods.modules()), {}
-    with tempfile.TemporaryDirectory() as out:
-        options = ["--budget", "smoke", "--device", "cuda", "--precision", "bfloat16", "--out", out]
-        called([sys.executable, "-m", "cnext.cli", "run", "--method", *names, *options])
-        for name in names:
-            cost = json.loads((Path(out) / name / "paper/seed-0/cost.json").read_text())
-            rows[name] = {row["task"]: {key: row[key] for key in COST} for row in cost["stages"]}
-    versions = {"device": torch.cuda.get_device_name(), "torch": torch.__version__, "cuda": torch.version.cuda}
-    result = file("methods")
-    result.write_text(json.dumps({**versions, "precision": "bfloat16", "methods": rows}, indent=2) + "\n")
-    print(f"wrote {result.relative_to(ROOT)}")
+def machine() -> dict[str, object]:
+    """Versions, and the revision of the source where git tells it."""
+    from importlib.metadata import version
+
+    asked = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True)
+    names = ("cnext", "torch", "triton", "transformers", "peft")
+    versions = {name: version(name) for name in names}
+    return {"part": "machine", "python": sys.version.split()[0], **versions, "revision": asked.stdout.strip() or None}
 
 
-def seed_x() -> None:
-    called([sys.executable, HERE / "seed_x.py"])
+def faults(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """What is wrong: rows that say so, rows with an error, and parts that did not end well."""
+    found = []
+    for row in rows:
+        if row.get("ok") is False or isinstance(row.get("error"), str):
+            told = {key: row[key] for key in row if key not in ("part", "ok")}
+            found.append(f"{row['part']}: {json.dumps(told)[:300]}")
+        elif row.get("code", 0) != 0:
+            found.append(f"{row['part']}: ended with {row['code']} after {row['seconds']:.0f} s")
+    return found
 
 
-PARTS = {"tests": tests, "kernels": kernels, "methods": every_method, "seed_x": seed_x}
+def summary(rows: Sequence[dict[str, Any]]) -> Iterator[str]:
+    """A short line per finding."""
+    first = {key: value for row in rows for key, value in row.items() if row["part"] in ("machine", "ceilings")}
+    shown = ("gpu", "python", "torch", "cuda", "triton", "cnext", "revision")
+    yield ", ".join(f"{key} {first[key]}" for key in shown if first.get(key))
+    copy = max(
+        (row["tb_per_s"] for row in rows if row.get("name", "").startswith("copy") and "tb_per_s" in row), default=0
+    )
+    for row in rows:
+        name, part = row.get("name", ""), row["part"]
+        if "tb_per_s" in row:
+            yield f"{name:38} {row['tb_per_s']:.2f} TB/s"
+        elif "gb_per_s" in row:
+            share = f", {row['gb_per_s'] / 1e3 / copy:.2f} of the copy" if copy else ""
+            yield f"{name:38} {row['ms']:.3f} ms, {row['gb_per_s']:.0f} GB/s{share}"
+        elif "host_ms" in row:
+            yield f"{name:38} {row['wall_ms']:.2f} ms, of which the host {row['host_ms']:.3f}"
+        elif "tflops" in row:
+            yield f"{name:38} {row['shape']} {row['ms']:.3f} ms, {row['tflops']:.0f} TFLOP/s"
+        elif part in ("branches", "layer", "compiled") and "ratio" in row:
+            where = f"{row['shape']}, {row['rows']} rows" if "shape" in row else f"checkpointed {row['checkpointed']}"
+            yield f"{name:16} dropout {row['dropout']:<5} {where:32} {row['ratio']:.3f} of frozen"
+        elif "launches" in row:
+            yield f"{name:48} {row['launches']:.0f}"
+        elif part in ("tests", "run", "sanitize", "methods", "seed_x") and "ok" in row:
+            yield f"{part} {name:32} {'right' if row['ok'] else 'WRONG'} {str(row.get('said', ''))[:80]}"
+    checked = [row for row in rows if row["part"] == "check" and "ok" in row]
+    yield f"checks: {sum(row['ok'] for row in checked)} of {len(checked)} right"
+    yield from (f"FAULT {line}" for line in faults(rows))
 
 
-def main(what: str = "") -> None:
-    """Everything, one part, or the benchmarks that an expression chooses."""
-    if not torch.cuda.is_available():
-        sys.exit("error: torch sees no CUDA device here; the CPU benchmarks are: pytest bench/ --benchmark-only")
-    if what and what not in PARTS:
-        kernels(what, what)
-    for part in PARTS if not what else [what] if what in PARTS else []:
-        PARTS[part]()
+def parsed(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, usage="python bench/gpu.py [options]"
+    )
+    parser.add_argument("--out", type=Path, help="output folder; default: bench/results/<gpu>_<date>")
+    normal = [name for name in PARTS if name not in LONG]
+    parser.add_argument(
+        "--parts", default=",".join(normal), help=f"some of {', '.join(PARTS)}; default: all but the long"
+    )
+    parser.add_argument("--seconds", type=float, default=560.0, help="for all parts together; default: 560")
+    parser.add_argument("--rehearse", action="store_true", help="the same program small on a CPU")
+    parser.add_argument("--wheels", type=Path, metavar="DIR", help="builds and downloads wheels into DIR, and ends")
+    parser.add_argument("--python", default=sys.executable, help="with --wheels: the interpreter that they are for")
+    parser.add_argument("--have", type=Path, help="with --wheels: a file with `pip freeze` of the other machine")
+    parser.add_argument("--one", help=argparse.SUPPRESS)  # a part, in its own process
+    given = parser.parse_args(arguments)
+    if unknown := [name for name in given.parts.split(",") if name not in PARTS]:
+        parser.error(f"unknown part {unknown[0]!r}; valid: {', '.join(PARTS)}")
+    return given
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the parts; returns the exit status."""
+    given = parsed(arguments)
+    if given.wheels:
+        from evidence.wheels import collect
+
+        collect(given.wheels, given.python, given.have)
+        return 0
+    if not given.rehearse:
+        import torch
+
+        if not torch.cuda.is_available():
+            cpu = "the CPU benchmarks are: pytest bench/ --benchmark-only"
+            print(f"error: torch sees no CUDA device here; --rehearse runs small on a CPU, {cpu}", file=sys.stderr)
+            return 2
+    out = given.out or file("")
+    out.mkdir(parents=True, exist_ok=True)
+    rows, log = out / "rows.jsonl", out / "log.txt"
+    if given.one:
+        from evidence.book import Book
+
+        module, function = PARTS[given.one][0].split(".")
+        sys.path.append(str(ROOT / "tests"))  # the benchmarks' own helpers
+        getattr(importlib.import_module(f"evidence.{module}"), function)(Book(rows, given.one, not given.rehearse))
+        return 0
+
+    def put(**row: object) -> None:
+        with rows.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+
+    put(**machine(), rehearsed=given.rehearse)
+    begin = time.monotonic()
+    os.environ |= {"CNEXT_TEST_DEVICE": "cpu" if given.rehearse else "cuda", "PYTHONUNBUFFERED": "1"}
+    if given.rehearse:
+        os.environ["CNEXT_BENCH_SMALL"] = "1"
+    for part in given.parts.split(","):
+        limit = PARTS[part][1] * (SLOWER if given.rehearse else 1)
+        if not given.rehearse:
+            limit = min(limit, given.seconds - (time.monotonic() - begin))
+        if limit < LEAST:
+            put(part=part, name=part, error=f"{limit:.0f} s are left, and no part is begun under {LEAST}")
+            continue
+        options = ["--rehearse"] if given.rehearse else []
+        command = [sys.executable, str(Path(__file__).resolve()), "--out", str(out.resolve()), "--one", part, *options]
+        code, seconds = isolated(command, log, limit)
+        put(part=part, code=code, seconds=round(seconds, 1))
+        print(f"{part}: {code if code else 'done'} after {seconds:.0f} s", flush=True)
+    found = written(rows)
+    text = "\n".join(summary(found)) + "\n"
+    (out / "summary.txt").write_text(text)
+    print(f"\n{text}", end="")
+    return 1 if faults(found) else 0
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    sys.exit(main())

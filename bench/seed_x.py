@@ -370,7 +370,7 @@ def main() -> None:
     text = json.dumps(found, indent=2)
     print(text)
     if not given.small:
-        result = file("seed-x")
+        result = Path(f"{file('seed-x')}.json")
         result.write_text(text + "\n", encoding="utf-8")
         print(f"wrote {result}")
 

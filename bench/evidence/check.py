@@ -1,0 +1,202 @@
+"""Right or wrong, where the tests of the ops do not look: against float64, at the sizes and layouts of a 13B model."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cnext import ops
+from cnext.ops import branches_reference, reference
+from cnext.ops.foreach import Op
+from cnext.ops.rules import OPS
+from evidence.book import Book, error
+
+NUMBERS = {
+    "fisher_accumulate_": {"scale": 0.3},
+    "pema_merge_": {"new_scale": 0.7},
+    "ema_step_": {"beta": 0.93},
+    "pema_step_": {"decay": 0.9, "scale": 1 / 7},
+    "pema_literal_": {"damping": 0.7, "scale": 0.3},
+    "adamw_pema_step_": {"beta1": 0.9, "beta2": 0.98, "eps": 1e-6},
+    "adamw_pema_step_shared_": {"beta1": 0.9, "beta2": 0.98, "eps": 1e-6},
+}
+SIZES = (40960, 110592, 4096, 4095, 4097, 8, 1, 0, 13824 * 3 + 5)
+SMALL = (64, 5, 0)
+LAYOUTS = ("aligned", "multiples of 16", "odd", "mixed")
+"""Vectors of 16 bytes everywhere; sizes as production has them; slices of one slab at odd places; aligned and odd."""
+DTYPES = ((torch.float32, torch.float32), (torch.bfloat16, torch.float32), (torch.bfloat16, torch.bfloat16))
+
+
+def check(book: Book) -> None:
+    """Every op in every layer; rows have ``ok``."""
+    poison()
+    seed = int(time.time())
+    torch.manual_seed(seed)
+    book.put(seed=seed)
+    for layout in LAYOUTS:
+        for param, ema in DTYPES:
+            for op in OPS.values():
+                if op.rules:
+                    with book.attempt(f"{op.name} {layout} {param} {ema}"):
+                        averaging_op(book, op, layout, param, ema)
+    for dtype in (torch.bfloat16, torch.float32):
+        for what, options in BRANCHES.items():
+            with book.attempt(f"branches {what} {dtype}"):
+                branches_op(book, what, dtype, seed, **options)
+
+
+def poison() -> None:
+    """Memory that an op forgets to write is NaN from now on."""
+    for owner, name in ((torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty")):
+        setattr(owner, name, poisoned(getattr(owner, name)))
+
+
+def poisoned(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """What makes a tensor, with NaN in it."""
+
+    def filled(*args: Any, **kwargs: Any) -> Tensor:
+        tensor = make(*args, **kwargs)
+        if tensor.is_floating_point():
+            tensor.detach().fill_(float("nan"))
+        return tensor
+
+    return filled
+
+
+def drawn(book: Book, name: str, dtype: torch.dtype, layout: str) -> list[Tensor]:
+    """Slices of one slab: random values, not finite ones among gradients and parameters."""
+    wanted = list(SIZES if book.gpu else SMALL)
+    if layout in ("aligned", "multiples of 16"):
+        unit = 8 if layout == "aligned" else 16
+        wanted = [size - size % unit for size in wanted]
+    gap, place = (0, 16) if layout in ("aligned", "multiples of 16") else (1, 16 if layout == "mixed" else 1)
+    slab = torch.randn(sum(wanted) + gap * len(wanted) + 64, device=book.device)
+    if name in ("fisher", "fisher_old", "fisher_new", "exp_avg_sq"):
+        slab = slab.square() * 1e-2
+    if name in ("grad", "theta"):
+        for bad in (float("nan"), float("inf")):
+            slab[torch.rand_like(slab) < 0.02] = bad
+    slab, parts = slab.to(dtype), []
+    for size in wanted:
+        parts.append(slab[place : place + size])
+        place += size + gap
+    return parts
+
+
+def alike(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Copies in the same places of a slab of their own."""
+    slab = torch.empty(0, dtype=tensors[0].dtype, device=tensors[0].device).set_(tensors[0].untyped_storage()).clone()
+    return [slab[tensor.storage_offset() :][: tensor.numel()] for tensor in tensors]
+
+
+def same(one: Tensor, other: Tensor) -> bool:
+    """Equal to the bit but for the payload of NaN."""
+    return torch.equal(one.isnan(), other.isnan()) and torch.equal(one.nan_to_num(), other.nan_to_num())
+
+
+def averaging_op(book: Book, op: Op, layout: str, param: torch.dtype, ema: torch.dtype) -> None:
+    """Three runs of each layer: equal among themselves, and as near to float64 as plain torch, by a factor of 2."""
+    lists = [drawn(book, n, {"p": param, "e": ema}.get(r, torch.float32), layout) for n, r in op.roles.items()]
+    rows, numbers = [], NUMBERS.get(op.name, {})
+    if op.rows[0]:
+        table = torch.rand(len(lists[0]), op.rows[1], dtype=torch.float64, device=book.device) * 1e-2
+        if op.rows[1] == 4:
+            table[:, 1:] = torch.tensor([0.99, 0.37, 0.6], dtype=torch.float64, device=book.device)
+        rows = [table.squeeze(1)]
+    wide = [[tensor.double() for tensor in tensors] for tensors in lists]
+    exact_counts = getattr(reference, op.name)(*wide, *rows, **numbers)
+    plain = [alike(tensors) for tensors in lists]
+    getattr(reference, op.name)(*plain, *rows, **numbers)
+    for impl in book.impls:
+        runs = []
+        for _ in range(3):
+            mine = [alike(tensors) for tensors in lists]
+            runs.append((mine, getattr(torch.ops.cnext, op.name)(*mine, *rows, **numbers, impl=impl)))
+        first, counts = runs[0]
+        repeatable = all(
+            same(a, b)
+            for other, _ in runs[1:]
+            for x, y in zip(first, other, strict=True)
+            for a, b in zip(x, y, strict=True)
+        )
+        worst = theirs = 0.0
+        differ = 0
+        for i, name in enumerate(op.roles):
+            if name in op.written:
+                a, b, c = (torch.cat([x.double() for x in xs[i]]) for xs in (first, wide, plain))
+                fine = b.isfinite()
+                differ += int((a.isfinite() != fine).sum())
+                worst, theirs = max(worst, error(a[fine], b[fine])), max(theirs, error(c[fine], b[fine]))
+        counted = None
+        if counts is not None:
+            exact = exact_counts.view_as(counts)
+            fine = exact.isfinite()
+            counted = error(counts[fine], exact[fine])
+        ok = repeatable and not differ and worst <= 2 * theirs + 1e-6 and (counted is None or counted < 1e-5)
+        described = {"layout": layout, "param": param, "ema": ema, "impl": impl, "repeatable": repeatable}
+        book.put(
+            name=op.name, ok=ok, **described, error=worst, plain_error=theirs, counts_error=counted, not_finite=differ
+        )
+
+
+BRANCHES: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "dropout": {"dropout": 0.05},
+    "three layers": {"dropout": 0.05, "linears": 3},
+    "a mask for each": {"dropout": 0.05, "independent": True},
+    "routed": {"dropout": 0.05, "scale": 0.5, "routed": True},
+}
+
+
+def branches_op(
+    book: Book, what: str, dtype: torch.dtype, seed: int, linears: int = 1, routed: bool = False, **options: Any
+) -> None:
+    """Outputs and gradients of the branches at 5120 wide, against float64 with the mask that the op draws."""
+    rows, width = (1000, 5120) if book.gpu else (20, 64)
+    device = book.device
+
+    def draw(*shape: int, live: bool = False, scale: float = 1.0) -> Tensor:
+        return (torch.randn(shape, device=device) * scale).to(dtype).requires_grad_(live)
+
+    x, routing = draw(rows, width, live=True), draw(rows, 4, live=True) if routed else None
+    weights = [draw(width, width, scale=width**-0.5) for _ in range(linears)]
+    a = [[draw(8, width, live=i < 3, scale=width**-0.5) for i in range(4)] for _ in range(linears)]
+    b = [[draw(width, 8, live=i < 3, scale=0.1) for i in range(4)] for _ in range(linears)]
+    grads = [draw(rows, width) for _ in range(linears)]
+    mask_seed = torch.tensor([seed * 7919], device=device)
+    if "dropout" in options:
+        options["seed"] = mask_seed
+
+    def gradients(function: Callable[..., Sequence[Tensor]], double: bool, **more: Any) -> list[Tensor]:
+        def cast(tensor: Tensor | None) -> Any:
+            if tensor is None:
+                return None
+            return tensor.detach().to(torch.float64 if double else dtype).requires_grad_(tensor.requires_grad)
+
+        mine = cast(x), [*map(cast, weights)], [[*map(cast, t)] for t in a], [[*map(cast, t)] for t in b], cast(routing)
+        leaves = [mine[0], mine[4], *(t for lists in (*mine[2], *mine[3]) for t in lists)]
+        live = [leaf for leaf in leaves if leaf is not None and leaf.requires_grad]
+        ys = function(mine[0], mine[1], [None] * linears, mine[2], mine[3], routing=mine[4], **options, **more)
+        found = torch.autograd.grad(ys, live, [cast(grad).detach() for grad in grads])
+        return [*(y.detach() for y in ys), *found]
+
+    exact = gradients(branches_reference.lora_branches, True)
+    theirs = [error(p, e) for p, e in zip(gradients(branches_reference.lora_branches, False), exact, strict=True)]
+    for impl in book.impls:
+        mine = gradients(ops.lora_branches_grouped, False, impl=impl)
+        again = gradients(ops.lora_branches_grouped, False, impl=impl)
+        repeatable = all(torch.equal(one, two) for one, two in zip(mine, again, strict=True))
+        errors = [error(m, e) for m, e in zip(mine, exact, strict=True)]
+        ok = repeatable and all(m <= 1.5 * p + 1e-6 for m, p in zip(errors, theirs, strict=True))
+        ratio = max(m / max(p, 1e-12) for m, p in zip(errors, theirs, strict=True))
+        path = ops.last_path("lora_branches")
+        described = {"dtype": dtype, "impl": impl, "path": path, "repeatable": repeatable}
+        book.put(name=f"branches, {what}", ok=ok, **described, error=max(errors), error_over_plain=ratio)
+    if "seed" in options:
+        masks = [ops.dropout_mask(mask_seed, rows, width, 0.05, branch=2, impl=i) for i in (*book.impls, "reference")]
+        ok = all(torch.equal(masks[-1], mask) for mask in masks)
+        book.put(name="masks of the layers", ok=ok, kept=float(masks[0].double().mean()))

@@ -1,0 +1,282 @@
+"""How fast: the machine's ceilings, the averaging step, the branches, a decoder layer, and where the time goes."""
+
+from __future__ import annotations
+
+import copy
+import importlib
+import subprocess
+from collections.abc import Callable
+from typing import Any
+
+import timing
+import torch
+import triton
+
+from cnext import adapters, ops
+from cnext.ops import dispatch
+from evidence.book import Book
+
+
+def ceilings(book: Book) -> None:
+    """Card, versions, the best copy, and the products that decide how branches are computed."""
+    if book.gpu:
+        query = "name,driver_version,clocks.sm,clocks.max.sm,clocks.mem,power.draw,power.limit,temperature.gpu"
+        said = subprocess.run(["nvidia-smi", f"--query-gpu={query}", "--format=csv"], capture_output=True, text=True)
+        card = torch.cuda.get_device_properties(0)
+        book.put(gpu=card.name, multiprocessors=card.multi_processor_count, l2=card.L2_cache_size, smi=said.stdout)
+    layers = {impl: dispatch.missing(impl, "cpu" if impl == "cpp" else book.device) for impl in dispatch.IMPLS[:3]}
+    book.put(torch=torch.__version__, cuda=torch.version.cuda, triton=triton.__version__, missing=layers)
+    with book.attempt("copies"):
+        copies(book)
+    shapes = ((8192, 8192, 8192), (14080, 5120, 5120), (14080, 5120, 13824), (14080, 13824, 5120))
+    for shape in shapes if book.gpu else ((64, 64, 64),):
+        with book.attempt(f"products {shape}"):
+            products(book, *shape)
+
+
+def copies(book: Book) -> None:
+    """What memory moves at best: one stream read and one written, and two read and one written."""
+    size = 2**30 if book.gpu else 2**20
+    x, y = torch.randn(size, device=book.device), torch.empty(size, device=book.device)
+    half = size // 2
+    calls: dict[str, tuple[float, Callable[[], object]]] = {
+        "copy": (2, lambda: y.copy_(x)),
+        "copy by a kernel": (2, lambda: torch.mul(x, 1.0, out=y)),
+        "sum of two": (1.5, lambda: torch.add(x[:half], x[half:], out=y[:half])),
+    }
+    # Without a graph: a copy that is captured goes another way, and was a third slower on an H200.
+    for name, row in book.race({n: call for n, (_, call) in calls.items()}, 12, graph=False).items():
+        moved = calls[name][0] * x.nbytes
+        book.put(name=name, counted="bytes read and bytes written", tb_per_s=moved / row["ms"] / 1e9, **row)
+
+
+def products(book: Book, m: int, k: int, n: int) -> None:
+    """A frozen layer's product alone and on top of what is in its output, and the narrow ones beside it."""
+
+    def draw(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, device=book.device, dtype=torch.bfloat16)
+
+    x, weight, y, h, up = draw(m, k), draw(n, k), draw(m, n), draw(m, 32), draw(n, 32)
+    found = book.race(
+        {
+            "product": lambda: x @ weight.T,
+            "product, added": lambda: y.addmm_(x, weight.T),
+            "rank 32 up": lambda: h @ up.T,
+            "rank 32 up, added": lambda: y.addmm_(h, up.T),
+            "down to rank 32": lambda: x @ weight[:32].T,
+            "gradient of rank 32": lambda: h.T @ x,
+        },
+        10,
+    )
+    for name, row in found.items():
+        flops = {"tflops": 2 * m * n * k / row["ms"] / 1e9} if name.startswith("product") else {}
+        book.put(name=name, shape=(m, k, n), **flops, **row)
+
+
+def averaging(book: Book) -> None:
+    """The rules as graphs, what a call costs the host, and DEMA as released; 93.9 million parameters on a GPU."""
+    bench: Any = importlib.import_module("bench_averaging")
+    level, parameters = bench.LEVEL, bench.PARAMETERS
+
+    def timed(what: str, candidates: dict[str, tuple[float, Callable[[], object]]]) -> None:
+        with book.attempt(what):
+            for name, row in book.race({n: call for n, (_, call) in candidates.items()}, 15).items():
+                traffic = candidates[name][0]
+                moved = parameters * traffic / row["ms"] / 1e6
+                book.put(name=name, parameters=parameters, bytes_per_parameter=traffic, gb_per_s=moved, **row)
+
+    lists = bench.filled(1e-2, 1e-3, -1e-3, 1e-2)
+    narrow = [[x.to(torch.bfloat16) for x in xs] if k < 2 else xs for k, xs in enumerate(copy.deepcopy(lists))]
+    steps: dict[str, tuple[float, Callable[[], object]]] = {}
+    for impl in book.impls:
+        for kind, given, traffic in (("float32", lists, 24), ("bfloat16", narrow, 20)):
+            step = ops.prepare("pema_step_", *given, impl=impl)
+            steps[f"pema_step, {impl}, {kind}"] = traffic, lambda step=step: step(level)
+    timed("pema_step", {**steps, "foreach": (96, lambda: bench.foreach(*lists, level))})
+    other = bench.filled(1e-2, 1e-3, 1e-2, 1e-3)
+    dema = ops.prepare("dema_step_", *other)
+    timed(
+        "other rules",
+        {
+            "dema_step": (36, dema),
+            "ema_step": (12, lambda: ops.ema_step_(lists[0], lists[3], beta=0.99)),
+            "fisher_accumulate": (12, lambda: ops.fisher_accumulate_(lists[2], lists[1])),
+            "pema_merge": (24, lambda: ops.pema_merge_(lists[0], lists[3], lists[2], other[2], new_scale=1.0)),
+        },
+    )
+    theta, grad, m, v, fisher, ema = bench.filled(1e-2, 1e-3, 1e-4, -1e-3, -1e-3, 1e-2)
+    weights = [torch.nn.Parameter(x) for x in theta]
+    for weight, g in zip(weights, grad, strict=True):
+        weight.grad = g
+    options = {key: value for key, value in bench.ADAMW.items() if key != "step"}
+    optimizer = torch.optim.AdamW(weights, **options, fused=True, capturable=book.gpu)
+    one = ops.prepare("adamw_pema_step_", theta, grad, m, v, fisher, ema)
+    shared = ops.prepare("adamw_pema_step_", theta, grad, m, v, None, ema)
+    timed(
+        "adamw",
+        {
+            "torch's fused AdamW": (28, optimizer.step),
+            "AdamW and pema_step": (44, lambda: one(level, **bench.ADAMW)),
+            "AdamW and pema_step, v as Fisher": (36, lambda: shared(level, **bench.ADAMW)),
+        },
+    )
+    held = dict(enumerate(other[3]))
+    prepared = ops.prepare("pema_step_", *lists)
+    anew = ops.prepare("pema_step_", lists[0], None, *lists[2:])
+    calls: dict[str, Callable[[], object]] = {
+        "pema_step": lambda: ops.pema_step_(*lists, level),
+        "pema_step, prepared": lambda: prepared(level),
+        "pema_step, prepared, gradients anew": lambda: anew(level, grad=lists[1]),
+        "dema_step, prepared": dema,
+        "AdamW and pema_step, prepared": lambda: one(level, **bench.ADAMW),
+        "eager": lambda: bench.eager(*lists, level),
+        "foreach": lambda: bench.foreach(*lists, level),
+        "DEMA as released": lambda: bench.dema_released(*other[:3], held),
+    }
+    for name, call in calls.items():
+        with book.attempt(name):
+            rounds = 3 if name in ("eager", "DEMA as released") else 20
+            book.put(name=f"{name}, a call", tensors=len(lists[0]), **timing.call_ms(call, rounds if book.gpu else 2))
+    for name, call in calls.items():
+        if name.startswith("pema_step"):
+            with book.attempt(f"launches of {name}"):
+                found = timing.kernels(call)
+                launches = sum(times for _, times, _ in found)
+                book.put(name=f"launches of {name}", launches=launches, kernels=[key[:80] for key, *_ in found])
+
+
+def branches(book: Book, names: tuple[str, ...] = ()) -> None:
+    """Layers of LLaMA2-13B with branches, forward and backward, over the frozen layer alone."""
+    bench: Any = importlib.import_module("bench_branches")
+    peers: Any = importlib.import_module("branch_peers")
+    most = bench.ROWS[0]
+    cases = [("qkvo", most), ("gate-up", most), ("down", most), ("qkvo", 880), ("qkvo", 64)]
+    near = ("cnext", "cnext-triton", "released", "peft-rank-32")
+    every = (*near, "lorafusion", "concatenated", "unsloth", "peft-4")
+    for shape, rows in cases if book.gpu else cases[-1:]:
+        for dropout in (0.05, 0.0):
+            for peer in names or (every if rows == most else near):
+                if peer in peers.peers(dropout):
+                    with book.attempt(f"{peer} {shape} {rows} {dropout}"):
+                        branch(book, bench, peers, peer, bench.SHAPES[shape], rows, dropout)
+                    if book.gpu:
+                        torch.cuda.empty_cache()
+
+
+def branch(book: Book, bench: Any, peers: Any, peer: str, shape: tuple[int, int], rows: int, dropout: float) -> None:
+    made, (x, grad) = bench.layer(shape, dropout), bench.inputs(rows, shape)
+    module = peers.PEERS[peer](made).train()
+    live = [x, *(p for p in module.parameters() if p.requires_grad)]
+
+    def both() -> tuple[torch.Tensor, ...]:
+        return torch.autograd.grad(module(x), live, grad)
+
+    def frozen() -> tuple[torch.Tensor, ...]:
+        return torch.autograd.grad(made.base(x), [x], grad)
+
+    peers.check(module, x, grad, bench.exact(made, x) if rows <= 880 and not dropout else None)
+    assert all(bool(found.any()) for found in both()), "a gradient is zero"
+    peak = None
+    if book.gpu:
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        both()
+        peak = torch.cuda.max_memory_allocated() - before
+    found = book.race({"mine": both, "frozen": frozen}, 12)
+    mine, base = found["mine"], found["frozen"]
+    book.put(
+        name=peer,
+        shape=shape,
+        rows=rows,
+        dropout=dropout,
+        ratio=mine["ms"] / base["ms"],
+        mine=mine,
+        frozen=base,
+        frozen_tflops=4 * rows * shape[0] * shape[1] / base["ms"] / 1e9,
+        x_bytes=x.nbytes,
+        kept_bytes=peers.kept_bytes(module, x, module),
+        peak_bytes=peak,
+        path=ops.last_path("lora_branches") if peer.startswith("cnext") else "torch",
+    )
+
+
+def layer(book: Book) -> None:
+    """A decoder layer of LLaMA2-13B with its seven linear layers, with and without activation checkpointing."""
+    bench: Any = importlib.import_module("bench_decoder_layer")
+    from torch.utils.checkpoint import checkpoint
+
+    for dropout in (0.05, 0.0) if book.gpu else (0.05,):
+        for again in (False, True) if book.gpu else (True,):
+            shape = bench.SEQUENCES, bench.TOKENS, bench.NARROW
+            x, grad = (torch.randn(shape, device=book.device).to(bench.DTYPE) for _ in range(2))
+            x.requires_grad_()
+            _, frozen = bench.decoder("frozen", 0.0)
+
+            def both(function: Any, live: Any, x: Any = x, grad: Any = grad, again: bool = again) -> Any:
+                y = checkpoint(function, x, use_reentrant=False) if again else function(x)
+                return torch.autograd.grad(y, live, grad)
+
+            for peer in ("mage", "cnext", "released", "peft-rank-32"):
+                with book.attempt(f"{peer} {dropout} {again}"):
+                    forward, live = adapted(book, bench, peer, dropout)
+                    live = [x, *live]
+                    assert all(bool(found.any()) for found in both(forward, live)), "a gradient is zero"
+
+                    def mine(forward: Any = forward, live: Any = live, both: Any = both) -> Any:
+                        return both(forward, live)
+
+                    def base(frozen: Any = frozen, x: Any = x, both: Any = both) -> Any:
+                        return both(frozen, [x])
+
+                    found = book.race({"mine": mine, "frozen": base}, 8, graph=False)
+                    ratio = found["mine"]["ms"] / found["frozen"]["ms"]
+                    book.put(name=peer, dropout=dropout, checkpointed=again, ratio=ratio, **found)
+                    del forward, live, mine
+                if book.gpu:
+                    torch.cuda.empty_cache()
+
+
+def adapted(book: Book, bench: Any, peer: str, dropout: float) -> tuple[Any, list[torch.Tensor]]:
+    """A decoder layer with a peer's adapters: its forward pass and parameters; "mage": as shipped, where q, k and v,
+    gate and up compute their branches together."""
+    if peer != "mage":
+        module, forward = bench.decoder(peer, dropout)
+        return forward, [p for p in module.parameters() if p.requires_grad]
+    module, forward = bench.decoder("frozen", 0.0)
+    handle = adapters.attach_mage(module, language_model=module, dropout=dropout)
+    module.to(book.device, bench.DTYPE)
+    for made in handle.layers.values():
+        for part in made.branches.values():
+            torch.nn.init.normal_(part.B, std=0.02)
+    return forward, list(handle.train_on(("text", "image"), ("text",)).values())
+
+
+def profile(book: Book) -> None:
+    """The kernels that the time goes to: names, calls and microseconds of one call."""
+    bench: Any = importlib.import_module("bench_branches")
+    peers: Any = importlib.import_module("branch_peers")
+    rules: Any = importlib.import_module("bench_averaging")
+
+    def table(name: str, call: Callable[[], object]) -> None:
+        rows = [(key[:90], times, round(taken, 1)) for key, times, taken in timing.kernels(call)[:16]]
+        book.put(name=name, kernels_launches_microseconds=rows)
+
+    for dropout in (0.05, 0.0):
+        for peer in ("cnext", "cnext-triton"):
+            if peer in peers.peers(dropout):
+                with book.attempt(f"{peer}, dropout {dropout}"):
+                    shape, rows = bench.SHAPES["qkvo"], bench.ROWS[0 if book.gpu else -1]
+                    made, (x, grad) = bench.layer(shape, dropout), bench.inputs(rows, shape)
+                    module = peers.PEERS[peer](made).train()
+                    live = [x, *(p for p in module.parameters() if p.requires_grad)]
+                    call = lambda: torch.autograd.grad(module(x), live, grad)  # noqa: B023, E731
+                    table(f"{peer}, dropout {dropout}", call)
+    for impl in book.impls:
+        with book.attempt(f"pema_step, {impl}"):
+            step = ops.prepare("pema_step_", *rules.filled(1e-2, 1e-3, -1e-3, 1e-2), impl=impl)
+            table(f"pema_step, {impl}", lambda: step(rules.LEVEL))  # noqa: B023
+
+
+def compiled(book: Book) -> None:
+    """torch.compile's branches, which take minutes to compile."""
+    branches(book, ("compiled",))

@@ -1,0 +1,100 @@
+// Every CUDA kernel on buffers without a byte to spare, for compute-sanitizer: no torch, no Python. Compiled and run by
+// ``python bench/gpu.py --parts sanitize``.
+#include <cuda_runtime.h>
+
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <vector>
+
+#include "dropout.h"
+#include "foreach.h"
+
+namespace {
+
+// 0x3c in every byte: 0.0115 as float32 and as bfloat16, 1.06 as float16.
+constexpr int kFill = 0x3c;
+int ran = 0;
+
+void require(cudaError_t error, const char* what) {
+  if (error == cudaSuccess) return;
+  std::printf("%s: %s\n", what, cudaGetErrorString(error));
+  std::exit(1);
+}
+
+void require(const char* error, const char* what) {
+  if (!error) return;
+  std::printf("%s: %s\n", what, error);
+  std::exit(1);
+}
+
+template <class T>
+T* filled(int64_t count, int byte) {
+  void* made = nullptr;
+  require(cudaMalloc(&made, sizeof(T) * size_t(count) + !count), "cudaMalloc");
+  require(cudaMemset(made, byte, sizeof(T) * size_t(count)), "cudaMemset");
+  return static_cast<T*>(made);
+}
+
+// A kernel over tensors of many sizes, each `beside` elements off a multiple of 16 bytes.
+void run(const Kernel& kernel, int beside, cudaStream_t stream) {
+  const std::vector<int64_t> sizes = {0, 1, 3, 4, 5, 16, 1023, 4095, 4096, 4097, 40960};
+  const int64_t tensors = int64_t(sizes.size());
+  const Signature& signature = kernel.signature;
+  const int64_t operands = int64_t(std::strlen(signature.dtypes)), columns = int64_t(std::strlen(signature.kinds));
+  int64_t blocks = 0;
+  for (const int64_t size : sizes) blocks += size > kBlockElements ? (size + kBlockElements - 1) / kBlockElements : 1;
+  std::vector<int64_t> addresses(size_t(operands * tensors));
+  std::vector<char*> held;
+  for (int64_t o = 0; o < operands; ++o)
+    for (int64_t t = 0; t < tensors; ++t) {
+      const int64_t width = signature.dtypes[o] == 'f' ? 4 : 2;
+      held.push_back(filled<char>(width * (sizes[size_t(t)] + beside), kFill));
+      addresses[size_t(o * tensors + t)] = int64_t(held.back() + beside * width);
+    }
+  // What the kernels write before they read stays as cudaMalloc gave it, for initcheck.
+  double *out = nullptr, *partial = nullptr;
+  require(cudaMalloc(&out, sizeof(double) * size_t(tensors * columns) + 8), "cudaMalloc");
+  require(cudaMalloc(&partial, sizeof(double) * size_t(blocks * columns) + 8), "cudaMalloc");
+  uint32_t* tickets = filled<uint32_t>(tensors, 0);
+  double* rows = filled<double>(tensors * (signature.row_width + !signature.row_width), 0x3f);
+  Numbers numbers{{0.5, 0.5, 0.5, 0.5, 0.0, 0, 0, 0}, signature.row_width ? rows : nullptr, signature.row_width};
+  const Counts counts{columns ? out : nullptr, partial, tickets};
+  require(kernel.launch(Lists{addresses.data(), sizes.data(), tensors}, numbers, counts, stream), signature.rule);
+  require(cudaStreamSynchronize(stream), signature.rule);
+  std::vector<uint32_t> left(sizes.size());
+  require(cudaMemcpy(left.data(), tickets, 4 * left.size(), cudaMemcpyDeviceToHost), "cudaMemcpy");
+  for (const uint32_t ticket : left) require(ticket ? "a ticket is left" : nullptr, signature.rule);
+  for (char* one : held) require(cudaFree(one), "cudaFree");
+  for (void* one : {static_cast<void*>(out), static_cast<void*>(partial), static_cast<void*>(tickets), static_cast<void*>(rows)})
+    require(cudaFree(one), "cudaFree");
+  ++ran;
+}
+
+void run_dropout(char type, bool add, int64_t columns, const int64_t* seed, cudaStream_t stream) {
+  const int64_t rows = 19, width = type == 'f' ? 4 : 2;
+  char *x = filled<char>(rows * columns * width, kFill), *y = filled<char>(rows * columns * width, kFill);
+  const Matrix matrix{rows, columns, columns, columns};
+  require(launch_dropout(type, add, x, y, matrix, Dropout{seed, 3277, 1}, stream), "dropout");
+  require(cudaStreamSynchronize(stream), "dropout");
+  require(cudaFree(x), "cudaFree");
+  require(cudaFree(y), "cudaFree");
+  ++ran;
+}
+
+}  // namespace
+
+int main() {
+  cudaStream_t stream;
+  require(cudaStreamCreate(&stream), "cudaStreamCreate");
+  const KernelTable table = averaging_kernels();
+  for (int k = 0; k < table.size; ++k)
+    for (const int beside : {0, 1}) run(table.kernels[k], beside, stream);
+  const int64_t* seed = filled<int64_t>(1, 0x5a);
+  for (const char type : {'f', 'b', 'h'})
+    for (const int64_t columns : {1, 15, 127, 128, 129, 300})
+      for (const bool add : {false, true}) run_dropout(type, add, columns, seed, stream);
+  std::printf("%d kernels and layouts ran\n", ran);
+  return 0;
+}
