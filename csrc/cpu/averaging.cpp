@@ -79,8 +79,13 @@ void run(const double* scalars, const double* row, void* const* operands, int64_
   unpack<Rule, T...>(scalars, row, operands, n, columns, std::index_sequence_for<T...>());
 }
 
+template <class Rule, class... T>
+constexpr Kernel kernel(const char* name) {
+  return {signature<Rule, letter<T>...>(name), run<Rule, T...>};
+}
+
 constexpr Kernel kKernels[] = {
-#define CNEXT_KERNEL(name, dtypes, kinds, ...) {signature<__VA_ARGS__>(name, dtypes, kinds), run<__VA_ARGS__>},
+#define CNEXT_KERNEL(name, ...) kernel<__VA_ARGS__>(name),
 #include "../averaging.kernels.inc"
 #undef CNEXT_KERNEL
 };

@@ -156,6 +156,14 @@ def test_kernels_take_what_the_table_of_ops_gives(impl):
     assert set(declared) == {signature for op in OPS.values() for signature in signatures(op)}
 
 
+@pytest.mark.parametrize("impl", BUILT)
+def test_triton_combines_columns_as_the_rules_declare(impl):
+    """Triton knows how many columns are sums; a minimum and a maximum follow them."""
+    for rule, _, kinds, *_ in dispatch.core(impl).kernels():
+        sums = triton_kernels.SUMS.get(rule, len(kinds))
+        assert kinds == "+" * sums + "<>"[: len(kinds) - sums], rule
+
+
 @every_op
 def test_triton_kernels_take_what_the_table_of_ops_gives(op):
     for rule, dtypes, _, scalars, _ in signatures(op):
