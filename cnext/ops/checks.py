@@ -11,7 +11,7 @@ from torch import Tensor
 from cnext.errors import UserError
 
 STATE = (torch.float32,)
-PARAM = (torch.float32, torch.bfloat16)
+PARAM = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def _dense(tensor: Tensor) -> bool:
@@ -31,7 +31,8 @@ def metadata(op: str, lists: Mapping[str, Sequence[Tensor]], roles: Mapping[str,
 
     Args:
         lists: argument name to its tensors.
-        roles: argument name to one letter: "s" float32 state; other letters float32 or bfloat16, one dtype a letter.
+        roles: argument name to one letter: "s" float32 state; other letters float32, bfloat16 or float16, one dtype a
+            letter, and one 16-bit dtype among them.
 
     Raises:
         UserError: names the first tensor at fault, what was expected and what came.
@@ -64,6 +65,13 @@ def metadata(op: str, lists: Mapping[str, Sequence[Tensor]], roles: Mapping[str,
                 )
             if tensor.device != device:
                 raise UserError(f"{what} device {tensor.device}; expected {device}, that of {first}[0]")
+    narrow: dict[torch.dtype, str] = {}
+    for name in lists:
+        if (dtype := dtypes[roles[name]]) != torch.float32:
+            narrow.setdefault(dtype, name)
+    if len(narrow) > 1:
+        (dtype, name), (other, found) = narrow.items()
+        raise UserError(f"{op}: {found} has dtype {other}; expected torch.float32 or {dtype}, that of {name}")
 
 
 def layout(op: str, lists: Mapping[str, Sequence[Tensor]]) -> None:
@@ -72,7 +80,7 @@ def layout(op: str, lists: Mapping[str, Sequence[Tensor]]) -> None:
     Raises:
         UserError: a tensor has gaps, or its strides differ from those of its fellows.
     """
-    if all(tensor.is_contiguous() for tensors in lists.values() for tensor in tensors):
+    if all(all(map(Tensor.is_contiguous, tensors)) for tensors in lists.values()):
         return
     (first, base), *_ = lists.items()
     for name, tensors in lists.items():
@@ -88,14 +96,20 @@ def layout(op: str, lists: Mapping[str, Sequence[Tensor]]) -> None:
                 )
 
 
-def addresses(op: str, lists: Mapping[str, Sequence[Tensor]], written: Sequence[str]) -> numpy.ndarray:
+def addresses(
+    op: str, lists: Mapping[str, Sequence[Tensor]], sizes: numpy.ndarray, written: Sequence[str]
+) -> numpy.ndarray:
     """The data pointers, (arguments, tensors) int64, once none that is written overlaps another.
+
+    Args:
+        sizes: (tensors,) elements, of every list alike.
 
     Raises:
         UserError: two tensors share memory and the op writes at least one of them.
     """
     pointers = numpy.array([[t.data_ptr() for t in tensors] for tensors in lists.values()], dtype=numpy.int64)
-    nbytes = numpy.array([[t.nbytes for t in tensors] for tensors in lists.values()], dtype=numpy.int64)
+    itemsizes = numpy.array([tensors[0].itemsize for tensors in lists.values()], dtype=numpy.int64)
+    nbytes = itemsizes[:, None] * sizes
     writes = numpy.repeat([name in written for name in lists], pointers.shape[1])
     order = numpy.flatnonzero(nbytes.ravel())
     order = order[numpy.argsort(pointers.ravel()[order], kind="stable")]

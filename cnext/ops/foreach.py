@@ -14,7 +14,7 @@ from cnext.errors import UserError
 from cnext.ops import checks, dispatch, reference
 
 _LIBRARY = torch.library.Library("cnext", "FRAGMENT")
-_LETTER = {torch.float32: "f", torch.bfloat16: "b"}
+_LETTER = {torch.float32: "f", torch.bfloat16: "b", torch.float16: "h"}
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,8 @@ class Op:
         lists, rows = self.checked(arguments)
         checks.layout(self.name, lists)
         ordered = {name: lists[name] for name in self.order}
-        pointers = checks.addresses(self.name, ordered, self.written)
+        sizes = numpy.array([tensor.numel() for tensor in ordered[self.order[0]]], dtype=numpy.int64)
+        pointers = checks.addresses(self.name, ordered, sizes, self.written)
         device = arguments[0][0].device
         path = dispatch.choose(self.name, device.type, impl, compiled=bool(self.rules))
         # The schema has made sure of those that have no default.
@@ -98,7 +99,6 @@ class Op:
             return out.view(-1, self.columns) if self.columns else None
         launch = {"cpp": _cpp, "cuda": _cuda, "triton": _triton}[path]
         dtypes = "".join(_LETTER[tensors[0].dtype] for tensors in ordered.values())
-        sizes = numpy.array([tensor.numel() for tensor in ordered[self.order[0]]], dtype=numpy.int64)
         counts = None
         rows = rows.contiguous() if rows is not None else None
         for rule in self.rules:

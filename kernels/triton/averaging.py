@@ -17,7 +17,7 @@ import triton.language as tl
 
 BLOCK = 1024
 WARPS = 8
-TYPES = {"f": tl.float32, "b": tl.bfloat16}
+TYPES = {"f": tl.float32, "b": tl.bfloat16, "h": tl.float16}
 _jit = triton.jit(do_not_specialize=["tensors"])
 
 

@@ -19,7 +19,7 @@ if only := os.environ.get("CNEXT_TEST_IMPL"):
     IMPLS = [only]
 _INTERPRETED = IMPLS == ["triton"] and DEVICE == "cpu"
 SIZES = [(1,), (63,), (1000,), (0,), (8, 129)] if _INTERPRETED else [(1,), (63,), (1000,), (0,), (8, 513), (3, 13001)]
-F32, BF16 = torch.float32, torch.bfloat16
+F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 
 
 @dataclass
