@@ -60,10 +60,11 @@ CNEXT_HD float load(f16 x) {
   asm("cvt.f32.f16 %0, %1;" : "=f"(value) : "h"(x.bits));
   return value;
 #else
-  const uint32_t sign = uint32_t(x.bits & 0x8000u) << 16, rest = uint32_t(x.bits & 0x7fffu) << 13;
-  const uint32_t small = bits_of(from_bits(rest + 0x38800000u) - 0x1p-14f);
-  const uint32_t large = rest + (rest >= 0x0f800000u ? 0x70000000u : 0x38000000u);  // infinities and NaN, or normal
-  return from_bits(sign | (rest < 0x00800000u ? small : large));
+  const uint32_t sign = uint32_t(x.bits & 0x8000u) << 16;
+  const int32_t rest = int32_t(x.bits & 0x7fffu) << 13;
+  const uint32_t denormal = uint32_t(-int32_t(rest < 0x00800000)), large = uint32_t(-int32_t(rest >= 0x0f800000));
+  const uint32_t moved = uint32_t(rest) + 0x38000000u + (denormal & 0x00800000u) + (large & 0x38000000u);
+  return from_bits(sign | bits_of(from_bits(moved) - from_bits(denormal & 0x38800000u)));
 #endif
 }
 
@@ -76,18 +77,21 @@ CNEXT_HD void store(bf16& to, float x) {
   to.bits = uint16_t(x == x ? rounded : 0x7fc0u);
 }
 
-// Likewise. Below the smallest normal half an addition of 0.5 rounds at the right place. A NaN has one form, as the sign
-// of one that was computed depends on the instructions.
+// Likewise, by adding 2^(e + 13) to a magnitude of exponent e, at least -14: the sum has what a half keeps in its last
+// bits, rounded. What is too large counts as 2^16, which is where infinity is, and a NaN as 1.5 times that: it has one
+// form, as the sign of one that was computed depends on the instructions. No step of this has 16 bits, nor two choices
+// in one: the compiler would take more instructions for it.
 CNEXT_HD void store(f16& to, float x) {
 #ifdef __CUDA_ARCH__
   asm("cvt.rn.f16.f32 %0, %1;" : "=h"(to.bits) : "f"(x));
   to.bits = x == x ? to.bits : uint16_t(0x7e00u);
 #else
-  const uint32_t b = bits_of(x), sign = (b >> 16) & 0x8000u, rest = b & 0x7fffffffu;
-  const uint32_t normal = (rest + 0xc8000fffu + ((rest >> 13) & 1u)) >> 13;
-  const uint32_t small = bits_of(from_bits(rest) + 0.5f) - 0x3f000000u;
-  const uint32_t finite = sign | (rest >= 0x47800000u ? 0x7c00u : rest < 0x38800000u ? small : normal);
-  to.bits = uint16_t(rest > 0x7f800000u ? 0x7e00u : finite);
+  const int32_t whole = int32_t(bits_of(x) & 0x7fffffffu), bounded = whole < 0x47800000 ? whole : 0x47800000;
+  const uint32_t b = x == x ? (bits_of(x) & 0x80000000u) | uint32_t(bounded) : 0x47c00000u;
+  const int32_t rest = int32_t(b & 0x7fffffffu), exponent = rest & 0x7f800000;
+  const uint32_t least = uint32_t(exponent > 0x38800000 ? exponent : 0x38800000), added = least + 0x06800000u;
+  const uint32_t sum = bits_of(from_bits(uint32_t(rest)) + from_bits(added));
+  to.bits = uint16_t((b >> 16 & 0x8000u) | (sum - added + (least >> 13) - 0x1c400u));
 #endif
 }
 
