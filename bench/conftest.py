@@ -63,13 +63,20 @@ def transient_bytes(function: Callable[[], object]) -> int:
 
 
 class Race:
-    """Times a candidate against a yardstick, in pairs, and books what a reader needs to judge the row."""
+    """Times a candidate against a yardstick, in pairs, and books what a reader needs to judge the row.
+
+    Bandwidth is bytes read and bytes written by the program, over time. Two measures of what the memory gives are
+    timed in every round, by torch, on as many threads and far beyond the caches: a copy from one buffer to another,
+    and a buffer scaled in place. On a CPU whose stores go through the caches a copy also reads what it overwrites,
+    which is not counted; what is written in place has been read, so scaling moves what is counted, no more.
+    """
 
     def __init__(self, benchmark, rows: Path | None) -> None:
         """rows: the file to which every row is appended once it is known."""
         self.benchmark, self.rows = benchmark, rows
         memory = torch.ones(COPY_BYTES // 8, device=DEVICE), torch.empty(COPY_BYTES // 8, device=DEVICE)
         self.copy = lambda: memory[1].copy_(memory[0])
+        self.scale = lambda: memory[0].mul_(1.0)  # as many bytes as the copy
 
     def run(
         self,
@@ -82,35 +89,42 @@ class Race:
         graph: bool = False,
         **booked: object,
     ) -> None:
-        """One row: paired times of yardstick and candidate, peak transient memory, and share of copy bandwidth.
+        """One row: paired times of yardstick and candidate, peak transient memory, and shares of bandwidth.
 
-        The share is that of moving ``bytes_per_parameter``; 0 for what is bound by arithmetic, and then left out. With
-        ``graph`` both are timed as CUDA graphs, and what the host takes to launch them is not measured; else eager.
+        The shares, medians of the rounds' own, are those of moving ``bytes_per_parameter``; 0 for what is bound by
+        arithmetic, and then left out. With ``graph`` both are timed as CUDA graphs, and what the host takes to launch
+        them is not measured; else eager.
         """
-        for function in (candidate, yardstick, self.copy):
+        for function in (candidate, yardstick, self.copy, self.scale):
             function()
         transient = transient_bytes(candidate)
         if graph:
             candidate, yardstick = captured(candidate), captured(yardstick)
-        own, other, copy = [], [], []
+        own, other, copy, scale = [], [], [], []
 
         def before() -> None:
             # Both of a pair follow a copy, and so find the same in the caches.
             self.copy()
             other.append(seconds(yardstick))
+            scale.append(seconds(self.scale))
             copy.append(seconds(self.copy))
 
         self.benchmark.pedantic(lambda: own.append(seconds(candidate)), setup=before, rounds=rounds)
         ratios = sorted(a / b for a, b in zip(own, other, strict=True))
-        copied = COPY_BYTES / statistics.median(copy) / 1e9
-        moved = parameters * bytes_per_parameter / statistics.median(own) / 1e9
+        moved = parameters * bytes_per_parameter
+
+        def share(whole: list[float]) -> float:
+            return statistics.median(moved / a / (COPY_BYTES / b) for a, b in zip(own, whole, strict=True))
+
         bandwidth = {
             "parameters": parameters,
             "parameters_per_second": parameters / statistics.median(own),
             "bytes_per_parameter": bytes_per_parameter,
-            "gb_per_second": moved,
-            "copy_gb_per_second": copied,
-            "share_of_copy": moved / copied,
+            "gb_per_second": moved / statistics.median(own) / 1e9,
+            "copy_gb_per_second": COPY_BYTES / statistics.median(copy) / 1e9,
+            "share_of_copy": share(copy),
+            "scale_gb_per_second": COPY_BYTES / statistics.median(scale) / 1e9,
+            "share_of_scale": share(scale),
         }
         self.benchmark.extra_info |= {
             "device": torch.cuda.get_device_name() if GPU else "cpu",

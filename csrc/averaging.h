@@ -8,49 +8,12 @@
 
 #include <math.h>
 
-#include <cstdint>
-
-#ifdef __CUDACC__
-#define CNEXT_HD __host__ __device__ __forceinline__
-#else
-#define CNEXT_HD inline __attribute__((always_inline))
-#endif
+#include "floats.h"
 
 namespace {
 
-struct bf16 {
-  uint16_t bits;
-};
-
-union FloatBits {
-  float value;
-  uint32_t bits;
-};
-
-CNEXT_HD float load(float x) { return x; }
-
-CNEXT_HD float load(bf16 x) {
-  FloatBits f;
-  f.bits = uint32_t(x.bits) << 16;
-  return f.value;
-}
-
-CNEXT_HD void store(float& to, float x) { to = x; }
-
-// Round to nearest, ties to even; a NaN stays a NaN.
-CNEXT_HD void store(bf16& to, float x) {
-  FloatBits f;
-  f.value = x;
-  const uint32_t rounded = (f.bits + 0x7fffu + ((f.bits >> 16) & 1u)) >> 16;
-  to.bits = uint16_t(x == x ? rounded : 0x7fc0u);
-}
-
 // By the exponent bits, so that no compiler option can reason it away.
-CNEXT_HD bool finite(float x) {
-  FloatBits f;
-  f.value = x;
-  return (f.bits & 0x7f800000u) != 0x7f800000u;
-}
+CNEXT_HD bool finite(float x) { return (bits_of(x) & 0x7f800000u) != 0x7f800000u; }
 
 // fisher += scale * grad^2; an element whose square is not finite is skipped.
 struct FisherAccumulate {

@@ -6,13 +6,7 @@
 // per instruction set.
 #pragma once
 
-#include <cstdint>
-
-#ifdef __CUDACC__
-#define CNEXT_HD __host__ __device__ __forceinline__
-#else
-#define CNEXT_HD inline __attribute__((always_inline))
-#endif
+#include "floats.h"
 
 namespace {
 

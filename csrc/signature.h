@@ -1,18 +1,35 @@
-// What a kernel over lists of tensors takes, as its rule declares it.
+// What a kernel over lists of tensors takes, as its rule and the types of its operands declare it.
 #pragma once
+
+#include <utility>
 
 struct Signature {
   const char* rule;
-  const char* dtypes;  // one letter per operand: f float32, b bfloat16
+  const char* dtypes;  // one letter per operand: f float32, b bfloat16, h float16
   const char* kinds;   // one letter per counted column: + sum, < minimum, > maximum
   int scalars;         // numbers of a call
   int row_width;       // numbers of each tensor; 0 where the rule takes none
 };
 
-template <class Rule, class... T, int Letters, int Kinds>
-static constexpr Signature signature(const char* rule, const char (&dtypes)[Letters], const char (&kinds)[Kinds]) {
-  static_assert(sizeof...(T) == Rule::operands && Letters == Rule::operands + 1, "one type and one letter per operand");
-  static_assert(Kinds == Rule::columns + 1, "one kind per counted column");
-  static_assert(Rule::operands <= 8 && Rule::scalars <= 8, "the drivers hold eight of them");
-  return {rule, dtypes, kinds, Rule::scalars, Rule::row_width};
+namespace {
+
+template <char... Letters>
+struct Text {
+  static constexpr char value[] = {Letters..., '\0'};
+};
+
+template <class Rule, int... K>
+constexpr const char* kinds(std::integer_sequence<int, K...>) {
+  return Text<Rule::kind(K)...>::value;
 }
+
+// Letters: those of the operands' types.
+template <class Rule, char... Letters>
+constexpr Signature signature(const char* rule) {
+  static_assert(sizeof...(Letters) == Rule::operands, "one type per operand");
+  static_assert(Rule::operands <= 8 && Rule::scalars <= 8, "the drivers hold eight of them");
+  return {rule, Text<Letters...>::value, kinds<Rule>(std::make_integer_sequence<int, Rule::columns>()), Rule::scalars,
+          Rule::row_width};
+}
+
+}  // namespace

@@ -17,7 +17,8 @@ class PerStepAverage(MovingAverage):
     """Keeps ``ema``, which starts the task as the parameters; subclasses say how a step moves it.
 
     Args:
-        dtype: of the average. In bfloat16 a step of less than 1/256 of a value is lost.
+        dtype: of the average; a 16-bit one is that of the parameters, or beside float32 ones any. In bfloat16 a step of
+            less than 1/256 of a value is lost, in float16 of less than 1/2048.
     """
 
     def __init__(self, dtype: torch.dtype = torch.float32) -> None:

@@ -1,10 +1,11 @@
 """The ops of moving averages: Fisher accumulation and the averaging steps, over lists of tensors, in place.
 
 Every list holds tensors of one device; the tensors of an index have one shape and one dense layout. State is float32;
-parameters and gradients are float32 or bfloat16, an ``ema`` either. What is written may share memory with nothing else.
-Every op takes ``impl``: "cpp", "cuda", "triton" or "reference"; None for the device's best. An op raises
-`cnext.errors.UserError` where a tensor's dtype, shape, device or layout is wrong, memory is shared, or ``impl`` is
-missing. Gradients and parameters that are not finite are skipped element by element: they never reach a state.
+parameters and gradients are float32, bfloat16 or float16, and so is an ``ema``, with one 16-bit dtype in a call. What
+is written may share memory with nothing else. Every op takes ``impl``: "cpp", "cuda", "triton" or "reference"; None
+for the device's best. An op raises `cnext.errors.UserError` where a tensor's dtype, shape, device or layout is wrong,
+memory is shared, or ``impl`` is missing. Gradients and parameters that are not finite are skipped element by element:
+they never reach a state.
 """
 
 from __future__ import annotations
@@ -70,7 +71,7 @@ def fisher_accumulate_(
 
     Args:
         fisher: float32, written.
-        grad: float32 or bfloat16.
+        grad: float32, bfloat16 or float16.
         scale: factor of the square.
 
     Reference: Continual-NExT, arXiv 2602.18055, Eq. 2.
@@ -105,7 +106,7 @@ def pema_merge_(
     not finite stays so: it is the model itself, not a state.
 
     Args:
-        theta: float32 or bfloat16 parameters after the task, written.
+        theta: float32, bfloat16 or float16 parameters after the task, written.
         theta_old: the same before the task.
         fisher_new: float32, the task's Fisher information in any unit.
         fisher_old: float32, the sum over earlier tasks, written.
@@ -126,7 +127,12 @@ def pema_merge_(
 
 
 def ema_step_(theta: list[Tensor], ema: list[Tensor], *, beta: float, impl: str | None = None) -> None:
-    """ema <- beta ema + (1 - beta) theta, in place, in one pass. theta, ema: float32 or bfloat16; ema is written."""
+    """ema <- beta ema + (1 - beta) theta, in place, in one pass.
+
+    Args:
+        theta: float32, bfloat16 or float16.
+        ema: float32, bfloat16 or float16, written.
+    """
     if theta or ema:
         torch.ops.cnext.ema_step_(theta, ema, beta=beta, impl=impl)
 
@@ -148,9 +154,9 @@ def pema_step_(
     ema <- beta ema + (1 - beta) theta.
 
     Args:
-        theta, grad: float32 or bfloat16.
+        theta, grad: float32, bfloat16 or float16.
         fisher: float32, written.
-        ema: float32 or bfloat16, written.
+        ema: float32, bfloat16 or float16, written.
         level: (tensors,) float64 on the same device, at least 0: the damping lambda of each tensor.
 
     Returns:
@@ -181,9 +187,9 @@ def pema_literal_(
     ``fallback`` instead, and "clamp" the nearer end.
 
     Args:
-        theta, grad: float32 or bfloat16.
+        theta, grad: float32, bfloat16 or float16.
         fisher: float32, written.
-        ema: float32 or bfloat16, written.
+        ema: float32, bfloat16 or float16, written.
 
     Returns:
         (tensors, 4) float64: elements used, beta inside (0, 1), beta at or below 0, beta at or above 1.
@@ -213,8 +219,8 @@ def dema_step_(
     finite makes its tensor take the fallback.
 
     Args:
-        theta, grad: float32 or bfloat16.
-        ema: float32 or bfloat16, written.
+        theta, grad: float32, bfloat16 or float16.
+        ema: float32, bfloat16 or float16, written.
         grad_prev: the last step's gradient, of the dtype of ``grad``, written.
 
     Returns:
@@ -243,8 +249,8 @@ def pema_released_(
     A singular matrix takes ``fallback``. The rule diverges, in float32 too; it is here to be compared with.
 
     Args:
-        theta, grad: float32 or bfloat16, two-dimensional.
-        ema: float32 or bfloat16, written.
+        theta, grad: float32, bfloat16 or float16, two-dimensional.
+        ema: float32, bfloat16 or float16, written.
 
     Reference: the code released with Continual-NExT, arXiv 2602.18055; Woodbury, 1950.
     """
@@ -276,10 +282,10 @@ def adamw_pema_step_(
     """One step of AdamW and then `pema_step_` on its result, in place, in one pass.
 
     Args:
-        theta, grad: float32 or bfloat16; theta is written.
+        theta, grad: float32, bfloat16 or float16; theta is written.
         exp_avg, exp_avg_sq: float32 moments, written.
         fisher: float32, written; None takes ``exp_avg_sq`` as the Fisher information and so needs no state for it.
-        ema: float32 or bfloat16, written.
+        ema: float32, bfloat16 or float16, written.
         level: as `pema_step_`.
         step: number of this step, from 1; 0-d tensors on the device for ``step`` and ``lr`` make it capturable.
         lr, betas, eps, weight_decay: as torch.optim.AdamW.

@@ -14,7 +14,7 @@ from cnext.errors import UserError
 from cnext.ops import dispatch
 
 STATE = (torch.float32,)
-PARAM = (torch.float32, torch.bfloat16)
+PARAM = (torch.float32, torch.bfloat16, torch.float16)
 ADDRESS, ELEMENTS, KIND, LAYOUT = range(4)
 """Columns of a `table`."""
 
@@ -84,7 +84,8 @@ def metadata(op: str, lists: Mapping[str, Sequence[Tensor]], roles: Mapping[str,
 
     Args:
         lists: argument name to its tensors.
-        roles: argument name to one letter: "s" float32 state; other letters float32 or bfloat16, one dtype a letter.
+        roles: argument name to one letter: "s" float32 state; other letters float32, bfloat16 or float16, one dtype a
+            letter, and one 16-bit dtype among them.
 
     Raises:
         UserError: names the first tensor at fault, what was expected and what came.
@@ -109,6 +110,22 @@ def metadata(op: str, lists: Mapping[str, Sequence[Tensor]], roles: Mapping[str,
         for i, tensor in enumerate(tensors):
             what, fellow = f"{op}: {name}[{i}]", f"that of {first}"
             require(what, tensor, (dtype,) if dtype in allowed else allowed, shapes[i], device, fellow, i)
+    one_narrow(op, {name: dtypes[roles[name]] for name in lists})
+
+
+def one_narrow(op: str, dtypes: Mapping[str, torch.dtype]) -> None:
+    """Checks that the lists' 16-bit dtypes are one: no kernel mixes them.
+
+    Raises:
+        UserError: one list is bfloat16, and another float16.
+    """
+    narrow: dict[torch.dtype, str] = {}
+    for name, dtype in dtypes.items():
+        if dtype != torch.float32:
+            narrow.setdefault(dtype, name)
+    if len(narrow) > 1:
+        (dtype, name), (other, found) = narrow.items()
+        raise UserError(f"{op}: {found} has dtype {other}; expected torch.float32 or {dtype}, that of {name}")
 
 
 def require(

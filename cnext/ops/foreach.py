@@ -15,7 +15,7 @@ from cnext.errors import UserError
 from cnext.ops import checks, dispatch, reference
 
 _LIBRARY = torch.library.Library("cnext", "FRAGMENT")
-_LETTER = {torch.float32: "f", torch.bfloat16: "b"}
+_LETTER = {torch.float32: "f", torch.bfloat16: "b", torch.float16: "h"}
 
 
 @dataclass(frozen=True)
@@ -224,6 +224,8 @@ class Prepared:
             checks.require(what, tensor, allowed, like.shape, self.device, "that of the prepared list", i)
             if tensor.layout != torch.strided:
                 raise UserError(f"{what} has layout {tensor.layout}; expected torch.strided, see to_dense()")
+        kept = {other: tensors[0].dtype for other, tensors in self.lists.items()}
+        checks.one_narrow(self.op.name, {**kept, name: dtype})
         self._dtypes[role] = dtype
         return [
             tensor

@@ -2,56 +2,12 @@
 // here may have external linkage save the table.
 #include "../branches.h"
 
-#include <cstring>
-
 #include "dropout.h"
 
 namespace {
 
-struct bf16 {
-  uint16_t bits;
-};
-
-struct half {
-  uint16_t bits;
-};
-
-template <class To, class From>
-CNEXT_HD To bits(From from) {
-  static_assert(sizeof(To) == sizeof(From), "the same bits");
-  To to;
-  std::memcpy(&to, &from, sizeof to);
-  return to;
-}
-
-CNEXT_HD float load(float x) { return x; }
 CNEXT_HD double load(double x) { return x; }
-CNEXT_HD float load(bf16 x) { return bits<float>(uint32_t(x.bits) << 16); }
-
-// By multiplication: a denormal half comes out normalised.
-CNEXT_HD float load(half x) {
-  const uint32_t sign = uint32_t(x.bits & 0x8000u) << 16, rest = uint32_t(x.bits & 0x7fffu) << 13;
-  const float magnitude = bits<float>(rest) * 0x1p112f;
-  const uint32_t whole = rest >= 0x0f800000u ? rest | 0x7f800000u : bits<uint32_t>(magnitude);
-  return bits<float>(sign | whole);
-}
-
-CNEXT_HD void store(float& to, float x) { to = x; }
 CNEXT_HD void store(double& to, double x) { to = x; }
-
-CNEXT_HD void store(bf16& to, float x) {
-  const uint32_t b = bits<uint32_t>(x);
-  to.bits = uint16_t(x == x ? (b + 0x7fffu + ((b >> 16) & 1u)) >> 16 : 0x7fc0u);
-}
-
-// To nearest, ties to even. Below the smallest normal half an addition of 0.5 rounds at the right place.
-CNEXT_HD void store(half& to, float x) {
-  const uint32_t b = bits<uint32_t>(x), sign = (b >> 16) & 0x8000u, rest = b & 0x7fffffffu;
-  const uint32_t normal = (rest + 0xc8000fffu + ((rest >> 13) & 1u)) >> 13;
-  const uint32_t small = bits<uint32_t>(bits<float>(rest) + 0.5f) - 0x3f000000u;
-  const uint32_t large = rest > 0x7f800000u ? 0x7e00u : 0x7c00u;
-  to.bits = uint16_t(sign | (rest >= 0x47800000u ? large : rest < 0x38800000u ? small : normal));
-}
 
 // Sixteen neighbours of a tile at a time: lane j of word w holds the bits of columns 32 w + j and 32 w + 16 + j.
 CNEXT_HD void tile_bits(uint32_t (&words)[4][kTileLanes], uint32_t tile, uint32_t row, const Dropout& dropout) {
@@ -106,6 +62,6 @@ void run(const void* from, void* to, int64_t row, int64_t columns, const Dropout
 #define CNEXT_PASTE(a, b) a##b
 #define CNEXT_TABLE(isa) CNEXT_PASTE(branches_, isa)
 DropoutTable CNEXT_TABLE(CNEXT_ISA)() {
-  return {{run<float, false>, run<bf16, false>, run<half, false>, run<double, false>},
-          {run<float, true>, run<bf16, true>, run<half, true>, run<double, true>}};
+  return {{run<float, false>, run<bf16, false>, run<f16, false>, run<double, false>},
+          {run<float, true>, run<bf16, true>, run<f16, true>, run<double, true>}};
 }

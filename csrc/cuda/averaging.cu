@@ -181,8 +181,13 @@ const char* launch(const Lists& lists, const Numbers& numbers, const Counts& cou
   return nullptr;
 }
 
+template <class Rule, class... T>
+constexpr Kernel kernel(const char* name) {
+  return {signature<Rule, letter<T>...>(name), launch<Rule, T...>};
+}
+
 constexpr Kernel kKernels[] = {
-#define CNEXT_KERNEL(name, dtypes, kinds, ...) {signature<__VA_ARGS__>(name, dtypes, kinds), launch<__VA_ARGS__>},
+#define CNEXT_KERNEL(name, ...) kernel<__VA_ARGS__>(name),
 #include "../averaging.kernels.inc"
 #undef CNEXT_KERNEL
 };

@@ -2,21 +2,11 @@
 // is read on the device, so that a captured graph draws anew where its seed is drawn anew.
 #include "../branches.h"
 
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-
 #include "dropout.h"
 
 namespace {
 
 constexpr int kThreads = 256, kRows = 16;  // a block works on a tile of columns and 16 rows
-
-__device__ float load(float x) { return x; }
-__device__ float load(__nv_bfloat16 x) { return __bfloat162float(x); }
-__device__ float load(__half x) { return __half2float(x); }
-__device__ void store(float& to, float x) { to = x; }
-__device__ void store(__nv_bfloat16& to, float x) { to = __float2bfloat16_rn(x); }
-__device__ void store(__half& to, float x) { to = __float2half_rn(x); }
 
 // Sixteen threads have a row's tile between them. Each makes four words of bits, and has eight elements, 16 apart: in
 // every step the sixteen touch neighbours.
@@ -59,8 +49,8 @@ const char* launch_dropout(char type, bool add, const void* x, void* out, const 
   if (matrix.rows == 0 || matrix.columns == 0) return nullptr;
   switch (type) {
     case 'f': return launch<float>(add, x, out, matrix, dropout, stream);
-    case 'b': return launch<__nv_bfloat16>(add, x, out, matrix, dropout, stream);
-    case 'h': return launch<__half>(add, x, out, matrix, dropout, stream);
+    case 'b': return launch<bf16>(add, x, out, matrix, dropout, stream);
+    case 'h': return launch<f16>(add, x, out, matrix, dropout, stream);
     default: return "type must be f, b or h";
   }
 }

@@ -20,7 +20,7 @@ BLOCK = 1024
 OPTIONS = {"num_warps": 4, "maxnreg": 168, "enable_fp_fusion": False}
 """Eight elements a thread: 16 bytes of bfloat16. No contraction: it would round otherwise than the C++ and CUDA layers,
 and make of ``x * y - x * y`` something else than 0."""
-TYPES = {"f": tl.float32, "b": tl.bfloat16}
+TYPES = {"f": tl.float32, "b": tl.bfloat16, "h": tl.float16}
 _jit = triton.jit(do_not_specialize=["tensors"])
 
 

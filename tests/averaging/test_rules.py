@@ -217,17 +217,45 @@ def test_released_rule_diverges():
 
 
 @every_rule
-def test_bfloat16_parameters_and_other_memory_layouts(rule):
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_16_bit_parameters_and_other_memory_layouts(rule, dtype):
     torch.manual_seed(0)
-    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(16, 2)).to(torch.bfloat16)
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(16, 2)).to(dtype)
     net = net.to(memory_format=torch.channels_last)
     average = rule()
     average.begin_task(dict(net.named_parameters()), 2)
     for _ in range(2):
-        net(torch.ones(1, 3, 4, 4, dtype=torch.bfloat16)).sum().backward()
+        net(torch.ones(1, 3, 4, 4, dtype=dtype)).sum().backward()
         average.update()
     average.end_task()
-    assert all(p.dtype == torch.bfloat16 for p in net.parameters())
+    assert all(p.dtype == dtype for p in net.parameters())
+
+
+@pytest.mark.parametrize("rule", [PemaStep, PemaLiteral, Dema, Constant])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_an_average_of_a_float16_model_is_kept_in_either_dtype(rule, dtype):
+    """Parameters that stand still are what their average is, to the bit; the state can be saved and taken back."""
+    torch.manual_seed(0)
+    net, average, other = nn.Linear(16, 3).half(), rule(dtype=dtype), rule(dtype=dtype)
+    before = {name: tensor.clone() for name, tensor in net.state_dict().items()}
+    average.begin_task(dict(net.named_parameters()), 2)
+    other.begin_task(dict(net.named_parameters()), 2)
+    for _ in range(2):
+        for parameter in net.parameters():
+            parameter.grad = torch.rand_like(parameter) * 1e-3
+        average.update()
+    state = average.state_dict()
+    assert {t.dtype for name, t in state.items() if name.startswith("ema.")} == {dtype}
+    other.load_state_dict(state)
+    other.end_task()
+    assert all(torch.equal(tensor, before[name]) for name, tensor in net.state_dict().items())
+
+
+def test_an_average_in_another_16_bit_dtype_than_the_model_is_refused():
+    net, average = nn.Linear(4, 2).half(), PemaStep(dtype=torch.bfloat16)
+    average.begin_task(dict(net.named_parameters()), 1)
+    with pytest.raises(UserError, match=r"ema has dtype torch\.bfloat16; expected torch\.float32 or torch\.float16"):
+        average.update()
 
 
 @every_rule

@@ -36,7 +36,7 @@ def averaging() -> Iterator[Spec]:
     seen = set()
     for op in OPS.values():
         for rule in op.rules:
-            for param, ema in ("ff", "bf", "bb"):
+            for param, ema in ("ff", "bf", "bb", "hf", "hh"):
                 dtypes = "".join({"s": "f", "p": param, "e": ema}[op.roles[name]] for name in op.order)
                 if (rule, dtypes) in seen:
                     continue

@@ -21,7 +21,7 @@ LAYERS = [i for i in ("cpp", "cuda", "triton") if i in IMPLS] or ["cpp"]
 """What `test_averaging_layers` compares with the C++ layer."""
 _INTERPRETED = IMPLS == ["triton"] and DEVICE == "cpu"
 SIZES = [(1,), (63,), (1000,), (0,), (8, 129)] if _INTERPRETED else [(1,), (63,), (1000,), (0,), (8, 513), (3, 13001)]
-F32, BF16 = torch.float32, torch.bfloat16
+F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 
 
 @dataclass

@@ -38,6 +38,11 @@ def run() -> None:
     import _cpu
 
     generator = numpy.random.default_rng(0)
+    narrow = {
+        "f": lambda x: x,
+        "b": lambda x: (x.view(numpy.uint32) >> 16).astype("u2"),
+        "h": lambda x: x.astype(numpy.float16),
+    }
     for name in _cpu.instruction_sets():
         _cpu.use_instruction_set(name)
         for rule, dtypes, kinds, scalars, row_width in _cpu.kernels():
@@ -48,9 +53,7 @@ def run() -> None:
                     for value in values:
                         value[::7] = numpy.inf
                         value[1::7] = numpy.nan
-                    arrays.append(
-                        values if letter == "f" else [(v.view(numpy.uint32) >> 16).astype("u2") for v in values]
-                    )
+                    arrays.append([narrow[letter](value) for value in values])
                 # Exact allocations: numpy asks malloc for each, so a byte past the end is in a red zone.
                 pointers = numpy.array([[a.ctypes.data for a in values] for values in arrays], dtype=numpy.int64)
                 columns, rows = numpy.zeros((len(SIZES), len(kinds))), numpy.ones((len(SIZES), row_width))

@@ -103,6 +103,26 @@ def test_a_tensor_that_does_not_fit_is_named_and_nothing_is_written(op, spoil):
 
 
 @every_op
+def test_one_16_bit_dtype_in_a_call(op):
+    """Each of them beside float32 is taken, and the two together are refused before anything is written."""
+    narrow = dict.fromkeys(role for role in op.roles.values() if role != "s")
+    for dtypes in itertools.product((torch.float32, torch.bfloat16, torch.float16), repeat=len(narrow)):
+        chosen = dict(zip(narrow, dtypes, strict=True))
+        lists, numbers = arguments(op)
+        for k, role in enumerate(op.roles.values()):
+            lists[k] = [tensor.to(chosen.get(role, torch.float32)) for tensor in lists[k]]
+        if {torch.bfloat16, torch.float16} <= set(dtypes):
+            before = clone(lists[: len(op.roles)])
+            expected = f"dtype {dtypes[1]}; expected torch.float32 or {dtypes[0]}, that of theta"
+            with pytest.raises(UserError, match=rf"{op.name}: \w+ has {expected}"):
+                call(op, lists, **numbers)
+            for tensors, old in zip(lists, before, strict=False):
+                assert all(map(torch.equal, tensors, old))
+        else:
+            call(op, lists, **numbers)
+
+
+@every_op
 def test_shared_memory_is_refused_where_it_is_written(op):
     for name in op.written:
         k = list(op.roles).index(name)
@@ -136,7 +156,8 @@ def test_rows_must_fit():
 
 def signatures(op):
     """(rule, dtypes, columns, scalars, row width) of every call that an op makes."""
-    letters = [{"s": "f", "p": param, "e": ema} for param, ema in itertools.product("fb", "fb")]
+    pairs = {*itertools.product("fb", "fb"), *itertools.product("fh", "fh")}
+    letters = [{"s": "f", "p": param, "e": ema} for param, ema in pairs]
     for rule in op.rules:
         first = rule == op.rules[0]
         # An op's numbers go to each of its rules, and what its first rule counts is the rows of the next.
@@ -154,6 +175,14 @@ def test_kernels_take_what_the_table_of_ops_gives(impl):
     declared = [(rule, dtypes, len(kinds), *rest) for rule, dtypes, kinds, *rest in dispatch.core(impl).kernels()]
     assert len(declared) == len(set(declared))
     assert set(declared) == {signature for op in OPS.values() for signature in signatures(op)}
+
+
+@pytest.mark.parametrize("impl", BUILT)
+def test_triton_combines_columns_as_the_rules_declare(impl):
+    """Triton knows how many columns are sums; a minimum and a maximum follow them."""
+    for rule, _, kinds, *_ in dispatch.core(impl).kernels():
+        sums = triton_kernels.SUMS.get(rule, len(kinds))
+        assert kinds == "+" * sums + "<>"[: len(kinds) - sums], rule
 
 
 @every_op

@@ -6,13 +6,19 @@ import mmap
 import numpy
 import pytest
 import torch
-from ops.averaging_cases import BF16, CASES, DEVICE, F32, IMPLS, LEVEL, SIZES, clone, inputs, oracle, written
+from ops.averaging_cases import BF16, CASES, DEVICE, F16, F32, IMPLS, LEVEL, SIZES, clone, inputs, oracle, written
 from ops.tolerance import assert_as_accurate
 
 from cnext import ops
 from cnext.ops import dispatch
 
-DTYPES = [pytest.param(F32, F32, id="f32"), pytest.param(BF16, F32, id="bf16"), pytest.param(BF16, BF16, id="bf16-ema")]
+DTYPES = [
+    pytest.param(F32, F32, id="f32"),
+    pytest.param(BF16, F32, id="bf16"),
+    pytest.param(BF16, BF16, id="bf16-ema"),
+    pytest.param(F16, F32, id="f16"),
+    pytest.param(F16, F16, id="f16-ema"),
+]
 every_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 every_impl = pytest.mark.parametrize("impl", IMPLS)
 INTERPRETED = IMPLS == ["triton"] and DEVICE == "cpu"
@@ -151,6 +157,70 @@ def test_both_sides_of_the_dema_guard(impl, scale, alpha):
     rows = ops.dema_step_(theta, tensor(scale, scale), ema, tensor(0.0, 0.0), impl=impl)
     torch.testing.assert_close(rows.cpu(), torch.full((1, 3), 2 * scale, dtype=torch.float64), rtol=1e-6, atol=0)
     torch.testing.assert_close(ema[0].cpu(), torch.full((2,), alpha * scale), rtol=1e-5, atol=0)
+
+
+def every_instruction_set(impl):
+    """The names of the C++ core's instruction sets, each in use for its turn; one turn for other implementations."""
+    if impl != "cpp":
+        yield impl
+        return
+    core = dispatch.core("cpp")
+    before = core.instruction_set()
+    try:
+        for name in core.instruction_sets():
+            core.use_instruction_set(name)
+            yield name
+    finally:
+        core.use_instruction_set(before)
+
+
+@every_impl
+def test_every_float16_is_read_as_what_it_is(impl):
+    """By an average that takes its parameters over where they are finite, and by norms where they are not."""
+    every = torch.arange(-(2**15), 2**15, dtype=torch.int16).view(F16).to(DEVICE)
+    bad = [value.view(1) for value in every[~every.isfinite()][::64]]
+    zeros = [torch.zeros_like(value) for value in bad]
+    for name in every_instruction_set(impl):
+        ema = torch.full(every.shape, 7.0, device=DEVICE)
+        ops.ema_step_([every], [ema], beta=0.0, impl=impl)
+        assert torch.equal(ema, torch.where(every.isfinite(), every.float(), 7.0)), name
+        previous = [torch.zeros_like(value) for value in bad]
+        norms = ops.dema_step_(zeros, bad, [value.float() for value in zeros], previous, impl=impl)
+        torch.testing.assert_close(norms[:, 1], torch.cat(bad).double().abs(), rtol=0, atol=0, equal_nan=True)
+
+
+@every_impl
+@pytest.mark.parametrize("dtype", [F16] if INTERPRETED else [BF16, F16], ids=str)  # its interpreter cuts to bfloat16
+def test_16_bits_are_written_as_torch_rounds(impl, dtype):
+    """The float32 on, below and above every value of the dtype and every boundary where rounding turns."""
+    values = torch.arange(-(2**15), 2**15, dtype=torch.int16).view(dtype)
+    values = values[values.isfinite()].double().sort().values
+    largest = values[-1] * torch.tensor([1 + 2.0**-12, 1 + 2.0**-11, 1.25, 2.0], dtype=torch.float64)
+    points = torch.cat([values, (values[:-1] + values[1:]) / 2, largest, -largest, torch.tensor([1e-45, 1e-40])])
+    points = points.float()
+    theta = torch.cat([points, *(points.nextafter(torch.tensor(end)) for end in (math.inf, -math.inf))])
+    theta = theta[theta.isfinite()].to(DEVICE)
+    for name in every_instruction_set(impl):
+        ema = torch.zeros_like(theta, dtype=dtype)
+        ops.ema_step_([theta], [ema], beta=0.0, impl=impl)
+        expected = theta.to(dtype)
+        assert torch.equal(ema, expected), name
+        # Where the average is 0 its sign is that of a sum.
+        assert torch.equal(ema.signbit() & (theta != 0), expected.signbit() & (theta != 0)), name
+
+
+@every_impl
+def test_16_bits_that_are_not_a_number_stay_so_with_the_same_bits_from_every_instruction_set(impl):
+    theta = torch.zeros(2**16, dtype=F16, device=DEVICE)
+    found = []
+    for _ in every_instruction_set(impl):
+        ema = torch.arange(-(2**15), 2**15, dtype=torch.int16).view(F16).to(DEVICE)
+        before = ema.clone()
+        ops.ema_step_([theta], [ema], beta=0.5, impl=impl)
+        assert torch.equal(ema.isnan(), before.isnan())
+        assert torch.equal(ema.isinf(), before.isinf())
+        found.append(ema.view(torch.int16))
+    assert all(torch.equal(found[0], other) for other in found)
 
 
 @every_case
