@@ -92,14 +92,19 @@ def written(rows: Path) -> list[dict[str, Any]]:
     return found
 
 
-def machine() -> dict[str, object]:
-    """Versions, and the revision of the source where git tells it."""
+def machine(revision: str | None) -> dict[str, object]:
+    """Versions, and the revision of the source: as given, or where git tells it."""
     from importlib.metadata import version
 
     asked = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True)
     names = ("cnext", "torch", "triton", "transformers", "peft")
     versions = {name: version(name) for name in names}
-    return {"part": "machine", "python": sys.version.split()[0], **versions, "revision": asked.stdout.strip() or None}
+    return {
+        "part": "machine",
+        "python": sys.version.split()[0],
+        **versions,
+        "revision": revision or asked.stdout.strip() or None,
+    }
 
 
 def faults(rows: Sequence[dict[str, Any]]) -> list[str]:
@@ -156,6 +161,7 @@ def parsed(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--seconds", type=float, default=560.0, help="for all parts together; default: 560")
     parser.add_argument("--rehearse", action="store_true", help="the same program small on a CPU")
+    parser.add_argument("--revision", help="of the source, to be written down; default: what git says")
     parser.add_argument("--wheels", type=Path, metavar="DIR", help="builds and downloads wheels into DIR, and ends")
     parser.add_argument("--python", default=sys.executable, help="with --wheels: the interpreter that they are for")
     parser.add_argument("--have", type=Path, help="with --wheels: a file with `pip freeze` of the other machine")
@@ -196,7 +202,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with rows.open("a") as file:
             file.write(json.dumps(row) + "\n")
 
-    put(**machine(), rehearsed=given.rehearse)
+    put(**machine(given.revision), rehearsed=given.rehearse)
     begin = time.monotonic()
     os.environ |= {"CNEXT_TEST_DEVICE": "cpu" if given.rehearse else "cuda", "PYTHONUNBUFFERED": "1"}
     if given.rehearse:

@@ -12,8 +12,8 @@ from pathlib import Path
 from zipfile import ZipFile
 
 ROOT = Path(__file__).resolve().parents[2]
-WITH_A_GPU = ("torch", "triton")
-"""What a machine with a GPU has, and whatever begins with nvidia: hundreds of megabytes that fit its driver."""
+WITH_A_GPU = ("torch", "torchvision", "triton")
+"""What a machine with a GPU has, as well as CUDA's libraries: gigabytes that fit each other and its driver."""
 TESTS = ("pytest", "pytest-benchmark", "pytest-xdist", "hypothesis", "psutil")
 """What the evidence's part "tests" needs besides cnext."""
 
@@ -63,7 +63,7 @@ def collect(folder: Path, python: str, have: Path | None) -> None:
     while waiting:
         requirement = waiting.pop()
         name = canonical(re.split(r"[^A-Za-z0-9._-]", requirement)[0])
-        if name in seen or name in there or name.startswith("nvidia-"):
+        if name in seen or name in there or name.startswith(("nvidia-", "cuda-")):
             continue
         seen.add(name)
         before = set(folder.glob("*.whl"))
