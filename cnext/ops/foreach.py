@@ -91,7 +91,7 @@ class Op:
         return Prepared(self, lists, impl, once=True).launch({}, arguments[len(lists) :], scalars)
 
 
-SAMPLE = 64
+SAMPLE = 32
 """How many tensors of each list a prepared call looks at, to see whether they are still where they were."""
 
 
