@@ -41,6 +41,11 @@ class FisherAccumulator:
         self.parameters: Mapping[str, nn.Parameter] = {}
         self.fisher: Mapping[str, Tensor] = {}
         self._hooks: list[RemovableHandle] = []
+        self._groups: list[tuple[list[nn.Parameter], ops.Prepared]] = []
+
+    def __getstate__(self) -> dict[str, object]:
+        # A copy has other tensors, and prepares its own calls.
+        return {**self.__dict__, "_groups": []}
 
     def open(
         self, parameters: Mapping[str, nn.Parameter], fisher: Mapping[str, Tensor], active: Callable[[], bool]
@@ -51,7 +56,7 @@ class FisherAccumulator:
             raise UserError(
                 f"unit {self.unit!r} reads gradients before they are reduced, so ranks would differ; use unit 'step'"
             )
-        self.parameters, self.fisher, self.active = parameters, fisher, active
+        self.parameters, self.fisher, self.active, self._groups = parameters, fisher, active, []
         if self.unit == "micro-batch":
             self._hooks = [parameter.register_hook(self._hook(name)) for name, parameter in parameters.items()]
 
@@ -72,13 +77,27 @@ class FisherAccumulator:
                 found = torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True)
                 self._add(dict(zip(names, found, strict=True)))
         elif self.unit == "step":
-            self._add({name: parameter.grad for name, parameter in self.parameters.items()})
+            self._groups = self._groups or self._prepared()
+            for parameters, add in self._groups:
+                gradients = [parameter.grad for parameter in parameters]
+                if any(gradient is not None for gradient in gradients):
+                    add(grad=gradients)
 
     def close(self) -> None:
         """Lets go of the parameters."""
         for hook in self._hooks:
             hook.remove()
-        self._hooks, self.parameters, self.fisher = [], {}, {}
+        self._hooks, self._groups, self.parameters, self.fisher = [], [], {}, {}
+
+    def _prepared(self) -> list[tuple[list[nn.Parameter], ops.Prepared]]:
+        """The parameters that one call takes, and the call."""
+        return [
+            (
+                [self.parameters[name] for name in names],
+                ops.prepare("fisher_accumulate_", [self.fisher[name] for name in names], None),
+            )
+            for names in by_kind(self.parameters)
+        ]
 
     def _hook(self, name: str) -> Callable[[Tensor], None]:
         def add(gradient: Tensor) -> None:

@@ -29,7 +29,7 @@ class PerStepAverage(MovingAverage):
 
     def __getstate__(self) -> dict[str, object]:
         # A copy has other tensors, and prepares its own calls.
-        return self.__dict__ | {"_prepared": {}}
+        return {**self.__dict__, "_prepared": {}}
 
     def slots(self) -> dict[str, dict[str, Tensor]]:
         return {"ema": self.ema}

@@ -26,11 +26,30 @@ def _exchange() -> tuple[Any, Any] | None:
     return None if core is None or api is None else (core, api)
 
 
+@cache
+def _require_memory(kind: type) -> None:
+    """Refuses a class whose objects are no tensors, or that dispatches by itself as wrappers around tensors do."""
+    if kind is type(None):
+        return
+    if not issubclass(kind, Tensor):
+        raise UserError(f"a list of tensors holds a {kind.__name__}; expected tensors")
+    if any("__torch_dispatch__" in vars(one) for one in kind.__mro__[: kind.__mro__.index(Tensor)]):
+        raise UserError(
+            f"a {kind.__name__} has no memory that a kernel could work on; expected plain tensors, such as "
+            "DTensor.to_local() gives"
+        )
+
+
 def table(tensors: Sequence[Tensor | None]) -> numpy.ndarray:
     """(tensors, 4) int64: address, elements, a number for dtype and device, and one for shape and strides.
 
     A row of -1 is no dense strided tensor, None among them. Numbers of one process are comparable, no others.
+
+    Raises:
+        UserError: something is no tensor, or a wrapper around others, such as a DTensor, without memory of its own.
     """
+    for kind in set(map(type, tensors)):
+        _require_memory(kind)
     if (found := _exchange()) is not None:
         core, api = found
         return core.describe(api, list(tensors))

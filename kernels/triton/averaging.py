@@ -14,7 +14,6 @@ import torch
 
 import triton
 import triton.language as tl
-from cnext.errors import UserError
 
 BLOCK = 1024
 OPTIONS = {"num_warps": 4, "maxnreg": 168, "enable_fp_fusion": False}
@@ -334,7 +333,7 @@ class Lists:
         content = pointers.tobytes()
         if self.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
             if self.addresses is None or self.addresses[1] != content:
-                raise UserError(
+                raise ValueError(
                     "Triton reads the addresses from a table in device memory, and none can be copied there while a "
                     "CUDA graph is captured: make the call with cnext.ops.prepare, and call it once before the capture"
                 )

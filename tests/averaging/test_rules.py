@@ -254,7 +254,9 @@ def test_an_average_of_a_float16_model_is_kept_in_either_dtype(rule, dtype):
 def test_an_average_in_another_16_bit_dtype_than_the_model_is_refused():
     net, average = nn.Linear(4, 2).half(), PemaStep(dtype=torch.bfloat16)
     average.begin_task(dict(net.named_parameters()), 1)
-    with pytest.raises(UserError, match=r"ema has dtype torch\.bfloat16; expected torch\.float32 or torch\.float16"):
+    with pytest.raises(
+        UserError, match=r"theta has dtype torch\.float16; expected torch\.float32 or torch\.bfloat16, that of ema"
+    ):
         average.update()
 
 

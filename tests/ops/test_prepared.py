@@ -150,6 +150,7 @@ def test_memory_that_a_tensor_left_is_not_given_to_others_before_the_error():
             lambda g: {"grad": [g[0].to_sparse(), *g[1:]]},
             r"grad\[0\] has layout torch.sparse_coo; expected torch.strided",
         ),
+        (lambda g: {"grad": [1.0, *g[1:]]}, "a list of tensors holds a float; expected tensors"),
         (lambda g: {}, "grad is missing"),
         (lambda g: {"grad": g, "beta": 0.5}, "'beta' is no argument; expected grad, decay, scale"),
         (lambda g: {"grad": g, "theta": g}, "'theta' is no argument"),
@@ -177,6 +178,35 @@ def test_a_gradient_that_shares_memory_with_a_state_is_refused():
                 step(theta=[theta], beta=0.5)
         else:
             step(theta=[theta], beta=0.5)
+
+
+class Wrapper(Tensor):
+    """Wraps a tensor as DTensor does: what looks like its memory is none."""
+
+    @staticmethod
+    def __new__(cls, inner: Tensor) -> Wrapper:
+        return Tensor._make_wrapper_subclass(cls, inner.shape, dtype=inner.dtype, device=inner.device)
+
+    @classmethod
+    def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
+        raise NotImplementedError(function)
+
+
+class Named(torch.nn.Parameter):
+    """A parameter of another class, with memory of its own."""
+
+
+def test_a_wrapper_without_memory_is_refused_and_another_class_is_not():
+    theta, grad, fisher, ema = lists()
+    step = ops.prepare("pema_step_", theta, None, fisher, ema)
+    with pytest.raises(UserError, match="a Wrapper has no memory that a kernel could work on; expected plain tensors"):
+        step(level(), grad=[grad[0], Wrapper(grad[1]), grad[2]])
+    with pytest.raises(UserError, match="a Wrapper has no memory"):
+        ops.prepare("ema_step_", [Wrapper(tensor) for tensor in theta], ema)
+    plain = clone([theta, grad, fisher, ema])
+    ops.prepare("pema_step_", [Named(tensor) for tensor in theta], None, fisher, ema)(level(), grad=grad)
+    ops.pema_step_(*plain, level())
+    assert same([fisher, ema], plain[2:])
 
 
 @pytest.mark.parametrize(
