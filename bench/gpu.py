@@ -154,7 +154,7 @@ def parsed(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, usage="python bench/gpu.py [options]"
     )
-    parser.add_argument("--out", type=Path, help="output folder; default: bench/results/<gpu>_<date>")
+    parser.add_argument("--out", type=Path, help="folder, whose rows are added to; default: bench/results/<gpu>_<date>")
     normal = [name for name in PARTS if name not in LONG]
     parser.add_argument(
         "--parts", default=",".join(normal), help=f"some of {', '.join(PARTS)}; default: all but the long"
@@ -169,6 +169,8 @@ def parsed(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     given = parser.parse_args(arguments)
     if unknown := [name for name in given.parts.split(",") if name not in PARTS]:
         parser.error(f"unknown part {unknown[0]!r}; valid: {', '.join(PARTS)}")
+    if given.have and not given.have.is_file():
+        parser.error(f"--have {given.have}: there is no such file; `pip freeze` on the other machine writes it")
     return given
 
 

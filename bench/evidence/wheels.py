@@ -44,6 +44,8 @@ def collect(folder: Path, python: str, have: Path | None) -> None:
         python: the interpreter that builds and whose version the wheels are for.
         have: what ``pip list --format=freeze`` or ``pip freeze`` prints on the other machine.
     """
+    if folder.is_dir() and any(folder.iterdir()):
+        sys.exit(f"error: {folder} is not empty; expected a new folder: pip installs all wheels that are in it")
     folder.mkdir(parents=True, exist_ok=True)
     there = set(WITH_A_GPU)
     if have is not None:

@@ -106,8 +106,8 @@ class Prepared:
 
     The other tensors, and the memory that they had, are kept alive. Every call looks at `SAMPLE` of each list, others
     each time: where storage was replaced (``.data = ``, ``.to``, ``set_``) a whole list is noticed at once, and a
-    single tensor within tensors / SAMPLE calls. Under CUDA graph capture a call is captured; the object must outlive
-    the graph.
+    single tensor within tensors / SAMPLE calls. Under CUDA graph capture a call is captured; the tensors must outlive
+    the graph. One thread at a time may call it.
 
     Raises:
         UserError: as the op; and where a tensor has moved.
@@ -116,7 +116,7 @@ class Prepared:
     def __init__(
         self, op: Op, lists: Mapping[str, Sequence[Tensor] | None], impl: str | None = None, once: bool = False
     ) -> None:
-        self.op, self.calls = op, 0
+        self.op, self.once, self.calls = op, once, 0
         self.lists = {name: list(tensors) for name, tensors in lists.items() if tensors is not None}
         self.open = [name for name in op.roles if name not in self.lists]
         if missing := [name for name in self.open if name in op.written] or list(op.roles) * (not self.lists):
@@ -170,7 +170,7 @@ class Prepared:
             out = getattr(reference, op.name)(*whole.values(), *rows, **numbers)
             counts = out.view(-1, op.columns) if op.columns else None
         else:
-            if self.calls:
+            if not self.once:
                 self._require_unmoved()
             dtypes = "".join(_LETTER[whole[name][0].dtype] for name in op.order)
             counts = self._run(dtypes, rows[0].contiguous() if rows else None, list(numbers.values()))

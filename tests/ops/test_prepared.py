@@ -118,10 +118,12 @@ def test_nothing_of_a_list_that_is_given_anew_is_kept(impl):
 
 def test_a_whole_list_that_moved_is_noticed_at_once_and_one_tensor_within_the_promised_calls():
     theta, grad, fisher, ema = lists(6 * SAMPLE)
-    step = ops.prepare("pema_step_", theta, grad, fisher, ema)
+    first, step = (ops.prepare("pema_step_", theta, grad, fisher, ema) for _ in range(2))
     step(level(len(theta)))
     for tensor in ema:
         tensor.data = tensor.clone()
+    with pytest.raises(UserError, match=r"ema\[0\] is no longer in the memory"):
+        first(level(len(theta)))
     with pytest.raises(UserError, match=r"ema\[\d+\] is no longer in the memory .* Prepare the call anew"):
         step(level(len(theta)))
     step = ops.prepare("pema_step_", theta, grad, fisher, ema)
