@@ -23,7 +23,13 @@ ADDRESS, ELEMENTS, KIND, LAYOUT = range(4)
 def _exchange() -> tuple[Any, Any] | None:
     """The compiled core and torch's DLPack exchange API (torch 2.10 or newer), which it reads tensors through."""
     core, api = dispatch.core("cpp"), getattr(torch.Tensor, "__dlpack_c_exchange_api__", None)
-    return None if core is None or api is None else (core, api)
+    if core is None or api is None:
+        return None
+    try:
+        core.describe(api, [])
+    except (TypeError, ValueError):  # of another version: the checks in Python say the same, and take longer
+        return None
+    return core, api
 
 
 @cache

@@ -252,6 +252,12 @@ def test_the_host_s_work_of_a_prepared_call_is_a_small_part_of_the_op_s():
     assert best(lambda: step(rows)) < best(lambda: ops.pema_step_(*made, rows)) / 2
 
 
+@pytest.mark.parametrize("api", [object(), None])
+def test_an_exchange_api_of_another_version_is_not_used(api, monkeypatch):
+    monkeypatch.setattr(torch.Tensor, "__dlpack_c_exchange_api__", api, raising=False)
+    assert checks._exchange.__wrapped__() is None
+
+
 def test_tables_tell_apart_what_the_checks_tell_apart(monkeypatch):
     """With torch's exchange API, and without it as before torch 2.10."""
     x = torch.randn(6, 4)
