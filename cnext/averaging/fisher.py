@@ -56,7 +56,8 @@ class FisherAccumulator:
             raise UserError(
                 f"unit {self.unit!r} reads gradients before they are reduced, so ranks would differ; use unit 'step'"
             )
-        self.parameters, self.fisher, self.active, self._groups = parameters, fisher, active, []
+        self.parameters, self.fisher, self.active = parameters, fisher, active
+        self._groups = self._prepared() if self.unit == "step" else []
         if self.unit == "micro-batch":
             self._hooks = [parameter.register_hook(self._hook(name)) for name, parameter in parameters.items()]
 
