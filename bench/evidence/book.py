@@ -46,11 +46,6 @@ class Book:
                     raise
                 torch.cuda.empty_cache()
 
-    def finish(self) -> None:
-        """Waits for the device."""
-        if self.gpu:
-            torch.cuda.synchronize()
-
     def race(
         self, candidates: Mapping[str, Callable[[], object]], rounds: int, graph: bool = True
     ) -> dict[str, dict[str, float]]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 import tempfile
@@ -27,10 +26,10 @@ COST = (
 )
 
 
-def ran(command: list[object], **options: object) -> subprocess.CompletedProcess[str]:
+def ran(command: list[object]) -> subprocess.CompletedProcess[str]:
     """A command from bench/, a folder without a cnext of its own; its output goes into the log."""
     done = subprocess.run(
-        list(map(str, command)), cwd=BENCH, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **options
+        list(map(str, command)), cwd=BENCH, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
     print(done.stdout, flush=True)
     return done
@@ -106,6 +105,5 @@ def every_method(book: Book) -> None:
 def seed_x(book: Book) -> None:
     """SEED-X at its published size, random weights; needs 80 GB."""
     small = [] if book.gpu else ["--small"]
-    environment = os.environ | {"PYTHONPATH": os.environ.get("PYTHONPATH", "")}
-    done = ran([sys.executable, BENCH / "seed_x.py", *small, "--steps", "4"], env=environment)
+    done = ran([sys.executable, BENCH / "seed_x.py", *small, "--steps", "4"])
     book.put(name="seed_x", ok=done.returncode == 0, said=done.stdout[-6000:])

@@ -1,8 +1,6 @@
 """Public ops. Each has a reference in plain torch, and all but one have kernels; see `cnext.ops.dispatch`."""
 
 from cnext.ops.averaging import (
-    GUARDS,
-    Prepared,
     adamw_pema_step_,
     dema_step_,
     ema_step_,
@@ -16,6 +14,8 @@ from cnext.ops.averaging import (
 )
 from cnext.ops.branches import dropout_mask, lora_branches, lora_branches_grouped
 from cnext.ops.dispatch import last_path
+from cnext.ops.foreach import Prepared
+from cnext.ops.rules import GUARDS
 
 __all__ = [
     "GUARDS",

@@ -15,22 +15,7 @@ from torch import Tensor
 
 from cnext.errors import UserError, unknown
 from cnext.ops.foreach import Prepared
-from cnext.ops.rules import GUARDS, OPS, adamw_numbers, literal_numbers
-
-__all__ = [
-    "GUARDS",
-    "Prepared",
-    "adamw_pema_step_",
-    "dema_step_",
-    "ema_step_",
-    "fisher_accumulate_",
-    "pema_literal_",
-    "pema_merge_",
-    "pema_released_",
-    "pema_step_",
-    "prepare",
-    "sums",
-]
+from cnext.ops.rules import OPS, adamw_numbers, literal_numbers
 
 for _op in OPS.values():
     _op.register()
