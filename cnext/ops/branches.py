@@ -1,8 +1,8 @@
 """Linear layers with low-rank branches: y = x W^T + b + scale * sum over branches of drop(x) A_i^T B_i^T, W frozen.
 
-The matrix products, frozen and low-rank, are the vendor's, through torch: the branches are packed into one of rank
-sum(r_i), which adds to the frozen layer's output. Ours is the dropout: a pass of its own in C++ and CUDA, fused with
-the low-rank products of x and dX in Triton. Without dropout no kernel of ours runs, whichever ``impl`` is asked for. A
+The branches are packed into one of rank sum(r_i) and computed first: scale h B^T is written into y, and the frozen
+product is added on top in the library's own accumulation; likewise drop'(dh A) into dX, and dY W on top. The frozen
+products, and those of h with B, are the vendor's through torch; the other passes are those of `cnext.ops.low_rank`. A
 frozen branch adds to y and costs no gradient. Kept for the backward pass are x and h = drop(x) A^T, each only where a
 live branch needs it; the dropout mask is made again from its seed.
 """
@@ -10,16 +10,28 @@ live branch needs it; the dropout mask is made again from its seed.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import chain
+from itertools import accumulate, chain
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from cnext.errors import UserError
-from cnext.ops import branches_op  # noqa: F401  registers the ops
+from cnext.ops import branches_reference, dispatch, low_rank
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+NAME = "lora_branches"
+_COMMON = "Tensor? seed, Tensor? routing, int[] ranks, float scale, float dropout, bool independent, str? impl=None"
+# b: for every linear layer (rank, out), its branches' B transposed, one below the other.
+_library = torch.library.Library("cnext", "FRAGMENT")
+_library.define(f"{NAME}(Tensor x, Tensor[] weight, Tensor?[] bias, Tensor a, Tensor[] b, {_COMMON}) -> Tensor[]")
+_library.define(
+    f"{NAME}_backward(Tensor[] grad, Tensor? x, Tensor? h, Tensor[] weight, Tensor a, Tensor[] b, "
+    f"int[] live_a, int[] live_b, bool needs_x, bool needs_routing, {_COMMON}) -> Tensor[]"
+)
+_library.define(
+    "dropout_mask(Tensor seed, int rows, int columns, float dropout, int branch=0, str? impl=None) -> Tensor"
+)
 
 
 def lora_branches(
@@ -49,14 +61,21 @@ def lora_branches(
             generator, which is what makes activation checkpointing and a resumed run repeat the mask.
         independent: a mask for every branch, as released, in place of one that they share.
         routing: (..., branches) weight w of every branch for every token, as in MoELoRA; None: all are 1.
-        impl: "cpp", "cuda" or "triton" for the dropout; "torch" for the same passes in plain torch; "reference" for the
-            definition, branch after branch. None takes the device's best.
+        impl: "cpp", "cuda" or "triton" for the passes of `cnext.ops.low_rank`; "torch" for the same in plain torch;
+            "reference" for the definition, branch after branch, the only one that has second derivatives. None takes
+            what is fastest on the device, see `cnext.ops.dispatch`.
 
     Returns:
         (..., out), of the dtype of x.
 
     Raises:
-        UserError: a shape, dtype or device is wrong, the weight is not frozen, or ``impl`` is missing.
+        UserError: a shape, dtype or device is wrong, the weight is not frozen, ``impl`` is missing, or its gradient is
+            differentiated (by any but the reference).
+
+    Example:
+        >>> x, weight, a, b = torch.randn(5, 16), torch.randn(8, 16), torch.randn(4, 16), torch.zeros(8, 4)
+        >>> lora_branches(x, weight, None, [a], [b], dropout=0.05).shape
+        torch.Size([5, 8])
 
     Reference: Hu et al., arXiv 2106.09685; Continual-NExT, arXiv 2602.18055, Eq. 1; MoELoRA, arXiv 2310.18339.
     """
@@ -105,11 +124,15 @@ def lora_branches_grouped(
     ranks = _check(x, weights, biases, a, b, dropout, seed, routing)
     if dropout and seed is None:
         seed = torch.randint(-(2**63), 2**63 - 1, (1,), device=x.device)
+    if impl == "reference":
+        dispatch.ran(NAME, impl)
+        options = {"scale": scale, "dropout": dropout, "seed": seed, "independent": independent, "routing": routing}
+        return branches_reference.lora_branches(x, weights, biases, a, b, **options)
     options = (ranks, scale, dropout, independent, impl)
     downs, ups = (tuple(a[0]), tuple(b[0])) if len(weights) == 1 else (tuple(chain(*a)), tuple(chain(*b)))
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, routing, *downs, *ups)):
         return _LoraBranches.apply(options, len(weights), x, seed, routing, *weights, *biases, *downs, *ups)
-    packed = _stacked(downs, x.dtype), _side_by_side(ups, len(weights), x.dtype)
+    packed = _stacked(downs, x.dtype), _transposed(ups, len(weights), x.dtype)
     return _forward(x, weights, biases, *packed, seed, routing, *options)[:-1]
 
 
@@ -147,10 +170,10 @@ def _stacked(parts: tuple[Tensor, ...] | list[Tensor], dtype: torch.dtype) -> Te
     return whole if first.dtype == dtype else whole.to(dtype)
 
 
-def _side_by_side(parts: tuple[Tensor, ...] | list[Tensor], linears: int, dtype: torch.dtype) -> list[Tensor]:
-    """Every linear layer's parts as the columns of one matrix."""
+def _transposed(parts: tuple[Tensor, ...] | list[Tensor], linears: int, dtype: torch.dtype) -> list[Tensor]:
+    """Every linear layer's parts, transposed, one below the other."""
     count = len(parts) // linears
-    packed = parts if count == 1 else [torch.cat(parts[i : i + count], 1) for i in range(0, len(parts), count)]
+    packed = [torch.cat([part.T for part in parts[i : i + count]]) for i in range(0, len(parts), count)]
     return [part if part.dtype == dtype else part.to(dtype) for part in packed]
 
 
@@ -175,7 +198,7 @@ class _LoraBranches(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         weights, biases, parts = rest[:linears], rest[linears : 2 * linears], rest[2 * linears :]
         half, needed = len(parts) // 2, ctx.needs_input_grad
-        downs, ups = parts[:half], _side_by_side(parts[half:], linears, x.dtype)
+        downs, ups = parts[:half], _transposed(parts[half:], linears, x.dtype)
         *outputs, h = _forward(x, weights, biases, _stacked(downs, x.dtype), ups, seed, routing, *options)
         ctx.live = [_live(needed[begin:][:half], half // linears) for begin in (-2 * half, -half)]
         kept_x = x if ctx.live[0][1] else None
@@ -185,12 +208,20 @@ class _LoraBranches(torch.autograd.Function):
         return tuple(outputs)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # a graph of the gradients is being made
+            with torch.no_grad():
+                found = _LoraBranches._gradients(ctx, grads)
+            inputs = [t for t in (*grads, *ctx.saved_tensors) if t is not None and t.requires_grad]
+            return _Final.apply(*inputs, *found)[len(inputs) :]
+        return _LoraBranches._gradients(ctx, grads)
+
+    @staticmethod
+    def _gradients(ctx: Any, grads: Sequence[Tensor]) -> tuple[Tensor | None, ...]:
         x, h, seed, routing, *rest = ctx.saved_tensors
         linears, ranks, needed, live = ctx.linears, ctx.options[0], ctx.needs_input_grad, ctx.live
         weights, half = rest[:linears], len(ctx.dtypes) // 2
-        downs, ups = rest[linears:-half], _side_by_side(rest[-half:], linears, grads[0].dtype)
+        downs, ups = rest[linears:-half], _transposed(rest[-half:], linears, grads[0].dtype)
         columns = [(sum(ranks[:begin]), sum(ranks[:end])) for begin, end in live]
         down, wanted = _stacked(downs, grads[0].dtype), (needed[2], needed[4])
         found = iter(_backward(grads, x, h, weights, down, ups, *columns, *wanted, seed, routing, *ctx.options))
@@ -211,8 +242,19 @@ class _LoraBranches(torch.autograd.Function):
         return None, None, dx, None, d_routing, *[None] * (2 * linears), *given
 
 
-_forward = torch.ops.cnext.lora_branches.default
-_backward = torch.ops.cnext.lora_branches_backward.default
+class _Final(torch.autograd.Function):
+    """Gradients as they are, and an error that says what to do where they are differentiated."""
+
+    @staticmethod
+    def forward(ctx: Any, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+        return tuple(None if tensor is None else tensor.view_as(tensor) for tensor in tensors)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        raise UserError(
+            "lora_branches: the gradient of a gradient was asked for, and the fused backward pass has none; "
+            "impl='reference' has, or take first gradients only (create_graph=False)"
+        )
 
 
 def _check(
@@ -260,3 +302,178 @@ def _check(
     if routing is not None and (routing.shape != (*x.shape[:-1], len(ranks)) or routing.device != device):
         raise bad("routing", f"{(*x.shape[:-1], len(ranks))} on {device}", routing)
     return ranks
+
+
+def _flat(x: Tensor) -> Tensor:
+    flat = x if x.ndim == 2 else x.reshape(-1, x.shape[-1])
+    return flat if flat.stride(1) == 1 else flat.contiguous()
+
+
+def _of(linear: int, h: Tensor, rank: int, live: Sequence[int] = (0, 0)) -> Tensor:
+    """A linear layer's columns of h (rows, linears x rank), all or the live ones."""
+    return h[:, linear * rank + live[0] : linear * rank + (live[1] or rank)]
+
+
+def _clipped(ranks: Sequence[int], live: Sequence[int]) -> list[int]:
+    """The ranks as far as they lie within the live columns."""
+    ends = list(accumulate(ranks))
+    return [max(0, min(end, live[1]) - max(end - r, live[0])) for end, r in zip(ends, ranks, strict=True)]
+
+
+def _routed(h: Tensor, routing: Tensor | None, ranks: Sequence[int], linears: int) -> Tensor:
+    """h with every branch's columns times the token's weight of that branch."""
+    if routing is None:
+        return h
+    per_branch = routing.reshape(-1, len(ranks)).to(h.dtype)
+    columns = [per_branch[:, i : i + 1].expand(-1, rank) for i, rank in enumerate(ranks)]
+    return h * torch.cat(columns * linears, 1)
+
+
+def _run_forward(
+    x: Tensor,
+    weight: list[Tensor],
+    bias: list[Tensor | None],
+    a: Tensor,
+    b: list[Tensor],
+    seed: Tensor | None,
+    routing: Tensor | None,
+    ranks: list[int],
+    scale: float,
+    dropout: float,
+    independent: bool,
+    impl: str | None = None,
+) -> list[Tensor]:
+    flat, rank = _flat(x), sum(ranks)
+    path = dispatch.choose(NAME, x.device.type, impl, plain="torch", rows=flat.shape[0])
+    random = low_rank.Dropout(seed, dropout, independent, path)
+    h = low_rank.project(flat, a, ranks, len(weight), random)
+    dispatch.ran(NAME, random.ran)
+    routed = _routed(h, routing, ranks, len(weight))
+    outputs = []
+    for g, (w, offset, up) in enumerate(zip(weight, bias, b, strict=True)):
+        mine = _of(g, routed, rank)
+        if offset is None:
+            y = low_rank.product(mine, up, flat.new_empty(flat.shape[0], w.shape[0]), scale)
+        else:
+            y = torch.addmm(offset, mine, up, alpha=scale)
+        y.addmm_(flat, w.T)
+        outputs.append(y if x.ndim == 2 else y.view(*x.shape[:-1], w.shape[0]))
+    outputs.append(h)
+    return outputs
+
+
+def _forward_fake(
+    x: Tensor, weight: list[Tensor], bias: list[Tensor | None], a: Tensor, b: list[Tensor], *_: object, **__: object
+) -> list[Tensor]:
+    rows = x.shape[:-1].numel()
+    return [*[x.new_empty(*x.shape[:-1], w.shape[0]) for w in weight], x.new_empty(rows, a.shape[0])]
+
+
+def _run_backward(
+    grad: list[Tensor],
+    x: Tensor | None,
+    h: Tensor | None,
+    weight: list[Tensor],
+    a: Tensor,
+    b: list[Tensor],
+    live_a: list[int],
+    live_b: list[int],
+    needs_x: bool,
+    needs_routing: bool,
+    seed: Tensor | None,
+    routing: Tensor | None,
+    ranks: list[int],
+    scale: float,
+    dropout: float,
+    independent: bool,
+    impl: str | None = None,
+) -> list[Tensor]:
+    """dX, dA, each dB and d routing, as far as wanted, in this order.
+
+    live_a, live_b: the first column of rank whose gradient is wanted and the one behind the last, [0, 0]: none. dA is
+    (linears x live rank, in), dB (out, live rank). x is needed for dA alone, h for dB and d routing.
+    """
+    grads, linears, rank = [_flat(g) for g in grad], len(grad), sum(ranks)
+    rows = grads[0].shape[0]
+    path = dispatch.choose(f"{NAME}_backward", grad[0].device.type, impl, plain="torch", rows=rows)
+    random = low_rank.Dropout(seed, dropout, independent, path)
+    unrouted = grads[0].new_empty(rows, linears * rank) if needs_x or live_a[1] or needs_routing else None
+    routed_h = _routed(h, routing, ranks, linears) if live_b[1] and h is not None else None
+    d_ups: list[Tensor] = []
+    for g, (dy, up) in enumerate(zip(grads, b, strict=True)):
+        kept = None if routed_h is None else _of(g, routed_h, rank, live_b)
+        d_up = low_rank.gather(dy, up, kept, None if unrouted is None else _of(g, unrouted, rank), scale, random)
+        d_ups += [] if d_up is None else [d_up]
+    outputs: list[Tensor] = []
+    if unrouted is not None:
+        dh = _routed(unrouted, routing, ranks, linears)
+        if needs_x:
+            dx = low_rank.spread(dh, a, ranks, linears, random)
+            for dy, w in zip(grads, weight, strict=True):
+                dx.addmm_(dy, w)
+            outputs.append(dx if grad[0].ndim == 2 else dx.view(*grad[0].shape[:-1], dx.shape[1]))
+        if live_a[1]:
+            assert x is not None, "saved where the gradient of A is wanted"
+            live = dh if linears == 1 and live_a[1] - live_a[0] == rank else _alive(dh, live_a, linears)
+            outputs.append(low_rank.weigh(live, _flat(x), _clipped(ranks, live_a), linears, random))
+    outputs += d_ups
+    if needs_routing:
+        assert h is not None, "saved where the gradient of the routing is wanted"
+        assert routing is not None
+        assert unrouted is not None
+        terms = (unrouted * h).view(-1, linears, rank).sum(1)
+        sums = torch.stack([part.sum(1) for part in terms.split(ranks, 1)], 1)
+        outputs.append(sums.to(routing.dtype).view(routing.shape))
+    dispatch.ran(f"{NAME}_backward", random.ran)
+    return outputs
+
+
+def _alive(dh: Tensor, live: Sequence[int], linears: int) -> Tensor:
+    """The columns of each linear layer's live rank, side by side."""
+    return dh.unflatten(1, (linears, -1))[..., live[0] : live[1]].flatten(1)
+
+
+def _backward_fake(
+    grad: list[Tensor],
+    x: Tensor | None,
+    h: Tensor | None,
+    weight: list[Tensor],
+    a: Tensor,
+    b: list[Tensor],
+    live_a: list[int],
+    live_b: list[int],
+    needs_x: bool,
+    needs_routing: bool,
+    seed: Tensor | None,
+    routing: Tensor | None,
+    *_: object,
+    **__: object,
+) -> list[Tensor]:
+    outputs = [a.new_empty(*grad[0].shape[:-1], a.shape[1])] if needs_x else []
+    if live_a[1]:
+        outputs.append(a.new_empty(len(grad) * (live_a[1] - live_a[0]), a.shape[1]))
+    if live_b[1]:
+        outputs += [up.new_empty(up.shape[1], live_b[1] - live_b[0]) for up in b]
+    return [*outputs, routing.new_empty(routing.shape)] if needs_routing and routing is not None else outputs
+
+
+def _mask(seed: Tensor, rows: int, columns: int, dropout: float, branch: int = 0, impl: str | None = None) -> Tensor:
+    path = dispatch.choose("dropout_mask", seed.device.type, impl)
+    keep, path = low_rank.mask(seed, rows, columns, dropout, branch, path)
+    dispatch.ran("dropout_mask", path)
+    return keep
+
+
+def _mask_fake(seed: Tensor, rows: int, columns: int, *_: object, **__: object) -> Tensor:
+    return seed.new_empty(rows, columns, dtype=torch.bool)
+
+
+for _name, _run, _fake in (
+    (NAME, _run_forward, _forward_fake),
+    (f"{NAME}_backward", _run_backward, _backward_fake),
+    ("dropout_mask", _mask, _mask_fake),
+):
+    _library.impl(_name, _run, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"cnext::{_name}", _fake, lib=_library)
+_forward = torch.ops.cnext.lora_branches.default
+_backward = torch.ops.cnext.lora_branches_backward.default

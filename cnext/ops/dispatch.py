@@ -25,6 +25,9 @@ from cnext.ops import build
 IMPLS = ("cpp", "cuda", "triton", "reference")
 BEST = {"cpu": ("cpp",), "cuda": ("cuda", "triton")}
 """What is faster than plain torch on a device type, the best first."""
+TRITON_FROM_ROWS = 4096
+"""From how many rows of x on the branches take Triton on a GPU: the faster one in what was last measured, on an H200
+(bench/results): CUDA at 64 and 880 rows, Triton at 14,080."""
 SLOWER = "many times slower in averaging and dropout"
 _PLAIN = ("this op is plain torch only", "")
 _last: dict[str, str] = {}
@@ -80,12 +83,20 @@ def best(device: str) -> str:
     return "reference"
 
 
-def choose(op: str, device: str, impl: str | None, compiled: bool = True, plain: str = "reference") -> str:
+def choose(
+    op: str,
+    device: str,
+    impl: str | None,
+    compiled: bool = True,
+    plain: str = "reference",
+    rows: int | None = None,
+) -> str:
     """The implementation of ``op`` to run on a device type, remembered for `last_path`.
 
     Args:
         compiled: whether the op has any other implementation than plain torch.
         plain: what runs where there are no kernels: "torch" for an op whose reference is not meant to be fast.
+        rows: of x, for the branches, of which it decides what is fastest.
 
     Raises:
         UserError: ``impl`` is not known, or cannot run here.
@@ -96,6 +107,8 @@ def choose(op: str, device: str, impl: str | None, compiled: bool = True, plain:
     if impl is not None and (reason := missing(impl, device) if compiled else _PLAIN[impl == "reference"]):
         raise UserError(f"{op}: impl={impl!r} is missing: {reason}")
     fastest = best(device) if impl is None and compiled else "reference"
+    if fastest == "cuda" and rows is not None and rows >= TRITON_FROM_ROWS and not missing("triton", device):
+        fastest = "triton"
     _last[op] = impl or (plain if fastest == "reference" else fastest)
     return _last[op]
 

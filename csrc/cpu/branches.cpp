@@ -23,7 +23,7 @@ CNEXT_HD void tile_bits(uint32_t (&words)[4][kTileLanes], uint32_t tile, uint32_
 }
 
 template <class T, bool Add>
-CNEXT_HD void lanes(const T* __restrict x, T* __restrict out, const uint32_t* word, int shift, uint32_t threshold,
+CNEXT_HD void lanes(const T* x, T* out, const uint32_t* word, int shift, uint32_t threshold,
                     decltype(load(T{})) scale) {
 #pragma omp simd
   for (int j = 0; j < kTileLanes; ++j) {
@@ -40,7 +40,7 @@ void run(const void* from, void* to, int64_t row, int64_t columns, const Dropout
   const Wide scale = Wide(65536.0 / (65536.0 - dropout.threshold));
   uint32_t words[4][kTileLanes];
   for (int64_t begin = 0; begin < columns; begin += kTile) {
-    tile_bits(words, uint32_t(begin / kTile), uint32_t(row), dropout);
+    tile_bits(words, dropout.first_tile + uint32_t(begin / kTile), uint32_t(row), dropout);
     if (columns - begin >= kTile) {
       for (int w = 0; w < 4; ++w)
         for (int t = 0; t < 2; ++t) {

@@ -7,9 +7,10 @@ struct Dropout {
   uint64_t seed;
   uint32_t threshold;  // in units of 2^-16
   uint32_t branch;
+  uint32_t first_tile;  // of 128 columns: where the row begins in a larger matrix
 };
 
-// x and out: one row of `columns` elements; row: its number.
+// x and out: one row of `columns` elements, or the same one; row: its number in the larger matrix.
 using DropoutRow = void (*)(const void* x, void* out, int64_t row, int64_t columns, const Dropout& dropout);
 
 struct DropoutTable {

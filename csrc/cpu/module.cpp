@@ -119,22 +119,25 @@ void foreach (const std::string& rule, const std::string& dtypes, const Addresse
 }
 
 // out = drop(x), or out += drop(x) where `add`. type: f float32, b bfloat16, h float16, d float64; x and out: addresses
-// of (rows, columns) with their elements from row to row; seed: the address of an int64.
+// of (rows, columns) with their elements from row to row, or the same address; first_row, first_column: where in the
+// mask they begin, the column at a tile of it; seed: the address of an int64.
 void dropout(const std::string& type, bool add, uintptr_t x, uintptr_t out, int64_t rows, int64_t columns,
-             int64_t x_stride, int64_t out_stride, uintptr_t seed, uint32_t threshold, uint32_t branch, int threads) {
+             int64_t x_stride, int64_t out_stride, int64_t first_row, int64_t first_column, uintptr_t seed,
+             uint32_t threshold, uint32_t branch, int threads) {
   const std::string types = "fbhd";
   const size_t which = types.find(type);
   if (type.size() != 1 || which == std::string::npos) throw std::invalid_argument("type must be one of " + types);
+  if (first_column % 128) throw std::invalid_argument("first_column must be a multiple of 128");
   const int64_t size = type == "f" ? 4 : type == "d" ? 8 : 2;
   const DropoutTable& table = active().dropout;
   const DropoutRow run = (add ? table.dropout_add : table.dropout)[which];
-  const Dropout options{*reinterpret_cast<const uint64_t*>(seed), threshold, branch};
+  const Dropout options{*reinterpret_cast<const uint64_t*>(seed), threshold, branch, uint32_t(first_column / 128)};
   py::gil_scoped_release nogil;
   threads = int(std::max<int64_t>(1, std::min<int64_t>(threads, rows * columns / kChunk)));
 #pragma omp parallel for schedule(static) num_threads(threads)
   for (int64_t row = 0; row < rows; ++row)
     run(reinterpret_cast<const void*>(x + row * x_stride * size), reinterpret_cast<void*>(out + row * out_stride * size),
-        row, columns, options);
+        first_row + row, columns, options);
 }
 
 }  // namespace
@@ -146,8 +149,8 @@ PYBIND11_MODULE(_cpu, m) {
         py::arg("rows") = 0, py::arg("row_width") = 0, py::arg("threads") = 1);
   m.def("kernels", [] { return signatures(active().table); }, "(rule, dtypes, kinds of columns, scalars, row width) of each.");
   m.def("dropout", &dropout, py::arg("type"), py::arg("add"), py::arg("x"), py::arg("out"), py::arg("rows"),
-        py::arg("columns"), py::arg("x_stride"), py::arg("out_stride"), py::arg("seed"), py::arg("threshold"),
-        py::arg("branch"), py::arg("threads") = 1);
+        py::arg("columns"), py::arg("x_stride"), py::arg("out_stride"), py::arg("first_row"), py::arg("first_column"),
+        py::arg("seed"), py::arg("threshold"), py::arg("branch"), py::arg("threads") = 1);
   m.def("describe", &describe, py::arg("api"), py::arg("tensors"),
         "(tensors, 4) int64 through torch.Tensor.__dlpack_c_exchange_api__: address, elements, kind, layout; -1: none.");
   m.def("instruction_set", [] { return std::string(active().name); });

@@ -47,11 +47,11 @@ def test_gradcheck(case, impl):
     assert torch.autograd.gradcheck(function, (case.x, *routing, *parts))
 
 
-@pytest.mark.parametrize("impl", [None, "torch", "reference"])
+@pytest.mark.parametrize("impl", [None, "torch"])
 @pytest.mark.parametrize("independent", [False, True], ids=["shared", "independent"])
 def test_opcheck(independent, impl, monkeypatch):
     monkeypatch.undo()  # opcheck compares outputs of two runs, and NaN differs from itself
-    x, weight, bias, a, b = (torch.rand(shape, device=DEVICE) for shape in ((2, 3, 8), (5, 8), (5,), (6, 8), (5, 6)))
+    x, weight, bias, a, b = (torch.rand(shape, device=DEVICE) for shape in ((2, 3, 8), (5, 8), (5,), (6, 8), (6, 5)))
     common = (SEED, None, [4, 2], 0.5, 0.25, independent, impl)
     y, h = torch.ops.cnext.lora_branches(x, [weight], [bias], a, [b], *common)
     opcheck(torch.ops.cnext.lora_branches.default, (x, [weight], [bias], a, [b], *common))
