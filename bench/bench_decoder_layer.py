@@ -2,25 +2,31 @@
 
 One layer of LLaMA2-13B in bfloat16, 14,080 tokens in 16 sequences; on a CPU a quarter as wide, float32, 256 tokens, one
 thread. A row's ``time_over_yardstick`` is the median ratio of forward and backward to those of the frozen layer, in
-pairs, checkpointed where the row is. ``kept_bytes`` is what the graph keeps besides parameters, without a checkpoint.
+pairs, checkpointed where the row is. ``kept_bytes`` is what the graph keeps besides parameters, without a checkpoint,
+``peak_bytes`` the most that a call allocates at a time, ``state_bytes`` the branches' parameters. "mage" is what
+`cnext.attach_mage` makes, where q, k and v, and gate and up, are computed together; "cnext" each layer alone.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
+import bench_branches
 import pytest
 import torch
 from branch_peers import DTYPE, NARROW, PEERS, WIDE, adapted, kept_bytes, ops_run
-from timing import DEVICE, GPU, SMALL
+from timing import DEVICE, GPU, SMALL, peak_bytes
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+import cnext
 from cnext import ops
+from cnext.ops import dispatch
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 SEQUENCES, TOKENS = (16, 880) if GPU else (2, 16) if SMALL else (2, 128)
 LINEARS = 7
+RIVALS = ("mage", "cnext", "released", "peft-rank-32", "peft-4", "lorafusion", "unsloth")
 
 
 def decoder(peer: str, dropout: float) -> tuple[nn.Module, Callable[[Tensor], Tensor]]:
@@ -38,7 +44,14 @@ def decoder(peer: str, dropout: float) -> tuple[nn.Module, Callable[[Tensor], Te
         angles = LlamaRotaryEmbedding(config)(torch.empty(0, dtype=DTYPE), place)
     linears = [(name, module) for name, module in layer.named_modules() if isinstance(module, nn.Linear)]
     assert len(linears) == LINEARS
-    for name, linear in linears if peer != "frozen" else ():
+    if peer == "mage":
+        handle = cnext.attach_mage(layer, language_model=layer, dropout=dropout)
+        layer.to(DEVICE, DTYPE)
+        for made in handle.layers.values():
+            for branch in made.branches.values():
+                nn.init.normal_(branch.B, std=0.02)
+        handle.train_on(("text", "image"), ("text",))
+    for name, linear in linears if peer not in ("frozen", "mage") else ():
         parent, _, child = name.rpartition(".")
         setattr(layer.get_submodule(parent), child, PEERS[peer](adapted(linear, dropout).to(DEVICE, DTYPE)))
 
@@ -54,8 +67,7 @@ def near(mine: Tensor, other: Tensor) -> bool:
 
 
 @pytest.mark.parametrize("checkpointed", [False, True], ids=["plain", "checkpointed"])
-@pytest.mark.parametrize("dropout", [0.0, 0.05])
-@pytest.mark.parametrize("peer", ["cnext", "released", "peft-rank-32", "lorafusion"])
+@pytest.mark.parametrize(("peer", "dropout"), [(g, p) for p in (0.0, 0.05) for g in RIVALS if not p or g != "unsloth"])
 def test_branches_decoder_layer(race, peer, dropout, checkpointed):
     race.benchmark.group = f"branches decoder layer, {'checkpointed' if checkpointed else 'plain'}, dropout {dropout}"
     (layer, forward), (base, frozen) = decoder(peer, dropout), decoder("frozen", 0.0)
@@ -70,18 +82,26 @@ def test_branches_decoder_layer(race, peer, dropout, checkpointed):
 
     for mine, plain in zip(both(forward, live, checkpointed), both(forward, live, False), strict=True):
         assert near(mine, plain), "a checkpoint does not repeat the mask"
-    if not dropout:
+        assert bool(mine.any()), "a gradient is zero"
+    if not dropout and peer != "mage":
         expected = decoder("concatenated", 0.0)[1]
         assert near(forward(x), expected(x))
         assert near(both(forward, [x], checkpointed)[0], both(expected, [x], False)[0])
-    booked: dict[str, object] = {"x_bytes": x.nbytes}
+
+    def with_branches() -> tuple[Tensor, ...]:
+        return both(forward, live, checkpointed)
+
+    booked: dict[str, object] = {"x_bytes": x.nbytes, "state_bytes": sum(p.nbytes for p in layer.parameters())}
+    booked["state_bytes_frozen"] = sum(p.nbytes for p in base.parameters())
+    booked["peak_bytes"] = peak_bytes(with_branches)
+    booked["peak_bytes_frozen"] = peak_bytes(lambda: both(frozen, [x], checkpointed))
     if not checkpointed:
         booked["kept_bytes"] = kept_bytes(forward, x, layer)
         booked["kept_bytes_frozen"] = kept_bytes(frozen, x, base)
-    if peer == "cnext":
-        counts = ops_run(lambda: both(forward, live, checkpointed))
-        assert counts == {"lora_branches": LINEARS * (1 + checkpointed), "lora_branches_backward": LINEARS}
-        booked["path"] = ops.last_path("lora_branches")
-        assert booked["path"] == (("cuda" if GPU else "cpp") if dropout else "torch")
-    pair = lambda: both(forward, live, checkpointed), lambda: both(frozen, [x], checkpointed)
-    race.run(*pair, rounds=20 if GPU else 7, **booked)
+    if peer in ("mage", "cnext"):
+        calls = LINEARS if peer == "cnext" else len(bench_branches.GROUPS)
+        assert ops_run(with_branches) == {"lora_branches": calls * (1 + checkpointed), "lora_branches_backward": calls}
+        booked["path"] = ops.last_path("lora_branches_backward")
+        expected = dispatch.choose("lora_branches", DEVICE, None, rows=SEQUENCES * TOKENS)
+        assert booked["path"] == expected or not (dropout or GPU)
+    race.run(with_branches, lambda: both(frozen, [x], checkpointed), rounds=20 if GPU else 7, **booked)

@@ -9,7 +9,7 @@ of the concatenated rank, all of it live, because neither knows frozen branches.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -147,13 +147,31 @@ class _LoraFusion(torch.autograd.Function):
         return dx.view(ctx.shape), None, dh.T @ dropped, dy.T @ h, None
 
 
-class Triton(Peer):
-    """cnext's own op once more, its dropout and the products fused with it by Triton."""
+class By(Peer):
+    """cnext's own op by an implementation that is named, where `cnext.ops.dispatch` would choose."""
+
+    def __init__(self, made: AdapterLinear, impl: str) -> None:
+        super().__init__(made)
+        self.impl = impl
 
     def forward(self, x: Tensor) -> Tensor:
-        parts = zip(*((branch.A, branch.B) for branch in self.branches.values()), strict=True)
-        p = self.p if self.training else 0.0
-        return ops.lora_branches(x, self.base.weight, self.base.bias, *parts, dropout=p, impl="triton")
+        return together([self], x, self.impl)[0]
+
+
+def together(layers: Sequence[AdapterLinear | By], x: Tensor, impl: str | None = None) -> Sequence[Tensor]:
+    """Layers that read the same x in one call of cnext's op."""
+    branches = [layer.branches.values() for layer in layers]
+    first = layers[0]
+    dropout = first.p if isinstance(first, By) else first.dropout
+    return ops.lora_branches_grouped(
+        x,
+        [layer.base.weight for layer in layers],
+        [layer.base.bias for layer in layers],
+        [[branch.A for branch in mine] for mine in branches],
+        [[branch.B for branch in mine] for mine in branches],
+        dropout=dropout if first.training else 0.0,
+        impl=impl,
+    )
 
 
 def peft(made: AdapterLinear, count: int) -> nn.Module:
@@ -192,17 +210,23 @@ PEERS: dict[str, Callable[[AdapterLinear], nn.Module]] = {
     "peft-rank-32": lambda made: peft(made, 1),
     "unsloth": Unsloth,
     "lorafusion": LoraFusion,
-    **({"cnext-triton": Triton} if GPU else {}),
+    **({f"cnext-{impl}": lambda made, impl=impl: By(made, impl) for impl in ("cuda", "triton")} if GPU else {}),
 }
 
 
 def peers(dropout: float) -> list[str]:
-    """Those that know this dropout: Unsloth's fast path has none, and without it Triton has nothing to do."""
-    return [name for name in PEERS if name != ("unsloth" if dropout else "cnext-triton")]
+    """Those that know this dropout: Unsloth's fast path has none."""
+    return [name for name in PEERS if not dropout or name != "unsloth"]
 
 
-def check(function: Callable[[Tensor], Tensor], x: Tensor, grad: Tensor, exact: Tensor | None = None) -> None:
-    """A candidate is right before it is timed.
+def check(
+    function: Callable[[Tensor], Tensor],
+    x: Tensor,
+    grad: Tensor,
+    live: Sequence[Tensor],
+    exact: Tensor | None = None,
+) -> None:
+    """A candidate is right before it is timed, and no gradient of ``live`` is zero.
 
     Without dropout its output is near the float64 one. With any mask it is linear in x, so that <dX, x> = <dY, y>: a
     backward pass that forgets the mask, or draws another, fails.
@@ -211,7 +235,8 @@ def check(function: Callable[[Tensor], Tensor], x: Tensor, grad: Tensor, exact: 
     if exact is not None:
         error = (y.double() - exact).norm() / exact.norm()
         assert error < (1e-5 if fine else 1e-2), f"relative error {error:.1e}"
-    (dx,) = torch.autograd.grad(y, [x], grad)
+    dx, *others = torch.autograd.grad(y, [x, *live], grad)
+    assert all(bool(found.any()) for found in (dx, *others)), "a gradient is zero"
     sides = (dx.double() * x.double()).sum(), (grad.double() * y.double()).sum()
     typical = grad.double().norm() * y.double().norm() / y.numel() ** 0.5
     assert abs(sides[0] - sides[1]) < (1e-3 if fine else 5e-2) * typical, f"dX does not belong to y: {sides}"

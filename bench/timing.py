@@ -7,6 +7,7 @@ import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -107,6 +108,35 @@ def call_ms(function: Callable[[], object], calls: int) -> dict[str, float]:
         "best_wall_ms": min(walls),
         "best_host_ms": min(hosts),
     }
+
+
+def peak_bytes(function: Callable[[], object]) -> int:
+    """The most that a call allocates at a time through torch, besides what was there before it."""
+    function()
+    finish()
+    if GPU:
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        function()
+        return torch.cuda.max_memory_allocated() - before
+    from torch._C._profiler import _EventType
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as found:
+        function()
+    assert found.profiler is not None
+    nodes = list(found.profiler.kineto_results.experimental_event_tree())
+    sizes: list[tuple[int, int]] = []
+    while nodes:
+        node: Any = nodes.pop()
+        nodes += node.children
+        if node.tag is _EventType.Allocation:
+            sizes.append((node.start_time_ns, node.extra_fields.alloc_size))
+    held = peak = 0
+    for _, size in sorted(sizes, key=lambda one: one[0]):
+        held += size
+        peak = max(peak, held)
+    return peak
 
 
 def kernels(function: Callable[[], object], calls: int = 3) -> list[tuple[str, float, float]]:

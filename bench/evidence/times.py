@@ -12,7 +12,7 @@ import timing
 import torch
 import triton
 
-from cnext import adapters, ops
+from cnext import ops
 from cnext.ops import dispatch
 from evidence.book import Book
 
@@ -151,7 +151,7 @@ def branches(book: Book, names: tuple[str, ...] = ()) -> None:
     peers: Any = importlib.import_module("branch_peers")
     most = bench.ROWS[0]
     cases = [("qkvo", most), ("gate-up", most), ("down", most), ("qkvo", 880), ("qkvo", 64)]
-    near = ("cnext", "cnext-triton", "released", "peft-rank-32")
+    near = ("cnext-cuda", "cnext-triton", "released", "peft-rank-32") if book.gpu else ("cnext", "released")
     every = (*near, "lorafusion", "concatenated", "unsloth", "peft-4")
     for shape, rows in cases if book.gpu else cases[-1:]:
         for dropout in (0.05, 0.0):
@@ -161,6 +161,27 @@ def branches(book: Book, names: tuple[str, ...] = ()) -> None:
                         branch(book, bench, peers, peer, bench.SHAPES[shape], rows, dropout)
                     if book.gpu:
                         torch.cuda.empty_cache()
+    if not names:
+        seven(book, bench)
+
+
+def seven(book: Book, bench: Any) -> None:
+    """The seven linear layers of a decoder layer, those that read one input together where the peer can: the target."""
+    rows = bench.ROWS[0] if book.gpu else bench.ROWS[-1]
+    for dropout in (0.05, 0.0):
+        for peer in (*bench.SEVEN, *(("cnext-cuda", "cnext-triton") if book.gpu else ())):
+            if dropout and peer == "unsloth":
+                continue
+            with book.attempt(f"seven, {peer} {dropout}"):
+                both, frozen, kept = bench.seven(peer, dropout, rows)
+                found = book.race({"mine": both, "frozen": frozen}, 12)
+                ratio = found["mine"]["ms"] / found["frozen"]["ms"]
+                memory = {"kept_bytes": kept(), "peak_bytes": timing.peak_bytes(both)}
+                memory["peak_bytes_frozen"] = timing.peak_bytes(frozen)
+                book.put(name=f"seven, {peer}", rows=rows, dropout=dropout, ratio=ratio, **memory, **found)
+                del both, frozen, kept
+            if book.gpu:
+                torch.cuda.empty_cache()
 
 
 def branch(book: Book, bench: Any, peers: Any, peer: str, shape: tuple[int, int], rows: int, dropout: float) -> None:
@@ -174,14 +195,7 @@ def branch(book: Book, bench: Any, peers: Any, peer: str, shape: tuple[int, int]
     def frozen() -> tuple[torch.Tensor, ...]:
         return torch.autograd.grad(made.base(x), [x], grad)
 
-    peers.check(module, x, grad, bench.exact(made, x) if rows <= 880 and not dropout else None)
-    assert all(bool(found.any()) for found in both()), "a gradient is zero"
-    peak = None
-    if book.gpu:
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        both()
-        peak = torch.cuda.max_memory_allocated() - before
+    peers.check(module, x, grad, live[1:], bench.exact(made, x) if rows <= 880 and not dropout else None)
     found = book.race({"mine": both, "frozen": frozen}, 12)
     mine, base = found["mine"], found["frozen"]
     book.put(
@@ -195,8 +209,8 @@ def branch(book: Book, bench: Any, peers: Any, peer: str, shape: tuple[int, int]
         frozen_tflops=4 * rows * shape[0] * shape[1] / base["ms"] / 1e9,
         x_bytes=x.nbytes,
         kept_bytes=peers.kept_bytes(module, x, module),
-        peak_bytes=peak,
-        path=ops.last_path("lora_branches") if peer.startswith("cnext") else "torch",
+        peak_bytes=timing.peak_bytes(both),
+        path=ops.last_path("lora_branches_backward") if peer.startswith("cnext") else "torch",
     )
 
 
@@ -216,10 +230,10 @@ def layer(book: Book) -> None:
                 y = checkpoint(function, x, use_reentrant=False) if again else function(x)
                 return torch.autograd.grad(y, live, grad)
 
-            for peer in ("mage", "cnext", "released", "peft-rank-32"):
+            for peer in ("mage", "cnext", "released", "peft-rank-32", "lorafusion"):
                 with book.attempt(f"{peer} {dropout} {again}"):
-                    forward, live = adapted(book, bench, peer, dropout)
-                    live = [x, *live]
+                    module, forward = bench.decoder(peer, dropout)
+                    live = [x, *(p for p in module.parameters() if p.requires_grad)]
                     assert all(bool(found.any()) for found in both(forward, live)), "a gradient is zero"
 
                     def mine(forward: Any = forward, live: Any = live, both: Any = both) -> Any:
@@ -230,25 +244,11 @@ def layer(book: Book) -> None:
 
                     found = book.race({"mine": mine, "frozen": base}, 8, graph=False)
                     ratio = found["mine"]["ms"] / found["frozen"]["ms"]
-                    book.put(name=peer, dropout=dropout, checkpointed=again, ratio=ratio, **found)
-                    del forward, live, mine
+                    peak = timing.peak_bytes(mine)
+                    book.put(name=peer, dropout=dropout, checkpointed=again, ratio=ratio, peak_bytes=peak, **found)
+                    del module, forward, live, mine
                 if book.gpu:
                     torch.cuda.empty_cache()
-
-
-def adapted(book: Book, bench: Any, peer: str, dropout: float) -> tuple[Any, list[torch.Tensor]]:
-    """A decoder layer with a peer's adapters: its forward pass and parameters; "mage": as shipped, where q, k and v,
-    gate and up compute their branches together."""
-    if peer != "mage":
-        module, forward = bench.decoder(peer, dropout)
-        return forward, [p for p in module.parameters() if p.requires_grad]
-    module, forward = bench.decoder("frozen", 0.0)
-    handle = adapters.attach_mage(module, language_model=module, dropout=dropout)
-    module.to(book.device, bench.DTYPE)
-    for made in handle.layers.values():
-        for part in made.branches.values():
-            torch.nn.init.normal_(part.B, std=0.02)
-    return forward, list(handle.train_on(("text", "image"), ("text",)).values())
 
 
 def profile(book: Book) -> None:
@@ -262,7 +262,7 @@ def profile(book: Book) -> None:
         book.put(name=name, kernels_launches_microseconds=rows)
 
     for dropout in (0.05, 0.0):
-        for peer in ("cnext", "cnext-triton"):
+        for peer in ("cnext-cuda", "cnext-triton") if book.gpu else ("cnext",):
             if peer in peers.peers(dropout):
                 with book.attempt(f"{peer}, dropout {dropout}"):
                     shape, rows = bench.SHAPES["qkvo"], bench.ROWS[0 if book.gpu else -1]

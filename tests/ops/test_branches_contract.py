@@ -1,6 +1,8 @@
 """What the branches op promises besides its numbers: autograd, torch.library, compile, checkpoints, memory, errors."""
 
+import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -18,6 +20,7 @@ DROPOUT = {"dropout": 0.25}
 warned_by_torch = pytest.mark.filterwarnings(  # torch 2.11 warns of its own code
     "ignore:.*should not be instantiated:DeprecationWarning", "ignore:.torch.jit.script:DeprecationWarning"
 )
+every_given_impl = pytest.mark.parametrize("impl", [None, "torch"])
 CHECKED = {
     "plain": {},
     "dropout": {"options": {**DROPOUT, "scale": 0.5}},
@@ -94,15 +97,69 @@ def test_a_checkpoint_repeats_the_mask(reentrant):
 
     def gradients(function):
         torch.manual_seed(3)
-        return torch.autograd.grad(function(case.x), [case.x] if reentrant else case.leaves, case.grads)
+        for leaf in case.leaves:
+            leaf.grad = None
+        function(case.x).backward(case.grads[0])
+        return [leaf.grad for leaf in case.leaves]
 
-    if not reentrant:
-        again = gradients(lambda x: checkpoint(layer, x, use_reentrant=False))
-    else:
-        y = (torch.manual_seed(3), checkpoint(layer, case.x, use_reentrant=True))[1]
-        y.backward(case.grads[0])
-        again = [case.x.grad]
+    again = gradients(lambda x: checkpoint(layer, x, use_reentrant=reentrant))
+    assert all(bool(gradient.any()) for gradient in again)
     assert all(torch.equal(one, other) for one, other in zip(again, gradients(layer), strict=True))
+
+
+def test_two_backward_passes_over_one_graph_are_equal():
+    case = Case(outer=(29, 16), options=DROPOUT)
+    outputs = ops.lora_branches_grouped(*case.arguments(), seed=SEED, **DROPOUT)
+    first = torch.autograd.grad(outputs, case.leaves, case.grads, retain_graph=True)
+    kept = [gradient.clone() for gradient in first]
+    second = torch.autograd.grad(outputs, case.leaves, case.grads)
+    for one, other, copy in zip(first, second, kept, strict=True):
+        assert torch.equal(one, other)
+        assert torch.equal(one, copy), "the second pass wrote into the first one's results"
+
+
+@every_given_impl
+def test_neither_pass_writes_into_what_it_is_given(impl):
+    case = Case(outer=(29, 16), routed=True, options=DROPOUT)
+    given = [*case.leaves, *case.weights, *case.biases, *case.grads, SEED]
+    copies, versions = [t.detach().clone() for t in given], [t._version for t in given]
+    outputs = ops.lora_branches_grouped(*case.arguments(), routing=case.routing, seed=SEED, impl=impl, **DROPOUT)
+    kept = [(t, t.clone()) for t in saved_by(outputs[0])]
+    torch.autograd.grad(outputs, case.leaves, case.grads, retain_graph=True)
+    assert [t._version for t in given] == versions
+    assert all(torch.equal(t.detach(), copy) for t, copy in [*zip(given, copies, strict=True), *kept])
+
+
+def test_a_second_derivative_is_refused_by_name():
+    case = Case(options=DROPOUT)
+    y = ops.lora_branches_grouped(*case.arguments(), seed=SEED, **DROPOUT)[0]
+    first = torch.autograd.grad(y.square().sum(), case.leaves, create_graph=True)
+    plain = ops.lora_branches_grouped(*case.arguments(), seed=SEED, **DROPOUT)[0]
+    expected = torch.autograd.grad(plain.square().sum(), case.leaves)
+    assert all(torch.equal(one, other) for one, other in zip(first, expected, strict=True))
+    with pytest.raises(UserError, match=r"gradient of a gradient was asked for.*impl='reference' has"):
+        sum(gradient.square().sum() for gradient in first).backward()
+
+
+def test_the_reference_has_second_derivatives():
+    case = Case(lead=(3,), inner=4, outer=(3,), ranks=(2, 1), dtype=F64, options=DROPOUT)
+
+    def function(x, a, b):
+        parts = [[a, case.a[0][1]]], [[b, case.b[0][1]]]
+        options = {"seed": SEED, "impl": "reference", **DROPOUT}
+        return ops.lora_branches_grouped(x, case.weights, case.biases, *parts, **options)[0].square()
+
+    assert torch.autograd.gradgradcheck(function, (case.x, case.a[0][0], case.b[0][0]))
+
+
+def test_an_output_that_is_not_used_adds_nothing():
+    case = Case(outer=(29, 16), options=DROPOUT)
+    one = Case(outer=(29, 16), options=DROPOUT)
+    y = ops.lora_branches_grouped(*case.arguments(), seed=SEED, **DROPOUT)[0]
+    mine = torch.autograd.grad(y, case.leaves, case.grads[0])
+    outputs = ops.lora_branches_grouped(*one.arguments(), seed=SEED, **DROPOUT)
+    whole = torch.autograd.grad(outputs, one.leaves, [case.grads[0], torch.zeros_like(case.grads[1])])
+    assert all(torch.equal(a, b) for a, b in zip(mine, whole, strict=True))
 
 
 @warned_by_torch
@@ -159,6 +216,38 @@ def test_without_a_compiled_core_the_packed_passes_run_in_plain_torch(monkeypatc
     dispatch.best.cache_clear()
     assert ops.last_path("lora_branches") == ops.last_path("lora_branches_backward") == "torch"
     assert all(torch.equal(mine, theirs) for mine, theirs in zip(results, expected, strict=True))
+
+
+def test_a_gpu_takes_what_was_faster_at_its_number_of_rows(monkeypatch):
+    monkeypatch.setattr(dispatch, "best", lambda device: {"cpu": "cpp", "cuda": "cuda"}[device])
+    monkeypatch.setattr(dispatch, "missing", lambda impl, device: "")
+    limit = dispatch.TRITON_FROM_ROWS
+    chosen = [dispatch.choose("lora_branches", "cuda", None, plain="torch", rows=rows) for rows in (limit - 1, limit)]
+    assert chosen == ["cuda", "triton"]
+    assert dispatch.choose("lora_branches", "cuda", "cuda", plain="torch", rows=limit) == "cuda"
+    assert dispatch.choose("lora_branches", "cpu", None, plain="torch", rows=limit) == "cpp"
+    monkeypatch.setattr(dispatch, "missing", lambda impl, device: "not installed")
+    assert dispatch.choose("lora_branches", "cuda", None, plain="torch", rows=limit) == "cuda"
+
+
+def measured():
+    """Name, rows and time over the frozen layer of CUDA and Triton at dropout 0.05, from the newest run on record."""
+    newest = max(Path(__file__).parents[2].glob("bench/results/*/rows.jsonl"), key=lambda path: path.parent.name[-10:])
+    found = [json.loads(line) for line in newest.read_text().splitlines()]
+    found = [row for row in found if row.get("part") == "branches" and row.get("dropout") == 0.05 and "ratio" in row]
+    pairs = {}
+    for row in found:
+        if row.get("path") in ("cuda", "triton"):
+            pairs.setdefault((*row["shape"], row["rows"]), {})[row["path"]] = row["ratio"]
+    return {key: pair for key, pair in pairs.items() if len(pair) == 2}
+
+
+def test_the_rule_is_what_the_newest_run_on_a_gpu_measured():
+    pairs = measured()
+    assert len(pairs) >= 3
+    for (*_, rows), pair in pairs.items():
+        chosen = "triton" if rows >= dispatch.TRITON_FROM_ROWS else "cuda"
+        assert pair[chosen] <= 1.02 * min(pair.values()), f"at {rows} rows {pair}: change dispatch.TRITON_FROM_ROWS"
 
 
 def test_a_parameter_changed_before_backward_is_noticed():
