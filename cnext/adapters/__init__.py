@@ -17,6 +17,7 @@ from cnext.adapters.attach import (
 from cnext.adapters.linear import AdapterLinear, Branch
 from cnext.adapters.mage import AttachedMage, attach_mage
 from cnext.adapters.roles import BRANCH_ROLES, BranchRole, roles_of
+from cnext.adapters.shared_input import joined
 
 __all__ = [
     "BRANCH_ROLES",
@@ -34,6 +35,7 @@ __all__ = [
     "check_ranges",
     "detach",
     "holding",
+    "joined",
     "layers",
     "roles_of",
     "set_trainable",

@@ -9,11 +9,12 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from cnext.adapters.linear import AdapterLinear, Branch, SharedInput
+from cnext.adapters.linear import AdapterLinear, Branch
+from cnext.adapters.shared_input import join, part
 from cnext.errors import UserError, unknown
 
 SHARED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
-"""Linear layers of one module that read the same x in every decoder of transformers."""
+"""Linear layers of one module that read the same x in most decoders of transformers."""
 
 
 def check_ranges(ranks: Mapping[str, int], scale: float, dropout: float) -> None:
@@ -54,7 +55,8 @@ def attach(
     Args:
         ranks: branch name to rank.
         scale, dropout, independent: see `AdapterLinear`.
-        shared: names of sibling layers that read the same x, which are then computed together; () computes each alone.
+        shared: names of sibling layers that may be computed together: they are where their parent's forward calls them
+            on the same variable, see `joined`. () computes each alone.
         generator: source of the draws, on the CPU.
 
     Returns:
@@ -91,11 +93,7 @@ def attach(
         layer = AdapterLinear(module, branches, scale, dropout, independent).train(module.training)
         setattr(model.get_submodule(parent), child, layer)
     for parent in {name.rpartition(".")[0]: None for name, _ in found}:
-        siblings = dict(model.get_submodule(parent).named_children())
-        for names in shared:
-            together = [layer for name in names if isinstance(layer := siblings.get(name), AdapterLinear)]
-            for layer in together if len(together) > 1 else []:
-                layer.shared = SharedInput(together) if layer is together[0] else together[0].shared
+        join(model.get_submodule(parent), shared)
     return model
 
 
@@ -109,8 +107,10 @@ def detach(model: nn.Module) -> nn.Module:
     for name, layer in layers(model).items():
         if layer.merged:
             layer.unmerge()
-        parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, layer.base)
+        name, _, child = name.rpartition(".")
+        parent = model.get_submodule(name)
+        setattr(parent, child, layer.base)
+        part(parent)
     return model
 
 

@@ -21,57 +21,6 @@ class Branch(nn.Module):
         self.B = nn.Parameter(a.new_zeros(out_features, a.shape[0]))
 
 
-class SharedInput:
-    """Adapter layers that read the same x, such as q, k and v: whichever is called first computes all of them.
-
-    One pass over x for every down-projection and one chain for dX, in place of one each; the layers share a dropout
-    mask. The others' outputs wait here until they are asked for with the same tensor; asked with another, all are
-    computed for that one. FSDP has to shard a module that holds them all, not each of them.
-    """
-
-    def __init__(self, layers: Sequence[AdapterLinear]) -> None:
-        self.layers = tuple(layers)
-        self._x: Tensor | None = None
-        self._state: tuple[Any, ...] = ()
-        self._waiting: dict[AdapterLinear, Tensor] = {}
-
-    def applies(self) -> bool:
-        """Whether the layers can be computed together: the same branches take part in all, none merged or routed."""
-        first = self.layers[0].active
-        return all(one.active == first and one.router is None and not one.merged for one in self.layers)
-
-    def _parameters(self) -> Iterator[Tensor]:
-        for one in self.layers:
-            for name in one.active:
-                branch = one.branches[name]
-                yield branch.A
-                yield branch.B
-
-    def output(self, layer: AdapterLinear, x: Tensor) -> Tensor:
-        """What ``layer`` gives for x."""
-        # A tensor counts its changes in place, but not in inference mode and not for the compiler.
-        operands = [] if torch.compiler.is_compiling() else [x, *self._parameters()]
-        versions = [None if tensor.is_inference() else tensor._version for tensor in operands]
-        state = (layer.active, layer.training, torch.is_grad_enabled(), versions)
-        if self._x is not x or self._state != state or layer not in self._waiting:
-            outputs = ops.lora_branches_grouped(
-                x,
-                [one.base.weight for one in self.layers],
-                [one.base.bias for one in self.layers],
-                [[one.branches[name].A for name in one.active] for one in self.layers],
-                [[one.branches[name].B for name in one.active] for one in self.layers],
-                scale=layer.scale,
-                dropout=layer.dropout if layer.training else 0.0,
-                independent=layer.independent,
-            )
-            self._x, self._state = x, state
-            self._waiting = dict(zip(self.layers, outputs, strict=True))
-        output = self._waiting.pop(layer)
-        if not self._waiting:
-            self._x = None
-        return output
-
-
 class AdapterLinear(nn.Module):
     """y = W x + b + scale * sum over branches of B_i A_i drop(x), with W and b frozen.
 
@@ -110,7 +59,6 @@ class AdapterLinear(nn.Module):
         self.independent = independent
         self.active: Sequence[str] = tuple(branches)
         self.router: Callable[[Tensor], Tensor] | None = None
-        self.shared: SharedInput | None = None
         self._unmerged: Tensor | None = None
         self._join()
 
@@ -118,8 +66,6 @@ class AdapterLinear(nn.Module):
         base = self.base
         if self._unmerged is not None or not self.active:
             return base(x)
-        if self.shared is not None and self.shared.applies():
-            return self.shared.output(self, x)
         branches = [self.branches[name] for name in self.active]
         return ops.lora_branches(
             x,
