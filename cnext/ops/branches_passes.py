@@ -73,7 +73,7 @@ def spread(dx: Tensor, dh: Tensor, a: Tensor, ranks: Sequence[int], linears: int
     for branch, parts in _passes(ranks, linears, dropout):
         for columns in parts:
             if dropout.impl == "triton":
-                _triton("spread", dh[:, columns], a[columns], dx, dropout, branch)
+                _triton("spread", dh[:, columns], a[columns], dx, dropout, branch, add=True)
             else:
                 _launch("dropout_add", dh[:, columns] @ a[columns], dx, dropout, branch)
 
@@ -138,12 +138,14 @@ def _refuse_float64(x: Tensor, path: str) -> None:
         raise UserError(f"lora_branches: impl={path!r} has no float64 with dropout; take impl='torch'")
 
 
-def _triton(what: str, first: Tensor, second: Tensor, out: Tensor, dropout: Dropout, branch: int) -> None:
+def _triton(
+    what: str, first: Tensor, second: Tensor, out: Tensor, dropout: Dropout, branch: int, **options: bool
+) -> None:
     from cnext.kernels import branches  # pyright: ignore[reportMissingImports]
 
     _refuse_float64(first, "triton")
     limit = threshold(dropout.probability)
-    getattr(branches, f"run_{what}")(first, second, out, dropout.seed, limit, branch)
+    getattr(branches, f"run_{what}")(first, second, out, dropout.seed, limit, branch, **options)
     dropout.launched |= bool(out.numel())  # the launcher leaves out what would write nothing
 
 
