@@ -224,26 +224,25 @@ def mask(out, seed, rows, columns, threshold, branch, ROWS: tl.constexpr):
 
 
 def sizes(what: str, dtype: torch.dtype, rank: int) -> dict[str, object]:
-    """A program's rows and columns, and the compiler's options, for a product of a rank.
+    """A program's rows, rank and columns, and the compiler's options, for a product of a rank.
 
-    16-bit products of up to 128 of rank are made by one program. Tensor cores take 64 of it at least. Registers are
-    bounded where it does not spill and a second program fits. float32 has no tensor cores at full precision.
+    In 16 bits one program makes up to 128 of rank, padded to the 64 that tensor cores take at least where it is the
+    longer side. Registers are bounded where that lets two programs of a multiprocessor run. float32 has no tensor cores
+    at full precision: small programs, many at once.
     """
+    power = max(16, triton.next_power_of_2(rank))
     if dtype == torch.float32:
-        small = min(32, max(16, triton.next_power_of_2(rank)))
-        return {"ROWS": 32, "RANK": small, "PRECISION": "ieee", "num_warps": 4, "num_stages": 2} | (
-            {"SLAB": 128} if what == "gather" else {}
-        )
-    options = {"PRECISION": None, "num_warps": 8, "num_stages": 2, "maxnreg": 128}
+        options = {"ROWS": 32, "RANK": min(32, power), "PRECISION": "ieee", "num_warps": 8, "num_stages": 1}
+        return options | ({"SLAB": 128} if what == "gather" else {})
+    options = {"PRECISION": None, "num_warps": 8, "num_stages": 2}
     if what == "spread":
-        return {"ROWS": 128, "RANK": min(128, max(16, triton.next_power_of_2(rank)))} | options
+        return {"ROWS": 128, "RANK": min(128, power)} | options
     if what == "gather":
-        small = min(64, max(16, triton.next_power_of_2(rank)))
-        return {"ROWS": 64, "RANK": small, "SLAB": 512 if small < 64 else 256} | options
-    if rank <= 64:
-        return {"ROWS": 128 if what == "project" else 64, "RANK": 64} | options
+        return {"ROWS": 64, "RANK": min(64, power), "SLAB": 512 if power < 64 else 256, "maxnreg": 128} | options
     if what == "project":
-        return {"ROWS": 64, "RANK": 128} | options
+        return {"ROWS": 128 if rank <= 64 else 64, "RANK": 64 if rank <= 64 else 128, "maxnreg": 128} | options
+    if rank <= 64:
+        return {"ROWS": 64, "RANK": 64, "maxnreg": 128} | options
     return {"ROWS": 128, "RANK": 128} | options | {"num_warps": 16}
 
 
