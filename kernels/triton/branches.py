@@ -152,13 +152,16 @@ def weigh(dh, x, out, seed, rows, columns, x_stride, out_stride, part_stride, th
 @_jit
 def spread(dh, a, out, bias, seed, rows, columns, a_stride, out_stride, threshold, scale, branch,
            rank: tl.constexpr, dh_stride: tl.constexpr, ROWS: tl.constexpr, RANK: tl.constexpr, STEPS: tl.constexpr,
-           MASK: tl.constexpr, ADD: tl.constexpr, BIAS: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+           MASK: tl.constexpr, FULL: tl.constexpr, ADD: tl.constexpr, BIAS: tl.constexpr,
+           PRECISION: tl.constexpr):  # fmt: skip
     """out = [out +] keep o (scale dh A) [+ bias] for ROWS rows and a tile of columns."""
     tiles = tl.cdiv(columns, TILE)
     tile = tl.program_id(0) % tiles
     row = (tl.program_id(0) // tiles).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     k = tile * TILE + tl.arange(0, TILE)
-    inside = (row < rows)[:, None] & (k < columns)[None, :]
+    inside = (row < rows)[:, None]
+    if not FULL:
+        inside &= (k < columns)[None, :]
     total = tl.zeros((ROWS, TILE), tl.float32)
     for step in range(STEPS):
         r = step * RANK + tl.arange(0, RANK)
@@ -223,36 +226,44 @@ def mask(out, seed, rows, columns, threshold, branch, ROWS: tl.constexpr):
     tl.store(out + row[:, None] * columns + k[None, :], keep, (row < rows)[:, None] & (k < columns)[None, :])
 
 
-def sizes(what: str, dtype: torch.dtype, rank: int) -> dict[str, object]:
+def sizes(what: str, dtype: torch.dtype, rank: int, room: int) -> dict[str, object]:
     """A program's rows, rank and columns, and the compiler's options, for a product of a rank.
 
     In 16 bits one program makes up to 128 of rank, padded to the 64 that tensor cores take at least where it is the
     longer side. Registers are bounded where that lets two programs of a multiprocessor run. float32 has no tensor cores
     at full precision: small programs, many at once.
+
+    Args:
+        room: bytes of shared memory that a program may have; blocks are smaller where that is less than on sm_90.
     """
-    power = max(16, triton.next_power_of_2(rank))
+    power, large = max(16, triton.next_power_of_2(rank)), room > 200_000
     if dtype == torch.float32:
         options = {"ROWS": 32, "RANK": min(32, power), "PRECISION": "ieee", "num_warps": 8, "num_stages": 1}
-        return options | ({"SLAB": 128} if what == "gather" else {})
-    options = {"PRECISION": None, "num_warps": 8, "num_stages": 2}
+        return options | ({"SLAB": 128, "num_warps": 4} if what == "gather" else {})
+    options = {"PRECISION": None, "num_warps": 8, "num_stages": 2} | ({"maxnreg": 128} if large else {})
     if what == "spread":
-        return {"ROWS": 128, "RANK": min(128, power)} | options
+        return {"ROWS": 64, "RANK": min(128, power), "PRECISION": None, "num_warps": 4, "num_stages": 2}
     if what == "gather":
-        return {"ROWS": 64, "RANK": min(64, power), "SLAB": 512 if power < 64 else 256, "maxnreg": 128} | options
-    if what == "project":
-        return {"ROWS": 128 if rank <= 64 else 64, "RANK": 64 if rank <= 64 else 128, "maxnreg": 128} | options
+        slab = (512 if power < 64 else 256) if large else 128
+        return {"ROWS": 64, "RANK": min(64, power), "SLAB": slab} | options
     if rank <= 64:
-        return {"ROWS": 64, "RANK": 64, "maxnreg": 128} | options
+        return {"ROWS": 128 if what == "project" and large else 64, "RANK": 64} | options
+    if what == "project" or not large:
+        return {"ROWS": 64, "RANK": 128} | options
     return {"ROWS": 128, "RANK": 128} | options | {"num_warps": 16}
+
+
+@functools.cache
+def _device(index: int | None) -> tuple[int, int]:
+    """Multiprocessors of a GPU, and the shared memory that a program may have; without one, of one like sm_90."""
+    if index is None:
+        return 4, 232_448
+    found = triton.runtime.driver.active.utils.get_device_properties(index)
+    return found["multiprocessor_count"], found["max_shared_mem"]
 
 
 def _on(tensor: torch.Tensor) -> nullcontext | torch.cuda.device:
     return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
-
-
-@functools.cache
-def _multiprocessors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
 
 
 def _split(blocks: int, programs: int, wanted: int) -> tuple[int, int]:
@@ -275,10 +286,11 @@ def run_project(
     x: torch.Tensor, a: torch.Tensor, h: torch.Tensor, seed: torch.Tensor | None, limit: int, branch: int
 ) -> None:
     """h = drop(x) A^T, in place. x: (rows, columns), a: (rank, columns), h: (rows, rank), last strides 1."""
-    (rows, columns), rank, options = x.shape, a.shape[0], sizes("project", x.dtype, a.shape[0])
+    (rows, columns), rank, (processors, room) = x.shape, a.shape[0], _device(x.device.index)
+    options = sizes("project", x.dtype, rank, room)
     programs = triton.cdiv(rank, options["RANK"]) * triton.cdiv(rows, options["ROWS"])
     if h.numel():
-        parts, count = _split(triton.cdiv(columns, TILE.value), programs, 2 * _multiprocessors(x.device))
+        parts, count = _split(triton.cdiv(columns, TILE.value), programs, 2 * processors)
         with _on(x):
             out = h if parts == 1 else x.new_empty((parts, rows, rank), dtype=torch.float32)
             project[programs, parts](
@@ -294,11 +306,12 @@ def run_weigh(
     dh: torch.Tensor, x: torch.Tensor, da: torch.Tensor, seed: torch.Tensor | None, limit: int, branch: int
 ) -> None:
     """da = dh^T drop(x), in place. dh: (rows, rank), x: (rows, columns), da: (rank, columns), last strides 1."""
-    (rows, columns), rank, options = x.shape, dh.shape[1], sizes("weigh", x.dtype, dh.shape[1])
+    (rows, columns), rank, (processors, room) = x.shape, dh.shape[1], _device(x.device.index)
+    options = sizes("weigh", x.dtype, rank, room)
     ranks, tiles = triton.cdiv(rank, options["RANK"]), triton.cdiv(columns, TILE.value)
     if da.numel():
         blocks = triton.cdiv(rows, options["ROWS"])
-        parts, count = _split(blocks, ranks * tiles, (2 if rank <= 64 else 1) * _multiprocessors(x.device))
+        parts, count = _split(blocks, ranks * tiles, (2 if rank <= 64 else 1) * processors)
         with _on(x):
             out = da if parts == 1 else x.new_empty((parts, rank, columns), dtype=torch.float32)
             weigh[ranks, tiles, parts](
@@ -325,14 +338,15 @@ def run_spread(
 
     dh: (rows, rank), a: (rank, columns), out: (rows, columns), bias: (columns,), last strides 1.
     """
-    (rows, columns), rank, options = out.shape, a.shape[0], sizes("spread", out.dtype, a.shape[0])
+    (rows, columns), rank = out.shape, a.shape[0]
+    options = sizes("spread", out.dtype, rank, _device(out.device.index)[1])
     if out.numel():
         with _on(out):
             spread[triton.cdiv(columns, TILE.value) * triton.cdiv(rows, options["ROWS"]),](
                 dh, a, out, bias, seed, rows, columns, a.stride(0), out.stride(0),
                 limit, scale * 65536 / (65536 - limit), branch,
                 rank=rank, dh_stride=dh.stride(0), STEPS=triton.cdiv(rank, options["RANK"]),
-                MASK=seed is not None, ADD=add, BIAS=bias is not None, **options,
+                MASK=seed is not None, FULL=columns % TILE.value == 0, ADD=add, BIAS=bias is not None, **options,
             )  # fmt: skip
 
 
@@ -343,7 +357,7 @@ def run_gather(
 
     dy: (rows, columns), bt: (rank, columns), h: (rows, live), dh: (rows, rank), db: (columns, live), last strides 1.
     """
-    step = sizes("gather", dy.dtype, 64)["RANK"]
+    step = sizes("gather", dy.dtype, 64, 0)["RANK"]
     with _on(dy):
         for begin in range(0, max(bt.shape[0], h.shape[1]), step):
             end = begin + step
@@ -353,11 +367,11 @@ def run_gather(
 def _gather(
     dy: torch.Tensor, bt: torch.Tensor, h: torch.Tensor, dh: torch.Tensor, db: torch.Tensor, scale: float
 ) -> None:
-    (rows, columns), rank, live = dy.shape, bt.shape[0], h.shape[1]
-    options = sizes("gather", dy.dtype, max(rank, live))
+    (rows, columns), rank, live, (processors, room) = dy.shape, bt.shape[0], h.shape[1], _device(dy.device.index)
+    options = sizes("gather", dy.dtype, max(rank, live), room)
     options["LIVE"] = options["RANK"]
     slabs = max(1, triton.cdiv(columns, options["SLAB"]))
-    parts, count = _split(triton.cdiv(rows, options["ROWS"]), slabs, _multiprocessors(dy.device))
+    parts, count = _split(triton.cdiv(rows, options["ROWS"]), slabs, processors)
     back = dy.new_empty((slabs, rows, rank), dtype=torch.float32)
     partial = dy.new_empty((parts, columns, live), dtype=torch.float32)
     gather[slabs, parts](

@@ -53,7 +53,7 @@ def averaging() -> Iterator[Spec]:
     yield "combine", kernels.combine, signature, constants, set(signature), {"num_warps": 4}
 
 
-def branches() -> Iterator[Spec]:
+def branches(capability: int) -> Iterator[Spec]:
     """Every pass at the rank of four branches, of three layers that read the same input, and padded to the largest.
 
     Without dropout too where another product is made without it, and as the launcher calls them for a width of 5120.
@@ -67,7 +67,7 @@ def branches() -> Iterator[Spec]:
         kernel = getattr(kernels, name)
         for kind, dtype in {"fp32": torch.float32, "bf16": torch.bfloat16}.items():
             for rank in (32, 64) if name == "gather" else (32, 96, 128):
-                sizes = kernels.sizes(name, dtype, rank)
+                sizes = kernels.sizes(name, dtype, rank, SHARED_MEMORY[capability])
                 options = {n: v for n, v in sizes.items() if n not in kernel.arg_names}
                 steps = -(-rank // sizes["RANK"])
                 constants = sizes | {"rank": min(rank, sizes["RANK"]) if name == "gather" else rank, "STEPS": steps}
@@ -152,5 +152,6 @@ def assert_fits(kernel: str, built: Mapping[str, int | bool], capability: int, r
 
 
 if __name__ == "__main__":
-    specs = {"averaging": averaging, "branches": branches}[sys.argv[1]]()
-    print(json.dumps({spec[0]: compiled(spec, int(sys.argv[2])) for spec in specs}))
+    capability = int(sys.argv[2])
+    specs = averaging() if sys.argv[1] == "averaging" else branches(capability)
+    print(json.dumps({spec[0]: compiled(spec, capability) for spec in specs}))

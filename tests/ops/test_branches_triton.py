@@ -20,7 +20,9 @@ BRANCH = 3
 if INTERPRETED or DEVICE == "cuda":
     from cnext.kernels import branches as kernels
 
-    DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.float16] + [torch.bfloat16] * (not INTERPRETED), ids=str)
+    DTYPES = pytest.mark.parametrize(
+        "dtype", [torch.float32, torch.float16] + [torch.bfloat16] * (not INTERPRETED), ids=str
+    )
     SHAPES = pytest.mark.parametrize(
         ("rows", "columns", "rank"),
         [(1, 33, 5), (64, 128, 32), (70, 130, 96), (200, 640, 5), (200, 130, 32), (70, 640, 96), (1, 640, 200)],
@@ -94,9 +96,7 @@ if INTERPRETED or DEVICE == "cuda":
         before = this.draw(rows, columns) if add else torch.zeros_like(this.x)
         if add:
             out.copy_(before)
-        kernels.run_spread(
-            this.dh, this.a, out, *this.random(), scale=0.5, bias=bias if with_bias else None, add=add
-        )
+        kernels.run_spread(this.dh, this.a, out, *this.random(), scale=0.5, bias=bias if with_bias else None, add=add)
         operands = this.dh, this.a, bias, before
         check(out, whole, lambda dh, a, bias, before: this.dropout(dh @ a) * 0.5 + bias + before, *operands)
 
@@ -137,7 +137,12 @@ else:
     @pytest.mark.slow
     def test_interpreted():
         """This file once more, in a process where Triton interprets."""
-        quiet = ["-q", "-x", "-W", "ignore:Conversion of an array:DeprecationWarning"]  # of older interpreters, by numpy
+        quiet = [
+            "-q",
+            "-x",
+            "-W",
+            "ignore:Conversion of an array:DeprecationWarning",
+        ]  # of older interpreters, by numpy
         command = [sys.executable, "-m", "pytest", *quiet, str(Path(__file__).resolve())]
         environment = os.environ | {"TRITON_INTERPRET": "1", "CNEXT_TEST_DEVICE": "cpu"}
         run = subprocess.run(command, env=environment, cwd=HERE, capture_output=True, text=True)
