@@ -227,10 +227,10 @@ def mask(out, seed, rows, columns, threshold, branch, ROWS: tl.constexpr):
 
 
 def sizes(what: str, dtype: torch.dtype, rank: int, room: int) -> dict[str, object]:
-    """A program's rows, rank and columns, and the compiler's options, for a product of a rank.
+    """A program's rows, rank and columns, and the compiler's options, for a product of a rank ("add": spread on top of what is there).
 
     In 16 bits one program makes up to 128 of rank, padded to the 64 that tensor cores take at least where it is the
-    longer side. Registers are bounded where that lets two programs of a multiprocessor run. float32 has no tensor cores
+    longer side. Registers are bounded where that lets more programs run on a multiprocessor, and does not spill. float32 has no tensor cores
     at full precision: small programs, many at once.
 
     Args:
@@ -241,8 +241,9 @@ def sizes(what: str, dtype: torch.dtype, rank: int, room: int) -> dict[str, obje
         options = {"ROWS": 32, "RANK": min(32, power), "PRECISION": "ieee", "num_warps": 8, "num_stages": 1}
         return options | ({"SLAB": 128, "num_warps": 4} if what == "gather" else {})
     options = {"PRECISION": None, "num_warps": 8, "num_stages": 2} | ({"maxnreg": 128} if large else {})
-    if what == "spread":
-        return {"ROWS": 64, "RANK": min(128, power), "PRECISION": None, "num_warps": 4, "num_stages": 2}
+    if what in ("spread", "add"):
+        bound = {"maxnreg": 128} if large and what == "spread" and rank <= 96 else {}
+        return {"ROWS": 64, "RANK": min(128, power), "PRECISION": None, "num_warps": 4, "num_stages": 2} | bound
     if what == "gather":
         slab = (512 if power < 64 else 256) if large else 128
         return {"ROWS": 64, "RANK": min(64, power), "SLAB": slab} | options
@@ -339,7 +340,7 @@ def run_spread(
     dh: (rows, rank), a: (rank, columns), out: (rows, columns), bias: (columns,), last strides 1.
     """
     (rows, columns), rank = out.shape, a.shape[0]
-    options = sizes("spread", out.dtype, rank, _device(out.device.index)[1])
+    options = sizes("add" if add else "spread", out.dtype, rank, _device(out.device.index)[1])
     if out.numel():
         with _on(out):
             spread[triton.cdiv(columns, TILE.value) * triton.cdiv(rows, options["ROWS"]),](

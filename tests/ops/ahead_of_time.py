@@ -83,6 +83,9 @@ def branches(capability: int) -> Iterator[Spec]:
                     own = {n: v for n, v in (constants | changes).items() if n in kernel.arg_names}
                     if own.get("BIAS"):
                         del own["bias"]
+                    if own.get("ADD"):
+                        bounded = kernels.sizes("add", dtype, rank, SHARED_MEMORY[capability])
+                        options = {n: v for n, v in bounded.items() if n not in kernel.arg_names}
                     types = {n: f"*{kind}" if n in operands.split() else kinds.get(n, "i32") for n in kernel.arg_names}
                     if name == "gather":
                         types |= {"dh": "*fp32", "db": "*fp32"}

@@ -13,8 +13,8 @@ from ops import ahead_of_time
 from ops.ahead_of_time import CAPABILITIES, assert_fits
 
 ROOT = Path(__file__).parents[2]
-TUNED = tuple(map(int, importlib.metadata.version("triton").split(".")[:2])) >= (3, 9)
-"""Whether Triton is as new as the one that the kernels are tuned with. Older ones may spill registers."""
+TUNED = tuple(map(int, importlib.metadata.version("triton").split(".")[:2])) >= (3, 6)
+"""Whether Triton is as new as those that the kernels are tuned with, 3.6 and 3.8. Older ones may spill registers."""
 HERE = Path(__file__).parent
 """Where the subprocesses start: a folder without a `cnext` of its own, so that they import the installed one."""
 
@@ -37,8 +37,9 @@ def test_triton_compiles_ahead_of_time_without_spills(capability, tmp_path):
     report = ahead_of_time.report("branches", capability, tmp_path)
     assert len(report) == 48
     for kernel, built in report.items():
-        if TUNED or capability == 90:
-            assert_fits(kernel, built, capability, registers=128 if "project bf16" in kernel else 255)
+        if TUNED:
+            bounded = capability == 90 and re.match(r"(project|weigh|gather) bf16|spread bf16 (32|96)$", kernel)
+            assert_fits(kernel, built, capability, registers=128 if bounded else 255)
         assert built["tensor_cores"] == ("bf16" in kernel), kernel
         assert built["loads_16"] or kernel == "mask", kernel
         assert built["stores_16"], kernel
