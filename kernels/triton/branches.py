@@ -114,9 +114,8 @@ def project(x, a, out, seed, rows, columns, x_stride, a_stride, out_stride, part
             count, rank: tl.constexpr, ROWS: tl.constexpr, RANK: tl.constexpr, MASK: tl.constexpr, FULL: tl.constexpr,
             PRECISION: tl.constexpr):  # fmt: skip
     """One part of h = scale (keep o x) A^T: ROWS rows, over ``count`` tiles of columns."""
-    ranks: tl.constexpr = (
-        rank + RANK - 1
-    ) // RANK  # programs of the same rows follow each other, and share x in the L2
+    # Programs of the same rows follow each other: they share x in the L2 cache.
+    ranks: tl.constexpr = (rank + RANK - 1) // RANK
     r = tl.program_id(0) % ranks * RANK + tl.arange(0, RANK)
     row = (tl.program_id(0) // ranks).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     part = tl.program_id(1)
@@ -227,11 +226,11 @@ def mask(out, seed, rows, columns, threshold, branch, ROWS: tl.constexpr):
 
 
 def sizes(what: str, dtype: torch.dtype, rank: int, room: int) -> dict[str, object]:
-    """A program's rows, rank and columns, and the compiler's options, for a product of a rank ("add": spread on top of what is there).
+    """A program's rows, rank and columns, and the compiler's options; "add" is spread on top of what is there.
 
     In 16 bits one program makes up to 128 of rank, padded to the 64 that tensor cores take at least where it is the
-    longer side. Registers are bounded where that lets more programs run on a multiprocessor, and does not spill. float32 has no tensor cores
-    at full precision: small programs, many at once.
+    longer side. Registers are bounded where more programs then run on a multiprocessor and none is spilled. float32 has
+    no tensor cores at full precision: small programs, many at once.
 
     Args:
         room: bytes of shared memory that a program may have; blocks are smaller where that is less than on sm_90.
