@@ -60,6 +60,43 @@ def _keep(seed, row, tile, branch, threshold, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def _joined(x0, x1, x2, x3, x4, x5, x6, x7, seed, row, tile, branch, threshold, BLOCK: tl.constexpr):
+    """(BLOCK, 128) of eight parts, that of word w and half t at 2 w + t, where they are kept, else 0."""
+    if x0.dtype.primitive_bitwidth == 32:
+        zero = (x0.to(tl.uint32, bitcast=True) >> 16) >> 16
+    else:
+        zero = ((x0.to(tl.uint16, bitcast=True) >> 8) >> 8).to(tl.uint32)
+    lane = tile * 16 + tl.arange(0, 16)
+    c0, c1, c2, c3 = _words(seed, row[:, None], lane[None, :], branch, zero)
+    limit = threshold.to(tl.uint32) << 16
+    x0 = tl.where(c0 << 16 >= limit, x0, 0.0)
+    x1 = tl.where(c0 >= limit, x1, 0.0)
+    x2 = tl.where(c1 << 16 >= limit, x2, 0.0)
+    x3 = tl.where(c1 >= limit, x3, 0.0)
+    x4 = tl.where(c2 << 16 >= limit, x4, 0.0)
+    x5 = tl.where(c2 >= limit, x5, 0.0)
+    x6 = tl.where(c3 << 16 >= limit, x6, 0.0)
+    x7 = tl.where(c3 >= limit, x7, 0.0)
+    even = tl.join(tl.join(x0, x4), tl.join(x2, x6))  # (BLOCK, lane, w // 2, w % 2)
+    odd = tl.join(tl.join(x1, x5), tl.join(x3, x7))
+    return tl.reshape(tl.permute(tl.join(even, odd), (0, 2, 3, 4, 1)), (BLOCK, 128))
+
+
+@triton.jit
+def _dropped(value, seed, row, tile, branch, threshold, BLOCK: tl.constexpr):
+    """value (BLOCK, 128) where it is kept, else 0."""
+    parts = tl.permute(tl.reshape(value, (BLOCK, 2, 2, 2, 16)), (0, 4, 1, 2, 3))  # (BLOCK, lane, w // 2, w % 2, t)
+    even, odd = tl.split(parts)
+    even0, even1 = tl.split(even)
+    odd0, odd1 = tl.split(odd)
+    x0, x4 = tl.split(even0)
+    x2, x6 = tl.split(even1)
+    x1, x5 = tl.split(odd0)
+    x3, x7 = tl.split(odd1)
+    return _joined(x0, x1, x2, x3, x4, x5, x6, x7, seed, row, tile, branch, threshold, BLOCK)
+
+
+@triton.jit
 def _part(x, row, rows, columns, stride, begin, WIDTH: tl.constexpr, FULL: tl.constexpr):
     k = begin + tl.arange(0, WIDTH)
     inside = (row < rows)[:, None]
@@ -86,24 +123,7 @@ def _kept(x, row, rows, columns, stride, tile, seed, branch, threshold, BLOCK: t
         x5 = _part(x, row, rows, columns, stride, begin + 80, 16, FULL)
         x6 = _part(x, row, rows, columns, stride, begin + 96, 16, FULL)
         x7 = _part(x, row, rows, columns, stride, begin + 112, 16, FULL)
-        if x0.dtype.primitive_bitwidth == 32:
-            zero = (x0.to(tl.uint32, bitcast=True) >> 16) >> 16
-        else:
-            zero = ((x0.to(tl.uint16, bitcast=True) >> 8) >> 8).to(tl.uint32)
-        lane = tile * 16 + tl.arange(0, 16)
-        c0, c1, c2, c3 = _words(seed, row[:, None], lane[None, :], branch, zero)
-        limit = threshold.to(tl.uint32) << 16
-        x0 = tl.where(c0 << 16 >= limit, x0, 0.0)
-        x1 = tl.where(c0 >= limit, x1, 0.0)
-        x2 = tl.where(c1 << 16 >= limit, x2, 0.0)
-        x3 = tl.where(c1 >= limit, x3, 0.0)
-        x4 = tl.where(c2 << 16 >= limit, x4, 0.0)
-        x5 = tl.where(c2 >= limit, x5, 0.0)
-        x6 = tl.where(c3 << 16 >= limit, x6, 0.0)
-        x7 = tl.where(c3 >= limit, x7, 0.0)
-        even = tl.join(tl.join(x0, x4), tl.join(x2, x6))  # (BLOCK, lane, w // 2, w % 2)
-        odd = tl.join(tl.join(x1, x5), tl.join(x3, x7))
-        value = tl.reshape(tl.permute(tl.join(even, odd), (0, 2, 3, 4, 1)), (BLOCK, 128))
+        value = _joined(x0, x1, x2, x3, x4, x5, x6, x7, seed, row, tile, branch, threshold, BLOCK)
     else:
         value = _part(x, row, rows, columns, stride, begin, 128, FULL)
     return value
@@ -169,7 +189,7 @@ def spread(dh, a, out, bias, seed, rows, columns, a_stride, out_stride, threshol
         total = tl.dot(grad, down, total, input_precision=PRECISION)
     total *= scale
     if MASK:
-        total = tl.where(_keep(seed, row, tile, branch, threshold, ROWS), total, 0.0)
+        total = _dropped(total, seed, row, tile, branch, threshold, ROWS)
     if BIAS:
         total += tl.load(bias + k, k < columns, 0.0).to(tl.float32)[None, :]
     place = out + row[:, None] * out_stride + k[None, :]
