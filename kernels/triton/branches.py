@@ -257,8 +257,9 @@ def sizes(what: str, dtype: torch.dtype, rank: int, room: int) -> dict[str, obje
     """
     power, large = max(16, triton.next_power_of_2(rank)), room > 200_000
     if dtype == torch.float32:
-        options = {"ROWS": 32, "RANK": min(32, power), "PRECISION": "ieee", "num_warps": 8, "num_stages": 1}
-        return options | ({"SLAB": 128, "num_warps": 4} if what == "gather" else {})
+        warps = 8 if what in ("project", "weigh") else 4
+        options = {"ROWS": 32, "RANK": min(32, power), "PRECISION": "ieee", "num_warps": warps, "num_stages": 1}
+        return options | ({"SLAB": 128} if what == "gather" else {})
     options = {"PRECISION": None, "num_warps": 8, "num_stages": 2} | ({"maxnreg": 128} if large else {})
     if what in ("spread", "add"):
         bound = {"maxnreg": 128} if large and what == "spread" and rank <= 96 else {}
