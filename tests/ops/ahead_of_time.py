@@ -53,22 +53,54 @@ def averaging() -> Iterator[Spec]:
     yield "combine", kernels.combine, signature, constants, set(signature), {"num_warps": 4}
 
 
-def branches() -> Iterator[Spec]:
-    """Every pass at the rank of four branches, and in bfloat16 beyond a block of rank."""
+def branches(capability: int) -> Iterator[Spec]:
+    """Every pass at the rank of four branches, of three layers that read the same input, and padded to the largest.
+
+    Without dropout too where another product is made without it, and as the launcher calls them for a width of 5120.
+    """
     import torch
     from cnext.kernels import branches as kernels
 
-    kinds = {"partial": "*fp32", "seed": "*i64", "out": "*i1", "scale": "fp32"}
-    for name, operands in (("project", "x a h"), ("weigh", "dh x"), ("spread", "dh a dx"), ("mask", "")):
+    pointers = {"project": "x a out", "weigh": "dh x out", "spread": "dh a out bias", "gather": "dy bt h dh db"}
+    kinds = {"seed": "*i64", "scale": "fp32"}
+    for name, operands in pointers.items():
         kernel = getattr(kernels, name)
-        for kind, dtype in {"fp32": torch.float32, "bf16": torch.bfloat16}.items() if operands else [("i1", None)]:
-            for rank in (32, 128) if kind == "bf16" else (32,):
-                sizes = kernels.shape(dtype or torch.bfloat16, rank)
-                warps = sizes.pop("num_warps")
-                constants = {n: v for n, v in sizes.items() if n in kernel.arg_names}
-                types = {n: f"*{kind}" if n in operands.split() else kinds.get(n, "i32") for n in kernel.arg_names}
-                divisible = {n for n, t in types.items() if t[0] == "*" or n.endswith("stride") or n == "columns"}
-                yield f"{name} {kind} {rank}", kernel, types, constants, divisible, {"num_warps": warps}
+        for kind, dtype in {"fp32": torch.float32, "bf16": torch.bfloat16}.items():
+            for rank in (32, 64) if name == "gather" else (32, 96, 128):
+                sizes = kernels.sizes(name, dtype, rank, SHARED_MEMORY[capability])
+                options = {n: v for n, v in sizes.items() if n not in kernel.arg_names}
+                steps = -(-rank // sizes["RANK"])
+                constants = sizes | {"rank": min(rank, sizes["RANK"]) if name == "gather" else rank, "STEPS": steps}
+                constants |= {"live": min(24, rank), "LIVE": sizes["RANK"], "dh_stride": rank, "h_stride": rank}
+                constants |= {"MASK": True, "FULL": True, "ADD": False, "BIAS": False, "bias": None}
+                variants = {"": {}}
+                if name != "gather":
+                    variants[" no mask"] = {"MASK": False, "seed": None}
+                if name == "spread":
+                    variants[" no mask"] |= {"BIAS": True}
+                    variants[" add"] = {"ADD": True}
+                for variant, changes in variants.items():
+                    own = {n: v for n, v in (constants | changes).items() if n in kernel.arg_names}
+                    if own.get("BIAS"):
+                        del own["bias"]
+                    if own.get("ADD"):
+                        bounded = kernels.sizes("add", dtype, rank, SHARED_MEMORY[capability])
+                        options = {n: v for n, v in bounded.items() if n not in kernel.arg_names}
+                    types = {n: f"*{kind}" if n in operands.split() else kinds.get(n, "i32") for n in kernel.arg_names}
+                    if name == "gather":
+                        types |= {"dh": "*fp32", "db": "*fp32"}
+                    yield f"{name} {kind} {rank}{variant}", kernel, types, own, _divisible(types, own), options
+    for name, constants in (("combine", {"ROWS": 32, "COLUMNS": 32}), ("mask", {"ROWS": 64})):
+        kernel = getattr(kernels, name)
+        kinds = {"seed": "*i64", "scale": "fp32", "partial": "*fp32", "out": "*bf16" if name == "combine" else "*i1"}
+        types = {n: kinds.get(n, "i32") for n in kernel.arg_names}
+        yield name, kernel, types, constants, _divisible(types, constants), {"num_warps": 4}
+
+
+def _divisible(types: dict[str, str], constants: dict[str, object]) -> set[str]:
+    """The arguments that 16 divides as a rule."""
+    multiples = {n for n, kind in types.items() if kind[0] == "*" or n.endswith(("stride", "part")) or n == "columns"}
+    return multiples - set(constants)
 
 
 def compiled(spec: Spec, capability: int) -> Mapping[str, int | bool]:
@@ -95,7 +127,7 @@ def compiled(spec: Spec, capability: int) -> Mapping[str, int | bool]:
         "spilled": stack + local,
         "shared": built.metadata.shared,
         "threads": options["num_warps"] * 32,
-        "loads_16": len(re.findall(r"\bld\.global\S*\.v4\.[bf]32", ptx)),
+        "loads_16": len(re.findall(r"\bld\.global\S*\.v4\.[bf]32|\bcp\.async\.cg\.\S+ \[.*\], \[.*\], 0x10", ptx)),
         "stores_16": len(re.findall(r"\bst\.global\S*\.v4\.[bf]32", ptx)),
         "contracted": bool(re.search(r"\bfma\.", ptx)),
         "tensor_cores": "mma" in ptx,
@@ -123,5 +155,6 @@ def assert_fits(kernel: str, built: Mapping[str, int | bool], capability: int, r
 
 
 if __name__ == "__main__":
-    specs = {"averaging": averaging, "branches": branches}[sys.argv[1]]()
-    print(json.dumps({spec[0]: compiled(spec, int(sys.argv[2])) for spec in specs}))
+    capability = int(sys.argv[2])
+    specs = averaging() if sys.argv[1] == "averaging" else branches(capability)
+    print(json.dumps({spec[0]: compiled(spec, capability) for spec in specs}))
