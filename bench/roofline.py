@@ -3,7 +3,7 @@
 Forward and backward of linear layers of LLaMA2-13B with branches, over the frozen layers alone, bfloat16, with dropout:
 the frozen products at the rate that a card was measured to reach (an H200; an H100 is assumed to be as fast), every
 other byte at 0.88 of its measured bandwidth. Launches are left out, and no kernel reaches all of it: what was measured
-on an H200 was added 1.7 times as much as predicted. Nothing here is a measurement; those are in bench/results.
+on an H200 was added 1.8 times as much as predicted. Nothing here is a measurement; those are in bench/results.
 """
 
 from __future__ import annotations

@@ -149,14 +149,30 @@ BRANCHES: dict[str, dict[str, Any]] = {
     "three layers": {"dropout": 0.05, "linears": 3},
     "a mask for each": {"dropout": 0.05, "independent": True},
     "routed": {"dropout": 0.05, "scale": 0.5, "routed": True},
+    # Tails of every block, ranks and widths that kernels pad, and widths of which no row begins at 16 bytes.
+    "a tail of rows": {"dropout": 0.05, "rows": 77},
+    "one row": {"dropout": 0.05, "rows": 1},
+    "odd rank": {"dropout": 0.05, "rank": 5, "rows": 200},
+    "wide rank": {"dropout": 0.05, "rank": 48, "rows": 200},
+    "odd width": {"dropout": 0.05, "width": 5125, "rows": 200},
+    "a tail of columns": {"dropout": 0.05, "width": 5128, "rows": 200, "scale": 2.0},
 }
 
 
 def branches_op(
-    book: Book, what: str, dtype: torch.dtype, seed: int, linears: int = 1, routed: bool = False, **options: Any
+    book: Book,
+    what: str,
+    dtype: torch.dtype,
+    seed: int,
+    linears: int = 1,
+    routed: bool = False,
+    rows: int = 1000,
+    width: int = 5120,
+    rank: int = 8,
+    **options: Any,
 ) -> None:
-    """Outputs and gradients of the branches at 5120 wide, against float64 with the mask that the op draws."""
-    rows, width = (1000, 5120) if book.gpu else (20, 64)
+    """Outputs and gradients of the branches, against float64 with the mask that the op draws."""
+    rows, width = (rows, width) if book.gpu else (min(rows, 20), width - 5120 + 64)
     device = book.device
 
     def draw(*shape: int, live: bool = False, scale: float = 1.0) -> Tensor:
@@ -164,8 +180,8 @@ def branches_op(
 
     x, routing = draw(rows, width, live=True), draw(rows, 4, live=True) if routed else None
     weights = [draw(width, width, scale=width**-0.5) for _ in range(linears)]
-    a = [[draw(8, width, live=i < 3, scale=width**-0.5) for i in range(4)] for _ in range(linears)]
-    b = [[draw(width, 8, live=i < 3, scale=0.1) for i in range(4)] for _ in range(linears)]
+    a = [[draw(rank, width, live=i < 3, scale=width**-0.5) for i in range(4)] for _ in range(linears)]
+    b = [[draw(width, rank, live=i < 3, scale=0.1) for i in range(4)] for _ in range(linears)]
     grads = [draw(rows, width) for _ in range(linears)]
     mask_seed = torch.tensor([seed * 7919], device=device)
     if "dropout" in options:
@@ -193,7 +209,7 @@ def branches_op(
         errors = [error(m, e) for m, e in zip(mine, exact, strict=True)]
         ok = repeatable and all(m <= 1.5 * p + 1e-6 for m, p in zip(errors, theirs, strict=True))
         ratio = max(m / max(p, 1e-12) for m, p in zip(errors, theirs, strict=True))
-        path = ops.last_path("lora_branches")
+        path = ops.last_path("lora_branches_backward")
         described = {"dtype": dtype, "impl": impl, "path": path, "repeatable": repeatable}
         book.put(name=f"branches, {what}", ok=ok, **described, error=max(errors), error_over_plain=ratio)
     if "seed" in options:

@@ -25,6 +25,8 @@ BLOCK_BYTES = {"cpu": 2**21, "cuda": 2**25}
 TILE = branches_reference.TILE
 MOST_RANK = 128
 """What one launch of a CUDA kernel takes; a larger rank takes several."""
+ONE_PASS = 32
+"""Up to what rank `gather` reads dY once: above, the float32 parts of dh move more than a second reading would."""
 _LETTER = {torch.float32: "f", torch.bfloat16: "b", torch.float16: "h", torch.float64: "d"}
 
 
@@ -121,7 +123,7 @@ def gather(dy: Tensor, b: Tensor, h: Tensor | None, dh: Tensor | None, scale: fl
         dB, (out, live rank).
     """
     db = None if h is None else dy.new_empty(dy.shape[1], h.shape[1])
-    if h is not None and dh is not None and db is not None and b.shape[0] <= MOST_RANK and _fused(dropout.impl, dy, b):
+    if h is not None and dh is not None and db is not None and b.shape[0] <= ONE_PASS and _fused(dropout.impl, dy, b):
         _launch_gather(dy, b, h, dh, db, scale, dropout)
         return db
     if dh is not None:
