@@ -14,10 +14,6 @@ namespace {
 constexpr int kWarp = 32, kPad = 8;  // a row of a tile is padded by 16 bytes: ldmatrix then meets no bank twice
 constexpr int kPitch = kTile + kPad;
 
-struct alignas(16) Words {
-  uint32_t word[4];
-};
-
 struct alignas(16) Floats {
   float value[4];
 };
@@ -75,9 +71,8 @@ CNEXT_DEVICE bool is_dropped(const Random& random, int e, int h, int i, uint32_t
 CNEXT_DEVICE void mask(uint32_t (&v)[4], const Random& random, int i, uint32_t limit) {
 #pragma unroll
   for (int e = 0; e < 4; ++e) {
-    const uint32_t low = is_dropped(random, e, 0, i, limit) ? 0u : 0xffffu;
-    const uint32_t high = is_dropped(random, e, 1, i, limit) ? 0u : 0xffff0000u;
-    v[e] &= low | high;
+    if (is_dropped(random, e, 0, i, limit)) v[e] &= 0xffff0000u;
+    if (is_dropped(random, e, 1, i, limit)) v[e] &= 0x0000ffffu;
   }
 }
 
@@ -319,9 +314,9 @@ struct Spread {
 
 constexpr int kSpreadThreads = 256, kSpreadRows = kSpreadThreads / kWarp * 16;
 
-// Each warp has 16 rows, and keeps their dh in registers; the block shares a tile of a. What is written passes through
+// Plus: there is a bias, or something to add to. Each warp has 16 rows, and keeps their dh in registers; the block shares a tile of a. What is written passes through
 // the warp's own part of shared memory, so that rows are written, and with `add` read, in pieces of 16 bytes.
-template <class T, int Ranks, int Resident>
+template <class T, int Ranks, bool Plus, int Resident>
 __global__ void __launch_bounds__(kSpreadThreads, Resident) spread_kernel(const Spread p) {
   constexpr int kABytes = Ranks * kPitch * 2, kOutBytes = kSpreadRows * kPitch * 2, kDhPitch = Ranks + kPad;
   const int warp = int(threadIdx.x) / kWarp, lane = int(threadIdx.x) % kWarp;
@@ -331,13 +326,13 @@ __global__ void __launch_bounds__(kSpreadThreads, Resident) spread_kernel(const 
   char* const memory = shared_memory();
   char* const outs = memory + 2 * kABytes;
   const auto own = [&](int64_t tile) {
-    return outs + (p.add ? tile % 2 * kOutBytes : 0) + warp * 16 * kPitch * 2;
+    return outs + (Plus && p.add ? tile % 2 * kOutBytes : 0) + warp * 16 * kPitch * 2;
   };
   const auto fetch = [&](int64_t tile) {
     const int64_t column = tile * kTile;
     copy_wide<kTile>(shared_address(memory) + uint32_t(tile % 2) * kABytes, kPitch, p.a + column, p.a_stride, Ranks,
                      p.rank, p.columns - column, int(threadIdx.x), kSpreadThreads);
-    if (p.add)
+    if (Plus && p.add)
       copy_wide<kTile>(shared_address(own(tile)), kPitch, p.out + own_row * p.out_stride + column, p.out_stride, 16,
                        p.rows - own_row, p.columns - column, lane, kWarp);
     commit_copies();
@@ -381,15 +376,15 @@ __global__ void __launch_bounds__(kSpreadThreads, Resident) spread_kernel(const 
           low = is_dropped(random, e, 0, i, draw.limit) ? 0.0f : low;
           high = is_dropped(random, e, 1, i, draw.limit) ? 0.0f : high;
         }
-        if (p.bias && tile * kTile + column < p.columns) {
-          const T* bias = static_cast<const T*>(p.bias) + tile * kTile + column;
-          low += load(read<T>(bias));
-          high += load(read<T>(bias + 1));
-        }
-        if (p.add) {
-          const uint32_t had = read<uint32_t>(to);
-          low += load(T{uint16_t(had)});
-          high += load(T{uint16_t(had >> 16)});
+        if (Plus) {
+          uint32_t had = 0, bias = 0;
+          if (p.add) had = read<uint32_t>(to);
+          if (p.bias && tile * kTile + column < p.columns) {
+            const uint16_t* from = static_cast<const uint16_t*>(p.bias) + tile * kTile + column;
+            bias = uint32_t(read<uint16_t>(from)) | uint32_t(read<uint16_t>(from + 1)) << 16;
+          }
+          low += load(T{uint16_t(bias)}) + load(T{uint16_t(had)});
+          high += load(T{uint16_t(bias >> 16)}) + load(T{uint16_t(had >> 16)});
         }
         write(to, pack(T(), low, high));
       }

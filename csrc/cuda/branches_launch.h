@@ -120,8 +120,9 @@ struct Products {
     const Cut c = spread(s, given.add, device);
     Spread p = given;
     p.tiles = c.units;
-    return launch(spread_kernel<T, Ranks, kSpreadResident>, dim3(unsigned(c.blocks), unsigned(c.parts)), c.threads,
-                  c.shared, stream, p);
+    const auto kernel = p.add || p.bias ? spread_kernel<T, Ranks, true, kSpreadResident>
+                                        : spread_kernel<T, Ranks, false, kSpreadResident>;
+    return launch(kernel, dim3(unsigned(c.blocks), unsigned(c.parts)), c.threads, c.shared, stream, p);
   }
 
   static const char* run_gather(const Gather& given, const Narrow& dh, const Narrow& db, float scale, const Shape& s,

@@ -101,3 +101,11 @@ const char* launch(void (*kernel)(P...), dim3 grid, int threads, int shared, cud
 }  // namespace
 
 #endif
+
+namespace {
+
+struct alignas(16) Words {
+  uint32_t word[4];
+};
+
+}  // namespace
