@@ -118,7 +118,7 @@ __global__ void __launch_bounds__(kDropoutThreads) dropout_elements(const T* __r
   for (int i = 0; i < 8; ++i) {
     const float kept = random_bits(c, i) >= dropout.threshold ? value[i] * scale : 0.0f;
     T result;
-    store(result, had[i] + kept);
+    store(result, Add ? had[i] + kept : kept);
     if (i * kTileLanes < left) write(to + i * kTileLanes, result);
   }
 }

@@ -1,6 +1,7 @@
 // The branches' CUDA kernels, emulated on the host, beside float64: every line that this prints is an error. Arguments:
 // "wrong" has the kernels take another branch's mask than float64 does.
 #include "../../csrc/cuda/branches_launch.h"
+#include "../../csrc/cuda/dropout_kernels.h"
 
 #include <cmath>
 #include <random>
@@ -10,6 +11,7 @@ namespace {
 std::mt19937 generator(7);
 int cases = 0, errors = 0;
 uint32_t wrong_by = 0;
+const uint32_t kUnwritten = 0xffffffffu;
 const int64_t kSeed = 0x123456789abcdef;
 
 template <class T>
@@ -68,7 +70,7 @@ template <class T>
 void untouched(const char* what, const Shape& s, const Matrix2<T>& m) {
   for (int64_t r = 0; r + 1 < m.rows; ++r)
     for (int64_t c = m.columns; c < m.stride; ++c)
-      if (m.at(r, c).bits != 0xffffu) return error(what, s, "something between the rows is written");
+      if (std::memcmp(&m.at(r, c), &kUnwritten, sizeof(T))) return error(what, s, "something between the rows is written");
 }
 
 struct Case {
@@ -84,6 +86,7 @@ template <class T>
 void run(const Case& one) {
   ++cases;
   simt::backwards = cases % 2;
+  simt::apart = cases / 2 % 2;
   const Shape& s = one.shape;
   const char type = letter<T>;
   const Device device{one.processors, cases % 3 ? 227 * 1024 : 163 * 1024};
@@ -178,6 +181,41 @@ void run(const Case& one) {
   simt::release();
 }
 
+// out = drop(x) or out += drop(x), by pieces of 16 bytes and, where a gap or an offset is odd, by elements.
+template <class T>
+void run_dropout(int64_t rows, int64_t columns, int64_t gap, int64_t before, bool add) {
+  ++cases;
+  const Shape s{rows, columns, 0, 0};
+  int64_t* seed = simt::buffer<int64_t>(1);
+  *seed = kSeed;
+  const Dropout dropout{seed, uint32_t(std::lround(0.3 * 65536)), 3};
+  const Matrix2<T> x = made<T>(rows, columns, gap, before, true), out = made<T>(rows, columns, gap, before, add);
+  std::vector<double> had;
+  for (int64_t m = 0; m < rows; ++m)
+    for (int64_t k = 0; k < columns; ++k) had.push_back(add ? out.value(m, k) : 0);
+  const Matrix matrix{rows, columns, x.stride, out.stride};
+  const char* said = drop(letter<T>, add, x.data, out.data, matrix, Dropout{seed, dropout.threshold, 3}, nullptr);
+  if (said) error("dropout", s, said);
+  compare("dropout", s, out, [&](int64_t m, int64_t k, double& magnitude) {
+    const double old = had[size_t(m * columns + k)], term = x.value(m, k) * (65536.0 / (65536 - dropout.threshold));
+    magnitude = std::fabs(old) + std::fabs(term);
+    return old + (kept(dropout, m, k) ? term : 0);
+  });
+  untouched("dropout", s, out);
+  simt::release();
+}
+
+template <class T>
+void run_dropouts() {
+  for (const bool add : {false, true}) {
+    run_dropout<T>(70, 136, 8, 0, add);
+    run_dropout<T>(19, 264, 0, 0, add);
+    run_dropout<T>(19, 136, 1, 0, add);
+    run_dropout<T>(17, 128, 0, 1, add);
+    run_dropout<T>(3, 131, 0, 0, add);
+  }
+}
+
 }  // namespace
 
 int main(int count, char** words) {
@@ -199,6 +237,9 @@ int main(int count, char** words) {
   run<bf16>({{70, 264, 128, 128}, 0.3, 3, 0, 0, 0, true, true});
   run<f16>({{200, 8, 5, 5}, 0.0, 132, 8, 1, 1, true, true});
   run<bf16>({{0, 136, 5, 5}, 0.3, 132, 0, 0, 0, false, false});
+  run_dropouts<float>();
+  run_dropouts<bf16>();
+  run_dropouts<f16>();
   std::printf("%d cases, %d errors\n", cases, errors);
   return errors != 0;
 }

@@ -68,7 +68,8 @@ static int running = 0;
 static jmp_buf scheduler;
 static std::function<void()> body;
 static size_t shared_size = 0;
-static bool backwards = false;  // threads of a block take turns from the last to the first
+static bool backwards = false;  // threads take turns from the last to the first
+static bool apart = false;      // a warp goes on as long as it can before the next one does
 alignas(1024) static char shared[kShared];
 static std::map<uintptr_t, size_t> buffers;
 
@@ -159,19 +160,29 @@ inline void run_block(int threads) {
     fiber.waits = nullptr;
     fiber.copies.clear();
   }
-  for (int left = threads; left;) {
-    bool moved = false;
-    for (int k = 0; k < threads; ++k) {
-      const int i = backwards ? threads - 1 - k : k;
+  const auto turn = [](int first, int last) {  // of each of these that can go on
+    int moved = 0;
+    for (int k = first; k < last; ++k) {
+      const int i = backwards ? last - 1 - (k - first) : k;
       Fiber& fiber = *fibers[size_t(i)];
       if (fiber.done || (fiber.waits && fiber.waits->round == fiber.round)) continue;
       fiber.waits = nullptr;
       resume(i);
-      moved = true;
-      left -= fiber.done;
+      ++moved;
     }
-    if (!moved) fail("threads wait for others that do not come");
+    return moved;
+  };
+  int moved = 1;
+  while (moved) {
+    moved = 0;
+    for (int k = 0; k < threads / 32; ++k) {
+      const int w = backwards ? threads / 32 - 1 - k : k;
+      do moved += turn(32 * w, 32 * w + 32);
+      while (apart && turn(32 * w, 32 * w + 32));
+    }
   }
+  for (int i = 0; i < threads; ++i)
+    if (!fibers[size_t(i)]->done) fail("threads wait for others that do not come");
 }
 
 inline float product(bf16, uint32_t a, uint32_t b) { return load(bf16{uint16_t(a)}) * load(bf16{uint16_t(b)}); }
