@@ -397,7 +397,7 @@ __global__ void __launch_bounds__(kSpreadThreads, Resident) spread_kernel(const 
 #pragma unroll
     for (int row = lane / 16; row < 16; row += 2) {
       const Words words = read<Words>(from);
-      if (row < filled) write(to, words);
+      if (row < filled) write_global(to, words);
       from += 2 * kPitch * 2;
       to += 2 * p.out_stride;
     }
@@ -504,7 +504,7 @@ __global__ void __launch_bounds__(Threads, 1) gather_kernel(const Gather p) {
         for (int k = 0; k < 4; ++k) sum.value[k] += more.value[k];
       }
       const int64_t at = step * kGatherRows + row;
-      if (at < p.rows) write(p.dh + (int64_t(blockIdx.x) * p.rows + at) * Ranks + column, sum);
+      if (at < p.rows) write_global(p.dh + (int64_t(blockIdx.x) * p.rows + at) * Ranks + column, sum);
     }
   }
   if (!p.live) return;

@@ -21,15 +21,48 @@ CNEXT_DEVICE char* shared_memory() {
 
 CNEXT_DEVICE uint32_t shared_address(const void* p) { return uint32_t(__cvta_generic_to_shared(p)); }
 
-// V has its own alignment: one access of up to 16 bytes.
+// What moves a V of 2, 4, 8 or 16 bytes in one instruction: members that are copied one by one may not be joined.
+template <int Bytes>
+struct Whole;
+template <>
+struct Whole<2> {
+  using type = uint16_t;
+};
+template <>
+struct Whole<4> {
+  using type = uint32_t;
+};
+template <>
+struct Whole<8> {
+  using type = uint2;
+};
+template <>
+struct Whole<16> {
+  using type = uint4;
+};
+
 template <class V>
 CNEXT_DEVICE V read(const void* p) {
-  return *static_cast<const V*>(p);
+  const auto whole = *static_cast<const typename Whole<sizeof(V)>::type*>(p);
+  V value;
+  memcpy(&value, &whole, sizeof value);
+  return value;
 }
 
 template <class V>
 CNEXT_DEVICE void write(void* p, const V& value) {
-  *static_cast<V*>(p) = value;
+  typename Whole<sizeof(V)>::type whole;
+  memcpy(&whole, &value, sizeof whole);
+  *static_cast<decltype(whole)*>(p) = whole;
+}
+
+// 16 bytes of device memory; the compiler leaves a plain store of them in four pieces where it moves their address on.
+template <class V>
+CNEXT_DEVICE void write_global(void* p, const V& value) {
+  uint4 w;
+  static_assert(sizeof(V) == sizeof w, "16 bytes");
+  memcpy(&w, &value, sizeof w);
+  asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(p), "r"(w.x), "r"(w.y), "r"(w.z), "r"(w.w) : "memory");
 }
 
 // 16 bytes into shared memory, of which the first `bytes` are read and the rest are zeros.

@@ -25,7 +25,7 @@ struct Eight {
 
   CNEXT_DEVICE void put(T* to) const {
 #pragma unroll
-    for (int i = 0; i < int(sizeof(T)) / 2; ++i) write(to + i * 16 / int(sizeof(T)), words[i]);
+    for (int i = 0; i < int(sizeof(T)) / 2; ++i) write_global(to + i * 16 / int(sizeof(T)), words[i]);
   }
 
   CNEXT_DEVICE float value(int i) const {

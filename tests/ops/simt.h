@@ -160,25 +160,26 @@ inline void run_block(int threads) {
     fiber.waits = nullptr;
     fiber.copies.clear();
   }
-  const auto turn = [](int first, int last) {  // of each of these that can go on
-    int moved = 0;
+  const auto turn = [](int first, int last) {  // of each of these that can go on; whether there is one
+    bool moved = false;
     for (int k = first; k < last; ++k) {
       const int i = backwards ? last - 1 - (k - first) : k;
       Fiber& fiber = *fibers[size_t(i)];
       if (fiber.done || (fiber.waits && fiber.waits->round == fiber.round)) continue;
       fiber.waits = nullptr;
       resume(i);
-      ++moved;
+      moved = true;
     }
     return moved;
   };
-  int moved = 1;
-  while (moved) {
-    moved = 0;
+  for (bool moved = true; moved;) {
+    moved = false;
     for (int k = 0; k < threads / 32; ++k) {
       const int w = backwards ? threads / 32 - 1 - k : k;
-      do moved += turn(32 * w, 32 * w + 32);
-      while (apart && turn(32 * w, 32 * w + 32));
+      while (turn(32 * w, 32 * w + 32)) {
+        moved = true;
+        if (!apart) break;
+      }
     }
   }
   for (int i = 0; i < threads; ++i)
@@ -224,6 +225,13 @@ template <class V>
 void write(void* p, const V& value) {
   simt::check(p, sizeof(V), alignof(V));
   std::memcpy(p, &value, sizeof value);
+}
+
+template <class V>
+void write_global(void* p, const V& value) {
+  static_assert(sizeof(V) == 16, "16 bytes");
+  simt::check(p, 16, 16);
+  write(p, value);
 }
 
 inline void copy_async(uint32_t to, const void* from, int bytes) {
