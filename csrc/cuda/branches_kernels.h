@@ -312,26 +312,27 @@ struct Spread {
   Dropout dropout;
 };
 
-constexpr int kSpreadThreads = 256, kSpreadRows = kSpreadThreads / kWarp * 16;
+constexpr int kSpreadThreads = 256;  // at most
 
 // Plus: there is a bias, or something to add to. Each warp has 16 rows, and keeps their dh in registers; the block shares a tile of a. What is written passes through
 // the warp's own part of shared memory, so that rows are written, and with `add` read, in pieces of 16 bytes.
 template <class T, int Ranks, bool Plus, int Resident>
 __global__ void __launch_bounds__(kSpreadThreads, Resident) spread_kernel(const Spread p) {
-  constexpr int kABytes = Ranks * kPitch * 2, kOutBytes = kSpreadRows * kPitch * 2, kDhPitch = Ranks + kPad;
+  constexpr int kABytes = Ranks * kPitch * 2, kDhPitch = Ranks + kPad;
+  const int block_rows = int(blockDim.x) / kWarp * 16, out_bytes = block_rows * kPitch * 2;
   const int warp = int(threadIdx.x) / kWarp, lane = int(threadIdx.x) % kWarp;
-  const int64_t first_row = int64_t(blockIdx.x) * kSpreadRows, own_row = first_row + 16 * warp;
+  const int64_t first_row = int64_t(blockIdx.x) * block_rows, own_row = first_row + 16 * warp;
   const int64_t tiles = (p.columns + kTile - 1) / kTile, first = int64_t(blockIdx.y) * p.tiles;
   const int64_t last = first + p.tiles < tiles ? first + p.tiles : tiles;
   char* const memory = shared_memory();
   char* const outs = memory + 2 * kABytes;
   const auto own = [&](int64_t tile) {
-    return outs + (Plus && p.add ? tile % 2 * kOutBytes : 0) + warp * 16 * kPitch * 2;
+    return outs + (Plus && p.add ? tile % 2 * out_bytes : 0) + warp * 16 * kPitch * 2;
   };
   const auto fetch = [&](int64_t tile) {
     const int64_t column = tile * kTile;
     copy_wide<kTile>(shared_address(memory) + uint32_t(tile % 2) * kABytes, kPitch, p.a + column, p.a_stride, Ranks,
-                     p.rank, p.columns - column, int(threadIdx.x), kSpreadThreads);
+                     p.rank, p.columns - column, int(threadIdx.x), int(blockDim.x));
     if (Plus && p.add)
       copy_wide<kTile>(shared_address(own(tile)), kPitch, p.out + own_row * p.out_stride + column, p.out_stride, 16,
                        p.rows - own_row, p.columns - column, lane, kWarp);
@@ -339,7 +340,7 @@ __global__ void __launch_bounds__(kSpreadThreads, Resident) spread_kernel(const 
   };
   const Draw draw = begin(p.dropout);
   uint32_t left[Ranks / 16][4];
-  copy_narrow<Ranks>(outs, p.dh + first_row * p.dh_stride, p.dh_stride, kSpreadRows, p.rows - first_row, p.rank);
+  copy_narrow<Ranks>(outs, p.dh + first_row * p.dh_stride, p.dh_stride, block_rows, p.rows - first_row, p.rank);
   commit_copies();
   wait_copies<0>();
   __syncthreads();

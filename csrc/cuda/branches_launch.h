@@ -16,27 +16,38 @@ struct Device {
 
 constexpr int64_t ceiling(int64_t value, int64_t unit) { return (value + unit - 1) / unit; }
 
-// Parts of `units` of work for each of `blocks`, where the device runs `slots` blocks at once: those that end first. A
-// block takes about a unit to begin, and `extra` units for a part of a sum to be written and read again.
-int parts(int64_t blocks, int64_t units, int64_t slots, double extra, int limit) {
-  int best = 1;
-  double least = 0;
-  for (int p = 1; p <= limit && (p == 1 || p <= units); ++p) {
-    const double cost = double(ceiling(blocks * p, slots)) * (double(ceiling(units, p)) + 1 + (p > 1 ? extra : 0));
-    if (p == 1 || cost < least) best = p, least = cost;
-  }
-  return int(ceiling(units, std::max<int64_t>(1, ceiling(units, best))));  // no part without work
-}
-
 struct Cut {
-  int blocks, parts, units;  // units: of work per block
+  int64_t blocks, parts, units;  // parts: of the work of each of `blocks`; units: of work in a part
   int threads, shared;
   int64_t workspace;  // floats
+  double cost;
 };
 
+// Cuts `units` of work for each of `blocks` into the parts that end first, where the device runs `slots` blocks at once. A
+// block takes about a unit to begin, and `extra` units for its part of a sum to be written and read again.
 Cut cut(int64_t blocks, int64_t units, int64_t slots, double extra, int limit, int threads, int shared) {
-  const int n = std::max(1, parts(std::max<int64_t>(1, blocks), units, slots, extra, limit));
-  return {int(blocks), n, int(ceiling(units, n)), threads, shared, 0};
+  Cut best{blocks, 1, units, threads, shared, 0, -1};
+  for (int64_t parts = 1; parts <= limit && (parts == 1 || parts <= units); ++parts) {
+    const int64_t each = ceiling(units, parts);
+    const double waves = double(std::max<int64_t>(1, ceiling(blocks * parts, slots)));
+    const double cost = waves * (double(each) + 1 + (parts > 1 ? extra : 0));
+    if (best.cost < 0 || cost < best.cost) best.parts = parts, best.units = each, best.cost = cost;
+  }
+  if (best.units) best.parts = ceiling(units, best.units);  // none without work
+  return best;
+}
+
+// The best of cut(warps) for blocks of 16 `fragments` rows a warp, whose time is that of their rows, and of the `ranks`
+// rows of a that they read beside them. How few processors idle in the last wave depends on it.
+template <class Cuts>
+Cut with_warps(const Device& device, int fragments, int ranks, const Cuts& cuts) {
+  Cut best{};
+  for (int warps = 4; warps <= 8; ++warps) {
+    Cut c = cuts(warps);
+    c.cost *= warps * 16 * fragments + ranks;
+    if (warps == 4 || (c.shared <= device.shared_bytes && c.cost <= best.cost)) best = c;
+  }
+  return best;
 }
 
 template <class T, int Ranks>
@@ -45,14 +56,15 @@ struct Products {
   static constexpr int kFragments = Ranks == 96 ? 2 : 1, kProjectResident = Ranks <= 64 ? 2 : 1;
   static constexpr int kWeighResident = Ranks <= 32 ? 3 : 2;
   static constexpr int kSpreadResident = Ranks <= 96 ? 2 : 1;
-  static constexpr int kGatherColumns = Ranks <= 32 ? 64 : Ranks <= 96 ? 32 : 16;  // of a warp
+  static constexpr int kGatherColumns = Ranks <= 32 ? 64 : 32;  // of a warp
   static constexpr int kGatherThreads = Ranks <= 32 ? 384 : 256, kSlab = kGatherColumns * kGatherThreads / kWarp;
 
   static Cut project(const Shape& s, const Device& device) {
-    const auto bytes = [](int warps) { return 2 * (warps * 16 * kFragments + Ranks) * kPitch * 2; };
-    const int warps = bytes(8) <= device.shared_bytes ? 8 : 4;
-    Cut c = cut(ceiling(s.rows, warps * 16 * kFragments), ceiling(s.columns, kTile),
-                int64_t(kProjectResident) * device.processors, Ranks / 32.0, 32, warps * kWarp, bytes(warps));
+    Cut c = with_warps(device, kFragments, Ranks, [&](int warps) {
+      const int rows = warps * 16 * kFragments;
+      return cut(ceiling(s.rows, rows), ceiling(s.columns, kTile), int64_t(kProjectResident) * device.processors,
+                 Ranks / 32.0, 32, warps * kWarp, 2 * (rows + Ranks) * kPitch * 2);
+    });
     c.workspace = c.parts > 1 ? s.rows * Ranks * c.parts : 0;
     return c;
   }
@@ -66,9 +78,11 @@ struct Products {
   }
 
   static Cut spread(const Shape& s, bool add, const Device& device) {
-    const int bytes = (2 * Ranks + (add ? 2 : 1) * kSpreadRows) * kPitch * 2;
-    return cut(ceiling(s.rows, kSpreadRows), ceiling(s.columns, kTile), int64_t(kSpreadResident) * device.processors, 0,
-               64, kSpreadThreads, bytes);
+    return with_warps(device, 1, Ranks, [&](int warps) {
+      const int rows = warps * 16;
+      return cut(ceiling(s.rows, rows), ceiling(s.columns, kTile), int64_t(kSpreadResident) * device.processors, 0, 64,
+                 warps * kWarp, (2 * Ranks + (add ? 2 : 1) * rows) * kPitch * 2);
+    });
   }
 
   static constexpr int gather_bytes(int stages) {
@@ -96,30 +110,30 @@ struct Products {
                                  Stream stream) {
     const Cut c = project(s, device);
     Project p = given;
-    p.tiles = c.units;
+    p.tiles = int(c.units);
     p.partial = c.parts > 1 ? workspace : nullptr;
     const auto kernel = project_kernel<T, Ranks, kFragments, 256, kProjectResident>;
     const char* error = launch(kernel, dim3(unsigned(c.blocks), unsigned(c.parts)), c.threads, c.shared, stream, p);
     if (error || c.parts == 1) return error;
-    return combine({workspace, p.h, s.rows, s.rank, Ranks, p.h_stride, c.parts, p.factor}, {}, stream);
+    return combine({workspace, p.h, s.rows, s.rank, Ranks, p.h_stride, int(c.parts), p.factor}, {}, stream);
   }
 
   static const char* run_weigh(const Weigh& given, const Shape& s, float* workspace, const Device& device,
                                Stream stream) {
     const Cut c = weigh(s, device);
     Weigh p = given;
-    p.steps = c.units;
+    p.steps = int(c.units);
     p.partial = c.parts > 1 ? workspace : nullptr;
     const auto kernel = weigh_kernel<T, Ranks, kWeighResident>;
     const char* error = launch(kernel, dim3(unsigned(c.blocks), unsigned(c.parts)), c.threads, c.shared, stream, p);
     if (error || c.parts == 1) return error;
-    return combine({workspace, p.da, s.rank, s.columns, s.columns, p.da_stride, c.parts, p.factor}, {}, stream);
+    return combine({workspace, p.da, s.rank, s.columns, s.columns, p.da_stride, int(c.parts), p.factor}, {}, stream);
   }
 
   static const char* run_spread(const Spread& given, const Shape& s, float*, const Device& device, Stream stream) {
     const Cut c = spread(s, given.add, device);
     Spread p = given;
-    p.tiles = c.units;
+    p.tiles = int(c.units);
     const auto kernel = p.add || p.bias ? spread_kernel<T, Ranks, true, kSpreadResident>
                                         : spread_kernel<T, Ranks, false, kSpreadResident>;
     return launch(kernel, dim3(unsigned(c.blocks), unsigned(c.parts)), c.threads, c.shared, stream, p);
@@ -129,45 +143,49 @@ struct Products {
                                 float* workspace, const Device& device, Stream stream) {
     const Cut c = gather(s, device);
     Gather p = given;
-    p.steps = c.units;
+    p.steps = int(c.units);
     p.stages = gather_stages(device);
     p.dh = workspace;
-    p.db = workspace + int64_t(c.blocks) * s.rows * Ranks;
+    p.db = workspace + c.blocks * s.rows * Ranks;
     const auto kernel = gather_kernel<T, Ranks, kGatherColumns, kGatherThreads>;
     const char* error = launch(kernel, dim3(unsigned(c.blocks), unsigned(c.parts)), c.threads, c.shared, stream, p);
     if (error) return error;
-    return combine({p.dh, dh.data, s.rows, s.rank, Ranks, dh.stride, c.blocks, scale},
-                   {p.db, db.data, s.columns, s.live, Ranks, db.stride, c.parts, scale}, stream);
+    return combine({p.dh, dh.data, s.rows, s.rank, Ranks, dh.stride, int(c.blocks), scale},
+                   {p.db, db.data, s.columns, s.live, Ranks, db.stride, int(c.parts), scale}, stream);
   }
 };
 
+constexpr int kGatherRank = 96, kGatherPart = 64;  // a wider gather is two, of which the first has 64 ranks
+
 // work(Products<T, Ranks>()) of the narrowest kernel that holds the rank.
-template <class T, class Work>
+template <class T, int Widest, class Work>
 auto with_rank(int rank, const Work& work) {
   if (rank <= 16) return work(Products<T, 16>());
   if (rank <= 32) return work(Products<T, 32>());
   if (rank <= 64) return work(Products<T, 64>());
-  if (rank <= 96) return work(Products<T, 96>());
-  return work(Products<T, kMaxRank>());
+  if constexpr (Widest > 96)
+    if (rank > 96) return work(Products<T, Widest>());
+  return work(Products<T, 96>());
 }
 
-template <class Work>
+template <int Widest, class Work>
 const char* with_type(char type, int rank, const Work& work) {
   switch (type) {
-    case 'b': return with_rank<bf16>(rank, work);
-    case 'h': return with_rank<f16>(rank, work);
+    case 'b': return with_rank<bf16, Widest>(rank, work);
+    case 'h': return with_rank<f16, Widest>(rank, work);
     default: return "type must be b or h";
   }
 }
 
+// The same for both types.
 int64_t workspace_bytes(const char* what, const Shape& s, const Device& device) {
-  const auto floats = [&](auto products) -> int64_t {
-    if (!std::strcmp(what, "project")) return products.project(s, device).workspace;
-    if (!std::strcmp(what, "weigh")) return products.weigh(s, device).workspace;
-    if (!std::strcmp(what, "gather")) return products.gather(s, device).workspace;
-    return 0;
-  };
-  return 4 * with_rank<bf16>(s.rank, floats);  // the same for both types
+  if (!std::strcmp(what, "gather"))
+    return 4 * with_rank<bf16, kGatherRank>(s.rank > kGatherRank ? kGatherPart : s.rank,
+                                            [&](auto products) { return products.gather(s, device).workspace; });
+  const bool project = !std::strcmp(what, "project"), weigh = !std::strcmp(what, "weigh");
+  return 4 * with_rank<bf16, kMaxRank>(s.rank, [&](auto products) -> int64_t {
+    return project ? products.project(s, device).workspace : weigh ? products.weigh(s, device).workspace : 0;
+  });
 }
 
 const char* wrong(const Shape& s, std::initializer_list<Wide> wide, const Dropout& dropout) {
@@ -200,7 +218,7 @@ const char* project(char type, const Shape& s, Wide x, Wide a, Narrow h, const D
   if (!s.rows) return nullptr;
   const Project p{of<uint16_t>(x), of<uint16_t>(a), h.data, nullptr, s.rows, s.columns, x.stride, a.stride,
                   h.stride, s.rank, 0, kept_factor(dropout), dropout};
-  return with_type(type, s.rank, [&](auto products) { return products.run_project(p, s, workspace, device, stream); });
+  return with_type<kMaxRank>(type, s.rank, [&](auto products) { return products.run_project(p, s, workspace, device, stream); });
 }
 
 const char* weigh(char type, const Shape& s, Narrow dh, Wide x, Wide da, const Dropout& dropout, float* workspace,
@@ -209,7 +227,7 @@ const char* weigh(char type, const Shape& s, Narrow dh, Wide x, Wide da, const D
   if (!s.columns) return nullptr;
   const Weigh p{of<uint16_t>(dh), of<uint16_t>(x), da.data, nullptr, s.rows, s.columns, dh.stride, x.stride,
                 da.stride, s.rank, 0, kept_factor(dropout), dropout};
-  return with_type(type, s.rank, [&](auto products) { return products.run_weigh(p, s, workspace, device, stream); });
+  return with_type<kMaxRank>(type, s.rank, [&](auto products) { return products.run_weigh(p, s, workspace, device, stream); });
 }
 
 const char* spread(char type, const Shape& s, Narrow dh, Wide a, const void* bias, Wide out, bool add, float scale,
@@ -218,18 +236,26 @@ const char* spread(char type, const Shape& s, Narrow dh, Wide a, const void* bia
   if (!s.rows || !s.columns) return nullptr;
   const Spread p{of<uint16_t>(dh), of<uint16_t>(a), bias, static_cast<uint16_t*>(out.data), s.rows, s.columns, dh.stride,
                  a.stride, out.stride, s.rank, 0, add, kept_factor(dropout) * scale, dropout};
-  return with_type(type, s.rank, [&](auto products) { return products.run_spread(p, s, nullptr, device, stream); });
+  return with_type<kMaxRank>(type, s.rank, [&](auto products) { return products.run_spread(p, s, nullptr, device, stream); });
 }
 
 const char* gather(char type, const Shape& s, Wide dy, Wide bt, Narrow h, Narrow dh, Narrow db, float scale,
                    float* workspace, const Device& device, Stream stream) {
   if (const char* error = wrong(s, {dy, bt}, Dropout{})) return error;
+  if (!s.columns) return "columns must not be 0";
   if (s.live < 0 || s.live > s.rank) return "live must be 0 to the rank";
-  const Gather p{of<uint16_t>(dy), of<uint16_t>(bt), of<uint16_t>(h), nullptr, nullptr, s.rows, s.columns, dy.stride,
-                 bt.stride, h.stride, s.rank, s.live, 0, 0};
-  return with_type(type, s.rank, [&](auto products) {
-    return products.run_gather(p, dh, db, scale, s, workspace, device, stream);
-  });
+  const int width = s.rank > kGatherRank ? kGatherPart : s.rank;
+  for (int from = 0; from < s.rank; from += width) {
+    const auto moved = [&](const Narrow& n) { return Narrow{static_cast<uint16_t*>(n.data) + from, n.stride}; };
+    const Shape part{s.rows, s.columns, std::min(width, s.rank - from), std::min(width, std::max(0, s.live - from))};
+    const Gather p{of<uint16_t>(dy), of<uint16_t>(bt) + from * bt.stride, of<uint16_t>(moved(h)), nullptr, nullptr,
+                   s.rows, s.columns, dy.stride, bt.stride, h.stride, part.rank, part.live, 0, 0};
+    const char* error = with_type<kGatherRank>(type, width, [&](auto products) {
+      return products.run_gather(p, moved(dh), moved(db), scale, part, workspace, device, stream);
+    });
+    if (error) return error;
+  }
+  return nullptr;
 }
 
 }  // namespace

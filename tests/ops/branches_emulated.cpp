@@ -15,7 +15,7 @@ const uint32_t kUnwritten = 0xffffffffu;
 const int64_t kSeed = 0x123456789abcdef;
 
 template <class T>
-struct Matrix2 {
+struct Values {
   int64_t rows, columns, stride;
   T* data;
 
@@ -27,10 +27,10 @@ struct Matrix2 {
 
 // Rows `gap` elements further apart than they are long, `before` elements into their buffer.
 template <class T>
-Matrix2<T> made(int64_t rows, int64_t columns, int64_t gap, int64_t before, bool filled) {
+Values<T> made(int64_t rows, int64_t columns, int64_t gap, int64_t before, bool filled) {
   const int64_t stride = columns + gap;
   const int64_t count = before + (rows ? (rows - 1) * stride + columns : 0);
-  Matrix2<T> m{rows, columns, stride, simt::buffer<T>(size_t(count)) + before};
+  Values<T> m{rows, columns, stride, simt::buffer<T>(size_t(count)) + before};
   std::normal_distribution<float> normal;
   for (int64_t r = 0; filled && r < rows; ++r)
     for (int64_t c = 0; c < columns; ++c) store(m.at(r, c), normal(generator));
@@ -52,7 +52,7 @@ void error(const char* what, const Shape& s, const char* why) {
 
 // Every element within the rounding of its type and of the sum; `magnitude` is of the sum of absolute terms.
 template <class T, class Expected>
-void compare(const char* what, const Shape& s, const Matrix2<T>& got, const Expected& expected) {
+void compare(const char* what, const Shape& s, const Values<T>& got, const Expected& expected) {
   const double unit = std::is_same<T, bf16>::value ? 1.0 / 256 : 1.0 / 2048;
   char said[160];
   for (int64_t r = 0; r < got.rows; ++r)
@@ -67,7 +67,7 @@ void compare(const char* what, const Shape& s, const Matrix2<T>& got, const Expe
 
 // What lies between the rows has to stay as it was.
 template <class T>
-void untouched(const char* what, const Shape& s, const Matrix2<T>& m) {
+void untouched(const char* what, const Shape& s, const Values<T>& m) {
   for (int64_t r = 0; r + 1 < m.rows; ++r)
     for (int64_t c = m.columns; c < m.stride; ++c)
       if (std::memcmp(&m.at(r, c), &kUnwritten, sizeof(T))) return error(what, s, "something between the rows is written");
@@ -102,11 +102,11 @@ void run(const Case& one) {
   const auto require = [&](const char* what, const char* said) {
     if (said) error(what, s, said);
   };
-  const Matrix2<T> x = made<T>(s.rows, s.columns, one.wide_gap, 0, true);
-  const Matrix2<T> a = made<T>(s.rank, s.columns, one.wide_gap, 0, true);
-  const Matrix2<T> dh = made<T>(s.rows, s.rank, one.gap, one.before, true);
+  const Values<T> x = made<T>(s.rows, s.columns, one.wide_gap, 0, true);
+  const Values<T> a = made<T>(s.rank, s.columns, one.wide_gap, 0, true);
+  const Values<T> dh = made<T>(s.rows, s.rank, one.gap, one.before, true);
 
-  const Matrix2<T> h = made<T>(s.rows, s.rank, one.gap, one.before, false);
+  const Values<T> h = made<T>(s.rows, s.rank, one.gap, one.before, false);
   require("project", project(type, s, x.wide(), a.wide(), h.narrow(), dropout, workspace("project"), device, nullptr));
   compare("project", s, h, [&](int64_t m, int64_t r, double& magnitude) {
     double total = 0;
@@ -120,7 +120,7 @@ void run(const Case& one) {
   });
   untouched("project", s, h);
 
-  const Matrix2<T> da = made<T>(s.rank, s.columns, one.wide_gap, 0, false);
+  const Values<T> da = made<T>(s.rank, s.columns, one.wide_gap, 0, false);
   require("weigh", weigh(type, s, dh.narrow(), x.wide(), da.wide(), dropout, workspace("weigh"), device, nullptr));
   compare("weigh", s, da, [&](int64_t r, int64_t k, double& magnitude) {
     double total = 0;
@@ -134,8 +134,8 @@ void run(const Case& one) {
   });
   untouched("weigh", s, da);
 
-  const Matrix2<T> out = made<T>(s.rows, s.columns, one.wide_gap, 0, one.add);
-  const Matrix2<T> bias = made<T>(1, s.columns, 0, 1, true);
+  const Values<T> out = made<T>(s.rows, s.columns, one.wide_gap, 0, one.add);
+  const Values<T> bias = made<T>(1, s.columns, 0, 1, true);
   std::vector<double> had;
   for (int64_t m = 0; m < s.rows; ++m)
     for (int64_t k = 0; k < s.columns; ++k) had.push_back(one.add ? out.value(m, k) : 0);
@@ -153,9 +153,9 @@ void run(const Case& one) {
   });
   untouched("spread", s, out);
 
-  const Matrix2<T> hl = made<T>(s.rows, s.live, one.gap, one.before, true);
-  const Matrix2<T> sent = made<T>(s.rows, s.rank, one.gap, one.before, false);
-  const Matrix2<T> db = made<T>(s.columns, s.live, one.gap, one.before, false);
+  const Values<T> hl = made<T>(s.rows, s.live, one.gap, one.before, true);
+  const Values<T> sent = made<T>(s.rows, s.rank, one.gap, one.before, false);
+  const Values<T> db = made<T>(s.columns, s.live, one.gap, one.before, false);
   require("gather", gather(type, s, x.wide(), a.wide(), hl.narrow(), sent.narrow(), db.narrow(), scale,
                            workspace("gather"), device, nullptr));
   compare("gather, dh", s, sent, [&](int64_t m, int64_t r, double& magnitude) {
@@ -189,7 +189,7 @@ void run_dropout(int64_t rows, int64_t columns, int64_t gap, int64_t before, boo
   int64_t* seed = simt::buffer<int64_t>(1);
   *seed = kSeed;
   const Dropout dropout{seed, uint32_t(std::lround(0.3 * 65536)), 3};
-  const Matrix2<T> x = made<T>(rows, columns, gap, before, true), out = made<T>(rows, columns, gap, before, add);
+  const Values<T> x = made<T>(rows, columns, gap, before, true), out = made<T>(rows, columns, gap, before, add);
   std::vector<double> had;
   for (int64_t m = 0; m < rows; ++m)
     for (int64_t k = 0; k < columns; ++k) had.push_back(add ? out.value(m, k) : 0);
@@ -235,6 +235,8 @@ int main(int count, char** words) {
   run<bf16>({{1, 136, 96, 96}, 0.0, 132, 0, 0, 0, false, true});
   run<bf16>({{70, 648, 64, 40}, 0.3, 132, 8, 8, 8, false, false});
   run<bf16>({{70, 264, 128, 128}, 0.3, 3, 0, 0, 0, true, true});
+  run<bf16>({{40, 136, 101, 70}, 0.0, 132, 0, 3, 1, false, false});
+  run<bf16>({{40, 136, 97, 33}, 0.3, 132, 0, 8, 0, false, true});
   run<f16>({{200, 8, 5, 5}, 0.0, 132, 8, 1, 1, true, true});
   run<bf16>({{0, 136, 5, 5}, 0.3, 132, 0, 0, 0, false, false});
   run_dropouts<float>();
