@@ -133,8 +133,8 @@ int main() {
         for (const int64_t columns : {8, 136, 1032})
           for (const int64_t gap : {0, 3})
             for (const uint32_t threshold : {0u, 3277u})
-              run_products(type, {rows, columns, rank, rank - rank / 3}, gap, {threshold ? seed : nullptr, threshold, 1},
-                           stream);
+              run_products(type, {rows, columns, rank, rank - rank / 3}, gap,
+                           {threshold ? seed : nullptr, threshold, 1}, stream);
   std::printf("%d kernels and layouts ran\n", ran);
   return 0;
 }

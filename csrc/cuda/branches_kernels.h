@@ -39,9 +39,9 @@ CNEXT_DEVICE Draw begin(const Dropout& dropout) {
   return draw;
 }
 
-// Random words of 16 rows and a tile of 128 columns. Register e of a fragment of 16 columns holds two elements, h = 0, 1.
-// Side by side (a fragment in which rows are rows): row g + 8 (e % 2), columns 2 q + 8 (e / 2) + h, where g = lane / 4 and
-// q = lane % 4; stacked (rows are summed over): rows 2 q + 8 (e % 2) + h, column g + 8 (e / 2).
+// Random words of 16 rows and a tile of 128 columns. Register e of a fragment of 16 columns holds two elements, h = 0
+// and 1. With g = lane / 4 and q = lane % 4 they lie side by side, in row g + 8 (e % 2) and columns
+// 2 q + 8 (e / 2) + h; or Stacked, where rows are summed over: rows 2 q + 8 (e % 2) + h, column g + 8 (e / 2).
 struct Random {
   uint32_t word[8][4];  // [2 e + h][column / 32 within the tile]
 };
@@ -78,6 +78,8 @@ CNEXT_DEVICE void mask(uint32_t (&v)[4], const Random& random, int i, uint32_t l
 
 // ---- Tiles
 
+CNEXT_DEVICE uint32_t offset(int row, int column, int pitch) { return uint32_t(row * pitch + column) * 2; }
+
 // A tile of Columns into shared memory, rows `pitch` elements apart, with zeros outside the matrix, whose columns are a
 // multiple of 8 and whose rows are aligned. `threads` of them share the work, this one is the `thread`th.
 template <int Columns>
@@ -86,13 +88,13 @@ CNEXT_DEVICE void copy_wide(uint32_t to, int pitch, const uint16_t* from, int64_
   constexpr int chunks = Columns / 8;  // divides the threads, so that each has its column
   const int column = thread % chunks * 8, step = threads / chunks;
   const int filled = column < columns ? int(rows < tile_rows ? rows : tile_rows) : 0;
-  to += uint32_t(thread / chunks * pitch + column) * 2;
+  to += offset(thread / chunks, column, pitch);
   const uint16_t* at = from + thread / chunks * stride + column;
 #pragma unroll 4
   for (int row = thread / chunks; row < tile_rows; row += step) {
     const bool inside = row < filled;
     copy_async(to, inside ? at : from, inside ? 16 : 0);
-    to += uint32_t(step * pitch * 2);
+    to += offset(step, 0, pitch);
     at += step * stride;
   }
 }
@@ -107,15 +109,15 @@ CNEXT_DEVICE void copy_narrow(char* to, const uint16_t* from, int64_t stride, in
     for (int c = int(threadIdx.x); c < tile_rows * chunks; c += int(blockDim.x)) {
       const int row = c / chunks, column = c % chunks * 8, left = columns - column;
       const int bytes = row >= rows || left <= 0 ? 0 : left < 8 ? 2 * left : 16;
-      copy_async(shared_address(to) + uint32_t(row * pitch + column) * 2, bytes ? from + row * stride + column : from,
-                 bytes);
+      copy_async(shared_address(to) + offset(row, column, pitch), bytes ? from + row * stride + column : from, bytes);
     }
     return;
   }
   for (int c = int(threadIdx.x); c < tile_rows * Columns; c += int(blockDim.x)) {
     const int row = c / Columns, column = c % Columns;
     const bool inside = row < rows && column < columns;
-    write<uint16_t>(to + (row * pitch + column) * 2, inside ? read<uint16_t>(from + row * stride + column) : uint16_t(0));
+    const uint16_t value = inside ? read<uint16_t>(from + row * stride + column) : uint16_t(0);
+    write(to + offset(row, column, pitch), value);
   }
 }
 
@@ -164,20 +166,20 @@ __global__ void __launch_bounds__(Threads, Resident) project_kernel(const Projec
 #pragma unroll
       for (int f = 0; f < Fragments; ++f)
         fill<false>(random[f], draw, uint32_t(tile), uint32_t(first_row) + uint32_t(own + 16 * f), lane);
-    const uint32_t x_at = stage + uint32_t((own + lane % 16) * kPitch + lane / 16 * 8) * 2;
-    const uint32_t a_at = stage + a_offset + uint32_t((lane % 8 + lane / 16 * 8) * kPitch + lane / 8 % 2 * 8) * 2;
+    const uint32_t x_at = stage + offset(own + lane % 16, lane / 16 * 8, kPitch);
+    const uint32_t a_at = stage + a_offset + offset(lane % 8 + lane / 16 * 8, lane / 8 % 2 * 8, kPitch);
 #pragma unroll
     for (int i = 0; i < kTile / 16; ++i) {
       uint32_t v[Fragments][4];
 #pragma unroll
       for (int f = 0; f < Fragments; ++f) {
-        load_matrices(v[f], x_at + uint32_t(16 * f * kPitch + 16 * i) * 2);
+        load_matrices(v[f], x_at + offset(16 * f, 16 * i, kPitch));
         if (draw.dropped) mask(v[f], random[f], i, draw.limit);
       }
 #pragma unroll
       for (int n = 0; n < Ranks / 16; ++n) {
         uint32_t b[4];
-        load_matrices(b, a_at + uint32_t(16 * n * kPitch + 16 * i) * 2);
+        load_matrices(b, a_at + offset(16 * n, 16 * i, kPitch));
 #pragma unroll
         for (int f = 0; f < Fragments; ++f) {
           multiply(T(), sums[f][2 * n], v[f], b[0], b[1]);
@@ -250,15 +252,15 @@ __global__ void __launch_bounds__(kWeighThreads, Resident) weigh_kernel(const We
     __syncthreads();
     if (step + 1 < last) fetch(step + 1);
     const uint32_t stage = shared_address(memory) + uint32_t(step % 2) * (kXBytes + kDhBytes);
-    const uint32_t x_at = stage + uint32_t(lane % 16 * kPitch + lane / 16 * 8) * 2;
-    const uint32_t dh_at = stage + kXBytes + uint32_t((lane % 8 + lane / 16 * 8) * kDhPitch + lane / 8 % 2 * 8) * 2;
+    const uint32_t x_at = stage + offset(lane % 16, lane / 16 * 8, kPitch);
+    const uint32_t dh_at = stage + kXBytes + offset(lane % 8 + lane / 16 * 8, lane / 8 % 2 * 8, kDhPitch);
     if (draw.dropped) {
       Random random;
       fill<true>(random, draw, uint32_t(tile), uint32_t(step * kWeighRows) + uint32_t(16 * warp), lane);
 #pragma unroll
       for (int i = 0; i < kTile / 16; ++i) {
         Words v;
-        load_transposed(v.word, x_at + uint32_t(16 * warp * kPitch + 16 * i) * 2);
+        load_transposed(v.word, x_at + offset(16 * warp, 16 * i, kPitch));
         mask(v.word, random, i, draw.limit);
         write(masked + ((warp * 8 + i) * kWarp + lane) * 16, v);
       }
@@ -272,13 +274,16 @@ __global__ void __launch_bounds__(kWeighThreads, Resident) weigh_kernel(const We
         if (draw.dropped)
           v[i] = read<Words>(masked + ((group * 8 + 2 * warp + i) * kWarp + lane) * 16);
         else
-          load_transposed(v[i].word, x_at + uint32_t(16 * group * kPitch + 16 * (2 * warp + i)) * 2);
+          load_transposed(v[i].word, x_at + offset(16 * group, 16 * (2 * warp + i), kPitch));
 #pragma unroll
       for (int r = 0; r < Ranks / 16; ++r) {
         uint32_t a[4];
-        load_transposed(a, dh_at + uint32_t(16 * group * kDhPitch + 16 * r) * 2);
+        load_transposed(a, dh_at + offset(16 * group, 16 * r, kDhPitch));
 #pragma unroll
-        for (int n = 0; n < 4; ++n) multiply(T(), sums[r][n], a, v[n / 2].word[n % 2 * 2], v[n / 2].word[n % 2 * 2 + 1]);
+        for (int n = 0; n < 4; ++n) {
+          const uint32_t(&b)[4] = v[n / 2].word;
+          multiply(T(), sums[r][n], a, b[n % 2 * 2], b[n % 2 * 2 + 1]);
+        }
       }
     }
   }
@@ -314,8 +319,9 @@ struct Spread {
 
 constexpr int kSpreadThreads = 256;  // at most
 
-// Plus: there is a bias, or something to add to. Each warp has 16 rows, and keeps their dh in registers; the block shares a tile of a. What is written passes through
-// the warp's own part of shared memory, so that rows are written, and with `add` read, in pieces of 16 bytes.
+// Each warp has 16 rows, and keeps their dh in registers; the block shares a tile of a. What is written passes through
+// the warp's own part of shared memory, so that rows are written, and with `add` read, in pieces of 16 bytes. Plus:
+// there is a bias, or something to add to.
 template <class T, int Ranks, bool Plus, int Resident>
 __global__ void __launch_bounds__(kSpreadThreads, Resident) spread_kernel(const Spread p) {
   constexpr int kABytes = Ranks * kPitch * 2, kDhPitch = Ranks + kPad;
@@ -346,7 +352,7 @@ __global__ void __launch_bounds__(kSpreadThreads, Resident) spread_kernel(const 
   __syncthreads();
 #pragma unroll
   for (int r = 0; r < Ranks / 16; ++r)
-    load_matrices(left[r], shared_address(outs) + uint32_t((16 * warp + lane % 16) * kDhPitch + lane / 16 * 8 + 16 * r) * 2);
+    load_matrices(left[r], shared_address(outs) + offset(16 * warp + lane % 16, 16 * r + lane / 16 * 8, kDhPitch));
   __syncthreads();
   if (first < last) fetch(first);
   for (int64_t tile = first; tile < last; ++tile) {
@@ -355,7 +361,7 @@ __global__ void __launch_bounds__(kSpreadThreads, Resident) spread_kernel(const 
     if (tile + 1 < last) fetch(tile + 1);
     char* const staged = own(tile);
     const uint32_t a_at =
-        shared_address(memory) + uint32_t(tile % 2) * kABytes + uint32_t(lane % 16 * kPitch + lane / 16 * 8) * 2;
+        shared_address(memory) + uint32_t(tile % 2) * kABytes + offset(lane % 16, lane / 16 * 8, kPitch);
     Random random;
     if (draw.dropped) fill<false>(random, draw, uint32_t(tile), uint32_t(own_row), lane);
 #pragma unroll
@@ -364,14 +370,14 @@ __global__ void __launch_bounds__(kSpreadThreads, Resident) spread_kernel(const 
 #pragma unroll
       for (int r = 0; r < Ranks / 16; ++r) {
         uint32_t b[4];
-        load_transposed(b, a_at + uint32_t(16 * r * kPitch + 16 * i) * 2);
+        load_transposed(b, a_at + offset(16 * r, 16 * i, kPitch));
         multiply(T(), sums[0], left[r], b[0], b[1]);
         multiply(T(), sums[1], left[r], b[2], b[3]);
       }
 #pragma unroll
       for (int e = 0; e < 4; ++e) {
         const int row = lane / 4 + e % 2 * 8, column = 16 * i + lane % 4 * 2 + e / 2 * 8;
-        char* const to = staged + (row * kPitch + column) * 2;
+        char* const to = staged + offset(row, column, kPitch);
         float low = sums[e / 2][e % 2 * 2] * p.factor, high = sums[e / 2][e % 2 * 2 + 1] * p.factor;
         if (draw.dropped) {
           low = is_dropped(random, e, 0, i, draw.limit) ? 0.0f : low;
@@ -393,13 +399,13 @@ __global__ void __launch_bounds__(kSpreadThreads, Resident) spread_kernel(const 
     __syncwarp();
     const int64_t column = tile * kTile + lane % 16 * 8;
     const int filled = column < p.columns ? int(p.rows - own_row < 16 ? p.rows - own_row : 16) : 0;
-    const char* from = staged + (lane / 16 * kPitch + lane % 16 * 8) * 2;
+    const char* from = staged + offset(lane / 16, lane % 16 * 8, kPitch);
     uint16_t* to = p.out + (own_row + lane / 16) * p.out_stride + column;
 #pragma unroll
     for (int row = lane / 16; row < 16; row += 2) {
       const Words words = read<Words>(from);
       if (row < filled) write_global(to, words);
-      from += 2 * kPitch * 2;
+      from += offset(2, 0, kPitch);
       to += 2 * p.out_stride;
     }
   }
@@ -420,7 +426,8 @@ constexpr int kGatherRows = 32;
 // takes 32 rows of the slab into shared memory once, for both products; the warps' shares of dh are summed there.
 template <class T, int Ranks, int Columns, int Threads>
 __global__ void __launch_bounds__(Threads, 1) gather_kernel(const Gather p) {
-  constexpr int kWarps = Threads / kWarp, kSlab = kWarps * Columns, kDyPitch = kSlab + kPad, kHPitch = Ranks + kPad, kSumPitch = Ranks + kPad;
+  constexpr int kWarps = Threads / kWarp, kSlab = kWarps * Columns;
+  constexpr int kDyPitch = kSlab + kPad, kHPitch = Ranks + kPad, kSumPitch = Ranks + kPad;
   constexpr int kDyBytes = kGatherRows * kDyPitch * 2, kHBytes = kGatherRows * kHPitch * 2;
   const int warp = int(threadIdx.x) / kWarp, lane = int(threadIdx.x) % kWarp;
   const int64_t first_column = int64_t(blockIdx.x) * kSlab, own_column = first_column + warp * Columns;
@@ -467,7 +474,7 @@ __global__ void __launch_bounds__(Threads, 1) gather_kernel(const Gather p) {
 #pragma unroll
       for (int c = 0; c < Columns / 16; ++c) {
         uint32_t v[4];
-        load_matrices(v, dy_at + uint32_t((16 * f + lane % 16) * kDyPitch + 16 * c + lane / 16 * 8) * 2);
+        load_matrices(v, dy_at + offset(16 * f + lane % 16, 16 * c + lane / 16 * 8, kDyPitch));
 #pragma unroll
         for (int n = 0; n < Ranks / 8; ++n) multiply(T(), dh[n], v, right[c][n][0], right[c][n][1]);
       }
@@ -484,11 +491,12 @@ __global__ void __launch_bounds__(Threads, 1) gather_kernel(const Gather p) {
         uint32_t h[Ranks / 16][4];
 #pragma unroll
         for (int r = 0; r < Ranks / 16; ++r)
-          load_transposed(h[r], stage + kDyBytes + uint32_t((16 * f + lane % 16) * kHPitch + 16 * r + lane / 16 * 8) * 2);
+          load_transposed(h[r], stage + kDyBytes + offset(16 * f + lane % 16, 16 * r + lane / 16 * 8, kHPitch));
 #pragma unroll
         for (int c = 0; c < Columns / 16; ++c) {
           uint32_t v[4];
-          load_transposed(v, dy_at + uint32_t((16 * f + lane % 8 + lane / 16 * 8) * kDyPitch + 16 * c + lane / 8 % 2 * 8) * 2);
+          const int row = 16 * f + lane % 8 + lane / 16 * 8;
+          load_transposed(v, dy_at + offset(row, 16 * c + lane / 8 % 2 * 8, kDyPitch));
 #pragma unroll
           for (int n = 0; n < Ranks / 8; ++n) multiply(T(), db[c][n], v, h[n / 2][n % 2 * 2], h[n / 2][n % 2 * 2 + 1]);
         }

@@ -23,8 +23,8 @@ struct Cut {
   double cost;
 };
 
-// Cuts `units` of work for each of `blocks` into the parts that end first, where the device runs `slots` blocks at once. A
-// block takes about a unit to begin, and `extra` units for its part of a sum to be written and read again.
+// Cuts `units` of work for each of `blocks` into the parts that end first, where the device runs `slots` blocks at
+// once. A block takes about a unit to begin, and `extra` units for its part of a sum to be written and read again.
 Cut cut(int64_t blocks, int64_t units, int64_t slots, double extra, int limit, int threads, int shared) {
   Cut best{blocks, 1, units, threads, shared, 0, -1};
   for (int64_t parts = 1; parts <= limit && (parts == 1 || parts <= units); ++parts) {
@@ -130,7 +130,7 @@ struct Products {
     return combine({workspace, p.da, s.rank, s.columns, s.columns, p.da_stride, int(c.parts), p.factor}, {}, stream);
   }
 
-  static const char* run_spread(const Spread& given, const Shape& s, float*, const Device& device, Stream stream) {
+  static const char* run_spread(const Spread& given, const Shape& s, const Device& device, Stream stream) {
     const Cut c = spread(s, given.add, device);
     Spread p = given;
     p.tiles = int(c.units);
@@ -218,7 +218,8 @@ const char* project(char type, const Shape& s, Wide x, Wide a, Narrow h, const D
   if (!s.rows) return nullptr;
   const Project p{of<uint16_t>(x), of<uint16_t>(a), h.data, nullptr, s.rows, s.columns, x.stride, a.stride,
                   h.stride, s.rank, 0, kept_factor(dropout), dropout};
-  return with_type<kMaxRank>(type, s.rank, [&](auto products) { return products.run_project(p, s, workspace, device, stream); });
+  return with_type<kMaxRank>(type, s.rank,
+                             [&](auto products) { return products.run_project(p, s, workspace, device, stream); });
 }
 
 const char* weigh(char type, const Shape& s, Narrow dh, Wide x, Wide da, const Dropout& dropout, float* workspace,
@@ -227,16 +228,17 @@ const char* weigh(char type, const Shape& s, Narrow dh, Wide x, Wide da, const D
   if (!s.columns) return nullptr;
   const Weigh p{of<uint16_t>(dh), of<uint16_t>(x), da.data, nullptr, s.rows, s.columns, dh.stride, x.stride,
                 da.stride, s.rank, 0, kept_factor(dropout), dropout};
-  return with_type<kMaxRank>(type, s.rank, [&](auto products) { return products.run_weigh(p, s, workspace, device, stream); });
+  return with_type<kMaxRank>(type, s.rank,
+                             [&](auto products) { return products.run_weigh(p, s, workspace, device, stream); });
 }
 
 const char* spread(char type, const Shape& s, Narrow dh, Wide a, const void* bias, Wide out, bool add, float scale,
                    const Dropout& dropout, const Device& device, Stream stream) {
   if (const char* error = wrong(s, {a, out}, dropout)) return error;
   if (!s.rows || !s.columns) return nullptr;
-  const Spread p{of<uint16_t>(dh), of<uint16_t>(a), bias, static_cast<uint16_t*>(out.data), s.rows, s.columns, dh.stride,
-                 a.stride, out.stride, s.rank, 0, add, kept_factor(dropout) * scale, dropout};
-  return with_type<kMaxRank>(type, s.rank, [&](auto products) { return products.run_spread(p, s, nullptr, device, stream); });
+  const Spread p{of<uint16_t>(dh), of<uint16_t>(a), bias, static_cast<uint16_t*>(out.data), s.rows, s.columns,
+                 dh.stride, a.stride, out.stride, s.rank, 0, add, kept_factor(dropout) * scale, dropout};
+  return with_type<kMaxRank>(type, s.rank, [&](auto products) { return products.run_spread(p, s, device, stream); });
 }
 
 const char* gather(char type, const Shape& s, Wide dy, Wide bt, Narrow h, Narrow dh, Narrow db, float scale,

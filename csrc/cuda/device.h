@@ -121,7 +121,8 @@ CNEXT_DEVICE uint32_t pack(f16, float low, float high) {
 CNEXT_DEVICE uint32_t ballot(bool vote) { return __ballot_sync(0xffffffffu, vote); }
 
 template <class... P, class... A>
-const char* launch(void (*kernel)(P...), dim3 grid, int threads, int shared, cudaStream_t stream, const A&... arguments) {
+const char* launch(void (*kernel)(P...), dim3 grid, int threads, int shared, cudaStream_t stream,
+                   const A&... arguments) {
   if (shared > 48 * 1024) {
     const cudaError_t set = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
     if (set != cudaSuccess) return cudaGetErrorString(set);

@@ -46,8 +46,8 @@ struct Eight {
   }
 };
 
-// A thread has eight neighbouring columns of some rows, and draws for eight that are 16 apart: ballots change the one for
-// the other. Every thread votes, those outside the matrix too.
+// A thread has eight neighbouring columns of some rows, and draws for eight that are 16 apart: ballots change the one
+// for the other. Every thread votes, those outside the matrix too.
 template <class T, bool Add, int Rows>
 __global__ void __launch_bounds__(kDropoutThreads) dropout_vectors(const T* __restrict__ x, T* __restrict__ out,
                                                                    const Matrix matrix, const Dropout dropout,
@@ -132,7 +132,8 @@ const char* run_dropout(const T* x, T* out, const Matrix& matrix, const Dropout&
   const int64_t tall = (matrix.rows + lines - 1) / lines, wide = (matrix.columns + kTile - 1) / kTile;
   const auto kernel = vectors ? dropout_vectors<T, Add, rows> : dropout_elements<T, Add>;
   const float scale = float(65536.0 / (65536.0 - dropout.threshold));
-  return launch(kernel, dim3(unsigned(tall), unsigned(wide)), kDropoutThreads, 0, stream, x, out, matrix, dropout, scale);
+  const dim3 grid{unsigned(tall), unsigned(wide)};
+  return launch(kernel, grid, kDropoutThreads, 0, stream, x, out, matrix, dropout, scale);
 }
 
 const char* drop(char type, bool add, const void* x, void* out, const Matrix& matrix, const Dropout& dropout,

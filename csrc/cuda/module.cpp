@@ -74,9 +74,9 @@ void dropout(const std::string& type, bool add, uintptr_t x, uintptr_t out, int6
                                     reinterpret_cast<Stream>(stream)));
 }
 
-void project(const std::string& type, uintptr_t x, uintptr_t a, uintptr_t h, int64_t rows, int64_t columns, int64_t rank,
-             int64_t x_stride, int64_t a_stride, int64_t h_stride, uintptr_t seed, uint32_t threshold, uint32_t branch,
-             uintptr_t workspace, uintptr_t stream) {
+void project(const std::string& type, uintptr_t x, uintptr_t a, uintptr_t h, int64_t rows, int64_t columns,
+             int64_t rank, int64_t x_stride, int64_t a_stride, int64_t h_stride, uintptr_t seed, uint32_t threshold,
+             uint32_t branch, uintptr_t workspace, uintptr_t stream) {
   const char letter = one_letter(type);
   const Shape sizes = shape(rows, columns, rank, 0);
   py::gil_scoped_release nogil;
@@ -85,9 +85,9 @@ void project(const std::string& type, uintptr_t x, uintptr_t a, uintptr_t h, int
                                     reinterpret_cast<Stream>(stream)));
 }
 
-void weigh(const std::string& type, uintptr_t dh, uintptr_t x, uintptr_t da, int64_t rows, int64_t columns, int64_t rank,
-           int64_t dh_stride, int64_t x_stride, int64_t da_stride, uintptr_t seed, uint32_t threshold, uint32_t branch,
-           uintptr_t workspace, uintptr_t stream) {
+void weigh(const std::string& type, uintptr_t dh, uintptr_t x, uintptr_t da, int64_t rows, int64_t columns,
+           int64_t rank, int64_t dh_stride, int64_t x_stride, int64_t da_stride, uintptr_t seed, uint32_t threshold,
+           uint32_t branch, uintptr_t workspace, uintptr_t stream) {
   const char letter = one_letter(type);
   const Shape sizes = shape(rows, columns, rank, 0);
   py::gil_scoped_release nogil;
@@ -102,8 +102,9 @@ void spread(const std::string& type, uintptr_t dh, uintptr_t a, uintptr_t bias, 
   const char letter = one_letter(type);
   const Shape sizes = shape(rows, columns, rank, 0);
   py::gil_scoped_release nogil;
-  succeed("spread", launch_spread(letter, sizes, {at(dh), dh_stride}, {at(a), a_stride}, at(bias), {at(out), out_stride},
-                                  add, scale, drawn(seed, threshold, branch), reinterpret_cast<Stream>(stream)));
+  succeed("spread",
+          launch_spread(letter, sizes, {at(dh), dh_stride}, {at(a), a_stride}, at(bias), {at(out), out_stride}, add,
+                        scale, drawn(seed, threshold, branch), reinterpret_cast<Stream>(stream)));
 }
 
 void gather(const std::string& type, uintptr_t dy, uintptr_t bt, uintptr_t h, uintptr_t dh, uintptr_t db, int64_t rows,

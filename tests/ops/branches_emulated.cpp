@@ -70,7 +70,8 @@ template <class T>
 void untouched(const char* what, const Shape& s, const Values<T>& m) {
   for (int64_t r = 0; r + 1 < m.rows; ++r)
     for (int64_t c = m.columns; c < m.stride; ++c)
-      if (std::memcmp(&m.at(r, c), &kUnwritten, sizeof(T))) return error(what, s, "something between the rows is written");
+      if (std::memcmp(&m.at(r, c), &kUnwritten, sizeof(T)))
+        return error(what, s, "something between the rows is written");
 }
 
 struct Case {

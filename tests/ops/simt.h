@@ -1,6 +1,6 @@
 // A GPU's thread block on the host, for kernels written against csrc/cuda/device.h: every thread is a fiber, and fibers
-// change at barriers and at what a warp does together. What has not been written reads as NaN, an asynchronous copy lands
-// when it is waited for, and accesses are checked for their alignment and, in buffers that are known, their bounds.
+// change at barriers and at what a warp does together. What has not been written reads as NaN, an asynchronous copy
+// lands when it is waited for, and every access is checked for its alignment and its bounds.
 #pragma once
 
 #include <setjmp.h>
