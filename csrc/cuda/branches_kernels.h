@@ -48,14 +48,14 @@ struct Random {
 
 template <bool Stacked>
 CNEXT_DEVICE void fill(Random& random, const Draw& draw, uint32_t tile, uint32_t row, int lane) {
-  const uint32_t g = uint32_t(lane) / 4, q = uint32_t(lane) % 4 * 2;
+  const uint32_t g = uint32_t(lane) / 4, q = uint32_t(lane) % 4;
 #pragma unroll
   for (uint32_t i = 0; i < 8; ++i) {
     const uint32_t e = i / 2, h = i % 2;
-    const uint32_t column = Stacked ? g + 8 * (e / 2) : q + 8 * (e / 2) + h;
+    const uint32_t column = Stacked ? g + 8 * (e / 2) : 2 * q + 8 * (e / 2) + h;
     uint32_t(&c)[4] = random.word[i];
     c[0] = tile * kTileLanes + column;
-    c[1] = row + (Stacked ? q + 8 * (e % 2) + h : g + 8 * (e % 2));
+    c[1] = row + (Stacked ? 2 * q + 8 * (e % 2) + h : g + 8 * (e % 2));
     c[2] = draw.branch;
     c[3] = 0;
     philox(c, draw.key0, draw.key1);

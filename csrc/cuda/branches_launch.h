@@ -55,7 +55,8 @@ struct Products {
   // Of rank 96 a warp has 32 rows, which halves what it reads of a: the widest with which nothing spills.
   static constexpr int kFragments = Ranks == 96 ? 2 : 1, kProjectResident = Ranks <= 64 ? 2 : 1;
   static constexpr int kWeighResident = Ranks <= 32 ? 3 : 2;
-  static constexpr int kSpreadResident = Ranks <= 96 ? 2 : 1;
+  template <bool Plus>
+  static constexpr int kSpreadResident = Ranks <= (Plus ? 64 : 96) ? 2 : 1;
   static constexpr int kGatherColumns = Ranks <= 32 ? 64 : 32;  // of a warp
   static constexpr int kGatherThreads = Ranks <= 32 ? 384 : 256, kSlab = kGatherColumns * kGatherThreads / kWarp;
 
@@ -77,11 +78,12 @@ struct Products {
     return c;
   }
 
-  static Cut spread(const Shape& s, bool add, const Device& device) {
+  static Cut spread(const Shape& s, bool plus, bool add, const Device& device) {
+    const int64_t resident = plus ? kSpreadResident<true> : kSpreadResident<false>;
     return with_warps(device, 1, Ranks, [&](int warps) {
       const int rows = warps * 16;
-      return cut(ceiling(s.rows, rows), ceiling(s.columns, kTile), int64_t(kSpreadResident) * device.processors, 0, 64,
-                 warps * kWarp, (2 * Ranks + (add ? 2 : 1) * rows) * kPitch * 2);
+      return cut(ceiling(s.rows, rows), ceiling(s.columns, kTile), resident * device.processors, 0, 64, warps * kWarp,
+                 (2 * Ranks + (add ? 2 : 1) * rows) * kPitch * 2);
     });
   }
 
@@ -131,11 +133,12 @@ struct Products {
   }
 
   static const char* run_spread(const Spread& given, const Shape& s, const Device& device, Stream stream) {
-    const Cut c = spread(s, given.add, device);
+    const bool plus = given.add || given.bias;
+    const Cut c = spread(s, plus, given.add, device);
     Spread p = given;
     p.tiles = int(c.units);
-    const auto kernel = p.add || p.bias ? spread_kernel<T, Ranks, true, kSpreadResident>
-                                        : spread_kernel<T, Ranks, false, kSpreadResident>;
+    const auto kernel = plus ? spread_kernel<T, Ranks, true, kSpreadResident<true>>
+                             : spread_kernel<T, Ranks, false, kSpreadResident<false>>;
     return launch(kernel, dim3(unsigned(c.blocks), unsigned(c.parts)), c.threads, c.shared, stream, p);
   }
 
