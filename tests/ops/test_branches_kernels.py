@@ -88,3 +88,26 @@ if shutil.which("nvcc"):
             for instruction in WIDE[kernel]:
                 assert instruction in body, f"{name}: no {instruction}"
         assert found == EXPECTED
+
+
+def test_the_products_ask_for_their_workspace_and_refuse_what_they_cannot_do():
+    """Of the CUDA part where it was built; no device is needed."""
+    cuda = pytest.importorskip("cnext._cuda")
+    sizes = {what: cuda.workspace(what, 14080, 5120, 32, 32) for what in ("project", "weigh", "spread", "gather")}
+    assert sizes["spread"] == 0
+    assert all(size % 4 == 0 for size in sizes.values())
+    assert sizes["gather"] >= 4 * 32 * (14080 + 5120)
+    with pytest.raises(ValueError, match="expected project, weigh, spread or gather, not mix"):
+        cuda.workspace("mix", 1, 8, 1, 1)
+    with pytest.raises(ValueError, match="rank must be 1 to 128"):
+        cuda.workspace("weigh", 64, 128, 129, 0)
+    layouts = {
+        "columns must be a multiple of 8": ("b", 12, 16, 0, 0),
+        "a stride that is a multiple of 8": ("b", 16, 17, 0, 0),
+        "dropout needs a seed": ("b", 16, 16, 0, 100),
+        "threshold must be below 65536": ("b", 16, 16, 16, 65536),
+        "type must be b or h": ("f", 16, 16, 0, 0),
+    }
+    for said, (letter, columns, stride, seed, threshold) in layouts.items():
+        with pytest.raises(RuntimeError, match=said):
+            cuda.project(letter, 0, 0, 0, 5, columns, 4, stride, 16, 4, seed, threshold, 0, 0)
