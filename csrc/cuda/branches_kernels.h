@@ -429,6 +429,7 @@ __global__ void __launch_bounds__(Threads, 1) gather_kernel(const Gather p) {
   constexpr int kWarps = Threads / kWarp, kSlab = kWarps * Columns;
   constexpr int kDyPitch = kSlab + kPad, kHPitch = Ranks + kPad, kSumPitch = Ranks + kPad;
   constexpr int kDyBytes = kGatherRows * kDyPitch * 2, kHBytes = kGatherRows * kHPitch * 2;
+  static_assert(Threads % (kSlab / 8) == 0, "copy_wide gives each thread its column");
   const int warp = int(threadIdx.x) / kWarp, lane = int(threadIdx.x) % kWarp;
   const int64_t first_column = int64_t(blockIdx.x) * kSlab, own_column = first_column + warp * Columns;
   const int64_t steps = (p.rows + kGatherRows - 1) / kGatherRows, first = int64_t(blockIdx.y) * p.steps;
