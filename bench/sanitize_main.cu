@@ -10,6 +10,7 @@
 
 #include "dropout.h"
 #include "foreach.h"
+#include "products.h"
 
 namespace {
 
@@ -83,6 +84,37 @@ void run_dropout(char type, bool add, int64_t columns, const int64_t* seed, cuda
   ++ran;
 }
 
+// Every product, in a shape and layout; `gap` elements between the rows of the narrow matrices.
+void run_products(char type, const Shape& shape, int64_t gap, const Dropout& dropout, cudaStream_t stream) {
+  const int64_t rows = shape.rows, columns = shape.columns, rank = shape.rank, stride = rank + gap;
+  std::vector<void*> held;
+  const auto made = [&](int64_t bytes) {
+    held.push_back(filled<char>(bytes, kFill));
+    return held.back();
+  };
+  const auto workspace = [&](const char* what) {  // as cudaMalloc gives it: written before it is read
+    void* bytes = nullptr;
+    require(cudaMalloc(&bytes, size_t(workspace_bytes(what, shape)) + 1), "cudaMalloc");
+    held.push_back(bytes);
+    return static_cast<float*>(bytes);
+  };
+  const auto narrow = [&](int64_t height, int64_t width) {
+    return Narrow{made(2 * ((height - 1) * stride + width)), stride};
+  };
+  const auto wide = [&](int64_t height) { return Wide{made(2 * height * columns), columns}; };
+  const Wide x = wide(rows), a = wide(rank), da = wide(rank), out = wide(rows);
+  const Narrow h = narrow(rows, rank), dh = narrow(rows, rank), db = narrow(columns, shape.live);
+  void* const bias = made(2 * columns);
+  require(launch_project(type, shape, x, a, h, dropout, workspace("project"), stream), "project");
+  require(launch_spread(type, shape, h, a, nullptr, out, false, 0.5f, dropout, stream), "spread");
+  require(launch_spread(type, shape, h, a, bias, out, true, 0.5f, dropout, stream), "spread");
+  require(launch_gather(type, shape, out, a, h, dh, db, 0.5f, workspace("gather"), stream), "gather");
+  require(launch_weigh(type, shape, dh, x, da, dropout, workspace("weigh"), stream), "weigh");
+  require(cudaStreamSynchronize(stream), "products");
+  for (void* one : held) require(cudaFree(one), "cudaFree");
+  ++ran;
+}
+
 }  // namespace
 
 int main() {
@@ -95,6 +127,14 @@ int main() {
   for (const char type : {'f', 'b', 'h'})
     for (const int64_t columns : {1, 15, 127, 128, 129, 300})
       for (const bool add : {false, true}) run_dropout(type, add, columns, seed, stream);
+  for (const char type : {'b', 'h'})
+    for (const int rank : {5, 16, 32, 64, 90, 128})
+      for (const int64_t rows : {1, 70, 500})
+        for (const int64_t columns : {8, 136, 1032})
+          for (const int64_t gap : {0, 3})
+            for (const uint32_t threshold : {0u, 3277u})
+              run_products(type, {rows, columns, rank, rank - rank / 3}, gap,
+                           {threshold ? seed : nullptr, threshold, 1}, stream);
   std::printf("%d kernels and layouts ran\n", ran);
   return 0;
 }

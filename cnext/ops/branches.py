@@ -347,18 +347,14 @@ def _run_forward(
     path = dispatch.choose(NAME, x.device.type, impl, plain="torch", rows=flat.shape[0])
     random = low_rank.Dropout(seed, dropout, independent, path)
     h = low_rank.project(flat, a, ranks, len(weight), random)
-    dispatch.ran(NAME, random.ran)
     routed = _routed(h, routing, ranks, len(weight))
     outputs = []
     for g, (w, offset, up) in enumerate(zip(weight, bias, b, strict=True)):
-        mine = _of(g, routed, rank)
-        if offset is None:
-            y = low_rank.product(mine, up, flat.new_empty(flat.shape[0], w.shape[0]), scale)
-        else:
-            y = torch.addmm(offset, mine, up, alpha=scale)
+        y = low_rank.up(_of(g, routed, rank), up, offset, scale, random)
         y.addmm_(flat, w.T)
         outputs.append(y if x.ndim == 2 else y.view(*x.shape[:-1], w.shape[0]))
     outputs.append(h)
+    dispatch.ran(NAME, random.ran)
     return outputs
 
 

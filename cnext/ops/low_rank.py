@@ -79,6 +79,24 @@ def project(x: Tensor, a: Tensor, ranks: Sequence[int], linears: int, dropout: D
     return h
 
 
+def up(h: Tensor, b: Tensor, bias: Tensor | None, scale: float, dropout: Dropout) -> Tensor:
+    """scale * h B^T + bias, (rows, out). h: (rows, rank); b: (rank, out), B transposed."""
+    rows, (rank, columns) = h.shape[0], b.shape
+    out = h.new_empty(rows, columns)
+    if not out.numel() or rank > MOST_RANK or not _fused(dropout.impl, out, b):
+        return product(h, b, out, scale) if bias is None else torch.addmm(bias, h, b, alpha=scale, out=out)
+    if dropout.impl == "triton":
+        from cnext.kernels import branches  # pyright: ignore[reportMissingImports]
+
+        branches.run_spread(h, b, out, None, 0, 0, scale=scale, bias=bias)
+        dropout.launched = True
+    else:
+        bias = None if bias is None else bias.contiguous()
+        place = 0 if bias is None else bias.data_ptr()
+        _call("spread", dropout, (h, b, out), (rows, columns, rank), place, False, scale, 0, 0, 0)
+    return out
+
+
 def spread(dh: Tensor, a: Tensor, ranks: Sequence[int], linears: int, dropout: Dropout) -> Tensor:
     """The branches' part of dX: drop'(dh A), (rows, in)."""
     out = dh.new_empty(dh.shape[0], a.shape[1])
@@ -240,7 +258,7 @@ def _launch(
         elif what == "weigh":
             _call(what, dropout, (one[:, part], two, out[part]), sizes, *mask)
         else:
-            _call(what, dropout, (one[:, part], two[part], out), sizes, begin > 0 or not first, 1.0, *mask)
+            _call(what, dropout, (one[:, part], two[part], out), sizes, 0, begin > 0 or not first, 1.0, *mask)
 
 
 def _call(what: str, dropout: Dropout, operands: Sequence[Tensor], sizes: Sequence[int], *numbers: float) -> None:

@@ -1,56 +1,60 @@
-// Dropout on the way into the branches: one pass, the mask made from its seed. Nothing waits for the host, and the seed
-// is read on the device, so that a captured graph draws anew where its seed is drawn anew.
-#include "../branches.h"
-
-#include "dropout.h"
+// Dropout of a matrix and the skinny products of the branches: which device they run on, and what module.cpp calls.
+// Nothing waits for the host, and the seed is read on the device, so that a captured graph draws anew where its seed is
+// drawn anew.
+#include "branches_launch.h"
+#include "dropout_kernels.h"
 
 namespace {
 
-constexpr int kThreads = 256, kRows = 16;  // a block works on a tile of columns and 16 rows
-
-// Sixteen threads have a row's tile between them. Each makes four words of bits, and has eight elements, 16 apart: in
-// every step the sixteen touch neighbours.
-template <class T, bool Add>
-__global__ void __launch_bounds__(kThreads) dropout_kernel(const T* __restrict__ x, T* __restrict__ out, Matrix matrix,
-                                                           Dropout dropout, float scale) {
-  const int64_t row = int64_t(blockIdx.x) * kRows + threadIdx.x / kTileLanes;
-  const int64_t first = int64_t(blockIdx.y) * kTile + threadIdx.x % kTileLanes;
-  if (row >= matrix.rows) return;
-  const uint64_t seed = uint64_t(*dropout.seed);
-  uint32_t c[4] = {blockIdx.y * kTileLanes + threadIdx.x % kTileLanes, uint32_t(row), dropout.branch, 0};
-  philox(c, uint32_t(seed), uint32_t(seed >> 32));
-  x += row * matrix.x_stride;
-  out += row * matrix.out_stride;
-#pragma unroll
-  for (int i = 0; i < kTile / kTileLanes; ++i) {
-    const int64_t k = first + i * kTileLanes;
-    if (k >= matrix.columns) return;
-    const uint32_t random = (i % 2 ? c[i / 2] >> 16 : c[i / 2]) & 0xffffu;
-    const float kept = random >= dropout.threshold ? load(x[k]) * scale : 0.0f;
-    store(out[k], Add ? load(out[k]) + kept : kept);
+// Of the current device; without one the numbers of an H100, so that sizes can be asked for anywhere.
+Device current() {
+  static thread_local int known = -1;
+  static thread_local Device device;
+  int index = 0;
+  if (cudaGetDevice(&index) != cudaSuccess) {
+    cudaGetLastError();
+    return Device();
   }
-}
-
-template <class T>
-const char* launch(bool add, const void* x, void* out, const Matrix& matrix, const Dropout& dropout,
-                   cudaStream_t stream) {
-  const dim3 grid(unsigned((matrix.rows + kRows - 1) / kRows), unsigned((matrix.columns + kTile - 1) / kTile));
-  const float scale = float(65536.0 / (65536.0 - dropout.threshold));
-  const auto kernel = add ? dropout_kernel<T, true> : dropout_kernel<T, false>;
-  kernel<<<grid, kThreads, 0, stream>>>(static_cast<const T*>(x), static_cast<T*>(out), matrix, dropout, scale);
-  const cudaError_t error = cudaGetLastError();
-  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+  if (index == known) return device;
+  Device found;
+  if (cudaDeviceGetAttribute(&found.processors, cudaDevAttrMultiProcessorCount, index) != cudaSuccess ||
+      cudaDeviceGetAttribute(&found.shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, index) != cudaSuccess) {
+    cudaGetLastError();
+    return Device();
+  }
+  known = index;
+  return device = found;
 }
 
 }  // namespace
 
 const char* launch_dropout(char type, bool add, const void* x, void* out, const Matrix& matrix, const Dropout& dropout,
-                           CUstream_st* stream) {
-  if (matrix.rows == 0 || matrix.columns == 0) return nullptr;
-  switch (type) {
-    case 'f': return launch<float>(add, x, out, matrix, dropout, stream);
-    case 'b': return launch<bf16>(add, x, out, matrix, dropout, stream);
-    case 'h': return launch<f16>(add, x, out, matrix, dropout, stream);
-    default: return "type must be f, b or h";
-  }
+                           Stream stream) {
+  return drop(type, add, x, out, matrix, dropout, stream);
+}
+
+const char* launch_project(char type, const Shape& shape, Wide x, Wide a, Narrow h, const Dropout& dropout,
+                           float* workspace, Stream stream) {
+  return project(type, shape, x, a, h, dropout, workspace, current(), stream);
+}
+
+const char* launch_weigh(char type, const Shape& shape, Narrow dh, Wide x, Wide da, const Dropout& dropout,
+                         float* workspace, Stream stream) {
+  return weigh(type, shape, dh, x, da, dropout, workspace, current(), stream);
+}
+
+const char* launch_spread(char type, const Shape& shape, Narrow dh, Wide a, const void* bias, Wide out, bool add,
+                          float scale, const Dropout& dropout, Stream stream) {
+  return spread(type, shape, dh, a, bias, out, add, scale, dropout, current(), stream);
+}
+
+const char* launch_gather(char type, const Shape& shape, Wide dy, Wide bt, Narrow h, Narrow dh, Narrow db, float scale,
+                          float* workspace, Stream stream) {
+  return gather(type, shape, dy, bt, h, dh, db, scale, workspace, current(), stream);
+}
+
+int64_t workspace_bytes(const char* what, const Shape& shape) {
+  for (const char* known : {"project", "weigh", "spread", "gather"})
+    if (!std::strcmp(what, known)) return workspace_bytes(what, shape, current());
+  return -1;
 }

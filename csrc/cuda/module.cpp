@@ -9,6 +9,7 @@
 #include "../calls.h"
 #include "dropout.h"
 #include "foreach.h"
+#include "products.h"
 
 namespace py = pybind11;
 
@@ -40,17 +41,90 @@ void foreach (const std::string& rule, const std::string& dtypes, const Addresse
   if (error) throw std::runtime_error(rule + ": " + error);
 }
 
+char one_letter(const std::string& type) {
+  if (type.size() != 1) throw std::invalid_argument("type must be one letter");
+  return type[0];
+}
+
+Shape shape(int64_t rows, int64_t columns, int64_t rank, int64_t live) {
+  if (rank < 1 || rank > kMaxRank) throw std::invalid_argument("rank must be 1 to 128");
+  if (rows < 0 || columns < 0) throw std::invalid_argument("rows and columns must not be negative");
+  if (live < 0 || live > rank) throw std::invalid_argument("live must be 0 to the rank");
+  return {rows, columns, int(rank), int(live)};
+}
+
+void* at(uintptr_t address) { return reinterpret_cast<void*>(address); }
+
+Dropout drawn(uintptr_t seed, uint32_t threshold, uint32_t branch) {
+  return {reinterpret_cast<const int64_t*>(seed), threshold, branch};
+}
+
+void succeed(const char* what, const char* error) {
+  if (error) throw std::runtime_error(std::string(what) + ": " + error);
+}
+
 // As in cnext._cpu; the seed and the matrices are on the device.
 void dropout(const std::string& type, bool add, uintptr_t x, uintptr_t out, int64_t rows, int64_t columns,
-             int64_t x_stride, int64_t out_stride, uintptr_t seed, uint32_t threshold, uint32_t branch,
-             uintptr_t stream) {
-  if (type.size() != 1) throw std::invalid_argument("type must be one letter");
-  const Dropout options{reinterpret_cast<const int64_t*>(seed), threshold, branch};
+             int64_t x_stride, int64_t out_stride, int64_t first_row, int64_t first_column, uintptr_t seed,
+             uint32_t threshold, uint32_t branch, uintptr_t stream) {
+  const char letter = one_letter(type);
+  if (first_column % 128) throw std::invalid_argument("first_column must be a multiple of 128");
+  const Matrix matrix{rows, columns, x_stride, out_stride, first_row, first_column / 128};
+  const Dropout options = drawn(seed, threshold, branch);
   py::gil_scoped_release nogil;
-  const char* error =
-      launch_dropout(type[0], add, reinterpret_cast<const void*>(x), reinterpret_cast<void*>(out),
-                     Matrix{rows, columns, x_stride, out_stride}, options, reinterpret_cast<Stream>(stream));
-  if (error) throw std::runtime_error(std::string("dropout: ") + error);
+  succeed("dropout",
+          launch_dropout(letter, add, at(x), at(out), matrix, options, reinterpret_cast<Stream>(stream)));
+}
+
+void project(const std::string& type, uintptr_t x, uintptr_t a, uintptr_t h, int64_t rows, int64_t columns,
+             int64_t rank, int64_t x_stride, int64_t a_stride, int64_t h_stride, uintptr_t seed, uint32_t threshold,
+             uint32_t branch, uintptr_t workspace, uintptr_t stream) {
+  const char letter = one_letter(type);
+  const Shape sizes = shape(rows, columns, rank, 0);
+  py::gil_scoped_release nogil;
+  succeed("project", launch_project(letter, sizes, {at(x), x_stride}, {at(a), a_stride}, {at(h), h_stride},
+                                    drawn(seed, threshold, branch), static_cast<float*>(at(workspace)),
+                                    reinterpret_cast<Stream>(stream)));
+}
+
+void weigh(const std::string& type, uintptr_t dh, uintptr_t x, uintptr_t da, int64_t rows, int64_t columns,
+           int64_t rank, int64_t dh_stride, int64_t x_stride, int64_t da_stride, uintptr_t seed, uint32_t threshold,
+           uint32_t branch, uintptr_t workspace, uintptr_t stream) {
+  const char letter = one_letter(type);
+  const Shape sizes = shape(rows, columns, rank, 0);
+  py::gil_scoped_release nogil;
+  succeed("weigh", launch_weigh(letter, sizes, {at(dh), dh_stride}, {at(x), x_stride}, {at(da), da_stride},
+                                drawn(seed, threshold, branch), static_cast<float*>(at(workspace)),
+                                reinterpret_cast<Stream>(stream)));
+}
+
+// It takes no workspace; the argument makes the calls alike.
+void spread(const std::string& type, uintptr_t dh, uintptr_t a, uintptr_t out, int64_t rows, int64_t columns,
+            int64_t rank, int64_t dh_stride, int64_t a_stride, int64_t out_stride, uintptr_t bias, bool add, float scale,
+            uintptr_t seed, uint32_t threshold, uint32_t branch, uintptr_t, uintptr_t stream) {
+  const char letter = one_letter(type);
+  const Shape sizes = shape(rows, columns, rank, 0);
+  py::gil_scoped_release nogil;
+  succeed("spread",
+          launch_spread(letter, sizes, {at(dh), dh_stride}, {at(a), a_stride}, at(bias), {at(out), out_stride}, add,
+                        scale, drawn(seed, threshold, branch), reinterpret_cast<Stream>(stream)));
+}
+
+void gather(const std::string& type, uintptr_t dy, uintptr_t bt, uintptr_t h, uintptr_t dh, uintptr_t db, int64_t rows,
+            int64_t columns, int64_t rank, int64_t live, int64_t dy_stride, int64_t bt_stride, int64_t h_stride,
+            int64_t dh_stride, int64_t db_stride, float scale, uintptr_t workspace, uintptr_t stream) {
+  const char letter = one_letter(type);
+  const Shape sizes = shape(rows, columns, rank, live);
+  py::gil_scoped_release nogil;
+  succeed("gather", launch_gather(letter, sizes, {at(dy), dy_stride}, {at(bt), bt_stride}, {at(h), h_stride},
+                                  {at(dh), dh_stride}, {at(db), db_stride}, scale, static_cast<float*>(at(workspace)),
+                                  reinterpret_cast<Stream>(stream)));
+}
+
+int64_t workspace(const std::string& what, int64_t rows, int64_t columns, int64_t rank, int64_t live) {
+  const int64_t bytes = workspace_bytes(what.c_str(), shape(rows, columns, rank, live));
+  if (bytes < 0) throw std::invalid_argument("expected project, weigh, spread or gather, not " + what);
+  return bytes;
 }
 
 }  // namespace
@@ -63,7 +137,26 @@ PYBIND11_MODULE(_cuda, m) {
         py::arg("stream") = 0);
   m.def("kernels", [] { return signatures(averaging_kernels()); }, "(rule, dtypes, kinds of columns, scalars, row width) of each.");
   m.def("dropout", &dropout, py::arg("type"), py::arg("add"), py::arg("x"), py::arg("out"), py::arg("rows"),
-        py::arg("columns"), py::arg("x_stride"), py::arg("out_stride"), py::arg("seed"), py::arg("threshold"),
-        py::arg("branch"), py::arg("stream") = 0);
+        py::arg("columns"), py::arg("x_stride"), py::arg("out_stride"), py::arg("first_row"), py::arg("first_column"),
+        py::arg("seed"), py::arg("threshold"), py::arg("branch"), py::arg("stream") = 0);
+  m.def("project", &project, py::arg("type"), py::arg("x"), py::arg("a"), py::arg("h"), py::arg("rows"),
+        py::arg("columns"), py::arg("rank"), py::arg("x_stride"), py::arg("a_stride"), py::arg("h_stride"),
+        py::arg("seed"), py::arg("threshold"), py::arg("branch"), py::arg("workspace"), py::arg("stream") = 0,
+        "h (rows, rank) = drop(x) a^T.");
+  m.def("weigh", &weigh, py::arg("type"), py::arg("dh"), py::arg("x"), py::arg("da"), py::arg("rows"),
+        py::arg("columns"), py::arg("rank"), py::arg("dh_stride"), py::arg("x_stride"), py::arg("da_stride"),
+        py::arg("seed"), py::arg("threshold"), py::arg("branch"), py::arg("workspace"), py::arg("stream") = 0,
+        "da (rank, columns) = dh^T drop(x).");
+  m.def("spread", &spread, py::arg("type"), py::arg("dh"), py::arg("a"), py::arg("out"), py::arg("rows"),
+        py::arg("columns"), py::arg("rank"), py::arg("dh_stride"), py::arg("a_stride"), py::arg("out_stride"),
+        py::arg("bias"), py::arg("add"), py::arg("scale"), py::arg("seed"), py::arg("threshold"), py::arg("branch"),
+        py::arg("workspace") = 0, py::arg("stream") = 0, "out (rows, columns) = drop(scale dh a) + bias, or += where `add`.");
+  m.def("gather", &gather, py::arg("type"), py::arg("dy"), py::arg("bt"), py::arg("h"), py::arg("dh"), py::arg("db"),
+        py::arg("rows"), py::arg("columns"), py::arg("rank"), py::arg("live"), py::arg("dy_stride"),
+        py::arg("bt_stride"), py::arg("h_stride"), py::arg("dh_stride"), py::arg("db_stride"), py::arg("scale"),
+        py::arg("workspace"), py::arg("stream") = 0,
+        "dh (rows, rank) = scale dy bt^T and db (columns, live) = scale dy^T h, in one pass over dy.");
+  m.def("workspace", &workspace, py::arg("what"), py::arg("rows"), py::arg("columns"), py::arg("rank"), py::arg("live"),
+        "Bytes of workspace that project, weigh, spread or gather takes on the current device.");
   m.def("blocks", &blocks, py::arg("sizes"), "Thread blocks that lists of these sizes take, all launches together.");
 }

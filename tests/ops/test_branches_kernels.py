@@ -45,15 +45,72 @@ def test_triton_compiles_ahead_of_time_without_spills(capability, tmp_path):
         assert built["stores_16"], kernel
 
 
+EXPECTED = {
+    "dropout_vectors": 6,  # three types, added to what is there or not
+    "dropout_elements": 6,
+    "project_kernel": 10,  # two types, five ranks
+    "weigh_kernel": 10,
+    "spread_kernel": 20,  # with a bias or a sum, and without
+    "gather_kernel": 8,  # of which a rank above 96 takes two
+    "combine_kernel": 2,
+}
+"""How many of each CUDA kernel there are."""
+SMALL = ("dropout_vectors", "dropout_elements", "combine_kernel")
+_PRODUCT = ("cp.async.cg.shared.global", "ldmatrix.sync.aligned.m8n8.x4", "mma.sync.aligned.m16n8k16")
+WIDE = {
+    "dropout_vectors": ("ld.global.nc.v4", "st.global.v4", "vote.sync.ballot"),
+    "dropout_elements": (),
+    "project_kernel": _PRODUCT,
+    "weigh_kernel": _PRODUCT,
+    "spread_kernel": (*_PRODUCT, "st.global.v4"),
+    "gather_kernel": (*_PRODUCT, "st.global.v4"),
+    "combine_kernel": ("ld.global.v4",),
+}
+"""Instructions that each must have: 16 bytes at a time, and the tensor cores."""
+
 if shutil.which("nvcc"):
 
     @pytest.mark.parametrize("capability", ["80", "90a"], ids=lambda c: f"sm_{c}")
     def test_cuda_compiles_with_warnings_as_errors_and_without_spills(capability, tmp_path):
         command = f"nvcc -std=c++17 -O3 -fmad=false -arch=sm_{capability} -Werror all-warnings -Xcompiler -Wall,-Wextra"
         output = ["-Xptxas", "-v", "-c", "csrc/cuda/branches.cu", "-o", str(tmp_path / "branches.o")]
-        run = subprocess.run([*command.split(), *output], cwd=ROOT, capture_output=True, text=True)
+        kept = ["-keep", "--keep-dir", str(tmp_path)]  # the PTX
+        run = subprocess.run([*command.split(), *output, *kept], cwd=ROOT, capture_output=True, text=True)
         assert run.returncode == 0, run.stderr[-4000:]
         spills = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores", run.stderr)
-        assert len(spills) == 6
+        assert len(spills) == sum(EXPECTED.values())
         assert set(spills) == {("0", "0")}
-        assert max(map(int, re.findall(r"Used (\d+) registers", run.stderr))) <= 40
+        ptx = next(tmp_path.glob("branches*.ptx")).read_text()
+        registers = dict(re.findall(r"Compiling entry function '(\w+)'.*?Used (\d+) registers", run.stderr, re.DOTALL))
+        found = dict.fromkeys(EXPECTED, 0)
+        for body in ptx.split(".entry ")[1:]:
+            name = re.match(r"\w+", body)[0]
+            kernel = next(kernel for kernel in EXPECTED if kernel in name)
+            found[kernel] += 1
+            assert int(registers[name]) <= (64 if kernel in SMALL else 255), name
+            for instruction in WIDE[kernel]:
+                assert instruction in body, f"{name}: no {instruction}"
+        assert found == EXPECTED
+
+
+def test_the_products_ask_for_their_workspace_and_refuse_what_they_cannot_do():
+    """Of the CUDA part where it was built; no device is needed."""
+    cuda = pytest.importorskip("cnext._cuda")
+    sizes = {what: cuda.workspace(what, 14080, 5120, 32, 32) for what in ("project", "weigh", "spread", "gather")}
+    assert sizes["spread"] == 0
+    assert all(size % 4 == 0 for size in sizes.values())
+    assert sizes["gather"] >= 4 * 32 * (14080 + 5120)
+    with pytest.raises(ValueError, match="expected project, weigh, spread or gather, not mix"):
+        cuda.workspace("mix", 1, 8, 1, 1)
+    with pytest.raises(ValueError, match="rank must be 1 to 128"):
+        cuda.workspace("weigh", 64, 128, 129, 0)
+    layouts = {
+        "columns must be a multiple of 8": ("b", 12, 16, 0, 0),
+        "a stride that is a multiple of 8": ("b", 16, 17, 0, 0),
+        "dropout needs a seed": ("b", 16, 16, 0, 100),
+        "threshold must be below 65536": ("b", 16, 16, 16, 65536),
+        "type must be b or h": ("f", 16, 16, 0, 0),
+    }
+    for said, (letter, columns, stride, seed, threshold) in layouts.items():
+        with pytest.raises(RuntimeError, match=said):
+            cuda.project(letter, 0, 0, 0, 5, columns, 4, stride, 16, 4, seed, threshold, 0, 0)
