@@ -178,7 +178,8 @@ def seven(book: Book, bench: Any) -> None:
                 ratio = found["mine"]["ms"] / found["frozen"]["ms"]
                 memory = {"kept_bytes": kept(), "peak_bytes": timing.peak_bytes(both)}
                 memory["peak_bytes_frozen"] = timing.peak_bytes(frozen)
-                book.put(name=f"seven, {peer}", rows=rows, dropout=dropout, ratio=ratio, **memory, **found)
+                where = {"shape": "seven linears", "rows": rows, "dropout": dropout}
+                book.put(name=peer, **where, ratio=ratio, **memory, **found)
                 del both, frozen, kept
             if book.gpu:
                 torch.cuda.empty_cache()
