@@ -1,7 +1,12 @@
 """Memory that an op forgets to write is NaN, so that nothing passes by luck."""
 
+import os
+
 import pytest
 import torch
+
+# Its stand-in reads addresses of the host.
+collect_ignore = ["test_branches_launches.py"] if os.environ.get("CNEXT_TEST_DEVICE", "cpu") != "cpu" else []
 
 
 @pytest.fixture(autouse=True)

@@ -41,6 +41,13 @@ CASES = {
     "grouped, dropout, some frozen": {"outer": (29, 16), "options": SHARED, "live": (False, True, True, False)},
     "grouped, independent, routed": {"outer": (16, 29), "routed": True, "options": INDEPENDENT, "ranks": (4, 2)},
 }
+WIDE = {"lead": (70,), "inner": 264, "outer": (136, 40)}  # rows begin at 16 bytes, which CUDA's kernels insist on
+CASES |= {
+    "wide": {**WIDE, "options": {"scale": 0.5}},
+    "wide, dropout, some frozen": {**WIDE, "options": SHARED, "live": (False, True, False, True)},
+    "wide, independent, routed": {**WIDE, "routed": True, "options": INDEPENDENT},
+    "wide, large rank": {**WIDE, "ranks": (90, 40), "options": SHARED, "bias": False},
+}
 every_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 
 
