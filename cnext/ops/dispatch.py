@@ -3,12 +3,13 @@
 ``impl=None`` takes the device's best. An explicit ``impl`` is exact, and raises where it is missing. `last_path` names
 what an op last ran, by one rule:
 
-- "cpp", "cuda", "triton": a kernel of ours was launched. It need not have done everything: the matrix products of
-  `lora_branches` are torch's, but for those that "triton" fuses with the dropout.
+- "cpp", "cuda", "triton": a kernel of ours was launched. It need not have done everything: the frozen products of
+  `lora_branches` are torch's, and so are those of the branches' rank that `cnext.ops.low_rank` leaves to it.
 - "reference": the op's definition in plain torch ran, `cnext.ops.reference` or `cnext.ops.branches_reference`.
 - "torch": torch's kernels alone ran, and not the definition. That is `lora_branches` and its backward without dropout,
-  where an explicit "cpp", "cuda" or "triton" is accepted and has nothing to launch; with ``impl="torch"``; and where no
-  kernels of ours are there. The plain torch of every other op is its reference.
+  where an explicit "cpp", "cuda" or "triton" is accepted and may have nothing to launch ("cpp" has in float32, and the
+  other two in a backward); with ``impl="torch"``; and where no kernels of ours are there. The plain torch of every
+  other op is its reference.
 """
 
 from __future__ import annotations

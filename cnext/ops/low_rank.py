@@ -1,8 +1,9 @@
 """The products of the branches' rank, each in one pass over its large matrix: x and dY are read, y and dX written.
 
-`project`, `spread` and `weigh` see dropout. CUDA (bfloat16 and float16) and Triton make the mask in registers on the
-way, and `gather` takes both of its products from one reading of dY. C++, plain torch, and CUDA for what its kernels do
-not take, drop a block of at most `BLOCK_BYTES` at a time and leave the product to torch. No dropped matrix is kept.
+`project`, `spread` and `weigh` see dropout. C++ (float32 of `FEWEST_ROWS` or more), CUDA (bfloat16 and float16) and
+Triton drop on the way, and `gather` takes both of its products from one reading of dY. Plain torch, and C++ and CUDA
+for what their kernels do not take, drop a block of at most `BLOCK_BYTES` at a time and leave the product to torch. No
+dropped matrix is kept. Without dropout a GPU's products are torch's, but for `gather`.
 """
 
 from __future__ import annotations
@@ -24,7 +25,9 @@ BLOCK_BYTES = {"cpu": 2**21, "cuda": 2**25}
 """A dropped block stays in the cache: the second of a core, or that of a GPU."""
 TILE = branches_reference.TILE
 MOST_RANK = 128
-"""What one launch of a CUDA kernel takes; a larger rank takes several."""
+"""What one launch of a C++ or CUDA kernel takes; a larger rank takes several."""
+FEWEST_ROWS = 64
+"""Of x, from which on the C++ kernels are faster than torch: they pack the small matrix first."""
 _LETTER = {torch.float32: "f", torch.bfloat16: "b", torch.float16: "h", torch.float64: "d"}
 
 
@@ -49,7 +52,7 @@ class Dropout:
     def masks(self, ranks: Sequence[int], linears: int) -> Iterator[tuple[int, list[slice]]]:
         """Each mask's number, and the columns of h that it belongs to: all of them, or a branch's in every layer."""
         rank = sum(ranks)
-        if not self.independent:
+        if not self.independent or not self.probability:
             yield 0, [slice(0, linears * rank)]
             return
         for branch, (end, width) in enumerate(zip(accumulate(ranks), ranks, strict=True)):
@@ -64,9 +67,9 @@ def product(a: Tensor, b: Tensor, out: Tensor, scale: float = 1.0) -> Tensor:
 def project(x: Tensor, a: Tensor, ranks: Sequence[int], linears: int, dropout: Dropout) -> Tensor:
     """h = drop(x) A^T. x: (rows, in); a: (linears x rank, in); h: (rows, linears x rank)."""
     h = x.new_empty(x.shape[0], a.shape[0])
-    if not dropout.probability:
+    fused = _fused(dropout, x, a)
+    if not fused and not dropout.probability:
         return product(x, a.T, h)
-    fused = _fused(dropout.impl, x, a)
     for branch, parts in dropout.masks(ranks, linears):
         for columns in parts if fused else ():
             _launch("project", dropout, branch, x, a[columns], h[:, columns])
@@ -80,13 +83,13 @@ def project(x: Tensor, a: Tensor, ranks: Sequence[int], linears: int, dropout: D
 def spread(dh: Tensor, a: Tensor, ranks: Sequence[int], linears: int, dropout: Dropout) -> Tensor:
     """The branches' part of dX: drop'(dh A), (rows, in)."""
     out = dh.new_empty(dh.shape[0], a.shape[1])
-    if not dropout.probability:
+    fused, first = _fused(dropout, out, a), True
+    if not fused and not dropout.probability:
         return product(dh, a, out)
-    fused, first = _fused(dropout.impl, out, a), True
     for branch, parts in dropout.masks(ranks, linears):
         for columns in parts:
             if fused:
-                _launch("spread", dropout, branch, dh[:, columns], a[columns], out, first)
+                _launch("spread", dropout, branch, dh[:, columns], a[columns], out, first=first)
             for rows, block in () if fused else _row_blocks(out):
                 term = product(dh[rows, columns], a[columns], out[rows] if first else block)
                 _drop(term, out[rows], dropout, branch, first_row=rows.start, add=not first)
@@ -94,12 +97,25 @@ def spread(dh: Tensor, a: Tensor, ranks: Sequence[int], linears: int, dropout: D
     return out
 
 
+def write(h: Tensor, b: Tensor, bias: Tensor | None, scale: float, dropout: Dropout) -> Tensor:
+    """The branches' part of y: scale * h B + bias, (rows, out). No dropout here. b: (rank, out), B transposed."""
+    if dropout.impl == "cpp" and _fused(dropout, h, b):
+        out = h.new_empty(h.shape[0], b.shape[1]) if bias is None else bias.expand(h.shape[0], -1).contiguous()
+        masked = Dropout(None, 0.0, False, dropout.impl)
+        _launch("spread", masked, 0, h, b, out, first=bias is None, scale=scale)
+        dropout.launched |= masked.launched
+        return out
+    if bias is not None:
+        return torch.addmm(bias, h, b, alpha=scale)
+    return product(h, b, h.new_empty(h.shape[0], b.shape[1]), scale)
+
+
 def weigh(dh: Tensor, x: Tensor, ranks: Sequence[int], linears: int, dropout: Dropout) -> Tensor:
     """dA = dh^T drop(x), (linears x rank, in)."""
     da = x.new_empty(dh.shape[1], x.shape[1])
-    if not dropout.probability:
+    fused = _fused(dropout, x, da)
+    if not fused and not dropout.probability:
         return product(dh.T, x, da)
-    fused = _fused(dropout.impl, x, da)
     for branch, parts in dropout.masks(ranks, linears):
         for columns in parts if fused else ():
             _launch("weigh", dropout, branch, dh[:, columns], x, da[columns])
@@ -121,7 +137,8 @@ def gather(dy: Tensor, b: Tensor, h: Tensor | None, dh: Tensor | None, scale: fl
         dB, (out, live rank).
     """
     db = None if h is None else dy.new_empty(dy.shape[1], h.shape[1])
-    if h is not None and dh is not None and db is not None and b.shape[0] <= MOST_RANK and _fused(dropout.impl, dy, b):
+    both = h is not None and dh is not None and db is not None
+    if both and b.shape[0] <= MOST_RANK and _fused(dropout, dy, b, plain=True):
         _launch_gather(dy, b, h, dh, db, scale, dropout)
         return db
     if dh is not None:
@@ -131,8 +148,18 @@ def gather(dy: Tensor, b: Tensor, h: Tensor | None, dh: Tensor | None, scale: fl
     return db
 
 
-def _fused(impl: str, large: Tensor, beside: Tensor) -> bool:
-    """Whether kernels take these: in CUDA what is moved 16 bytes at a time, save float32, for want of tensor cores."""
+def _fused(dropout: Dropout, large: Tensor, beside: Tensor, plain: bool = False) -> bool:
+    """Whether kernels take these: in CUDA what is moved 16 bytes at a time, save float32, for want of tensor cores.
+
+    plain: whether those of a GPU take them without dropout too.
+    """
+    impl = dropout.impl
+    if impl == "cpp":
+        core: Any = dispatch.core(impl)
+        suits = large.dtype == torch.float32 and large.shape[0] >= FEWEST_ROWS
+        return suits and large.stride(1) == beside.stride(1) == 1 and core.has_low_rank()
+    if not plain and not dropout.probability:
+        return False
     if impl == "triton":
         return large.dtype != torch.float64
     return (
@@ -209,14 +236,21 @@ def _drop(
 
 
 def _launch(
-    what: str, dropout: Dropout, branch: int, one: Tensor, two: Tensor, out: Tensor, first: bool = True
+    what: str,
+    dropout: Dropout,
+    branch: int,
+    one: Tensor,
+    two: Tensor,
+    out: Tensor,
+    *,
+    first: bool = True,
+    scale: float = 1.0,
 ) -> None:
     """A pass by a kernel: "project" (x, A to h), "spread" (dh, A to dX) or "weigh" (dh, x to dA).
 
-    first: whether dX is written; it is added to where it is not.
+    first: whether dX is written; it is added to where it is not. scale: of dX, in C++ and CUDA.
     """
     limit, seed = threshold(dropout.probability), dropout.seed
-    assert seed is not None, "there is dropout"
     if not out.numel() or not one.numel():
         if first:
             out.zero_()
@@ -224,6 +258,7 @@ def _launch(
     if dropout.impl == "triton":
         from cnext.kernels import branches  # pyright: ignore[reportMissingImports]
 
+        assert seed is not None, "there is dropout"
         more = {"add": not first} if what == "spread" else {}
         getattr(branches, f"run_{what}")(one, two, out, seed, limit, branch, **more)
         dropout.launched = True
@@ -231,14 +266,14 @@ def _launch(
     rank, columns = {"project": two, "spread": two, "weigh": out}[what].shape
     for begin in range(0, rank, MOST_RANK):
         part = slice(begin, begin + MOST_RANK)
-        mask = seed.data_ptr(), limit, branch
+        mask = 0 if seed is None else seed.data_ptr(), limit, branch
         sizes = one.shape[0], columns, min(rank - begin, MOST_RANK)
         if what == "project":
             _call(what, dropout, (one, two[part], out[:, part]), sizes, *mask)
         elif what == "weigh":
             _call(what, dropout, (one[:, part], two, out[part]), sizes, *mask)
         else:
-            _call(what, dropout, (one[:, part], two[part], out), sizes, begin > 0 or not first, 1.0, *mask)
+            _call(what, dropout, (one[:, part], two[part], out), sizes, begin > 0 or not first, scale, *mask)
 
 
 def _call(what: str, dropout: Dropout, operands: Sequence[Tensor], sizes: Sequence[int], *numbers: float) -> None:

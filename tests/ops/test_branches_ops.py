@@ -11,7 +11,7 @@ from ops.tolerance import assert_as_accurate
 
 from cnext import ops
 from cnext.errors import UserError
-from cnext.ops import branches_reference, dispatch
+from cnext.ops import branches_reference, dispatch, low_rank
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 DTYPES = [F32] if INTERPRETED else [F32, BF16, F16]
@@ -146,7 +146,7 @@ def ran(monkeypatch):
     passes = ("project", "weigh", "spread", "gather")
     for impl in IMPLS:
         owner = importlib.import_module("cnext.kernels.branches") if impl == "triton" else dispatch.core(impl)
-        for name in {"triton": (*passes, "mask"), "cuda": (*passes, "dropout"), "cpp": ("dropout",)}[impl]:
+        for name in (*passes, "mask" if impl == "triton" else "dropout"):
             count(impl, owner, name)
 
     def ask():
@@ -176,6 +176,19 @@ def test_last_path_names_what_was_launched(impl, dropout, ran):
             if impl != "reference":
                 backward = impl if dropout or impl in ("cuda", "triton") else "torch"
                 assert ran() == ops.last_path("lora_branches_backward") == backward
+
+
+@pytest.mark.skipif("cpp" not in IMPLS, reason="of the C++ kernels")
+def test_last_path_in_cpp_without_dropout(ran):
+    """The products of float32 are its own, from some rows on and where there is a fused multiply-add."""
+    fused = dispatch.core("cpp").has_low_rank()
+    for rows in (low_rank.FEWEST_ROWS, low_rank.FEWEST_ROWS - 1):
+        case = Case(lead=(rows,))
+        outputs = ops.lora_branches_grouped(*case.arguments(), impl="cpp")
+        expected = "cpp" if fused and rows == low_rank.FEWEST_ROWS else "torch"
+        assert ran() == ops.last_path("lora_branches") == expected
+        torch.autograd.grad(outputs, case.leaves, case.grads)
+        assert ran() == ops.last_path("lora_branches_backward") == expected
 
 
 @every_way
