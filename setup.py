@@ -31,7 +31,7 @@ HEADERS = sorted(str(path) for path in CSRC.rglob("*.[hi]*"))
 ISAS = {"baseline": ""}
 if platform.machine().lower() in ("x86_64", "amd64"):
     ISAS |= {
-        "avx2": "-mavx2 -mf16c",
+        "avx2": "-mavx2 -mf16c -mfma",
         "avx512": "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mprefer-vector-width=512",
     }
 # Real code for the A100 and the H100/H200, and PTX for what comes later.

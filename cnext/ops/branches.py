@@ -2,9 +2,9 @@
 
 The branches are packed into one of rank sum(r_i) and computed first: scale h B^T is written into y, and the frozen
 product is added on top in the library's own accumulation; likewise drop'(dh A) into dX, and dY W on top. The frozen
-products, and those of h with B, are the vendor's through torch; the other passes are those of `cnext.ops.low_rank`. A
-frozen branch adds to y and costs no gradient. Kept for the backward pass are x and h = drop(x) A^T, each only where a
-live branch needs it; the dropout mask is made again from its seed.
+products are the vendor's through torch; the passes of the branches are those of `cnext.ops.low_rank`. A frozen branch
+adds to y and costs no gradient. Kept for the backward pass are x and h = drop(x) A^T, each only where a live branch
+needs it; the dropout mask is made again from its seed.
 """
 
 from __future__ import annotations
@@ -350,8 +350,7 @@ def _run_forward(
     routed = _routed(h, routing, ranks, len(weight))
     outputs = []
     for g, (w, offset, up) in enumerate(zip(weight, bias, b, strict=True)):
-        y = low_rank.up(_of(g, routed, rank), up, offset, scale, random)
-        y.addmm_(flat, w.T)
+        y = low_rank.write(_of(g, routed, rank), up, offset, scale, random).addmm_(flat, w.T)
         outputs.append(y if x.ndim == 2 else y.view(*x.shape[:-1], w.shape[0]))
     outputs.append(h)
     dispatch.ran(NAME, random.ran)

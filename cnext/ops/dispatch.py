@@ -7,8 +7,8 @@ what an op last ran, by one rule:
   `lora_branches` are torch's, and the others as far as `cnext.ops.low_rank` says.
 - "reference": the op's definition in plain torch ran, `cnext.ops.reference` or `cnext.ops.branches_reference`.
 - "torch": torch's kernels alone ran, and not the definition. That is `lora_branches` and its backward with "cpp" and no
-  dropout, where there is nothing to launch; with ``impl="torch"``; and where no kernels of ours are there. The plain
-  torch of every other op is its reference.
+  dropout, where the C++ products do not take the operands; with ``impl="torch"``; and where no kernels of ours are
+  there. The plain torch of every other op is its reference.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
 """The products of the branches' rank, each in one pass over its large matrix: x and dY are read, y and dX written.
 
-`project`, `spread` and `weigh` see dropout. CUDA (bfloat16 and float16) and Triton make the mask in registers on the
-way, and `gather` takes both of its products from one reading of dY. C++, plain torch, and CUDA for what its kernels do
-not take, drop a block of at most `BLOCK_BYTES` at a time and leave the product to torch. No dropped matrix is kept.
+`project`, `spread` and `weigh` see dropout. C++ (float32 of `FEWEST_ROWS` or more), CUDA (bfloat16 and float16) and
+Triton drop on the way, and `gather` takes both of its products from one reading of dY. Plain torch, and C++ and CUDA
+for what their kernels do not take, drop a block of at most `BLOCK_BYTES` at a time and leave the product to torch. No
+dropped matrix is kept. Without dropout a GPU's products are torch's, but for `write` and `gather`.
 """
 
 from __future__ import annotations
@@ -24,9 +25,11 @@ BLOCK_BYTES = {"cpu": 2**21, "cuda": 2**25}
 """A dropped block stays in the cache: the second of a core, or that of a GPU."""
 TILE = branches_reference.TILE
 MOST_RANK = 128
-"""What one launch of a CUDA kernel takes; a larger rank takes several."""
+"""What one launch of a C++ or CUDA kernel takes; a larger rank takes several."""
 ONE_PASS = 32
-"""Up to what rank `gather` reads dY once: above, the float32 parts of dh move more than a second reading would."""
+"""Up to what rank `gather` reads dY once on a GPU: above, the float32 parts of dh move more than reading it again."""
+FEWEST_ROWS = 64
+"""Of x, from which on the C++ kernels are faster than torch: they pack the small matrix first."""
 _LETTER = {torch.float32: "f", torch.bfloat16: "b", torch.float16: "h", torch.float64: "d"}
 
 
@@ -51,7 +54,7 @@ class Dropout:
     def masks(self, ranks: Sequence[int], linears: int) -> Iterator[tuple[int, list[slice]]]:
         """Each mask's number, and the columns of h that it belongs to: all of them, or a branch's in every layer."""
         rank = sum(ranks)
-        if not self.independent:
+        if not self.independent or not self.probability:
             yield 0, [slice(0, linears * rank)]
             return
         for branch, (end, width) in enumerate(zip(accumulate(ranks), ranks, strict=True)):
@@ -66,9 +69,9 @@ def product(a: Tensor, b: Tensor, out: Tensor, scale: float = 1.0) -> Tensor:
 def project(x: Tensor, a: Tensor, ranks: Sequence[int], linears: int, dropout: Dropout) -> Tensor:
     """h = drop(x) A^T. x: (rows, in); a: (linears x rank, in); h: (rows, linears x rank)."""
     h = x.new_empty(x.shape[0], a.shape[0])
-    if not dropout.probability:
+    fused = _fused(dropout, x, a)
+    if not fused and not dropout.probability:
         return product(x, a.T, h)
-    fused = _fused(dropout.impl, x, a)
     for branch, parts in dropout.masks(ranks, linears):
         for columns in parts if fused else ():
             _launch("project", dropout, branch, x, a[columns], h[:, columns])
@@ -79,30 +82,12 @@ def project(x: Tensor, a: Tensor, ranks: Sequence[int], linears: int, dropout: D
     return h
 
 
-def up(h: Tensor, b: Tensor, bias: Tensor | None, scale: float, dropout: Dropout) -> Tensor:
-    """scale * h B^T + bias, (rows, out). h: (rows, rank); b: (rank, out), B transposed."""
-    rows, (rank, columns) = h.shape[0], b.shape
-    out = h.new_empty(rows, columns)
-    if not out.numel() or rank > MOST_RANK or not _fused(dropout.impl, out, b):
-        return product(h, b, out, scale) if bias is None else torch.addmm(bias, h, b, alpha=scale, out=out)
-    if dropout.impl == "triton":
-        from cnext.kernels import branches  # pyright: ignore[reportMissingImports]
-
-        branches.run_spread(h, b, out, None, 0, 0, scale=scale, bias=bias)
-        dropout.launched = True
-    else:
-        bias = None if bias is None else bias.contiguous()
-        place = 0 if bias is None else bias.data_ptr()
-        _call("spread", dropout, (h, b, out), (rows, columns, rank), place, False, scale, 0, 0, 0)
-    return out
-
-
 def spread(dh: Tensor, a: Tensor, ranks: Sequence[int], linears: int, dropout: Dropout) -> Tensor:
     """The branches' part of dX: drop'(dh A), (rows, in)."""
     out = dh.new_empty(dh.shape[0], a.shape[1])
-    if not dropout.probability:
+    fused, first = _fused(dropout, out, a), True
+    if not fused and not dropout.probability:
         return product(dh, a, out)
-    fused, first = _fused(dropout.impl, out, a), True
     for branch, parts in dropout.masks(ranks, linears):
         for columns in parts:
             if fused:
@@ -114,12 +99,33 @@ def spread(dh: Tensor, a: Tensor, ranks: Sequence[int], linears: int, dropout: D
     return out
 
 
+def write(h: Tensor, b: Tensor, bias: Tensor | None, scale: float, dropout: Dropout) -> Tensor:
+    """The branches' part of y: scale * h B^T + bias, (rows, out).
+
+    h: (rows, rank). b: (rank, out), B transposed.
+    """
+    rows, (rank, columns) = h.shape[0], b.shape
+    out = h.new_empty(rows, columns)
+    if not out.numel() or rank > MOST_RANK or not _fused(dropout, out, b, plain=True):
+        return product(h, b, out, scale) if bias is None else torch.addmm(bias, h, b, alpha=scale, out=out)
+    if dropout.impl == "triton":
+        from cnext.kernels import branches  # pyright: ignore[reportMissingImports]
+
+        branches.run_spread(h, b, out, None, 0, 0, scale=scale, bias=bias)
+        dropout.launched = True
+        return out
+    bias = None if bias is None else bias.contiguous()
+    place = 0 if bias is None else bias.data_ptr()
+    _call("spread", dropout, (h, b, out), (rows, columns, rank), place, False, scale, 0, 0, 0)
+    return out
+
+
 def weigh(dh: Tensor, x: Tensor, ranks: Sequence[int], linears: int, dropout: Dropout) -> Tensor:
     """dA = dh^T drop(x), (linears x rank, in)."""
     da = x.new_empty(dh.shape[1], x.shape[1])
-    if not dropout.probability:
+    fused = _fused(dropout, x, da)
+    if not fused and not dropout.probability:
         return product(dh.T, x, da)
-    fused = _fused(dropout.impl, x, da)
     for branch, parts in dropout.masks(ranks, linears):
         for columns in parts if fused else ():
             _launch("weigh", dropout, branch, dh[:, columns], x, da[columns])
@@ -141,7 +147,9 @@ def gather(dy: Tensor, b: Tensor, h: Tensor | None, dh: Tensor | None, scale: fl
         dB, (out, live rank).
     """
     db = None if h is None else dy.new_empty(dy.shape[1], h.shape[1])
-    if h is not None and dh is not None and db is not None and b.shape[0] <= ONE_PASS and _fused(dropout.impl, dy, b):
+    both = h is not None and dh is not None and db is not None
+    most = MOST_RANK if dropout.impl == "cpp" else ONE_PASS
+    if both and b.shape[0] <= most and _fused(dropout, dy, b, plain=True):
         _launch_gather(dy, b, h, dh, db, scale, dropout)
         return db
     if dh is not None:
@@ -151,8 +159,18 @@ def gather(dy: Tensor, b: Tensor, h: Tensor | None, dh: Tensor | None, scale: fl
     return db
 
 
-def _fused(impl: str, large: Tensor, beside: Tensor) -> bool:
-    """Whether kernels take these: in CUDA what is moved 16 bytes at a time, save float32, for want of tensor cores."""
+def _fused(dropout: Dropout, large: Tensor, beside: Tensor, plain: bool = False) -> bool:
+    """Whether kernels take these: in CUDA what is moved 16 bytes at a time, save float32, for want of tensor cores.
+
+    plain: whether those of a GPU take them without dropout too.
+    """
+    impl = dropout.impl
+    if impl == "cpp":
+        core: Any = dispatch.core(impl)
+        suits = large.dtype == torch.float32 and large.shape[0] >= FEWEST_ROWS
+        return suits and large.stride(1) == beside.stride(1) == 1 and core.has_low_rank()
+    if not plain and not dropout.probability:
+        return False
     if impl == "triton":
         return large.dtype != torch.float64
     return (
@@ -229,14 +247,19 @@ def _drop(
 
 
 def _launch(
-    what: str, dropout: Dropout, branch: int, one: Tensor, two: Tensor, out: Tensor, first: bool = True
+    what: str,
+    dropout: Dropout,
+    branch: int,
+    one: Tensor,
+    two: Tensor,
+    out: Tensor,
+    first: bool = True,
 ) -> None:
     """A pass by a kernel: "project" (x, A to h), "spread" (dh, A to dX) or "weigh" (dh, x to dA).
 
     first: whether dX is written; it is added to where it is not.
     """
     limit, seed = threshold(dropout.probability), dropout.seed
-    assert seed is not None, "there is dropout"
     if not out.numel() or not one.numel():
         if first:
             out.zero_()
@@ -244,6 +267,7 @@ def _launch(
     if dropout.impl == "triton":
         from cnext.kernels import branches  # pyright: ignore[reportMissingImports]
 
+        assert seed is not None, "there is dropout"
         more = {"add": not first} if what == "spread" else {}
         getattr(branches, f"run_{what}")(one, two, out, seed, limit, branch, **more)
         dropout.launched = True
@@ -251,7 +275,7 @@ def _launch(
     rank, columns = {"project": two, "spread": two, "weigh": out}[what].shape
     for begin in range(0, rank, MOST_RANK):
         part = slice(begin, begin + MOST_RANK)
-        mask = seed.data_ptr(), limit, branch
+        mask = 0 if seed is None else seed.data_ptr(), limit, branch
         sizes = one.shape[0], columns, min(rank - begin, MOST_RANK)
         if what == "project":
             _call(what, dropout, (one, two[part], out[:, part]), sizes, *mask)

@@ -2,6 +2,7 @@
 #include <pybind11/stl.h>
 
 #include <algorithm>
+#include <cstring>
 #include <limits>
 #include <stdexcept>
 #include <string>
@@ -15,6 +16,7 @@
 #include "../tensors.h"
 #include "dropout.h"
 #include "foreach.h"
+#include "low_rank.h"
 
 namespace py = pybind11;
 
@@ -27,6 +29,7 @@ struct InstructionSet {
   bool runs_here;
   KernelTable table;
   DropoutTable dropout;
+  const LowRankTable* low_rank;
 };
 
 std::vector<InstructionSet> instruction_sets() {
@@ -35,12 +38,13 @@ std::vector<InstructionSet> instruction_sets() {
   sets.push_back({"avx512",
                   __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"),
-                  averaging_avx512(), branches_avx512()});
+                  averaging_avx512(), branches_avx512(), low_rank_avx512()});
 #endif
 #ifdef CNEXT_HAVE_avx2
-  sets.push_back({"avx2", bool(__builtin_cpu_supports("avx2")), averaging_avx2(), branches_avx2()});
+  sets.push_back({"avx2", __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"), averaging_avx2(),
+                  branches_avx2(), low_rank_avx2()});
 #endif
-  sets.push_back({"baseline", true, averaging_baseline(), branches_baseline()});
+  sets.push_back({"baseline", true, averaging_baseline(), branches_baseline(), low_rank_baseline()});
   return sets;
 }
 
@@ -140,6 +144,81 @@ void dropout(const std::string& type, bool add, uintptr_t x, uintptr_t out, int6
         first_row + row, columns, options);
 }
 
+// The passes of cnext.ops.low_rank, over addresses of float32 matrices with their elements from row to row. seed: the
+// address of an int64, 0 where nothing is dropped; workspace: as many bytes as `workspace` says.
+using In = LowRankTable::In;
+using Out = LowRankTable::Out;
+
+const LowRankTable& low_rank(const std::string& type, const Sizes& sizes) {
+  if (type != "f") throw std::invalid_argument("type must be f");
+  if (sizes.rank < 1 || sizes.rank > 128) throw std::invalid_argument("rank must be from 1 to 128");
+  if (!active().low_rank) throw std::invalid_argument(std::string(active().name) + " has no low-rank products");
+  return *active().low_rank;
+}
+
+In in(uintptr_t address, int64_t stride) { return {reinterpret_cast<const float*>(address), stride}; }
+Out out(uintptr_t address, int64_t stride) { return {reinterpret_cast<float*>(address), stride}; }
+
+int64_t workspace(const std::string&, int64_t rows, int64_t columns, int64_t rank, int64_t live) {
+  const Sizes sizes{rows, columns, rank};
+  return 4 * low_rank("f", sizes).workspace(sizes, live);
+}
+
+// A pass that sees dropout, as `run` does it.
+template <class Run>
+void dropped(uintptr_t seed, uint32_t threshold, uint32_t branch, uintptr_t workspace, const Run& run) {
+  const bool drops = seed && threshold;
+  const Dropout drop{drops ? *reinterpret_cast<const uint64_t*>(seed) : 0, threshold, branch, 0};
+  py::gil_scoped_release nogil;
+  run(drops ? &drop : nullptr, reinterpret_cast<float*>(workspace));
+}
+
+void project(const std::string& type, uintptr_t x, uintptr_t a, uintptr_t h, int64_t rows, int64_t columns, int64_t rank,
+             int64_t x_stride, int64_t a_stride, int64_t h_stride, uintptr_t seed, uint32_t threshold, uint32_t branch,
+             uintptr_t space, int threads) {
+  const Sizes sizes{rows, columns, rank};
+  const LowRankTable& table = low_rank(type, sizes);
+  dropped(seed, threshold, branch, space, [&](const Dropout* drop, float* space) {
+    table.project(in(x, x_stride), in(a, a_stride), out(h, h_stride), sizes, drop, space, threads);
+  });
+}
+
+void weigh(const std::string& type, uintptr_t dh, uintptr_t x, uintptr_t da, int64_t rows, int64_t columns, int64_t rank,
+           int64_t dh_stride, int64_t x_stride, int64_t da_stride, uintptr_t seed, uint32_t threshold, uint32_t branch,
+           uintptr_t space, int threads) {
+  const Sizes sizes{rows, columns, rank};
+  const LowRankTable& table = low_rank(type, sizes);
+  dropped(seed, threshold, branch, space, [&](const Dropout* drop, float* space) {
+    table.weigh(in(dh, dh_stride), in(x, x_stride), out(da, da_stride), sizes, drop, space, threads);
+  });
+}
+
+void spread(const std::string& type, uintptr_t dh, uintptr_t a, uintptr_t to, int64_t rows, int64_t columns, int64_t rank,
+            int64_t dh_stride, int64_t a_stride, int64_t to_stride, uintptr_t bias, bool add, float scale,
+            uintptr_t seed, uint32_t threshold, uint32_t branch, uintptr_t space, int threads) {
+  const Sizes sizes{rows, columns, rank};
+  const LowRankTable& table = low_rank(type, sizes);
+  if (bias && (add || (seed && threshold))) throw std::invalid_argument("a bias is written, and is not dropped");
+  dropped(seed, threshold, branch, space, [&](const Dropout* drop, float* space) {
+    if (bias)
+#pragma omp parallel for schedule(static) num_threads(threads)
+      for (int64_t row = 0; row < rows; ++row)
+        std::memcpy(out(to, to_stride).at(row, 0), reinterpret_cast<const float*>(bias), size_t(columns) * 4);
+    table.spread(in(dh, dh_stride), in(a, a_stride), out(to, to_stride), sizes, add || bias, scale, drop, space,
+                 threads);
+  });
+}
+
+void gather(const std::string& type, uintptr_t dy, uintptr_t b, uintptr_t h, uintptr_t dh, uintptr_t db, int64_t rows,
+            int64_t columns, int64_t rank, int64_t live, int64_t dy_stride, int64_t b_stride, int64_t h_stride,
+            int64_t dh_stride, int64_t db_stride, float scale, uintptr_t space, int threads) {
+  const Sizes sizes{rows, columns, rank};
+  const LowRankTable& table = low_rank(type, sizes);
+  py::gil_scoped_release nogil;
+  table.gather(in(dy, dy_stride), in(b, b_stride), in(h, h_stride), out(dh, dh_stride), out(db, db_stride), sizes, live,
+               scale, reinterpret_cast<float*>(space), threads);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_cpu, m) {
@@ -151,6 +230,12 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("dropout", &dropout, py::arg("type"), py::arg("add"), py::arg("x"), py::arg("out"), py::arg("rows"),
         py::arg("columns"), py::arg("x_stride"), py::arg("out_stride"), py::arg("first_row"), py::arg("first_column"),
         py::arg("seed"), py::arg("threshold"), py::arg("branch"), py::arg("threads") = 1);
+  m.def("has_low_rank", [] { return active().low_rank != nullptr; }, "Whether the instruction set has what follows.");
+  m.def("workspace", &workspace, py::arg("what"), py::arg("rows"), py::arg("columns"), py::arg("rank"), py::arg("live"));
+  m.def("project", &project);
+  m.def("weigh", &weigh);
+  m.def("spread", &spread);
+  m.def("gather", &gather);
   m.def("describe", &describe, py::arg("api"), py::arg("tensors"),
         "(tensors, 4) int64 through torch.Tensor.__dlpack_c_exchange_api__: address, elements, kind, layout; -1: none.");
   m.def("instruction_set", [] { return std::string(active().name); });

@@ -4,6 +4,7 @@ Builds csrc/cpu with CNEXT_SANITIZE=1 into a temporary folder, and calls each ke
 without a byte to spare, of sizes around every boundary, aligned and not, with finite values and without.
 """
 
+import itertools
 import os
 import subprocess
 import sys
@@ -70,7 +71,10 @@ def run() -> None:
                     threads=threads,
                 )
         dropout(_cpu, generator)
-    print(f"{len(_cpu.kernels())} kernels and dropout x {len(_cpu.instruction_sets())} instruction sets: clean")
+        if _cpu.has_low_rank():
+            low_rank(_cpu, generator)
+    sets = len(_cpu.instruction_sets())
+    print(f"{len(_cpu.kernels())} kernels, dropout and low-rank products x {sets} instruction sets: clean")
 
 
 def dropout(module: ModuleType, generator: numpy.random.Generator) -> None:
@@ -84,7 +88,28 @@ def dropout(module: ModuleType, generator: numpy.random.Generator) -> None:
                 for add in (False, True):
                     sizes = (7, columns, columns + gap, columns)
                     addresses = (x.ctypes.data, out.ctypes.data)
-                    module.dropout(letter, add, *addresses, *sizes, seed.ctypes.data, 3277, 2, 2)
+                    module.dropout(letter, add, *addresses, *sizes, 5, 128, seed.ctypes.data, 3277, 2, 2)
+
+
+def low_rank(module: ModuleType, generator: numpy.random.Generator) -> None:
+    """The four passes around the size of every block, without a gap behind the last row."""
+    seed = numpy.array([-1], dtype=numpy.int64)
+    ranks = (1, 5, 16, 24, 96, 128)
+    for rows, columns, rank, gap in itertools.product((1, 7, 70, 203), (1, 33, 130, 1300, 2048), ranks, (0, 3)):
+        large, small, narrow, sizes = (rows, columns), (rank, columns), (rows, rank), (rows, columns, rank)
+        calls: list[tuple[str, list[tuple[int, int]], tuple[int, ...], tuple[float, ...]]] = []
+        for mask in ((0, 0, 0), (seed.ctypes.data, 3277, 2)):
+            calls.append(("project", [large, small, narrow], sizes, mask))
+            calls.append(("weigh", [narrow, large, small], sizes, mask))
+            calls += [("spread", [narrow, small, large], sizes, (0, add, 0.5, *mask)) for add in (False, True)]
+        live = (rank + 1) // 2
+        calls.append(("gather", [large, small, (rows, live), narrow, (columns, live)], (*sizes, live), (0.5,)))
+        for what, shapes, numbers_of, options in calls:
+            matrices = [generator.standard_normal(m * (n + gap) - gap, "f4") for m, n in shapes]
+            strides = [n + gap for _, n in shapes]
+            workspace = numpy.empty(module.workspace(what, *sizes, live), numpy.uint8)
+            addresses = [matrix.ctypes.data for matrix in matrices]
+            getattr(module, what)("f", *addresses, *numbers_of, *strides, *options, workspace.ctypes.data, 2)
 
 
 if __name__ == "__main__":
