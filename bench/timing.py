@@ -130,8 +130,9 @@ def peak_bytes(function: Callable[[], object]) -> int:
     while nodes:
         node: Any = nodes.pop()
         nodes += node.children
-        if node.tag is _EventType.Allocation:
+        if node.tag == _EventType.Allocation:
             sizes.append((node.start_time_ns, node.extra_fields.alloc_size))
+    assert sizes, "nothing was recorded"
     held = peak = 0
     for _, size in sorted(sizes, key=lambda one: one[0]):
         held += size

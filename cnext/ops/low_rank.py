@@ -21,8 +21,8 @@ from cnext.errors import UserError
 from cnext.ops import branches_reference, dispatch
 from cnext.ops.branches_reference import threshold
 
-BLOCK_BYTES = {"cpu": 2**21, "cuda": 2**25}
-"""A dropped block stays in the cache: the second of a core, or that of a GPU."""
+BLOCK_BYTES = {"cpu": 2**22, "cuda": 2**25}
+"""A dropped block stays in a cache: of a CPU the last, of a GPU the second."""
 TILE = branches_reference.TILE
 MOST_RANK = 128
 """What one launch of a C++ or CUDA kernel takes; a larger rank takes several."""
@@ -183,7 +183,7 @@ def _fused(dropout: Dropout, large: Tensor, beside: Tensor, plain: bool = False)
 def _row_blocks(x: Tensor) -> Iterator[tuple[slice, Tensor]]:
     """Blocks of x's rows, with a buffer of their size."""
     rows, columns = x.shape
-    height = max(32, BLOCK_BYTES.get(x.device.type, 2**21) // max(1, columns * x.element_size()))
+    height = max(32, BLOCK_BYTES.get(x.device.type, 2**22) // max(1, columns * x.element_size()))
     buffer = x.new_empty(min(rows, height), columns)
     for begin in range(0, rows, height):
         block = slice(begin, min(begin + height, rows))
@@ -193,7 +193,7 @@ def _row_blocks(x: Tensor) -> Iterator[tuple[slice, Tensor]]:
 def _column_blocks(x: Tensor) -> Iterator[tuple[slice, Tensor]]:
     """Blocks of x's columns, with a buffer of their size; they begin where a tile of the mask does."""
     rows, columns = x.shape
-    width = max(1, BLOCK_BYTES.get(x.device.type, 2**21) // max(1, rows * x.element_size()) // TILE) * TILE
+    width = max(1, BLOCK_BYTES.get(x.device.type, 2**22) // max(1, rows * x.element_size()) // TILE) * TILE
     buffer = x.new_empty(rows * min(columns, width))
     for begin in range(0, columns, width):
         block = slice(begin, min(begin + width, columns))
