@@ -147,9 +147,8 @@ def gather(dy: Tensor, b: Tensor, h: Tensor | None, dh: Tensor | None, scale: fl
         dB, (out, live rank).
     """
     db = None if h is None else dy.new_empty(dy.shape[1], h.shape[1])
-    both = h is not None and dh is not None and db is not None
-    most = MOST_RANK if dropout.impl == "cpp" else ONE_PASS
-    if both and b.shape[0] <= most and _fused(dropout, dy, b, plain=True):
+    fits = b.shape[0] <= (MOST_RANK if dropout.impl == "cpp" else ONE_PASS)
+    if h is not None and dh is not None and db is not None and fits and _fused(dropout, dy, b, plain=True):
         _launch_gather(dy, b, h, dh, db, scale, dropout)
         return db
     if dh is not None:
