@@ -31,6 +31,8 @@ class AdapterLinear(nn.Module):
 
     ``active`` names the branches that take part; the others are as if they were not there. ``router``, where it is
     given, maps x to (..., active branches) weights of each token's branches; a module is part of the layer.
+    ``observer``, where it is given, is called with every x. (A hook on the layer keeps it from being computed together
+    with others.)
 
     Args:
         base: the linear layer, (..., in_features) to (..., out_features). It is frozen.
@@ -59,10 +61,13 @@ class AdapterLinear(nn.Module):
         self.independent = independent
         self.active: Sequence[str] = tuple(branches)
         self.router: Callable[[Tensor], Tensor] | None = None
+        self.observer: Callable[[Tensor], None] | None = None
         self._unmerged: Tensor | None = None
         self._join()
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.observer is not None:
+            self.observer(x)
         base = self.base
         if self._unmerged is not None or not self.active:
             return base(x)

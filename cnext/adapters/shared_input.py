@@ -64,6 +64,9 @@ def together(layers: Sequence[nn.Module], x: Tensor) -> tuple[Tensor, ...]:
     alike = _alike(layers)
     if alike is None:
         return tuple(layer(x) for layer in layers)
+    for layer in alike:
+        if layer.observer is not None:
+            layer.observer(x)
     a = [[layer.branches[name].A for name in layer.active] for layer in alike]
     b = [[layer.branches[name].B for name in layer.active] for layer in alike]
     first = alike[0]

@@ -7,7 +7,6 @@ from functools import partial
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from cnext import ranks
 from cnext.adapters.attach import layers
@@ -49,20 +48,19 @@ class InputSubspaces:
         self.covariance: dict[str, Tensor] = {}
         self.extended = 0
         """How often the bases have been extended."""
-        self._hooks: list[RemovableHandle] = []
 
     def watch(self) -> None:
         """From now on, forward passes count, until `unwatch`."""
-        self._hooks = [layer.register_forward_pre_hook(partial(self._see, n)) for n, layer in self.layers.items()]
+        for name, layer in self.layers.items():
+            layer.observer = partial(self._see, name)
 
     def unwatch(self) -> None:
-        """Forward passes no longer count, and no hook is left."""
-        for hook in self._hooks:
-            hook.remove()
-        self._hooks = []
+        """Forward passes no longer count."""
+        for layer in self.layers.values():
+            layer.observer = None
 
-    def _see(self, name: str, layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        x = ranks.joined(inputs[0].detach().flatten(0, -2).float())
+    def _see(self, name: str, x: Tensor) -> None:
+        x = ranks.joined(x.detach().flatten(0, -2).float())
         self.covariance[name] = self.covariance.get(name, 0.0) + x.T @ x
 
     def extend(self, share: float) -> None:

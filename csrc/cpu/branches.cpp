@@ -22,9 +22,10 @@ CNEXT_HD void store(double& to, double x) { to = x; }
 #ifdef __AVX512F__
 using Lanes = __m512i;
 CNEXT_HD Lanes lanes_of(uint64_t x) { return _mm512_set1_epi64(int64_t(x)); }
-CNEXT_HD Lanes product(Lanes a, Lanes b) { return _mm512_maskz_mul_epu32(0xFF, a, b); }  // GCC warns of the unmasked one
+// Masked by ones: GCC warns of the ones without a mask.
+CNEXT_HD Lanes product(Lanes a, Lanes b) { return _mm512_maskz_mul_epu32(0xFF, a, b); }
 CNEXT_HD Lanes upper(Lanes x) { return _mm512_maskz_srli_epi64(0xFF, x, 32); }
-CNEXT_HD Lanes joined(Lanes even, Lanes odd) { 
+CNEXT_HD Lanes joined(Lanes even, Lanes odd) {
   return _mm512_mask_shuffle_epi32(even, 0xAAAA, odd, _MM_PERM_CCAA);
 }
 #else

@@ -1,8 +1,8 @@
-// Products of which one side is the branches' rank, in float32. Compiled once per instruction set (CNEXT_ISA), so nothing
-// here may have external linkage save the table.
+// Products of which one side is the branches' rank, in float32. Compiled once per instruction set (CNEXT_ISA), so that
+// nothing here may have external linkage save the table.
 //
-// One tile does them all: a few rows of C in registers, every element of A there once per vector of B. Dropout happens on
-// the way, in blocks that are in a cache. Every sum has one order, whatever the number of threads.
+// One tile does them all: a few rows of C in registers, every element of A there once per vector of B. Dropout happens
+// on the way, in blocks that are in a cache. Every sum has one order, whatever the number of threads.
 #include "low_rank.h"
 
 #define CNEXT_PASTE(a, b) a##b
@@ -43,7 +43,8 @@ constexpr int kSpan = 1024;          // columns of dY from which `gather` takes 
 constexpr int kPitch = kTile + 16;   // from row to row of a dropped tile: one of 128 would meet few sets of the cache
 constexpr int64_t kPacked = 1 << 17;  // elements of the packed side that one pass over the rows reads: they stay in L2
 constexpr int kMostRank = 128;
-static_assert(kHeight % kTall == 0 && kSpan % kDepth == 0 && kDepth % kTile == 0 && kTile % kWide == 0, "blocks of blocks");
+static_assert(kHeight % kTall == 0 && kSpan % kDepth == 0 && kDepth % kTile == 0 && kTile % kWide == 0,
+              "blocks of blocks");
 
 CNEXT_HD int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 CNEXT_HD int64_t blocks(int64_t size, int64_t block) { return (size + block - 1) / block; }
@@ -283,7 +284,8 @@ void gather(In dy, In b, In h, Out dh, Out db, const Sizes& sizes, int64_t live,
           const int64_t height = least(bottom - at, kHeight);
           In from{dy.at(at, k), dy.stride};
           if (columns - k < kWide) from = padded(from, height, columns - k, copy, height, kWide);
-          column<Rows>(height, {h.at(at, 0), h.stride}, live, from, {across.at(0, k), across.stride}, columns - k, at > 0);
+          column<Rows>(height, {h.at(at, 0), h.stride}, live, from, {across.at(0, k), across.stride}, columns - k,
+                       at > 0);
         }
       }
     }

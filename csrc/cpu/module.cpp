@@ -173,8 +173,8 @@ void dropped(uintptr_t seed, uint32_t threshold, uint32_t branch, uintptr_t work
   run(drops ? &drop : nullptr, reinterpret_cast<float*>(workspace));
 }
 
-void project(const std::string& type, uintptr_t x, uintptr_t a, uintptr_t h, int64_t rows, int64_t columns, int64_t rank,
-             int64_t x_stride, int64_t a_stride, int64_t h_stride, uintptr_t seed, uint32_t threshold, uint32_t branch,
+void project(const std::string& type, uintptr_t x, uintptr_t a, uintptr_t h, int64_t rows, int64_t columns,
+             int64_t rank, int64_t x_stride, int64_t a_stride, int64_t h_stride, uintptr_t seed, uint32_t threshold, uint32_t branch,
              uintptr_t space, int threads) {
   const Sizes sizes{rows, columns, rank};
   const LowRankTable& table = low_rank(type, sizes);
@@ -183,8 +183,8 @@ void project(const std::string& type, uintptr_t x, uintptr_t a, uintptr_t h, int
   });
 }
 
-void weigh(const std::string& type, uintptr_t dh, uintptr_t x, uintptr_t da, int64_t rows, int64_t columns, int64_t rank,
-           int64_t dh_stride, int64_t x_stride, int64_t da_stride, uintptr_t seed, uint32_t threshold, uint32_t branch,
+void weigh(const std::string& type, uintptr_t dh, uintptr_t x, uintptr_t da, int64_t rows, int64_t columns,
+           int64_t rank, int64_t dh_stride, int64_t x_stride, int64_t da_stride, uintptr_t seed, uint32_t threshold, uint32_t branch,
            uintptr_t space, int threads) {
   const Sizes sizes{rows, columns, rank};
   const LowRankTable& table = low_rank(type, sizes);
@@ -193,8 +193,8 @@ void weigh(const std::string& type, uintptr_t dh, uintptr_t x, uintptr_t da, int
   });
 }
 
-void spread(const std::string& type, uintptr_t dh, uintptr_t a, uintptr_t to, int64_t rows, int64_t columns, int64_t rank,
-            int64_t dh_stride, int64_t a_stride, int64_t to_stride, uintptr_t bias, bool add, float scale,
+void spread(const std::string& type, uintptr_t dh, uintptr_t a, uintptr_t to, int64_t rows, int64_t columns,
+            int64_t rank, int64_t dh_stride, int64_t a_stride, int64_t to_stride, uintptr_t bias, bool add, float scale,
             uintptr_t seed, uint32_t threshold, uint32_t branch, uintptr_t space, int threads) {
   const Sizes sizes{rows, columns, rank};
   const LowRankTable& table = low_rank(type, sizes);
@@ -231,7 +231,8 @@ PYBIND11_MODULE(_cpu, m) {
         py::arg("columns"), py::arg("x_stride"), py::arg("out_stride"), py::arg("first_row"), py::arg("first_column"),
         py::arg("seed"), py::arg("threshold"), py::arg("branch"), py::arg("threads") = 1);
   m.def("has_low_rank", [] { return active().low_rank != nullptr; }, "Whether the instruction set has what follows.");
-  m.def("workspace", &workspace, py::arg("what"), py::arg("rows"), py::arg("columns"), py::arg("rank"), py::arg("live"));
+  m.def("workspace", &workspace, py::arg("what"), py::arg("rows"), py::arg("columns"), py::arg("rank"),
+        py::arg("live"));
   m.def("project", &project);
   m.def("weigh", &weigh);
   m.def("spread", &spread);

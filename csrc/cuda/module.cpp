@@ -100,8 +100,8 @@ void weigh(const std::string& type, uintptr_t dh, uintptr_t x, uintptr_t da, int
 
 // It takes no workspace; the argument makes the calls alike.
 void spread(const std::string& type, uintptr_t dh, uintptr_t a, uintptr_t out, int64_t rows, int64_t columns,
-            int64_t rank, int64_t dh_stride, int64_t a_stride, int64_t out_stride, uintptr_t bias, bool add, float scale,
-            uintptr_t seed, uint32_t threshold, uint32_t branch, uintptr_t, uintptr_t stream) {
+            int64_t rank, int64_t dh_stride, int64_t a_stride, int64_t out_stride, uintptr_t bias, bool add,
+            float scale, uintptr_t seed, uint32_t threshold, uint32_t branch, uintptr_t, uintptr_t stream) {
   const char letter = one_letter(type);
   const Shape sizes = shape(rows, columns, rank, 0);
   py::gil_scoped_release nogil;
@@ -150,7 +150,8 @@ PYBIND11_MODULE(_cuda, m) {
   m.def("spread", &spread, py::arg("type"), py::arg("dh"), py::arg("a"), py::arg("out"), py::arg("rows"),
         py::arg("columns"), py::arg("rank"), py::arg("dh_stride"), py::arg("a_stride"), py::arg("out_stride"),
         py::arg("bias"), py::arg("add"), py::arg("scale"), py::arg("seed"), py::arg("threshold"), py::arg("branch"),
-        py::arg("workspace") = 0, py::arg("stream") = 0, "out (rows, columns) = drop(scale dh a) + bias, or += where `add`.");
+        py::arg("workspace") = 0, py::arg("stream") = 0,
+        "out (rows, columns) = drop(scale dh a) + bias, or += where `add`.");
   m.def("gather", &gather, py::arg("type"), py::arg("dy"), py::arg("bt"), py::arg("h"), py::arg("dh"), py::arg("db"),
         py::arg("rows"), py::arg("columns"), py::arg("rank"), py::arg("live"), py::arg("dy_stride"),
         py::arg("bt_stride"), py::arg("h_stride"), py::arg("dh_stride"), py::arg("db_stride"), py::arg("scale"),

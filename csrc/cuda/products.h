@@ -2,8 +2,8 @@
 // f = 65536 / (65536 - threshold); with threshold 0 nothing is dropped, and no seed is needed.
 //
 // type: b bfloat16, h float16. The wide matrices (x, a, da, dy, bt, out) have columns and strides that are multiples of
-// 8, and addresses that are multiples of 16 bytes; the narrow ones (h, dh, db) any stride. Each returns an error's text,
-// or null.
+// 8, and addresses that are multiples of 16 bytes; the narrow ones (h, dh, db) any stride. Each returns the text of an
+// error, or null.
 #pragma once
 
 #include <cstdint>

@@ -478,6 +478,19 @@ def test_hooks_of_a_layer_fire(x: Tensor, calls: list[int]) -> None:
     assert calls == [3, 1]
 
 
+def test_an_observer_sees_every_input_of_a_joint_call(x: Tensor, calls: list[int]) -> None:
+    model, seen = made(), []
+    for name in ("k_proj", "o_proj"):
+        getattr(model, name).observer = lambda value, name=name: seen.append((name, value.shape[-1]))
+    expected = model(x)
+    assert seen == [("k_proj", 12), ("o_proj", 8)]
+    assert calls == [3, 1]
+    model.k_proj.merge()
+    same(model(x), expected)
+    assert seen[2:] == [("k_proj", 12), ("o_proj", 8)]
+    assert calls == [3, 1, 1, 1, 1]
+
+
 def test_hooks_of_every_module_fire(x: Tensor) -> None:
     model, seen = made(), []
     handle = modules.register_module_forward_hook(lambda module, *_: seen.append(module))

@@ -117,7 +117,8 @@ def test_micro_batches_give_the_batch(data: Path, method: str) -> None:
     for key in ("loss", "text_loss", "image_loss"):
         assert other[key] == pytest.approx(row[key], rel=0.05 if loose else 1e-4)
     for name, value in whole.items():
-        torch.testing.assert_close(parts[name], value, rtol=0.2 if loose else 1e-3, atol=3e-2 if loose else 2e-4)
+        # Adam makes steps of 1e-2 of gradients as small as what sums of other lengths differ by.
+        torch.testing.assert_close(parts[name], value, rtol=0.2 if loose else 1e-3, atol=3e-2 if loose else 5e-4)
 
 
 def test_what_differs_for_a_task() -> None:
