@@ -153,7 +153,7 @@ def _stacked(parts: tuple[Tensor, ...] | list[Tensor], dtype: torch.dtype) -> Te
     """The parts one below the other: where they lie so in memory already, as one view of it."""
     first = parts[0]
     if len(parts) == 1:
-        return first if first.dtype == dtype else first.to(dtype)
+        return first.to(dtype).contiguous()  # kernels read it along its rows
     if torch.compiler.is_compiling():
         return torch.cat(parts).to(dtype)
     # Parts that lie end to end inside the first one's storage are one matrix.

@@ -130,6 +130,14 @@ def test_kernels_are_given_what_they_compute_from(case, kernels, core):
         assert_as_accurate(*triple, factor=4.0, what=f"result {i}")
 
 
+def test_a_down_projection_may_lie_in_any_order(core):
+    case = Case(inner=40, outer=(24,), ranks=(8,), live=(True,), dtype=torch.bfloat16, options=DROPOUT)
+    expected = case.run("cuda")
+    case.a[0][0] = case.a[0][0].detach().T.contiguous().T.requires_grad_()
+    for mine, theirs in zip(case.run("cuda"), expected, strict=True):
+        assert torch.equal(mine, theirs)
+
+
 def test_a_mask_by_cuda(core):
     keep = ops.dropout_mask(SEED, 9, 300, 0.3, branch=2, impl="cuda")
     assert torch.equal(keep, branches_reference.dropout_mask(SEED, 9, 300, 0.3, 2))
