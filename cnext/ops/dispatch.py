@@ -83,6 +83,12 @@ def best(device: str) -> str:
     return "reference"
 
 
+@cache
+def _ready(impl: str, device: str) -> bool:
+    """Looking for modules takes longer than a launch."""
+    return not missing(impl, device)
+
+
 def choose(
     op: str,
     device: str,
@@ -107,7 +113,7 @@ def choose(
     if impl is not None and (reason := missing(impl, device) if compiled else _PLAIN[impl == "reference"]):
         raise UserError(f"{op}: impl={impl!r} is missing: {reason}")
     fastest = best(device) if impl is None and compiled else "reference"
-    if fastest == "cuda" and rows is not None and rows >= TRITON_FROM_ROWS and not missing("triton", device):
+    if fastest == "cuda" and rows is not None and rows >= TRITON_FROM_ROWS and _ready("triton", device):
         fastest = "triton"
     _last[op] = impl or (plain if fastest == "reference" else fastest)
     return _last[op]

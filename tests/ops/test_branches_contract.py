@@ -221,12 +221,13 @@ def test_without_a_compiled_core_the_packed_passes_run_in_plain_torch(monkeypatc
 def test_a_gpu_takes_what_was_faster_at_its_number_of_rows(monkeypatch):
     monkeypatch.setattr(dispatch, "best", lambda device: {"cpu": "cpp", "cuda": "cuda"}[device])
     monkeypatch.setattr(dispatch, "missing", lambda impl, device: "")
+    monkeypatch.setattr(dispatch, "_ready", lambda impl, device: True)
     limit = dispatch.TRITON_FROM_ROWS
     chosen = [dispatch.choose("lora_branches", "cuda", None, plain="torch", rows=rows) for rows in (limit - 1, limit)]
     assert chosen == ["cuda", "triton"]
     assert dispatch.choose("lora_branches", "cuda", "cuda", plain="torch", rows=limit) == "cuda"
     assert dispatch.choose("lora_branches", "cpu", None, plain="torch", rows=limit) == "cpp"
-    monkeypatch.setattr(dispatch, "missing", lambda impl, device: "not installed")
+    monkeypatch.setattr(dispatch, "_ready", lambda impl, device: False)
     assert dispatch.choose("lora_branches", "cuda", None, plain="torch", rows=limit) == "cuda"
 
 
