@@ -239,7 +239,8 @@ def _rewritten(forward: object, names: Names, plain: tuple[str, ...]) -> tuple[C
     layers = _chain(new)
     if len(layers) != len(chain) or not all(isinstance(one, FunctionType) for one in layers):
         return None
-    if any(one.__code__ is not other.__code__ for one, other in zip(layers[:-1], chain[:-1], strict=True)):
+    # Equal, not the same: some decorators give every function they make a copy of its code.
+    if any(one.__code__ != other.__code__ for one, other in zip(layers[:-1], chain[:-1], strict=True)):
         return None
     if layers[-1].__code__.co_freevars != (f"{prefix}_together",):
         return None
