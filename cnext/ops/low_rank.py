@@ -93,8 +93,8 @@ def spread(dh: Tensor, a: Tensor, ranks: Sequence[int], linears: int, dropout: D
             if fused:
                 _launch("spread", dropout, branch, dh[:, columns], a[columns], out, first)
             for rows, block in () if fused else _row_blocks(out):
-                term = product(dh[rows, columns], a[columns], out[rows] if first else block)
-                _drop(term, out[rows], dropout, branch, first_row=rows.start, add=not first)
+                product(dh[rows, columns], a[columns], block)
+                _drop(block, out[rows], dropout, branch, first_row=rows.start, add=not first)
             first = False
     return out
 
@@ -210,7 +210,7 @@ def _drop(
     first_column: int = 0,
     add: bool = False,
 ) -> None:
-    """out = drop(x), or out += drop(x), of a block whose mask begins at a row and a column; x may be out."""
+    """out = drop(x), or out += drop(x), of a block whose mask begins at a row and a column."""
     seed, path, limit = dropout.seed, dropout.impl, threshold(dropout.probability)
     assert seed is not None, "there is dropout"
     rows, columns = x.shape
@@ -329,6 +329,7 @@ def mask(seed: Tensor, rows: int, columns: int, probability: float, branch: int,
         dropout.launched = bool(keep.numel())
     else:
         ones = torch.ones(rows, columns, device=seed.device)
-        _drop(ones, ones, dropout, branch)
-        keep = ones != 0
+        dropped = torch.empty_like(ones)
+        _drop(ones, dropped, dropout, branch)
+        keep = dropped != 0
     return keep, dropout.ran

@@ -81,7 +81,7 @@ CNEXT_HD void tile_bits(uint32_t (&words)[4][kTileLanes], uint32_t tile, uint32_
 #endif
 
 template <class T, bool Add>
-CNEXT_HD void lanes(const T* x, T* out, const uint32_t* word, int shift, uint32_t threshold,
+CNEXT_HD void lanes(const T* __restrict x, T* __restrict out, const uint32_t* word, int shift, uint32_t threshold,
                     decltype(load(T{})) scale) {
 #pragma omp simd
   for (int j = 0; j < kTileLanes; ++j) {

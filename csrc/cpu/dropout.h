@@ -10,7 +10,7 @@ struct Dropout {
   uint32_t first_tile;  // of 128 columns: where the row begins in a larger matrix
 };
 
-// x and out: one row of `columns` elements, or the same one; row: its number in the larger matrix.
+// x and out: one row of `columns` elements; row: its number in the larger matrix.
 using DropoutRow = void (*)(const void* x, void* out, int64_t row, int64_t columns, const Dropout& dropout);
 
 struct DropoutTable {

@@ -123,7 +123,7 @@ void foreach (const std::string& rule, const std::string& dtypes, const Addresse
 }
 
 // out = drop(x), or out += drop(x) where `add`. type: f float32, b bfloat16, h float16, d float64; x and out: addresses
-// of (rows, columns) with their elements from row to row, or the same address; first_row, first_column: where in the
+// of (rows, columns) with their elements from row to row; first_row, first_column: where in the
 // mask they begin, the column at a tile of it; seed: the address of an int64.
 void dropout(const std::string& type, bool add, uintptr_t x, uintptr_t out, int64_t rows, int64_t columns,
              int64_t x_stride, int64_t out_stride, int64_t first_row, int64_t first_column, uintptr_t seed,

@@ -15,7 +15,6 @@ struct Matrix {
   int64_t first_row = 0, first_tile = 0;  // where in the mask it begins, a tile being 128 columns
 };
 
-// type: f float32, b bfloat16, h float16. out = drop(x), or out += drop(x) where `add`; out may be x. An error's text,
-// or null.
+// type: f float32, b bfloat16, h float16. out = drop(x), or out += drop(x) where `add`. An error's text, or null.
 const char* launch_dropout(char type, bool add, const void* x, void* out, const Matrix& matrix, const Dropout& dropout,
                            struct CUstream_st* stream);

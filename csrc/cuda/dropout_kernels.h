@@ -49,7 +49,7 @@ struct Eight {
 // A thread has eight neighbouring columns of some rows, and draws for eight that are 16 apart: ballots change the one
 // for the other. Every thread votes, those outside the matrix too.
 template <class T, bool Add, int Rows>
-__global__ void __launch_bounds__(kDropoutThreads) dropout_vectors(const T* x, T* out,
+__global__ void __launch_bounds__(kDropoutThreads) dropout_vectors(const T* __restrict__ x, T* __restrict__ out,
                                                                    const Matrix matrix, const Dropout dropout,
                                                                    const float scale) {
   const int lane = int(threadIdx.x) % kTileLanes, half = int(threadIdx.x) / kTileLanes % 2;
@@ -95,7 +95,7 @@ __global__ void __launch_bounds__(kDropoutThreads) dropout_vectors(const T* x, T
 
 // Of any layout: a thread has the eight elements that it draws for.
 template <class T, bool Add>
-__global__ void __launch_bounds__(kDropoutThreads) dropout_elements(const T* x, T* out,
+__global__ void __launch_bounds__(kDropoutThreads) dropout_elements(const T* __restrict__ x, T* __restrict__ out,
                                                                     const Matrix matrix, const Dropout dropout,
                                                                     const float scale) {
   const int lane = int(threadIdx.x) % kTileLanes;
@@ -126,7 +126,7 @@ __global__ void __launch_bounds__(kDropoutThreads) dropout_elements(const T* x, 
 }
 
 template <class T, bool Add>
-const char* run_dropout(const T* x, T* out, const Matrix& matrix, const Dropout& dropout, CUstream_st* stream) {
+const char* run_dropout(const T* __restrict__ x, T* __restrict__ out, const Matrix& matrix, const Dropout& dropout, CUstream_st* stream) {
   constexpr int rows = sizeof(T) == 4 ? 2 : 4, unit = 16 / int(sizeof(T));
   const bool vectors = matrix.columns % 8 == 0 && matrix.x_stride % unit == 0 && matrix.out_stride % unit == 0 &&
                        reinterpret_cast<uintptr_t>(x) % 16 == 0 && reinterpret_cast<uintptr_t>(out) % 16 == 0;

