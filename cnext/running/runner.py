@@ -21,6 +21,7 @@ from cnext.running.evaluation import evaluate
 from cnext.running.event_log import EventLog
 from cnext.running.exhaustion import explained
 from cnext.running.folder import RunFolder
+from cnext.running.phases import finish_task
 from cnext.running.precision import autocast
 from cnext.running.preparing import prepare
 from cnext.running.progress import Progress
@@ -73,7 +74,7 @@ class Runner:
         self.ready = prepare(planned)
         self.samples, self.backbone = self.ready.samples, self.ready.backbone
         self.method, self.extras = self.ready.method, self.ready.extras
-        self.held = self.method.held() | self.extras
+        self.held = self.method.adapter_parameters() | self.extras
         self.unevenly = processes.sharded(self.backbone.language_model, self.held.values())
         self.stages = self._stages()
         self.scorers = make_scorers(planned.suite.clip, planned.device)
@@ -209,7 +210,7 @@ class Runner:
                         self.stop.check(f"saved after step {trainer.step} of {steps} of {task.name}")
             self.backbone.eval()
             with autocast(recipe.precision, self.backbone.device):
-                statistics = self.method.after_task()
+                statistics = finish_task(self.method)
         self._measure(task.name, "train")
         self.ledger["trained"][task.name] = trained
         self.ledger["averaging"].append(statistics and {"task": task.name, "branches": statistics})
