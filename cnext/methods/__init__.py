@@ -1,4 +1,4 @@
-"""Continual-learning methods, one module each: ``zero_shot.py`` defines the method ``zero-shot``, and nothing else does.
+"""Continual-learning methods, one module each: ``zero_shot.py`` defines the method ``zero-shot``.
 
 A package elsewhere adds one by an entry point of the group ``cnext.methods``: ``name = "module"``. `base` has the
 interface, `parts` what methods are composed of. Training itself is not here.
@@ -55,7 +55,7 @@ def load(name: str) -> type:
     known = modules()
     if name not in known:
         near = [PAPER_NAMES.get(name.lower()), *difflib.get_close_matches(name.lower(), known, 1)]
-        hint = next((f"; did you mean {other}?" for other in near if other), "")
+        hint = next((f"; perhaps you meant {other}" for other in near if other), "")
         raise UserError(f"{unknown('method', name, sorted(known))}{hint}")
     try:
         module = importlib.import_module(known[name])

@@ -1,8 +1,8 @@
 """Attention-only LoRA: one branch on the attention projections alone, of the rank that uses the same parameter budget.
 
-A branch of rank r has r (in + out) parameters in a layer. The budget, rank R in all targets, is R sum of (in + out) over
-them, which allows rank floor(R sum over all targets / sum over the attention's): 76 in place of 32 on the tiny backbone.
-The feed-forward layers, which store more of the knowledge, remain as they were pretrained.
+A branch of rank r has r (in + out) parameters in a layer. The budget of rank R in all targets, R sum of (in + out) over
+them, allows rank floor(R sum over all targets / sum over the attention's) here: 76 in place of 32 on the tiny backbone.
+The feed-forward layers, which store more of the knowledge, stay as they were pretrained.
 
 Reference: Hu et al., LoRA, arXiv 2106.09685, section 4.2 (attention weights alone, for the same budget).
 """

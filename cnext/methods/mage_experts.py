@@ -37,7 +37,8 @@ class MageExperts(RoleBranches):
 
     rank: Annotated[int, "Total rank, shared evenly by two general branches and one expert per task."] = 32
     scale: Annotated[
-        float, "Scaling factor of the branches' output: with six tasks three eighths of the rank take part in an answer."
+        float,
+        "Scaling factor of the branches' output: with six tasks three eighths of the rank take part in an answer.",
     ] = 6.0
     c: Annotated[float, "Plasticity of the merge, see mage."] = 20.0
     pull: Annotated[float, "Weight of the penalty towards the task's start, see mage-pull."] = 0.01

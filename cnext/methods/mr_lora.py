@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from string import ascii_lowercase as letters
 from typing import Annotated
 
-import torch
 from torch import nn
 
 from cnext import adapters

@@ -23,7 +23,9 @@ def finish_task(method: Method) -> dict[str, Any] | None:
         for step in range(phase.steps):
             loss = phase.loss(step)
             if not math.isfinite(loss.item()):
-                raise UserError(f"the loss is {loss.item()} at step {step + 1} of {phase.steps} after the task's own steps")
+                raise UserError(
+                    f"the loss is {loss.item()} at step {step + 1} of {phase.steps} after the task's own steps"
+                )
             loss.backward()
             optimizer.step()
             optimizer.zero_grad()

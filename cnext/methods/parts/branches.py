@@ -31,7 +31,8 @@ class RoleBranches(Lora):
 
     rank: Annotated[int, "Rank of each branch."] = 8
     average: Annotated[
-        str, "Averaging rule: pema, pema-step, pema-literal, pema-released (diverges, as released), dema, constant, none."
+        str,
+        "Averaging rule: pema, pema-step, pema-literal, pema-released (diverges, as released), dema, constant, none.",
     ] = "pema"
     c: Annotated[
         float, "Plasticity of pema: weight of a new task's Fisher information against that of earlier tasks."
