@@ -28,7 +28,7 @@ from cnext.methods.parts.penalties import FisherPenalty
 class Ewc(Lora):
     """y = W x + scale B A x."""
 
-    penalty: Annotated[float, "Weight of the quadratic penalty; F has mean 1 per task, whatever the loss's scale."] = (
+    penalty: Annotated[float, "Weight of the quadratic penalty; F has mean 1 per task, at any scale of the loss."] = (
         0.01
     )
 

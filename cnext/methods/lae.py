@@ -31,9 +31,7 @@ from cnext.methods.lora import Lora
 class Lae(Lora):
     """y = W x + scale B A x."""
 
-    decay: Annotated[float, "Decay of the moving average per step: after n steps the old value has weight decay^n."] = (
-        0.99
-    )
+    decay: Annotated[float, "Decay of the average per step: after n steps the old value has weight decay^n."] = 0.99
 
     card = Card("arXiv 2303.10070", keeps="the offline copy of the adapter")
 

@@ -1,9 +1,9 @@
 """Prompt pool: soft prompts before the question, selected by the similarity of their keys to it (L2P). No LoRA.
 
-With q the frozen model's features at the end of a question, the top_k prompts by cos(q, key) are prepended to its input,
-in the pool's order, and L = L_task + pull * mean over the batch of the sum over selected prompts of 1 - cos(q, key):
-prompts learn from the task, keys from the questions. The pool is the largest with at most the parameters of LoRA of
-rank 32.
+With q the frozen model's features at the end of a question, the top_k prompts by cos(q, key) are prepended to its
+input, in the pool's order, and L = L_task + pull * mean over the batch of the sum over selected prompts of
+1 - cos(q, key): prompts learn from the task, keys from the questions. The pool is the largest with at most the
+parameters of LoRA of rank 32.
 
 Reference: Wang et al., Learning to Prompt for Continual Learning, arXiv 2112.08654.
 """
@@ -41,7 +41,7 @@ class PromptPool(Method):
     def __post_init__(self) -> None:
         if min(self.length, self.top_k) < 1 or not 0 < self.scale < float("inf") or not 0 <= self.pull < float("inf"):
             raise UserError(
-                f"expected length and top_k of at least 1, scale above 0 and pull of at least 0, both finite; got {self}"
+                f"expected length and top_k of at least 1, a finite scale above 0 and a finite pull from 0, got {self}"
             )
         self.trained = torch.tensor(False)
 

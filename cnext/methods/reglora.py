@@ -6,8 +6,8 @@ After every task the largest 2% of the entries of |B A| of each layer are added 
 released code merges the branch into W and starts another; here the earlier branches are frozen and add up, which is the
 same function.
 
-The released code has penalty 2500, for rank 128 and a learning rate of 2e-4. On the tiny backbone at 1e-3 that makes the
-penalty's gradient about six times as large as the task's. The default of 25, chosen on validation items, makes it a
+The released code has penalty 2500, for rank 128 and a learning rate of 2e-4. On the tiny backbone at 1e-3 that makes
+the penalty's gradient about six times as large as the task's. The default of 25, chosen on validation items, makes it a
 twentieth.
 
 Reference: Chen et al., SEFE: Superficial and Essential Forgetting Eliminator, arXiv 2505.02486.
