@@ -28,9 +28,7 @@ from cnext.methods.parts.penalties import FisherPenalty
 class Ewc(Lora):
     """y = W x + scale B A x."""
 
-    penalty: Annotated[float, "Weight of the quadratic penalty; F has mean 1 per task, at any scale of the loss."] = (
-        0.01
-    )
+    penalty: Annotated[float, "Weight of the quadratic penalty; F has mean 1 per task, for any scale of loss."] = 0.01
 
     card = Card("arXiv 1612.00796", keeps="the summed Fisher information of the parameters")
 

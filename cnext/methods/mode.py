@@ -45,9 +45,7 @@ class Mode(MoeLora):
     """y = W x + scale * (sum over text experts of w_e(x) B_e A_e x, or where an image is written B_image A_image x)."""
 
     experts: Annotated[int, "Number of text experts, besides one image expert."] = 3
-    distill: Annotated[float, "Weight of the distillation from the pretrained model, where a batch writes images."] = (
-        0.3
-    )
+    distill: Annotated[float, "Weight of the distillation from the pretrained model, for batches with images."] = 0.3
 
     router = ModalityRouter
     card = Card("arXiv 2512.03125")
