@@ -18,8 +18,9 @@ from typing import Annotated, Any
 import torch
 from torch import Tensor, nn
 
-from cnext import adapters, ranks
+from cnext import adapters
 from cnext.adapters.by_question import ByQuestion
+from cnext.distributed import collectives
 from cnext.methods.base import Card
 from cnext.methods.parts.branches import GENERAL_ROLES, RoleBranches
 from cnext.methods.parts.penalties import pull_to_start
@@ -69,7 +70,7 @@ class MageExperts(RoleBranches):
 
     def before_step(self, batch: Sequence[Any]) -> None:
         if self.by_question.wants(self.task_index):
-            self.by_question.add(self.task_index, ranks.joined(self.features(batch)))
+            self.by_question.add(self.task_index, collectives.all_gather(self.features(batch)))
 
     def features(self, encoded: Sequence[Any]) -> Tensor:
         """The pretrained model's features of the questions, (N, hidden)."""

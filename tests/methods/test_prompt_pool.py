@@ -12,9 +12,9 @@ from torch.nn import functional as F
 from cnext.backbones.tiny.model import TinyBackbone
 from cnext.errors import UserError
 from cnext.methods.prompt_pool import PromptPool
-from cnext.running.evaluation import question
 from cnext.tasks import formats, suites
 from cnext.tasks.base import Sample
+from cnext.training.evaluation import question
 
 
 def questions(data: Path, task: str, count: int = 8) -> list[Sample]:
@@ -35,7 +35,7 @@ def test_as_many_parameters_as_lora(tiny: TinyBackbone, length: int) -> None:
     """The largest pool that fits, within 1%."""
     method = PromptPool(length=length)
     method.setup(tiny, [], torch.Generator().manual_seed(0))
-    count = sum(parameter.numel() for parameter in method.held().values())
+    count = sum(parameter.numel() for parameter in method.adapter_parameters().values())
     assert 0.99 * 312_320 <= count <= 312_320
 
 
