@@ -75,8 +75,7 @@ def _list(arguments: argparse.Namespace) -> None:
         return
     print("methods")
     for name in sorted(methods.modules()):
-        also = ", ".join(alias for alias, of in methods.ALIASES.items() if of == name)
-        print(f"  {name:<14} {methods.summary(name)}{f' (also: {also})' if also else ''}")
+        print(f"  {name:<14} {methods.summary(name)}")
     print("backbones")
     for name in sorted(backbones.modules()):
         print(f"  {name:<14} {backbones.SUMMARIES.get(name, '')}")
@@ -95,14 +94,8 @@ def _card(arguments: argparse.Namespace) -> None:
 def _report(arguments: argparse.Namespace) -> None:
     from cnext.report import write_reports
 
-    for path in write_reports(arguments.run, arguments.out, _baseline(arguments), arguments.mix_environments):
+    for path in write_reports(arguments.run, arguments.out, arguments.baseline, arguments.mix_environments):
         print(path)
-
-
-def _baseline(arguments: argparse.Namespace) -> str | None:
-    from cnext import methods
-
-    return arguments.baseline and methods.canonical(arguments.baseline)
 
 
 def _analyze(arguments: argparse.Namespace) -> None:
@@ -123,7 +116,7 @@ def _table(arguments: argparse.Namespace) -> None:
     from cnext.tables import aggregate, formats
 
     folders = aggregate.find(arguments.run)
-    study = aggregate.of_folders(folders, _baseline(arguments), arguments.mix_environments)
+    study = aggregate.of_folders(folders, arguments.baseline, arguments.mix_environments)
     print(formats.FORMATS[arguments.format](study), end="")
     if note := fingerprint.older([run.fingerprint for run in aggregate.finished(folders)]):
         print(note, file=sys.stderr)

@@ -14,6 +14,7 @@ from cnext.config.run_config import Plan
 from cnext.monitoring.eta import duration
 from cnext.tasks.base import Sample, Task
 from cnext.training.evaluation import answered
+from cnext.training.phases import finish_task
 from cnext.training.precision import autocast
 from cnext.training.setup import Prepared, prepare
 from cnext.training.trainer import begin
@@ -62,7 +63,7 @@ def estimate(planned: Plan) -> Estimate:
             steps = recipe.steps[name] if trained else 0
             times = f"{duration(training)}, {duration(answers)}"
             lines.append(f"{name:<12} {reads:<12} {writes:<8} {steps:>6} {trained:>10,}   {times}")
-        state = [*(method.held() | ready.extras).values(), *method.state_dict().values()]
+        state = [*(method.adapter_parameters() | ready.extras).values(), *method.state_dict().values()]
         size = sum(tensor.numel() * tensor.element_size() for tensor in state) * len(planned.order)
     lines.append(f"estimated time: {duration(total)}, and what it takes to load data, model and libraries")
     lines.append(f"estimated disk: {size / 1e6:.1f} MB of checkpoints, and the answers")
@@ -105,7 +106,7 @@ def _time_steps(planned: Plan, ready: Prepared, task: Task) -> tuple[int, float]
     seconds = (time.perf_counter() - started) / TIMED_STEPS
     ready.backbone.eval()
     with autocast(trainer.recipe.precision, ready.backbone.device):
-        ready.method.after_task()
+        finish_task(ready.method)
     return sum(parameter.numel() for parameter in trainer.parameters.values()), seconds
 
 

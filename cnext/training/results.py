@@ -60,7 +60,7 @@ def results(
         "profiles": {"paper": profiles["paper"]},
         "averaging": [row for row in ledger["averaging"] if row],
         "cost": {
-            "adapter_parameters": sum(parameter.numel() for parameter in method.held().values()),
+            "adapter_parameters": sum(parameter.numel() for parameter in method.adapter_parameters().values()),
             "trainable_params": max((row["parameters"] for row in trained.values()), default=0),
             "trainable_params_by_task": {name: row["parameters"] for name, row in trained.items()},
             "stored_bytes": ledger["stored_bytes"],

@@ -27,6 +27,7 @@ from cnext.tasks.base import Sample, Task, joined
 from cnext.training import cost
 from cnext.training.batches import stable_seed
 from cnext.training.evaluation import evaluate
+from cnext.training.phases import finish_task
 from cnext.training.precision import autocast
 from cnext.training.results import results
 from cnext.training.setup import prepare
@@ -75,7 +76,7 @@ class Runner:
         self.ready = prepare(planned)
         self.samples, self.backbone = self.ready.samples, self.ready.backbone
         self.method, self.extras = self.ready.method, self.ready.extras
-        self.held = self.method.held() | self.extras
+        self.held = self.method.adapter_parameters() | self.extras
         self.unevenly = processes.sharded(self.backbone.language_model, self.held.values())
         self.stages = self._stages()
         self.scorers = make_scorers(planned.suite.clip, planned.device)
@@ -211,7 +212,7 @@ class Runner:
                         self.stop.check(f"saved after step {trainer.step} of {steps} of {task.name}")
             self.backbone.eval()
             with autocast(recipe.precision, self.backbone.device):
-                statistics = self.method.after_task()
+                statistics = finish_task(self.method)
         self._measure(task.name, "train")
         self.ledger["trained"][task.name] = trained
         self.ledger["averaging"].append(statistics and {"task": task.name, "branches": statistics})

@@ -55,13 +55,13 @@ class Sequence:
 
     def state(self) -> dict[str, torch.Tensor]:
         """Every tensor of the backbone, and of what the method holds beside it, as they are now."""
-        held = {f"held:{name}": parameter.detach() for name, parameter in self.method.held().items()}
+        held = {f"held:{name}": parameter.detach() for name, parameter in self.method.adapter_parameters().items()}
         return {name: tensor.clone() for name, tensor in (self.tiny.state_dict() | held).items()}
 
     def restore(self, other: Sequence) -> None:
         """Goes on where another stands, as a resumed run does: from what a checkpoint holds, in its file format."""
-        values = load(save({name: p.detach().clone() for name, p in other.method.held().items()}))
+        values = load(save({name: p.detach().clone() for name, p in other.method.adapter_parameters().items()}))
         with torch.no_grad():
-            for name, parameter in self.method.held().items():
+            for name, parameter in self.method.adapter_parameters().items():
                 parameter.copy_(values[name])
         self.seen = list(other.seen)

@@ -60,7 +60,7 @@ def test_trains_as_many_parameters_as_lora_of_rank_32(name: str, data: Path) -> 
         parameters = sequence.method.trainable(suites.load("next-tiny").task(task))
         counts.append(sum(p.numel() for key, p in parameters.items() if ".router." not in key))
     assert max(counts) <= 1.01 * LORA
-    total = sum(p.numel() for key, p in sequence.method.held().items() if ".router." not in key)
+    total = sum(p.numel() for key, p in sequence.method.adapter_parameters().items() if ".router." not in key)
     assert name == "zero-shot" or total >= 0.99 * LORA
 
 
@@ -130,7 +130,7 @@ def test_keeps_no_more_bytes_than_it_says(name: str, data: Path) -> None:
     sequence = Sequence(name, data)
     for task in TASKS:
         sequence.learn(task)
-    kept = [*sequence.method.state_dict().values(), *sequence.method.held().values()]
+    kept = [*sequence.method.state_dict().values(), *sequence.method.adapter_parameters().values()]
     extra = max(0, sum(t.numel() * t.element_size() for t in kept) - 4 * LORA * bool(sequence.parameters))
     bound = sequence.method.extra_bytes(len(TASKS))
     counters = 64
@@ -145,7 +145,7 @@ def test_changes_the_trained_parameters_and_nothing_else(name: str, data: Path) 
         sequence.learn(task)
         after = sequence.state()
         changed = {key for key in before if not torch.equal(before[key], after[key])}
-        held = {f"held:{key}": parameter for key, parameter in sequence.method.held().items()}
+        held = {f"held:{key}": parameter for key, parameter in sequence.method.adapter_parameters().items()}
         declared = {id(parameter) for parameter in sequence.parameters.values()}
         trained = {
             key

@@ -115,7 +115,7 @@ def test_the_rank_is_shared_evenly(tasks: int, tiny: TinyBackbone) -> None:
     suite = suites.load("next-tiny")
     method = MageExperts()
     method.setup(tiny, [suite.task(name) for name in suite.orders["paper"][:tasks]], torch.Generator().manual_seed(0))
-    assert sum(p.numel() for p in method.held().values()) == 312_320
+    assert sum(p.numel() for p in method.adapter_parameters().values()) == 312_320
     branches = adapters.layers(tiny.language_model)["layers.0.mlp.up_proj"].branches.values()
     ranks = [len(branch.A) for branch in branches]
     assert len(ranks) == tasks + 2

@@ -85,8 +85,8 @@ def test_parameters_are_those_of_lora_and_the_routers(tiny: TinyBackbone) -> Non
     """4 layers of 6 x 128 and 344 inputs, 4 experts each."""
     method = MoeLora()
     method.setup(tiny, [], torch.Generator().manual_seed(0))
-    routers = [p.numel() for key, p in method.held().items() if ".router." in key]
-    assert sum(p.numel() for p in method.held().values()) - sum(routers) == 312_320
+    routers = [p.numel() for key, p in method.adapter_parameters().items() if ".router." in key]
+    assert sum(p.numel() for p in method.adapter_parameters().values()) - sum(routers) == 312_320
     assert sum(routers) == 4 * 4 * (6 * 128 + 344)
     assert method.extra_bytes(6) == 4 * sum(routers)
 

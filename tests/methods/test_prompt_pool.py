@@ -35,7 +35,7 @@ def test_as_many_parameters_as_lora(tiny: TinyBackbone, length: int) -> None:
     """The largest pool that fits, within 1%."""
     method = PromptPool(length=length)
     method.setup(tiny, [], torch.Generator().manual_seed(0))
-    count = sum(parameter.numel() for parameter in method.held().values())
+    count = sum(parameter.numel() for parameter in method.adapter_parameters().values())
     assert 0.99 * 312_320 <= count <= 312_320
 
 

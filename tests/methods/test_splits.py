@@ -74,15 +74,15 @@ def test_equal_weights_with_pema_are_the_merge_of_a_plain_lora(data: Path) -> No
     plain, merged = Sequence("ew", data), Sequence("ew", data, average="pema", c=2.0)
     for sequence in (plain, merged):
         sequence.learn("VQAv2")
-    start = {key: p.detach().clone() for key, p in merged.method.held().items()}
+    start = {key: p.detach().clone() for key, p in merged.method.adapter_parameters().items()}
     before = {key: value.clone() for key, value in merged.method.rule.fisher_old.items()}
     assert before.keys() == start.keys()
     for sequence in (plain, merged):
         sequence.learn("HQEdit")
-    for key, parameter in merged.method.held().items():
+    for key, parameter in merged.method.adapter_parameters().items():
         mu, fisher = before[key] / 2.0, merged.method.rule.fisher_old[key] - before[key]
         beta = mu / (fisher + mu + 1e-5)
-        expected = beta * start[key] + (1 - beta) * plain.method.held()[key]
+        expected = beta * start[key] + (1 - beta) * plain.method.adapter_parameters()[key]
         torch.testing.assert_close(parameter.detach(), expected.detach(), rtol=1e-3, atol=1e-5)
     assert merged.method.extra_bytes(2) > plain.method.extra_bytes(2) == 0
 
@@ -108,7 +108,7 @@ def test_attention_alone_buys_the_largest_rank_that_fits(tiny: TinyBackbone) -> 
     layers = adapters.layers(tiny.language_model)
     assert {name.rpartition(".")[2] for name in layers} == {"q_proj", "k_proj", "v_proj", "o_proj"}
     assert {len(layer.branches["lora"].A) for layer in layers.values()} == {76}
-    count = sum(p.numel() for p in method.held().values())
+    count = sum(p.numel() for p in method.adapter_parameters().values())
     assert count == 76 * 4096 <= 312_320 < count + 4096
 
 

@@ -103,7 +103,7 @@ def trained(
         made.before_task(parameters, 2, {})
         row = [trainer.train_step() for _ in range(2)][-1]
         made.after_task()
-    return {name: parameter.detach().clone() for name, parameter in made.held().items()}, row
+    return {name: parameter.detach().clone() for name, parameter in made.adapter_parameters().items()}, row
 
 
 @pytest.mark.parametrize("method", ["mage", "ewc", "distillation", "prompt-pool"])
