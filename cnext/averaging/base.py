@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from cnext.errors import UserError
 
-
 Rule = Literal["pema", "pema-step", "pema-literal", "pema-released", "dema", "constant", "none"]
 """Names of the averaging rules; `cnext.averaging.RULES` maps each to its class."""
 Statistics = dict[str, tuple[float, float]]
@@ -99,7 +98,9 @@ class MovingAverage(ABC):
             UserError: a task is open, ``steps`` is not positive, or there is nothing to train.
         """
         if self.steps:
-            raise UserError("begin_task: a task is open, and tasks cannot be nested; call end_task or cancel_task first")
+            raise UserError(
+                "begin_task: a task is open, and tasks cannot be nested; call end_task or cancel_task first"
+            )
         if not isinstance(steps, int) or steps < 1:
             raise UserError(f"begin_task: steps is {steps!r}; expected a whole number of at least 1")
         self.parameters, self.step, self.steps = _named(parameters), 0, steps

@@ -12,7 +12,7 @@ from cnext.errors import UserError
 
 
 class Pema(MovingAverage):
-    """theta <- beta theta_start + (1 - beta) theta at the end of a task, beta = mu / (F_t + mu + damping) per parameter.
+    """At a task's end, per parameter: theta <- beta theta_start + (1 - beta) theta, beta = mu / (F_t + mu + damping).
 
     mu = F_old / c. F_t is the mean squared gradient over the second half of the task's steps, divided by its mean over
     all parameters of the task, so that tasks whose losses differ in scale weigh the same. F_old is the sum of F_t over

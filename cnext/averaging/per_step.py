@@ -46,9 +46,9 @@ class PerStepAverage(MovingAverage):
         self._prepared = {}
 
     def prepared(self, group: int, op: str, *slots: Mapping[str, Tensor] | None) -> ops.Prepared:
-        """An op on the state of a group, prepared at its first call. A slot of None, as the gradients, goes to each call.
+        """An op on the state of a group, prepared at its first call. A slot of None, as of gradients, is given per call.
 
-        So do the parameters: theirs is the one storage that others may replace within a task.
+        The parameters are given per call too: others may replace their storage within a task.
         """
         if group not in self._prepared:
             lists = [None if slot is None else self.listed(slot, self.groups[group]) for slot in slots]
@@ -200,13 +200,13 @@ class PemaStep(PerStepAverage):
 
 
 class PemaLiteral(PerStepAverage):
-    """ema <- beta ema + (1 - beta) theta at every step, beta = (g + 1) / ((theta - ema) g^2 + damping): the paper's Eq. 4.
+    """ema <- beta ema + (1 - beta) theta at every step, beta = (g + 1) / ((theta - ema) g^2 + damping), guarded.
 
-    Where beta is not in (0, 1) the guard replaces it. At the magnitudes that occur beta is about 1 / damping nearly
+    The paper's equation as printed. Where beta is not in (0, 1) the guard replaces it. At the magnitudes that occur beta is about 1 / damping nearly
     everywhere, so that the guard decides: "fallback" makes the rule a constant average, "clamp" keeps the average where
     it was. ``inside`` is the share of beta in (0, 1) over the last task; below 1% `end_task` warns.
 
-    Parameters: float32, bfloat16 or float16, of any shape. Memory within a task: ``ema``, and 4 bytes a parameter (g^2).
+    Parameters: float32, bfloat16 or float16, of any shape. Memory within a task: ``ema``, and 4 bytes a parameter.
 
     Args:
         guard: "fallback" takes the constant ``fallback``, "clamp" the nearer of 0 and 1.
@@ -271,8 +271,8 @@ class PemaLiteral(PerStepAverage):
         super().finish()
         if number and self.inside < 0.01:
             warnings.warn(
-                f"pema-literal: {100 * (1 - self.inside):.2f}% of beta lay outside (0, 1) and were replaced by the guard "
-                f"{self.options['guard']!r}: this is in effect a constant average",
+                f"pema-literal: {100 * (1 - self.inside):.2f}% of beta lay outside (0, 1) and were replaced by the "
+                f"guard {self.options['guard']!r}: this is in effect a constant average",
                 RuntimeWarning,
                 stacklevel=3,
             )

@@ -31,7 +31,7 @@ def averaging() -> Iterator[Spec]:
     """Every rule with every combination of types, and the sum over programs."""
     from cnext.kernels import averaging as kernels
 
-    from cnext.ops.rules import OPS
+    from cnext.ops.averaging_table import OPS
 
     seen = set()
     for op in OPS.values():

@@ -12,7 +12,7 @@ from torch.library import opcheck
 from cnext import ops
 from cnext.errors import UserError
 from cnext.ops import dispatch
-from cnext.ops.rules import OPS
+from cnext.ops.averaging_table import OPS
 
 SHAPES = [(4, 6), (5,)]
 

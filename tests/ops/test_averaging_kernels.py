@@ -11,7 +11,7 @@ import pytest
 from ops import ahead_of_time
 from ops.ahead_of_time import CAPABILITIES, assert_fits
 
-from cnext.ops.rules import OPS
+from cnext.ops.averaging_table import OPS
 
 ROOT = Path(__file__).parents[2]
 HERE = Path(__file__).parent

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from cnext import ops
 from cnext.ops import dispatch
+from cnext.ops.averaging_table import OPS
 from cnext.ops.foreach import Prepared
-from cnext.ops.rules import OPS
 
 INTERPRETED = "triton" in LAYERS and DEVICE == "cpu"
 # Triton's interpreter cuts float32 to bfloat16 instead of rounding.

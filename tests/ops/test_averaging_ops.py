@@ -11,6 +11,7 @@ from ops.tolerance import assert_as_accurate
 
 from cnext import ops
 from cnext.ops import dispatch
+from cnext.ops.averaging_table import OPS
 
 DTYPES = [
     pytest.param(F32, F32, id="f32"),
@@ -253,9 +254,8 @@ def test_released_rule_equals_the_dense_inverse_in_float64(shape):
     dense = distance.T @ fisher + 0.3 * torch.eye(shape[1], dtype=torch.float64)
     alpha = (gradient + 1) @ torch.linalg.inv(dense)
     expected = ema * alpha + theta * (1 - alpha)
-    from cnext.ops import reference
 
-    reference.pema_released_([theta], [gradient], [ema], damping=0.3)
+    OPS["pema_released_"].reference([theta], [gradient], [ema], damping=0.3)
     torch.testing.assert_close(ema, expected, rtol=1e-9, atol=1e-11)
 
 

@@ -12,8 +12,8 @@ from torch import Tensor
 from cnext import ops
 from cnext.errors import UserError
 from cnext.ops import checks
+from cnext.ops.averaging_table import OPS
 from cnext.ops.foreach import SAMPLE
-from cnext.ops.rules import OPS
 
 EVERY = [*IMPLS, "reference"]
 
