@@ -60,9 +60,10 @@ void run(const Kernel& kernel, int beside, cudaStream_t stream) {
   require(cudaMalloc(&partial, sizeof(double) * size_t(blocks * columns) + 8), "cudaMalloc");
   uint32_t* tickets = filled<uint32_t>(tensors, 0);
   double* rows = filled<double>(tensors * (signature.row_width + !signature.row_width), 0x3f);
-  Numbers numbers{{0.5, 0.5, 0.5, 0.5, 0.0, 0, 0, 0}, signature.row_width ? rows : nullptr, signature.row_width};
-  const Counts counts{columns ? out : nullptr, partial, tickets};
-  require(kernel.launch(Lists{addresses.data(), sizes.data(), tensors}, numbers, counts, stream), signature.rule);
+  Scalars scalars{{}, signature.row_width ? rows : nullptr, signature.row_width};
+  for (int k = 0; k < signature.scalars; ++k) scalars.values[k] = 0.125 * (k + 1);
+  const Statistics statistics{columns ? out : nullptr, partial, tickets};
+  require(kernel.launch(Lists{addresses.data(), sizes.data(), tensors}, scalars, statistics, stream), signature.rule);
   require(cudaStreamSynchronize(stream), signature.rule);
   std::vector<uint32_t> left(sizes.size());
   require(cudaMemcpy(left.data(), tickets, 4 * left.size(), cudaMemcpyDeviceToHost), "cudaMemcpy");

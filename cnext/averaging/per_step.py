@@ -46,7 +46,7 @@ class PerStepAverage(MovingAverage):
         self._prepared = {}
 
     def prepared(self, group: int, op: str, *slots: Mapping[str, Tensor] | None) -> ops.Prepared:
-        """An op on the state of a group, prepared at its first call. A slot of None, as of gradients, is given per call.
+        """An op on the state of a group, prepared at its first call. A slot of None is given per call.
 
         The parameters are given per call too: others may replace their storage within a task.
         """
@@ -202,9 +202,10 @@ class PemaStep(PerStepAverage):
 class PemaLiteral(PerStepAverage):
     """ema <- beta ema + (1 - beta) theta at every step, beta = (g + 1) / ((theta - ema) g^2 + damping), guarded.
 
-    The paper's equation as printed. Where beta is not in (0, 1) the guard replaces it. At the magnitudes that occur beta is about 1 / damping nearly
-    everywhere, so that the guard decides: "fallback" makes the rule a constant average, "clamp" keeps the average where
-    it was. ``inside`` is the share of beta in (0, 1) over the last task; below 1% `end_task` warns.
+    The paper's equation as printed. Where beta is not in (0, 1) the guard replaces it. At the magnitudes that occur
+    beta is about 1 / damping nearly everywhere, so that the guard decides: "fallback" makes the rule a constant
+    average, "clamp" keeps the average where it was. ``inside`` is the share of beta in (0, 1) over the last task; below
+    1% `end_task` warns.
 
     Parameters: float32, bfloat16 or float16, of any shape. Memory within a task: ``ema``, and 4 bytes a parameter.
 

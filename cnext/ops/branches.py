@@ -1,9 +1,9 @@
 """Fused linear layers with low-rank branches (LoRA): autograd function and registration with torch.library.
 
-The branches are packed into one of rank sum(r_i) and computed first, by `cnext.ops.low_rank`: scale h B^T is written into
-y, and torch accumulates the frozen product on top; likewise drop'(dh A) into dX, and dY W on top. A frozen branch adds to
-y and costs no gradient. Saved for the backward pass are x and h = drop(x) A^T, each only where a trained branch needs it;
-the dropout mask is recomputed from its seed.
+The branches are packed into one of rank sum(r_i) and computed first, by `cnext.ops.low_rank`: scale h B^T is written
+into y, and torch accumulates the frozen product on top; likewise drop'(dh A) into dX, and dY W on top. A frozen branch
+adds to y and costs no gradient. Saved for the backward pass are x and h = drop(x) A^T, each only where a trained branch
+needs it; the dropout mask is recomputed from its seed.
 """
 
 from __future__ import annotations
@@ -172,9 +172,9 @@ def dropout_mask(
         UserError: ``impl`` is unknown or cannot run.
 
     Example:
-        >>> keep = dropout_mask(torch.tensor([7]), 1000, 8, 0.25)
+        >>> keep = dropout_mask(torch.tensor([7]), 1000, 8, 0.5)
         >>> keep.shape, round(keep.float().mean().item(), 1)
-        (torch.Size([1000, 8]), 0.8)
+        (torch.Size([1000, 8]), 0.5)
 
     Reference: Salmon et al., Parallel random numbers: as easy as 1, 2, 3, SC 2011.
     """

@@ -112,9 +112,9 @@ class Prepared:
     call then takes it by name. In it None counts as zeros, and a tensor of other strides is copied.
 
     The other tensors and their storages are kept alive. Every call checks `SAMPLE` tensors of each list, others each
-    time: where the storages of a whole list were replaced (``.data = ``, ``.to``, ``set_``), the next call raises; where
-    that of a single tensor was, one of the next tensors / SAMPLE calls. Under CUDA graph capture a call is captured; the
-    tensors must outlive the graph. Not thread-safe.
+    time: where the storages of a whole list were replaced (``.data = ``, ``.to``, ``set_``), the next call raises;
+    where that of a single tensor was, one of the next tensors / SAMPLE calls. Under CUDA graph capture a call is
+    captured; the tensors must outlive the graph. Not thread-safe.
 
     Returns:
         What the op returns.

@@ -22,22 +22,22 @@ int64_t blocks(const Addresses& sizes) {
   return total;
 }
 
-// As in cnext._cpu, on the device; partial: (blocks(sizes), column_width) of float64, and tickets: (tensors,) zeros of
-// uint32, where the rule counts.
+// As in cnext._cpu, on the device. Where the rule has statistics, partial: (blocks(sizes), column_width) float64, and
+// tickets: (tensors,) uint32 zeros.
 void foreach (const std::string& rule, const std::string& dtypes, const Addresses& addresses, const Addresses& sizes,
               const std::vector<double>& scalars, uintptr_t columns, int64_t column_width, uintptr_t partial,
               uintptr_t tickets, uintptr_t rows, int64_t row_width, uintptr_t stream) {
   const Kernel& kernel = find(averaging_kernels(), "CUDA", rule, dtypes);
   check(kernel.signature, addresses, sizes, scalars.size(), {columns, column_width}, {rows, row_width});
   if (columns && !(partial && tickets))
-    throw std::invalid_argument("rule " + rule + " counts, and needs addresses of partial and tickets for it");
-  Numbers numbers{{}, reinterpret_cast<const double*>(rows), row_width};
-  std::copy(scalars.begin(), scalars.end(), numbers.scalars);
-  const Counts counts{reinterpret_cast<double*>(columns), reinterpret_cast<double*>(partial),
+    throw std::invalid_argument("rule " + rule + " has statistics: expected the addresses of partial and tickets");
+  Scalars values{{}, reinterpret_cast<const double*>(rows), row_width};
+  std::copy(scalars.begin(), scalars.end(), values.values);
+  const Statistics statistics{reinterpret_cast<double*>(columns), reinterpret_cast<double*>(partial),
                       reinterpret_cast<uint32_t*>(tickets)};
   const Lists lists{addresses.data(), sizes.data(), sizes.shape(0)};
   py::gil_scoped_release nogil;
-  const char* error = kernel.launch(lists, numbers, counts, reinterpret_cast<Stream>(stream));
+  const char* error = kernel.launch(lists, values, statistics, reinterpret_cast<Stream>(stream));
   if (error) throw std::runtime_error(rule + ": " + error);
 }
 
@@ -135,7 +135,7 @@ PYBIND11_MODULE(_cuda, m) {
         py::arg("sizes").noconvert(), py::arg("scalars"), py::arg("columns") = 0, py::arg("column_width") = 0,
         py::arg("partial") = 0, py::arg("tickets") = 0, py::arg("rows") = 0, py::arg("row_width") = 0,
         py::arg("stream") = 0);
-  m.def("kernels", [] { return signatures(averaging_kernels()); }, "(rule, dtypes, kinds of columns, scalars, row width) of each.");
+  m.def("kernels", [] { return signatures(averaging_kernels()); }, "(rule, dtypes, reductions, scalars, row width) of each.");
   m.def("dropout", &dropout, py::arg("type"), py::arg("add"), py::arg("x"), py::arg("out"), py::arg("rows"),
         py::arg("columns"), py::arg("x_stride"), py::arg("out_stride"), py::arg("first_row"), py::arg("first_column"),
         py::arg("seed"), py::arg("threshold"), py::arg("branch"), py::arg("stream") = 0);

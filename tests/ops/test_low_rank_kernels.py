@@ -121,7 +121,7 @@ def test_a_bias_is_written_below_the_product(fused):
     h, b, bias = torch.randn(70, 5), torch.randn(5, 130), torch.randn(130)
     (y,) = run(fused, "spread", [h, b], [torch.empty(70, 130)], (70, 130, 5), bias.data_ptr(), False, 0.5, 0, 0, 0)
     assert_sums(y, h, b, 0.5, bias)
-    with pytest.raises(ValueError, match="a bias is written"):
+    with pytest.raises(ValueError, match="a bias needs add = false"):
         run(fused, "spread", [h, b], [y], (70, 130, 5), bias.data_ptr(), True, 0.5, 0, 0, 0)
 
 
