@@ -107,10 +107,10 @@ void run_products(char type, const Shape& shape, int64_t gap, const Dropout& dro
   const Narrow h = narrow(rows, rank), dh = narrow(rows, rank), db = narrow(columns, shape.live);
   void* const bias = made(2 * columns);
   require(launch_project(type, shape, x, a, h, dropout, workspace("project"), stream), "project");
-  require(launch_spread(type, shape, h, a, nullptr, out, false, 0.5f, dropout, stream), "spread");
-  require(launch_spread(type, shape, h, a, bias, out, true, 0.5f, dropout, stream), "spread");
-  require(launch_gather(type, shape, out, a, h, dh, db, 0.5f, workspace("gather"), stream), "gather");
-  require(launch_weigh(type, shape, dh, x, da, dropout, workspace("weigh"), stream), "weigh");
+  require(launch_expand(type, shape, h, a, nullptr, out, false, 0.5f, dropout, stream), "expand");
+  require(launch_expand(type, shape, h, a, bias, out, true, 0.5f, dropout, stream), "expand");
+  require(launch_grad_b(type, shape, out, a, h, dh, db, 0.5f, workspace("grad_b"), stream), "grad_b");
+  require(launch_grad_a(type, shape, dh, x, da, dropout, workspace("grad_a"), stream), "grad_a");
   require(cudaStreamSynchronize(stream), "products");
   for (void* one : held) require(cudaFree(one), "cudaFree");
   ++ran;

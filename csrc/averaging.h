@@ -1,7 +1,7 @@
 // Element-wise arithmetic of the averaging ops, shared by the C++ and the CUDA layer.
 //
-// A rule reads x[0 .. operands), writes its results to x[0 .. outputs), and its statistics to s[0 .. columns); kind(k) is
-// the reduction of column k (reductions.h). It is constructed from scalars[0 .. scalars) of a call and row[0 ..
+// A rule reads x[0 .. operands), writes its results to x[0 .. outputs), and its statistics to s[0 .. columns); kind(k)
+// is the reduction of column k (reductions.h). It is constructed from scalars[0 .. scalars) of a call and row[0 ..
 // row_width) of the tensor, and reads no further. The table of ops, cnext/ops/averaging_table.py, declares the same.
 // Internal linkage, as the C++ layer compiles this file once per instruction set.
 #pragma once
@@ -38,7 +38,8 @@ struct Sum {
 };
 
 // theta += beta * (theta_old - theta), beta = mu / (f + mu + damping), mu = fisher_old / c, f = new_scale * fisher_new;
-// fisher_old += f. Operands: theta, fisher_old, theta_old, fisher_new. Statistics of beta: count, sum, squares, minimum, maximum.
+// fisher_old += f. Operands: theta, fisher_old, theta_old, fisher_new. Statistics of beta: count, sum, squares,
+// minimum, maximum.
 struct PemaMerge {
   static constexpr int operands = 4, outputs = 2, columns = 5;
   static constexpr int scalars = 3, row_width = 0;

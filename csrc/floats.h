@@ -78,9 +78,9 @@ CNEXT_HD void store(bf16& to, float x) {
 }
 
 // Likewise, by adding 2^(e + 13) to a magnitude of exponent e, at least -14: the last bits of the sum are those of the
-// half, rounded. Overflow is clamped to 2^16, which maps to infinity, and a NaN to 1.5 times that: one canonical NaN, as
-// the sign of a computed one depends on the instructions. All steps are 32-bit with one select each, which compiles to
-// fewer instructions.
+// half, rounded. Overflow is clamped to 2^16, which maps to infinity, and a NaN to 1.5 times that: one canonical NaN,
+// as the sign of a computed one depends on the instructions. All steps are 32-bit with one select each, which compiles
+// to fewer instructions.
 CNEXT_HD void store(f16& to, float x) {
 #ifdef __CUDA_ARCH__
   asm("cvt.rn.f16.f32 %0, %1;" : "=h"(to.bits) : "f"(x));

@@ -384,7 +384,7 @@ def _run_forward(
     routed = _routed(h, routing, ranks, len(weight))
     outputs = []
     for g, (w, offset, up) in enumerate(zip(weight, bias, b, strict=True)):
-        y = low_rank.write(_of(g, routed, rank), up, offset, scale, random).addmm_(flat, w.T)
+        y = low_rank.expand(_of(g, routed, rank), up, offset, scale, random).addmm_(flat, w.T)
         outputs.append(y if x.ndim == 2 else y.view(*x.shape[:-1], w.shape[0]))
     outputs.append(h)
     dispatch.ran(NAME, random.ran)
@@ -431,20 +431,20 @@ def _run_backward(
     d_ups: list[Tensor] = []
     for g, (dy, up) in enumerate(zip(grads, b, strict=True)):
         kept = None if routed_h is None else _of(g, routed_h, rank, live_b)
-        d_up = low_rank.gather(dy, up, kept, None if unrouted is None else _of(g, unrouted, rank), scale, random)
+        d_up = low_rank.grad_h_and_b(dy, up, kept, None if unrouted is None else _of(g, unrouted, rank), scale, random)
         d_ups += [] if d_up is None else [d_up]
     outputs: list[Tensor] = []
     if unrouted is not None:
         dh = _routed(unrouted, routing, ranks, linears)
         if needs_x:
-            dx = low_rank.spread(dh, a, ranks, linears, random)
+            dx = low_rank.grad_x(dh, a, ranks, linears, random)
             for dy, w in zip(grads, weight, strict=True):
                 dx.addmm_(dy, w)
             outputs.append(dx if grad[0].ndim == 2 else dx.view(*grad[0].shape[:-1], dx.shape[1]))
         if live_a[1]:
             assert x is not None, "saved where the gradient of A is wanted"
             live = dh if linears == 1 and live_a[1] - live_a[0] == rank else _alive(dh, live_a, linears)
-            outputs.append(low_rank.weigh(live, _flat(x), _clipped(ranks, live_a), linears, random))
+            outputs.append(low_rank.grad_a(live, _flat(x), _clipped(ranks, live_a), linears, random))
     outputs += d_ups
     if needs_routing:
         assert h is not None, "saved where the gradient of the routing is wanted"

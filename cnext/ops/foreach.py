@@ -323,7 +323,7 @@ class _Cuda(_Compiled):
 
     def __call__(self, *call: Any) -> None:
         out: Tensor | None = call[4]
-        with torch.cuda.device(self.device):
+        with dispatch.on(self.device):
             stream = torch.cuda.current_stream().cuda_stream
             if out is None:
                 return self.launch(*call, stream=stream)

@@ -17,8 +17,8 @@ CNEXT_HD void store(double& to, double x) { to = x; }
 
 // Sixteen adjacent columns of a tile at a time: lane j of word w holds the bits of columns 32 w + j and 32 w + 16 + j.
 #ifdef __AVX2__
-// `philox` with each lane in the lower half of 64 bits, as the multiplication of 32 x 32 to 64 bits takes it: even lanes,
-// then odd ones. The upper halves of the counters are not read.
+// `philox` with each lane in the lower half of 64 bits, as the multiplication of 32 x 32 to 64 bits takes it: even
+// lanes, then odd ones. The upper halves of the counters are not read.
 #ifdef __AVX512F__
 using Lanes = __m512i;
 CNEXT_HD Lanes lanes_of(uint64_t x) { return _mm512_set1_epi64(int64_t(x)); }

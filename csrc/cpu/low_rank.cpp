@@ -39,7 +39,7 @@ CNEXT_HD void store(float* to, Vector x) { _mm256_storeu_ps(to, x); }
 constexpr int kWide = 2 * kLanes;    // columns of a tile
 constexpr int kDepth = 512;          // of a sum over columns of x: a tile's rows of x stay in L1
 constexpr int kHeight = 96;          // of a sum over rows of x: a tile's columns of x stay in L1
-constexpr int kSpan = 1024;          // columns of dY for which `gather` computes both products while they are in a cache
+constexpr int kSpan = 1024;          // columns of dY that stay in a cache for both products of `grad_b`
 constexpr int kPitch = kTile + 16;   // row stride of a dropped tile: one of 128 would map to few sets of the cache
 constexpr int64_t kPacked = 1 << 17;  // packed elements that one pass over the rows reads: they stay in L2
 constexpr int kMostRank = 128;
@@ -49,8 +49,8 @@ static_assert(kHeight % kTall == 0 && kSpan % kDepth == 0 && kDepth % kTile == 0
 CNEXT_HD int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 CNEXT_HD int64_t blocks(int64_t size, int64_t block) { return (size + block - 1) / block; }
 
-// Microkernel: C = scale * A B, or C += scale * A B, of Rows x (Vectors * kLanes). A is read along its rows, or (Across)
-// along its columns, where `a` holds its transpose.
+// Microkernel: C = scale * A B, or C += scale * A B, of Rows x (Vectors * kLanes). A is read along its rows, or
+// (Across) along its columns, where `a` holds its transpose.
 template <int Rows, int Vectors, bool Across>
 __attribute__((noinline)) void tile(int64_t depth, In a, In b, Out c, float scale, bool add) {
   Vector sum[Rows][Vectors];
@@ -198,7 +198,7 @@ CNEXT_HD void column(int64_t depth, In a, int64_t rank, In b, Out c, int64_t col
 }
 
 template <int Rows>
-void weigh(In dh, In x, Out da, const Sizes& sizes, const Dropout* drop, float* packed, int threads) {
+void grad_a(In dh, In x, Out da, const Sizes& sizes, const Dropout* drop, float* packed, int threads) {
   const int64_t rows = sizes.rows, columns = sizes.columns, rank = sizes.rank;
   dh = even(dh, rows, rank, Rows, packed, threads);
 #pragma omp parallel for schedule(static) num_threads(threads)
@@ -222,7 +222,7 @@ void weigh(In dh, In x, Out da, const Sizes& sizes, const Dropout* drop, float* 
   }
 }
 
-void spread(In dh, In a, Out out, const Sizes& sizes, bool add, float scale, const Dropout* drop, float* packed,
+void expand(In dh, In a, Out out, const Sizes& sizes, bool add, float scale, const Dropout* drop, float* packed,
             int threads) {
   constexpr int64_t pitch = kDepth + 16;
   const int64_t rows = sizes.rows, columns = sizes.columns, rank = sizes.rank;
@@ -253,7 +253,7 @@ void spread(In dh, In a, Out out, const Sizes& sizes, bool add, float scale, con
 }
 
 template <int Vectors, int Rows>
-void gather(In dy, In b, In h, Out dh, Out db, const Sizes& sizes, int64_t live, float scale, float* packed,
+void grad_b(In dy, In b, In h, Out dh, Out db, const Sizes& sizes, int64_t live, float scale, float* packed,
             int threads) {
   constexpr int wide = Vectors * kLanes, pitch = kDepth + 16;
   const int64_t rows = sizes.rows, columns = sizes.columns, rank = sizes.rank;
@@ -301,13 +301,13 @@ void run_project(In x, In a, Out h, const Sizes& sizes, const Dropout* drop, flo
   (sizes.rank <= kLanes ? project<1> : project<2>)(x, a, h, sizes, drop, workspace, threads);
 }
 
-void run_weigh(In dh, In x, Out da, const Sizes& sizes, const Dropout* drop, float* workspace, int threads) {
-  (low(sizes.rank) ? weigh<kLow> : weigh<kTall>)(dh, x, da, sizes, drop, workspace, threads);
+void run_grad_a(In dh, In x, Out da, const Sizes& sizes, const Dropout* drop, float* workspace, int threads) {
+  (low(sizes.rank) ? grad_a<kLow> : grad_a<kTall>)(dh, x, da, sizes, drop, workspace, threads);
 }
 
-void run_gather(In dy, In b, In h, Out dh, Out db, const Sizes& sizes, int64_t live, float scale, float* workspace,
+void run_grad_b(In dy, In b, In h, Out dh, Out db, const Sizes& sizes, int64_t live, float scale, float* workspace,
                 int threads) {
-  const auto one = low(live) ? gather<1, kLow> : gather<1, kTall>, two = low(live) ? gather<2, kLow> : gather<2, kTall>;
+  const auto one = low(live) ? grad_b<1, kLow> : grad_b<1, kTall>, two = low(live) ? grad_b<2, kLow> : grad_b<2, kTall>;
   (sizes.rank <= kLanes ? one : two)(dy, b, h, dh, db, sizes, live, scale, workspace, threads);
 }
 
@@ -319,7 +319,7 @@ int64_t workspace(const Sizes& sizes, int64_t live) {
 }  // namespace
 
 const LowRankTable* CNEXT_NAME(low_rank_, CNEXT_ISA)() {
-  static const LowRankTable table = {workspace, run_project, run_weigh, spread, run_gather};
+  static const LowRankTable table = {workspace, run_project, run_grad_a, expand, run_grad_b};
   return &table;
 }
 #else

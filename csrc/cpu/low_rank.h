@@ -22,14 +22,14 @@ struct LowRankTable {
   using In = Matrix<const float>;
   using Out = Matrix<float>;
 
-  // Workspace of a product in floats; `live` is for gather only.
+  // Workspace of a product in floats; `live` is for grad_b only.
   int64_t (*workspace)(const Sizes& sizes, int64_t live);
   // drop: null without dropout.
   void (*project)(In x, In a, Out h, const Sizes&, const Dropout* drop, float* workspace, int threads);
-  void (*weigh)(In dh, In x, Out da, const Sizes&, const Dropout* drop, float* workspace, int threads);
-  void (*spread)(In dh, In a, Out out, const Sizes&, bool add, float scale, const Dropout* drop, float* workspace,
+  void (*grad_a)(In dh, In x, Out da, const Sizes&, const Dropout* drop, float* workspace, int threads);
+  void (*expand)(In dh, In a, Out out, const Sizes&, bool add, float scale, const Dropout* drop, float* workspace,
                  int threads);
-  void (*gather)(In dy, In b, In h, Out dh, Out db, const Sizes&, int64_t live, float scale, float* workspace,
+  void (*grad_b)(In dy, In b, In h, Out dh, Out db, const Sizes&, int64_t live, float scale, float* workspace,
                  int threads);
 };
 

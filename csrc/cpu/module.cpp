@@ -137,8 +137,8 @@ void dropout(const std::string& type, bool add, uintptr_t x, uintptr_t out, int6
         first_row + row, columns, options);
 }
 
-// The products of cnext.ops.low_rank over addresses of float32 matrices, with row strides in elements. seed: the address
-// of an int64, 0 without dropout; workspace: as many bytes as `workspace` returns.
+// The products of cnext.ops.low_rank over addresses of float32 matrices, with row strides in elements. seed: the
+// address of an int64, 0 without dropout; workspace: as many bytes as `workspace` returns.
 using In = LowRankTable::In;
 using Out = LowRankTable::Out;
 
@@ -176,17 +176,17 @@ void project(const std::string& type, uintptr_t x, uintptr_t a, uintptr_t h, int
   });
 }
 
-void weigh(const std::string& type, uintptr_t dh, uintptr_t x, uintptr_t da, int64_t rows, int64_t columns,
+void grad_a(const std::string& type, uintptr_t dh, uintptr_t x, uintptr_t da, int64_t rows, int64_t columns,
            int64_t rank, int64_t dh_stride, int64_t x_stride, int64_t da_stride, uintptr_t seed, uint32_t threshold, uint32_t branch,
            uintptr_t space, int threads) {
   const Sizes sizes{rows, columns, rank};
   const LowRankTable& table = low_rank(type, sizes);
   dropped(seed, threshold, branch, space, [&](const Dropout* drop, float* space) {
-    table.weigh(in(dh, dh_stride), in(x, x_stride), out(da, da_stride), sizes, drop, space, threads);
+    table.grad_a(in(dh, dh_stride), in(x, x_stride), out(da, da_stride), sizes, drop, space, threads);
   });
 }
 
-void spread(const std::string& type, uintptr_t dh, uintptr_t a, uintptr_t to, int64_t rows, int64_t columns,
+void expand(const std::string& type, uintptr_t dh, uintptr_t a, uintptr_t to, int64_t rows, int64_t columns,
             int64_t rank, int64_t dh_stride, int64_t a_stride, int64_t to_stride, uintptr_t bias, bool add, float scale,
             uintptr_t seed, uint32_t threshold, uint32_t branch, uintptr_t space, int threads) {
   const Sizes sizes{rows, columns, rank};
@@ -197,18 +197,18 @@ void spread(const std::string& type, uintptr_t dh, uintptr_t a, uintptr_t to, in
 #pragma omp parallel for schedule(static) num_threads(threads)
       for (int64_t row = 0; row < rows; ++row)
         std::memcpy(out(to, to_stride).at(row, 0), reinterpret_cast<const float*>(bias), size_t(columns) * 4);
-    table.spread(in(dh, dh_stride), in(a, a_stride), out(to, to_stride), sizes, add || bias, scale, drop, space,
+    table.expand(in(dh, dh_stride), in(a, a_stride), out(to, to_stride), sizes, add || bias, scale, drop, space,
                  threads);
   });
 }
 
-void gather(const std::string& type, uintptr_t dy, uintptr_t b, uintptr_t h, uintptr_t dh, uintptr_t db, int64_t rows,
+void grad_b(const std::string& type, uintptr_t dy, uintptr_t b, uintptr_t h, uintptr_t dh, uintptr_t db, int64_t rows,
             int64_t columns, int64_t rank, int64_t live, int64_t dy_stride, int64_t b_stride, int64_t h_stride,
             int64_t dh_stride, int64_t db_stride, float scale, uintptr_t space, int threads) {
   const Sizes sizes{rows, columns, rank};
   const LowRankTable& table = low_rank(type, sizes);
   py::gil_scoped_release nogil;
-  table.gather(in(dy, dy_stride), in(b, b_stride), in(h, h_stride), out(dh, dh_stride), out(db, db_stride), sizes, live,
+  table.grad_b(in(dy, dy_stride), in(b, b_stride), in(h, h_stride), out(dh, dh_stride), out(db, db_stride), sizes, live,
                scale, reinterpret_cast<float*>(space), threads);
 }
 
@@ -223,13 +223,14 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("dropout", &dropout, py::arg("type"), py::arg("add"), py::arg("x"), py::arg("out"), py::arg("rows"),
         py::arg("columns"), py::arg("x_stride"), py::arg("out_stride"), py::arg("first_row"), py::arg("first_column"),
         py::arg("seed"), py::arg("threshold"), py::arg("branch"), py::arg("threads") = 1);
-  m.def("has_low_rank", [] { return active().low_rank != nullptr; }, "Whether the instruction set has project, weigh, spread and gather.");
+  m.def("has_low_rank", [] { return active().low_rank != nullptr; },
+        "Whether the instruction set has project, grad_a, expand and grad_b.");
   m.def("workspace", &workspace, py::arg("what"), py::arg("rows"), py::arg("columns"), py::arg("rank"),
         py::arg("live"));
   m.def("project", &project);
-  m.def("weigh", &weigh);
-  m.def("spread", &spread);
-  m.def("gather", &gather);
+  m.def("grad_a", &grad_a);
+  m.def("expand", &expand);
+  m.def("grad_b", &grad_b);
   m.def("describe", &describe, py::arg("api"), py::arg("tensors"),
         "(tensors, 4) int64 through torch.Tensor.__dlpack_c_exchange_api__: address, elements, kind, layout; -1: not dense.");
   m.def("instruction_set", [] { return std::string(active().name); });

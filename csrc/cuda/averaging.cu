@@ -1,8 +1,8 @@
 // CUDA kernels of the averaging ops: one pass over lists of tensors, without temporaries or synchronization.
 //
 // The lists are a kernel argument (up to 32 KiB), so a launch needs no table in device memory and can be captured in a
-// graph. Each block finds its tensor by bisection. Statistics are reduced per block, and then by the tensor's last block
-// in the order of the blocks: they do not depend on which block came last.
+// graph. Each block finds its tensor by bisection. Statistics are reduced per block, and then by the tensor's last
+// block in the order of the blocks: they do not depend on which block came last.
 #include "../averaging.h"
 
 #include <cstddef>

@@ -1,4 +1,4 @@
-// The Python module cnext._cuda. It imports without a driver; a launch then raises.
+// The Python module cnext._cuda. It can be imported without a driver; a launch then raises.
 #include <pybind11/stl.h>
 
 #include <algorithm>
@@ -55,7 +55,7 @@ Shape shape(int64_t rows, int64_t columns, int64_t rank, int64_t live) {
 
 void* at(uintptr_t address) { return reinterpret_cast<void*>(address); }
 
-Dropout drawn(uintptr_t seed, uint32_t threshold, uint32_t branch) {
+Dropout dropout_of(uintptr_t seed, uint32_t threshold, uint32_t branch) {
   return {reinterpret_cast<const int64_t*>(seed), threshold, branch};
 }
 
@@ -70,7 +70,7 @@ void dropout(const std::string& type, bool add, uintptr_t x, uintptr_t out, int6
   const char letter = one_letter(type);
   if (first_column % 128) throw std::invalid_argument("first_column must be a multiple of 128");
   const Matrix matrix{rows, columns, x_stride, out_stride, first_row, first_column / 128};
-  const Dropout options = drawn(seed, threshold, branch);
+  const Dropout options = dropout_of(seed, threshold, branch);
   py::gil_scoped_release nogil;
   succeed("dropout",
           launch_dropout(letter, add, at(x), at(out), matrix, options, reinterpret_cast<Stream>(stream)));
@@ -83,47 +83,47 @@ void project(const std::string& type, uintptr_t x, uintptr_t a, uintptr_t h, int
   const Shape sizes = shape(rows, columns, rank, 0);
   py::gil_scoped_release nogil;
   succeed("project", launch_project(letter, sizes, {at(x), x_stride}, {at(a), a_stride}, {at(h), h_stride},
-                                    drawn(seed, threshold, branch), static_cast<float*>(at(workspace)),
+                                    dropout_of(seed, threshold, branch), static_cast<float*>(at(workspace)),
                                     reinterpret_cast<Stream>(stream)));
 }
 
-void weigh(const std::string& type, uintptr_t dh, uintptr_t x, uintptr_t da, int64_t rows, int64_t columns,
+void grad_a(const std::string& type, uintptr_t dh, uintptr_t x, uintptr_t da, int64_t rows, int64_t columns,
            int64_t rank, int64_t dh_stride, int64_t x_stride, int64_t da_stride, uintptr_t seed, uint32_t threshold,
            uint32_t branch, uintptr_t workspace, uintptr_t stream) {
   const char letter = one_letter(type);
   const Shape sizes = shape(rows, columns, rank, 0);
   py::gil_scoped_release nogil;
-  succeed("weigh", launch_weigh(letter, sizes, {at(dh), dh_stride}, {at(x), x_stride}, {at(da), da_stride},
-                                drawn(seed, threshold, branch), static_cast<float*>(at(workspace)),
+  succeed("grad_a", launch_grad_a(letter, sizes, {at(dh), dh_stride}, {at(x), x_stride}, {at(da), da_stride},
+                                dropout_of(seed, threshold, branch), static_cast<float*>(at(workspace)),
                                 reinterpret_cast<Stream>(stream)));
 }
 
-// It takes no workspace; the argument makes the calls alike.
-void spread(const std::string& type, uintptr_t dh, uintptr_t a, uintptr_t out, int64_t rows, int64_t columns,
+// It needs no workspace; the argument keeps the calls uniform.
+void expand(const std::string& type, uintptr_t dh, uintptr_t a, uintptr_t out, int64_t rows, int64_t columns,
             int64_t rank, int64_t dh_stride, int64_t a_stride, int64_t out_stride, uintptr_t bias, bool add,
             float scale, uintptr_t seed, uint32_t threshold, uint32_t branch, uintptr_t, uintptr_t stream) {
   const char letter = one_letter(type);
   const Shape sizes = shape(rows, columns, rank, 0);
   py::gil_scoped_release nogil;
-  succeed("spread",
-          launch_spread(letter, sizes, {at(dh), dh_stride}, {at(a), a_stride}, at(bias), {at(out), out_stride}, add,
-                        scale, drawn(seed, threshold, branch), reinterpret_cast<Stream>(stream)));
+  succeed("expand",
+          launch_expand(letter, sizes, {at(dh), dh_stride}, {at(a), a_stride}, at(bias), {at(out), out_stride}, add,
+                        scale, dropout_of(seed, threshold, branch), reinterpret_cast<Stream>(stream)));
 }
 
-void gather(const std::string& type, uintptr_t dy, uintptr_t bt, uintptr_t h, uintptr_t dh, uintptr_t db, int64_t rows,
+void grad_b(const std::string& type, uintptr_t dy, uintptr_t bt, uintptr_t h, uintptr_t dh, uintptr_t db, int64_t rows,
             int64_t columns, int64_t rank, int64_t live, int64_t dy_stride, int64_t bt_stride, int64_t h_stride,
             int64_t dh_stride, int64_t db_stride, float scale, uintptr_t workspace, uintptr_t stream) {
   const char letter = one_letter(type);
   const Shape sizes = shape(rows, columns, rank, live);
   py::gil_scoped_release nogil;
-  succeed("gather", launch_gather(letter, sizes, {at(dy), dy_stride}, {at(bt), bt_stride}, {at(h), h_stride},
+  succeed("grad_b", launch_grad_b(letter, sizes, {at(dy), dy_stride}, {at(bt), bt_stride}, {at(h), h_stride},
                                   {at(dh), dh_stride}, {at(db), db_stride}, scale, static_cast<float*>(at(workspace)),
                                   reinterpret_cast<Stream>(stream)));
 }
 
 int64_t workspace(const std::string& what, int64_t rows, int64_t columns, int64_t rank, int64_t live) {
   const int64_t bytes = workspace_bytes(what.c_str(), shape(rows, columns, rank, live));
-  if (bytes < 0) throw std::invalid_argument("expected project, weigh, spread or gather, not " + what);
+  if (bytes < 0) throw std::invalid_argument("expected project, grad_a, expand or grad_b, not " + what);
   return bytes;
 }
 
@@ -143,21 +143,21 @@ PYBIND11_MODULE(_cuda, m) {
         py::arg("columns"), py::arg("rank"), py::arg("x_stride"), py::arg("a_stride"), py::arg("h_stride"),
         py::arg("seed"), py::arg("threshold"), py::arg("branch"), py::arg("workspace"), py::arg("stream") = 0,
         "h (rows, rank) = drop(x) a^T.");
-  m.def("weigh", &weigh, py::arg("type"), py::arg("dh"), py::arg("x"), py::arg("da"), py::arg("rows"),
+  m.def("grad_a", &grad_a, py::arg("type"), py::arg("dh"), py::arg("x"), py::arg("da"), py::arg("rows"),
         py::arg("columns"), py::arg("rank"), py::arg("dh_stride"), py::arg("x_stride"), py::arg("da_stride"),
         py::arg("seed"), py::arg("threshold"), py::arg("branch"), py::arg("workspace"), py::arg("stream") = 0,
         "da (rank, columns) = dh^T drop(x).");
-  m.def("spread", &spread, py::arg("type"), py::arg("dh"), py::arg("a"), py::arg("out"), py::arg("rows"),
+  m.def("expand", &expand, py::arg("type"), py::arg("dh"), py::arg("a"), py::arg("out"), py::arg("rows"),
         py::arg("columns"), py::arg("rank"), py::arg("dh_stride"), py::arg("a_stride"), py::arg("out_stride"),
         py::arg("bias"), py::arg("add"), py::arg("scale"), py::arg("seed"), py::arg("threshold"), py::arg("branch"),
         py::arg("workspace") = 0, py::arg("stream") = 0,
         "out (rows, columns) = drop(scale dh a) + bias, or += where `add`.");
-  m.def("gather", &gather, py::arg("type"), py::arg("dy"), py::arg("bt"), py::arg("h"), py::arg("dh"), py::arg("db"),
+  m.def("grad_b", &grad_b, py::arg("type"), py::arg("dy"), py::arg("bt"), py::arg("h"), py::arg("dh"), py::arg("db"),
         py::arg("rows"), py::arg("columns"), py::arg("rank"), py::arg("live"), py::arg("dy_stride"),
         py::arg("bt_stride"), py::arg("h_stride"), py::arg("dh_stride"), py::arg("db_stride"), py::arg("scale"),
         py::arg("workspace"), py::arg("stream") = 0,
         "dh (rows, rank) = scale dy bt^T and db (columns, live) = scale dy^T h, in one pass over dy.");
   m.def("workspace", &workspace, py::arg("what"), py::arg("rows"), py::arg("columns"), py::arg("rank"), py::arg("live"),
-        "Bytes of workspace that project, weigh, spread or gather takes on the current device.");
+        "Bytes of workspace that project, grad_a, expand or grad_b needs on the current device.");
   m.def("blocks", &blocks, py::arg("sizes"), "Thread blocks that lists of these sizes take, all launches together.");
 }

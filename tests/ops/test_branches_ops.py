@@ -150,7 +150,7 @@ def ran(monkeypatch):
         counted.setdefault(path, []).append(launches)
 
     count("reference", branches_reference, "lora_branches")
-    passes = ("project", "weigh", "spread", "gather")
+    passes = ("project", "grad_a", "expand", "grad_b")
     for impl in IMPLS:
         owner = importlib.import_module("cnext.kernels.branches") if impl == "triton" else dispatch.core(impl)
         for name in (*passes, "mask" if impl == "triton" else "dropout"):
@@ -318,5 +318,5 @@ def test_seeds_come_from_torchs_generator(impl):
 if "triton" in IMPLS:
 
     def test_float64_is_refused_where_it_would_be_narrowed():
-        with pytest.raises(UserError, match="impl='triton' has no float64 with dropout; take impl='torch'"):
+        with pytest.raises(UserError, match="impl='triton' does not support float64 with dropout; take impl='torch'"):
             Case(dtype=torch.float64, options=SHARED).run("triton")
