@@ -20,8 +20,8 @@ from timing import DEVICE, GPU, SMALL
 from torch import Tensor, nn
 
 from cnext import ops
-from cnext.ops import dispatch, reference
-from cnext.ops.rules import OPS
+from cnext.ops import dispatch
+from cnext.ops.averaging_table import OPS
 
 # torch 2.11 warns of its own code
 pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script:DeprecationWarning")
@@ -99,7 +99,7 @@ def test_pema_step(race, name, timed):
     function = PER_STEP[name]()
     yardstick, lists = fused_step()
     plain = copy.deepcopy(lists)
-    reference.pema_step_(*plain, LEVEL)
+    OPS["pema_step_"].reference(*plain, LEVEL)
     function(*lists, LEVEL)
     for k in (2, 3):
         torch.testing.assert_close(lists[k], plain[k], rtol=1e-5, atol=1e-7)
@@ -129,7 +129,7 @@ def test_rule(race, rule, dtype):
     numbers = {"ema_step": {"beta": 0.99}, "pema_merge": {"new_scale": 1.0}}.get(rule, {})
     function = getattr(ops, op.name)
     plain, result = copy.deepcopy(lists), copy.deepcopy(lists)
-    getattr(reference, op.name)(*plain, **numbers)
+    op.reference(*plain, **numbers)
     function(*result, **numbers)
     for a, b in zip(plain, result, strict=True):
         torch.testing.assert_close(b, a, rtol=1e-4, atol=1e-6)
@@ -221,7 +221,7 @@ def test_released_formula(race, name):
     wide = [[x.double() for x in xs] for xs in (theta, grad, ema)]
     exact, exact_low = copy.deepcopy(wide), copy.deepcopy(wide)
     dense(*exact)
-    reference.pema_released_(*exact_low)
+    OPS["pema_released_"].reference(*exact_low)
     torch.testing.assert_close(exact_low[2], exact[2], rtol=1e-8, atol=1e-8)
     start = ema[0].clone()
 

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from cnext import ops
-from cnext.ops import branches_reference, reference
+from cnext.ops import branches_reference
+from cnext.ops.averaging_table import OPS
 from cnext.ops.foreach import Op
-from cnext.ops.rules import OPS
 from evidence.book import Book, error
 
 NUMBERS = {
@@ -108,9 +108,9 @@ def averaging_op(book: Book, op: Op, layout: str, param: torch.dtype, ema: torch
             table[:, 1:] = torch.tensor([0.99, 0.37, 0.6], dtype=torch.float64, device=book.device)
         rows = [table.squeeze(1)]
     wide = [[tensor.double() for tensor in tensors] for tensors in lists]
-    exact_counts = getattr(reference, op.name)(*wide, *rows, **numbers)
+    exact_counts = op.reference(*wide, *rows, **numbers)
     plain = [alike(tensors) for tensors in lists]
-    getattr(reference, op.name)(*plain, *rows, **numbers)
+    op.reference(*plain, *rows, **numbers)
     for impl in book.impls:
         runs = []
         for _ in range(3):
