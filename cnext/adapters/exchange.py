@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
@@ -10,17 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from cnext.adapters.attach import layers
-from cnext.errors import UserError
+from cnext.errors import UserError, listed
 
-SHOWN = 8
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-
-
-def listed(names: Iterable[str]) -> str:
-    """The first names of many, and how many more there are."""
-    names = list(names)
-    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
-    return ", ".join(names[:SHOWN]) + more
 
 
 def not_finite(tensors: Mapping[str, Tensor]) -> list[str]:

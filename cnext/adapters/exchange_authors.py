@@ -17,9 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from cnext.adapters.attach import layers
-from cnext.adapters.exchange import Branches, branches_of, listed, not_finite
+from cnext.adapters.exchange import Branches, branches_of, not_finite
 from cnext.adapters.roles import BRANCH_ROLES
-from cnext.errors import UserError, unknown
+from cnext.errors import UserError, listed, unknown
 
 KINDS = ("mage", "moelora", "lora")
 ROLES = tuple(role.name for role in BRANCH_ROLES)

@@ -8,8 +8,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from cnext.adapters.exchange import Branches, branches_of, listed, not_finite, refuse_routed
-from cnext.errors import UserError, parse_json
+from cnext.adapters.exchange import Branches, branches_of, not_finite, refuse_routed
+from cnext.errors import UserError, listed, parse_json
 from cnext.shapes import wrong
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
