@@ -79,7 +79,7 @@ def _list(arguments: argparse.Namespace) -> None:
         print(f"  {name:<14} {methods.summary(name)}{f' (also: {also})' if also else ''}")
     print("backbones")
     for name in sorted(backbones.modules()):
-        print(f"  {name:<14} {backbones.SUMMARIES.get(name, '')}")
+        print(f"  {name:<14} {backbones.summary(name)}")
     print("suites (cnext list SUITE tells more of one)")
     for name in suites.names():
         print(suites.summary(suites.load(name)))

@@ -47,6 +47,7 @@ def scan(task: Task, data: Path, split: str, advance: Callable[[int], None] | No
     pattern = getattr(task, split)
     if task.format not in READERS:
         raise unknown(f"format of task {task.name}", task.format, list(READERS))
+    reader = READERS[task.format]
     if not pattern:
         raise DataError(f"task {task.name} has no {split} split")
     root = data / task.image_folder(split)
@@ -60,7 +61,7 @@ def scan(task: Task, data: Path, split: str, advance: Callable[[int], None] | No
                 if several and number + 1 in several:
                     row["answer"] = [*several[number + 1]]
                 name = str(row.get("question_id", row.get("id", f"{task.name}-{split}-{number:06d}")))
-                sample = READERS[task.format](row, root, name, origin)
+                sample = reader(row, root, name, origin)
                 yield Line(origin, row, _placed(_worded(sample, task, split), task, split), "")
             except ValueError as error:
                 yield Line(origin, {}, None, str(error))

@@ -14,11 +14,12 @@ is a sample of text alone, as released.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from cnext.registry import Registry
 from cnext.tasks.base import Sample, Turn
 from cnext.tasks.rows import Row, answers, image, inside, optional_image, text
 
@@ -136,10 +137,10 @@ def _chat(said: list[tuple[str, str]], images: list[Path], name: str, origin: st
     return replace(sample, image_first=first, tiled=sample.target_image is None)
 
 
-READERS: dict[str, Callable[[Row, Path, str, str], Sample]] = {
-    "conversation": conversation,
-    "generation": generation,
-    "editing": editing,
-    "llava": llava,
-    "messages": messages,
-}
+READERS = Registry(
+    "format",
+    "cnext.readers",
+    {name: f"{__name__}:{name}" for name in ("conversation", "generation", "editing", "llava", "messages")},
+)
+"""Readers by format: functions (row, image folder, sample id, origin) to `Sample`, which raise ValueError for a bad
+row."""

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from cnext.backbones.seed_x.sizes import TOKENS
-from cnext.errors import UserError, parse_json
+from cnext.errors import UserError, listed, parse_json
 
 SLOTS = tuple(f"<img_{number:05d}>" for number in range(100))
 """Placeholders of visual features; the released models use the first 64."""
