@@ -51,7 +51,7 @@ def load(folder: Path, loaded: dict[str, CodedBackbone]) -> Load:
 
 
 def samples(data: Path, task: str, split: str = "train") -> list[Sample]:
-    return formats.read(suites.load("next-tiny").task(task), data, split)
+    return formats.read_samples(suites.load("next-tiny").task(task), data, split)
 
 
 def always_draws(backbone: CodedBackbone) -> CodedBackbone:
