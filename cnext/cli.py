@@ -78,7 +78,7 @@ def _list(arguments: argparse.Namespace) -> None:
         print(f"  {name:<14} {methods.summary(name)}")
     print("backbones")
     for name in sorted(backbones.modules()):
-        print(f"  {name:<14} {backbones.SUMMARIES.get(name, '')}")
+        print(f"  {name:<14} {backbones.summary(name)}")
     print("suites (cnext list SUITE tells more of one)")
     for name in suites.names():
         print(suites.summary(suites.load(name)))
@@ -180,16 +180,16 @@ def _judge(arguments: argparse.Namespace) -> None:
 
 
 def _data_check(arguments: argparse.Namespace) -> int:
-    from cnext.tasks import doctor, doctor_text, suites
+    from cnext.tasks import data_check, data_check_text, suites
 
     suite = suites.load(arguments.suite)
     if arguments.json is not None and not arguments.json.parent.is_dir():
         raise UserError(f"--json: expected a file in a folder that is there, got {arguments.json}")
-    with doctor_text.Bars() as bars:
-        report = doctor.check(suite, arguments.dir, bars, arguments.images)
+    with data_check_text.Bars() as bars:
+        report = data_check.check(suite, arguments.dir, bars, arguments.images)
     if arguments.json is not None:
-        doctor_text.write_json(report, arguments.json)
-    print(doctor_text.text(report))
+        data_check_text.write_json(report, arguments.json)
+    print(data_check_text.text(report))
     return 1 if report.problems else 0
 
 

@@ -93,7 +93,7 @@ class Options:
 class RunConfig(Options):
     """One run: one method on one order of a suite with one seed.
 
-    order: "paper", "reverse", "alphabet", "random:K", or "a,b,c"; None: as `suites.usual_order` says.
+    order: "paper", "reverse", "alphabet", "random:K", or "a,b,c"; None: as `suites.default_order` says.
     seed: of the adapters and of the samples' order.
     """
 
@@ -104,7 +104,7 @@ class RunConfig(Options):
 
     @property
     def folder(self) -> Path:
-        order = suites.usual_order(suites.load(self.suite)) if self.order is None else self.order
+        order = suites.default_order(suites.load(self.suite)) if self.order is None else self.order
         label = re.sub(r"[^A-Za-z0-9_-]+", "-", order)
         return Path(self.out) / self.method / label / f"seed-{self.seed}"
 
@@ -180,7 +180,7 @@ def plan(config: RunConfig, elsewhere: bool = False, forecast: bool = False) -> 
     if config.prompts is not None:
         suite = suites.worded(suite, config.prompts)
     if config.order is None:
-        config = dataclasses.replace(config, order=suites.usual_order(suite))
+        config = dataclasses.replace(config, order=suites.default_order(suite))
     order = suites.order(suite, config.order or "")
     if config.budget not in suite.budgets:
         raise unknown("budget", config.budget, list(suite.budgets))

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from cnext.backbones.tiny.model import Encoded, TinyBackbone
+from cnext.backbones.tiny.model import TinyBackbone, TinyInputs
 from cnext.backbones.tiny.vision import WIDTH, to_input
 from cnext.pretrain_tiny.corpus import LETTERS, Item, corpus, new_icon, new_letters, new_scene
 from cnext.scoring.clip import build_tiny_clip
@@ -25,7 +25,7 @@ PICTURE = Path("picture")
 """Stands for "a picture is read (or written)" in samples that exist in memory only."""
 
 
-def _encode(model: TinyBackbone, items: list[Item]) -> list[Encoded]:
+def _encode(model: TinyBackbone, items: list[Item]) -> list[TinyInputs]:
     def features(column: int) -> list[Tensor | None]:
         shown: list[Any] = [item[column] for item in items if item[column] is not None]
         pixels = [scenes.draw(picture) for picture in shown]

@@ -51,12 +51,12 @@ def load(folder: Path, loaded: dict[str, CodedBackbone]) -> Load:
 
 
 def samples(data: Path, task: str, split: str = "train") -> list[Sample]:
-    return formats.read(suites.load("next-tiny").task(task), data, split)
+    return formats.read_samples(suites.load("next-tiny").task(task), data, split)
 
 
 def always_draws(backbone: CodedBackbone) -> CodedBackbone:
     """Of all tokens, it may write the one that begins a picture."""
-    backbone.never = [token for token in range(len(backbone.tokenizer)) if token != backbone.begin[0]]
+    backbone.banned_ids = [token for token in range(len(backbone.tokenizer)) if token != backbone.begin_image[0]]
     return backbone
 
 
@@ -116,11 +116,11 @@ def test_padding_changes_nothing(load: Load, data: Path) -> None:
     mixed = [samples(data, task)[index] for index, task in enumerate(TASKS)]
     together = backbone.output(backbone.encode(mixed))
     alone = [backbone.output(backbone.encode([sample])) for sample in mixed]
-    for name in ("logits", "labels", "drawn", "features"):
+    for name in ("logits", "labels", "image_pred", "image_target"):
         torch.testing.assert_close(getattr(together, name), torch.cat([getattr(one, name) for one in alone]))
-    assert together.drawn.shape == (2, 16, CODES)
-    assert together.features.shape == (2, 16)
-    assert together.features.dtype == torch.int64
+    assert together.image_pred.shape == (2, 16, CODES)
+    assert together.image_target.shape == (2, 16)
+    assert together.image_target.dtype == torch.int64
 
 
 def test_the_question_is_the_released_prompt(load: Load, data: Path) -> None:
@@ -132,7 +132,7 @@ def test_the_question_is_the_released_prompt(load: Load, data: Path) -> None:
             found = backbone.prepare(asked).question.ids.tolist()
             wanted = stock.prompt(backbone, asked)
             if backbone.name == "emu3":
-                wanted = [backbone.pad if backbone.tokenizer.decode([i]) == "<image>" else i for i in wanted]
+                wanted = [backbone.pad_id if backbone.tokenizer.decode([i]) == "<image>" else i for i in wanted]
             assert found == wanted
 
 
@@ -141,7 +141,7 @@ def test_answers_alone_are_supervised_each_with_its_end(load: Load) -> None:
     item = backbone.prepare(Sample("", (Turn("what?", "red"), Turn("shape <|User|> </s>", "ring"))))
     runs = [list(run) for told, run in groupby(item.labels.tolist(), lambda label: label != IGNORED) if told]
     assert [backbone.tokenizer.decode(run) for run in runs] == [" red</s>", " ring</s>"]
-    assert int((item.ids == backbone.eos).sum()) == 2, "a special token typed into a question is its letters"
+    assert int((item.ids == backbone.eos_id).sum()) == 2, "a special token typed into a question is its letters"
     assert (item.ids[item.labels != IGNORED] == item.labels[item.labels != IGNORED]).all()
 
 
@@ -153,7 +153,7 @@ def test_every_position_has_its_role(load: Load, data: Path) -> None:
     runs = [(role, len(list(run))) for role, run in groupby(item.positions.tolist())]
     before, after = runs[0][1], runs[2][1]
     # The last position of the question gives the first token of the answer.
-    begin = len(backbone.begin)
+    begin = len(backbone.begin_image)
     end = [(TEXT_WRITTEN, 4)] if backbone.name == "emu3" else []
     slots, codes = (20, 20 - 1) if backbone.name == "emu3" else (16, 16)
     assert runs == [
@@ -180,7 +180,7 @@ def test_roles_in_generation_are_those_of_training(load: Load, data: Path) -> No
     assert torch.equal(seen[0][0], item.positions[:question])
     drawn = torch.cat([positions[0] for positions in seen[1:-1]])
     assert torch.equal(drawn, item.positions[: len(drawn)])
-    assert len(drawn) == question + len(backbone.begin) + (18 if backbone.name == "emu3" else 15)
+    assert len(drawn) == question + len(backbone.begin_image) + (18 if backbone.name == "emu3" else 15)
     assert torch.equal(seen[-1][0], item.positions)
 
 
@@ -197,24 +197,24 @@ def test_generation_is_that_of_a_plain_loop(load: Load, data: Path, draws: bool,
     with torch.no_grad():
         for sample, answer in zip(asked, answers, strict=True):
             ids, read, written = stock.prompt(backbone, sample), stock.pixels(backbone, sample.image), []
-            while len(written) < 6 and not (written and written[-1] in (backbone.eos, backbone.begin[0])):
+            while len(written) < 6 and not (written and written[-1] in (backbone.eos_id, backbone.begin_image[0])):
                 logits, _ = stock.step(backbone, [*ids, *written], read)
-                logits[backbone.never] = -torch.inf
+                logits[backbone.banned_ids] = -torch.inf
                 written.append(int(logits.argmax()))
             assert backbone.tokenizer.decode(written, skip_special_tokens=True).strip() == answer.text
-            assert (written[-1] == backbone.begin[0]) == (answer.image is not None)
+            assert (written[-1] == backbone.begin_image[0]) == (answer.image is not None)
             if answer.image is not None:
-                begun = [*ids, *written, *backbone.begin[1:]]
-                blank = [backbone.bos, *backbone.begin]
+                begun = [*ids, *written, *backbone.begin_image[1:]]
+                blank = [backbone.bos_id, *backbone.begin_image]
                 if backbone.name == "janus":
-                    blank[1:1] = [backbone.pad] * (len(begun) - 2)
+                    blank[1:1] = [backbone.pad_id] * (len(begun) - 2)
                 codes = []
                 for place in range(16):
                     if place and place % 4 == 0 and backbone.row_end is not None:
                         codes.append(stock.ROW_END)
                     given, nothing = (stock.step(backbone, *row, codes)[1] for row in ((begun, read), (blank, None)))
                     codes.append(int((nothing + guidance * (given - nothing)).argmax()))
-                picture = backbone._pictures(torch.tensor([[code for code in codes if code != stock.ROW_END]]))[0]
+                picture = backbone._images(torch.tensor([[code for code in codes if code != stock.ROW_END]]))[0]
                 # The VQ model computes in float32, and decodes the others' pictures beside this one.
                 assert abs(picture.astype(int) - answer.image).max() <= 1
     assert all(answer.image is not None for answer in answers) or not draws
@@ -237,7 +237,7 @@ def test_what_is_learnt_is_written(load: Load, data: Path) -> None:
         optimizer.step()
     answer, drawn = backbone.generate(both, 8)
     assert (answer.text, answer.image) == ("red", None), loss
-    wanted = backbone._pictures(encoded[1].codes[encoded[1].codes != IGNORED][None])[0]
+    wanted = backbone._images(encoded[1].codes[encoded[1].codes != IGNORED][None])[0]
     assert drawn.text == ""
     assert (drawn.image == wanted).all(), loss
 
@@ -265,7 +265,7 @@ def test_codes_are_those_of_the_vq_model(load: Load, data: Path, tmp_path: Path)
     found = getattr(told, "image_tokens", told)
     found = found[2] if isinstance(found, tuple) else found[0] if isinstance(found, list) else found
     assert torch.equal(found.flatten(), codes)
-    assert backbone._pictures(codes[None])[0].shape == (backbone.side, backbone.side, 3)
+    assert backbone._images(codes[None])[0].shape == (backbone.side, backbone.side, 3)
 
 
 def test_question_features_and_choices(load: Load, data: Path) -> None:
@@ -277,12 +277,14 @@ def test_question_features_and_choices(load: Load, data: Path) -> None:
     torch.testing.assert_close(backbone.question_features(backbone.encode(asked)), found)
     choices = backbone.choice_logits(several, ["a", "b"])
     for sample, features, logits in zip(several, found, choices, strict=True):
-        ids = [*stock.prompt(backbone, sample), *backbone.text(" ")]
+        ids = [*stock.prompt(backbone, sample), *backbone.text_ids(" ")]
         with torch.no_grad():
             every, _ = stock.step(backbone, ids, stock.pixels(backbone, sample.image))
             first, _ = stock.step(backbone, ids[:-1], stock.pixels(backbone, sample.image))
         torch.testing.assert_close(backbone.model.lm_head(features), first, rtol=1e-4, atol=1e-4)
-        torch.testing.assert_close(logits, every[[backbone.text("a")[0], backbone.text("b")[0]]], rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(
+            logits, every[[backbone.text_ids("a")[0], backbone.text_ids("b")[0]]], rtol=1e-4, atol=1e-4
+        )
     assert backbone.question_features([]).shape == (0, 32)
 
 

@@ -37,15 +37,15 @@ def wide(tmp_path: Path) -> Path:
 
 def test_codes_are_those_that_transformers_generates(emu3: Emu3Backbone) -> None:
     """Greedy, with the row ends enforced, and guidance against a picture that nothing was asked of."""
-    item = emu3.prepare(Sample("", (Turn("two blue stars"),))).question.before_codes(emu3.begin)
-    codes = emu3.draw([item])[0]
+    item = emu3.prepare(Sample("", (Turn("two blue stars"),))).question.with_answer(emu3.begin_image)
+    codes = emu3.generate_codes([item])[0]
     start, visual = len(item), list(range(emu3.first_code, emu3.first_code + CODES))
 
     def allowed(_: int, ids: torch.Tensor) -> list[int]:
         # The first call of a run that guides is with the ids of the unguided half as well.
         return [emu3.row_end] if (len(ids) - start + 1) % 5 == 0 else visual
 
-    blank = torch.tensor([[emu3.bos, *emu3.begin]])
+    blank = torch.tensor([[emu3.bos_id, *emu3.begin_image]])
     found = emu3.model.generate(
         input_ids=item.ids[None],
         attention_mask=torch.ones_like(item.ids[None]),
@@ -76,7 +76,7 @@ def test_every_position_is_that_of_transformers(emu3: Emu3Backbone, wide: Path) 
         told = emu3.model.lm_head(hidden)[0, :-1]
     codes = slice(emu3.first_code, emu3.first_code + CODES)
     torch.testing.assert_close(found.logits, told[item.labels[1:] != IGNORED], rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(found.drawn[0], told[item.codes[1:] != IGNORED, codes], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(found.image_pred[0], told[item.codes[1:] != IGNORED, codes], rtol=1e-4, atol=1e-4)
 
 
 def test_structure_is_supervised_as_text(emu3: Emu3Backbone, wide: Path) -> None:
@@ -104,7 +104,7 @@ def test_no_code_is_written_as_text(emu3: Emu3Backbone, wide: Path) -> None:
     with torch.no_grad():
         emu3.model.lm_head.weight[emu3.first_code :] *= 100
     answer = emu3.generate([Sample("", (Turn("what?"),), wide)], 5)[0]
-    assert "visual" not in emu3.tokenizer.decode(emu3.text(answer.text))
+    assert "visual" not in emu3.tokenizer.decode(emu3.text_ids(answer.text))
     assert answer.image is None
 
 

@@ -19,7 +19,7 @@ TASKS = ("VQAv2", "ImageNet", "Flickr30k", "OCRVQA", "RefCOCO", "HQEdit")
 
 
 def samples(data: Path, task: str, split: str = "train") -> list[Sample]:
-    return formats.read(suites.load("next-tiny").task(task), data, split)
+    return formats.read_samples(suites.load("next-tiny").task(task), data, split)
 
 
 @pytest.mark.parametrize(

@@ -32,7 +32,7 @@ class Sequence:
         self.method.setup(self.tiny, tasks, torch.Generator().manual_seed(0))
 
     def samples(self, name: str) -> list[Sample]:
-        return formats.read(suites.load("next-tiny").task(name), self.data, "train")
+        return formats.read_samples(suites.load("next-tiny").task(name), self.data, "train")
 
     def open(self, name: str) -> TaskTrainer | None:
         task = suites.load("next-tiny").task(name)

@@ -23,7 +23,7 @@ TASKS = [SUITE.task(name) for name in ("HQEdit", "VQAv2", "Flickr30k")]
 
 @pytest.mark.parametrize("told", [False, True], ids=["no task id", "task id"])
 def test_a_method_is_told_the_task_where_its_card_asks_and_shown_the_question_alone(told: bool, data: Path) -> None:
-    samples = formats.read(TASKS[0], data, "test")
+    samples = formats.read_samples(TASKS[0], data, "test")
     asked = []
 
     def answer(questions: list, max_new_tokens: int, task: object) -> list:
@@ -43,7 +43,7 @@ def test_a_method_is_told_the_task_where_its_card_asks_and_shown_the_question_al
 @pytest.mark.parametrize("kept", [0, 3, 1000])
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_the_memory_is_of_the_tasks_so_far_and_as_large_as_the_card_says(kept: int, stage: int, data: Path) -> None:
-    samples = {task.name: formats.read(task, data, "train") for task in TASKS}
+    samples = {task.name: formats.read_samples(task, data, "train") for task in TASKS}
 
     def memory(seed: int) -> dict[str, list]:
         runner = SimpleNamespace(

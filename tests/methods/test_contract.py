@@ -117,7 +117,7 @@ def test_needs_no_task_identity_unless_its_card_says_so(name: str, data: Path) -
     apart, mixed = [], []
     sequence.tiny.eval()
     for task in TASKS[:2]:
-        questions = [question(s) for s in formats.read(suites.load("next-tiny").task(task), data, "test")[:3]]
+        questions = [question(s) for s in formats.read_samples(suites.load("next-tiny").task(task), data, "test")[:3]]
         with method.for_eval():
             apart += [answer.text for answer in method.answer(questions, 6, None)]
         mixed += questions
@@ -166,7 +166,7 @@ def test_the_base_model_is_untouched_with_the_adapters_off(name: str, data: Path
 
 
 def test_starts_as_the_pretrained_model(name: str, data: Path) -> None:
-    samples = formats.read(suites.load("next-tiny").task("VQAv2"), data, "test")
+    samples = formats.read_samples(suites.load("next-tiny").task("VQAv2"), data, "test")
     expected = [answer.text for answer in TinyBackbone.load().generate(samples, 8)]
     assert [answer.text for answer in Sequence(name, data).tiny.generate(samples, 8)] == expected
 

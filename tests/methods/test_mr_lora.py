@@ -19,7 +19,7 @@ from cnext.training.evaluation import question
 
 
 def questions(data: Path, task: str, count: int = 8) -> list[Sample]:
-    return [question(s) for s in formats.read(suites.load("next-tiny").task(task), data, "test")[:count]]
+    return [question(s) for s in formats.read_samples(suites.load("next-tiny").task(task), data, "test")[:count]]
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +62,9 @@ def test_the_router_learns_which_task_a_question_is_of(learnt: Sequence, data: P
 
 def test_the_router_sees_the_question_only(learnt: Sequence, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Other answers, later turns, names and target images change no route, and none of them is encoded."""
-    plain = formats.read(suites.load("next-tiny").task("HQEdit"), data, "test")[:4] + questions(data, "VQAv2", 4)
+    plain = formats.read_samples(suites.load("next-tiny").task("HQEdit"), data, "test")[:4] + questions(
+        data, "VQAv2", 4
+    )
     dressed = [
         dataclasses.replace(
             sample,

@@ -18,7 +18,7 @@ from cnext.training.evaluation import question
 
 
 def questions(data: Path, task: str, count: int = 8) -> list[Sample]:
-    return [question(s) for s in formats.read(suites.load("next-tiny").task(task), data, "test")[:count]]
+    return [question(s) for s in formats.read_samples(suites.load("next-tiny").task(task), data, "test")[:count]]
 
 
 @pytest.fixture(scope="module")

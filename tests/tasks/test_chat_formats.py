@@ -25,7 +25,7 @@ def root(tmp_path: Path) -> Path:
 
 def one(root: Path, task: Task, row: dict[str, Any]) -> Sample:
     listing(root / "train.json", [row])
-    return formats.read(task, root, "train")[0]
+    return formats.read_samples(task, root, "train")[0]
 
 
 def llava(*said: str, image: Any = "./a.png", speakers: tuple[str, ...] = ("human", "gpt")) -> dict[str, Any]:
@@ -55,14 +55,14 @@ def test_several_turns_and_no_image(root: Path) -> None:
     row = llava("q1", "a1", "q2", "a2")
     del row["image"]
     listing(root / "train.json", [row, llava("<image>\nq", "a")])
-    text, _ = formats.read(LLAVA, root, "train")
+    text, _ = formats.read_samples(LLAVA, root, "train")
     assert text.image is None
     assert [(turn.instruction, turn.answer) for turn in text.turns] == [("q1", "a1"), ("q2", "a2")]
 
 
 def test_test_rows_are_the_benchmark_s(root: Path) -> None:
     listing(root / "test.json", [{"question_id": 3, "image": "b.png", "text": "What?", "answer": "dog"}])
-    (sample,) = formats.read(LLAVA, root, "test")
+    (sample,) = formats.read_samples(LLAVA, root, "test")
     assert (sample.id, sample.image, sample.turns[0].answer) == ("3", root / "b.png", "dog")
 
 
@@ -116,7 +116,10 @@ def test_captions_come_from_a_file_of_their_own(tmp_path: Path) -> None:
     listing(tmp_path / task.test, rows)
     said = [{"image_id": k, "id": 10 * k + i, "caption": f"c{k}{i}"} for k in (1, 2) for i in (1, 2)]
     (tmp_path / task.references).write_text(json.dumps({"annotations": said}))
-    assert [sample.references for sample in formats.read(task, tmp_path, "test")] == [("c11", "c12"), ("c21", "c22")]
+    assert [sample.references for sample in formats.read_samples(task, tmp_path, "test")] == [
+        ("c11", "c12"),
+        ("c21", "c22"),
+    ]
     (tmp_path / task.references).write_text("[]")
     with pytest.raises(DataError, match=r"cannot read the captions .*val_coco_type_3000\.json"):
-        formats.read(task, tmp_path, "test")
+        formats.read_samples(task, tmp_path, "test")

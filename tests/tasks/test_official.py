@@ -25,7 +25,7 @@ def official(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def read(data: Path, name: str, split: str, **changes: Any) -> list[Sample]:
-    return formats.read(dataclasses.replace(SUITE.task(name), **changes), data, split)
+    return formats.read_samples(dataclasses.replace(SUITE.task(name), **changes), data, split)
 
 
 @pytest.mark.parametrize("name", TASKS)

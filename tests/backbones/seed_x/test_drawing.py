@@ -184,13 +184,13 @@ def test_broken_parts_are_found_before_anything_is_drawn(
 ) -> None:
     for part in ("stable-diffusion-xl-base-1.0", "seed_detokenizer"):
         shutil.copytree(folder / part, tmp_path / part)
-    drawing(tmp_path, edit_stage="second").look()
+    drawing(tmp_path, edit_stage="second").check_files()
     (tmp_path / file).write_bytes(content)
     with pytest.raises(UserError, match=message) as caught:
-        drawing(tmp_path, edit_stage="second").look()
+        drawing(tmp_path, edit_stage="second").check_files()
     assert str(tmp_path / file) in str(caught.value)
     if "second" in file:
-        drawing(tmp_path, edit_stage="first").look()
+        drawing(tmp_path, edit_stage="first").check_files()
 
 
 def attended(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -14,7 +14,6 @@ from torch.nn import functional as F
 
 from cnext.backbones.conversation import IMAGE_WRITTEN, TEXT_WRITTEN
 from cnext.backbones.seed_x.conversation import question
-from cnext.backbones.seed_x.generation import generate
 from cnext.backbones.seed_x.model import SeedX
 from cnext.tasks.base import Sample, Turn
 
@@ -47,7 +46,7 @@ def test_a_picture_once_begun_is_written_to_its_end(fresh: SeedX, tasks: dict[st
     prompts = fresh.encode_prepared([replace(fresh.prepare(sample).question, target=None) for sample in samples])
     seen: list[Tensor] = []
     fresh.llm.model.register_forward_pre_hook(lambda *_: seen.append(fresh.positions))
-    written = generate(fresh, prompts, 100)
+    written = fresh._answers(prompts, 100)
     assert written[0].ids == [red]
     assert written[0].states is None
     assert written[1].ids == [red, *chain, red]
@@ -61,9 +60,9 @@ def test_a_picture_once_begun_is_written_to_its_end(fresh: SeedX, tasks: dict[st
     torch.testing.assert_close(written[1].states, expected, rtol=1e-3, atol=1e-4)
     # A picture that the limit cuts off is none.
     fresh.llm.lm_head = Dictated([[chain[0]]], len(token))
-    assert generate(fresh, prompts[1:2], 65)[0].states is None
+    assert fresh._answers(prompts[1:2], 65)[0].states is None
     fresh.llm.lm_head = Dictated([[chain[0]]], len(token))
-    assert generate(fresh, prompts[1:2], 66)[0].states is not None
+    assert fresh._answers(prompts[1:2], 66)[0].states is not None
 
 
 @torch.no_grad()

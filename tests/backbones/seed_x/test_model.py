@@ -17,7 +17,7 @@ from cnext.backbones import load
 from cnext.backbones.conversation import IGNORED, TEXT_READ, TEXT_WRITTEN
 from cnext.backbones.pretrained import checkpoint_activations
 from cnext.backbones.seed_x import placing
-from cnext.backbones.seed_x.encoding import Encoded
+from cnext.backbones.seed_x.encoding import SeedXInputs
 from cnext.backbones.seed_x.model import SeedX
 from cnext.config.run_config import RunConfig, plan
 from cnext.errors import UserError
@@ -30,7 +30,7 @@ from cnext.training.setup import load_backbone
 
 @torch.no_grad()
 @pytest.mark.parametrize("task", TASKS)
-def test_loss_by_hand(loaded: SeedX, encoded: dict[str, list[Encoded]], task: str) -> None:
+def test_loss_by_hand(loaded: SeedX, encoded: dict[str, list[SeedXInputs]], task: str) -> None:
     """CE + 6 MSE of a padded batch equals that of samples one by one."""
     loss = loaded.loss(encoded[task])
     logits, labels, drawn, wanted = [], [], [], []
@@ -53,7 +53,7 @@ def test_loss_by_hand(loaded: SeedX, encoded: dict[str, list[Encoded]], task: st
 
 
 def test_what_is_wanted_is_the_pooled_features_of_the_whole_target(
-    loaded: SeedX, tasks: dict[str, list[Sample]], encoded: dict[str, list[Encoded]]
+    loaded: SeedX, tasks: dict[str, list[Sample]], encoded: dict[str, list[SeedXInputs]]
 ) -> None:
     from PIL import Image
 
@@ -76,7 +76,7 @@ def test_preparing_needs_no_parameters_and_can_be_sent(loaded: SeedX, tasks: dic
 
 
 @pytest.mark.parametrize("task", TASKS)
-def test_mage_trains_its_roles(fresh: SeedX, encoded: dict[str, list[Encoded]], task: str) -> None:
+def test_mage_trains_its_roles(fresh: SeedX, encoded: dict[str, list[SeedXInputs]], task: str) -> None:
     """Gradients reach the task's branches and the connections it uses, and are the same with checkpointing."""
     suite = suites.load("continual-next")
     method = methods.load("mage")(dropout=0.0)
@@ -104,7 +104,7 @@ def test_mage_trains_its_roles(fresh: SeedX, encoded: dict[str, list[Encoded]], 
 
 
 def test_bfloat16_under_autocast_with_float32_connections(
-    folder: Path, loaded: SeedX, tasks: dict[str, list[Sample]], encoded: dict[str, list[Encoded]]
+    folder: Path, loaded: SeedX, tasks: dict[str, list[Sample]], encoded: dict[str, list[SeedXInputs]]
 ) -> None:
     """As a run in bfloat16: the frozen model in it, what is trained in float32."""
     model = SeedX.load(weights=folder, dtype=torch.bfloat16, checkpointing=True, steps=1)
@@ -127,7 +127,7 @@ def test_bfloat16_under_autocast_with_float32_connections(
 
 @torch.no_grad()
 def test_question_features_are_the_state_at_the_end_of_the_first_instruction(
-    loaded: SeedX, tasks: dict[str, list[Sample]], encoded: dict[str, list[Encoded]]
+    loaded: SeedX, tasks: dict[str, list[Sample]], encoded: dict[str, list[SeedXInputs]]
 ) -> None:
     for task in ("VQAv2", "Flickr30k", "HQEdit"):
         found = loaded.question_features(encoded[task])
@@ -158,7 +158,7 @@ def test_choice_logits_are_those_where_the_answers_part(loaded: SeedX, tasks: di
 
 @torch.no_grad()
 def test_hooks_of_a_device_map_and_adapters_change_nothing(
-    folder: Path, loaded: SeedX, encoded: dict[str, list[Encoded]]
+    folder: Path, loaded: SeedX, encoded: dict[str, list[SeedXInputs]]
 ) -> None:
     """One device cannot show the moving between devices, but that the hooks which do it and the adapters agree."""
     from accelerate import dispatch_model

@@ -94,7 +94,7 @@ def test_other_added_tokens_are_refused(folder: Path, tmp_path: Path, change: ob
     change(added)
     file.write_text(json.dumps(added))
     with pytest.raises(UserError, match=message):
-        Tokenizer.read(tmp_path / "tokenizer")
+        Tokenizer.from_folder(tmp_path / "tokenizer")
 
 
 def supervised(tokenizer: Tokenizer, sample: Sample, views: int, **options: object) -> list[int]:

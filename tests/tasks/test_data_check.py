@@ -14,7 +14,7 @@ from tasks.official import SHORT, lines, listing, picture, write_continual_next
 
 from cnext.cli import main
 from cnext.errors import UserError
-from cnext.tasks import doctor, doctor_text, suites
+from cnext.tasks import data_check, data_check_text, suites
 from cnext.tasks.base import Suite
 
 VQA = "SEED-Data-VQAv2"
@@ -46,8 +46,8 @@ def data(tmp_path: Path) -> Path:
     return write_continual_next(tmp_path / "data")
 
 
-def check(data: Path, look: str = "verify") -> doctor.Report:
-    return doctor.check(suite(), data, Watch(), look)
+def check(data: Path, look: str = "verify") -> data_check.Report:
+    return data_check.check(suite(), data, Watch(), look)
 
 
 def append(path: Path, *added: str) -> None:
@@ -60,12 +60,12 @@ def test_clean_files_are_clean(data: Path) -> None:
     splits = [split for task in report.tasks.values() for split in task.splits.values()]
     assert [(split.files, split.rows) for split in splits] == [(2, 6), (1, 3)] * 6
     assert report.tasks["Flickr30k"].splits["test"].without_image == 3
-    assert "no problems" in doctor_text.text(report)
+    assert "no problems" in data_check_text.text(report)
 
 
 def test_progress_goes_to_the_end(data: Path) -> None:
     watch = Watch()
-    doctor.check(suite(), data, watch)
+    data_check.check(suite(), data, watch)
     assert [told[0] for told in watch.told[:3]] == ["VQAv2 train", "VQAv2 train images", "VQAv2 test"]
     assert all(done == total for _, total, done in watch.told)
 
@@ -77,7 +77,7 @@ def test_rows_left_out_of_training_are_told_and_no_problem(data: Path) -> None:
     assert "output_001.jsonl:2: " in told
     assert "000000000001.jpg is 480x399" in told
     assert report.problems == 0
-    assert "HQEdit train: rows left out of training by their images' sizes, as released" in doctor_text.text(report)
+    assert "HQEdit train: rows left out of training by their images' sizes, as released" in data_check_text.text(report)
     assert all(not split.left_out for split in check(data, "none").tasks["HQEdit"].splits.values())
 
 
@@ -175,10 +175,10 @@ def test_a_link_that_leads_upwards_is_not_followed(data: Path) -> None:
 def test_the_text_is_short_and_the_json_whole(data: Path, tmp_path: Path) -> None:
     append(data / VQA / "annotations/output_001.jsonl", *["{"] * 30)
     report = check(data)
-    shown = doctor_text.text(report)
-    assert shown.count("is not JSON") == doctor_text.SHOWN
+    shown = data_check_text.text(report)
+    assert shown.count("is not JSON") == data_check_text.SHOWN
     assert "... and 20 more" in shown
-    doctor_text.write_json(report, tmp_path / "report.json")
+    data_check_text.write_json(report, tmp_path / "report.json")
     values = json.loads((tmp_path / "report.json").read_text())
     assert len(values["tasks"]["VQAv2"]["splits"]["train"]["malformed"]) == 30
     assert values["problems"] == report.problems == 31
@@ -220,5 +220,5 @@ def test_rows_of_other_formats_are_checked_too(tmp_path: Path) -> None:
     listing(tmp_path / task.train, [{"id": 1, "image": "./GQA/images/1.jpg", "conversations": talk}])
     lines(tmp_path / "unread.jsonl", [])
     listing(tmp_path / task.test, [{"question_id": 1, "image": "GQA/images/1.jpg", "text": "What?", "answer": "Dog"}])
-    report = doctor.check(dataclasses.replace(coin, tasks=(task,)), tmp_path, Watch())
+    report = data_check.check(dataclasses.replace(coin, tasks=(task,)), tmp_path, Watch())
     assert len(report.tasks["GQA"].shared_items) == report.problems == 1
