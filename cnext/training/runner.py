@@ -10,6 +10,7 @@ from contextlib import closing
 from typing import Any, Literal
 
 import torch
+from msgspec.structs import replace
 from torch import Tensor, nn
 
 from cnext import report
@@ -283,7 +284,7 @@ class Runner:
     def _score(self, number: int, trained: str, task: Task) -> StageScore:
         """A task's scores after a stage; the zero-shot scores where nothing has been trained."""
         if number and not any(each.parameters for each in self.state.trained.values()):
-            return dataclasses.replace(self.state.scores[0, task.name], stage=number, trained=trained)
+            return replace(self.state.scores[0, task.name], stage=number, trained=trained)
         samples = self.ready.samples[self.plan.config.split][task.name]
         with (
             self.progress.evaluating(number, trained, task.name, len(samples)),
