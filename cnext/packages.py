@@ -22,6 +22,7 @@ EVERY_RUN = {
     "numpy": "numpy",
     "pillow": "PIL.Image",
     "matplotlib": "matplotlib.pyplot",
+    "psutil": "psutil",
     "rich": "rich.progress",
     "tyro": "tyro",
 }

@@ -26,24 +26,20 @@ _WARNING = re.compile(r"^\S.*:\d+: \w*Warning: .*\n?(?:[ \t]+\S.*\n?)?", re.MULT
 KEYS = {"pid": int, "host": str, "time": int | float, "state": str, "why": str, "doing": str}
 
 
-def born(pid: int) -> str | None:
-    """When a process began, in the system's own count, which tells it from a later one of the same number; "" where
-    the system does not say; None where there is no such process."""
+def start_time(pid: int) -> float | None:
+    """Seconds from the system's boot to the start of a process; None where there is no such process, or a zombie.
+
+    Tells a process from a later one with the same pid, also after the system's clock has been set.
+    """
+    import psutil
+
     try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-        return None if fields[0] in "ZX" else fields[19]
-    except FileNotFoundError:
-        if Path("/proc/self/stat").exists():
+        process = psutil.Process(pid)
+        if process.status() in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD):
             return None
-    except ProcessLookupError:
+        return round(process.create_time() - psutil.boot_time(), 2)
+    except psutil.Error:
         return None
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return None
-    except PermissionError:
-        return ""
-    return ""
 
 
 class Heartbeat:
@@ -53,7 +49,7 @@ class Heartbeat:
         self.path = folder / FILE
         self.values: dict[str, Any] = {
             "pid": os.getpid(),
-            "born": born(os.getpid()),
+            "start_time": start_time(os.getpid()),
             "host": socket.gethostname(),
             "state": RUNNING,
             "why": "",
@@ -103,8 +99,8 @@ def alive(values: dict[str, Any], now: float) -> bool:
     if values["host"] != socket.gethostname():
         step = values.get("seconds_per_step")
         return now - values["time"] < max(PATIENCE, 10 * step if isinstance(step, int | float) else 0)
-    found = born(values["pid"])
-    return found is not None and found == values.get("born")
+    found = start_time(values["pid"])
+    return found is not None and found == values.get("start_time")
 
 
 def log(folder: Path, text: str) -> None:
