@@ -29,64 +29,59 @@ OVERRIDES = (
     "precision",
     "checkpointing",
 )
-"""Flags that replace a field of the budget's recipe."""
+"""Flags that replace a field of the preset's recipe."""
 
 
 @dataclass(frozen=True)
 class Options:
-    """What the runs of a study have in common. Each field is a flag of ``cnext-run``."""
+    """Options that the runs of a study share. Each field is a flag of ``cnext-run``."""
 
     backbone: str = "tiny"
-    """Model that learns."""
+    """Model to train; `cnext list` shows them."""
     suite: str = "next-tiny"
-    """Suite of tasks: a name, or a folder with suite.json."""
-    budget: str = "default"
-    """Training budget of the suite, `--preset` by another name: "default", "smoke" for a quick check whose scores mean
-    nothing, and what else `cnext list` shows: "paper" and "released" of continual-next."""
+    """Suite of tasks: a name that `cnext list` shows, or a folder with suite.json."""
+    preset: str = "default"
+    """Training settings of the suite, as `cnext list` shows: "default", "paper", or "smoke" for a quick check."""
     split: Literal["test", "validation"] = "test"
-    """Items that are scored. Choose hyperparameters on validation."""
+    """Split that is scored. Choose hyperparameters on validation."""
     out: Path = Path("runs")
-    """Folder of the study; a run is in <out>/<method>/<order>/seed-<seed>."""
+    """Output folder; a run is written to <out>/<method>/<order>/seed-<seed>."""
     data: Path | None = None
-    """Folder with the suite's files. A synthetic suite is drawn into the cache where none is given."""
+    """Folder with the suite's files. None: a synthetic suite is generated into the cache."""
     device: str = "auto"
     """"auto", "cpu", "cuda" or "cuda:N"."""
     threads: int = 1
-    """Threads of torch on the CPU. Results are repeatable bit for bit with the same number."""
+    """CPU threads of torch. Results are bit-for-bit reproducible with the same number."""
     block_steps: int = 50
-    """Optimizer steps between two checkpoints: what an interruption can cost at most."""
+    """Optimizer steps between two checkpoints: the most that an interruption can lose."""
     clip: str | None = None
-    """CLIP that scores pictures, where it is not to be the suite's: a file or folder of weights, for example
-    ViT-B-32.pt as OpenAI publishes it, or <tag>/<model> of open_clip."""
+    """CLIP that scores images: a file or folder of weights, or <tag>/<model> of open_clip. None: the suite's."""
     prompts: Literal["released", "consistent"] | None = None
-    """How tasks that write pictures are worded, where it is not to be as the suite has it. "consistent": in training
-    and in the test alike, which the released files are not; the suite then has another name."""
+    """Prompts of tasks that write images: as released, or the same in training and test. None: the suite's."""
     learning_rate: float | None = None
-    """Overrides the budget's peak learning rate."""
+    """Peak learning rate. None: the preset's."""
     batch_size: int | None = None
-    """Overrides the budget's batch size, of all processes together."""
+    """Batch size, over all processes. None: the preset's."""
     micro_batch_size: int | None = None
-    """Samples that go through the model at once in each process; gradients add up. 0: the whole batch."""
+    """Samples per forward pass and process, with gradient accumulation; 0: the whole batch. None: the preset's."""
     schedule: Literal["cosine", "released"] | None = None
-    """Overrides the budget's learning-rate schedule. "released" climbs back in its second half, as the paper's code."""
+    """Learning-rate schedule; "released" rises again in its second half, as the authors' code. None: the preset's."""
     trainable: Literal["branches", "connections", "released"] | None = None
-    """Overrides what the budget trains beside the method: nothing, the layers between vision and language, or these
-    and embeddings, output head and norms, as the paper's code."""
+    """What is trained besides the method: nothing, vision-language connectors, or all that the authors' code trains."""
     precision: Literal["float32", "bfloat16"] | None = None
-    """Overrides the budget's precision of the frozen model. What is trained is kept in float32."""
+    """Precision of the frozen model; trained parameters stay in float32. None: the preset's."""
     checkpointing: bool | None = None
-    """Overrides whether activations are computed again in the backward pass, which saves memory."""
+    """Gradient checkpointing: recompute activations in the backward pass to save memory. None: the preset's."""
     weights: Path | None = None
-    """Folder of the backbone's released weights. The tiny backbone brings its own."""
+    """Folder of the backbone's released weights. The tiny backbone needs none."""
     backbone_options: tuple[str, ...] = ()
-    """What else the backbone's loading takes, as name=value, for example edit_stage=second of seed-x."""
+    """Options for loading the backbone as name=value, for example edit_stage=second for seed-x."""
     device_map: str | None = None
-    """How one process spreads the model over several devices, for example "balanced". Default: it does not."""
+    """Placement of the model on several devices, for example "balanced". None: one device."""
     workers: int = 0
-    """Processes that read and prepare samples beside the training. Results are the same with any number."""
+    """Data-loading processes. Results do not depend on their number."""
     log: Literal["jsonl", "tensorboard"] = "jsonl"
-    """"jsonl": train.jsonl and scores.jsonl, which every run writes. "tensorboard": event files beside them, in the run
-    folder's tensorboard/."""
+    """"tensorboard" writes event files into the run folder besides train.jsonl and scores.jsonl."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,7 +135,7 @@ class Plan:
             "hyperparameters": self.hyperparameters,
             "backbone": config.backbone,
             "suite": self.suite.name,
-            "budget": config.budget,
+            "budget": config.preset,
             "order": config.order,
             "tasks": list(self.order),
             "seed": config.seed,
@@ -187,8 +182,8 @@ def plan(config: RunConfig, elsewhere: bool = False, forecast: bool = False) -> 
     if config.order is None:
         config = dataclasses.replace(config, order=suites.usual_order(suite))
     order = suites.order(suite, config.order or "")
-    if config.budget not in suite.budgets:
-        raise unknown("budget", config.budget, list(suite.budgets))
+    if config.preset not in suite.budgets:
+        raise unknown("preset", config.preset, list(suite.budgets))
     if config.split not in SPLITS:
         raise unknown("split", config.split, SPLITS)
     if config.log not in LOGS:
@@ -202,12 +197,12 @@ def plan(config: RunConfig, elsewhere: bool = False, forecast: bool = False) -> 
     for name in ("workers", "micro_batch_size"):
         _at_least(name, getattr(config, name) or 0, 0)
     loading_options(config.backbone, config.backbone_options)
-    recipe = _recipe(config, suite.budgets[config.budget])
+    recipe = _recipe(config, suite.budgets[config.preset])
     for name in order:
         _check_task(suite.task(name))
     missing = [task for task in order if task not in recipe.steps]
     if missing:
-        raise UserError(f"budget {config.budget} of suite {suite.name} gives no steps for: {', '.join(missing)}")
+        raise UserError(f"preset {config.preset} of suite {suite.name} gives no steps for: {', '.join(missing)}")
     if suite.synthetic and suite.synthetic not in GENERATORS:
         raise unknown("generator (suite.json, 'synthetic')", suite.synthetic, list(GENERATORS))
     if config.data is None and not suite.synthetic and not forecast:
@@ -262,7 +257,7 @@ def loading_options(backbone: str, given: Sequence[str]) -> dict[str, Any]:
 
 
 def _recipe(config: RunConfig, recipe: Recipe) -> Recipe:
-    """The budget's recipe with what the flags override, for every task."""
+    """The preset's recipe with what the flags override, for every task."""
     from cnext.config.schedules import SCHEDULES
 
     if config.learning_rate is not None and not 0 < config.learning_rate < float("inf"):

@@ -9,7 +9,7 @@ from cnext.tasks import suites
 
 
 def everything() -> str:
-    """Methods and backbones with a line each, and suites with their tasks, orders and presets. Does not import torch."""
+    """Methods and backbones, a line each; suites with tasks, orders and presets. Does not import torch."""
     return "\n".join(
         [
             "methods",

@@ -2,7 +2,7 @@
 
 cnext-run --method mage
 cnext-run --method mage lora --order paper reverse --seeds 0 1 2
-cnext-run --method mage --budget smoke
+cnext-run --method mage --preset smoke
 """
 
 from __future__ import annotations
