@@ -29,66 +29,61 @@ OVERRIDES = (
     "precision",
     "checkpointing",
 )
-"""Flags that replace a field of the budget's recipe."""
+"""Flags that replace a field of the preset's recipe."""
 RENAMED = {"block_steps": "checkpoint_interval"}
 """Fields of config.json and options.json that earlier versions wrote under another name, by that name."""
 
 
 @dataclass(frozen=True)
 class Options:
-    """What the runs of a study share. Each field is a flag of ``cnext-run``."""
+    """Options that the runs of a study share. Each field is a flag of ``cnext-run``."""
 
     backbone: str = "tiny"
-    """Model to train, as `cnext list` shows them."""
+    """Model to train; `cnext list` shows them."""
     suite: str = "next-tiny"
-    """Suite of tasks: a name, or a folder with suite.json."""
-    budget: str = "default"
-    """Training budget of the suite: "default", "smoke" for a quick check whose scores mean nothing, and others that
-    `cnext list` shows, as "paper" and "released" of continual-next."""
+    """Suite of tasks: a name that `cnext list` shows, or a folder with suite.json."""
+    preset: str = "default"
+    """Training settings of the suite, as `cnext list` shows: "default", "paper", or "smoke" for a quick check."""
     split: Literal["test", "validation"] = "test"
-    """Samples to evaluate on. Choose hyperparameters on validation."""
+    """Split that is scored. Choose hyperparameters on validation."""
     out: Path = Path("runs")
-    """Folder of the study. A run's folder is <out>/<method>/<order>/seed-<seed>."""
+    """Output folder; a run is written to <out>/<method>/<order>/seed-<seed>."""
     data: Path | None = None
-    """Folder with the suite's files. By default a synthetic suite is generated in the cache."""
+    """Folder with the suite's files. None: a synthetic suite is generated into the cache."""
     device: str = "auto"
     """"auto", "cpu", "cuda" or "cuda:N"."""
     threads: int = 1
-    """Threads of torch on the CPU. Results are reproducible bit for bit with the same number."""
+    """CPU threads of torch. Results are bit-for-bit reproducible with the same number."""
     checkpoint_interval: int = 50
-    """Optimizer steps between two checkpoints: the most that an interruption loses."""
+    """Optimizer steps between two checkpoints: the most that an interruption can lose."""
     clip: str | None = None
-    """CLIP model that scores images, instead of the suite's: a file or folder of weights, for example ViT-B-32.pt as
-    OpenAI publishes it, or <tag>/<model> of open_clip."""
+    """CLIP that scores images: a file or folder of weights, or <tag>/<model> of open_clip. None: the suite's."""
     prompts: Literal["released", "consistent"] | None = None
-    """Prompts of tasks that write images, instead of the suite's. "consistent": the same in training and test, unlike
-    the released files; the suite then has another name."""
+    """Prompts of tasks that write images: as released, or the same in training and test. None: the suite's."""
     learning_rate: float | None = None
-    """Overrides the budget's peak learning rate."""
+    """Peak learning rate. None: the preset's."""
     batch_size: int | None = None
-    """Overrides the budget's batch size, summed over all processes."""
+    """Batch size, over all processes. None: the preset's."""
     micro_batch_size: int | None = None
-    """Samples per forward pass in each process; gradients are accumulated. 0: the whole batch."""
+    """Samples per forward pass and process, with gradient accumulation; 0: the whole batch. None: the preset's."""
     schedule: Literal["cosine", "released"] | None = None
-    """Overrides the budget's learning-rate schedule. "released" rises again in its second half, as in the paper's code."""
+    """Learning-rate schedule; "released" rises again in its second half, as the authors' code. None: the preset's."""
     trainable: Literal["branches", "connections", "released"] | None = None
-    """Overrides what the budget trains beside the method: nothing, the layers between vision and language, or these
-    and embeddings, output head and norms, as in the paper's code."""
+    """What is trained besides the method: nothing, vision-language connectors, or all that the authors' code trains."""
     precision: Literal["float32", "bfloat16"] | None = None
-    """Overrides the budget's precision of the frozen model. Trained parameters are in float32."""
+    """Precision of the frozen model; trained parameters stay in float32. None: the preset's."""
     checkpointing: bool | None = None
-    """Overrides the budget's activation checkpointing: recompute activations in the backward pass to save memory."""
+    """Gradient checkpointing: recompute activations in the backward pass to save memory. None: the preset's."""
     weights: Path | None = None
-    """Folder of the backbone's released weights. The tiny backbone has its own."""
+    """Folder of the backbone's released weights. The tiny backbone needs none."""
     backbone_options: tuple[str, ...] = ()
-    """Further options of the backbone as name=value, for example edit_stage=second of seed-x."""
+    """Options for loading the backbone as name=value, for example edit_stage=second for seed-x."""
     device_map: str | None = None
-    """Spread the model over several devices of one process, for example "balanced". Default: one device."""
+    """Placement of the model on several devices, for example "balanced". None: one device."""
     workers: int = 0
-    """Worker processes that read and prepare samples. Results are the same with any number."""
+    """Data-loading processes. Results do not depend on their number."""
     log: Literal["jsonl", "tensorboard"] = "jsonl"
-    """"jsonl": train.jsonl and scores.jsonl, which every run writes. "tensorboard": also event files, in the run
-    folder's tensorboard/."""
+    """"tensorboard" writes event files into the run folder besides train.jsonl and scores.jsonl."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,7 +132,7 @@ class Plan:
         config: the configuration; its order is never None.
         suite: with the configuration's prompts and CLIP model.
         order: names of the tasks in training order.
-        recipe: the budget's, with what the configuration overrides.
+        recipe: the preset's, with what the configuration overrides.
         device: never "auto".
         hyperparameters: of the method, defaults included.
     """
@@ -164,7 +159,7 @@ class Plan:
             "hyperparameters": self.hyperparameters,
             "backbone": config.backbone,
             "suite": self.suite.name,
-            "budget": config.budget,
+            "budget": config.preset,
             "order": config.order,
             "tasks": list(self.order),
             "seed": config.seed,
@@ -213,12 +208,12 @@ def plan(config: RunConfig, elsewhere: bool = False, forecast: bool = False) -> 
         config = dataclasses.replace(config, order=suites.usual_order(suite))
     order = suites.order(suite, config.order or "")
     _check_options(config, suite)
-    recipe = _recipe(config, suite.budgets[config.budget])
+    recipe = _recipe(config, suite.budgets[config.preset])
     for name in order:
         _check_task(suite.task(name))
     missing = [task for task in order if task not in recipe.steps]
     if missing:
-        raise UserError(f"budget {config.budget} of suite {suite.name} gives no steps for: {', '.join(missing)}")
+        raise UserError(f"preset {config.preset} of suite {suite.name} gives no steps for: {', '.join(missing)}")
     if config.data is None and not suite.synthetic and not forecast:
         raise UserError(f"suite {suite.name} needs --data, the folder that holds its files")
     return Plan(config, suite, order, recipe, _device(config.device, elsewhere), _hyperparameters(config))
@@ -241,8 +236,8 @@ def _suite(config: RunConfig) -> Suite:
 def _check_options(config: RunConfig, suite: Suite) -> None:
     from cnext import backbones
 
-    if config.budget not in suite.budgets:
-        raise unknown("budget", config.budget, list(suite.budgets))
+    if config.preset not in suite.budgets:
+        raise unknown("preset", config.preset, list(suite.budgets))
     if config.split not in SPLITS:
         raise unknown("split", config.split, SPLITS)
     if config.log not in LOGS:
@@ -312,7 +307,7 @@ def loading_options(backbone: str, given: Sequence[str]) -> dict[str, Any]:
 
 
 def _recipe(config: RunConfig, recipe: Recipe) -> Recipe:
-    """The budget's recipe with what the configuration overrides, for every task."""
+    """The preset's recipe with what the configuration overrides, for every task."""
     from cnext.config.schedules import SCHEDULES
 
     if config.learning_rate is not None and not 0 < config.learning_rate < float("inf"):

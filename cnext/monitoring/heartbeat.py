@@ -13,7 +13,7 @@ from typing import Any
 import msgspec
 
 from cnext import records
-from cnext.records import Finite, Record
+from cnext.records import Count, Finite, Record
 
 LOG, FILE = "run.log", ".heartbeat.json"
 EVERY = 1.0
@@ -28,13 +28,13 @@ _WARNING = re.compile(r"^\S.*:\d+: \w*Warning: .*\n?(?:[ \t]+\S.*\n?)?", re.MULT
 class Beat(Record, kw_only=True):
     """The content of the heartbeat file.
 
-    pid, born, host: the process, see `born`.  time: of the heartbeat, seconds since the epoch.  why: it stopped or
+    pid, start_time, host: the process, see `start_time`.  time: of the heartbeat, seconds since the epoch.  why: it stopped or
     failed.  doing: in words.  stage, task, step, steps: as in train.jsonl; steps: of the task.  share, left, whole: as
     in `Estimate`.
     """
 
-    pid: int
-    born: str | None = None
+    pid: Count
+    start_time: Finite | None = None
     host: str
     time: Finite
     state: str
@@ -50,26 +50,20 @@ class Beat(Record, kw_only=True):
     whole: Finite | None = None
 
 
-def born(pid: int) -> str | None:
-    """Start time of a process in the system's units, which distinguishes it from a later one with the same id.
+def start_time(pid: int) -> float | None:
+    """Seconds from the system's boot to the start of a process; None where there is no such process, or a zombie.
 
-    Returns: "" where the system does not tell; None where there is no such process.
+    Tells a process from a later one with the same pid, also after the system's clock has been set.
     """
+    import psutil
+
     try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-        return None if fields[0] in "ZX" else fields[19]
-    except FileNotFoundError:
-        if Path("/proc/self/stat").exists():
+        process = psutil.Process(pid)
+        if process.status() in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD):
             return None
-    except ProcessLookupError:
+        return round(process.create_time() - psutil.boot_time(), 2)
+    except psutil.Error:
         return None
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return None
-    except PermissionError:
-        return ""
-    return ""
 
 
 class Heartbeat:
@@ -79,7 +73,7 @@ class Heartbeat:
         self.path = folder / FILE
         pid, host = os.getpid(), socket.gethostname()
         self.beat = Beat(
-            pid=pid, born=born(pid), host=host, time=time.time(), state=RUNNING, why="", doing="loading"
+            pid=pid, start_time=start_time(pid), host=host, time=time.time(), state=RUNNING, why="", doing="loading"
         )
         self._last = 0.0
         self._write()
@@ -116,8 +110,8 @@ def alive(beat: Beat, now: float) -> bool:
         return False
     if beat.host != socket.gethostname():
         return now - beat.time < max(PATIENCE, 10 * (beat.seconds_per_step or 0))
-    found = born(beat.pid)
-    return found is not None and found == beat.born
+    found = start_time(beat.pid)
+    return found is not None and found == beat.start_time
 
 
 def log(folder: Path, text: str) -> None:

@@ -43,7 +43,7 @@ def estimate(planned: Plan) -> Estimate:
     with tempfile.TemporaryDirectory() as scratch:
         ready = prepare(planned if config.data else small, Path(scratch))
         method = ready.method
-        heading = f"plan: {config.method} on {config.backbone}, suite {planned.suite.name} ({config.budget})"
+        heading = f"plan: {config.method} on {config.backbone}, suite {planned.suite.name} ({config.preset})"
         lines = [
             f"{heading}, order {config.order}, seed {config.seed}, device {planned.device}",
             f"{'task':<12} {'reads':<12} {'writes':<8} {'steps':>6} {'trained':>10}   time to train, to answer once",

@@ -71,7 +71,7 @@ def run(config: RunConfig, progress: Progress | None = None) -> dict[str, Any]:
 
         from cnext import RunConfig, run
 
-        results = run(RunConfig(method="lora", budget="smoke", out="runs"))
+        results = run(RunConfig(method="lora", preset="smoke", out="runs"))
         print(results["metrics"]["forgetting"])
     """
     planned = plan(config)

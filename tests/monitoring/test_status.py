@@ -93,7 +93,7 @@ def test_a_run_whose_process_is_gone_has_stopped(folder: Path, ended: int, capsy
 
 
 def test_a_process_of_the_same_number_is_not_the_run(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    beat(folder, **PACE, born="1")
+    beat(folder, **PACE, start_time=1.0)
     assert shown(folder, capsys)["state"] == "stopped"
 
 
