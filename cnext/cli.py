@@ -7,6 +7,7 @@ them, so that ``cnext --help`` and ``cnext list`` answer at once.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import sys
 from collections.abc import Callable
@@ -15,14 +16,14 @@ from platform import python_version
 from typing import Any
 
 import cnext
-from cnext.errors import UserError
+from cnext.errors import RESUME, UserError
 from cnext.monitoring.signals import Stop, Stopped
-from cnext.monitoring.streams import outliving_readers
+from cnext.monitoring.streams import tolerate_closed_pipes
 
 
 def _exit_status(verb: Callable[[], int | None]) -> int:
     """Calls a verb. Errors of the user become one message and exit status 2, without a traceback."""
-    with outliving_readers():
+    with tolerate_closed_pipes():
         try:
             try:
                 return verb() or 0
@@ -41,7 +42,7 @@ def _exit_status(verb: Callable[[], int | None]) -> int:
             print(stopped, file=sys.stderr)
             return stopped.status
         except KeyboardInterrupt:
-            print("interrupted; the same command resumes from the last checkpoint", file=sys.stderr)
+            print(f"interrupted; {RESUME}", file=sys.stderr)
             return 130
 
 
@@ -115,7 +116,7 @@ def _status(arguments: argparse.Namespace) -> None:
     from cnext.monitoring import status
 
     found = status.of_folders(arguments.dir or [Path("runs")])
-    print(json.dumps(found, indent=2) if arguments.json else status.text(found))
+    print(json.dumps(dataclasses.asdict(found), indent=2) if arguments.json else status.text(found))
 
 
 def _metrics(arguments: argparse.Namespace) -> None:

@@ -20,7 +20,7 @@ from torch import distributed, nn
 
 from cnext.distributed import collectives
 from cnext.distributed.deepspeed import asked
-from cnext.errors import GO_ON, UserError
+from cnext.errors import RESUME, UserError
 
 PATIENCE = timedelta(minutes=30)
 """How long a process waits for another, which may be scoring the answers of a task meanwhile."""
@@ -72,7 +72,7 @@ def joined(device: str) -> Iterator[str]:
             raise
         raise UserError(
             f"{_missing()} was lost (killed, out of memory, or ended by an error that it tells of itself): "
-            f"all finished blocks are saved; {GO_ON}"
+            f"everything up to the last checkpoint is saved; {RESUME}"
         ) from error
     finally:
         if distributed.is_initialized():

@@ -28,9 +28,8 @@ _WARNING = re.compile(r"^\S.*:\d+: \w*Warning: .*\n?(?:[ \t]+\S.*\n?)?", re.MULT
 class Beat(Record, kw_only=True):
     """The content of the heartbeat file.
 
-    pid, start_time, host: the process, see `start_time`.  time: of the heartbeat, seconds since the epoch.  why: it stopped or
-    failed.  doing: in words.  stage, task, step, steps: as in train.jsonl; steps: of the task.  share, left, whole: as
-    in `Estimate`.
+    pid, start_time, host: of the process.  time: of the heartbeat, seconds since the epoch.  why: it stopped or failed.
+    doing: in words.  stage, task, step: as in train.jsonl.  steps: of the task.  share, left, whole: as in `Estimate`.
     """
 
     pid: Count

@@ -33,7 +33,7 @@ def shown_metrics(values: Mapping[str, float | None]) -> str:
 
 
 class Progress:
-    """Shows a run: bars on standard error, results on standard output. A context manager that starts and stops the bars.
+    """Shows a run: bars on standard error, which the context starts and stops, and results on standard output.
 
     Args:
         name: of the run in its study.

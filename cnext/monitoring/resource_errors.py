@@ -38,8 +38,7 @@ def as_user_errors(folder: Path, doing: Callable[[], str], batch_size: int) -> I
         if error.errno not in FULL:
             raise
         raise UserError(
-            f"no space left on the disk ({doing()}): {error.filename or folder}\n"
-            f"free some space, then {RESUME}"
+            f"no space left on the disk ({doing()}): {error.filename or folder}\nfree some space, then {RESUME}"
         ) from error
     except (RuntimeError, MemoryError) as error:
         if not out_of_memory(error):

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from cnext import methods
-from cnext.config.run_config import OVERRIDES, RunConfig
+from cnext.config.run_config import OVERRIDES, RunConfig, current_names
 from cnext.errors import UserError
 from cnext.runs.checkpoint import write_text
 from cnext.tasks import suites
@@ -32,8 +32,8 @@ def write(config: RunConfig) -> Path:
 
 
 def read(path: str | Path) -> RunConfig:
-    """The run that ``write`` wrote."""
-    values = json.loads(Path(path).read_text(encoding="utf-8"))
+    """The configuration that `write` wrote."""
+    values = current_names(json.loads(Path(path).read_text(encoding="utf-8")))
     for field in dataclasses.fields(RunConfig):
         value, kind = values[field.name], str(field.type)
         if value is not None and kind.startswith(("Path", "tuple")):
@@ -47,6 +47,7 @@ def command(config: dict[str, Any], options: dict[str, Any]) -> str:
     Args:
         config, options: config.json and options.json of the run; {} for a folder of before the latter.
     """
+    config, options = current_names(config), current_names(options)
     # What both have is resolved in the first. A suite's name is not its folder.
     given = _from_config(config) | {
         name: value for name, value in options.items() if name == "suite" or KEYS.get(name, name) not in config

@@ -15,6 +15,8 @@ from cnext.errors import UserError
 from cnext.studies.usage_errors import in_one_line
 
 Launcher = Literal["local", "ray", "slurm"]
+RENAMED = {"--budget": "--preset", "--block-steps": "--checkpoint-interval"}
+"""Flags of earlier versions."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,8 +65,8 @@ def parse(arguments: list[str]) -> Any:
     import tyro
 
     for flag, _, value in (argument.partition("=") for argument in arguments):
-        if flag == "--budget":
-            raise UserError(f"--budget is now --preset: use --preset {value or 'NAME'}")
+        if flag in RENAMED:
+            raise UserError(f"{flag} is now {RENAMED[flag]}: use {RENAMED[flag]} {value or 'VALUE'}")
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--method", nargs="*", default=["mage"])
     chosen = dict.fromkeys(map(methods.canonical, first.parse_known_args(arguments)[0].method))
