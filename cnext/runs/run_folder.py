@@ -143,7 +143,7 @@ class RunFolder:
         return None
 
     def _check_logs(self, kept: dict[str, dict[str, Any]]) -> None:
-        for name in kept.keys() & LOGS.keys():
+        for name in kept.keys() & set(LOGS):
             content = _content(self.path / name)[: kept[name]["bytes"]]
             if self._seal(content) != kept[name]:
                 raise Damaged(f"{self.path / name} is not what was written")
