@@ -120,7 +120,7 @@ def test_a_disk_that_fails_is_one_line(
         str(data),
         "--out",
         str(tmp_path),
-        "--block-steps",
+        "--checkpoint-interval",
         "1",
     ]
     calls = []
@@ -134,7 +134,7 @@ def test_a_disk_that_fails_is_one_line(
         patch.setattr(os, "fsync", failing)
         assert run_main(flags) == 2
     shown = capsys.readouterr().err
-    full = ["): some/file", "what was saved is whole; make room, and the same command goes on"]
+    full = ["): some/file", "free some space, then run the same command again"]
     expected = full if code == errno.ENOSPC and writes > 1 else [f"error: {os.strerror(code)}: some/file"]
     assert all(line.endswith(end) for line, end in zip(shown.splitlines()[-len(expected) :], expected, strict=True))
     assert "Traceback" not in shown

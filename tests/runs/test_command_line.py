@@ -64,7 +64,7 @@ GIVEN: dict[str, list[str]] = {
     "data": ["--data", "it's/here"],
     "device": ["--device", "cpu"],
     "threads": ["--threads", "2"],
-    "block_steps": ["--block-steps", "7"],
+    "checkpoint_interval": ["--checkpoint-interval", "7"],
     "clip": ["--clip", "openai/ViT-B-16"],
     "prompts": ["--suite", "continual-next", "--data", "some/folder", "--prompts", "consistent"],
     "prompts as they are": ["--prompts", "released"],
