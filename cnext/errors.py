@@ -1,4 +1,4 @@
-"""Errors in what a user gives: the command line prints their message, without a traceback, and exits with 2."""
+"""Errors that the user can correct. The command line prints them without a traceback and exits with status 2."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterable
 from typing import Any
 
-GO_ON = "the same command goes on"
+RESUME = "run the same command again to resume from the last checkpoint"
 
 
 class UserError(ValueError):
@@ -14,7 +14,7 @@ class UserError(ValueError):
 
 
 def unknown(kind: str, name: str, valid: list[str] | tuple[str, ...]) -> UserError:
-    """The error for an unknown name, which lists the valid ones."""
+    """The error for an unknown name; lists the valid ones."""
     return UserError(f"unknown {kind} {name!r}; valid: {', '.join(valid)}")
 
 
@@ -26,10 +26,7 @@ def listed(names: Iterable[str], shown: int = 8) -> str:
 
 
 def parse_json(text: str | bytes) -> Any:
-    """``json.loads`` that raises ValueError for too deep nesting as well.
-
-    Callers add the file's name to the error.
-    """
+    """``json.loads``, with a ValueError for nesting that is too deep. The caller says which file it is."""
     try:
         return json.loads(text)
     except RecursionError as error:

@@ -59,7 +59,8 @@ MISTAKES = {
     "order": (["--order", "backwards"], "unknown order 'backwards'; valid: paper, reverse, alphabet"),
     "suite": (["--suite", "coins"], "unknown suite 'coins'; valid: coin, continual-next"),
     "backbone": (["--backbone", "huge"], "unknown backbone 'huge'; valid: emu3, janus, seed-x, tiny"),
-    "budget": (["--budget", "large"], "unknown budget 'large'; valid: default, smoke"),
+    "preset": (["--preset", "large"], "unknown preset 'large'; valid: default, smoke"),
+    "old name of --preset": (["--budget=smoke"], "--budget is now --preset: use --preset smoke"),
     "device": (["--device", "toaster"], "unknown device 'toaster'; valid: auto, cpu, cuda"),
     "device of no use": (["--device", "meta"], "unknown device 'meta'; valid: auto, cpu, cuda"),
     "no such device": (["--device", "cuda:99"], "device cuda:99 is not there"),
@@ -119,7 +120,7 @@ def test_a_disk_that_fails_is_one_line(
         str(data),
         "--out",
         str(tmp_path),
-        "--block-steps",
+        "--checkpoint-interval",
         "1",
     ]
     calls = []
@@ -133,7 +134,7 @@ def test_a_disk_that_fails_is_one_line(
         patch.setattr(os, "fsync", failing)
         assert run_main(flags) == 2
     shown = capsys.readouterr().err
-    full = ["): some/file", "what was saved is whole; make room, and the same command goes on"]
+    full = ["): some/file", "free some space, then run the same command again"]
     expected = full if code == errno.ENOSPC and writes > 1 else [f"error: {os.strerror(code)}: some/file"]
     assert all(line.endswith(end) for line, end in zip(shown.splitlines()[-len(expected) :], expected, strict=True))
     assert "Traceback" not in shown

@@ -15,11 +15,11 @@ import cnext
 
 ROOT = Path(cnext.__file__).parent
 FILES = sorted(path for path in ROOT.rglob("*.py"))
-LIGHT = {"torch", "numpy", "cnext"}
+LIGHT = {"torch", "numpy", "msgspec", "cnext"}
 SIBLINGS = ("methods", "backbones", "tasks", "scoring")
 LEVELS = (
     ("errors", "kernels"),
-    ("registry", "shapes", "tensor_files", "kv_cache", "packages", "distributed", "ops"),
+    ("records", "registry", "shapes", "tensor_files", "kv_cache", "packages", "distributed", "ops"),
     ("adapters", "averaging"),
     SIBLINGS,
     ("config", "pretrain_tiny"),

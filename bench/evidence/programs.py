@@ -78,7 +78,7 @@ def run(book: Book) -> None:
     """The main job, in both precisions on a GPU."""
     for flags in ([], ["--precision", "bfloat16"])[: 2 if book.gpu else 1]:
         with book.attempt(f"main job {' '.join(flags)}"), tempfile.TemporaryDirectory() as out:
-            options = ["--budget", "smoke", "--device", book.device, "--out", out, *flags]
+            options = ["--preset", "smoke", "--device", book.device, "--out", out, *flags]
             done = ran([sys.executable, "-m", "cnext", "run", "--method", "mage", *options])
             folder = Path(out) / "mage/paper/seed-0"
             stages = json.loads((folder / "cost.json").read_text())["stages"]
@@ -92,7 +92,7 @@ def every_method(book: Book) -> None:
     """Costs of every method's stages, as measured by its run. Scores of so few steps mean nothing, and are left out."""
     names = sorted(methods.modules())[: None if book.gpu else 2]
     with tempfile.TemporaryDirectory() as out:
-        options = ["--budget", "smoke", "--device", book.device, "--out", out]
+        options = ["--preset", "smoke", "--device", book.device, "--out", out]
         precision = ["--precision", "bfloat16"] if book.gpu else []
         for name in names:
             with book.attempt(name):

@@ -14,7 +14,7 @@ from zipfile import ZipFile
 ROOT = Path(__file__).resolve().parents[2]
 WITH_A_GPU = ("torch", "torchvision", "triton")
 """What a machine with a GPU has, as well as CUDA's libraries: gigabytes that fit each other and its driver."""
-TESTS = ("pytest", "pytest-benchmark", "pytest-xdist", "hypothesis", "psutil")
+TESTS = ("pytest", "pytest-benchmark", "pytest-xdist", "hypothesis")
 """What the evidence's part "tests" needs besides cnext."""
 
 

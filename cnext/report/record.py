@@ -1,4 +1,4 @@
-"""The report's record of the run: training, every metric under both profiles, costs, and how to run it again."""
+"""Report sections on training: loss curves, metrics under all scoring profiles, cost, and how to reproduce the run."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from cnext.scoring.matrix import FORMULAS
 
 
 def training(run: Run) -> Section:
-    """Loss over the steps of each task, and what the moving average kept."""
+    """Loss over the steps of each task, and the weights of the moving average."""
     blocks: list[Block] = []
     if run.losses:
         pictures = [
@@ -25,7 +25,9 @@ def training(run: Run) -> Section:
             )
             for stage, values in sorted(run.losses.items())
         ]
-        note = "Training loss over optimizer steps: mean, and band from least to greatest. Scales differ between tasks."
+        note = (
+            "Training loss over optimizer steps: mean, and band from minimum to maximum. Scales differ between tasks."
+        )
         blocks += [Text(note), Plots(pictures)]
     branches: dict[str, dict[int, tuple[float, float]]] = {}
     for merge in run.results.get("averaging") or []:
@@ -41,8 +43,8 @@ def training(run: Run) -> Section:
             for number, (branch, stages) in enumerate(branches.items(), 1)
         ]
         note = (
-            "Moving average: beta, the share of its old value that a parameter keeps when a stage is merged into the "
-            "average. Dot: mean over the branch's parameters; bar: one standard deviation."
+            "Moving average: beta, the weight of the old average when a stage's parameters are merged into it, average = "
+            "beta · average + (1 - beta) · new. Dot: mean over the branch's parameters; bar: one standard deviation."
         )
         blocks += [Text(note), Plots(pictures)]
     return Section("Training", blocks)
@@ -61,8 +63,9 @@ def metrics(run: Run) -> Section:
         rows.append([name, points(value), *beside, FORMULAS.get(name, "")])
     columns = [column for profile in profiles for column in (profile, "gap")]
     note = (
-        "R[t][i] is the score in percent on task i after stage t of T, both in training order. Strict: what each score "
-        "ought to mean. Paper: the released evaluators, bug for bug. Gap: the second less the first."
+        "R[t][i] is the score in percent on task i after stage t of T, tasks in training order. Profile strict: each "
+        "score as it is defined. Profile paper: the evaluators as the paper's authors released them, with their errors. "
+        "Gap: the second minus the first."
     )
     formulas = Table(["metric", main, *columns, "formula and divisor"], rows, words=(2 + len(columns),))
     blocks: list[Block] = [Text(note), formulas]
@@ -87,7 +90,7 @@ def _beside(value: float | None, other: float | None) -> tuple[str, str]:
 
 
 def costs(run: Run) -> Section:
-    """What the run took: parameters, storage, memory, time, energy. A column that no stage has is left out."""
+    """Parameters, storage, memory, time and energy, in all and by stage. Columns without values are left out."""
     cost = {**run.results.get("cost", {}), **run.cost}
     known = (
         ("trainable parameters", "trainable_params", _count),
@@ -96,37 +99,38 @@ def costs(run: Run) -> Section:
         ("peak device memory", "peak_device_memory_bytes", _size),
         ("optimizer steps", "optimizer_steps", _count),
         ("supervised tokens", "supervised_tokens", _count),
-        ("time in all", "total_seconds", _time),
+        ("total time", "total_seconds", _time),
         ("energy", "energy_joules", _joules),
     )
     rows = [[name, show(cost[key])] for name, key, show in known if cost.get(key) is not None]
-    blocks: list[Block] = [Table(["cost", ""], rows)] if rows else []
+    blocks: list[Block] = [Table(["cost", "value"], rows)] if rows else []
     if cost.get("stages"):
         columns = (
             ("training", "train_seconds", _time),
             ("evaluation", "evaluate_seconds", _time),
             ("steps", "steps", _count),
-            ("seconds a step", "seconds_per_step", "{:.3f}".format),
-            ("tokens a second", "tokens_per_second", _count),
-            ("kept", "stored_bytes", _size),
+            ("seconds/step", "seconds_per_step", "{:.3f}".format),
+            ("tokens/s", "tokens_per_second", _count),
+            ("stored", "stored_bytes", _size),
             ("peak memory", "peak_memory_bytes", _size),
             ("peak device memory", "peak_device_memory_bytes", _size),
             ("energy", "energy_joules", _joules),
         )
-        told = [column for column in columns if any(stage.get(column[1]) is not None for stage in cost["stages"])]
+        filled = [column for column in columns if any(stage.get(column[1]) is not None for stage in cost["stages"])]
         stages = [
-            [stage["task"], *(NOTHING if stage.get(key) is None else show(stage[key]) for _, key, show in told)]
+            [stage["task"], *(NOTHING if stage.get(key) is None else show(stage[key]) for _, key, show in filled)]
             for stage in cost["stages"]
         ]
-        blocks.append(Table(["stage", *(name for name, _, _ in told)], stages))
-    return Section("Costs", blocks)
+        blocks.append(Table(["stage", *(name for name, _, _ in filled)], stages))
+    return Section("Cost", blocks)
 
 
 def reproduction(run: Run) -> Section:
-    """The command, the configuration, the versions and the machine."""
+    """The command that runs it again, the configuration, the versions and the machine."""
     blocks: list[Block] = []
     if run.config:
-        blocks.append(Code(command(run.config, run.options)))
+        note = "The command resolves to the configuration below, and gives the same scores in the same environment."
+        blocks += [Text(note), Code(command(run.config, run.options))]
     versions = {**run.environment.get("versions", {}), **run.results.get("versions", {})}
     machine = [[name, _plain(value)] for name, value in run.environment.items() if name != "versions"]
     for head, rows in (
@@ -135,8 +139,8 @@ def reproduction(run: Run) -> Section:
         ("configuration", [[name, _plain(value)] for name, value in run.config.items()]),
     ):
         if rows:
-            blocks.append(Table([head, ""], rows, words=(1,)))
-    return Section("To run it again", blocks)
+            blocks.append(Table([head, "value"], rows, words=(1,)))
+    return Section("Reproduction", blocks)
 
 
 def _plain(value: object) -> str:

@@ -13,8 +13,7 @@ import torch
 from cnext.config.run_config import Plan
 from cnext.monitoring.eta import duration
 from cnext.tasks.base import Sample, Task
-from cnext.training.evaluation import answered
-from cnext.training.phases import finish_task
+from cnext.training.evaluation import answer
 from cnext.training.precision import autocast
 from cnext.training.setup import Prepared, prepare
 from cnext.training.trainer import begin
@@ -44,7 +43,7 @@ def estimate(planned: Plan) -> Estimate:
     with tempfile.TemporaryDirectory() as scratch:
         ready = prepare(planned if config.data else small, Path(scratch))
         method = ready.method
-        heading = f"plan: {config.method} on {config.backbone}, suite {planned.suite.name} ({config.budget})"
+        heading = f"plan: {config.method} on {config.backbone}, suite {planned.suite.name} ({config.preset})"
         lines = [
             f"{heading}, order {config.order}, seed {config.seed}, device {planned.device}",
             f"{'task':<12} {'reads':<12} {'writes':<8} {'steps':>6} {'trained':>10}   time to train, to answer once",
@@ -63,7 +62,7 @@ def estimate(planned: Plan) -> Estimate:
             steps = recipe.steps[name] if trained else 0
             times = f"{duration(training)}, {duration(answers)}"
             lines.append(f"{name:<12} {reads:<12} {writes:<8} {steps:>6} {trained:>10,}   {times}")
-        state = [*(method.adapter_parameters() | ready.extras).values(), *method.state_dict().values()]
+        state = [*ready.saved_parameters().values(), *method.state_dict().values()]
         size = sum(tensor.numel() * tensor.element_size() for tensor in state) * len(planned.order)
     lines.append(f"estimated time: {duration(total)}, and what it takes to load data, model and libraries")
     lines.append(f"estimated disk: {size / 1e6:.1f} MB of checkpoints, and the answers")
@@ -104,9 +103,7 @@ def _time_steps(planned: Plan, ready: Prepared, task: Task) -> tuple[int, float]
     for _ in range(TIMED_STEPS):
         trainer.train_step()
     seconds = (time.perf_counter() - started) / TIMED_STEPS
-    ready.backbone.eval()
-    with autocast(trainer.recipe.precision, ready.backbone.device):
-        finish_task(ready.method)
+    trainer.finish()
     return sum(parameter.numel() for parameter in trainer.parameters.values()), seconds
 
 
@@ -114,5 +111,5 @@ def _time_answers(planned: Plan, ready: Prepared, task: Task, samples: list[Samp
     """The seconds of an answer."""
     started = time.perf_counter()
     with autocast(planned.recipe.precision, ready.backbone.device), ready.method.for_eval():
-        answered(ready.method, task, samples)
+        answer(ready.method, task, samples)
     return (time.perf_counter() - started) / len(samples)

@@ -60,7 +60,7 @@ def text(planned: Plan, gpus: int, teraflops: float) -> str:
     tasks = [planned.suite.task(name) for name in planned.order]
     method.setup(backbone, tasks, torch.Generator().manual_seed(stable_seed(config.seed, "adapters")))
     sizes = _sizes(backbone, method, recipe.trainable)
-    what = f"{config.method} on {config.backbone}, suite {planned.suite.name} ({config.budget})"
+    what = f"{config.method} on {config.backbone}, suite {planned.suite.name} ({config.preset})"
     counts = f"{sizes.loaded:,} in all, {sizes.language:,} of them in the language model; {sizes.trained:,} are trained"
     lines = [
         f"forecast: {what}, order {config.order}, {gpus} GPUs, {recipe.precision}",

@@ -25,7 +25,8 @@ from typing import Any, NamedTuple, Protocol
 from cnext.config.run_config import Plan, RunConfig
 from cnext.errors import UserError
 from cnext.monitoring import heartbeat
-from cnext.monitoring.progress import StudyProgress, shown_metrics
+from cnext.monitoring.eta import Estimate
+from cnext.monitoring.progress import Event, StudyProgress, shown_metrics
 from cnext.monitoring.signals import Stop
 from cnext.runs import command_line
 from cnext.studies.local import OTHER, TAIL, Failure, end_of_log, failure, name
@@ -41,7 +42,6 @@ GRACE = 60.0
 DAY = 24 * 60
 JOB = "import sys; sys.path[:] = {path!r}; from cnext.studies.worker import main; sys.exit(main({file!r}))"
 """What Python does in a job. With -m, a cnext that lies in the folder would come before the study's own."""
-SHOWN = ("doing", "share", "left", "whole")
 
 
 @dataclass(frozen=True)
@@ -237,7 +237,7 @@ def launch(launcher: str, plans: list[Plan], given: dict[str, Any], jobs: int) -
         engine = ENGINES[launcher](given, plans[0].config.out.absolute())
     waiting, failures, told = list(reversed(plans)), [], False
     running: dict[Any, RunConfig] = {}
-    with Stop() as stop, stop.held(), StudyProgress(len(plans), jobs) as shown:
+    with Stop() as stop, stop.deferred(), StudyProgress(len(plans), jobs) as shown:
         try:
             while waiting or running:
                 if stop.requested and not told:
@@ -296,8 +296,8 @@ def _submit(engine: Engine, planned: Plan) -> Any:
 def _show(shown: StudyProgress, config: RunConfig) -> None:
     """Shows how far a run says that it is, once it does."""
     beat = heartbeat.read(config.folder)
-    if beat is not None and beat["state"] == heartbeat.RUNNING and "share" in beat:
-        shown.update(name(config), {key: beat[key] for key in SHOWN} | {"line": False})
+    if beat is not None and beat.state == heartbeat.RUNNING and beat.share is not None:
+        shown.update(name(config), Event(beat.doing, Estimate(beat.share, beat.left, beat.whole)))
 
 
 def _failure(config: RunConfig, ended: Ended) -> Failure:

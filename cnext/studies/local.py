@@ -13,13 +13,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
-from typing import Any
 
 from cnext.config.run_config import Plan, RunConfig
-from cnext.errors import UserError
-from cnext.monitoring.eta import StudyPace
+from cnext.errors import RESUME, UserError
+from cnext.monitoring.eta import StudyEta
 from cnext.monitoring.heartbeat import LOG, stamped
-from cnext.monitoring.progress import ForwardedProgress, Progress, StudyProgress, shown_metrics
+from cnext.monitoring.progress import Event, ForwardedProgress, Progress, StudyProgress, shown_metrics
 from cnext.monitoring.signals import Stop, Stopped
 from cnext.tables.aggregate import read
 
@@ -56,19 +55,19 @@ def one_after_another(plans: list[Plan]) -> list[Failure]:
     """Does runs in this process. What one of them may die of does not stop the next; a mistake of ours does."""
     from cnext.training.runner import run
 
-    failures, pace = [], StudyPace(len(plans), 1)
+    failures, eta = [], StudyEta(len(plans), 1)
     for planned in plans:
         label, before = name(planned.config), len(failures)
-        pace.start(label)
+        eta.start(label)
         try:
-            run(planned.config, Progress(label, pace))
+            run(planned.config, Progress(label, eta))
         except (UserError, OSError) as error:
             failures.append(Failure(planned.config, USER, "error", [f"error: {error}"]))
         except (RuntimeError, MemoryError) as error:
             lines = traceback.format_exc().splitlines()[-TAIL:]
             failures.append(Failure(planned.config, OTHER, type(error).__name__, lines))
-        pace.end(label, failed=len(failures) > before)
-        print(f"{label}: {'failed' if len(failures) > before else 'done'}  ({pace})", file=sys.stderr)
+        eta.end(label, failed=len(failures) > before)
+        print(f"{label}: {'failed' if len(failures) > before else 'done'}  ({eta})", file=sys.stderr)
     return failures
 
 
@@ -80,7 +79,7 @@ def side_by_side(plans: list[Plan], jobs: int) -> list[Failure]:
     """
     waiting, failures, told = list(reversed(plans)), [], False
     running: dict[Connection, tuple[SpawnProcess, RunConfig]] = {}
-    with Stop() as stop, stop.held(), StudyProgress(len(plans), jobs) as shown:
+    with Stop() as stop, stop.deferred(), StudyProgress(len(plans), jobs) as shown:
         try:
             while waiting or running:
                 if stop.requested and not told:
@@ -134,16 +133,16 @@ def _run(config: RunConfig, connection: Connection) -> None:
         os.dup2(log.fileno(), sys.stderr.fileno())
     faulthandler.enable()
 
-    def send(event: dict[str, Any]) -> None:
+    def send(event: Event) -> None:
         try:
             connection.send(event)
         except BrokenPipeError as error:
-            raise UserError("the process of the study is gone; the same command goes on with this run") from error
+            raise UserError(f"the process of the study is gone; {RESUME}") from error
 
     sys.exit(perform(config, send))
 
 
-def perform(config: RunConfig, send: Callable[[dict[str, Any]], None]) -> int:
+def perform(config: RunConfig, send: Callable[[Event], None]) -> int:
     """Does a run in a process of its own, whose output is the run's log. Returns the exit status.
 
     Args: send: as `ForwardedProgress` takes it.
@@ -161,7 +160,7 @@ def perform(config: RunConfig, send: Callable[[dict[str, Any]], None]) -> int:
     return 0
 
 
-def _receive(connection: Connection) -> dict[str, Any] | None:
+def _receive(connection: Connection) -> Event | None:
     """The next event; None when the process has ended, perhaps in the middle of one."""
     try:
         return connection.recv()

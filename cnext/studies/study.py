@@ -2,7 +2,7 @@
 
 cnext-run --method mage
 cnext-run --method mage lora --order paper reverse --seeds 0 1 2
-cnext-run --method mage --budget smoke
+cnext-run --method mage --preset smoke
 """
 
 from __future__ import annotations
@@ -64,12 +64,16 @@ def _say_what_is_left_out(plans: list[Plan]) -> None:
             )
 
 
-def _finished(planned: Plan) -> bool:
-    """Whether a run's folder holds all its results already. Raises UserError for one of another configuration."""
-    from cnext.runs.run_folder import RunFolder
+def is_finished(planned: Plan) -> bool:
+    """Whether a run's folder holds its results and its report. Creates nothing and takes no lock.
+
+    Raises:
+        UserError: the folder holds a run of another configuration (each difference is named), or something else.
+    """
+    from cnext.runs.run_folder import check_free
 
     folder = planned.config.folder
-    RunFolder(folder, planned.as_dict()).close()
+    check_free(folder, planned.as_dict())
     return (folder / "report.html").is_file() and aggregate.read(folder) is not None
 
 
@@ -123,10 +127,14 @@ def _do(flags: Any, to_do: list[Plan]) -> list[Failure]:
 
 def _study(flags: Any, plans: list[Plan]) -> int:
     """Does the runs that are not finished, then writes the tables. Returns the exit status."""
+    from cnext.runs.run_folder import RunFolder
     from cnext.studies import local
 
-    to_do = [planned for planned in plans if not _finished(planned)]
+    to_do = [planned for planned in plans if not is_finished(planned)]
     _check_done(flags, plans)
+    for planned in to_do:
+        # Before the first run starts: a folder that cannot be created, or that another process has locked, is an error.
+        RunFolder(planned.config.folder, planned.as_dict()).close()
     if len(to_do) < len(plans):
         print(f"{len(plans) - len(to_do)} of {len(plans)} runs are finished already", file=sys.stderr)
     failures = _do(flags, to_do) if to_do else []
@@ -149,7 +157,7 @@ def _together(flags: Any, plans: list[Plan]) -> None:
         for planned in plans:
             processes.check(planned.recipes)
         for planned in plans:
-            if not collectives.broadcast_object(collectives.rank() == 0 and _finished(planned)):
+            if not collectives.broadcast_object(collectives.rank() == 0 and is_finished(planned)):
                 run(planned.config)
         if collectives.rank() == 0 and len(plans) > 1:
             _write_tables(flags, plans)

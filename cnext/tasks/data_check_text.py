@@ -1,4 +1,4 @@
-"""Output of ``cnext data check``: progress bars, then a table and the list of problems."""
+"""``cnext data check``: progress bars, then a table of counts and the list of problems."""
 
 from __future__ import annotations
 
@@ -6,11 +6,30 @@ import json
 import os
 from pathlib import Path
 
-from cnext.tasks.data_check import UNREFERENCED_LISTED, Report
+from cnext.errors import UserError
+from cnext.tasks import suites
+from cnext.tasks.data_check import UNREFERENCED_LISTED, Report, check
 
 SHOWN = 10
 """Most lines shown per kind of problem; the JSON file has all."""
 COLUMNS = ("task", "split", "files", "rows", "published", "malformed", "missing", "broken", "repeated", "no image")
+
+
+def main(suite: str, folder: Path, images: str, json_file: Path | None) -> int:
+    """Checks the files of a suite and prints the report. Returns 1 if problems were found, else 0.
+
+    Raises:
+        UserError: the folder of ``json_file`` does not exist, or the suite is unknown.
+    """
+    manifest = suites.load(suite)
+    if json_file is not None and not json_file.parent.is_dir():
+        raise UserError(f"--json: expected a file in an existing folder, got {json_file}")
+    with Bars() as bars:
+        report = check(manifest, folder, bars, images)
+    if json_file is not None:
+        write_json(report, json_file)
+    print(text(report))
+    return 1 if report.problems else 0
 
 
 class Bars:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from dataclasses import fields
 from pathlib import Path
-from types import SimpleNamespace
 from typing import get_type_hints
 
 import pytest
@@ -13,25 +12,28 @@ import pytest
 from cnext import methods
 from cnext.cli import main
 from cnext.methods.base import Card, Method
+from cnext.methods.zero_shot import ZeroShot
 from cnext.tasks import formats, suites
-from cnext.training.evaluation import evaluate
-from cnext.training.runner import Runner
+from cnext.training.evaluation import answer
+from cnext.training.stages import rehearsal_memory
 
 SUITE = suites.load("next-tiny")
 TASKS = [SUITE.task(name) for name in ("HQEdit", "VQAv2", "Flickr30k")]
 
 
 @pytest.mark.parametrize("told", [False, True], ids=["no task id", "task id"])
-def test_a_method_is_told_the_task_where_its_card_asks_and_shown_the_question_alone(told: bool, data: Path) -> None:
+def test_a_method_sees_the_question_and_what_its_card_asks(told: bool, data: Path) -> None:
     samples = formats.read_samples(TASKS[0], data, "test")
     asked = []
 
-    def answer(questions: list, max_new_tokens: int, task: object) -> list:
-        asked.append((questions, task))
-        return [None] * len(questions)
+    class Recording(ZeroShot):
+        card = Card("none", task_id_at_test=told)
 
-    method = SimpleNamespace(card=Card("none", task_id_at_test=told), answer=answer)
-    evaluate(method, TASKS[0], samples, None, None, "1_HQEdit")
+        def answer(self, questions: list, max_new_tokens: int, task: object) -> list:
+            asked.append((questions, task))
+            return []
+
+    answer(Recording(), TASKS[0], samples)
     [(questions, task)] = asked
     assert task is (TASKS[0] if told else None)
     for shown, sample in zip(questions, samples, strict=True):
@@ -42,26 +44,17 @@ def test_a_method_is_told_the_task_where_its_card_asks_and_shown_the_question_al
 
 @pytest.mark.parametrize("kept", [0, 3, 1000])
 @pytest.mark.parametrize("stage", [1, 2, 3])
-def test_the_memory_is_of_the_tasks_so_far_and_as_large_as_the_card_says(kept: int, stage: int, data: Path) -> None:
+def test_the_memory_holds_as_many_samples_as_the_card_says(kept: int, stage: int, data: Path) -> None:
     samples = {task.name: formats.read_samples(task, data, "train") for task in TASKS}
-
-    def memory(seed: int) -> dict[str, list]:
-        runner = SimpleNamespace(
-            tasks=TASKS,
-            samples={"train": samples},
-            config=SimpleNamespace(seed=seed),
-            method=SimpleNamespace(card=Card("none", rehearsal=kept)),
-        )
-        return Runner._memory(runner, stage)
-
-    found = memory(0)
-    assert list(found) == ([task.name for task in TASKS[:stage]] if kept else [])
+    seen = [task.name for task in TASKS[:stage]]
+    found = rehearsal_memory(samples, seen, kept, seed=0)
+    assert list(found) == (seen if kept else [])
     for name, drawn in found.items():
         ids = [sample.id for sample in drawn]
         assert len(ids) == len(set(ids)) == min(kept, len(samples[name]))
         assert set(ids) <= {sample.id for sample in samples[name]}
-    assert memory(0) == found
-    assert kept != 3 or memory(1) != found
+    assert rehearsal_memory(samples, seen, kept, seed=0) == found
+    assert kept != 3 or rehearsal_memory(samples, seen, kept, seed=1) != found
 
 
 @pytest.mark.parametrize("name", sorted(methods.modules()))

@@ -19,7 +19,7 @@ from cnext.training.trainer import TaskTrainer
 
 
 def config(out: Path, data: Path, suite: Path) -> RunConfig:
-    values = {"suite": str(suite), "data": data, "order": ",".join(TASKS), "block_steps": 5, "device": "cpu"}
+    values = {"suite": str(suite), "data": data, "order": ",".join(TASKS), "checkpoint_interval": 5, "device": "cpu"}
     return RunConfig(method="upper-bound", out=out, **values)
 
 

@@ -13,12 +13,13 @@ from types import ModuleType, SimpleNamespace
 
 from cnext.config.run_config import RunConfig
 from cnext.errors import UserError
-from cnext.monitoring.progress import ForwardedProgress
+from cnext.monitoring.eta import Estimate
+from cnext.monitoring.progress import Event, ForwardedProgress
 from cnext.monitoring.signals import Stop
 from cnext.studies import local
 
 ENDS_WELL, KILLED, USER_ERROR, CRASHES, GOES_ON, SAVES = range(6)
-EVENT = {"doing": "step 1 of 4", "share": 0.25, "left": 3.0, "whole": 4.0, "line": True}
+EVENT = Event("step 1 of 4", Estimate(0.25, 3.0, 4.0), line=True)
 
 
 def write_results(config: RunConfig, score: float = 50.0) -> None:
@@ -56,7 +57,7 @@ def run(config: RunConfig, progress: ForwardedProgress) -> None:
 
 def saves(config: RunConfig, progress: ForwardedProgress) -> None:
     """Goes on until it is told to stop, and takes a while to save."""
-    with Stop() as stop, stop.held():
+    with Stop() as stop, stop.deferred():
         print(f"pid {os.getpid()}", flush=True)
         while not stop.requested:
             time.sleep(0.02)

@@ -72,7 +72,7 @@ def test_what_is_chosen_reaches_the_dry_run_as_it_reaches_a_run(
     monkeypatch.setattr(backbones, "load", lambda name: Staged)
     monkeypatch.setattr(Staged, "load", classmethod(loaded))
     monkeypatch.setattr(TaskTrainer, "__init__", make)
-    monkeypatch.setattr("cnext.training.runner.Runner._evaluate", lambda *_: None)
+    monkeypatch.setattr("cnext.training.runner.Runner.evaluate_stage", lambda *_: None)
     for more in ([], ["--dry-run"]):
         seen.append([])
         assert run_main([*flags, *chosen, *more]) == 2

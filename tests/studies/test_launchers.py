@@ -89,7 +89,7 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_bits(
 
     # By the launcher again, or here: a run goes on wherever it is.
     assert run_main(launched if engine == "ray" else [*flags, "--out", str(tmp_path)]) == 0
-    assert "going on from" in log.read_text()
+    assert "resuming from" in log.read_text()
     for name in ("results.json", "scores.jsonl", "train.jsonl", "config.json"):
         assert (tmp_path / FOLDER / name).read_bytes() == (here / name).read_bytes(), name
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import re
@@ -17,12 +18,13 @@ from types import SimpleNamespace
 
 import pytest
 from studies import fake_child
-from studies.fake_child import CRASHES, ENDS_WELL, EVENT, GOES_ON, KILLED, SAVES, USER_ERROR
+from studies.fake_child import CRASHES, ENDS_WELL, GOES_ON, KILLED, SAVES, USER_ERROR
 
 from cnext.cli import run_main
 from cnext.config.run_config import RunConfig, plan
 from cnext.errors import UserError
-from cnext.monitoring.progress import ForwardedProgress, StudyProgress
+from cnext.monitoring.eta import Estimate
+from cnext.monitoring.progress import Event, ForwardedProgress, StudyProgress
 from cnext.studies import local, resources
 from cnext.studies.usage_errors import line
 from cnext.training import runner
@@ -141,7 +143,7 @@ def test_the_interrupt_key_stops_every_process(
     arguments = ["--method", "lora", "mage", "--seeds", str(GOES_ON), "--out", str(tmp_path), "--jobs", "2"]
     assert run_main([*flags, *arguments]) == 130
     thread.join()
-    assert "stopped by SIGINT: all that was finished is saved; the same command goes on" in capsys.readouterr().err
+    assert "stopped by SIGINT: everything finished is saved; run the same command again" in capsys.readouterr().err
     assert len(pids) == 2
     assert all(map(gone, pids))
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
@@ -168,7 +170,7 @@ def test_told_to_stop_a_study_waits_until_every_run_has_saved(
     assert all(map(gone, pids))
     for folder in folders:
         assert (folder / "saved").is_file()
-        assert "stopped by SIGTERM: saved after step 3; the same command goes on" in (folder / "run.log").read_text()
+        assert "stopped by SIGTERM: saved after step 3; run the same command again" in (folder / "run.log").read_text()
     assert not (tmp_path / f"ewc/VQAv2/seed-{SAVES}/run.log").exists(), "no other run is begun"
 
 
@@ -445,11 +447,11 @@ def test_a_run_forwards_its_time_left(monkeypatch: pytest.MonkeyPatch) -> None:
     """Zero-shot and stage 1 of two tasks: evaluations of 2 s, steps of 1 s but for the first, which is not timed."""
     clock = [0.0]
     monkeypatch.setattr(time, "perf_counter", lambda: clock[0])
-    events: list[dict] = []
+    events: list[Event] = []
     progress = ForwardedProgress(events.append)
     config, recipe = SimpleNamespace(method="lora"), SimpleNamespace(steps={"a": 3, "b": 5})
     progress.plan(SimpleNamespace(config=config, recipe=recipe, order=("a", "b")), 0, 0)
-    assert events[-1] == {"doing": "starting", "share": 0.0, "left": None, "whole": None, "line": False}
+    assert events[-1] == Event("starting", Estimate(0.0, None, None))
 
     def evaluate(stage: int, task: str) -> None:
         with progress.evaluating(stage, "x", task, 8):
@@ -457,36 +459,34 @@ def test_a_run_forwards_its_time_left(monkeypatch: pytest.MonkeyPatch) -> None:
 
     for task in ("a", "b"):
         evaluate(0, task)
-    progress.stage(0, "zero-shot", [{"task": "a", "strict": 40.0}, {"task": "b", "strict": 50.0}])
-    assert events[-1]["line"]
-    assert "mean 45.0" in events[-1]["doing"]
-    assert events[-1]["left"] is None, "no step has been timed"
+    progress.stage(0, "zero-shot", {"a": 40.0, "b": 50.0})
+    assert events[-1].line
+    assert "mean 45.0" in events[-1].doing
+    assert events[-1].estimate.left is None, "no step has been timed"
     for step in (1, 2, 3):
         clock[0] += 1.0
-        progress.step(1, "a", {"step": step, "loss": 0.5}, 3)
+        progress.step(1, "a", step, 3, 0.5)
     # To come: 5 steps of 1 s and 3 evaluations of 2 s, of 8 steps and 5 evaluations.
-    assert events[-1]["left"] == pytest.approx(11.0)
-    assert events[-1]["whole"] == pytest.approx(18.0)
-    assert events[-1]["share"] == pytest.approx(7 / 18)
+    assert dataclasses.astuple(events[-1].estimate) == pytest.approx((7 / 18, 11.0, 18.0))
 
 
 def test_the_time_left_of_a_study() -> None:
     with StudyProgress(4, 2) as shown:
-        assert shown.pace.left() is None
+        assert shown.eta.left() is None
         shown.start("a")
         shown.start("b")
-        assert shown.pace.left() is None
-        shown.update("a", {**EVENT, "left": 30.0, "whole": 40.0})
-        assert shown.pace.left() == pytest.approx((30 + 3 * 40) / 2), "the others take as long as the whole of a"
-        shown.update("b", {**EVENT, "left": 90.0, "whole": 100.0})
-        assert shown.pace.left() == pytest.approx((30 + 90 + 2 * 70) / 2)
+        assert shown.eta.left() is None
+        shown.update("a", Event("", Estimate(0.25, 30.0, 40.0)))
+        assert shown.eta.left() == pytest.approx((30 + 3 * 40) / 2), "the others take as long as the whole of a"
+        shown.update("b", Event("", Estimate(0.25, 90.0, 100.0)))
+        assert shown.eta.left() == pytest.approx((30 + 90 + 2 * 70) / 2)
         shown.end("a", "failed", failed=True)
         shown.end("b", "50.0")
         shown.start("c")
         shown.start("d")
-        shown.update("c", {**EVENT, "left": 1.0})
-        shown.update("d", {**EVENT, "left": 9.0})
-        assert shown.pace.left() == 9.0, "at least the longest"
+        shown.update("c", Event("", Estimate(0.25, 1.0, 4.0)))
+        shown.update("d", Event("", Estimate(0.25, 9.0, 4.0)))
+        assert shown.eta.left() == 9.0, "at least the longest"
 
 
 def test_bad_data_is_one_message_before_any_process_starts(

@@ -55,7 +55,7 @@ def test_the_paper_s_layout_becomes_a_clean_suite(official: Path, tmp_path: Path
     with Bars() as bars:
         report = data_check.check(suite, out, bars)
     assert report.problems == 0
-    assert plan(RunConfig(suite=str(out), data=out, budget="paper", order="appendix")).order[3] == "RefCOCO"
+    assert plan(RunConfig(suite=str(out), data=out, preset="paper", order="appendix")).order[3] == "RefCOCO"
     assert {task.train_count for task in suite.tasks} == {2}
 
 

@@ -53,8 +53,8 @@ def test_every_suite_can_be_planned(name: str, tmp_path: Path) -> None:
     """Its formats, scorers, modalities, orders and steps are known: what a run looks up before it reads a file."""
     suite = suites.load(name)
     for order in (*suite.orders, "reverse", "alphabet"):
-        for budget in suite.budgets:
-            planned = plan(RunConfig(suite=name, data=tmp_path, order=order, budget=budget, method="lora"))
+        for preset in suite.budgets:
+            planned = plan(RunConfig(suite=name, data=tmp_path, order=order, preset=preset, method="lora"))
             assert sorted(planned.order) == sorted(task.name for task in suite.tasks)
     assert len(suites.summary(suite).splitlines()) == 4
     assert max(map(len, suites.summary(suite).splitlines())) <= 120

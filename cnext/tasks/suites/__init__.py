@@ -43,13 +43,13 @@ def worded(suite: Suite, prompts: str) -> Suite:
 
 
 def summary(suite: Suite) -> str:
-    """A suite in four lines: description, tasks, orders and budgets."""
+    """A suite in four lines: what it is, its tasks, orders and presets."""
     return "\n".join(
         [
             f"  {suite.name:<16} {suite.description}",
             f"    tasks          {', '.join(task.name for task in suite.tasks)}",
             f"    orders         {', '.join([*suite.orders, *ORDERS])}, or a list: a,b,c",
-            f"    budgets        {', '.join(suite.budgets)}",
+            f"    presets        {', '.join(suite.budgets)}",
         ]
     )
 
