@@ -28,7 +28,11 @@ def headline(run: Run) -> Section:
         blocks.append(Text("Budget smoke: a test that everything works; its scores mean nothing.", "banner"))
     numbers = [
         ("Avg.ACC", metrics.get("avg_acc"), "mean score over all tasks after the last stage, in percent"),
-        ("Forgetting", metrics.get("forgetting"), "mean drop since a task was learnt, without the last task, in points"),
+        (
+            "Forgetting",
+            metrics.get("forgetting"),
+            "mean drop since a task was learnt, all but the last, in points",
+        ),
         ("New.ACC", metrics.get("new_acc"), "mean score of each task right after it was learnt"),
         ("Zero-shot", mean_seen(run.scores[0]), "mean score over all tasks before training"),
     ]
@@ -65,7 +69,9 @@ def matrix(run: Run) -> Section:
     if samples:
         note += f" The standard error of a score is at most {points(50 / min(samples) ** 0.5)} points."
     picture = Picture("score_matrix.svg", heat, "Heat map of the score matrix; see the table below")
-    return Section("Score matrix", [Text(note), Plots([picture], "wide plot"), Folded("Score matrix as a table", table)])
+    return Section(
+        "Score matrix", [Text(note), Plots([picture], "wide plot"), Folded("Score matrix as a table", table)]
+    )
 
 
 def stages(run: Run) -> Section:
@@ -81,8 +87,8 @@ def stages(run: Run) -> Section:
         alt = f"Score over stages of {title}: {spoken}"
         pictures.append(Picture(f"stages_{number}.svg", plots.accuracy(run.scores, task, title), alt))
     note = (
-        "Score in percent over the stages, numbered as in the matrix. Open dot: zero-shot. The line starts at the stage "
-        "that learns the task; grey: the other tasks. Labels: the score when learnt and, in bold, the last one."
+        "Score in percent over the stages, numbered as in the matrix. Open dot: zero-shot. The line starts where the "
+        "task is learnt; grey: the other tasks. Labels: the score when learnt and, in bold, the last one."
     )
     return Section("Accuracy over stages", [Text(note), Plots(pictures)])
 
