@@ -14,11 +14,11 @@ import cnext
 
 ROOT = Path(cnext.__file__).parent
 FILES = sorted(path for path in ROOT.rglob("*.py"))
-LIGHT = {"torch", "numpy", "cnext"}
+LIGHT = {"torch", "numpy", "msgspec", "cnext"}
 SIBLINGS = ("methods", "backbones", "tasks", "scoring")
 FLOORS = (
     ("errors", "kernels"),
-    ("shapes", "tensor_files", "kv_cache", "packages", "distributed", "ops"),
+    ("records", "shapes", "tensor_files", "kv_cache", "packages", "distributed", "ops"),
     ("adapters", "averaging"),
     SIBLINGS,
     ("config", "pretrain_tiny"),

@@ -12,7 +12,7 @@ from cnext.analysis.groups import Study, means
 from cnext.analysis.run import Run
 from cnext.analysis.transfer import in_turn
 from cnext.errors import UserError
-from cnext.runs import schemas
+from cnext.runs import file_shapes as schemas
 from cnext.shapes import wrong
 
 TYPES = {"avg_iuf": "Avg.IUF", "avg_hal": "Avg.HAL", "avg_oth": "Avg.OTH", "forgetting": "Forgetting"}

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from cnext.errors import UserError
-from cnext.runs import schemas
+from cnext.runs import file_shapes as schemas
 
 NOTHING = "\N{EN DASH}"
 

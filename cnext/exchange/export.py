@@ -21,7 +21,8 @@ from cnext.errors import UserError, unknown
 from cnext.exchange.logit_check import reference
 from cnext.exchange.model_card import card
 from cnext.methods.base import Method
-from cnext.runs import checkpoint, schemas
+from cnext.runs import checkpoint
+from cnext.runs import file_shapes as schemas
 from cnext.tasks.base import Task
 from cnext.training.setup import trained_beside
 

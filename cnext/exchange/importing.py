@@ -17,7 +17,8 @@ from cnext.backbones.base import Backbone
 from cnext.errors import UserError, unknown
 from cnext.exchange.export import EXTRAS, REFERENCE, outer_model, whole
 from cnext.exchange.logit_check import agrees
-from cnext.runs import checkpoint, schemas
+from cnext.runs import checkpoint
+from cnext.runs import file_shapes as schemas
 from cnext.tensor_files import read_tensors
 
 FILES = ("pytorch_model.bin", "pytorch_model.bin/pytorch_model.bin", "model.safetensors")

@@ -12,7 +12,7 @@ from typing import Any
 from cnext.errors import UserError
 from cnext.judging.cases import Case, rule
 from cnext.judging.sampling import wilson
-from cnext.runs import schemas
+from cnext.runs import file_shapes as schemas
 from cnext.scoring.base import ERROR_TYPES
 from cnext.scoring.kinds import known_words
 from cnext.scoring.matrix import IDENTITY_TOLERANCE, ScoreMatrix, metrics

@@ -14,6 +14,7 @@ from cnext.config.run_config import Plan
 from cnext.monitoring import heartbeat
 from cnext.monitoring.eta import RunPace, StudyPace, time_left
 from cnext.monitoring.heartbeat import Heartbeat
+from cnext.runs.schemas import StageScore
 from cnext.tables.aggregate import METRICS
 
 
@@ -126,9 +127,9 @@ class Progress:
         finally:
             self.bars.remove_task(shown)
 
-    def stage(self, stage: int, trained: str, rows: list[dict[str, Any]]) -> None:
-        scores = "  ".join(f"{row['task']} {row['strict']:.1f}" for row in rows)
-        mean = sum(row["strict"] for row in rows) / len(rows)
+    def stage(self, stage: int, trained: str, rows: list[StageScore]) -> None:
+        scores = "  ".join(f"{row.task} {row.strict:.1f}" for row in rows)
+        mean = sum(row.strict for row in rows) / len(rows)
         self.say(f"after {stage} {trained}: {scores}  (mean {mean:.1f})")
         self._tell(f"after {stage} {trained}: mean {mean:.1f}", line=True, stage=stage, task=trained)
 

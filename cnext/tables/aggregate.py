@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from cnext.errors import UserError, unknown
-from cnext.runs import fingerprint, schemas
+from cnext.runs import file_shapes as schemas
+from cnext.runs import fingerprint
 
 METRICS = {"avg_acc": "Avg.ACC", "forgetting": "Forgetting", "new_acc": "New.ACC"}
 SETTING = ("suite", "backbone", "split", "budget", "recipe")

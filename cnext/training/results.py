@@ -3,25 +3,24 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from cnext.config.run_config import Plan
 from cnext.methods.base import Method
 from cnext.runs import environment
+from cnext.runs.schemas import StageScore
 from cnext.scoring.base import ERROR_TYPES, PROFILES
 from cnext.scoring.matrix import ScoreMatrix, metrics
 
-Scores = dict[tuple[int, str], dict[str, Any]]
+Scores = Mapping[tuple[int, str], StageScore]
 
 
-def _matrix(scores: Scores, order: tuple[str, ...], *keys: str) -> ScoreMatrix:
+def _matrix(scores: Scores, order: tuple[str, ...], value: Callable[[StageScore], float]) -> ScoreMatrix:
     matrix = ScoreMatrix(len(order))
     for (stage, task), row in scores.items():
-        value: Any = row
-        for key in keys:
-            value = value[key]
         if stage:
-            matrix.set(stage - 1, order.index(task), value)
+            matrix.set(stage - 1, order.index(task), value(row))
     return matrix
 
 
@@ -32,9 +31,11 @@ def results(
     order, tasks = planned.order, [planned.suite.task(name) for name in planned.order]
     profiles = {}
     for profile in PROFILES:
-        matrix = _matrix(scores, order, profile)
-        errors = {kind: _matrix(scores, order, "errors", profile, kind) for kind in ERROR_TYPES}
-        zero_shot = [scores[0, name][profile] for name in order]
+        matrix = _matrix(scores, order, lambda row, of=profile: row.score(of))
+        errors = {
+            kind: _matrix(scores, order, lambda row, of=profile, e=kind: row.errors[of][e]) for kind in ERROR_TYPES
+        }
+        zero_shot = [scores[0, name].score(profile) for name in order]
         profiles[profile] = {
             "score_matrix": matrix.to_rows(),
             "zero_shot": zero_shot,
@@ -54,7 +55,7 @@ def results(
         "tasks": list(order),
         "reads": {task.name: list(task.reads) for task in tasks},
         "writes": {task.name: list(task.writes) for task in tasks},
-        "samples": {name: scores[0, name]["samples"] for name in order},
+        "samples": {name: scores[0, name].samples for name in order},
         "profile": "strict",
         **profiles["strict"],
         "profiles": {"paper": profiles["paper"]},

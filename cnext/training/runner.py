@@ -10,6 +10,7 @@ from contextlib import closing
 from typing import Any
 
 import torch
+from msgspec.structs import replace
 from torch import Tensor
 
 from cnext import report
@@ -21,6 +22,7 @@ from cnext.monitoring.signals import Stop
 from cnext.runs import command_line, environment, fingerprint, state_digests
 from cnext.runs.checkpoint import write_json
 from cnext.runs.run_folder import RunFolder
+from cnext.runs.schemas import StageScore, TrainStep
 from cnext.runs.tensorboard import EventLog
 from cnext.scoring import make_scorers
 from cnext.tasks.base import Sample, Task, joined
@@ -199,7 +201,7 @@ class Runner:
                 row = trainer.train_step()
                 trained["steps"] += 1
                 trained["tokens"] += row["tokens"]
-                rows.append({"stage": stage, "task": task.name, **row})
+                rows.append(TrainStep(stage=stage, task=task.name, **row))
                 self.progress.step(stage, task.name, row, steps)
                 due = self._told_to_stop() or trainer.step % self.config.block_steps == 0
                 if due and trainer.step < steps:
@@ -232,7 +234,7 @@ class Runner:
         lap = cost.together(collectives.gather_shards([self.meter.lap()]))
         measured[name] = cost.added(measured.get(name, {}), kind, lap)
 
-    def _save(self, rows: list[dict[str, Any]], label: str, tasks_done: int, trainer: TaskTrainer | None) -> None:
+    def _save(self, rows: list[TrainStep], label: str, tasks_done: int, trainer: TaskTrainer | None) -> None:
         """Logs the steps since the last checkpoint, then writes the next one."""
         if self.folder is not None:
             self.folder.log_steps(rows)
@@ -258,7 +260,7 @@ class Runner:
             if (stage, task.name) in self.scores:
                 continue
             if stage and not any(row["parameters"] for row in self.ledger["trained"].values()):
-                self._log_score({**self.scores[0, task.name], "stage": stage, "trained": trained})
+                self._log_score(replace(self.scores[0, task.name], stage=stage, trained=trained))
                 continue
             samples = self.samples[self.config.split][task.name]
             shown = self.progress.evaluating(stage, trained, task.name, len(samples))
@@ -267,16 +269,16 @@ class Runner:
                 folder = self.folder and self.folder.path
                 label = f"{stage}_{trained}"
                 row = evaluate(self.method, task, samples, self.scorers[task.scorer], folder, label, self.unevenly)
-            self._log_score({"stage": stage, "trained": trained, "task": task.name, "scorer": task.scorer, **row})
+            self._log_score(StageScore(stage=stage, trained=trained, task=task.name, scorer=task.scorer, **row))
         self._measure(trained, "evaluate")
         self.progress.stage(
             stage, trained, [self.scores[stage, t.name] for t in self.tasks if (stage, t.name) in self.scores]
         )
 
-    def _log_score(self, row: dict[str, Any]) -> None:
+    def _log_score(self, row: StageScore) -> None:
         if self.folder is not None:
             self.folder.log_score(row)
-        self.scores[row["stage"], row["task"]] = row
+        self.scores[row.stage, row.task] = row
 
     def _write(self, started: float) -> dict[str, Any]:
         joined = fingerprint.joined(self.fingerprints)

@@ -23,6 +23,8 @@ from cnext.cli import run_main
 from cnext.config.run_config import RunConfig, plan
 from cnext.errors import UserError
 from cnext.monitoring.progress import ForwardedProgress, StudyProgress
+from cnext.runs.schemas import StageScore
+from cnext.scoring.base import ERROR_TYPES, PROFILES
 from cnext.studies import local, resources
 from cnext.studies.usage_errors import line
 from cnext.training import runner
@@ -457,7 +459,9 @@ def test_a_run_forwards_its_time_left(monkeypatch: pytest.MonkeyPatch) -> None:
 
     for task in ("a", "b"):
         evaluate(0, task)
-    progress.stage(0, "zero-shot", [{"task": "a", "strict": 40.0}, {"task": "b", "strict": 50.0}])
+    errors = dict.fromkeys(PROFILES, dict.fromkeys(ERROR_TYPES, 0.0))
+    rows = [StageScore(0, "zero-shot", task, "", 1, score, score, errors) for task, score in (("a", 40.0), ("b", 50.0))]
+    progress.stage(0, "zero-shot", rows)
     assert events[-1]["line"]
     assert "mean 45.0" in events[-1]["doing"]
     assert events[-1]["left"] is None, "no step has been timed"
