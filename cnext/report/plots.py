@@ -77,7 +77,7 @@ def svg(draw: Callable[..., Figure], crop: bool = False) -> Callable[..., bytes]
         import matplotlib
 
         buffer = io.BytesIO()
-        style = STYLE | {"svg.hashsalt": draw.__name__, "savefig.bbox": "tight" if crop else None}
+        style: dict[Any, Any] = STYLE | {"svg.hashsalt": draw.__name__, "savefig.bbox": "tight" if crop else None}
         with matplotlib.rc_context(style):
             figure = draw(*args, **options)
             figure.savefig(buffer, format="svg", facecolor=PAPER, metadata={"Date": None, "Creator": None})
