@@ -17,7 +17,7 @@ from cnext.records import Record
 from cnext.runs.schemas import read_rows
 
 
-class Verdict(Record, frozen=True):
+class Verdict(Record):
     """A line of the file: a model's answers to the two questions about one input.
 
     key: as `verdict_key`.  input_sha256: as `requests.input_hash`.  stage, task, index, id: the case that was asked

@@ -64,7 +64,7 @@ class Page:
 def _head(page: Page) -> Section:
     setting = page.study.tables["setting"]
     orders = list(dict.fromkeys(group.order for group in page.study.groups))
-    seeds = sorted({run.results["seed"] for run in page.study.runs})
+    seeds = sorted({run.results.seed for run in page.study.runs})
     facts = [f"{key} {setting[key]}" for key in ("backbone", "budget", "split")]
     facts += [f"order {', '.join(orders)}", f"seeds {', '.join(map(str, seeds))}", f"{len(page.study.runs)} runs"]
     blocks: list[Block] = [Text(" · ".join(facts), "facts")]
@@ -144,9 +144,7 @@ def _types(page: Page) -> Section:
         key = Key([(error.replace("_", " "), plots.ERROR_COLOURS[error]) for error in ERROR_TYPES])
         incomplete = [one.title for one in found if any(str(row[-1]).startswith("INCOMPLETE") for row in one.rows)]
         banners = [Text(f"Incomplete: {title}. Some errors are not judged yet.", "banner") for title in incomplete]
-        note = Text(
-            "Forgetting in points, by the error type that became more frequent; dark bar: their sum."
-        )
+        note = Text("Forgetting in points, by the error type that became more frequent; dark bar: their sum.")
         return [note, key, Plots([picture], "fits"), *banners, *map(page.table, found)]
 
     return page.section("types", "Forgetting by error type", show)
@@ -196,6 +194,6 @@ def _metrics(_: Page) -> Section:
 
 def _again(page: Page, command: str) -> Section:
     every = [(group, run) for group in page.study.groups for run in group.runs]
-    rows = [[page.name(group.method, group.order), str(run.results["seed"]), str(run.path)] for group, run in every]
+    rows = [[page.name(group.method, group.order), str(run.results.seed), str(run.path)] for group, run in every]
     runs = Folded("All runs", Table(["method", "seed", "folder"], rows, words=(2,)))
     return Section("Reproduction", [Text("This command writes the page again."), Code(command), runs])
