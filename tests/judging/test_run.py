@@ -13,7 +13,7 @@ from PIL import Image
 from cnext.cli import main
 from cnext.judging.run import JudgeConfig, judge_run
 from cnext.judging.validation import LABELLED, validate
-from cnext.scoring.base import ERROR_TYPES
+from cnext.scoring.base import ERROR_TYPES, PROFILES
 from cnext.scoring.boxes import box
 from cnext.scoring.text import short_answer
 from cnext.tasks.base import Sample, Turn
@@ -30,6 +30,7 @@ ANSWERS = {
     "boxes": [None, ["[0.1,0.1,0.9,0.9]"] * 3, ["[0.1,0.1,0.9,0.9]", "left", "[0,0,0.1,0.1]"]],
     "pictures": [None, None, [92.5, 0.0, 31.25]],
 }
+NO_ERRORS = dict.fromkeys(ERROR_TYPES, 0.0)  # a judge reads them from the answers
 REFERENCES = {"colors": "red", "boxes": "[0.1,0.1,0.9,0.9]", "pictures": ""}
 
 
@@ -51,7 +52,8 @@ def run(tmp_path: Path) -> Path:
             rows = [_row(run, folder, task, source, *pair) for pair in enumerate(ANSWERS[task][stage - 1])]
             (folder / f"{task}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
             strict = sum(row["strict"] for row in rows) / len(rows)
-            scores.append({"stage": stage, "trained": trained, "task": task, "scorer": SCORERS[task], "strict": strict})
+            row = {"stage": stage, "trained": trained, "task": task, "scorer": SCORERS[task], "samples": len(rows)}
+            scores.append({**row, "strict": strict, "paper": strict, "errors": dict.fromkeys(PROFILES, NO_ERRORS)})
     (run / "scores.jsonl").write_text("".join(json.dumps(row) + "\n" for row in scores))
     writes = {task: ["image" if task == "pictures" else "text"] for task in order}
     (run / "results.json").write_text(json.dumps({"tasks": order, "writes": writes}))

@@ -261,15 +261,15 @@ def test_contact_sheet(run: Path) -> None:
     assert [frame.content is None for frame in first.frames] == [False, False, False, True, False, False]
     assert first.frames[3].empty == "no image, but text: a picture"
     assert [frame.label for frame in edit.frames] == ["input", "target", "0 zero-shot", "6 HQEdit"]
-    rows = {row["id"]: row for row in Run.read(run).predictions(5, "Flickr30k")}
-    assert first.frames[4].verdict in {points(row["strict"]) for row in rows.values()}
+    rows = {row.id: row for row in Run.read(run).predictions(5, "Flickr30k")}
+    assert first.frames[4].verdict in {points(row.strict) for row in rows.values()}
 
 
 def test_lost_answers(run: Path) -> None:
     record = Run.read(run)
-    learnt, end = ({row["id"]: row for row in record.predictions(stage, "VQAv2")} for stage in (1, 6))
-    right = [sample for sample, row in learnt.items() if row["strict"] == 100]
-    lost = [sample for sample in right if end[sample]["strict"] == 0]
+    learnt, end = ({row.id: row for row in record.predictions(stage, "VQAv2")} for stage in (1, 6))
+    right = [sample for sample, row in learnt.items() if row.strict == 100]
+    lost = [sample for sample in right if end[sample].strict == 0]
     title, *strips = answers(record).blocks[1:5]
     assert title.text == f"VQAv2: of {len(right)} answers correct when learnt, {len(lost)} are wrong at the end"
     assert len(lost) > 3
@@ -337,10 +337,10 @@ def test_the_command_gives_the_configuration_back(run: Path, tmp_path: Path, toy
     ("name", "content", "message"),
     [
         ("results.json", None, "no such file; give a folder in which cnext-run has evaluated a stage"),
-        ("results.json", "{", "could not read one"),
-        ("results.json", "[]", r"expected an object, got \[\]"),
-        ("results.json", '{"method": "mage"}', "suite: missing"),
-        ("cost.json", "{", "could not read one"),
+        ("results.json", "{", "expected JSON, could not read it"),
+        ("results.json", "[]", "Expected `object`, got `array`"),
+        ("results.json", '{"method": "mage"}', "Object missing required field `suite`"),
+        ("cost.json", "{", "expected JSON, could not read it"),
         ("train.jsonl", "{}}\n", r"train.jsonl:1: expected a JSON object"),
         ("predictions/6_HQEdit/HQEdit/HQEdit-2.png", "no picture", "expected an image"),
     ],
