@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from cnext import backbones, methods, packages
 from cnext.adapters import exchange, exchange_authors, exchange_peft
 from cnext.backbones.base import Backbone
-from cnext.errors import UserError, unknown
+from cnext.errors import UserError, listed, unknown
 from cnext.exchange.logit_check import reference
 from cnext.exchange.model_card import FinalResults, RestorableConfig, card
 from cnext.methods.base import Method
