@@ -82,4 +82,4 @@ def forever(out: str) -> None:
     local._run = child
     config = RunConfig(out=Path(out), seed=GOES_ON)
     config.folder.mkdir(parents=True)
-    local.side_by_side([SimpleNamespace(config=config)], 1)
+    local.run_in_parallel([SimpleNamespace(config=config)], 1)
