@@ -1,4 +1,7 @@
-"""Moving averages of parameters: one class per rule, for any torch model and optimizer."""
+"""Moving averages of parameters: one class per rule, for any torch model and optimizer.
+
+The fused update of the parameters is in `ops`; when an average is taken is decided by a method.
+"""
 
 from cnext.averaging.base import MovingAverage
 from cnext.averaging.fisher import UNITS, FisherAccumulator

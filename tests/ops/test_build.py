@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from cnext.doctor import checks
 from cnext.ops import build, dispatch
-from cnext.running import doctor
 
 
 @pytest.fixture
@@ -29,7 +29,7 @@ def test_the_reason_of_the_build_is_given_with_its_cure(package: Path) -> None:
     (package / "_build.json").write_text(json.dumps({"built": {"cpp": "g++"}, "left_out": {"cuda": why}}))
     told = f"cnext was built without it: {why}; install cnext again with CNEXT_CUDA=1 where a CUDA toolkit from 12.1 on"
     assert dispatch.missing("cuda", "cuda").startswith(told)
-    assert any(told in finding.text for finding in doctor.kernels())
+    assert any(told in finding.text for finding in checks.kernels())
     # Built, and not to be found all the same.
     assert "its module is gone, or is one for another Python; install cnext" in dispatch.missing("cpp", "cpu")
 
@@ -54,4 +54,4 @@ def test_a_source_tree_that_is_imported_as_it_lies_is_named(package: Path, monke
     (site / "cnext" / "__init__.py").touch()
     told += f"cnext is installed in {site}/cnext: run from another folder or with python -P, or `pip install -e {tree}`"
     assert dispatch.missing("cuda", "cuda") == told
-    assert any(f"plain torch, {dispatch.SLOWER}; no cpp: {told}" in finding.text for finding in doctor.kernels())
+    assert any(f"plain torch, {dispatch.SLOWER}; no cpp: {told}" in finding.text for finding in checks.kernels())
