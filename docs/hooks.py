@@ -10,11 +10,11 @@ import io
 import json
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from cnext import backbones, cli, methods
+from cnext import cli, methods
 from cnext.scoring.matrix import FORMULAS, REFERENCE_FORMULAS
 from cnext.tasks import suites
 
@@ -64,21 +64,21 @@ def summaries() -> str:
     return table(["method", "what it is"], rows)
 
 
-def metrics() -> str:
-    rows = [[f"`{name}`", f"{formula}".replace("|", "\\|")] for name, formula in FORMULAS.items()]
-    return table(["metric", "definition"], rows)
-
-
-def reference_metrics() -> str:
-    return table(["metric", "definition"], [[f"`{name}`", formula] for name, formula in REFERENCE_FORMULAS.items()])
+def formulas(definitions: Mapping[str, str]) -> str:
+    """A row for each metric: its formula as code, and what follows it as text."""
+    parts = {name: formula.partition(";") for name, formula in definitions.items()}
+    rows = [[f"`{name}`", f"`{formula}`", rest.strip()] for name, (formula, _, rest) in parts.items()]
+    return table(["metric", "formula", ""], rows)
 
 
 def suite_details() -> str:
     return "\n\n".join(f"### {name}\n\n{block(output(cli.main, 'list', name))}" for name in suites.names())
 
 
-def backbone_summaries() -> str:
-    return table(["backbone", "what it is"], [[f"`{name}`", text] for name, text in backbones.SUMMARIES.items()])
+def backbones() -> str:
+    """A row for each backbone that ``cnext list`` names."""
+    listed = output(cli.main, "list").partition("\nbackbones\n")[2].partition("\nsuites")[0]
+    return table(["backbone", "what it is"], [[f"`{name}`", text] for name, text in re.findall(r"(\S+) +(.+)", listed)])
 
 
 def results() -> str:
@@ -104,12 +104,12 @@ def ablations() -> str:
 
 PARTS: dict[str, Callable[[], str]] = {
     "ablations": ablations,
-    "backbones": backbone_summaries,
+    "backbones": backbones,
     "cards": cards,
     "command-line": command_line,
     "methods": summaries,
-    "metrics": metrics,
-    "reference-metrics": reference_metrics,
+    "metrics": lambda: formulas(FORMULAS),
+    "reference-metrics": lambda: formulas(REFERENCE_FORMULAS),
     "results": results,
     "suites": suite_details,
 }
