@@ -1,4 +1,4 @@
-"""Writes cnext/scoring/judging/labelled.json: 200 errors on next-tiny whose type is known from how they were made.
+"""Writes cnext/judging/labelled.json: 200 errors on next-tiny whose type is known from how they were made.
 
 `PYTHONPATH=tests python -m scoring.labelled_errors` in a checkout writes the file again; a test compares.
 """
@@ -18,7 +18,7 @@ from cnext.tasks import synthetic
 from cnext.tasks.scenes import COLORS, ICONS, SHAPES, WORDS
 from cnext.tasks.synthetic import Example
 
-FILE = Path(cnext.__file__).parent / "scoring" / "judging" / "labelled.json"
+FILE = Path(cnext.__file__).parent / "judging" / "labelled.json"
 COUNTS = {"VQAv2": 72, "ImageNet": 44, "OCRVQA": 40, "RefCOCO": 22, "Flickr30k": 11, "HQEdit": 11}
 LABELS = ("hallucination", "instruction_unfollowing", "other")
 NUMBERS = {"1": "one", "2": "two", "3": "three"}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from pathlib import Path
 
@@ -70,7 +71,7 @@ def test_a_resumed_run_has_every_step_once(tmp_path: Path) -> None:
 
 
 def test_without_the_package_no_run_starts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tensorboard.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"needs the package tensorboard; pip install 'cnext\[tensorboard\]'"):
         plan(RunConfig(log="tensorboard"))
     assert plan(RunConfig())
