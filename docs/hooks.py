@@ -16,6 +16,7 @@ from typing import Any
 
 from cnext import cli, methods
 from cnext.scoring.matrix import FORMULAS, REFERENCE_FORMULAS
+from cnext.tables import formats
 from cnext.tasks import suites
 
 ROOT = Path(__file__).parents[1]
@@ -86,10 +87,11 @@ def results() -> str:
     study = json.loads((ROOT / "results/next-tiny/study.json").read_text(encoding="utf-8"))
 
     def cell(value: dict[str, Any]) -> str:
-        return "–" if value["mean"] is None else f"{value['mean']:.1f} ± {value['sd']:.1f}"
+        return formats.NOTHING if value["mean"] is None else f"{value['mean']:.1f} ± {value['sd']:.1f}"
 
+    metrics = ("avg_acc", "forgetting", "new_acc")
     rows = [
-        [f"[`{row['method']}`](methods.md#{row['method']})", *(cell(row[m]) for m in ("avg_acc", "forgetting", "new_acc"))]
+        [f"[`{row['method']}`](methods.md#{row['method']})", *(cell(row[metric]) for metric in metrics)]
         for row in study["rows"]
         if row["order"] == "paper"
     ]
