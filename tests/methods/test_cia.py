@@ -8,9 +8,6 @@ import pytest
 import torch
 from methods.sequence import STEPS, Sequence
 
-from cnext.errors import UserError
-from cnext.methods.cia import Cia
-
 
 @pytest.mark.parametrize("factor", [2.0, 1e6], ids=["by-the-formula", "by-the-fallback"])
 def test_two_tasks_against_a_plain_loop(data: Path, factor: float) -> None:
@@ -54,9 +51,3 @@ def test_nothing_but_counters_is_kept_between_tasks(data: Path) -> None:
     sequence.learn("VQAv2")
     state = sequence.method.state_dict()
     assert {name: tensor.ndim for name, tensor in state.items()} == {"step": 0, "steps": 0}
-
-
-@pytest.mark.parametrize("wrong", [{"factor": 0.0}, {"fallback": 1.5}], ids=["factor", "fallback"])
-def test_impossible_numbers_are_refused(wrong: dict[str, float]) -> None:
-    with pytest.raises(UserError, match="positive factor"):
-        Cia(**wrong)

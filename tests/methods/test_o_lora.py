@@ -10,8 +10,6 @@ from methods.sequence import TASKS, Sequence
 
 from cnext import adapters
 from cnext.adapters import AdapterLinear
-from cnext.errors import UserError
-from cnext.methods.o_lora import OLora
 
 
 def active(sequence: Sequence) -> set[tuple[str, ...]]:
@@ -51,7 +49,7 @@ def test_the_penalty_turns_the_new_branch_away(data: Path) -> None:
     assert overlap[1] < 0.9 * overlap[0]
 
 
-def test_only_the_present_branch_is_trained_and_later_ones_are_off(data: Path) -> None:
+def test_the_current_branch_is_trained_and_later_ones_are_off(data: Path) -> None:
     sequence = Sequence("o-lora", data)
     assert active(sequence) == {()}
     model = sequence.tiny.language_model
@@ -86,8 +84,3 @@ def test_a_resumed_run_evaluates_with_the_branches_learnt(data: Path) -> None:
     second.restore(first)
     second.method.load_state_dict(first.method.state_dict())
     assert active(second) == active(first) == {("task-1", "task-2")}
-
-
-def test_a_negative_penalty_is_refused() -> None:
-    with pytest.raises(UserError, match="penalty of at least 0"):
-        OLora(penalty=-1)

@@ -6,19 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from methods.sequence import STEPS, Sequence
+from methods.sequence import STEPS, Sequence, questions
 from torch.nn import functional as F
 
 from cnext.backbones.tiny.model import TinyBackbone
 from cnext.errors import UserError
 from cnext.methods.prompt_pool import PromptPool
-from cnext.tasks import formats, suites
-from cnext.tasks.base import Sample
-from cnext.training.evaluation import question
-
-
-def questions(data: Path, task: str, count: int = 8) -> list[Sample]:
-    return [question(s) for s in formats.read(suites.load("next-tiny").task(task), data, "test")[:count]]
 
 
 @pytest.fixture(scope="module")
@@ -120,23 +113,6 @@ def test_answers_do_not_depend_on_the_company(learnt: Sequence, data: Path) -> N
     assert [answer.text for answer in together] == [answer.text for answer in alone]
     assert [answer.image is None for answer in together] == [answer.image is None for answer in alone]
     assert learnt.method.pool.chosen is None
-
-
-def test_before_the_first_task_the_pretrained_model_answers(data: Path) -> None:
-    method, shown = Sequence("prompt-pool", data).method, questions(data, "VQAv2")
-    expected = [answer.text for answer in TinyBackbone.load().generate(shown, 8)]
-    assert [answer.text for answer in method.answer(shown, 8, None)] == expected
-
-
-@pytest.mark.parametrize(
-    "values",
-    [{"length": 0}, {"top_k": 0}, {"scale": 0.0}, {"scale": float("inf")}, {"pull": -1.0}, {"pull": float("inf")}],
-    ids=str,
-)
-def test_bad_values_are_named(values: dict) -> None:
-    [(name, value)] = values.items()
-    with pytest.raises(UserError, match=f"expected length and top_k from 1.*{name}={value}"):
-        PromptPool(**values)
 
 
 def test_a_pool_too_small_for_top_k_is_refused(tiny: TinyBackbone) -> None:

@@ -11,8 +11,6 @@ from methods.sequence import STEPS, Sequence
 from torch.nn import functional as F
 
 from cnext.distributed import collectives
-from cnext.errors import UserError
-from cnext.methods.replay import Replay
 
 
 def test_the_first_task_has_nothing_to_replay(data: Path) -> None:
@@ -130,18 +128,3 @@ def test_a_small_memory_is_replayed_whole(data: Path) -> None:
     trainer = sequence.open("Flickr30k")
     expected = sequence.tiny.loss(sequence.method.memory).total
     torch.testing.assert_close(sequence.method.extra_loss(trainer.batches.encoded[:4]), expected)
-
-
-@pytest.mark.parametrize(
-    ("values", "message"),
-    [
-        ({"samples": 0}, "samples must be at least 1, got 0"),
-        ({"weight": 0.0}, "weight must be above 0 and finite, got 0.0"),
-        ({"weight": float("nan")}, "weight must be above 0 and finite, got nan"),
-        ({"weight": float("inf")}, "weight must be above 0 and finite, got inf"),
-    ],
-    ids=["samples", "weight", "nan", "infinite"],
-)
-def test_bad_values_are_named(values: dict, message: str) -> None:
-    with pytest.raises(UserError, match=message):
-        Replay(**values)

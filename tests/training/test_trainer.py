@@ -22,6 +22,7 @@ from cnext.tasks import formats, suites
 from cnext.tasks.base import Recipe, Sample
 from cnext.training import runner
 from cnext.training.batches import Batches, Order
+from cnext.training.phases import finish_task
 from cnext.training.precision import in_float32
 from cnext.training.trainer import TaskTrainer
 
@@ -102,7 +103,7 @@ def trained(
         trainer = TaskTrainer(tiny, made, parameters, samples(data, each.name), recipe, 2, (0, each.name))
         made.before_task(parameters, 2, {})
         row = [trainer.train_step() for _ in range(2)][-1]
-        made.after_task()
+        finish_task(made)
     return {name: parameter.detach().clone() for name, parameter in made.adapter_parameters().items()}, row
 
 
@@ -225,7 +226,7 @@ def test_every_method_learns_in_bfloat16(data: Path, method: str) -> None:
         made.before_task(parameters, 2, {"HQEdit": given[: made.card.rehearsal]} if made.card.rehearsal else {})
         rows.append([trainer.train_step() for _ in range(2)])
         assert any(not torch.equal(old, new) for old, new in zip(before, parameters.values(), strict=True))
-        made.after_task()
+        finish_task(made)
     assert [row["loss"] for row in rows[1]] == pytest.approx([row["loss"] for row in rows[0]], rel=0.05)
 
 
