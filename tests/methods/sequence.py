@@ -1,4 +1,4 @@
-"""A method on the tiny backbone, task after task, step by step: what the tests of methods share."""
+"""Train a method on the tiny backbone task by task, for the tests of methods."""
 
 from __future__ import annotations
 

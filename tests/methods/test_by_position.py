@@ -1,4 +1,4 @@
-"""MAGE routed by position and MoDE: which branch acts where, in training and in generation, and MoDE's distillation."""
+"""MAGE-routed and MoDE: the branch used at each position, and the distillation of MoDE."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ LAYER = "layers.1.mlp.up_proj"
 
 
 def prepared(tiny: TinyBackbone, method: MageRouted | Mode) -> tuple[adapters.AdapterLinear, torch.Tensor]:
-    """A layer with branches away from zero, and one position of each role before a pass."""
+    """A layer with random branches, a backbone with positions of all roles, and inputs."""
     generator = torch.Generator().manual_seed(0)
     method.setup(tiny, [], generator)
     layer = adapters.layers(tiny.language_model)[LAYER]
@@ -59,7 +59,7 @@ def test_the_image_expert_acts_where_an_image_is_written(tiny: TinyBackbone) -> 
     ids=["mage-routed", "mode"],
 )
 def test_text_answers_do_not_depend_on_the_image_expert(name: str, idle: set[str], data: Path) -> None:
-    """Neither in training nor, token by token, in generation; and pictures do."""
+    """Neither in training nor in generation token by token. Image outputs do."""
     sequence = Sequence(name, data)
     sequence.learn("VQAv2")
     sequence.tiny.eval()
@@ -82,7 +82,7 @@ def test_text_answers_do_not_depend_on_the_image_expert(name: str, idle: set[str
 
 
 def test_generation_routes_as_training_does(data: Path) -> None:
-    """The first token that generation chooses is the one that the training pass finds likeliest at that place."""
+    """The first generated token is the most likely one of the training pass at that position."""
     sequence = Sequence("mage-routed", data)
     sequence.learn("VQAv2")
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""Cards and hyperparameters: what is declared is what the class has, and the runner gives what the card asks for."""
+"""Cards and hyperparameters: declarations match the classes, and the runner provides what a card asks for."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""CIA: the average that a task ends with, against a plain loop."""
+"""CIA: the moving average of two tasks against a plain loop."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from methods.sequence import STEPS, Sequence
 
 @pytest.mark.parametrize("factor", [2.0, 1e6], ids=["by-the-formula", "by-the-fallback"])
 def test_two_tasks_against_a_plain_loop(data: Path, factor: float) -> None:
-    """One alpha per tensor and step; large steps as here have it come from the formula, and a huge factor never."""
+    """One alpha per tensor and step, mostly from the formula here; from the fallback at a huge factor."""
     sequence = Sequence("cia", data, factor=factor)
     method = sequence.method
     formula = total = 0

@@ -48,7 +48,7 @@ def test_has_the_parameters_of_lora_of_rank_32(name: str, data: Path) -> None:
 
 
 def old_samples_seen(sequence: Sequence) -> int:
-    """How many samples of a first task a method encodes, or puts through the model, while it learns a second."""
+    """Number of samples of a first task that a method encodes or puts through the model while it trains on a second."""
     tiny, encoded, passed = sequence.tiny, [], []
     plain = {name: getattr(tiny, name) for name in ("encode", "output", "question_features")}
 
@@ -116,7 +116,7 @@ def test_keeps_no_more_bytes_than_it_says(name: str, data: Path) -> None:
 
 
 def test_changes_the_trained_parameters_and_nothing_else(name: str, data: Path) -> None:
-    """And with the adapters off the model is the pretrained one."""
+    """With the adapters removed the model is the pretrained one."""
     sequence = Sequence(name, data)
     for task in TASKS:
         before = sequence.state()

@@ -1,4 +1,4 @@
-"""Distillation: the distance and its gradient in closed form, and who the teacher is."""
+"""Distillation: the loss and its gradient in closed form, and the choice of the teacher."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The documented example of a method in a package of its own: found, listed, run and resumed as one of ours."""
+"""The documented method in a package of its own: found, listed, run and resumed like a built-in one."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ def test_a_field_is_a_flag_whatever_its_form(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Read from the source where that says all; else the module is imported."""
+    """Read from the source if its form allows; else the module is imported."""
     source = (installed / "l2_lora.py").read_text()
     source = source.replace("import dataclass\n", "import dataclass, field\n")
     source = source.replace("import Annotated\n", "import Annotated, Literal\n")
@@ -130,7 +130,7 @@ def test_a_broken_module_is_one_message(source: str, installed: Path, monkeypatc
 
 
 def test_a_name_of_ours_is_not_taken(installed: Path) -> None:
-    """Results that say mage are of ours."""
+    """The name mage in a results file always means ours."""
     next(installed.glob("*.dist-info")).joinpath("entry_points.txt").write_text("[cnext.methods]\nmage = l2_lora\n")
     importlib.invalidate_caches()
     with pytest.raises(UserError, match="a package registers a method as mage, which cnext has; it needs another name"):

@@ -1,4 +1,4 @@
-"""LAE: the offline copy against a plain loop, and which adapter answers."""
+"""LAE: the offline copy against a plain loop, and the adapter that answers."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def shown(sequence: Sequence) -> dict[str, torch.Tensor]:
 
 
 def test_the_offline_copy_against_a_plain_loop(data: Path) -> None:
-    """It begins when the first task is done, and the third task goes on with it and not from anew."""
+    """It starts at the end of the first task and is not reset at the third."""
     sequence = Sequence("lae", data, decay=DECAY)
     sequence.learn(TASKS[0])
     offline = {name: value.double() for name, value in now(sequence).items()}

@@ -1,4 +1,4 @@
-"""MAGE: which branches a task trains, what the frozen ones are spared, and the merge against a plain loop."""
+"""MAGE: trained and frozen branches, and the merge against a plain loop."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ def test_statistics_are_of_the_branches_trained(data: Path) -> None:
 @pytest.mark.parametrize("rule", [rule for rule in RULES if rule != "pema-released"])
 @pytest.mark.filterwarnings("ignore:pema-literal")
 def test_every_averaging_rule_learns_two_tasks(data: Path, rule: str) -> None:
-    """And ends with finite parameters; the released rule is left out, for it diverges."""
+    """With finite parameters; without the released rule, which diverges."""
     sequence = Sequence("mage", data, average=rule)
     for name in ("VQAv2", "HQEdit"):
         sequence.learn(name)
@@ -113,7 +113,7 @@ def test_every_averaging_rule_learns_two_tasks(data: Path, rule: str) -> None:
 
 
 def test_the_released_rule_diverges(data: Path) -> None:
-    """Which is why it is not the default: after one task of a few steps the parameters are beyond all measure."""
+    """After one task of a few steps the parameters are far too large, so it is not the default."""
     sequence = Sequence("mage", data, average="pema-released")
     sequence.learn("VQAv2")
     assert max(parameter.abs().max() for parameter in sequence.parameters.values()) > 100

@@ -1,4 +1,4 @@
-"""The pull: its gradient, what it leaves alone, and what it leaves out of the Fisher information."""
+"""MAGE-pull: the gradient of the penalty, and that the Fisher information does not contain it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from methods.sequence import STEPS, Sequence, branches_of
 
 
 def opened(data: Path, **options: float) -> tuple[Sequence, object]:
-    """A second task open, so that there is an old one to be pulled to."""
+    """A second task under way, so that the penalty is not zero."""
     sequence = Sequence("mage-pull", data, **options)
     sequence.learn("VQAv2")
     return sequence, sequence.open("HQEdit")

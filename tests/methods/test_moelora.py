@@ -16,7 +16,7 @@ from cnext.methods.moelora import MoeLora
 
 @pytest.fixture
 def layer(tiny: TinyBackbone) -> adapters.AdapterLinear:
-    """A layer of the method with branches and router away from zero."""
+    """A layer of the method with random branches and a random router."""
     method = MoeLora(scale=0.5)
     generator = torch.Generator().manual_seed(0)
     method.setup(tiny, [], generator)
@@ -91,7 +91,7 @@ def test_parameters_are_those_of_lora_and_the_routers(tiny: TinyBackbone) -> Non
 
 
 def test_starts_with_the_values_of_lora(tiny: TinyBackbone) -> None:
-    """Of the generator alone: nn.Linear would draw from torch's own, and differ between runs."""
+    """Routers are drawn after the branches, from the given generator and not from torch's global one."""
     other = TinyBackbone.load()
     MoeLora().setup(tiny, [], torch.Generator().manual_seed(0))
     Lora().setup(other, [], torch.Generator().manual_seed(0))

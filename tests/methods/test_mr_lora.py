@@ -1,4 +1,4 @@
-"""MR-LoRA: branches that know nothing of each other, and a router that reads the question and nothing else."""
+"""MR-LoRA: independent branches, and a router that sees the question only."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def learnt(data: Path) -> Sequence:
 
 
 def test_a_branch_is_what_it_would_be_had_no_task_come_before(data: Path) -> None:
-    """To the bit: nothing is carried over from branch to branch, and none changes in another's task."""
+    """To the bit: branches are independent, and none changes during another task."""
     both, alone = Sequence("mr-lora", data), Sequence("mr-lora", data)
     both.learn("VQAv2")
     first = {name: p.clone() for name, p in adapters.branch_parameters(both.tiny.language_model, ["task-1"]).items()}

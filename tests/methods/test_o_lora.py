@@ -1,4 +1,4 @@
-"""O-LoRA: the penalty against a plain loop, and what a branch per task means for the others."""
+"""O-LoRA: the penalty against a plain loop, and which branches are trained and active."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def test_the_current_branch_is_trained_and_later_ones_are_off(data: Path) -> Non
 
 
 def test_the_branches_are_as_good_as_merged(data: Path) -> None:
-    """Two frozen branches and a live one give what the live one gives on a weight with the two in it."""
+    """Two frozen branches and a trained one equal the trained one on a weight that the two are merged into."""
     sequence = Sequence("o-lora", data)
     for task in TASKS:
         sequence.learn(task)
@@ -76,7 +76,7 @@ def test_the_branches_are_as_good_as_merged(data: Path) -> None:
 
 
 def test_a_resumed_run_evaluates_with_the_branches_learnt(data: Path) -> None:
-    """Between tasks the state alone says how many take part."""
+    """Between tasks the number of active branches comes from the state."""
     first = Sequence("o-lora", data)
     for task in TASKS[:2]:
         first.learn(task)

@@ -1,4 +1,4 @@
-"""PGP: the basis against its definition, and that no step of A has a part inside it."""
+"""PGP: the basis against its definition, and that no step of A has a component in it."""
 
 from __future__ import annotations
 

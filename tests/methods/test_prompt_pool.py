@@ -1,4 +1,4 @@
-"""Prompt pool: which prompts a question gets, what learns from what, and that generation keeps them."""
+"""Prompt pool: selection, gradients of prompts and keys, and generation with prompts."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def test_choice_against_a_plain_loop(learnt: Sequence, data: Path) -> None:
 
 
 def test_questions_are_of_the_frozen_model(learnt: Sequence) -> None:
-    """To the bit, whatever the pool has learnt: in training as at test, no prompt is before them."""
+    """To the bit: no prompt precedes the question when its features are computed."""
     encoded = learnt.tiny.encode(learnt.samples("HQEdit")[:6])
     seen, nearest = [], learnt.method.pool.nearest
     learnt.method.pool.nearest = lambda features: seen.append(features) or nearest(features)
@@ -77,7 +77,7 @@ def test_prompts_learn_from_the_task_and_keys_from_the_questions(data: Path) -> 
 
 
 def test_training_puts_each_sample_behind_its_own_prompts(data: Path) -> None:
-    """A batch's loss is that of the samples one by one, each with the prompts that it chose."""
+    """A batch's outputs are those of its samples one by one, each with its own prompts."""
     sequence = Sequence("prompt-pool", data)
     sequence.learn("VQAv2")
     pool, batch = sequence.method.pool, sequence.tiny.encode(sequence.samples("VQAv2")[:6])

@@ -32,7 +32,7 @@ def test_exactly_the_largest_entries_of_every_task_are_protected(data: Path) -> 
 
 
 def test_the_smallest_share_is_one_entry(data: Path) -> None:
-    """Of none the mean would be no number."""
+    """The mean over no entries would be NaN."""
     sequence = Sequence("reglora", data, share=1e-9)
     sequence.learn(TASKS[0])
     assert {len(indices) for indices in sequence.method.protected.values()} == {1}

@@ -1,4 +1,4 @@
-"""Experience replay: whose samples come back, how they are drawn, and their loss against a plain loop."""
+"""Experience replay: contents of the memory, its draws, and its loss against a plain loop."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def test_the_loss_against_a_plain_loop(data: Path) -> None:
 def test_shares_of_two_processes_average_to_the_loss_of_one(
     samples: int, data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Captions have words in different numbers: it is no mean of means."""
+    """Captions differ in length, so the loss is not a mean of the processes' means."""
     sequence = Sequence("replay", data, samples=samples)
     sequence.learn("HQEdit")
     trainer = sequence.open("VQAv2")

@@ -1,4 +1,4 @@
-"""The ablations of MAGE, LoRA on attention alone, and slow general branches: what is trained, and against what."""
+"""Ablations and variants of MAGE and LoRA: what they train, and where they equal another method."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def test_a_second_task_differs(name: str, other: str, data: Path) -> None:
 
 
 def joined(sequence: Sequence) -> dict[str, torch.Tensor]:
-    """Every layer's B A over all branches."""
+    """Sum of B A over the branches, for every layer."""
     layers = adapters.layers(sequence.tiny.language_model)
     return {name: sum(b.B @ b.A for b in layer.branches.values()).detach() for name, layer in layers.items()}
 
@@ -136,7 +136,7 @@ def test_attention_alone_buys_the_largest_rank_that_fits(tiny: TinyBackbone) -> 
 
 
 def test_slow_branches_take_a_part_of_the_steps_of_adamw(data: Path) -> None:
-    """Against AdamW with that learning rate for the general branches, over a task with a decay."""
+    """Against AdamW with a smaller learning rate for the general branches, with weight decay."""
     slow = Sequence("mage-slow", data, slow=0.25, average="none")
     trainer = slow.open("HQEdit")
     plain = Sequence("ew-ga", data)

@@ -1,4 +1,4 @@
-"""Upper bound: every sample equally often, one stage and one row, resumed bit for bit, and a report that says so."""
+"""Upper bound: equal use of samples, one stage and one row, exact resumption, and the report."""
 
 from __future__ import annotations
 
