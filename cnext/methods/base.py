@@ -64,38 +64,33 @@ class Method(ABC):
         for task in tasks:
             parameters = method.trainable(task)
             method.before_task(parameters, steps, memory)
-            for batch in batches:                             # micro-batches, where the recipe divides a batch
-                method.before_step(batch)
-                backbone.loss(batch).total.backward()
-                method.transform_gradients(parameters)        # once per optimizer step
-                (method.extra_loss(batch): its gradient is added; clipping; optimizer.step())
+            for step in range(steps):
+                for batch in micro_batches:
+                    method.before_step(batch)
+                    backbone.loss(batch).total.backward()
+                    penalty = method.extra_loss(batch)        # its gradient is kept apart until transform_gradients
+                method.transform_gradients(parameters)
+                optimizer.step()                              # after adding the penalty's gradient, and clipping
                 method.after_step()
-            for phase in method.phases(): (trained by the trainer)
+            for phase in method.phases(): train(phase)
             method.after_task()
             with method.for_eval():
                 predictions = method.answer(questions, max_new_tokens, None)
 
-    A method that needs a moving average or a penalty on the parameters sets ``rule`` and ``regularizer`` in its
-    ``__post_init__``: the default hooks run them. A hook that is overridden calls ``super()`` if the method has them.
-
-    Example::
+    A moving average of the parameters (``rule``) and a penalty on them (``regularizer``), set in ``__post_init__``, are
+    run by the default hooks; a method that overrides one of these hooks calls ``super()``. A method is a few lines::
 
         @dataclass
-        class L2(Lora):
-            \"\"\"L = L_task + strength * sum of (theta - theta_old)^2.\"\"\"
+        class LoraEma(Lora):
+            retention: Annotated[float, "Weight of a task's starting values at its end."] = 0.13
 
-            strength: Annotated[float, "Weight of the penalty."] = 0.001
+            card = Card("arXiv 2106.09685, with an exponential moving average")
 
-            card = Card("arXiv 1612.00796, section 2.1")
+            def __post_init__(self):
+                super().__post_init__()
+                self.rule = Constant(self.retention)
 
-            def before_task(self, parameters, steps, memory):
-                self.pairs = [(p, p.detach().clone()) for p in parameters.values()]
-
-            def extra_loss(self, batch):
-                return self.strength * sum((p - old).square().sum() for p, old in self.pairs)
-
-    Attributes:
-        backbone: the model, set by `setup`; ``model`` is its language model, which carries the adapters.
+    ``self.backbone`` is the model and ``self.model`` its language model, which carries the adapters.
     """
 
     card: ClassVar[Card]

@@ -20,12 +20,10 @@ from cnext.tasks.base import Task
 
 @dataclass
 class Lora(Method):
-    """y = W x + scale B A x.
+    """y = W x + scale B A x."""
 
-    Base class of the methods with low-rank branches. They differ in what they compose: the branches that they attach
-    (`branches`), the branches that a task trains (`trained_branches`), the moving average (``rule``) and the penalty
-    (``regularizer``).
-    """
+    # The base class of all methods with low-rank branches, which differ in what they compose: the branches attached,
+    # the branches that a task trains, the moving average (`rule`) and the penalty (`regularizer`).
 
     rank: Annotated[int, "Rank of the branch."] = 32
     scale: Annotated[float, "Scaling factor of the branches' output (alpha / rank)."] = 1.0

@@ -12,7 +12,7 @@ from cnext.methods.base import Method
 
 
 def finish_task(method: Method) -> dict[str, Any] | None:
-    """Trains what `Method.phases` yields, one phase after another, then returns what `Method.after_task` returns.
+    """Trains what `Method.phases` yields, one phase after another. Returns what `Method.after_task` returns.
 
     Raises: UserError where a phase's loss is not finite.
     """
@@ -22,10 +22,8 @@ def finish_task(method: Method) -> dict[str, Any] | None:
             parameter.requires_grad_(True)
         for step in range(phase.steps):
             loss = phase.loss(step)
-            if not math.isfinite(loss.item()):
-                raise UserError(
-                    f"the loss is {loss.item()} at step {step + 1} of {phase.steps} after the task's own steps"
-                )
+            if not math.isfinite(value := loss.item()):
+                raise UserError(f"the loss is {value} in step {step + 1} of {phase.steps} of an additional phase")
             loss.backward()
             optimizer.step()
             optimizer.zero_grad()
