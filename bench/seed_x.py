@@ -39,10 +39,10 @@ from cnext.backbones.seed_x.model import SeedX
 from cnext.backbones.seed_x.prompt_resampler import PromptResampler, PromptSizes
 from cnext.backbones.seed_x.sizes import PUBLISHED_LLM, VisionSizes
 from cnext.backbones.seed_x.tokenizer import ADDED, END, Tokenizer
-from cnext.running.precision import autocast
-from cnext.running.training import TaskTrainer
 from cnext.tasks import suites
 from cnext.tasks.base import Recipe, Sample, Turn
+from cnext.training.precision import autocast
+from cnext.training.trainer import TaskTrainer
 
 TASKS = ("VQAv2", "HQEdit")
 BASE_UNET = {

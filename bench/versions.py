@@ -33,11 +33,11 @@ TESTS = (
     "tests/ops",
     "tests/scoring/test_image_scorers.py",
     "tests/scoring/test_clip_weights.py",
-    "tests/running/test_runner.py",
-    "tests/running/test_export.py",
-    "tests/running/test_launchers.py",
-    "tests/running/test_processes.py",
-    "tests/running/test_zero.py",
+    "tests/training/test_runner.py",
+    "tests/exchange/test_export.py",
+    "tests/studies/test_launchers.py",
+    "tests/distributed/test_processes.py",
+    "tests/distributed/test_deepspeed.py",
 )
 """Tests of what uses torch, triton, transformers, peft, diffusers, open_clip, DeepSpeed, ray and submitit."""
 NOT_PINNED = re.compile(r"cnext|pip|nvidia-.*")

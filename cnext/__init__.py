@@ -5,15 +5,15 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from cnext.adapters import attach_mage
-    from cnext.running.config import RunConfig
-    from cnext.running.runner import run
+    from cnext.config.run_config import RunConfig
+    from cnext.training.runner import run
 
 __version__ = "0.1.0"
 
 _LAZY = {
-    "RunConfig": "cnext.running.config",
+    "RunConfig": "cnext.config.run_config",
     "attach_mage": "cnext.adapters",
-    "run": "cnext.running.runner",
+    "run": "cnext.training.runner",
 }
 __all__ = ["RunConfig", "__version__", "attach_mage", "run"]
 

@@ -14,8 +14,8 @@ from typing import Any
 
 import cnext
 from cnext.errors import UserError
-from cnext.running.stopping import Stop, Stopped
-from cnext.running.streams import outliving_readers
+from cnext.monitoring.signals import Stop, Stopped
+from cnext.monitoring.streams import outliving_readers
 
 
 def _guarded(verb: Callable[[], int | None]) -> int:
@@ -52,13 +52,13 @@ def run_main(arguments: list[str] | None = None) -> int:
     given = sys.argv[1:] if arguments is None else arguments
 
     def verb() -> int | None:
-        from cnext.running import flags
+        from cnext.studies import flags
 
         parsed = flags.parse(given)
         if parsed.version:
             print(_version())
             return 0
-        from cnext.running import study
+        from cnext.studies import study
 
         with Stop():
             return study.main(parsed)
@@ -87,13 +87,13 @@ def _list(arguments: argparse.Namespace) -> None:
 
 def _card(arguments: argparse.Namespace) -> None:
     from cnext import methods
-    from cnext.running.forecast import extra_bytes
+    from cnext.studies.forecast import extra_bytes
 
     print("\n\n".join(methods.describe(name, extra_bytes(name)) for name in arguments.method))
 
 
 def _report(arguments: argparse.Namespace) -> None:
-    from cnext.running.report import write_reports
+    from cnext.report import write_reports
 
     for path in write_reports(arguments.run, arguments.out, _baseline(arguments), arguments.mix_environments):
         print(path)
@@ -106,11 +106,11 @@ def _baseline(arguments: argparse.Namespace) -> str | None:
 
 
 def _analyze(arguments: argparse.Namespace) -> None:
-    from cnext.running import tables
-    from cnext.running.analysis import analyze, formats
-    from cnext.running.analysis.study import Study
+    from cnext.analysis import analyze, formats
+    from cnext.analysis.groups import Study
+    from cnext.tables import aggregate
 
-    study = Study.read(tables.find(arguments.run), mix=arguments.mix_environments)
+    study = Study.read(aggregate.find(arguments.run), mix=arguments.mix_environments)
     found = analyze(study, arguments.what)
     print(formats.FORMATS[arguments.format](found), end="")
     if arguments.format in ("csv", "latex"):
@@ -119,19 +119,20 @@ def _analyze(arguments: argparse.Namespace) -> None:
 
 
 def _table(arguments: argparse.Namespace) -> None:
-    from cnext.running import fingerprint, table_formats, tables
+    from cnext.runs import fingerprint
+    from cnext.tables import aggregate, formats
 
-    folders = tables.find(arguments.run)
-    study = tables.of_folders(folders, _baseline(arguments), arguments.mix_environments)
-    print(table_formats.FORMATS[arguments.format](study), end="")
-    if note := fingerprint.older([run.fingerprint for run in tables.finished(folders)]):
+    folders = aggregate.find(arguments.run)
+    study = aggregate.of_folders(folders, _baseline(arguments), arguments.mix_environments)
+    print(formats.FORMATS[arguments.format](study), end="")
+    if note := fingerprint.older([run.fingerprint for run in aggregate.finished(folders)]):
         print(note, file=sys.stderr)
 
 
 def _status(arguments: argparse.Namespace) -> None:
     import json
 
-    from cnext.running import status
+    from cnext.monitoring import status
 
     found = status.of_folders(arguments.dir or [Path("runs")])
     print(json.dumps(found, indent=2) if arguments.json else status.text(found))
@@ -150,7 +151,7 @@ def _metrics(arguments: argparse.Namespace) -> None:
 def _compare(arguments: argparse.Namespace) -> None:
     import json
 
-    from cnext.running import compare
+    from cnext.tables import compare
 
     if arguments.to is not None:
         here = compare.of_run(arguments.run)
@@ -165,10 +166,10 @@ def _compare(arguments: argparse.Namespace) -> None:
 def _judge(arguments: argparse.Namespace) -> None:
     import dataclasses
 
-    from cnext.running import judge_validation, judging
+    from cnext.judging import run, validation
 
-    given = {field.name: getattr(arguments, field.name) for field in dataclasses.fields(judging.JudgeConfig)}
-    config = judging.JudgeConfig(**{name: value for name, value in given.items() if value is not None})
+    given = {field.name: getattr(arguments, field.name) for field in dataclasses.fields(run.JudgeConfig)}
+    config = run.JudgeConfig(**{name: value for name, value in given.items() if value is not None})
     validates = arguments.run == ["validate"]
     # What would change nothing is refused: who gives --limit expects a model to be asked.
     foreign = {"every_stage": "run folders"} if validates else {"out": "`cnext judge validate`"}
@@ -180,9 +181,9 @@ def _judge(arguments: argparse.Namespace) -> None:
         if getattr(arguments, name):
             raise UserError(f"--{name.replace('_', '-')} belongs to {of}; leave it out")
     if validates:
-        judge_validation.validate(config, arguments.out or Path("judge"))
+        validation.validate(config, arguments.out or Path("judge"))
     else:
-        judging.judge_runs([Path(run) for run in arguments.run], config)
+        run.judge_runs([Path(run) for run in arguments.run], config)
 
 
 def _data_check(arguments: argparse.Namespace) -> int:
@@ -209,7 +210,7 @@ def _data_subset(arguments: argparse.Namespace) -> None:
 
 
 def _export(arguments: argparse.Namespace) -> None:
-    from cnext.running.export import export
+    from cnext.exchange.export import export
 
     given = (arguments.run, arguments.to, arguments.format, arguments.checkpoint, arguments.branches_only)
     for path in export(*given):
@@ -217,7 +218,7 @@ def _export(arguments: argparse.Namespace) -> None:
 
 
 def _import(arguments: argparse.Namespace) -> None:
-    from cnext.running.importing import import_adapter
+    from cnext.exchange.importing import import_adapter
 
     given = (arguments.path, arguments.to, arguments.backbone, arguments.method, arguments.weights)
     print(import_adapter(*given))
@@ -227,21 +228,22 @@ def _doctor(arguments: argparse.Namespace) -> int:
     import dataclasses
     import json
 
-    from cnext.running import doctor, environment
+    from cnext.doctor import checks
+    from cnext.runs import environment
 
-    given = {field.name: getattr(arguments, field.name) for field in dataclasses.fields(doctor.Wanted)}
-    findings = doctor.examine(doctor.Wanted(**given))
-    ready = not doctor.problems(findings)
+    given = {field.name: getattr(arguments, field.name) for field in dataclasses.fields(checks.Wanted)}
+    findings = checks.examine(checks.Wanted(**given))
+    ready = not checks.problems(findings)
     if arguments.json:
         told = {"ready": ready, "findings": [dataclasses.asdict(finding) for finding in findings]}
         print(json.dumps(told | {"versions": environment.versions()}, indent=2))
     else:
-        print(doctor.report(findings))
+        print(checks.report(findings))
     return 0 if ready else 1
 
 
 def _pretrain_tiny(arguments: argparse.Namespace) -> None:
-    from cnext.running.pretrain_tiny import pretrain
+    from cnext.pretrain_tiny import pretrain
 
     pretrain(arguments.out, arguments.seed, arguments.scale, arguments.threads)
 

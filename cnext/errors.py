@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from typing import Any
 
+GO_ON = "the same command goes on"
+
 
 class UserError(ValueError):
     """Bad input. The message says what was expected, what came, and what to do."""

@@ -11,18 +11,18 @@ from typing import Any
 import pytest
 
 from cnext import methods
-from cnext.running import table_formats, tables
+from cnext.tables import aggregate, formats
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "results" / "next-tiny"
-STUDY = tables.of_folders(sorted(tables.find([RESULTS])), "lora")
+STUDY = aggregate.of_folders(sorted(aggregate.find([RESULTS])), "lora")
 PAPER = [row for row in STUDY["rows"] if row["order"] == "paper"]
 
 
 @pytest.mark.parametrize("kind", ["markdown", "csv", "latex", "json"])
 def test_the_tables_are_of_these_runs(kind: str) -> None:
     file = RESULTS / f"study.{ {'markdown': 'md', 'latex': 'tex'}.get(kind, kind) }"
-    assert file.read_text(encoding="utf-8") == table_formats.FORMATS[kind](STUDY)
+    assert file.read_text(encoding="utf-8") == formats.FORMATS[kind](STUDY)
 
 
 def test_every_run_is_there_with_three_seeds() -> None:
@@ -31,7 +31,7 @@ def test_every_run_is_there_with_three_seeds() -> None:
 
 
 def test_the_runs_have_the_methods_present_defaults() -> None:
-    for folder in tables.find([RESULTS]):
+    for folder in aggregate.find([RESULTS]):
         results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
         defaults = json.loads(json.dumps(dataclasses.asdict(methods.load(results["method"])())))
         assert results["hyperparameters"] == defaults, folder
@@ -39,13 +39,13 @@ def test_the_runs_have_the_methods_present_defaults() -> None:
 
 def figures(row: dict[str, Any]) -> list[str]:
     cells = [row[metric] for metric in ("avg_acc", "forgetting", "new_acc")]
-    return [table_formats.NOTHING if c["mean"] is None else f"{c['mean']:.1f} ± {c['sd']:.1f}" for c in cells]
+    return [formats.NOTHING if c["mean"] is None else f"{c['mean']:.1f} ± {c['sd']:.1f}" for c in cells]
 
 
 def shown(file: Path) -> dict[str, list[str]]:
     """The last three cells of every row whose first cell is a name and whose last one is a mean, by that name."""
     lines = file.read_text(encoding="utf-8").splitlines()
-    is_row = re.compile(rf"\| `[a-z-]+` \|.* (± [\d.]+|{table_formats.NOTHING}) \|$")
+    is_row = re.compile(rf"\| `[a-z-]+` \|.* (± [\d.]+|{formats.NOTHING}) \|$")
     rows = [line.strip("| ").split(" | ") for line in lines if is_row.match(line)]
     return {row[0].strip("`"): row[-3:] for row in rows}
 
@@ -58,7 +58,7 @@ def test_the_other_readme_says_what_its_folders_hold() -> None:
     (mage,) = (row for row in PAPER if row["method"] == "mage")
     expected = {"pema": figures(mage), "branches": figures(mage)}
     for folder, name in (("averaging", ""), ("interleaved", ""), ("connections", "connections")):
-        study = tables.of_folders(sorted(tables.find([RESULTS.with_name(f"next-tiny-{folder}")])))
+        study = aggregate.of_folders(sorted(aggregate.find([RESULTS.with_name(f"next-tiny-{folder}")])))
         for row in study["rows"]:
             assert row["seeds"] == [0, 1, 2]
             rule = re.search(r"average=([a-z-]+)", row["method"])

@@ -1,4 +1,7 @@
-"""Adapters: branch roles, the linear layer that carries the branches, attaching and detaching."""
+"""Adapters: branch roles, the linear layer that carries the branches, attaching and detaching.
+
+The kernels that compute it are in `ops`; which branches a task trains is decided in `methods`.
+"""
 
 from cnext.adapters.attach import (
     SHARED,

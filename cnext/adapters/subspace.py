@@ -8,8 +8,8 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from cnext import ranks
 from cnext.adapters.attach import layers
+from cnext.distributed import collectives
 
 
 def extended(basis: Tensor, covariance: Tensor, share: float) -> Tensor:
@@ -60,7 +60,7 @@ class InputSubspaces:
             layer.observer = None
 
     def _see(self, name: str, x: Tensor) -> None:
-        x = ranks.joined(x.detach().flatten(0, -2).float())
+        x = collectives.all_gather(x.detach().flatten(0, -2).float())
         self.covariance[name] = self.covariance.get(name, 0.0) + x.T @ x
 
     def extend(self, share: float) -> None:

@@ -18,9 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cnext import adapters, ranks
+from cnext import adapters
 from cnext.adapters import BRANCH_ROLES, roles_of
 from cnext.adapters.by_question import ByQuestion
+from cnext.distributed import collectives
 from cnext.methods.base import Card
 from cnext.methods.mage_pull import MagePull
 from cnext.scoring.base import Prediction
@@ -57,7 +58,7 @@ class MageExperts(MagePull):
 
     def before_step(self, batch: Sequence[Any]) -> None:
         if self.by_question.wants(self.number):
-            self.by_question.add(self.number, ranks.joined(self.features(batch)))
+            self.by_question.add(self.number, collectives.all_gather(self.features(batch)))
 
     def features(self, encoded: Sequence[Any]) -> Tensor:
         """What the pretrained model makes of the questions, (N, hidden)."""

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cnext import ranks
+from cnext.distributed import collectives
 from cnext.errors import UserError
 from cnext.methods.base import Card, Memory
 from cnext.methods.lora import Lora
@@ -50,11 +50,13 @@ class Replay(Lora):
     def extra_loss(self, batch: Sequence[Any]) -> Tensor | None:
         if not self.memory:
             return None
-        drawn = ranks.told(torch.randperm(len(self.memory))[: len(batch) * ranks.count()].tolist())
-        mine = [self.memory[index] for index in ranks.share(drawn)]
-        if ranks.count() == 1:
+        drawn = collectives.broadcast_object(
+            torch.randperm(len(self.memory))[: len(batch) * collectives.world_size()].tolist()
+        )
+        mine = [self.memory[index] for index in collectives.shard(drawn)]
+        if collectives.world_size() == 1:
             return self.weight * self.backbone.loss(mine).total
         # Penalties of processes are averaged. One without a sample takes part with one that does not count.
-        whole = ranks.total(*self.backbone.supervised(mine), device=self.backbone.device)
-        weight = self.weight * ranks.count() if mine else 0.0
+        whole = collectives.all_reduce(*self.backbone.supervised(mine), device=self.backbone.device)
+        weight = self.weight * collectives.world_size() if mine else 0.0
         return weight * self.backbone.loss(mine or self.memory[:1], whole).total

@@ -141,7 +141,7 @@ class Recipe:
     steps: optimizer steps per task.  train_samples, test_samples: samples per task (0 = all).
     batch_size: samples of an optimizer step, over all processes.  micro_batch_size: how many of them go through the
         model at once in each process, their gradients added up (0 = all of its share).
-    schedule: a name of ``cnext.running.schedules``.
+    schedule: a name of ``cnext.config.schedules``.
     trainable: what learns beside the method's own parameters: "branches" (nothing), "connections" (the layers between
         the visual parts and the language model as well) or "released" (embeddings, output head and norms, too).
     precision: of the frozen model and of the passes through it. What is trained is kept in float32.

@@ -21,7 +21,7 @@ from safetensors.torch import save, save_file
 from cnext.adapters import exchange_authors
 from cnext.adapters.exchange_peft import read_peft
 from cnext.errors import UserError
-from cnext.running import checkpoint
+from cnext.runs import checkpoint
 from cnext.tensor_files import read_tensors
 
 Try = Callable[[Callable[[], object]], bool]

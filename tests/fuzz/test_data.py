@@ -19,8 +19,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from cnext.backbones.pretrained import open_picture
+from cnext.config.run_config import RunConfig, plan
 from cnext.errors import UserError
-from cnext.running.config import RunConfig, plan
 from cnext.tasks import doctor, formats, suites
 from cnext.tasks.base import Task
 from cnext.tasks.images import fault

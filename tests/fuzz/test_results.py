@@ -12,18 +12,19 @@ from fuzz.conftest import FACTOR
 from fuzz.mutations import BYTES, VALUES, dumped, mutated_bytes, mutated_value
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from running.fake_run import write_fake_run
+from report.fake_run import write_fake_run
 
+from cnext.analysis import analyze
+from cnext.analysis.groups import Study
 from cnext.errors import UserError
-from cnext.running import compare, status, table_formats, tables
-from cnext.running.analysis import analyze
-from cnext.running.analysis.study import Study
-from cnext.running.folder import RunFolder
-from cnext.running.heartbeat import FILE, Heartbeat
-from cnext.running.report import plots, write_report
+from cnext.monitoring import status
+from cnext.monitoring.heartbeat import FILE, Heartbeat
+from cnext.report import plots, write_report
+from cnext.runs.run_folder import RunFolder
 from cnext.scoring import matrix_file
 from cnext.scoring.base import ERROR_TYPES
 from cnext.scoring.metrics_text import metrics_text
+from cnext.tables import aggregate, compare, formats
 
 Try = Callable[[Callable[[], object]], bool]
 TASKS = ("VQAv2", "HQEdit")
@@ -58,8 +59,8 @@ def restored(file: Path, work: Callable[[], None]) -> None:
 
 def used(study: Path) -> None:
     """Everything light that reads results."""
-    table = tables.of_folders(tables.find([study]), None, mix=True)
-    for render in table_formats.FORMATS.values():
+    table = aggregate.of_folders(aggregate.find([study]), None, mix=True)
+    for render in formats.FORMATS.values():
         render(table)
 
 

@@ -10,9 +10,9 @@ from safetensors.torch import load, save
 from cnext import methods
 from cnext.backbones.tiny.model import TinyBackbone
 from cnext.methods.base import Method
-from cnext.running.training import TaskTrainer
 from cnext.tasks import formats, suites
 from cnext.tasks.base import Recipe, Sample
+from cnext.training.trainer import TaskTrainer
 
 TASKS = ("VQAv2", "Flickr30k", "HQEdit")
 STEPS = 4

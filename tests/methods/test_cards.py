@@ -13,9 +13,9 @@ import pytest
 from cnext import methods
 from cnext.cli import main
 from cnext.methods.base import Card, Method
-from cnext.running.evaluation import evaluate
-from cnext.running.runner import Runner
 from cnext.tasks import formats, suites
+from cnext.training.evaluation import evaluate
+from cnext.training.runner import Runner
 
 SUITE = suites.load("next-tiny")
 TASKS = [SUITE.task(name) for name in ("HQEdit", "VQAv2", "Flickr30k")]

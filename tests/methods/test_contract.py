@@ -13,8 +13,8 @@ from safetensors.torch import load, save
 
 from cnext import adapters, methods
 from cnext.backbones.tiny.model import TinyBackbone
-from cnext.running.evaluation import question
 from cnext.tasks import formats, suites
+from cnext.training.evaluation import question
 
 NAMES = sorted(methods.modules())
 LORA = 312_320

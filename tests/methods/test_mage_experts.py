@@ -12,9 +12,9 @@ from cnext import adapters
 from cnext.adapters.by_question import ByQuestion
 from cnext.backbones.tiny.model import TinyBackbone
 from cnext.methods.mage_experts import MageExperts
-from cnext.running.evaluation import question
 from cnext.tasks import suites
 from cnext.tasks.base import Sample
+from cnext.training.evaluation import question
 
 
 def pretrained(samples: list[Sample]) -> torch.Tensor:

@@ -13,9 +13,9 @@ from cnext import adapters
 from cnext.backbones.tiny.model import TinyBackbone
 from cnext.errors import UserError
 from cnext.methods.mr_lora import MrLora, asked
-from cnext.running.evaluation import question
 from cnext.tasks import formats, suites
 from cnext.tasks.base import Sample, Turn
+from cnext.training.evaluation import question
 
 
 def questions(data: Path, task: str, count: int = 8) -> list[Sample]:

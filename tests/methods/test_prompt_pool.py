@@ -12,9 +12,9 @@ from torch.nn import functional as F
 from cnext.backbones.tiny.model import TinyBackbone
 from cnext.errors import UserError
 from cnext.methods.prompt_pool import PromptPool
-from cnext.running.evaluation import question
 from cnext.tasks import formats, suites
 from cnext.tasks.base import Sample
+from cnext.training.evaluation import question
 
 
 def questions(data: Path, task: str, count: int = 8) -> list[Sample]:

@@ -10,7 +10,7 @@ import torch
 from methods.sequence import STEPS, Sequence
 from torch.nn import functional as F
 
-from cnext import ranks
+from cnext.distributed import collectives
 from cnext.errors import UserError
 from cnext.methods.replay import Replay
 
@@ -67,11 +67,11 @@ def test_shares_of_two_processes_average_to_the_loss_of_one(
     torch.manual_seed(3)
     drawn = [method.memory[index] for index in torch.randperm(len(method.memory))[:4].tolist()]
     whole = tuple(map(float, method.backbone.supervised(drawn)))
-    monkeypatch.setattr(ranks, "count", lambda: 2)
-    monkeypatch.setattr(ranks, "total", lambda *_, device: whole)
+    monkeypatch.setattr(collectives, "world_size", lambda: 2)
+    monkeypatch.setattr(collectives, "all_reduce", lambda *_, device: whole)
     parts = []
     for number in range(2):
-        monkeypatch.setattr(ranks, "share", lambda items, number=number: items[number::2])
+        monkeypatch.setattr(collectives, "shard", lambda items, number=number: items[number::2])
         torch.manual_seed(3)
         parts.append(method.extra_loss(batch[:2]))
     torch.testing.assert_close(sum(parts) / 2, expected)

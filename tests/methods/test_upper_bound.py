@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 from methods.sequence import RECIPE, TASKS, Sequence
 
-from cnext import RunConfig, methods, run
-from cnext.running import report, runner
-from cnext.running.training import TaskTrainer
+from cnext import RunConfig, methods, report, run
 from cnext.tasks import suites
 from cnext.tasks.base import joined
+from cnext.training import runner
+from cnext.training.trainer import TaskTrainer
 
 
 def config(out: Path, data: Path, suite: Path) -> RunConfig:

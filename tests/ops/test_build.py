@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from cnext.doctor import checks
 from cnext.ops import build, dispatch
-from cnext.running import doctor
 
 
 @pytest.fixture
@@ -29,7 +29,7 @@ def test_the_reason_of_the_build_is_given_with_its_remedy(package: Path) -> None
     (package / "_build.json").write_text(json.dumps({"built": {"cpp": "g++"}, "left_out": {"cuda": why}}))
     expected = f"cnext was built without it: {why}; install a CUDA toolkit of version 12.1 or newer, then"
     assert dispatch.missing("cuda", "cuda").startswith(expected)
-    assert any(expected in finding.text for finding in doctor.kernels())
+    assert any(expected in finding.text for finding in checks.kernels())
     # Built, and not to be found all the same.
     assert "its module is gone, or is one for another Python; install" in dispatch.missing("cpp", "cpu")
 
@@ -56,4 +56,4 @@ def test_a_source_tree_that_is_not_installed_is_named(package: Path, monkeypatch
         f"cnext is installed in {site}/cnext: run from another folder or with python -P, or `pip install -e {tree}`"
     )
     assert dispatch.missing("cuda", "cuda") == expected
-    assert any(f"plain torch, {dispatch.SLOWER}; no cpp: {expected}" in finding.text for finding in doctor.kernels())
+    assert any(f"plain torch, {dispatch.SLOWER}; no cpp: {expected}" in finding.text for finding in checks.kernels())

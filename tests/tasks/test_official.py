@@ -10,10 +10,10 @@ import pytest
 from tasks.official import SHORT, lines, listing, picture, write_continual_next
 
 from cnext.errors import UserError
-from cnext.running.evaluation import question
 from cnext.scoring.images import caption_of
 from cnext.tasks import formats, suites
 from cnext.tasks.base import DataError, Sample
+from cnext.training.evaluation import question
 
 SUITE = suites.load("continual-next")
 TASKS = [task.name for task in SUITE.tasks]

@@ -9,13 +9,13 @@ import pytest
 from tasks.official import listing, picture, write_continual_next
 
 from cnext.cli import main
+from cnext.config.run_config import RunConfig, plan
 from cnext.errors import UserError
-from cnext.running.config import RunConfig, plan
-from cnext.running.preparing import read_suite
 from cnext.tasks import doctor, formats, suites
 from cnext.tasks.base import DataError
 from cnext.tasks.doctor_text import Bars
 from cnext.tasks.subset import write_subset
+from cnext.training.setup import read_suite
 
 
 @pytest.fixture

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from cnext.config.run_config import RunConfig, plan
 from cnext.errors import UserError
-from cnext.running.config import RunConfig, plan
 from cnext.tasks import suites
 
 PAPER = ("VQAv2", "ImageNet", "Flickr30k", "OCRVQA", "RefCOCO", "HQEdit")

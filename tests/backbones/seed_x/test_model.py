@@ -19,13 +19,13 @@ from cnext.backbones.pretrained import checkpoint_activations
 from cnext.backbones.seed_x import placing
 from cnext.backbones.seed_x.encoding import Encoded
 from cnext.backbones.seed_x.model import SeedX
+from cnext.config.run_config import RunConfig, plan
 from cnext.errors import UserError
-from cnext.running import evaluation
-from cnext.running.config import RunConfig, plan
-from cnext.running.preparing import load_backbone
 from cnext.tasks import suites
 from cnext.tasks.base import Sample
 from cnext.tasks.readers import READERS
+from cnext.training import evaluation
+from cnext.training.setup import load_backbone
 
 
 @torch.no_grad()

@@ -1,0 +1,62 @@
+"""What the paper's analyses show, from run folders alone: one function each, ``Study`` to ``Finding``s.
+
+Means over seeds and orders are in `tables`; how an analysis is drawn is in `report`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from cnext.analysis.breaks import breaks
+from cnext.analysis.drift import drift
+from cnext.analysis.error_types import types
+from cnext.analysis.finding import Finding, Unavailable
+from cnext.analysis.groups import Study
+from cnext.analysis.overall import ablations, orders, seeds, stages
+from cnext.analysis.samples import samples
+from cnext.analysis.transfer import transfer
+from cnext.errors import unknown
+
+ANALYSES: dict[str, Callable[[Study], list[Finding]]] = {
+    "types": types,
+    "transfer": transfer,
+    "orders": orders,
+    "ablations": ablations,
+    "seeds": seeds,
+    "stages": stages,
+    "drift": drift,
+    "samples": samples,
+    "breaks": breaks,
+}
+
+
+@dataclass(frozen=True)
+class Analysis:
+    """What was found, by the name of the analysis, and why the others could not be made."""
+
+    found: dict[str, list[Finding]]
+    left_out: dict[str, str]
+
+    @property
+    def findings(self) -> list[Finding]:
+        return [finding for findings in self.found.values() for finding in findings]
+
+
+def analyze(study: Study, what: Sequence[str] = ()) -> Analysis:
+    """The analyses named; without a name all that the folders allow, the others with what they lack.
+
+    Raises: UserError for an unknown name, or where what was asked for by name cannot be made.
+    """
+    for name in what:
+        if name not in ANALYSES:
+            raise unknown("analysis", name, list(ANALYSES))
+    found, left_out = {}, {}
+    for name in what or ANALYSES:
+        try:
+            found[name] = ANALYSES[name](study)
+        except Unavailable as why:
+            if what:
+                raise
+            left_out[name] = str(why)
+    return Analysis(found, left_out)

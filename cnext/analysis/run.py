@@ -1,0 +1,160 @@
+"""Reads a run folder, finished or not, into what analyses and reports need."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+
+from cnext.errors import UserError
+from cnext.runs import schemas
+
+NOTHING = "\N{EN DASH}"
+
+
+def points(value: float | None, signed: bool = False) -> str:
+    """A figure in percentage points with one decimal and a true minus sign; a dash where there is none."""
+    if value is None or not np.isfinite(value):
+        return NOTHING
+    rounded = round(value, 1) or 0.0
+    return f"{rounded:{'+' if signed and rounded else ''}.1f}".replace("-", "\N{MINUS SIGN}")
+
+
+def mean_seen(values: np.ndarray) -> float:
+    """Mean of the values that are not NaN; NaN where there are none."""
+    seen = values[np.isfinite(values)]
+    return float(seen.mean()) if len(seen) else np.nan
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a run folder holds. Stage 0 is the model before any training, stage t the model after the t-th task."""
+
+    path: Path
+    results: dict
+    config: dict
+    cost: dict
+    environment: dict
+    options: dict = field(default_factory=dict)
+
+    @classmethod
+    def read(cls, path: Path) -> Run:
+        """Reads the folder. Raises UserError where results.json is missing, unreadable or lacks a key."""
+        results_path = path / "results.json"
+        if not results_path.is_file():
+            raise UserError(f"{results_path}: no such file; give a folder in which cnext-run has evaluated a stage")
+        results = schemas.read_results(results_path)
+        shapes = {
+            "config": schemas.CONFIG, "cost": schemas.COST, "environment": schemas.ENVIRONMENT, "options": dict,
+        }  # fmt: skip
+        others = [(path / f"{name}.json", shape) for name, shape in shapes.items()]
+        return cls(path, results, *(schemas.read(other, shape) if other.is_file() else {} for other, shape in others))
+
+    @property
+    def tasks(self) -> list[str]:
+        return self.results["tasks"]
+
+    @cached_property
+    def scores(self) -> np.ndarray:
+        """(T + 1, T) float64: percent, row = stage, column = task in training order, NaN where not evaluated."""
+        return self.staged(self.results["score_matrix"], self.results.get("zero_shot"))
+
+    def staged(self, matrix: list | None, zero_shot: list | None = None) -> np.ndarray:
+        """A matrix of results.json with its zero-shot row put first, missing rows filled with NaN."""
+        table = np.full((len(self.tasks) + 1, len(self.tasks)), np.nan)
+        for stage, row in enumerate([zero_shot, *(matrix or [])]):
+            if row is not None:
+                table[stage] = np.array(row, dtype=float)
+        return table
+
+    @cached_property
+    def last(self) -> int:
+        """The last stage that was evaluated."""
+        return int(np.flatnonzero(np.isfinite(self.scores).any(1)).max(initial=0))
+
+    @property
+    def finished(self) -> bool:
+        """Whether every task was evaluated after its own stage and every later one."""
+        learnt = self.scores[-1:] if self.joint else self.scores[1:][np.tril_indices(len(self.tasks))]
+        return bool(np.isfinite(learnt).all())
+
+    @property
+    def method(self) -> str:
+        return self.results["method"]
+
+    @property
+    def untrained(self) -> bool:
+        """Whether no step was taken, so that nothing can be new or forgotten."""
+        return self.results.get("cost", {}).get("optimizer_steps") == 0
+
+    def metric(self, name: str) -> float | None:
+        """A metric of the main profile; None where it is not defined, as of what an untrained model forgets."""
+        if self.untrained and not name.startswith(("avg_acc", "worst_acc")):
+            return None
+        return self.results.get("metrics", {}).get(name)
+
+    @property
+    def joint(self) -> bool:
+        """Whether all tasks were learnt at once, in the last stage."""
+        return bool(self.results.get("joint"))
+
+    @property
+    def stages(self) -> list[int]:
+        """The stages that the run has, done or not; of joint training zero-shot and the one that learns all."""
+        return [0, len(self.tasks)] if self.joint else list(range(len(self.tasks) + 1))
+
+    def learnt(self, task: int) -> int:
+        """The stage that learns a task, which is counted from 0."""
+        return len(self.tasks) if self.joint else task + 1
+
+    def stage(self, number: int) -> str:
+        """A stage's number and name, as everywhere in the report."""
+        if not number:
+            return "0 zero-shot"
+        return f"{number} {'joint' if self.joint else self.tasks[number - 1]}"
+
+    def modalities(self, side: str, task: str) -> list[str]:
+        """What a task reads or writes (side "reads" or "writes")."""
+        return self.results.get(side, {}).get(task, [])
+
+    def predictions(self, stage: int, task: str) -> list[dict]:
+        """What was answered to a task's samples after a stage; empty where it was not evaluated."""
+        folder = self.path / "predictions" / self.stage(stage).replace(" ", "_", 1)
+        return schemas.read_rows(folder / f"{task}.jsonl", schemas.ANSWER)
+
+    @cached_property
+    def answered(self) -> bool:
+        """Whether the folder still has what was answered."""
+        return any(self.path.glob("predictions/*/*.jsonl"))
+
+    def answers(self, task: str) -> list[dict[int, dict]]:
+        """A task's samples, each as {stage: row} over the stages at which it was answered, in their fixed order.
+
+        Raises UserError where two stages answered different samples.
+        """
+        stages = {stage: rows for stage in range(len(self.tasks) + 1) if (rows := self.predictions(stage, task))}
+        asked = {stage: [row["id"] for row in rows] for stage, rows in stages.items()}
+        for stage, ids in asked.items():
+            if ids != next(iter(asked.values())):
+                raise UserError(
+                    f"{self.path}: expected answers to the same samples of {task} at every stage, got others at stage "
+                    f"{self.stage(stage)}; they are not of one run"
+                )
+        return [dict(zip(stages, rows, strict=True)) for rows in zip(*stages.values(), strict=True)]
+
+    @cached_property
+    def judged(self) -> dict[str, dict]:
+        """The tables that ``cnext judge`` wrote, by the name of their file."""
+        return {path.stem: schemas.read(path, dict) for path in sorted(self.path.glob("judge/*.json"))}
+
+    @cached_property
+    def losses(self) -> dict[int, np.ndarray]:
+        """Training loss per stage, in the order of the steps; of a step that was run twice, the later run."""
+        stages: dict[int, dict[int, float]] = {}
+        for row in schemas.read_rows(self.path / "train.jsonl", schemas.STEP):
+            if not 1 <= row["stage"] <= len(self.tasks):
+                raise UserError(f"{self.path / 'train.jsonl'}: expected stages 1 to {len(self.tasks)}, got {row}")
+            stages.setdefault(row["stage"], {})[row["step"]] = row["loss"]
+        return {stage: np.array([steps[step] for step in sorted(steps)], float) for stage, steps in stages.items()}

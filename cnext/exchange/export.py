@@ -1,0 +1,238 @@
+"""cnext export: a run's adapters for other tools, with a card and a checksum of what the model answers."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from cnext import backbones, methods, packages
+from cnext.adapters import exchange, exchange_authors, exchange_peft
+from cnext.backbones.base import Backbone
+from cnext.errors import UserError, unknown
+from cnext.exchange.logit_check import reference
+from cnext.exchange.model_card import card
+from cnext.methods.base import Method
+from cnext.runs import checkpoint, schemas
+from cnext.tasks.base import Task
+from cnext.training.setup import trained_beside
+
+FORMATS = ("peft", "peft-merged-rank", "authors", "merged")
+REFERENCE, EXTRAS = "reference.json", "extras"
+WITH_A_MODEL = (
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "preprocessor_config.json"),
+    *("processor_config.json", "chat_template.json", "chat_template.jinja"),
+)
+"""What transformers loads from a model's folder beside its weights."""
+
+
+@dataclass
+class Restored:
+    """A run's model as it stood at a checkpoint between tasks.
+
+    model: the transformers model around the language model.  stages: tasks learnt.  last: whether that is all.
+    extras: trained tensors beside the branches, by kind: of a run that trains such, or of an imported adapter.
+    """
+
+    config: dict[str, Any]
+    results: dict[str, Any] | None
+    label: str
+    stages: int
+    last: bool
+    method: Method
+    model: nn.Module
+    extras: dict[str, dict[str, Tensor]]
+
+
+def outer_model(backbone: Backbone) -> nn.Module:
+    """The outermost transformers model that the language model is part of: what other tools load."""
+    from transformers import PreTrainedModel
+
+    for module in backbone.modules():
+        if isinstance(module, PreTrainedModel) and any(m is backbone.language_model for m in module.modules()):
+            return module
+    raise UserError(f"backbone {backbone.name}: its language model is in no transformers model, which exports need")
+
+
+def _checkpoint(run: Path, label: str | None) -> Path:
+    """The named checkpoint, or the last one between tasks."""
+    found = [path.parent for path in sorted((run / "checkpoints").glob(f"[!.]*/{checkpoint.MANIFEST}"))]
+    between = {path.name: path for path in found if not checkpoint.manifest(path)["step"]}
+    if not between:
+        raise UserError(f"{run} has no checkpoint of a finished task; let cnext-run finish one")
+    if label is not None and label not in between:
+        raise unknown("checkpoint (of those between tasks)", label, list(between))
+    return between[label] if label else max(between.values(), key=lambda p: checkpoint.manifest(p)["tasks_done"])
+
+
+def stand_in(name: str) -> Task:
+    """A task of this name and nothing else: methods attach their branches by tasks' number and names alone."""
+    return Task(name, (), (), format="", scorer="", train="", test="", train_images="", test_images="")
+
+
+def _method(config: dict[str, Any]) -> Method:
+    """The method of a configuration. Raises UserError for hyperparameters that it does not have."""
+    kind, given = methods.load(config["method"]), config["hyperparameters"]
+    defaults = dataclasses.asdict(kind())
+    for name, value in given.items():
+        if name not in defaults:
+            raise unknown(f"hyperparameter of {config['method']}", name, list(defaults))
+        expected = {int: int, float: float, bool: bool, str: str}.get(type(defaults[name]), object)
+        schemas.checked(value, expected, f"hyperparameter {name} in config.json")
+    return kind(**given)
+
+
+def restore(run: Path, label: str | None = None) -> Restored:
+    """Loads a run's backbone and adapters on the CPU, as they stood at a checkpoint between tasks.
+
+    Raises:
+        UserError: no run folder, no such checkpoint, a damaged one, or one that does not fit the method of today.
+    """
+    if not (run / "config.json").is_file():
+        raise UserError(f"expected the folder of a run, such as runs/mage/paper/seed-0, found no config.json in {run}")
+    config = schemas.read(run / "config.json", schemas.RESTORED)
+    folder = _checkpoint(run, label)
+    file = run / "results.json"
+    results = schemas.checked(schemas.read_results(file), schemas.CARD, str(file)) if file.is_file() else None
+    tensors, values = checkpoint.load(folder)
+    weights = config.get("weights")
+    packages.require(*packages.MODELS)
+    backbone = backbones.load(config["backbone"]).load("cpu", None if weights is None else Path(weights))
+    method = _method(config)
+    method.setup(backbone, [stand_in(name) for name in config["tasks"]], torch.Generator().manual_seed(0))
+    beside = trained_beside(backbone, config.get("recipe", {}).get("trainable", "branches"))
+    held = method.held() | beside
+    if changed := sorted(held.keys() ^ tensors["adapters"].keys()):
+        raise UserError(f"{folder} does not fit {config['method']} of this version: {exchange.listed(changed)}")
+    with torch.no_grad():
+        for name, parameter in held.items():
+            parameter.copy_(tensors["adapters"][name])
+    method.load_state_dict(tensors["method"])
+    extras = _by_kind(outer_model(backbone), beside)
+    for key, tensor in tensors.get(EXTRAS, {}).items():
+        kind, _, name = key.partition(".")
+        extras.setdefault(kind, {})[name] = tensor
+    stages = values["tasks_done"]
+    last = stages == len(config["tasks"])
+    backbone.eval()
+    return Restored(config, results, folder.name, stages, last, method, outer_model(backbone), extras)
+
+
+def _by_kind(model: Any, parameters: dict[str, nn.Parameter]) -> dict[str, dict[str, Tensor]]:
+    """Parameters beside the branches as `exchange_authors.Released` has its extras: kind to name to tensor."""
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    ends = [
+        (part and part.weight, kind)
+        for part, kind in ((model.get_input_embeddings(), "embeddings"), (model.get_output_embeddings(), "head"))
+    ]
+    found: dict[str, dict[str, Tensor]] = {}
+    for label, parameter in parameters.items():
+        name = names.get(id(parameter))
+        kind = next((kind for weight, kind in ends if weight is parameter), "norms")
+        if name is None:
+            name = label.removeprefix("backbone.")
+            kind = name.partition(".")[0]
+        found.setdefault(kind, {})[name] = parameter.detach()
+    return found
+
+
+@contextmanager
+def whole(folder: Path) -> Iterator[Path]:
+    """A folder to write into that becomes ``folder`` when all is written. Raises UserError where that is not empty."""
+    if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
+        raise UserError(f"{folder} is there already and not empty; give another --to or delete it")
+    folder = folder.absolute()
+    unfinished = folder.with_name(f".{folder.name}.unfinished")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    unfinished.mkdir(parents=True)
+    try:
+        yield unfinished
+        os.replace(unfinished, folder)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def export(run: Path, to: Path, format: str, label: str | None = None, branches_only: bool = False) -> list[Path]:
+    """Writes a run's adapters into a folder that is not there yet. Returns the files.
+
+    Args:
+        format: "peft" (an adapter for each active branch), "peft-merged-rank" (one of their total rank), "authors"
+            (pytorch_model.bin as released) or "merged" (the transformers model with the branches in its weights).
+        label: the checkpoint's name; None: the last one between tasks.
+        branches_only: leaves out tensors beside the branches, which an imported adapter may have.
+
+    Raises:
+        UserError: what was trained cannot be said in that format, or something is there at ``to``.
+    """
+    if format not in FORMATS:
+        raise unknown("format", format, FORMATS)
+    with whole(to) as folder:
+        restored = restore(run, label)
+        name = restored.config["method"]
+        if type(restored.method).answer is not Method.answer:
+            raise UserError(f"{name} chooses by the question what takes part; no adapter can say that")
+        extras = {} if branches_only else restored.extras
+        notes = []
+        if branches_only and restored.extras:
+            notes.append(f"Left out, though trained with the branches: {_counted(restored.extras)}.")
+        if extras and format.startswith("peft"):
+            raise UserError(
+                f"--format {format} holds branches alone, and the run also has {_counted(extras)}; "
+                "--format authors and merged take them, --branches-only leaves them out"
+            )
+        exchange_authors.put_extras(restored.model, extras)
+        with restored.method.for_eval():
+            branches = exchange.branches_of(restored.model)
+            notes += _write(restored, folder, format, extras)
+            kept = reference(restored.model)
+        checkpoint.write_json(folder / REFERENCE, kept)
+        told = {
+            "checkpoint": restored.label,
+            "stages": restored.stages,
+            "last": restored.last,
+            "ranks": branches.ranks,
+            "scale": branches.scale,
+            "model": type(restored.model).__name__,
+            "notes": notes,
+        }
+        checkpoint.write_text(folder / "README.md", card(format, restored.config, restored.results, told, kept))
+        names = sorted(path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
+    return [to / name for name in names]
+
+
+def _counted(extras: dict[str, dict[str, Tensor]]) -> str:
+    return ", ".join(f"{kind} ({len(tensors)})" for kind, tensors in sorted(extras.items()))
+
+
+def _write(restored: Restored, folder: Path, format: str, extras: dict[str, dict[str, Tensor]]) -> list[str]:
+    """Writes the weights. Returns what a reader of the card should know."""
+    from safetensors.torch import save_file
+
+    model: Any = restored.model
+    if format == "authors":
+        state = exchange_authors.to_released(model, extras)
+        torch.save({name: tensor.contiguous() for name, tensor in state.items()}, folder / "pytorch_model.bin")
+        return []
+    if format != "merged":
+        exchange_peft.save_peft(model, folder, one=format == "peft-merged-rank")
+        return []
+    with exchange.merged(model):
+        model.save_pretrained(str(folder))
+    if (weights := restored.config.get("weights")) is not None:
+        for name in WITH_A_MODEL:
+            if (Path(weights) / name).is_file():
+                shutil.copyfile(Path(weights) / name, folder / name)
+    inside = exchange_authors.LANGUAGE_MODEL
+    beside = {name: t for kind, part in extras.items() if kind not in inside for name, t in part.items()}
+    if not beside:
+        return ["Frozen parts of the backbone outside this model are as they were pretrained, and not in this folder."]
+    save_file({name: tensor.contiguous() for name, tensor in beside.items()}, folder / "connection_layers.safetensors")
+    return ["Trained parts outside this model are in `connection_layers.safetensors`."]

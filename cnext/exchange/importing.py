@@ -1,0 +1,131 @@
+"""cnext import: an adapter from elsewhere as the folder of a run that ends with it, which `cnext export` takes."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cnext import backbones, methods, packages
+from cnext.adapters import exchange, exchange_authors, exchange_peft
+from cnext.adapters.exchange_authors import BESIDE, KINDS, LANGUAGE_MODEL, ROLES, Released
+from cnext.backbones.base import Backbone
+from cnext.errors import UserError, unknown
+from cnext.exchange.export import EXTRAS, REFERENCE, outer_model, whole
+from cnext.exchange.logit_check import agrees
+from cnext.runs import checkpoint, schemas
+from cnext.tensor_files import read_tensors
+
+FILES = ("pytorch_model.bin", "pytorch_model.bin/pytorch_model.bin", "model.safetensors")
+
+
+def import_adapter(
+    path: Path, to: Path, backbone: str = "tiny", method: str | None = None, weights: Path | None = None
+) -> str:
+    """Reads a PEFT adapter, a folder of several, or a released file, and writes it as a run folder. Returns a summary.
+
+    Args:
+        path: a file, or a folder.
+        to: a folder that is not there yet.
+        backbone: the model that the adapter is for.
+        method: "mage", "moelora" or "lora". None: mage where PEFT adapters have its branches' names, else lora; a
+            released file of several branches needs it said.
+        weights: folder of the backbone's weights; None where they come with the package.
+
+    Raises:
+        UserError: the file is not what was expected, does not fit the backbone, or gives other reference logits than
+            those that were exported with it.
+    """
+    if method is not None and method not in KINDS:
+        raise unknown("method of an adapter to import", method, KINDS)
+    with whole(to) as folder:
+        packages.require(*packages.MODELS)
+        model = backbones.load(backbone).load("cpu", weights)
+        connections = {name.partition(".")[0] for name in model.connections()}
+        found, method = _read(path, method, {*BESIDE, *connections})
+        ranks = found.branches.ranks
+        total, count = sum(ranks.values()), {"mage": len(ROLES), "lora": 1, "moelora": len(ranks)}[method]
+        if total % count:
+            raise UserError(f"a total rank of {total} cannot be divided among the {count} branches of {method}")
+        given = {"rank": total // count, "scale": found.branches.scale}
+        made = methods.load(method)(**given, **({"experts": count} if method == "moelora" else {}))
+        made.setup(model, [], torch.Generator().manual_seed(0))
+        outer = outer_model(model)
+        own = exchange.branches_of(outer).ranks
+        exchange.put_branches(outer, found.branches.regrouped(own))
+        exchange_authors.put_routers(outer, found.routers)
+        exchange_authors.put_extras(outer, found.extras)
+        _put_connections(model, found.extras)
+        checked = _check(path, outer, backbone)
+        config = _config(path, backbone, method, made, weights)
+        extras = {f"{kind}.{name}": tensor for kind, part in found.extras.items() for name, tensor in part.items()}
+        tensors = {"adapters": made.held(), "method": made.state_dict(), "optimizer": {}, EXTRAS: extras}
+        checkpoint.write_json(folder / "config.json", config)
+        checkpoint.save(folder / "checkpoints" / "0_imported", tensors, {"tasks_done": 0, "step": 0})
+    counted = ", ".join(f"{name} (rank {rank})" for name, rank in own.items())
+    lines = [f"{to}: {method} on {backbone}, {len(found.branches.pairs)} layers, branches {counted}"]
+    lines += [f"scale {found.branches.scale:g}; reference logits {checked}"]
+    lines += [f"also kept: {kind}, {len(part)} tensors" for kind, part in found.extras.items()]
+    lines += [f"ignored: {kind}, {number} tensors" for kind, number in found.ignored.items()]
+    return "\n".join(lines)
+
+
+def _read(path: Path, method: str | None, beside: Collection[str]) -> tuple[Released, str]:
+    if path.is_dir() and exchange_peft.is_peft(path):
+        if method == "moelora":
+            raise UserError("a PEFT adapter has no routers, which moelora needs; --method mage or lora")
+        branches = exchange_peft.read_peft(path)
+        return Released(branches), method or ("mage" if set(branches.ranks) == set(ROLES) else "lora")
+    file = path if path.is_file() else next((path / name for name in FILES if (path / name).is_file()), None)
+    if file is None:
+        looked = f"{exchange_peft.CONFIG}, */{exchange_peft.CONFIG}, {', '.join(FILES)}"
+        raise UserError(f"expected a file, or a folder with one of {looked}, at {path}; found none")
+    state = read_tensors(file)
+    if method is None and any(".loraA." in name for name in state):
+        raise UserError(f"{file} has several branches; say what they are: --method mage or --method moelora")
+    try:
+        return exchange_authors.from_released(state, method or "lora", beside=beside), method or "lora"
+    except UserError as error:
+        raise UserError(f"{file}: {error}") from error
+
+
+def _check(path: Path, model: torch.nn.Module, backbone: str) -> str:
+    """Compares with the reference logits that an export put beside the adapter."""
+    file = (path if path.is_dir() else path.parent) / REFERENCE
+    if not file.is_file():
+        return f"not compared: no {REFERENCE} beside it"
+    if not agrees(model, schemas.read(file, schemas.REFERENCE)):
+        raise UserError(
+            f"with this adapter {backbone} gives other logits than {file} says; is it of another backbone, or changed "
+            f"since? Delete {REFERENCE} to import it all the same"
+        )
+    return "as exported"
+
+
+@torch.no_grad()
+def _put_connections(model: Backbone, extras: Mapping[str, Mapping[str, Tensor]]) -> None:
+    """Copies connection layers into a backbone that has such. Another keeps them for the next export, and no more."""
+    own = model.connections()
+    given = {name: t for kind, part in extras.items() if kind not in LANGUAGE_MODEL for name, t in part.items()}
+    if not given.keys() & own.keys():
+        return
+    wrong = [
+        f"{name} {tuple(tensor.shape)}, expected {tuple(own[name].shape) if name in own else 'no such parameter'}"
+        for name, tensor in given.items()
+        if name not in own or own[name].shape != tensor.shape
+    ]
+    if wrong:
+        raise UserError(f"the file's connection layers do not fit backbone {model.name}: {exchange.listed(wrong)}")
+    for name, tensor in given.items():
+        own[name].copy_(tensor)
+
+
+def _config(path: Path, backbone: str, method: str, made: Any, weights: Path | None) -> dict[str, Any]:
+    hyperparameters = dataclasses.asdict(made)
+    values = {"method": method, "hyperparameters": hyperparameters, "backbone": backbone, "tasks": []}
+    values["weights"] = None if weights is None else str(weights)
+    return values | {"imported": path.resolve().name}

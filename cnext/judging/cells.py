@@ -1,0 +1,194 @@
+"""The answers of a run, stage x task, as a judge sees them, and the shares of each error type that its labels make."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from math import fsum, isclose
+from pathlib import Path
+from typing import Any
+
+from cnext.errors import UserError
+from cnext.judging.cases import Case, rule
+from cnext.judging.sampling import wilson
+from cnext.runs import schemas
+from cnext.scoring.base import ERROR_TYPES
+from cnext.scoring.kinds import known_words
+from cnext.scoring.matrix import IDENTITY_TOLERANCE, ScoreMatrix, metrics
+
+SHOWN = ("forgetting", "avg_hal", "avg_iuf", "avg_oth")
+_SCORED = {key: schemas.SCORED[key] for key in ("stage", "trained", "task", "scorer", "strict")}
+
+
+@dataclass(frozen=True)
+class Cell:
+    """The answers to one task after one stage. errors: those that fell short, each with its shortfall in percent."""
+
+    stage: int
+    trained: str
+    task: str
+    samples: int
+    score: float
+    errors: dict[Case, float]
+
+
+@dataclass(frozen=True)
+class JudgedRun:
+    """What a run answered. tasks: in training order."""
+
+    tasks: list[str]
+    cells: list[Cell]
+
+    @classmethod
+    def read(cls, run: Path) -> JudgedRun:
+        """Reads results.json, scores.jsonl and predictions/.
+
+        Raises:
+            UserError: one of them is missing or is not what it should be; names it.
+        """
+        file, scores = run / "results.json", run / "scores.jsonl"
+        for path in (file, scores):
+            if not path.is_file():
+                raise UserError(
+                    f"{path} is not there: a judge needs a whole run folder, with {file.name}, {scores.name} and "
+                    "predictions/; give one, or run cnext-run again"
+                )
+        results = schemas.read(file, {"tasks": [str], "writes": {str: [str]}})
+        tasks = results["tasks"]
+        rows = {(row["stage"], row["task"]): row for row in schemas.read_rows(scores, _SCORED)}
+        if strange := [key for key in rows if not 0 <= key[0] <= len(tasks) or key[1] not in tasks]:
+            raise UserError(f"{scores}: expected the stages and tasks of {file.name}, got {strange[0]}")
+        cells = [_cell(run, row, rows.get((0, row["task"])), results["writes"]) for row in rows.values()]
+        return cls(tasks, cells)
+
+    def matrix(self) -> ScoreMatrix:
+        """The scores of the stages after training."""
+        found = ScoreMatrix(len(self.tasks))
+        for cell in self.cells:
+            if cell.stage:
+                found.set(cell.stage - 1, self.tasks.index(cell.task), cell.score)
+        return found
+
+    def decisive(self) -> list[Cell]:
+        """The cells that the averages are made of: each task when it is learnt, and all of them at the last stage."""
+        last = self.matrix().stages_done
+        return [c for c in self.cells if c.stage and c.stage in (self.tasks.index(c.task) + 1, last)]
+
+
+def _cell(run: Path, row: dict[str, Any], zero_shot: dict[str, Any] | None, writes: dict[str, list[str]]) -> Cell:
+    stage, trained, task = row["stage"], row["trained"], row["task"]
+    path = run / "predictions" / f"{stage}_{trained}" / f"{task}.jsonl"
+    if not path.is_file() and zero_shot and {**zero_shot, "stage": stage, "trained": trained} == row:
+        # A method that trains nothing answers as before; the answers were written once.
+        path = run / "predictions" / f"0_{zero_shot['trained']}" / f"{task}.jsonl"
+    if not path.is_file():
+        raise UserError(f"{path}: a judge needs a run's predictions, found none there; run cnext-run again")
+    answers = schemas.read_rows(path, schemas.ANSWER)
+    score = fsum(answer["strict"] for answer in answers) / len(answers) if answers else -1.0
+    if not isclose(score, row["strict"], abs_tol=IDENTITY_TOLERANCE):
+        raise UserError(
+            f"{path}: expected answers with a mean score of {row['strict']}, as scores.jsonl has it, got "
+            f"{len(answers)} with {score}; they are not of one run"
+        )
+    known = known_words(text for answer in answers for text in (answer["instruction"], answer["answer"]))
+    errors = {}
+    for index, answer in enumerate(answers):
+        if answer["strict"] < 100.0:
+            case = _case(run, row, answer, index, known, "image" in writes.get(task, ()))
+            errors[case] = 100.0 - answer["strict"]
+    return Cell(stage, trained, task, len(answers), score, errors)
+
+
+def _case(
+    run: Path, row: dict[str, Any], answer: dict[str, Any], index: int, known: frozenset[str], draws: bool
+) -> Case:
+    source, target = (answer[name] and Path(answer[name]) for name in ("source_image", "target_image"))
+    kind = ("edit" if source else "draw") if draws else "box" if row["scorer"] == "box" else "text"
+    drawn, expected = answer["image"] and run / answer["image"], "" if draws else answer["answer"]
+    by_rule = rule(
+        row["scorer"], answer["text"], bool(drawn), expected, answer["instruction"], known, answer["error"] or "other"
+    )
+    asked = (kind, answer["instruction"], expected, answer["text"])
+    return Case(row["stage"], row["task"], index, answer["id"], *asked, drawn or None, source, target, by_rule)
+
+
+def booked(run: JudgedRun, cells: Sequence[Cell], labels: Mapping[Case, str | None]) -> dict[str, Any]:
+    """Shares per stage x task, E_c = (1/n) Σ_{s of type c} (100 - score_s), and the averages where all is judged.
+
+    Args:
+        labels: the error type of each case, None or absent where it was not judged.
+
+    Returns:
+        complete, unjudged (a count), cells (each with shares, its own counts and, where only some were judged, 95%
+        intervals of the types among those that no rule decides), metrics (``SHOWN``; None where incomplete).
+    """
+    rows = [_booked_cell(cell, labels) for cell in cells]
+    matrices = {kind: ScoreMatrix(len(run.tasks)) for kind in ERROR_TYPES}
+    for row in rows:
+        if row["stage"] and not row["unjudged"]:
+            for kind, matrix in matrices.items():
+                matrix.set(row["stage"] - 1, run.tasks.index(row["task"]), row["shares"][kind])
+    # Also checks that the shares of a cell add up to its shortfall, and the averages to Forgetting.
+    found = metrics(run.matrix(), error_matrices=matrices)
+    unjudged = sum(row["unjudged"] for row in rows)
+    return {
+        "complete": unjudged == 0,
+        "unjudged": unjudged,
+        "tasks": run.tasks,
+        "profile": "strict",
+        "metrics": {name: found[name] for name in SHOWN},
+        "cells": rows,
+    }
+
+
+def _booked_cell(cell: Cell, labels: Mapping[Case, str | None]) -> dict[str, Any]:
+    lost: dict[str | None, list[float]] = {kind: [] for kind in (*ERROR_TYPES, None)}
+    for case, shortfall in cell.errors.items():
+        lost[labels.get(case)].append(shortfall)
+    shares = {kind: fsum(parts) / cell.samples for kind, parts in lost.items()}
+    row = {
+        **{name: getattr(cell, name) for name in ("stage", "trained", "task", "samples", "score")},
+        "errors": len(cell.errors),
+        "by_rule": sum(case.decided for case in cell.errors),
+        "unjudged": len(lost[None]),
+        "shares": {kind: shares[kind] for kind in ERROR_TYPES},
+        "unjudged_share": shares[None],
+    }
+    if lost[None]:
+        asked = Counter(label for case in cell.errors if not case.decided and (label := labels.get(case)))
+        count = asked.total()
+        row["undecided_by_rule"] = {
+            "errors": row["errors"] - row["by_rule"],
+            "judged": count,
+            "types": {
+                kind: {"count": asked[kind], "interval": [100.0 * end for end in wilson(asked[kind], count)]}
+                for kind in ERROR_TYPES
+            },
+        }
+    return row
+
+
+def text(table: dict[str, Any]) -> str:
+    """A booked table in lines of text."""
+    width = max([4, *(len(f"{row['stage']} {row['trained']}") for row in table["cells"])])
+    wide = max([4, *(len(row["task"]) for row in table["cells"])])
+    lines = [
+        "What each score lacks to 100: hallucination (HAL), instruction unfollowing (IUF), other (OTH)",
+        f"{'stage':<{width}}  {'task':<{wide}}   score     HAL     IUF     OTH  unjudged",
+    ]
+    for row in table["cells"]:
+        shares = "".join(f"{row['shares'][kind]:8.2f}" for kind in ERROR_TYPES)
+        left = f"{row['unjudged']} of {row['errors']} ({row['unjudged_share']:.2f})" if row["unjudged"] else "0"
+        stage = f"{row['stage']} {row['trained']}"
+        lines.append(f"{stage:<{width}}  {row['task']:<{wide}}{row['score']:8.2f}{shares}  {left}")
+    names = {"forgetting": "Forgetting", "avg_hal": "Avg.HAL", "avg_iuf": "Avg.IUF", "avg_oth": "Avg.OTH"}
+    values = [(label, table["metrics"][name]) for name, label in names.items()]
+    lines.append("  ".join(f"{label} {'not known' if value is None else f'{value:.2f}'}" for label, value in values))
+    if guessed := table.get("estimates"):
+        ends = [(names[name], *(of[end] for end in ("estimate", "low", "high"))) for name, of in guessed.items()]
+        told = "  ".join(f"{name} {estimate:.2f} [{low:.2f}, {high:.2f}]" for name, estimate, low, high in ends)
+        lines.append(f"Estimated from those judged, with 95% intervals: {told}")
+    if not table["complete"]:
+        lines.append(f"INCOMPLETE: {table['unjudged']} errors are not judged; their share is booked to no type")
+    return "\n".join(lines)

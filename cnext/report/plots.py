@@ -1,0 +1,219 @@
+"""The report's plots, as SVG files that carry their own dark colours and are drawn without global state."""
+
+from __future__ import annotations
+
+import functools
+import io
+import re
+import textwrap
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from cnext.analysis.run import mean_seen, points
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+INK, MUTED, FAINT, PAPER = "#1b1b1a", "#666460", "#d6d3cb", "#fffefa"
+DARK = {INK: "#e9e6df", MUTED: "#a5a199", FAINT: "#45433f", PAPER: "#161618"}
+# Okabe and Ito's hues, darkened until each has a contrast of 3 or more on both papers.
+TASK_COLOURS = ("#0076b8", "#d55e00", "#009066", "#bc5f94", "#957000", "#6d68c9", "#3a8f9e", "#8a6f5c")
+SCORE_COLOUR = TASK_COLOURS[0]
+# Apart in lightness, so that they stay apart without hue.
+ERROR_COLOURS = {"hallucination": "#9c3a1c", "instruction_unfollowing": "#d98a55", "other": "#a9a59c"}
+ON_ERROR_COLOURS = {"hallucination": "#ffffff", "instruction_unfollowing": "#000000", "other": "#000000"}
+CENTRED: dict[Any, Any] = {"ha": "center", "va": "center"}
+CLEAR: dict[str, Any] = {"bbox": {"fc": PAPER, "ec": "none", "pad": 0.6, "alpha": 0.8}}
+"""A label that lines may pass behind."""
+
+STYLE: dict[Any, Any] = {
+    "font.size": 8,
+    "font.sans-serif": ["DejaVu Sans"],
+    "text.parse_math": False,
+    "text.color": INK,
+    "axes.facecolor": "none",
+    "axes.edgecolor": FAINT,
+    "axes.linewidth": 0.6,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.spines.left": False,
+    "xtick.color": FAINT,
+    "ytick.color": FAINT,
+    "xtick.labelcolor": MUTED,
+    "ytick.labelcolor": MUTED,
+    "xtick.labelsize": 7,
+    "ytick.labelsize": 7,
+    "xtick.major.size": 0,
+    "ytick.major.size": 0,
+    "svg.fonttype": "none",
+}
+
+
+def task_colour(index: int) -> str:
+    """The one colour of a task, by its place in the suite's training order."""
+    return TASK_COLOURS[index % len(TASK_COLOURS)]
+
+
+def svg(draw: Callable[..., Figure]) -> Callable[..., bytes]:
+    """Turns a function that draws a figure into one that returns it as SVG, the same bytes for the same arguments."""
+
+    @functools.wraps(draw)
+    def drawn(*args: object) -> bytes:
+        import matplotlib
+
+        buffer = io.BytesIO()
+        with matplotlib.rc_context({**STYLE, "svg.hashsalt": draw.__name__}):
+            draw(*args).savefig(buffer, format="svg", facecolor=PAPER, metadata={"Date": None, "Creator": None})
+        head, mark, body = buffer.getvalue().partition(b"<defs>")
+        return head + _stylesheet().encode() + mark + body
+
+    return drawn
+
+
+def _stylesheet() -> str:
+    """Dark colours by what is written in place, so that a viewer without style sheets still shows the light ones."""
+    dark = "".join(
+        f'[style*="{part}: {light}"]{{{part}:{colour}!important}}'
+        for light, colour in DARK.items()
+        for part in ("fill", "stroke")
+    )
+    font = "text{font-family:'Gill Sans','Gill Sans MT','Open Sans',Calibri,system-ui,sans-serif!important}"
+    return f"<style>{font}@media (prefers-color-scheme:dark){{{dark}}}</style>"
+
+
+def on_lines(name: str, width: int) -> list[str]:
+    """A name on lines of at most so many letters, broken where it has blanks, hyphens or commas; none of no name."""
+    return textwrap.wrap(re.sub(r",\s*", ", ", name), width)
+
+
+def panel(title: str, left: float = 0.28, right: float = 0.42, height: float = 0.95) -> tuple[Figure, Axes]:
+    """A figure 2.15 inches wide with its title and one pair of axes of that height, between margins in inches."""
+    from matplotlib.figure import Figure
+
+    titles = on_lines(title, 28)
+    width, bottom, more = 2.15, 0.22, 0.142 * max(0, len(titles) - 1)
+    total = bottom + height + 0.32 + more
+    figure = Figure(figsize=(width, total))
+    figure.text(0, 1 - (0.11 + more / 2) / total, "\n".join(titles), size=8.5, weight="bold", va="center")
+    return figure, figure.add_axes((left / width, bottom / total, 1 - (left + right) / width, height / total))
+
+
+@svg
+def score_matrix(scores: np.ndarray, stages: Sequence[str], tasks: Sequence[str], learnt: Sequence[int]) -> Figure:
+    """Heat map of (S, T) scores; under each value its change since the task was learnt; stage average at right.
+
+    learnt: for each task the row of the stage that learns it; row 0 is zero-shot.
+    """
+    from matplotlib.figure import Figure
+    from matplotlib.patches import Rectangle
+
+    count, label, cell, head = len(tasks), 0.2 + 0.075 * max(map(len, stages)), (0.82, 0.42), 0.34
+    slanted = max(map(len, tasks)) > 11
+    width, height = label + cell[0] * (count + 1.15), head + 0.7 * slanted + cell[1] * (len(stages) + 0.25)
+    figure = Figure(figsize=(width, height))
+    axes = figure.add_axes((0, 0, 1, 1))
+    axes.set(xlim=(-label / cell[0], count + 1.15), ylim=(len(stages) + 0.25, (-head - 0.7 * slanted) / cell[1]))
+    axes.axis("off")
+    slant: dict[str, Any] = {"rotation": 35, "ha": "left"} if slanted else {"ha": "center"}
+    for column, task in enumerate([*tasks, "average"]):
+        axes.text(column + 0.5 + 0.12 * (column == count), -0.22, task, color=MUTED, va="bottom", **slant)
+    for stage, name in enumerate(stages):
+        top = stage + 0.2 * (stage > 0)
+        axes.text(-label / cell[0], top + 0.5, name, va="center", color=MUTED)
+        average = mean_seen(scores[stage][[not stage or row <= stage for row in learnt]])
+        if np.isfinite(average):
+            axes.text(count + 0.62, top + 0.5, points(average), weight="bold", size=9.5, **CENTRED)
+        for column, value in enumerate(scores[stage]):
+            if not np.isfinite(value):
+                continue
+            corner, size, depth = (column + 0.02, top + 0.04), (0.96, 0.92), 0.06 + 0.64 * value / 100
+            axes.add_patch(Rectangle(corner, *size, color=SCORE_COLOUR, alpha=depth, lw=0))
+            if stage == learnt[column]:
+                axes.add_patch(Rectangle(corner, *size, fill=False, ec=INK, lw=1.2))
+            later = stage > learnt[column] and np.isfinite(scores[learnt[column], column])
+            axes.text(column + 0.5, top + (0.36 if later else 0.5), points(value), size=9.5, **CENTRED)
+            if later:
+                change = points(value - scores[learnt[column], column], signed=True)
+                axes.text(column + 0.5, top + 0.74, change, size=7, **CENTRED)
+    return figure
+
+
+@svg
+def accuracy(scores: np.ndarray, task: int | None, title: str) -> Figure:
+    """One task over the stages before a ghost of all others; None: the stage average."""
+    lines = np.where(np.arange(len(scores))[:, None] > np.arange(scores.shape[1]), scores, np.nan)
+    last = int(np.flatnonzero(np.isfinite(lines).any(1)).max(initial=0))
+    figure, axes = panel(title)
+    axes.plot(np.delete(lines, [] if task is None else task, 1), color=FAINT, lw=0.8)
+    line: Any
+    if task is None:
+        line = np.array([np.nan, *map(mean_seen, lines[1 : last + 1])])
+        colour, start, width = INK, mean_seen(scores[0]), 2.4
+    else:
+        line, colour, start, width = lines[: last + 1, task], task_colour(task), scores[0, task], 1.6
+    seen = np.flatnonzero(np.isfinite(line))
+    if len(seen):
+        first, end = seen[0], seen[-1]
+        axes.plot([0, first], [start, line[first]], color=colour, lw=0.7, ls=(0, (1, 2)))
+        axes.plot(line, color=colour, lw=width, marker="o", ms=3.2)
+        axes.text(end + 0.26, line[end], points(line[end]), weight="bold", size=8, va="center")
+        if end > first:
+            axes.text(first, line[first] + 7, points(line[first]), ha="center", color=MUTED, size=7, **CLEAR)
+    axes.plot(0, start, "o", ms=3.6, mfc=PAPER, mec=colour, mew=1)
+    axes.set(xlim=(-0.25, len(scores) - 0.6), ylim=(-4, 108), xticks=range(len(scores)), yticks=(0, 50, 100))
+    axes.grid(axis="y", color=FAINT, lw=0.4)
+    axes.set_axisbelow(True)
+    return figure
+
+
+@svg
+def errors(shares: dict[str, dict[str, float]], title: str) -> Figure:
+    """Stacked error shares in percent of all samples, one bar for each time: {"learnt": {error: share}, "end": ...}."""
+    figure, axes = panel(title, left=0.42, right=0.16, height=0.19 * len(shares))
+    for row, parts in enumerate(shares.values()):
+        left = 0.0
+        for error, share in parts.items():
+            axes.barh(row, share, 0.72, left=left, color=ERROR_COLOURS[error], lw=0)
+            if 10 <= share < sum(parts.values()):
+                axes.text(left + share / 2, row, f"{share:.0f}", color=ON_ERROR_COLOURS[error], size=7, **CENTRED)
+            left += share
+        axes.text(left + 1.5, row, points(left), size=8, weight="bold", va="center_baseline")
+    axes.set(xlim=(0, 100), ylim=(len(shares) - 0.5, -0.5), xticks=(0, 50, 100), yticks=range(len(shares)))
+    axes.set_yticklabels(list(shares))
+    return figure
+
+
+@svg
+def loss(values: np.ndarray, task: int, title: str) -> Figure:
+    """Training loss: mean of at most 60 bins of steps, and the band from their least to their greatest."""
+    finite = values[np.isfinite(values)]
+    figure, axes = panel(title)
+    if len(finite):
+        bins = np.array_split(values, min(60, len(values)))
+        ends = np.cumsum([len(part) for part in bins])
+        middle = ends - np.array([len(part) for part in bins]) / 2
+        least, means, greatest = (np.array([f(part) for part in bins]) for f in (np.min, np.mean, np.max))
+        axes.fill_between(middle, least, greatest, color=task_colour(task), alpha=0.25, lw=0)
+        axes.plot(middle, means, color=task_colour(task), lw=1.4)
+        axes.text(len(values) * 1.02, means[-1], f"{means[-1]:.2f}", weight="bold", size=8, va="center")
+        axes.set(xlim=(0, len(values)), ylim=(0, finite.max() * 1.05), xticks=(0, len(values)))
+        axes.set_yticks((0, finite.max()), ("0", f"{finite.max():.1f}"))
+    return figure
+
+
+@svg
+def retention(branch: dict[int, tuple[float, float]], count: int, title: str) -> Figure:
+    """Beta, the share of its old value that a parameter keeps, of one branch over the stages: {stage: (mean, std)}."""
+    stages, means, spreads = list(branch), *zip(*branch.values(), strict=True)
+    figure, axes = panel(title)
+    axes.errorbar(stages, means, spreads, color=MUTED, lw=0, elinewidth=0.8)
+    axes.plot(stages, means, "o", ms=4, color=INK)
+    for stage, mean, spread in zip(stages, means, spreads, strict=True):
+        axes.text(stage, mean + spread + 0.04, f"{mean:.2f}".removeprefix("0"), size=7, ha="center")
+    axes.set(xlim=(0.5, count + 0.5), ylim=(-0.04, 1.15), xticks=range(1, count + 1), yticks=(0, 0.5, 1))
+    axes.set_yticklabels(("0", ".5", "1"))
+    axes.grid(axis="y", color=FAINT, lw=0.4)
+    return figure

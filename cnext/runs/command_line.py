@@ -1,0 +1,100 @@
+"""Rebuild the command line of a run from config.json and options.json in its folder."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shlex
+from pathlib import Path
+from typing import Any
+
+from cnext import methods
+from cnext.errors import UserError
+from cnext.runs.checkpoint import write_text
+from cnext.config.run_config import OVERRIDES, RunConfig
+from cnext.tasks import suites
+from cnext.tasks.base import PROMPTS
+
+FILE = "options.json"
+"""What a run was asked for. config.json has what decides its numbers, resolved: no suite's folder, no --workers."""
+FLAGS = {"seed": "seeds"}
+"""Flags of ``cnext-run`` with another name than the field of `RunConfig`."""
+
+
+def write(config: RunConfig) -> Path:
+    """Writes what a run is asked for into its folder, where that does not say it yet."""
+    path, text = config.folder / FILE, json.dumps(dataclasses.asdict(config), indent=2, default=str) + "\n"
+    if not path.is_file() or path.read_bytes() != text.encode():
+        write_text(path, text)
+    return path
+
+
+def read(path: str | Path) -> RunConfig:
+    """The run that ``write`` wrote."""
+    values = json.loads(Path(path).read_text(encoding="utf-8"))
+    for field in dataclasses.fields(RunConfig):
+        value, kind = values[field.name], str(field.type)
+        if value is not None and kind.startswith(("Path", "tuple")):
+            values[field.name] = Path(value) if kind.startswith("Path") else tuple(value)
+    return RunConfig(**values)
+
+
+def command(config: dict[str, Any], options: dict[str, Any]) -> str:
+    """The command that resolves to a configuration.
+
+    Args:
+        config, options: config.json and options.json of the run; {} for a folder of before the latter.
+    """
+    # What both have is resolved in the first. A suite's name is not its folder.
+    given = _from_config(config) | {
+        name: value for name, value in options.items() if name == "suite" or name not in config
+    }
+    words = ["cnext-run"]
+    for field in dataclasses.fields(RunConfig):
+        value = given.get(field.name)
+        # A default that decides no numbers goes without saying.
+        if field.name == "hyperparameters" or value in (None, [], ()):
+            continue
+        if field.name in config or field.name in OVERRIDES or str(value) != str(field.default):
+            words += _flag(FLAGS.get(field.name, field.name), value)
+    method = config.get("method", "")
+    defaults = _defaults(method)
+    for name, value in config.get("hyperparameters", {}).items():
+        label = f"{method}.{name}"
+        if isinstance(value, bool):
+            # A flag that says the other of its default: --no-x where that is true.
+            words += _flag(label if value else f"{method}.no_{name}") if value != defaults.get(name) else []
+        elif value is not None or defaults.get(name) is not None:
+            words += _flag(label, value)
+    return shlex.join(words)
+
+
+def _flag(name: str, *values: Any) -> list[str]:
+    listed = [each for value in values for each in (value if isinstance(value, list | tuple) else [value])]
+    return [f"--{name.replace('_', '-')}", *map(str, listed)]
+
+
+def _defaults(method: str) -> dict[str, Any]:
+    """The defaults of a method's hyperparameters; {} for a method that is not installed here."""
+    try:
+        return {field.name: field.default for field in dataclasses.fields(methods.declared(method))}
+    except UserError:
+        return {}
+
+
+def _from_config(config: dict[str, Any]) -> dict[str, Any]:
+    """Options that resolve to a configuration, as far as that tells."""
+    given = {field.name: config[field.name] for field in dataclasses.fields(RunConfig) if field.name in config}
+    recipe = config.get("recipe", {})
+    # Given by a flag, a field is the same for all tasks; the same value by a flag changes nothing.
+    uneven = {name for own in recipe.get("by_task", {}).values() for name in own}
+    given |= {name: recipe[name] for name in OVERRIDES if name in recipe and name not in uneven}
+    pairs = config.get("backbone_options", {}).items()
+    given["backbone_options"] = [f"{k}={v if isinstance(v, str) else json.dumps(v)}" for k, v in pairs]
+    suite = config.get("suite", "")
+    base, _, wording = suite.rpartition("-")
+    if suite not in suites.names():
+        worded = wording in PROMPTS and base in suites.names()
+        # A folder of that name, which is not known.
+        given |= {"suite": base, "prompts": wording} if worded else {"suite": f"path/to/{suite}"}
+    return given

@@ -1,0 +1,127 @@
+"""What decides the bits of a result: results of different fingerprints may differ in the last digits, or in more.
+
+Standard library only but for `present`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from cnext.errors import UserError, parse_json
+from cnext.runs import environment
+
+PACKAGES = ("python", "cnext", "torch", "transformers", "open_clip_torch", "numpy", "pillow")
+UNKNOWN = "unknown"
+"""The fingerprint of results that have none: they are older."""
+
+
+def processor() -> str:
+    """The processor's model, as the system names it."""
+    info = Path("/proc/cpuinfo")
+    for line in info.read_text(encoding="utf-8", errors="replace").splitlines() if info.is_file() else ():
+        name, _, value = line.partition(":")
+        if name.strip() == "model name":
+            return value.strip()
+    return platform.processor() or platform.machine()
+
+
+def present(device: str, threads: int) -> dict[str, Any]:
+    """The fingerprint of a run on a device ("cpu", "cuda", "cuda:1") here, by field: words and numbers alone."""
+    import torch
+
+    from cnext.distributed import collectives
+    from cnext.ops import dispatch
+
+    versions = environment.versions()
+    kind = torch.device(device).type
+    return {
+        **{name: versions[name] for name in PACKAGES},
+        # With the build, which a package's version leaves out.
+        "torch": torch.__version__,
+        "system": f"{platform.system()} {platform.machine()}",
+        "processor": processor(),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "threads": threads,
+        "processes": collectives.world_size(),
+        "device": torch.cuda.get_device_name(device) if kind == "cuda" else kind,
+        "cuda": torch.version.cuda if kind == "cuda" else None,
+        "ops": dispatch.best(kind),
+    }
+
+
+def joined(parts: Iterable[Mapping[str, Any]]) -> dict[str, Any] | None:
+    """The fingerprint of a run whose parts were done under these: a field in which they differ has a list of values.
+
+    None for no parts.
+    """
+    parts = list(parts)
+    fields = dict.fromkeys(name for part in parts for name in part)
+    found = {}
+    for name in fields:
+        values = [part.get(name) for part in parts]
+        once = [value for place, value in enumerate(values) if value not in values[:place]]
+        found[name] = once[0] if len(once) == 1 else once
+    return {**found, "sha256": digest(found)} if parts else None
+
+
+def digest(fingerprint: Mapping[str, Any]) -> str:
+    """SHA-256 of a fingerprint's fields."""
+    return hashlib.sha256(json.dumps(fingerprint, sort_keys=True).encode()).hexdigest()
+
+
+def of_processes(file: Path) -> list[dict[str, Any]]:
+    """The fingerprints of the processes that have worked on a run so far, from its environment.json."""
+    if not file.is_file():
+        return []
+    try:
+        found = parse_json(file.read_bytes())
+    except ValueError as error:
+        raise UserError(f"{file} is not JSON ({error}); delete it") from error
+    listed = found.get("fingerprints") if isinstance(found, dict) else None
+    return [part for part in listed if isinstance(part, dict)] if isinstance(listed, list) else []
+
+
+def differences(one: Mapping[str, Any] | None, other: Mapping[str, Any] | None) -> list[str]:
+    """A line for every field in which two fingerprints differ."""
+    if one is None or other is None:
+        names = [UNKNOWN if each is None else "known" for each in (one, other)]
+        return [] if one is other else [f"fingerprint: {' and '.join(names)}"]
+    fields = [name for name in dict.fromkeys([*one, *other]) if name != "sha256"]
+    return [
+        f"{name}: {json.dumps(one.get(name))} and {json.dumps(other.get(name))}"
+        for name in fields
+        if one.get(name) != other.get(name)
+    ]
+
+
+def check_alike(fingerprints: Mapping[str, Mapping[str, Any] | None], mix: bool = False) -> list[str]:
+    """Notes on the environments of results that are to be averaged; none where they are alike.
+
+    Args: fingerprints: by the runs' names.  mix: whether different ones are averaged all the same, and noted.
+    Raises: UserError naming the fields in which two differ, else.
+    """
+    (first, expected), *others = fingerprints.items()
+    apart = {name: lines for name, found in others if (lines := differences(expected, found))}
+    for name, lines in apart.items() if not mix else ():
+        listed = "\n".join(f"  {line}" for line in lines)
+        raise UserError(
+            f"{first} and {name} were run in different environments, which decide bits:\n{listed}\n"
+            "--mix-environments averages them all the same, and the tables say so"
+        )
+    if not apart:
+        return []
+    count = len({digest(found or {}) for found in fingerprints.values()})
+    fields = dict.fromkeys(line for lines in apart.values() for line in lines)
+    return [f"Averaged over runs of {count} environments, which decide bits. {'; '.join(fields)}."]
+
+
+def older(fingerprints: Sequence[Mapping[str, Any] | None]) -> str:
+    """A note where results say nothing of their environment, "" where all do."""
+    count = sum(found is None for found in fingerprints)
+    listed = f"{count} of {len(fingerprints)} runs have no environment fingerprint (results of an earlier version)"
+    return f"{listed}; those count as one environment, {UNKNOWN!r}" if count else ""

@@ -1,0 +1,214 @@
+"""A run's folder: its configuration, its append-only logs, its checkpoints, and where to go on from."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Collection, Iterable
+from contextlib import ExitStack
+from pathlib import Path
+from typing import IO, Any
+
+from torch import Tensor
+
+from cnext.errors import UserError, parse_json
+from cnext.runs import checkpoint, schemas
+from cnext.runs.checkpoint import Damaged
+from cnext.runs.tensorboard import EventLog
+from cnext.shapes import wrong
+
+LOGS = {"train.jsonl": schemas.STEP, "scores.jsonl": schemas.SCORED}
+"""The append-only logs and their rows. A checkpoint has the length and the checksum that they had before it."""
+
+
+def _differences(old: Any, new: Any, path: str = "") -> list[str]:
+    if isinstance(old, dict) and isinstance(new, dict):
+        keys = sorted(old.keys() | new.keys())
+        return [
+            line for key in keys for line in _differences(old.get(key), new.get(key), f"{path}.{key}" if path else key)
+        ]
+    return [] if old == new else [f"  {path}: {json.dumps(old)} there, {json.dumps(new)} asked for"]
+
+
+def _append(path: Path, rows: Iterable[dict[str, Any]]) -> None:
+    with open(path, "a", encoding="utf-8") as file:
+        file.writelines(json.dumps(row) + "\n" for row in rows)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _rows(path: Path) -> list[dict[str, Any]]:
+    """The rows of an append-only log up to the first that is not whole, where an interruption cut it short."""
+    rows = []
+    for line in _content(path).split(b"\n")[:-1]:
+        try:
+            row = parse_json(line)
+        except ValueError:
+            break
+        if wrong(row, LOGS[path.name]):
+            break
+        rows.append(row)
+    return rows
+
+
+def _content(path: Path) -> bytes:
+    return path.read_bytes() if path.is_file() else b""
+
+
+def check_free(path: Path, config: dict[str, Any]) -> None:
+    """Raises UserError where a run of this configuration cannot go into a folder, or go on in it.
+
+    As it holds results of another configuration (every difference is named), or something else. A configuration that
+    stopped before its first result (at bad data, say) is replaced: nothing is lost with it.
+    """
+    there = next(place for place in (path, *path.parents, Path()) if place.exists())
+    if not there.is_dir():
+        raise UserError(f"expected a folder for the runs, {there} is a file; give another --out")
+    file = path / "config.json"
+    if file.is_file():
+        try:
+            old = parse_json(file.read_bytes())
+        except ValueError as error:
+            raise UserError(f"{file} is not JSON ({error}); give another --out or delete the folder") from error
+        changed = _differences(old, config)
+        if changed and (path / "scores.jsonl").exists():
+            listed = "\n".join(changed)
+            raise UserError(
+                f"{path} holds a run of another configuration:\n{listed}\ngive another --out or delete the folder"
+            )
+    elif path.is_dir() and any(not other.name.startswith(".") for other in path.iterdir()):
+        raise UserError(f"{path} is not empty and holds no config.json; give another --out")
+
+
+class RunFolder:
+    """Opens (or makes) the folder of one run. Raises UserError as `check_free`, and where a process has it open."""
+
+    def __init__(self, path: Path, config: dict[str, Any]) -> None:
+        self.path = path
+        self.checkpoints = path / "checkpoints"
+        self.events: EventLog | None = None
+        file = path / "config.json"
+        check_free(path, config)
+        path.mkdir(parents=True, exist_ok=True)
+        self._lock = self._locked()
+        with ExitStack() as undo:
+            undo.callback(self.close)
+            checkpoint.write_json(file, config)
+            self.checkpoints.mkdir(exist_ok=True)
+            undo.pop_all()
+
+    def _locked(self) -> IO[str]:
+        """The open lock file. The system lets go of it with the process, however that ends."""
+        lock = open(self.path / ".lock", "w")  # noqa: SIM115 (closed by close)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            lock.close()
+            raise UserError(f"another process is running in {self.path}; wait for it or give another --out") from error
+        return lock
+
+    def close(self) -> None:
+        if self.events is not None:
+            self.events.close()
+        self._lock.close()
+
+    def furthest(self, say: Callable[[str], None]) -> tuple[Path, dict[str, dict[str, Tensor]], dict[str, Any]] | None:
+        """(path, tensors, values) of the checkpoint to go on from: the furthest that is whole; None if there is none.
+
+        A damaged one, and one whose logs are no longer what they were, is left aside and named.
+
+        Raises: UserError where there are checkpoints and none is whole.
+        """
+        found, damaged = self._whole()
+        for _, path in reversed(found):
+            try:
+                tensors, values = checkpoint.load(path)
+                self._check_logs(values.pop("logs", {}))
+            except Damaged as error:
+                damaged.append(str(error))
+                continue
+            if damaged:
+                say(
+                    "\n".join([*dict.fromkeys(damaged), f"going back to {path.name}; what came after it is done again"])
+                )
+            return path, tensors, values
+        if damaged:
+            listed = "\n".join(dict.fromkeys(damaged))
+            raise UserError(f"no checkpoint of this run is whole:\n{listed}\ndelete {self.path} to begin again")
+        return None
+
+    def _check_logs(self, kept: dict[str, dict[str, Any]]) -> None:
+        for name in kept.keys() & LOGS.keys():
+            content = _content(self.path / name)[: kept[name]["bytes"]]
+            if self._seal(content) != kept[name]:
+                raise Damaged(f"{self.path / name} is not what was written")
+
+    @staticmethod
+    def _seal(content: bytes) -> dict[str, Any]:
+        return {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+
+    def _whole(self) -> tuple[list[tuple[tuple[int, int], Path]], list[str]]:
+        """Every checkpoint with (tasks finished, steps done in the one under way), the furthest last; what is wrong
+        with those that have no good manifest."""
+        found, damaged = [], []
+        for path in self.checkpoints.glob(f"[!.]*/{checkpoint.MANIFEST}"):
+            try:
+                values = checkpoint.manifest(path.parent)
+                found.append(((values["tasks_done"], values["step"]), path.parent))
+            except Damaged as error:
+                damaged.append(str(error))
+        return sorted(found), sorted(damaged)
+
+    def save(self, tensors: dict[str, dict[str, Any]], values: dict[str, Any], label: str) -> None:
+        """Writes a checkpoint. Of those inside a task one stays beside it, to go back to where it be damaged."""
+        logs = {name: self._seal(_content(self.path / name)) for name in LOGS}
+        checkpoint.save(self.checkpoints / label, tensors, {**values, "logs": logs})
+        for other in self.checkpoints.glob(".*"):
+            shutil.rmtree(other)
+        whole, _ = self._whole()
+        inside = [path for (_, step), path in whole if step and path.name != label]
+        for other in inside[:-1]:
+            shutil.rmtree(other)
+
+    def tidy(self, labels: Collection[str]) -> None:
+        """Removes every checkpoint but these: a finished run needs none of those inside a task."""
+        for other in self.checkpoints.iterdir():
+            if other.name not in labels:
+                shutil.rmtree(other)
+
+    def mirror(self, events: EventLog) -> None:
+        """Writes what is logged, so far and from now on, as events too."""
+        self.events = events
+        events.steps(_rows(self.path / "train.jsonl"))
+        for row in _rows(self.path / "scores.jsonl"):
+            events.score(row)
+
+    def log_steps(self, rows: list[dict[str, Any]]) -> None:
+        _append(self.path / "train.jsonl", rows)
+        if self.events is not None:
+            self.events.steps(rows)
+
+    def cut_steps(self, stage: int, step: int) -> None:
+        """Drops logged steps after the checkpoint that training goes on from: they will be done again."""
+        self._keep("train.jsonl", lambda row: (row["stage"], row["step"]) <= (stage, step))
+
+    def log_score(self, row: dict[str, Any]) -> None:
+        _append(self.path / "scores.jsonl", [row])
+        if self.events is not None:
+            self.events.score(row)
+
+    def scores(self, stage: int) -> dict[tuple[int, str], dict[str, Any]]:
+        """The rows of scores.jsonl by (stage, task); drops those of later stages than this, from the file too."""
+        rows = self._keep("scores.jsonl", lambda row: row["stage"] <= stage)
+        return {(row["stage"], row["task"]): row for row in rows}
+
+    def _keep(self, name: str, wanted: Callable[[dict[str, Any]], bool]) -> list[dict[str, Any]]:
+        """The wanted rows of a log; the file is written anew with them alone."""
+        rows = [row for row in _rows(self.path / name) if wanted(row)]
+        content = "".join(json.dumps(row) + "\n" for row in rows)
+        if content.encode() != _content(self.path / name):
+            checkpoint.write_text(self.path / name, content)
+        return rows

@@ -1,0 +1,169 @@
+"""``cnext-run --dry-run --gpus N``: what a run will need on GPUs that are not here, from the model's sizes alone.
+
+Nothing is loaded: the model is built on the meta device, and counts of samples are the suite's published ones. What a
+machine makes of it is assumed, said in the text, and can be given.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from cnext import backbones, methods, packages
+from cnext.backbones.base import Backbone
+from cnext.config.run_config import Plan
+from cnext.errors import UserError
+from cnext.methods.base import Method
+from cnext.tasks import suites
+from cnext.tasks.base import Task
+from cnext.training.batches import stable_seed
+from cnext.training.precision import DTYPES
+
+TEXT_TOKENS = 64
+"""Tokens of a sample's text, questions and answers together, assumed."""
+ANSWER_TOKENS = 8
+"""Tokens of a text answer, assumed."""
+BANDWIDTH = 2e12
+"""Bytes per second that a GPU reads weights at while it writes an answer, assumed (an H100 at 60% of its peak)."""
+TERAFLOPS = 400.0
+"""TFLOP/s that a GPU does in this work, assumed where nothing else is given (an H100 at 40% of its peak)."""
+AT_A_TIME = 16
+"""Answers written at a time, assumed."""
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Numbers of parameters: of the language model's layers that every token goes through, of all that is loaded, and
+    of what is trained."""
+
+    language: int
+    loaded: int
+    trained: int
+
+
+def text(planned: Plan, gpus: int, teraflops: float) -> str:
+    """The forecast of a run on ``gpus`` GPUs that compute ``teraflops`` TFLOP/s each, as they really do.
+
+    Raises: UserError where the sizes of the backbone are not known without its weights.
+    """
+    if gpus < 1 or not teraflops > 0:
+        raise UserError(f"--gpus must be at least 1 and --tflops above 0, got {gpus} and {teraflops}")
+    config, recipe = planned.config, planned.recipe
+    uneven = [name for name in planned.order if recipe.of(name).batch_size % gpus]
+    if uneven:
+        raise UserError(f"--gpus {gpus} cannot share the batches of {', '.join(uneven)} evenly; give another number")
+    packages.require(*packages.MODELS)
+    backbone = backbones.load(config.backbone).meta(config.weights)
+    method = methods.load(config.method)(**planned.hyperparameters)
+    tasks = [planned.suite.task(name) for name in planned.order]
+    method.setup(backbone, tasks, torch.Generator().manual_seed(stable_seed(config.seed, "adapters")))
+    sizes = _sizes(backbone, method, recipe.trainable)
+    what = f"{config.method} on {config.backbone}, suite {planned.suite.name} ({config.budget})"
+    counts = f"{sizes.loaded:,} in all, {sizes.language:,} of them in the language model; {sizes.trained:,} are trained"
+    lines = [
+        f"forecast: {what}, order {config.order}, {gpus} GPUs, {recipe.precision}",
+        f"parameters: {counts} ({recipe.trainable})",
+        f"{'task':<12} {'steps':>7} {'batch':>6} {'samples':>10} {'epochs':>7} {'tokens':>15} {'hours':>7}",
+    ]
+    hours, memory = 0.0, 0.0
+    for task in tasks:
+        own = recipe.of(task.name)
+        steps, length = own.steps[task.name], tokens(backbone, task)
+        samples = steps * own.batch_size
+        # Forward, the gradient of the activations, and with checkpointing forward again: 2 operations a weight each.
+        flops = samples * (
+            length * 2 * sizes.language * (3 if own.checkpointing else 2) + backbone.encoding_flops(task)
+        )
+        spent = flops / (gpus * teraflops * 1e12) / 3600
+        hours += spent
+        micro = own.micro_batch_size or own.batch_size // gpus
+        memory = max(memory, _memory(backbone, method, sizes, recipe.precision, own.checkpointing, micro * length))
+        count = own.train_samples or task.train_count
+        epochs = f"{samples / count:.1f}" if count else "?"
+        lines.append(
+            f"{task.name:<12} {steps:>7,} {own.batch_size:>6} {samples:>10,} {epochs:>7} {samples * length:>15,} "
+            f"{spent:>7.1f}"
+        )
+    asked = _questions(planned, tasks)
+    answering = sum(
+        count * _answer_seconds(backbone, task, sizes, recipe.precision, teraflops) for task, count in asked
+    )
+    answering /= gpus * 3600
+    pictures = sum(count for task, count in asked if "image" in task.writes)
+    size = _disk(method, sizes, len(tasks))
+    questions = f"{sum(count for _, count in asked):,} questions, {pictures:,} of them answered by a picture"
+    machine = f"{teraflops:g} TFLOP/s and {BANDWIDTH / 1e12:g} TB/s per GPU, {AT_A_TIME} answers at a time, no padding"
+    lines += [
+        f"evaluation: {questions}: {answering:.1f} hours",
+        f"time: {hours + answering:.1f} hours",
+        f"memory per GPU: {memory / 1e9:.1f} GB while training, the model whole on each",
+        f"disk: {size / 1e9:.1f} GB of checkpoints, and the answers",
+        f"assumed: {machine}, {TEXT_TOKENS} tokens of text a sample, {ANSWER_TOKENS} an answer; nothing was measured",
+    ]
+    return "\n".join(lines)
+
+
+def tokens(backbone: Backbone, task: Task) -> int:
+    """Positions of a sample of a task in the language model, its text of assumed length."""
+    read, written = backbone.picture_tokens
+    return TEXT_TOKENS + read * ("image" in task.reads) + written * ("image" in task.writes)
+
+
+def _sizes(backbone: Backbone, method: Method, trainable: str) -> Sizes:
+    own = {id(p): p.numel() for p in method.held().values()}
+    extras = {} if trainable == "branches" else backbone.connections()
+    if trainable == "released":
+        extras |= backbone.released_extras()
+    language = sum(p.numel() for p in backbone.language_model.parameters())
+    learnt = own | {id(p): p.numel() for p in extras.values()}
+    loaded = {id(p): p.numel() for p in backbone.parameters()} | own
+    return Sizes(language, sum(loaded.values()), sum(learnt.values()))
+
+
+def extra_bytes(method: str) -> str:
+    """What a method keeps after the six tasks of next-tiny on the tiny backbone, in words for its card."""
+    packages.require(*packages.MODELS)
+    made, suite = methods.load(method)(), suites.load("next-tiny")
+    made.setup(backbones.load("tiny").load(), suite.tasks, torch.Generator().manual_seed(0))
+    count = made.extra_bytes(len(suite.tasks))
+    return f"{count:,} at most beside one adapter of rank 32, after the tasks of next-tiny on the tiny backbone"
+
+
+def _memory(
+    backbone: Backbone, method: Method, sizes: Sizes, precision: str, checkpointing: bool, positions: int
+) -> float:
+    """Bytes: weights; of what is trained float32, gradient and two moments; the method's own; activations."""
+    width = DTYPES[precision].itemsize
+    config: Any = backbone.language_model.config
+    hidden, inner, layers = config.hidden_size, config.intermediate_size, config.num_hidden_layers
+    # A layer keeps about 8 vectors of the hidden size and 3 of the inner one; with checkpointing one layer at a time
+    # does, and of the others its input is kept. The logits, a quarter of the positions', are in float32, twice.
+    layer = positions * (8 * hidden + 3 * inner) * width
+    kept = layers * positions * hidden * width + layer if checkpointing else layers * layer
+    logits = positions / 4 * config.vocab_size * 8
+    learnt = sizes.trained * (16 + width)
+    # While a task is learnt, a method has about as much again of what it then keeps.
+    return (sizes.loaded - sizes.trained) * width + learnt + 2 * method.extra_bytes(1) + kept + logits
+
+
+def _questions(planned: Plan, tasks: list[Task]) -> list[tuple[Task, int]]:
+    """Questions asked of each task: zero-shot, after its own training and after every later task."""
+    return [
+        (task, (planned.recipe.test_samples or task.test_count) * (1 + len(tasks) - index))
+        for index, task in enumerate(tasks)
+    ]
+
+
+def _answer_seconds(backbone: Backbone, task: Task, sizes: Sizes, precision: str, teraflops: float) -> float:
+    reading = 2 * sizes.language * tokens(backbone, task) + backbone.encoding_flops(task)
+    written = ANSWER_TOKENS + backbone.picture_tokens[1] * ("image" in task.writes)
+    drawing = backbone.drawing_flops if "image" in task.writes else 0.0
+    words = written * sizes.language * DTYPES[precision].itemsize / BANDWIDTH / AT_A_TIME
+    return (reading + drawing) / (teraflops * 1e12) + words
+
+
+def _disk(method: Method, sizes: Sizes, tasks: int) -> float:
+    """A checkpoint after every task, and two inside one with the optimizer's two moments, in float32."""
+    return (4 * sizes.trained + method.extra_bytes(tasks)) * tasks + 2 * 12 * sizes.trained

@@ -1,0 +1,243 @@
+"""The tables of a study, from its run folders alone: means over seeds and orders, and differences paired by seed.
+
+Standard library only. ``table_formats`` writes what ``tabulate`` returns.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import random
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from math import fsum
+from pathlib import Path
+from typing import Any
+
+from cnext.errors import UserError, unknown
+from cnext.runs import fingerprint, schemas
+
+METRICS = {"avg_acc": "Avg.ACC", "forgetting": "Forgetting", "new_acc": "New.ACC"}
+SETTING = ("suite", "backbone", "split", "budget", "recipe")
+"""What the runs of one table must have in common."""
+BASELINE = "lora"
+RESAMPLES = 10_000
+FINISHED = {
+    **dict.fromkeys(("method", "order"), str),
+    "seed": int,
+    "tasks": [str],
+    "hyperparameters": dict,
+    "metrics": dict.fromkeys(METRICS, schemas.SCORE),
+    "cost": {"optimizer_steps": float},
+    "fingerprint?": (dict, None),
+}
+"""What a table needs of a finished run's results.json."""
+LEAST_PAIRS = 3
+"""With fewer pairs there is no interval: a bootstrap of two values is no more than those two."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished run, as far as a table needs it. values: by metric, None where the method has none. fingerprint: of
+    the environment, None where the run is older than fingerprints."""
+
+    folder: Path
+    method: str
+    order: str
+    tasks: tuple[str, ...]
+    seed: int
+    hyperparameters: dict[str, Any]
+    setting: dict[str, Any]
+    values: dict[str, float | None]
+    fingerprint: dict[str, Any] | None = None
+
+
+def find(paths: Iterable[Path]) -> list[Path]:
+    """The run folders named, and those inside other folders named, each once.
+
+    Raises: UserError where a path is no run folder and holds none.
+    """
+    found: dict[Path, Path] = {}
+    for path in paths:
+        inside = []
+        for folder, folders, files in os.walk(path):
+            folders.sort()
+            if "config.json" in files or "results.json" in files:
+                inside.append(Path(folder))
+                folders.clear()
+        if not inside:
+            raise UserError(f"{path} is no run folder and holds none; expected config.json and results.json")
+        found |= {folder.resolve(): folder for folder in inside}
+    return list(found.values())
+
+
+def read(folder: Path) -> Run | None:
+    """The run of a folder; None where it is not finished. Raises UserError where its files are damaged."""
+    file = folder / "results.json"
+    if not file.is_file() or not schemas.read(file, {"finished": bool})["finished"]:
+        return None
+    results = schemas.read(file, FINISHED)
+    config = schemas.read(folder / "config.json", dict.fromkeys(SETTING, str) | {"recipe": dict})
+    values = {key: results["metrics"][key] for key in METRICS}
+    if not results["cost"]["optimizer_steps"]:
+        # Nothing was learnt, so nothing can be new or forgotten.
+        values |= {"forgetting": None, "new_acc": None}
+    named = {key: results[key] for key in ("method", "order", "seed", "hyperparameters")}
+    setting = {key: config[key] for key in SETTING}
+    here = results.get("fingerprint")
+    return Run(folder, **named, tasks=tuple(results["tasks"]), setting=setting, values=values, fingerprint=here)
+
+
+def finished(folders: Iterable[Path]) -> list[Run]:
+    """The finished runs of these folders."""
+    return [run for run in map(read, folders) if run]
+
+
+def of_folders(folders: Iterable[Path], baseline: str | None = None, mix: bool = False) -> dict[str, Any]:
+    """``tabulate`` of the finished runs in these folders; the others are named."""
+    found = {folder: read(folder) for folder in folders}
+    missing = [str(folder) for folder, run in found.items() if run is None]
+    return tabulate([run for run in found.values() if run], baseline, missing, mix)
+
+
+def check_comparable(settings: Mapping[str, Mapping[str, Any]], keys: Sequence[str] = SETTING) -> None:
+    """Raises UserError where two runs differ in what a table must have in common. settings: by the runs' names."""
+    (first, expected), *others = settings.items()
+    for name, setting in others:
+        found = [line for key in keys for line in _differences(expected[key], setting[key], key)]
+        if found:
+            listed = "\n".join(f"  {line}" for line in found)
+            raise UserError(f"{first} and {name} are not comparable, one table cannot hold both:\n{listed}")
+
+
+def _differences(one: Any, other: Any, path: str) -> list[str]:
+    if isinstance(one, dict) and isinstance(other, dict):
+        keys = dict.fromkeys([*one, *other])
+        return [line for key in keys for line in _differences(one.get(key), other.get(key), f"{path}.{key}")]
+    return [] if one == other else [f"{path}: {json.dumps(one)} and {json.dumps(other)}"]
+
+
+def _labelled(runs: Sequence[Run]) -> list[Run]:
+    """The runs with the hyperparameters in which those of one method differ added to its name."""
+    labelled = []
+    for run in runs:
+        same = [other.hyperparameters for other in runs if other.method == run.method]
+        varying = [key for key in run.hyperparameters if any(h.get(key) != run.hyperparameters[key] for h in same)]
+        suffix = ", ".join(f"{key}={run.hyperparameters[key]}" for key in varying)
+        labelled.append(replace(run, method=f"{run.method} ({suffix})" if suffix else run.method))
+    return labelled
+
+
+def tabulate(
+    runs: Sequence[Run], baseline: str | None = None, missing: Sequence[str] = (), mix: bool = False
+) -> dict[str, Any]:
+    """Everything that the tables of a study show.
+
+    Args: baseline: the method to compare with (None: lora where it is there, else the first).  missing: names of runs
+    that are not finished, for the notes.  mix: whether runs of different environments are averaged.
+    Returns: ``rows`` (per method and order), ``orders`` (over the orders, of methods that have several),
+        ``differences`` (to the baseline), ``runs``.
+    Raises: UserError for no runs, runs that are not comparable or of different environments, a run twice, or an
+        unknown baseline.
+    """
+    if not runs:
+        raise UserError("no finished run to make a table of")
+    check_comparable({str(run.folder): run.setting for run in runs})
+    notes = fingerprint.check_alike({str(run.folder): run.fingerprint for run in runs}, mix)
+    runs = _labelled(runs)
+    once: dict[Any, Run] = {}
+    for run in runs:
+        other = once.setdefault((run.method, run.tasks, run.seed), run)
+        if other is not run:
+            raise UserError(f"{other.folder} and {run.folder} are the same run; name one of them")
+    # An order has one name in the table, however it was asked for.
+    names: dict[tuple[str, ...], str] = {}
+    cells: dict[str, dict[str, dict[int, Run]]] = {}
+    for run in runs:
+        cells.setdefault(run.method, {}).setdefault(names.setdefault(run.tasks, run.order), {})[run.seed] = run
+    base = baseline or (BASELINE if BASELINE in cells else next(iter(cells)))
+    if base not in cells:
+        raise unknown("baseline", base, list(cells))
+    setting = runs[0].setting
+    return {
+        "setting": {key: setting[key] for key in SETTING if key != "recipe"} | {"profile": "strict"},
+        "baseline": base,
+        "rows": [
+            {"method": method, "order": order, "seeds": sorted(seeds), **_over(seeds.values())}
+            for method, orders in cells.items()
+            for order, seeds in orders.items()
+        ],
+        "orders": [_over_orders(method, orders) for method, orders in cells.items() if len(orders) > 1],
+        "differences": [_paired(method, cells[method], cells[base]) for method in cells if method != base],
+        "runs": [{"method": r.method, "order": names[r.tasks], "seed": r.seed, **r.values} for r in runs],
+        "missing": list(missing),
+        **({"notes": notes} if notes else {}),
+    }
+
+
+def summary(values: Sequence[float]) -> dict[str, Any]:
+    """n, mean and sample standard deviation (n - 1); None where undefined."""
+    return {
+        "n": len(values),
+        "mean": fsum(values) / len(values) if values else None,
+        "sd": statistics.stdev(values) if len(values) > 1 else None,
+    }
+
+
+def _known(runs: Iterable[Run], metric: str) -> list[float]:
+    return [value for run in runs if (value := run.values[metric]) is not None]
+
+
+def _over(runs: Iterable[Run]) -> dict[str, Any]:
+    runs = list(runs)
+    return {"n": len(runs), **{metric: summary(_known(runs, metric)) for metric in METRICS}}
+
+
+def _over_orders(method: str, orders: dict[str, dict[int, Run]]) -> dict[str, Any]:
+    """The mean over all runs of a method, and the range (low, high) of its orders' means."""
+    every = [run for seeds in orders.values() for run in seeds.values()]
+    row = {"method": method, "orders": list(orders), "n": len(every)}
+    for metric in METRICS:
+        each = [found for seeds in orders.values() if (found := _known(seeds.values(), metric))]
+        means = [summary(found)["mean"] for found in each]
+        spread = {"sd": None, "low": min(means, default=None), "high": max(means, default=None)}
+        row[metric] = summary(_known(every, metric)) | spread
+    return row
+
+
+def _paired(method: str, cells: dict[str, dict[int, Run]], base: dict[str, dict[int, Run]]) -> dict[str, Any]:
+    """Differences of the runs with the same order and seed."""
+    pairs = [
+        (run.values, base[order][seed].values)
+        for order, seeds in cells.items()
+        for seed, run in seeds.items()
+        if seed in base.get(order, {})
+    ]
+    row: dict[str, Any] = {"method": method, "n": len(pairs)}
+    for metric in METRICS:
+        values = [(a[metric], b[metric]) for a, b in pairs]
+        known = [here - there for here, there in values if here is not None and there is not None]
+        low, high = interval(known)
+        row[metric] = {**summary(known), "low": low, "high": high}
+    return row
+
+
+@functools.cache
+def _resamples(n: int) -> list[list[int]]:
+    draw = random.Random(0)
+    return [draw.choices(range(n), k=n) for _ in range(RESAMPLES)]
+
+
+def interval(values: Sequence[float]) -> tuple[float | None, float | None]:
+    """95% percentile bootstrap interval of the mean, the same each time; (None, None) below ``LEAST_PAIRS`` values.
+
+    Reference: Efron and Tibshirani, An Introduction to the Bootstrap, 1993, chapter 13.
+    """
+    n = len(values)
+    if n < LEAST_PAIRS:
+        return None, None
+    means = sorted(fsum(map(values.__getitem__, indices)) / n for indices in _resamples(n))
+    outside = round(0.025 * RESAMPLES)
+    return means[outside], means[-1 - outside]

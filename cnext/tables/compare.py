@@ -1,0 +1,233 @@
+"""Compares a run's scores cell by cell with the paper's or another run's, where both were come by in the same way."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from cnext import methods
+from cnext.errors import UserError
+from cnext.runs import fingerprint
+from cnext.scoring import published
+from cnext.scoring.matrix import ScoreMatrix, points
+from cnext.scoring.matrix_file import ScoreRecord, from_json, read_json
+from cnext.tasks import suites
+
+CONDITIONS = ("suite", "backbone", "tasks", "split", "samples", "budget")
+"""What must be equal besides the scoring profile, by its name in results.json. Seeds and versions may differ."""
+
+SUITES_OWN = "the suite's"
+
+SCORES = ("score_matrix", "zero_shot", "error_matrix")
+"""What results.json holds for each profile."""
+
+
+@dataclass(frozen=True)
+class Side:
+    """One side of a comparison. deviations: standard deviations of some metrics over seeds. note: for the reader.
+    digests: by stage and what was trained, in order. fingerprint: None where there is none."""
+
+    name: str
+    method: str
+    conditions: dict[str, Any]
+    record: ScoreRecord
+    deviations: dict[str, float] = field(default_factory=dict)
+    note: str = ""
+    digests: dict[tuple[int, str], str] = field(default_factory=dict)
+    fingerprint: dict[str, Any] | None = None
+
+    def score(self, stage: int, task: str) -> float | None:
+        """The score on a task after a stage, 0 being zero-shot; None where not evaluated."""
+        i = self.record.tasks.index(task)
+        row = self.record.matrix.to_rows()[stage - 1] if stage else self.record.zero_shot
+        return row[i] if row else None
+
+    def metrics(self, stages: int) -> dict[str, float | None]:
+        """The metrics of the first stages."""
+
+        def first(matrix: ScoreMatrix) -> ScoreMatrix:
+            return ScoreMatrix.from_rows(matrix.to_rows()[:stages])
+
+        errors = self.record.errors and {kind: first(shares) for kind, shares in self.record.errors.items()}
+        return replace(self.record, matrix=first(self.record.matrix), errors=errors).metrics()
+
+
+def of_run(path: Path, profile: str | None = None) -> Side:
+    """A run folder or its results.json under a scoring profile; under its main one where it has no such profile.
+
+    Raises:
+        UserError: there are no results of a run; says where and what.
+    """
+    file = path / "results.json" if path.is_dir() else path
+    if not file.is_file():
+        raise UserError(f"{file}: expected the results of a run, found nothing; give a run folder or its results.json")
+    results = read_json(file)
+    needed = ("method", "tasks", "score_matrix", "profile", *CONDITIONS)
+    missing = [key for key in needed if not isinstance(results, dict) or key not in results]
+    if missing:
+        raise UserError(f"{file}: expected the results.json of a run, lacks {', '.join(missing)}; run cnext-run again")
+    profiles = results.get("profiles")
+    section = profiles.get(profile) if isinstance(profiles, dict) else None
+    if isinstance(section, dict):
+        results = {key: value for key, value in results.items() if key not in SCORES} | section
+    else:
+        profile = results["profile"]
+    # The released evaluators take a cosine as it is.
+    record = from_json(results, str(file), least=-100.0 if profile == "paper" else 0.0)
+    conditions = {
+        "profile": profile,
+        **{key: results[key] for key in CONDITIONS},
+        **_scored_by(file.parent, results["suite"]),
+    }
+    here = results.get("fingerprint")
+    return Side(
+        f"{results['method']} ({path})",
+        str(results["method"]),
+        conditions,
+        record,
+        digests=_digests(results.get("digests"), str(file)),
+        fingerprint=here if isinstance(here, dict) else None,
+    )
+
+
+def _scored_by(folder: Path, suite: Any) -> dict[str, str]:
+    """The CLIP that scored a run's pictures, of which config.json alone tells; nothing where it is not there.
+
+    A file named as the model that the suite has is that model: ViT-B-32.pt is openai/ViT-B-32.
+    """
+    file = folder / "config.json"
+    config = read_json(file) if file.is_file() else None
+    if not isinstance(config, dict) or "clip" not in config:
+        return {}
+    own, given = suites.load(suite).clip if suite in suites.names() else "", Path(str(config["clip"] or ""))
+    is_own = not config["clip"] or str(given) == own or (given.suffix and given.stem == Path(own).name)
+    return {"clip": SUITES_OWN if is_own else str(given)}
+
+
+def _digests(rows: Any, where: str) -> dict[tuple[int, str], str]:
+    """The digests of a results.json by (stage, what was trained); none where it has none."""
+    try:
+        return {(int(row["stage"]), str(row["trained"])): str(row["sha256"]) for row in rows or ()}
+    except (TypeError, KeyError, ValueError, OverflowError) as error:
+        raise UserError(f"{where}, digests: expected rows with stage, trained and sha256, got {error!r}") from error
+
+
+def _states(here: Side, there: Side) -> dict[str, Any] | None:
+    """Up to which stage both sides have learnt the same to the bit, and at which they part; None where a side has no
+    digests."""
+    if not here.digests or not there.digests:
+        return None
+    same: list[str] = []
+    for (stage, trained), digest in here.digests.items():
+        found = there.digests.get((stage, trained))
+        if found is None:
+            break
+        if found != digest:
+            return {"same": same, "part_at": f"{stage} {trained}"}
+        same.append(f"{stage} {trained}")
+    return {"same": same, "part_at": None}
+
+
+def of_paper(method: str) -> Side:
+    """What the Continual-NExT paper printed for a method. Raises UserError with the methods that it has."""
+    method = methods.canonical(method)
+    paper = published.continual_next()
+    conditions = {**paper["conditions"], "clip": SUITES_OWN}
+    tasks = conditions["tasks"]
+    matrix = published.score_matrix(paper, method)
+    zero_shot = published.score_matrix(paper, "zero-shot").to_rows()[-1]
+    record = ScoreRecord(tasks, matrix, zero_shot, writes=[paper["writes"][task] for task in tasks])
+    entry = paper["methods"][method]
+    name = f"{entry['title']} of the paper (tables {', '.join(map(str, entry['tables']))})"
+    note = f"error types are not compared: in the paper {paper['judge']} tells them apart, here rules do"
+    return Side(name, method, conditions, record, entry.get("deviations", {}), note)
+
+
+def compare(here: Side, there: Side, anyway: bool = False) -> dict[str, Any]:
+    """Scores and metrics of both sides and their differences, here less there, up to the last stage of both.
+
+    Raises:
+        UserError: the conditions differ, unless ``anyway``; or no score was evaluated on both sides.
+    """
+    unlike = [
+        {"condition": key, "here": value, "there": there.conditions[key]}
+        for key, value in here.conditions.items()
+        if key in there.conditions and value != there.conditions[key]
+    ]
+    if unlike and not anyway:
+        listed = "\n".join(_unlike(unlike))
+        raise UserError(f"{here.name} and {there.name} are not comparable:\n{listed}\n--anyway compares all the same")
+    stages = min(here.record.matrix.stages_done, there.record.matrix.stages_done)
+    tasks = [task for task in here.record.tasks if task in there.record.tasks]
+    scores = [
+        {task: _pair(here.score(stage, task), there.score(stage, task)) for task in tasks}
+        for stage in range(stages + 1)
+    ]
+    if not any(pair for row in scores for pair in row.values()):
+        raise UserError(f"{here.name} and {there.name} have no task and stage in common; there is nothing to compare")
+    theirs = there.metrics(stages)
+    metrics = {name: _pair(value, theirs[name]) for name, value in here.metrics(stages).items()}
+    for name, deviation in there.deviations.items():
+        if found := metrics[name]:
+            found["deviation_there"] = deviation
+    return {
+        "here": here.name,
+        "there": there.name,
+        "not_comparable": unlike,
+        "stages": stages,
+        "scores": scores,
+        "metrics": metrics,
+        "note": there.note,
+        "states": _states(here, there),
+        "environments": fingerprint.differences(here.fingerprint, there.fingerprint),
+    }
+
+
+def _pair(here: float | None, there: float | None) -> dict[str, float] | None:
+    return None if here is None or there is None else {"here": here, "there": there, "difference": here - there}
+
+
+def _unlike(unlike: list[dict[str, Any]]) -> list[str]:
+    return [f"  {row['condition']}: {_plain(row['here'])} here, {_plain(row['there'])} there" for row in unlike]
+
+
+def _plain(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {item}" for key, item in value.items())
+    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def text(comparison: dict[str, Any]) -> str:
+    """A comparison as two tables: every score with its difference, then every metric that both sides have."""
+    scores, metrics = comparison["scores"], comparison["metrics"]
+    lines = [f"here:  {comparison['here']}", f"there: {comparison['there']}"]
+    if comparison["not_comparable"]:
+        lines += ["NOT COMPARABLE:", *_unlike(comparison["not_comparable"])]
+    lines += ["", "score here, and how far it is above there, in percent"]
+    lines.append(f"{'after stage':<12}" + "".join(f"{task:>16}" for task in scores[0]))
+    for stage, row in enumerate(scores):
+        if any(row.values()):
+            cells = (f"{points(p['here'])} {points(p['difference'], '+'):>6}" if p else "-" for p in row.values())
+            lines.append(f"{stage or 'zero-shot':<12}" + "".join(f"{cell:>16}" for cell in cells))
+    width = max(map(len, metrics)) + 2
+    lines += ["", f"{'metric':<{width}}{'here':>8}{'there':>8}{'difference':>12}"]
+    for name, pair in metrics.items():
+        if pair:
+            here, there = points(pair["here"]), points(pair["there"])
+            spread = f"  there ± {points(pair['deviation_there'])} over seeds" if "deviation_there" in pair else ""
+            lines.append(f"{name:<{width}}{here:>8}{there:>8}{points(pair['difference'], '+'):>12}{spread}")
+    lines += [comparison["note"]] if comparison["note"] else []
+    return "\n".join([*lines, *_states_text(comparison)])
+
+
+def _states_text(comparison: dict[str, Any]) -> list[str]:
+    states = comparison["states"]
+    if states is None:
+        return []
+    same = states["same"]
+    lines = ["", f"states: the same to the bit up to stage {same[-1]}" if same else "states: not one is the same"]
+    if states["part_at"] is not None:
+        lines[-1] += f"; they part at stage {states['part_at']}"
+        lines += [f"  environments differ in {line}" for line in comparison["environments"]]
+    return lines

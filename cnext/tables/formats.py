@@ -1,0 +1,158 @@
+"""What ``tables.tabulate`` returns as Markdown, CSV, LaTeX or JSON. Standard library only."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from cnext.tables.aggregate import LEAST_PAIRS, METRICS, RESAMPLES
+
+NOTHING, MINUS = "\N{EN DASH}", "\N{MINUS SIGN}"
+LATEX = {
+    **{character: f"\\{character}" for character in "&%$#_{}"},
+    "\\": r"\textbackslash{}",
+    "~": r"\textasciitilde{}",
+    "^": r"\textasciicircum{}",
+    **{character: f"${character}$" for character in "<>|"},
+    MINUS: "$-$",
+    "±": r"$\pm$",
+    NOTHING: "--",
+    "Σ": r"$\Sigma$",
+    "→": r"$\to$",
+    "·": r"$\cdot$",
+}
+
+
+@dataclass(frozen=True)
+class Table:
+    """A caption, a head and rows of cells; the first ``words`` columns are words, the others figures."""
+
+    caption: str
+    head: list[str]
+    rows: list[list[str]]
+    words: int = 1
+
+
+def mark(text: str) -> str:
+    """Plain text as one line of Markdown in which nothing is markup."""
+    return re.sub(r"([\\`*_\[\]<>|#~$&!])", r"\\\1", " ".join(text.split()))
+
+
+def _figure(value: float | None, sign: str = "", decimals: int = 2) -> str:
+    if value is None:
+        return NOTHING
+    rounded = round(value, decimals) or 0.0
+    return f"{rounded:{sign if rounded else ''}.{decimals}f}".replace("-", MINUS)
+
+
+def cell(found: dict[str, Any], sign: str = "", decimals: int = 2) -> str:
+    """Mean, ± deviation, [low, high]: what there is of them."""
+    text = _figure(found["mean"], sign, decimals)
+    if found.get("sd") is not None:
+        text += f" ± {_figure(found['sd'], decimals=decimals)}"
+    if found.get("low") is not None:
+        text += f" [{_figure(found['low'], sign, decimals)}, {_figure(found['high'], sign, decimals)}]"
+    return text
+
+
+def _cells(row: dict[str, Any], sign: str = "") -> list[str]:
+    return [cell(row[metric], sign) for metric in METRICS]
+
+
+def blocks(study: dict[str, Any]) -> Iterator[Table]:
+    """The tables of a study."""
+    setting = study["setting"]
+    where = f"Suite {setting['suite']}, backbone {setting['backbone']}, budget {setting['budget']}"
+    caption = f"{where}, {setting['split']} items, {setting['profile']} scores in percent. "
+    caption += "Mean ± sample standard deviation of n runs."
+    if study["missing"]:
+        caption += f" Not finished and left out: {', '.join(study['missing'])}."
+    caption += "".join(f" {note}" for note in study.get("notes", ()))
+    rows = [[row["method"], row["order"], str(row["n"]), *_cells(row)] for row in study["rows"]]
+    yield Table(caption, ["method", "order", "n", *METRICS.values()], rows, words=2)
+    if study["orders"]:
+        caption = "Over the orders: mean of all runs, [least, greatest] of the orders' means."
+        rows = [[row["method"], str(len(row["orders"])), str(row["n"]), *_cells(row)] for row in study["orders"]]
+        yield Table(caption, ["method", "orders", "n", *METRICS.values()], rows)
+    if study["differences"]:
+        rows = [[row["method"], str(row["n"]), *_cells(row, "+")] for row in study["differences"]]
+        yield Table(_difference_caption(study), ["method", "pairs", *METRICS.values()], rows)
+
+
+def _difference_caption(study: dict[str, Any]) -> str:
+    caption = f"Difference to {study['baseline']}, paired by order and seed: mean ± sample standard deviation of pairs"
+    pairs = [row["n"] for row in study["differences"]]
+    if max(pairs) >= LEAST_PAIRS:
+        caption += (
+            f" [95% interval: percentile bootstrap over the pairs, {RESAMPLES:,} resamples]. "
+            "From few pairs it is coarse and rather too narrow: from three, as of three seeds, "
+            "it is no more than their range"
+        )
+    if min(pairs) < LEAST_PAIRS:
+        caption += f". No interval with fewer than {LEAST_PAIRS} pairs"
+    return caption + "."
+
+
+def markdown(study: dict[str, Any]) -> str:
+    """The study's tables as Markdown."""
+    return as_markdown(blocks(study))
+
+
+def as_markdown(tables: Iterable[Table]) -> str:
+    """Padded tables: to be read as they are, or rendered."""
+    parts = []
+    for block in tables:
+        widths = [max(3, *map(len, column)) for column in zip(block.head, *block.rows, strict=True)]
+        rules = ["-" * width if i < block.words else "-" * (width - 1) + ":" for i, width in enumerate(widths)]
+        lines = []
+        for row in (block.head, rules, *block.rows):
+            pairs = enumerate(zip(row, widths, strict=True))
+            cells = [cell.ljust(width) if i < block.words else cell.rjust(width) for i, (cell, width) in pairs]
+            lines.append(f"| {' | '.join(cells)} |")
+        parts.append(f"{block.caption}\n\n" + "\n".join(lines) + "\n")
+    return "\n".join(parts)
+
+
+def latex(study: dict[str, Any]) -> str:
+    """The study's tables as LaTeX."""
+    return as_latex(blocks(study))
+
+
+def as_latex(tables: Iterable[Table]) -> str:
+    """A table environment for each; needs the package booktabs."""
+    names = str.maketrans(LATEX)
+    parts = ["% \\usepackage{booktabs}\n"]
+    for block in tables:
+        head, *rows = [" & ".join(cell.translate(names) for cell in row) + r" \\" for row in (block.head, *block.rows)]
+        columns = "l" * block.words + "r" * (len(block.head) - block.words)
+        lines = [r"\begin{table}", r"\centering", rf"\caption{{{block.caption.translate(names)}}}"]
+        lines += [rf"\begin{{tabular}}{{{columns}}}", r"\toprule", head, r"\midrule", *rows, r"\bottomrule"]
+        parts.append("\n".join([*lines, r"\end{tabular}", r"\end{table}"]) + "\n")
+    return "\n".join(parts)
+
+
+def comma_separated(study: dict[str, Any]) -> str:
+    """A line per table, method, order and metric. low, high: of the orders' means, or of the 95% interval."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    figures = ["n", "mean", "sd", "low", "high"]
+    writer.writerow(["table", "method", "order", "metric", *figures])
+    for table in ("rows", "orders", "differences"):
+        for row in study[table]:
+            for metric in METRICS:
+                values = [row[metric].get(figure) for figure in figures]
+                writer.writerow([table, row["method"], row.get("order", ""), metric, *values])
+    return text.getvalue()
+
+
+def as_json(study: dict[str, Any]) -> str:
+    return json.dumps(study, indent=2, allow_nan=False) + "\n"
+
+
+FORMATS = {"markdown": markdown, "csv": comma_separated, "latex": latex, "json": as_json}
+SUFFIXES = {"markdown": "md", "csv": "csv", "latex": "tex", "json": "json"}

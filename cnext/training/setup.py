@@ -1,0 +1,107 @@
+"""What a run needs before it starts: its data, its model, and the CLIP that scores pictures."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from cnext import backbones, methods, packages
+from cnext.backbones.base import Backbone
+from cnext.config.run_config import Plan, cache, loading_options
+from cnext.methods.base import Method
+from cnext.scoring.clip import load_clip
+from cnext.tasks import formats, synthetic
+from cnext.tasks.base import DataError, Sample
+from cnext.training.batches import stable_seed
+from cnext.training.precision import DTYPES, in_float32
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What a run starts from. samples: as `read_suite` gives them.  extras: as `trained_beside` gives them."""
+
+    samples: dict[str, dict[str, list[Sample]]]
+    backbone: Backbone
+    method: Method
+    extras: dict[str, nn.Parameter]
+
+
+def prepare(planned: Plan, drawn: Path | None = None) -> Prepared:
+    """Reads and loads all that a run needs; a dry run as well, so that it refuses what a run refuses.
+
+    drawn: folder that a synthetic suite is drawn into, in place of the cache.
+    """
+    # What is missing is said before anything large is read, or fetched.
+    backbones.load(planned.config.backbone).check(planned.config.weights)
+    check_clip(planned, planned.device)
+    samples = read_suite(planned, data_folder(planned, drawn))
+    backbone = load_backbone(planned)
+    method = methods.load(planned.config.method)(**planned.hyperparameters)
+    generator = torch.Generator().manual_seed(stable_seed(planned.config.seed, "adapters"))
+    method.setup(backbone, [planned.suite.task(name) for name in planned.order], generator)
+    return Prepared(samples, backbone, method, trained_beside(backbone, planned.recipe.trainable))
+
+
+def data_folder(planned: Plan, drawn: Path | None = None) -> Path:
+    """The folder with the suite's files; a synthetic suite is drawn first, into the cache or the folder ``drawn``."""
+    recipe = planned.recipe
+    if planned.config.data is not None:
+        return planned.config.data
+    name = f"{planned.suite.name}-v{synthetic.FORMAT_VERSION}-{recipe.train_samples}-{recipe.test_samples}"
+    return synthetic.GENERATORS[planned.suite.synthetic](
+        (drawn or cache()) / name, recipe.train_samples, recipe.test_samples
+    )
+
+
+def read_suite(planned: Plan, data: Path) -> dict[str, dict[str, list[Sample]]]:
+    """Every sample that the run will use: split ("train" and the one evaluated) to task name to samples.
+
+    Raises: DataError with every unusable row of every file.
+    """
+    limits = {"train": planned.recipe.train_samples, planned.config.split: planned.recipe.test_samples}
+    samples: dict[str, dict[str, list[Sample]]] = {split: {} for split in limits}
+    problems = []
+    for name in planned.order:
+        for split, limit in limits.items():
+            try:
+                samples[split][name] = formats.read(planned.suite.task(name), data, split, limit)
+            except DataError as error:
+                problems.append(str(error))
+    if problems:
+        raise DataError("\n".join(problems))
+    return samples
+
+
+def load_backbone(planned: Plan) -> Backbone:
+    """The plan's backbone on its device, at its precision. Raises UserError where a task draws and it cannot."""
+    config, recipe = planned.config, planned.recipe
+    packages.require(*packages.MODELS)
+    backbone = backbones.load(config.backbone).load(
+        planned.device,
+        config.weights,
+        dtype=DTYPES[recipe.precision],
+        device_map=config.device_map,
+        checkpointing=recipe.checkpointing,
+        **loading_options(config.backbone, config.backbone_options),
+    )
+    if any("image" in planned.suite.task(name).writes for name in planned.order):
+        backbone.require_drawing()
+    return backbone
+
+
+def trained_beside(backbone: Backbone, trainable: str) -> dict[str, nn.Parameter]:
+    """What learns beside the method's own parameters, in float32, by name. trainable: as in `Recipe`."""
+    found = {} if trainable == "branches" else backbone.connections()
+    if trainable == "released":
+        found |= backbone.released_extras()
+    return in_float32({f"backbone.{name}": parameter for name, parameter in found.items()})
+
+
+def check_clip(planned: Plan, device: str) -> None:
+    """Loads the CLIP where a task draws. Raises UserError where it is not there, or is none."""
+    if any("image" in planned.suite.task(name).writes for name in planned.order):
+        packages.require("torchvision", "open_clip_torch")
+        load_clip(planned.suite.clip, device)

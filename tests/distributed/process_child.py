@@ -1,0 +1,70 @@
+"""One of several processes that learn together, in the environment of torchrun: METHODS DATA OUT.
+
+Every method learns two tasks, its batches shared out; the first process writes what has been learnt.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from cnext.backbones.tiny.model import TinyBackbone
+from cnext.distributed import collectives
+from cnext.distributed.processes import joined, sharded
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from methods.sequence import Sequence
+
+TASKS = ("VQAv2", "HQEdit")
+
+
+def learnt(method: str, data: Path) -> dict[str, torch.Tensor]:
+    """What a method holds after two tasks, and its state, whose floats are compared as well."""
+    made = Sequence(method, data)
+    model = made.tiny.language_model
+    whole = sum(p.numel() for p in model.layers[-1].parameters())
+    unevenly = sharded(model, made.method.held().values())
+    for name in TASKS:
+        made.learn(name)
+    if os.environ.get("ACCELERATE_USE_FSDP") or os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE"):
+        here = sum(getattr(p, "_local_tensor", p).numel() for p in model.layers[-1].parameters())
+        kept = sum(p.numel() for name, p in made.method.held().items() if name.startswith("layers.3."))
+        assert here - kept <= (whole - kept) / 2, f"{method}: {here} of {whole} numbers of a block, {kept} trained"
+    (question,) = made.tiny.encode_prepared([made.tiny.prepare(made.samples(TASKS[0])[0])])
+    with unevenly():
+        # One process calls the model more often than the other, as when its answers are longer.
+        for _ in range(1 + 2 * collectives.rank()):
+            features = made.tiny.question_features([question])
+    assert all(torch.equal(one, features[0]) for one in collectives.all_gather(features)), (
+        f"{method}: they compute another thing"
+    )
+    state = {f"state:{name}": value for name, value in made.method.state_dict().items()}
+    tensors = {name: parameter.detach() for name, parameter in made.method.held().items()} | state
+    return {name: tensor.contiguous().clone() for name, tensor in tensors.items()}
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    methods, data, out = sys.argv[1].split(","), Path(sys.argv[2]), Path(sys.argv[3])
+    with joined("cpu"):
+        assert collectives.world_size() == 2
+        assert isinstance(TinyBackbone.load(), TinyBackbone)
+        for method in methods:
+            found = learnt(method, data)
+            for name, value in found.items():
+                one, other = collectives.all_gather(value.double().reshape(1, -1))
+                assert torch.equal(one, other), f"{method}: {name} is not the same in both processes"
+            if collectives.rank() == 0:
+                save_file(found, out / f"{method}.safetensors")
+
+
+if __name__ == "__main__":
+    main()
+    # What is left is torch's teardown at the interpreter's end, where a thread of gloo's that still runs aborts it.
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)

@@ -1,0 +1,143 @@
+"""A process that is lost, and stopping while answers are written: nothing hangs, and what was finished is not lost."""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import torch
+from distributed.members import End, go
+from training.faults import KILL, TERM
+
+from cnext import RunConfig
+from cnext.runs import checkpoint
+
+ORDER, STEPS = "VQAv2,HQEdit", 4
+RESULTS = ("results.json", "scores.jsonl", "train.jsonl", "config.json")
+Make = Callable[[str], RunConfig]
+ZERO = {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "1"}
+OPTIMIZERS = {"whole": {}} | ({"divided": ZERO} if find_spec("deepspeed") else {})
+"""Where the optimizer's moments are: in every process, or divided."""
+
+
+@pytest.fixture(scope="module")
+def make(tmp_path_factory: pytest.TempPathFactory, toy_suite: Path, data: Path) -> Make:
+    """A configuration of two tasks of four steps, a block of two, in a folder of its own; six samples a step."""
+    folder = tmp_path_factory.mktemp("lost")
+    suite = shutil.copytree(toy_suite, folder / "micro")
+    manifest = json.loads((suite / "suite.json").read_text())
+    manifest["budgets"]["default"] |= {"train_samples": 12, "test_samples": 3, "batch_size": 6}
+    (suite / "suite.json").write_text(json.dumps(manifest))
+    shared = {"suite": str(suite), "data": data, "order": ORDER, "device": "cpu", "block_steps": 2}
+    return lambda name: RunConfig(out=folder / name, method="mage-pull", hyperparameters={"rank": 1}, **shared)
+
+
+@pytest.fixture(scope="module", params=[1, 2], ids=["one process", "two processes"])
+def whole(request: pytest.FixtureRequest, make: Make) -> tuple[int, RunConfig]:
+    """How many processes, and a run in them that nothing ended."""
+    made = make(f"whole-{request.param}")
+    assert [member.status for member in go(made, request.param)] == [0] * request.param
+    return request.param, made
+
+
+def same_end(config: RunConfig, whole: RunConfig) -> None:
+    for name in RESULTS:
+        assert (config.folder / name).read_bytes() == (whole.folder / name).read_bytes(), name
+    predictions = sorted(path.relative_to(whole.folder) for path in whole.folder.rglob("predictions/**/*.*"))
+    assert predictions
+    for path in predictions:
+        assert (config.folder / path).read_bytes() == (whole.folder / path).read_bytes(), path
+
+
+@pytest.fixture(scope="module")
+def of_two(make: Make) -> RunConfig:
+    made = make("of-two")
+    assert [member.status for member in go(made, 2)] == [0, 0]
+    return made
+
+
+LOST = [
+    (0, 0, "step"),
+    *(pytest.param(*lost, marks=pytest.mark.slow) for lost in ((1, 1, "step"), (0, 0, "answer"), (1, 1, "answer"))),
+]
+
+
+@pytest.mark.parametrize(("seed", "victim", "event"), LOST, ids=lambda value: str(value))
+def test_the_others_end_when_one_is_lost(seed: int, victim: int, event: str, make: Make, of_two: RunConfig) -> None:
+    """Killed at a random step or answer: the other says which was lost and ends, and both go on to the same bits."""
+    made = make(f"lost-{seed}-{event}")
+    moment = random.Random(seed).randint(1, 4 * STEPS if event == "step" else 5)
+    members = go(made, 2, End(KILL, moment, (event,), victim))
+    other = members[1 - victim]
+    assert members[victim].status == -9
+    assert other.status == 2, other.said
+    assert f"error: process {victim} of 2 (counted from 0) was lost" in other.said
+    assert "all finished blocks are saved; the same command goes on" in other.said
+    assert "Traceback" not in other.said
+    assert [member.status for member in go(made, 2)] == [0, 0]
+    same_end(made, of_two)
+
+
+@pytest.mark.slow
+def test_of_three_both_others_name_the_one_that_is_lost(make: Make) -> None:
+    """Also the one that waited for another than that which is lost."""
+    members = go(make("of-three"), 3, End(KILL, 5, ("step",), 1))
+    for other in (members[0], members[2]):
+        assert other.status == 2, other.said
+        assert "error: process 1 of 3 (counted from 0) was lost" in other.said
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", [KILL, TERM])
+def test_answers_of_finished_tasks_are_kept(kind: str, make: Make, whole: tuple[int, RunConfig]) -> None:
+    """Ended at the second of a stage's two tasks: the first one's answers are there, and are not asked for again."""
+    processes, expected = whole
+    made = make(f"evaluated-{processes}-{kind}")
+    members = go(made, processes, End(kind, 5, ("answer",), processes - 1))
+    assert members[-1].status == {KILL: -9, TERM: 0}[kind], members[-1].said
+    kept = made.folder / "predictions" / "2_HQEdit" / "VQAv2.jsonl"
+    written = kept.stat().st_mtime_ns
+    assert not kept.with_name("HQEdit.jsonl").exists()
+    for member in go(made, processes):
+        assert member.status == 0, member.said
+        assert (member.events["answer"], "step" in member.events) == (1, False)
+    assert kept.stat().st_mtime_ns == written
+    same_end(made, expected)
+
+
+def test_told_to_stop_while_the_first_writes_all_stop_together(make: Make, of_two: RunConfig) -> None:
+    """The signal comes to the process that saves a block, the ninth file, while the other waits to go on."""
+    made = make("while-writing")
+    members = go(made, 2, End(TERM, 9, ("half",)))
+    for member in members:
+        assert member.status == 0, member.said
+        assert "stopped by SIGTERM: saved after step 2 of 4 of VQAv2" in member.said
+    assert [member.status for member in go(made, 2)] == [0, 0]
+    same_end(made, of_two)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("processes", [1, 3])
+def test_another_number_of_processes_goes_on(optimizer: str, processes: int, make: Make, of_two: RunConfig) -> None:
+    """From a checkpoint that two have written in the middle of a task, the optimizer's moments in it."""
+    made = make(f"other-{processes}-{optimizer}")
+    go(made, 2, End(KILL, 7, ("step",), 1), **OPTIMIZERS[optimizer])
+    tensors, values = checkpoint.load(made.folder / "checkpoints" / "1_VQAv2_step2")
+    assert values["step"] == 2
+    moments = [tensor for name, tensor in tensors["optimizer"].items() if name.startswith("exp_avg_sq:")]
+    assert sum(map(torch.Tensor.numel, moments)) == values["ledger"]["trained"]["VQAv2"]["parameters"]
+    for member in go(made, processes, **OPTIMIZERS[optimizer]):
+        assert member.status == 0, member.said
+        assert member.events["step"] == 2 * (2 * STEPS - 2), "two steps are not done again"
+    losses = [
+        [json.loads(line)["loss"] for line in (config.folder / "train.jsonl").read_text().splitlines()]
+        for config in (made, of_two)
+    ]
+    assert losses[0][:2] == losses[1][:2]
+    assert losses[0] == pytest.approx(losses[1], rel=0.02)

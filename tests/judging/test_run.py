@@ -1,0 +1,336 @@
+"""``cnext judge``: a run's errors booked by rules, by a model behind a server, and from a file of verdicts."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from judging.judge_server import Judge, serving
+from PIL import Image
+
+from cnext.cli import main
+from cnext.judging.run import JudgeConfig, judge_run
+from cnext.judging.validation import LABELLED, validate
+from cnext.scoring.base import ERROR_TYPES
+from cnext.scoring.boxes import box
+from cnext.scoring.text import short_answer
+from cnext.tasks.base import Sample, Turn
+
+TASKS = {"colors": short_answer, "boxes": box, "pictures": None}
+SCORERS = {"colors": "short_answer", "boxes": "box", "pictures": "clip_text"}
+# By stage of training: each task is answered ever worse.
+ANSWERS = {
+    "colors": [
+        ["red", "red", "blue", "red", "red"],
+        ["red", "blue", "jm", "", "redish"],
+        ["djt", "", "blue", "redish", "a b"],
+    ],
+    "boxes": [None, ["[0.1,0.1,0.9,0.9]"] * 3, ["[0.1,0.1,0.9,0.9]", "left", "[0,0,0.1,0.1]"]],
+    "pictures": [None, None, [92.5, 0.0, 31.25]],
+}
+REFERENCES = {"colors": "red", "boxes": "[0.1,0.1,0.9,0.9]", "pictures": ""}
+
+
+@pytest.fixture(autouse=True)
+def no_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    """The folder of a run of three tasks: what a judge reads of it, scored by the package's own scorers."""
+    run, source, order = tmp_path / "run", tmp_path / "source.png", list(TASKS)
+    Image.new("RGB", (4, 4)).save(source)
+    scores = []
+    for stage, trained in enumerate(order, 1):
+        folder = run / "predictions" / f"{stage}_{trained}"
+        folder.mkdir(parents=True)
+        for task in order[:stage]:
+            rows = [_row(run, folder, task, source, *pair) for pair in enumerate(ANSWERS[task][stage - 1])]
+            (folder / f"{task}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+            strict = sum(row["strict"] for row in rows) / len(rows)
+            scores.append({"stage": stage, "trained": trained, "task": task, "scorer": SCORERS[task], "strict": strict})
+    (run / "scores.jsonl").write_text("".join(json.dumps(row) + "\n" for row in scores))
+    writes = {task: ["image" if task == "pictures" else "text"] for task in order}
+    (run / "results.json").write_text(json.dumps({"tasks": order, "writes": writes}))
+    return run
+
+
+def _row(run: Path, folder: Path, task: str, source: Path, index: int, answer: str | float) -> dict:
+    row = {"id": "same", "instruction": "What color is it?", "answer": REFERENCES[task], "text": "", "image": None}
+    row |= {"source_image": None if task == "pictures" else str(source), "target_image": None}
+    if task == "pictures":
+        if answer:
+            image = folder / f"{index}.png"
+            Image.new("RGB", (4, 4), (index, 0, 0)).save(image)
+            row["image"] = str(image.relative_to(run))
+        return row | {"strict": answer, "error": "hallucination" if answer else "instruction_unfollowing"}
+    from cnext.scoring.base import Prediction
+
+    samples = [Sample("same", (Turn(row["instruction"], row["answer"]),))]
+    score = TASKS[task](None, samples, [Prediction(answer)])[0]
+    return row | {"text": answer, "strict": score.strict, "error": score.error}
+
+
+def table(run: Path, name: str) -> dict:
+    return json.loads((run / "judge" / f"{name}.json").read_text())
+
+
+def growth(table: dict) -> float:
+    return sum(table["metrics"][f"avg_{name}"] for name in ("hal", "iuf", "oth"))
+
+
+def test_rules_add_up_to_forgetting(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["judge", str(run)]) == 0
+    shown = capsys.readouterr().out
+    found = table(run, "rules")
+    assert found["complete"]
+    assert len(found["cells"]) == 6
+    for cell in found["cells"]:
+        assert sum(cell["shares"].values()) == pytest.approx(100 - cell["score"])
+    # colors 80 to 0, boxes 100 to 33.3: forgetting (80 + 66.7) / 2.
+    assert found["metrics"]["forgetting"] == pytest.approx((80 + 200 / 3) / 2)
+    assert growth(found) == pytest.approx(found["metrics"]["forgetting"])
+    # colors at the end: djt, "", "redish" and "a b" of no color; boxes: "left".
+    assert found["metrics"]["avg_iuf"] == pytest.approx((80 + 100 / 3) / 2)
+    assert "Forgetting 73.33" in shown
+    assert "INCOMPLETE" not in shown
+    rows = [json.loads(line) for line in (run / "judge" / "rules.jsonl").read_text().splitlines()]
+    assert len(rows) == sum(cell["errors"] for cell in found["cells"])
+    scored = {}
+    for file in (run / "predictions").glob("*/*.jsonl"):
+        for index, line in enumerate(file.read_text().splitlines()):
+            scored[int(file.parent.name[0]), file.stem, index] = json.loads(line)["error"]
+    assert {(r["stage"], r["task"], r["index"]): r["error"] for r in rows}.items() <= scored.items()
+    before = (run / "judge" / "rules.json").read_bytes()
+    judge_run(run, JudgeConfig())
+    assert (run / "judge" / "rules.json").read_bytes() == before
+
+
+def test_a_model_judges_what_no_rule_decides(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with serving(Judge(brain=lambda messages: {"follows_instruction": True, "consistent": True})) as judge:
+        given = ["judge", str(run), "--judge", f"openai:{judge.url}", "--model", "org/Toy-1"]
+        assert main([*given, "--dry-run"]) == 0
+        assert "11 errors: 6 judged by rules, 5 for the judge, 4 requests to make: about" in capsys.readouterr().out
+        assert not judge.requests
+        assert not (run / "judge").exists()
+        assert main(given) == 0
+        assert len(judge.requests) == 4
+        found = table(run, "org-toy-1")
+        assert found["complete"]
+        assert growth(found) == pytest.approx(found["metrics"]["forgetting"])
+        assert found["metrics"]["avg_hal"] == 0
+        assert sum(cell["shares"]["other"] for cell in found["cells"]) > 0
+        verdicts = run / "judge" / "org-toy-1.jsonl"
+        before = (verdicts.read_bytes(), (run / "judge" / "org-toy-1.json").read_bytes())
+        assert main(given) == 0
+        assert len(judge.requests) == 4
+        assert (verdicts.read_bytes(), (run / "judge" / "org-toy-1.json").read_bytes()) == before
+    assert main(["judge", str(run), "--judge", f"replay:{verdicts}"]) == 0
+    replayed = table(run, "replay")
+    assert replayed["cells"] == found["cells"]
+    assert replayed["model"] == "org/Toy-1"
+
+
+def test_what_is_not_judged_is_counted_and_never_guessed(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with serving(Judge()) as judge:
+        config = JudgeConfig(f"openai:{judge.url}", "toy", limit=2, concurrency=1)
+        found = judge_run(run, config)
+        assert len(judge.requests) <= 2
+        assert "INCOMPLETE: 3 errors are not judged" in capsys.readouterr().out
+        assert not found["complete"]
+        assert found["reasons"] == {"beyond the limit": 3}
+        assert [found["metrics"][f"avg_{name}"] for name in ("hal", "iuf", "oth")] == [None] * 3
+        assert found["metrics"]["forgetting"] is not None
+        assert found["estimates"] is None, "a cell of which nothing is judged tells nothing"
+        for cell in found["cells"]:
+            assert sum(cell["shares"].values()) + cell["unjudged_share"] == pytest.approx(100 - cell["score"])
+            assert ("undecided_by_rule" in cell) == (cell["unjudged"] > 0)
+        part = next(c for c in found["cells"] if c["unjudged"])["undecided_by_rule"]
+        for kind in ERROR_TYPES:
+            low, high = part["types"][kind]["interval"]
+            assert 0 <= low <= 100 * part["types"][kind]["count"] / max(part["judged"], 1) <= high <= 100
+        done = len(judge.requests)
+        judge.script = ["ok"] * (done + 1) + [(401, {})] * 9
+        command = ["judge", str(run), "--judge", f"openai:{judge.url}", "--model", "toy", "--concurrency", "1"]
+        capsys.readouterr()
+        assert main(command) == 2
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1
+        assert "wants a key in OPENAI_API_KEY (status 401); what was judged is kept" in error
+        assert f"{run / 'judge' / 'toy.json'} is marked incomplete" in error
+        assert 0 < table(run, "toy")["unjudged"] < 3
+        judge.script = ()
+        assert main(command) == 0
+    assert table(run, "toy")["complete"]
+
+
+def answer_more(run: Path) -> None:
+    """More wrong answers to colors, which no rule decides."""
+    more = ["green", "pink", "cyan", "gold", "teal", "navy"]
+    rows = {}
+    for stage, trained in ((1, "colors"), (3, "pictures")):
+        file = run / "predictions" / f"{stage}_{trained}" / "colors.jsonl"
+        known = [json.loads(line) for line in file.read_text().splitlines()]
+        known += [known[-1] | {"id": text, "text": text, "strict": 0.0, "error": "hallucination"} for text in more]
+        file.write_text("".join(json.dumps(row) + "\n" for row in known))
+        rows[stage] = sum(row["strict"] for row in known) / len(known)
+    scores = [json.loads(line) for line in (run / "scores.jsonl").read_text().splitlines()]
+    for row in scores:
+        if row["task"] == "colors" and row["stage"] in rows:
+            row["strict"] = rows[row["stage"]]
+    (run / "scores.jsonl").write_text("".join(json.dumps(row) + "\n" for row in scores))
+
+
+def test_a_part_of_the_errors_gives_estimates(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    answer_more(run)
+    with serving(Judge(brain=lambda messages: {"follows_instruction": True, "consistent": False})) as judge:
+        given = ["judge", str(run), "--judge", f"openai:{judge.url}", "--model", "toy"]
+        assert main(given) == 0
+        whole = table(run, "toy")
+        assert "estimates" not in whole
+        assert main([*given, "--limit", "8"]) == 0
+    found = table(run, "toy")
+    assert not found["complete"]
+    assert [found["metrics"][name] for name in found["estimates"]] == [None] * 3
+    assert sum(of["estimate"] for of in found["estimates"].values()) == pytest.approx(found["metrics"]["forgetting"])
+    for name, of in found["estimates"].items():
+        assert of["low"] <= whole["metrics"][name] <= of["high"]
+    low, high = (found["estimates"]["avg_hal"][end] for end in ("low", "high"))
+    assert low < high
+    out = capsys.readouterr().out
+    assert f"Avg.HAL {found['estimates']['avg_hal']['estimate']:.2f} [{low:.2f}, {high:.2f}]  Avg.IUF" in out
+
+
+def test_words_that_a_task_knows_are_words(run: Path) -> None:
+    """A "tv" has no vowel, and is no slip of the form where the task asks about one; "djt" is."""
+    file = run / "predictions" / "3_pictures" / "colors.jsonl"
+    row = json.loads(file.read_text().splitlines()[0]) | {"instruction": "What is it?"}
+    asked = [("tv", "tv", 100.0, ""), ("lamp", "tv", 0.0, ""), ("lamp", "djt", 0.0, "")]
+    rows = [row | dict(zip(("answer", "text", "strict", "error"), of, strict=True)) for of in asked]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    scores = [json.loads(line) for line in (run / "scores.jsonl").read_text().splitlines()]
+    of_colors = {"stage": 3, "task": "colors"}
+    scores = [row | {"strict": 100 / 3} if row.items() >= of_colors.items() else row for row in scores]
+    (run / "scores.jsonl").write_text("".join(json.dumps(row) + "\n" for row in scores))
+    judge_run(run, JudgeConfig())
+    labels = [json.loads(line) for line in (run / "judge" / "rules.jsonl").read_text().splitlines()]
+    found = [row["error"] for row in labels if row.items() >= of_colors.items()]
+    assert found == ["hallucination", "instruction_unfollowing"]
+
+
+def test_every_run_of_a_folder_is_judged(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shutil.copytree(run, tmp_path / "study" / "one")
+    shutil.copytree(run, tmp_path / "study" / "two")
+    assert main(["judge", str(tmp_path / "study"), str(run)]) == 0
+    folders = [tmp_path / "study" / "one", tmp_path / "study" / "two", run]
+    assert all((folder / "judge" / "rules.json").is_file() for folder in folders)
+    assert [line for line in capsys.readouterr().out.splitlines() if line in map(str, folders)] == [*map(str, folders)]
+
+
+def test_replay_of_part_of_the_verdicts(run: Path) -> None:
+    with serving(Judge()) as judge:
+        judge_run(run, JudgeConfig(f"openai:{judge.url}", "toy"))
+    lines = (run / "judge" / "toy.jsonl").read_text().splitlines(keepends=True)
+    left = set()
+    for dropped in range(len(lines)):
+        (run / "part.jsonl").write_text("".join(lines[:dropped] + lines[dropped + 1 :]))
+        found = judge_run(run, JudgeConfig(f"replay:{run / 'part.jsonl'}"))
+        assert not found["complete"]
+        assert found["reasons"] == {"no verdict in the file": found["unjudged"]}
+        left.add(found["unjudged"])
+    assert left == {1, 2}, "one verdict is of two equal answers"
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        ("results.json", "is no run folder and holds none"),
+        ("scores.jsonl", "scores.jsonl is not there: a judge needs a whole run folder"),
+        ("predictions/3_pictures/boxes.jsonl", "boxes.jsonl: a judge needs a run's predictions, found none"),
+    ],
+    ids=["results", "scores", "predictions"],
+)
+def test_a_run_without_its_files_is_named(
+    spoil: str, message: str, run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (run / spoil).unlink()
+    assert main(["judge", str(run)]) == 2
+    error = capsys.readouterr().err
+    assert str(run) in error
+    assert message in error
+
+
+def test_answers_of_another_run_are_refused(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = run / "predictions" / "3_pictures" / "colors.jsonl"
+    path.write_text((run / "predictions" / "1_colors" / "colors.jsonl").read_text())
+    assert main(["judge", str(run)]) == 2
+    assert "they are not of one run" in capsys.readouterr().err
+
+
+def test_a_method_that_trains_nothing_is_judged_by_its_first_answers(run: Path) -> None:
+    lines = (run / "scores.jsonl").read_text().splitlines()
+    zero = json.loads(lines[0]) | {"stage": 0, "trained": "zero-shot"}
+    (run / "scores.jsonl").write_text("".join(f"{line}\n" for line in (json.dumps(zero), *lines)))
+    (run / "predictions" / "1_colors").rename(run / "predictions" / "0_zero-shot")
+    assert len(judge_run(run, JudgeConfig())["cells"]) == 7
+
+
+@pytest.mark.parametrize(
+    "given",
+    [["--judge", "gpt"], ["--judge", "openai:"], ["--judge", "replay:"], ["--limit", "-1"], ["--concurrency", "0"],
+     ["--timeout", "0"], ["--tries", "0"], ["--name", "../up"], ["--judge", "replay:nowhere.jsonl"]],
+    ids=lambda given: " ".join(given),
+)  # fmt: skip
+def test_bad_options_are_named(given: list[str], run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["judge", str(run), *given]) == 2
+    assert capsys.readouterr().err.startswith("error: ")
+    assert not (run / "judge").exists()
+
+
+@pytest.mark.parametrize(
+    "given",
+    [["--limit", "5"], ["--model", "toy"], ["--concurrency", "2"], ["--timeout", "9"], ["--tries", "2"],
+     ["--judge", "replay:nowhere.jsonl", "--model", "toy"], ["--out", "elsewhere"]],
+    ids=lambda given: " ".join(given),
+)  # fmt: skip
+def test_an_option_that_would_change_nothing_is_refused(
+    given: list[str], run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["judge", str(run), *given]) == 2
+    assert capsys.readouterr().err.startswith(f"error: {given[-2]} belongs to ")
+    assert not (run / "judge").exists()
+
+
+def test_validate_has_no_stages(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["judge", "validate", "--every-stage", "--out", str(tmp_path / "judge")]) == 2
+    assert "error: --every-stage belongs to run folders; leave it out" in capsys.readouterr().err
+    assert main(["judge", "validate", "--out", str(tmp_path / "judge")]) == 0
+    assert (tmp_path / "judge" / "rules.json").is_file()
+
+
+def test_validate(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    found = validate(JudgeConfig(), tmp_path)
+    assert found["judged"] == 200
+    assert found["confusion"]["hallucination"]["hallucination"] == 69
+    assert "accuracy 0.855  kappa 0.781  judged 200  unjudged 0" in capsys.readouterr().out
+
+    labelled = {
+        (row["instruction"], row["expected"], row["answer"]): row["error"] for row in json.loads(LABELLED.read_text())
+    }
+
+    def knowing(messages: list) -> dict[str, bool]:
+        data = json.loads(messages[1]["content"][-1]["text"].split(" ", 1)[1].rsplit(" ", 1)[0])
+        error = labelled[data["instruction"], data.get("expected", ""), data["answer"]]
+        return {"follows_instruction": error != "instruction_unfollowing", "consistent": error == "other"}
+
+    with serving(Judge(brain=knowing)) as judge:
+        found = validate(JudgeConfig(f"openai:{judge.url}", "toy"), tmp_path)
+        assert found["accuracy"] == 1.0
+        assert len(judge.requests) == 200 - 66
+        titles = {sum(part["type"] == "image_url" for part in r["messages"][1]["content"]) for r in judge.requests}
+        assert titles == {1, 3}
+        validate(JudgeConfig(f"openai:{judge.url}", "toy"), tmp_path)
+        assert len(judge.requests) == 200 - 66

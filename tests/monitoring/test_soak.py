@@ -1,0 +1,93 @@
+"""A long run: two thousand optimizer steps, and the memory that it has after the first hundreds is all it takes."""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import statistics
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.progress import ProgressSample
+
+from cnext import RunConfig, run
+from cnext.backbones.tiny.model import TinyBackbone
+from cnext.monitoring.progress import Progress
+
+STEPS, SAMPLED, COUNTED = 2000, 20, 250
+WARM, ENDS = 400, 300
+"""Steps after which everything has been allocated once, and steps at both ends of the rest that are compared."""
+GROWN = 3e6
+"""Bytes that the allocator may come to hold by chance; what leaks 2 KB a step leaks more."""
+
+
+def resident() -> int:
+    """Bytes of this process in memory."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+class Watched(Progress):
+    """Measures every few steps of a run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.memory: dict[int, int] = {}
+        self.objects: dict[int, int] = {}
+
+    def step(self, stage: int, name: str, row: dict[str, Any], steps: int) -> None:
+        super().step(stage, name, row, steps)
+        if row["step"] % SAMPLED == 0:
+            self.memory[row["step"]] = resident()
+        if row["step"] % COUNTED == 0:
+            gc.collect()
+            # The bars keep the last thousand times of each, no more.
+            self.objects[row["step"]] = sum(type(each) is not ProgressSample for each in gc.get_objects())
+
+
+def growth(values: dict[int, int]) -> float:
+    """Of the medians over the first steps that count and over the last."""
+    first = [value for step, value in values.items() if WARM < step <= WARM + ENDS]
+    last = [value for step, value in values.items() if step > STEPS - ENDS]
+    return statistics.median(last) - statistics.median(first)
+
+
+@pytest.fixture
+def shallow(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The tiny backbone with one layer of its four: what a step allocates is the same, and less of it."""
+    load = TinyBackbone.load
+
+    def loaded(*arguments: Any, **named: Any) -> TinyBackbone:
+        tiny = load(*arguments, **named)
+        tiny.language_model.layers = tiny.language_model.layers[:1]
+        tiny.language_model.config.num_hidden_layers = 1
+        return tiny
+
+    monkeypatch.setattr(TinyBackbone, "load", loaded)
+
+
+@pytest.mark.usefixtures("shallow")
+@pytest.mark.slow
+def test_memory_stays_flat_over_two_thousand_steps(tmp_path: Path, toy_suite: Path, data: Path) -> None:
+    suite = tmp_path / "suite"
+    suite.mkdir()
+    for path in toy_suite.iterdir():
+        (suite / path.name).write_bytes(path.read_bytes())
+    manifest = json.loads((suite / "suite.json").read_text())
+    manifest["budgets"]["default"] |= {
+        "steps": {"VQAv2": STEPS},
+        "train_samples": 4,
+        "test_samples": 1,
+        "batch_size": 1,
+    }
+    (suite / "suite.json").write_text(json.dumps(manifest))
+    config = RunConfig(
+        out=tmp_path / "runs", suite=str(suite), data=data, order="VQAv2", device="cpu", block_steps=100,
+        method="mage", hyperparameters={"rank": 1},
+    )  # fmt: skip
+    watched = Watched()
+    assert run(config, watched)["cost"]["optimizer_steps"] == STEPS
+    assert len(watched.memory) == STEPS // SAMPLED
+    assert growth(watched.memory) < GROWN, watched.memory
+    assert growth(watched.objects) <= 50, watched.objects

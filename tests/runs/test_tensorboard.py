@@ -1,0 +1,83 @@
+"""TensorBoard event files hold what the logs hold, each step once, however often a run was interrupted."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+
+from cnext.errors import UserError
+from cnext.runs import tensorboard
+from cnext.config.run_config import RunConfig, plan
+from cnext.runs.tensorboard import TRAINING, EventLog
+from cnext.runs.run_folder import RunFolder
+from cnext.scoring.base import ERROR_TYPES
+
+ENDS = {0: 0, 1: 4, 2: 7}
+
+
+def step(stage: int, number: int) -> dict:
+    return {"stage": stage, "task": "t", "step": number, **dict.fromkeys(TRAINING, 10.0 * stage + number)}
+
+
+def score(stage: int, strict: float) -> dict:
+    shares = dict.fromkeys(ERROR_TYPES, 0.0)
+    row = {"stage": stage, "trained": "t", "task": "VQAv2", "scorer": "text", "samples": 2}
+    return {**row, "strict": strict, "paper": 1.0, "errors": {"strict": shares, "paper": shares}}
+
+
+def scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    found = EventAccumulator(str(folder))
+    found.Reload()
+    return {tag: [(event.step, event.value) for event in found.Scalars(tag)] for tag in found.Tags()["scalars"]}
+
+
+def test_steps_count_over_the_whole_run(tmp_path: Path) -> None:
+    log = EventLog(tmp_path / "tensorboard", ENDS)
+    log.score(score(0, 5.0))
+    log.steps([step(1, 3), step(1, 4)])
+    log.score(score(1, 50.0))
+    log.steps([step(2, 1)])
+    log.close()
+    found = scalars(tmp_path / "tensorboard")
+    assert found["train/loss"] == [(3, 13.0), (4, 14.0), (5, 21.0)]
+    assert found["strict/VQAv2"] == [(0, 5.0), (4, 50.0)]
+    assert {f"train/{name}" for name in TRAINING} | {"strict/VQAv2", "paper/VQAv2"} == set(found)
+
+
+def test_a_resumed_run_has_every_step_once(tmp_path: Path) -> None:
+    config = {"method": "lora"}
+    for interrupted in (True, False):
+        folder = RunFolder(tmp_path, config)
+        folder.cut_steps(1, 2)
+        folder.mirror(EventLog(tmp_path / "tensorboard", ENDS))
+        if interrupted:
+            folder.log_score(score(0, 5.0))
+            folder.log_steps([step(1, 1), step(1, 2)])
+            folder.log_steps([step(1, 3)])
+        else:
+            folder.log_steps([step(1, 3), step(1, 4)])
+            folder.log_score(score(1, 50.0))
+        folder.close()
+    found = scalars(tmp_path / "tensorboard")
+    assert [number for number, _ in found["train/loss"]] == [1, 2, 3, 4]
+    assert found["strict/VQAv2"] == [(0, 5.0), (4, 50.0)]
+    logged = [json.loads(line)["step"] for line in (tmp_path / "train.jsonl").read_text().splitlines()]
+    assert logged == [1, 2, 3, 4], "train.jsonl is written with or without TensorBoard"
+
+
+def test_without_the_package_no_run_starts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"needs the package tensorboard; pip install 'cnext\[tensorboard\]'"):
+        plan(RunConfig(log="tensorboard"))
+    assert plan(RunConfig())
+
+
+def test_how_a_run_is_logged_is_not_part_of_what_it_is() -> None:
+    assert plan(RunConfig(log="tensorboard")).as_dict() == plan(RunConfig()).as_dict()
+    with pytest.raises(UserError, match="unknown log 'wandb'; valid: jsonl, tensorboard"):
+        plan(RunConfig(log="wandb"))

@@ -1,0 +1,85 @@
+"""Stands in for a run in a process of its own: quick, without torch, and it can be made to end badly by its seed."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import time
+from multiprocessing.connection import Connection
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+
+from cnext.config.run_config import RunConfig
+from cnext.errors import UserError
+from cnext.monitoring.progress import ForwardedProgress
+from cnext.monitoring.signals import Stop
+from cnext.studies import local
+
+ENDS_WELL, KILLED, USER_ERROR, CRASHES, GOES_ON, SAVES = range(6)
+EVENT = {"doing": "step 1 of 4", "share": 0.25, "left": 3.0, "whole": 4.0, "line": True}
+
+
+def write_results(config: RunConfig, score: float = 50.0) -> None:
+    """Files of a finished run, as far as the study reads them."""
+    setting = {"suite": "toy", "backbone": "tiny", "split": "test", "budget": "default", "recipe": {"steps": {"a": 4}}}
+    results = {
+        "method": config.method, "order": config.order, "seed": config.seed, "hyperparameters": {}, "tasks": ["a"],
+        "finished": True, "cost": {"optimizer_steps": 4}, "score_matrix": [[score]], "zero_shot": [score],
+        "metrics": {"avg_acc": score + config.seed, "forgetting": None, "new_acc": score},
+    }  # fmt: skip
+    config.folder.mkdir(parents=True, exist_ok=True)
+    if not (config.folder / "config.json").exists():
+        (config.folder / "config.json").write_text(json.dumps(setting))
+    (config.folder / "results.json").write_text(json.dumps(results | setting))
+    (config.folder / "report.html").touch()
+
+
+def run(config: RunConfig, progress: ForwardedProgress) -> None:
+    """What cnext.training.runner.run does, in small."""
+    if config.seed == SAVES:
+        saves(config, progress)
+    print(f"pid {os.getpid()}", flush=True)
+    progress.send(EVENT)
+    if config.seed == KILLED:
+        os.kill(os.getpid(), signal.SIGKILL)
+    if config.seed == USER_ERROR:
+        raise UserError("the data is bad")
+    if config.seed == CRASHES:
+        raise RuntimeError("a tensor is bad")
+    while config.seed == GOES_ON:
+        time.sleep(0.02)
+        progress.send(EVENT)
+    write_results(config)
+
+
+def saves(config: RunConfig, progress: ForwardedProgress) -> None:
+    """Goes on until it is told to stop, and takes a while to save."""
+    with Stop() as stop, stop.held():
+        print(f"pid {os.getpid()}", flush=True)
+        while not stop.requested:
+            time.sleep(0.02)
+            progress.send(EVENT)
+        time.sleep(0.3)
+        (config.folder / "saved").touch()
+        stop.check("saved after step 3")
+
+
+def child(config: RunConfig, connection: Connection) -> None:
+    """parallel._run around ``run``. To be found by name in the child, hence a module of its own."""
+    runner = ModuleType("cnext.training.runner")
+    runner.run = run
+    sys.modules[runner.__name__] = runner
+    real_child(config, connection)
+
+
+real_child = local._run
+
+
+def forever(out: str) -> None:
+    """A study of one run that does not end."""
+    local._run = child
+    config = RunConfig(out=Path(out), seed=GOES_ON)
+    config.folder.mkdir(parents=True)
+    local.side_by_side([SimpleNamespace(config=config)], 1)

@@ -1,0 +1,173 @@
+"""``--dry-run`` goes the way of a run: it loads and trains with what a run would, and refuses what a run refuses."""
+
+from __future__ import annotations
+
+import functools
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cnext import backbones
+from cnext.backbones.tiny.model import WEIGHTS, TinyBackbone
+from cnext.cli import run_main
+from cnext.errors import UserError
+from cnext.tasks import synthetic
+from cnext.training import trainer
+from cnext.training.trainer import TaskTrainer
+
+
+@pytest.fixture
+def flags(toy_suite: Path, data: Path, tmp_path: Path) -> list[str]:
+    paths = {"--suite": toy_suite, "--data": data, "--order": "VQAv2,HQEdit", "--out": tmp_path / "runs"}
+    return [*(str(part) for pair in paths.items() for part in pair), "--device", "cpu"]
+
+
+class Staged(TinyBackbone):
+    """The tiny backbone with an option of its own."""
+
+    @classmethod
+    def load(cls, *given: Any, stage: str = "first", **more: Any) -> Any:
+        return super().load(*given, **more)
+
+
+CHOICES = {
+    "none": [],
+    "weights": ["--weights", str(WEIGHTS)],
+    "precision": ["--precision", "bfloat16"],
+    "checkpointing": ["--checkpointing", "True"],
+    "device map": ["--device-map", "balanced"],
+    "backbone options": ["--backbone-options", "stage=second"],
+    "trainable": ["--trainable", "connections"],
+    "micro-batch": ["--micro-batch-size", "2", "--batch-size", "4"],
+    "schedule": ["--schedule", "released", "--learning-rate", "0.5"],
+    "workers": ["--workers", "1"],
+    "prompts": ["--prompts", "consistent"],
+    "method": ["--method", "replay", "--replay.samples", "3"],
+}
+
+
+@pytest.mark.parametrize("chosen", CHOICES.values(), ids=CHOICES.keys())
+def test_what_is_chosen_reaches_the_dry_run_as_it_reaches_a_run(
+    chosen: list[str], flags: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Seen at the two doors that everything goes through: the backbone's loading and the trainer."""
+    seen: list[list[Any]] = []
+    load, made = Staged.load.__func__, TaskTrainer.__init__
+
+    @functools.wraps(load)
+    def loaded(cls: type, *given: Any, **more: Any) -> Any:
+        seen[-1] += [given, more]
+        return load(cls, *given, **(more | {"device_map": None}))
+
+    def make(self: TaskTrainer, backbone: Any, method: Any, parameters: dict, samples: Any, *given: Any) -> None:
+        recipe, _steps, _seed, extras, workers = given
+        seen[-1] += [type(method), sorted(parameters), samples[0], recipe, sorted(extras), workers]
+        seen[-1].append(next(backbone.decoder.parameters()).dtype)
+        made(self, backbone, method, parameters, samples, *given)
+        raise UserError("seen enough")
+
+    monkeypatch.setattr(backbones, "load", lambda name: Staged)
+    monkeypatch.setattr(Staged, "load", classmethod(loaded))
+    monkeypatch.setattr(TaskTrainer, "__init__", make)
+    monkeypatch.setattr("cnext.training.runner.Runner._evaluate", lambda *_: None)
+    for more in ([], ["--dry-run"]):
+        seen.append([])
+        assert run_main([*flags, *chosen, *more]) == 2
+    assert len(seen[0]) == 9
+    assert seen[0] == seen[1]
+
+
+REFUSED = {
+    "weights": ["--weights", "nowhere"],
+    "device map": ["--device-map", "balanced"],
+    "clip": ["--clip", "nowhere.pt"],
+    "no data": ["--data", "nowhere"],
+    "a file as data": ["--data", "file"],
+    "data of something else": ["--data", "empty"],
+    "its last row": ["--data", "broken"],
+    "a folder of another run": ["--out", "taken"],
+    "a file as output": ["--out", "file"],
+    "launcher option": ["--launcher", "slurm", "--launcher-option", "x"],
+}
+
+
+@pytest.mark.parametrize("wrong", REFUSED.values(), ids=REFUSED.keys())
+def test_what_a_run_refuses_the_dry_run_refuses_in_the_same_words(
+    wrong: list[str],
+    flags: list[str],
+    data: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("file").write_text("no folder")
+    Path("empty").mkdir()
+    shutil.copytree(data, "broken")
+    rows = json.loads(Path("broken/HQEdit/questions/test.json").read_text())
+    del rows[-1]["instruction"]
+    Path("broken/HQEdit/questions/test.json").write_text(json.dumps(rows))
+    Path("taken/mage/VQAv2-HQEdit/seed-0").mkdir(parents=True)
+    Path("taken/mage/VQAv2-HQEdit/seed-0/precious").touch()
+    said = []
+    for more in (["--dry-run"], []):
+        assert run_main([*flags, *wrong, *more]) == 2
+        said.append([line for line in capsys.readouterr().err.splitlines() if not line.startswith(("note:", "run f"))])
+    assert said[0] == said[1]
+    assert said[0][0].startswith("error: ")
+    assert not any("Traceback" in line for line in said[0])
+
+
+def test_a_synthetic_suite_is_drawn_by_its_own_generator(
+    toy_suite: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn = []
+
+    def generator(folder: Path, train: int, test: int) -> Path:
+        drawn.append((train, test))
+        return synthetic.write_next_tiny(folder, train, test, seed=1)
+
+    monkeypatch.setitem(synthetic.GENERATORS, "other", generator)
+    folder = shutil.copytree(toy_suite, tmp_path / "suite")
+    manifest = json.loads((folder / "suite.json").read_text())
+    (folder / "suite.json").write_text(json.dumps(manifest | {"synthetic": "other"}))
+    assert run_main(["--suite", str(folder), "--order", "VQAv2", "--dry-run"]) == 0
+    assert drawn == [(32, 8)], "no more than is needed"
+
+
+def test_a_device_that_is_not_here_is_refused_whatever_the_launcher(
+    flags: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = [*flags, "--launcher", "slurm", "--device", "cuda:99", "--dry-run"]
+    assert run_main(flags) == 2
+    assert "device cuda:99 is not there" in capsys.readouterr().err
+
+
+def test_several_processes_are_refused(
+    flags: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert run_main([*flags, "--dry-run"]) == 2
+    assert "--dry-run times steps in one process; leave torchrun away" in capsys.readouterr().err
+
+
+def test_each_tasks_own_batch_size_counts(flags: list[str], toy_suite: Path, tmp_path: Path) -> None:
+    """And what is trained beside the branches counts in the disk's estimate."""
+    folder = shutil.copytree(toy_suite, tmp_path / "suite")
+    manifest = json.loads((folder / "suite.json").read_text())
+    manifest["budgets"]["default"]["by_task"] = {"HQEdit": {"batch_size": 3}}
+    (folder / "suite.json").write_text(json.dumps(manifest))
+    sizes = []
+    begin = trainer.TaskTrainer.train_step
+
+    def step(self: TaskTrainer) -> dict[str, Any]:
+        sizes.append((len(self.batches.at(0, 4)), self.recipe.batch_size))
+        return begin(self)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(TaskTrainer, "train_step", step)
+        assert run_main([*flags, "--suite", str(folder), "--dry-run"]) == 0
+    assert sizes == [(16, 16)] * 4 + [(3, 3)] * 4

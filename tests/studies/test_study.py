@@ -1,0 +1,546 @@
+"""Studies: runs side by side give the same bits, one that dies stops no other, and mistakes are found first."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from studies import fake_child
+from studies.fake_child import CRASHES, ENDS_WELL, EVENT, GOES_ON, KILLED, SAVES, USER_ERROR
+
+from cnext.cli import run_main
+from cnext.config.run_config import RunConfig, plan
+from cnext.errors import UserError
+from cnext.monitoring.progress import ForwardedProgress, StudyProgress
+from cnext.studies import local, resources
+from cnext.studies.usage_errors import line
+from cnext.training import runner
+
+ORDER = "VQAv2"
+
+
+@pytest.fixture(scope="module")
+def flags(toy_suite: Path, data: Path) -> list[str]:
+    paths = {"--suite": toy_suite, "--data": data, "--order": ORDER, "--device": "cpu"}
+    return [str(part) for pair in paths.items() for part in pair]
+
+
+@pytest.fixture
+def fake(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs in processes of their own are fake ones."""
+    monkeypatch.setattr(local, "_run", fake_child.child)
+
+
+def gone(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return True
+    return False
+
+
+def soon(holds: Callable[[], bool]) -> bool:
+    deadline = time.monotonic() + 600
+    while not holds() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    return holds()
+
+
+def pid_in(log: Path) -> int:
+    """The pid that a fake run writes into its log first."""
+    assert soon(lambda: log.is_file() and log.read_text().endswith("\n")), log
+    return int(log.read_text().split()[1])
+
+
+def test_side_by_side_gives_the_same_bits_and_finished_runs_are_read(
+    flags: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    several = [*flags, "--method", "lora", "zero-shot", "--out", str(tmp_path / "several")]
+    assert run_main([*several, "--jobs", "2"]) == 0
+    shown = capsys.readouterr()
+    assert "2 runs to do, 2 at a time (as asked)" in shown.err
+    assert run_main([*flags, "--method", "lora", "--out", str(tmp_path / "one")]) == 0
+    folder = "lora/VQAv2/seed-0"
+    for name in ("results.json", "scores.jsonl", "train.jsonl", "config.json"):
+        one, other = (tmp_path / out / folder / name for out in ("one", "several"))
+        assert one.read_bytes() == other.read_bytes(), name
+    assert "after 1 VQAv2" in (tmp_path / "several" / folder / "run.log").read_text()
+    tables = {path.name: path.read_text() for path in (tmp_path / "several").glob("study.*")}
+    assert sorted(tables) == ["study.csv", "study.html", "study.json", "study.md", "study.tex"]
+    assert tables["study.md"] in shown.out
+
+    def forbidden(*_: object) -> None:
+        raise AssertionError("run again")
+
+    monkeypatch.setattr(local, "one_after_another", forbidden)
+    monkeypatch.setattr(local, "side_by_side", forbidden)
+    (tmp_path / "several" / "study.md").unlink()
+    assert run_main(several) == 0
+    assert "2 of 2 runs are finished already" in capsys.readouterr().err
+    assert (tmp_path / "several" / "study.md").read_text() == tables["study.md"]
+
+
+@pytest.mark.usefixtures("fake")
+def test_a_run_that_dies_stops_no_other(flags: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    seeds = (KILLED, USER_ERROR, CRASHES, ENDS_WELL)
+    flags = [*flags, "--method", "lora", "--out", str(tmp_path), "--jobs", "2"]
+    assert run_main([*flags, "--seeds", *map(str, seeds)]) == 1
+    shown = capsys.readouterr()
+    folder = tmp_path / "lora/VQAv2"
+    for seed, why in (
+        (KILLED, "ended by signal 9, Killed; the system does this when memory runs out"),
+        (USER_ERROR, "exit status 2"),
+        (CRASHES, "exit status 1"),
+    ):
+        assert f"failed: lora/VQAv2/seed-{seed} ({why}), run folder {folder}/seed-{seed}" in shown.err
+    assert "    error: the data is bad" in shown.err
+    assert "    RuntimeError: a tensor is bad" in shown.err
+    assert "3 of 4 runs failed; the same command does only what is missing" in shown.err
+    assert "lora/VQAv2/seed-0: step 1 of 4; 0 min 03 s left" in shown.err
+    assert json.loads((tmp_path / "study.json").read_text())["rows"][0]["seeds"] == [ENDS_WELL]
+    assert f"left out: {folder}/seed-{KILLED}, {folder}/seed-{USER_ERROR}" in shown.out.replace("\n", " ")
+
+    assert run_main([*flags, "--seeds", str(ENDS_WELL), str(USER_ERROR), "7"]) == 2, "user errors alone"
+    shown = capsys.readouterr().err
+    assert "1 of 3 runs are finished already" in shown
+    assert "2 runs to do" in shown
+
+
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """The interrupt key raises, as at a terminal; a shell's background jobs are started with it ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("fake", "interruptible")
+def test_the_interrupt_key_stops_every_process(
+    flags: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    logs = [tmp_path / f"{method}/VQAv2/seed-{GOES_ON}/run.log" for method in ("lora", "mage")]
+    pids: list[int] = []
+
+    def interrupt() -> None:
+        pids.extend(pid_in(log) for log in logs)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    thread = threading.Thread(target=interrupt)
+    thread.start()
+    arguments = ["--method", "lora", "mage", "--seeds", str(GOES_ON), "--out", str(tmp_path), "--jobs", "2"]
+    assert run_main([*flags, *arguments]) == 130
+    thread.join()
+    assert "stopped by SIGINT: all that was finished is saved; the same command goes on" in capsys.readouterr().err
+    assert len(pids) == 2
+    assert all(map(gone, pids))
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+@pytest.mark.usefixtures("fake", "interruptible")
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 0), (signal.SIGINT, 130)], ids=["SIGTERM", "SIGINT"])
+def test_told_to_stop_a_study_waits_until_every_run_has_saved(
+    number: signal.Signals, status: int, flags: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folders = [tmp_path / f"{method}/VQAv2/seed-{SAVES}" for method in ("lora", "mage")]
+    pids: list[int] = []
+
+    def stop() -> None:
+        pids.extend(pid_in(folder / "run.log") for folder in folders)
+        os.kill(os.getpid(), number)
+
+    thread = threading.Thread(target=stop)
+    thread.start()
+    arguments = ["--method", "lora", "mage", "ewc", "--seeds", str(SAVES), "--out", str(tmp_path), "--jobs", "2"]
+    assert run_main([*flags, *arguments]) == status
+    thread.join()
+    assert f"stopped by {number.name}: all that was finished is saved; the same" in capsys.readouterr().err
+    assert all(map(gone, pids))
+    for folder in folders:
+        assert (folder / "saved").is_file()
+        assert "stopped by SIGTERM: saved after step 3; the same command goes on" in (folder / "run.log").read_text()
+    assert not (tmp_path / f"ewc/VQAv2/seed-{SAVES}/run.log").exists(), "no other run is begun"
+
+
+@pytest.mark.usefixtures("fake")
+def test_a_run_that_is_told_to_stop_alone_is_not_done(
+    flags: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    logs = [tmp_path / f"{method}/VQAv2/seed-{SAVES}/run.log" for method in ("lora", "mage")]
+    thread = threading.Thread(target=lambda: [os.kill(pid_in(log), signal.SIGTERM) for log in logs])
+    thread.start()
+    arguments = ["--method", "lora", "mage", "--seeds", str(SAVES), "--out", str(tmp_path), "--jobs", "2"]
+    assert run_main([*flags, *arguments]) == 1
+    thread.join()
+    shown = capsys.readouterr().err
+    assert f"failed: lora/VQAv2/seed-{SAVES} (told to stop, and saved as far as it was)" in shown
+    assert "2 of 2 runs failed; the same command does only what is missing" in shown
+
+
+def test_a_run_does_not_outlive_its_study(tmp_path: Path) -> None:
+    """Killed without a chance to say so: the run notices when it next sends something."""
+    code = f"from studies import fake_child; fake_child.forever({str(tmp_path)!r})"
+    paths = os.pathsep.join([str(Path(fake_child.__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
+    study = subprocess.Popen(
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": paths},
+        stderr=subprocess.DEVNULL,
+    )
+    log = tmp_path / f"mage/paper/seed-{GOES_ON}/run.log"
+    pid = pid_in(log)
+    assert not gone(pid)
+    study.kill()
+    study.wait()
+    assert soon(lambda: "the process of the study is gone" in log.read_text())
+
+
+def test_in_one_process_a_run_that_fails_stops_no_other(
+    flags: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(
+        runner, "run", lambda config, _: fake_child.run(config, SimpleNamespace(send=lambda event: None))
+    )
+    flags = [*flags, "--method", "lora", "--out", str(tmp_path), "--jobs", "1", "--seeds"]
+    assert run_main([*flags, str(CRASHES), str(USER_ERROR), str(ENDS_WELL)]) == 1
+    shown = capsys.readouterr().err
+    assert "RuntimeError: a tensor is bad" in shown
+    assert "error: the data is bad" in shown
+    assert (tmp_path / "study.md").is_file()
+    assert run_main([*flags, str(USER_ERROR), str(ENDS_WELL)]) == 2
+
+
+def test_without_its_baseline_there_is_no_table_yet(
+    flags: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def run(config: RunConfig, _: object) -> None:
+        if config.method == "mage":
+            raise UserError("the data is bad")
+        fake_child.write_results(config)
+
+    monkeypatch.setattr(runner, "run", run)
+    methods = ["--method", "lora", "mage", "--out", str(tmp_path), "--jobs", "1"]
+    assert run_main([*flags, *methods, "--baseline", "mage"]) == 2
+    shown = capsys.readouterr().err
+    assert "no run of mage is finished: there is no table yet" in shown
+    assert "failed: mage/VQAv2/seed-0" in shown
+    assert run_main([*flags, *methods]) == 2
+    assert "left out: " in (tmp_path / "study.md").read_text()
+
+
+MISTAKES = {
+    "no seed": (["--seeds"], "--seeds needs at least one value"),
+    "no order": (["--order"], "--order needs at least one value"),
+    "seed twice": (["--seeds", "0", "1", "0"], "--seeds has 0 more than once"),
+    "method twice": (["--method", "lora", "lora"], "--method has lora more than once"),
+    "order twice": (["--order", "paper", "paper"], "--order has paper more than once"),
+    "other tasks": (["--order", "VQAv2", "VQAv2,HQEdit"], "order VQAv2 and order VQAv2,HQEdit are not comparable"),
+    "same tasks": (
+        ["--order", "paper", "VQAv2,ImageNet,Flickr30k,OCRVQA,RefCOCO,HQEdit"],
+        "--order has the same order of tasks twice, as paper and as VQAv2,",
+    ),
+    "task twice": (["--order", "VQAv2,VQAv2"], "the order 'VQAv2,VQAv2' has VQAv2 more than once"),
+    "unknown task": (["--order", "VQAv2,COCO"], "unknown task in the order 'VQAv2,COCO': 'COCO'"),
+    "digit that is no number": (["--order", "random:\N{SUPERSCRIPT TWO}"], "unknown order 'random:"),
+    "empty order": (["--order", ""], "the order is empty"),
+    "no jobs": (["--jobs", "0"], "--jobs must be auto or a number of at least 1, got 0"),
+    "jobs of words": (["--jobs", "many"], "--jobs must be auto or a number of at least 1, got many"),
+    "baseline": (["--method", "mage", "lora", "--baseline", "ewc"], "unknown baseline 'ewc'; valid: mage, lora"),
+}
+
+
+@pytest.mark.parametrize(("wrong", "message"), MISTAKES.values(), ids=MISTAKES.keys())
+def test_mistakes_are_found_before_anything_starts(
+    wrong: list[str], message: str, flags: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run_main([*flags, "--out", str(tmp_path / "runs"), *wrong]) == 2
+    shown = capsys.readouterr().err
+    assert shown.startswith("error: ")
+    assert message in shown
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (["--mage.rank", "x"], "--mage.rank: invalid literal for int() with base 10: 'x'; expected --mage.rank INT"),
+        (["--mage.rank", "1.5"], "'1.5'; expected --mage.rank INT"),
+        (["--mage.c", "-1"], "mage: expected c > 0, got c=-1.0"),
+        (["--mage.cc", "1"], "Unrecognized options: --mage.cc, 1; perhaps you meant --mage.c FLOAT"),
+        (["--mage.strength", "1"], "hyperparameters here: --mage.rank, --mage.scale, --mage.dropout, --mage.average,"),
+        (["--split", "train"], "Expected one of ('test', 'validation')"),
+        (["--mage.average", "foo"], "unknown averaging rule 'foo'; valid: pema"),
+        (["--lora.rank", "3"], "Unrecognized options: --lora.rank"),
+        (["--seeds", "x"], "['x']; expected --seeds [INT [INT ...]]"),
+    ],
+    ids=["type", "no whole number", "range", "near miss", "unknown", "split", "choice", "other method", "seed"],
+)
+def test_a_wrong_flag_is_one_line_with_the_valid_choice(
+    wrong: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run_main(wrong) == 2
+    [shown] = capsys.readouterr().err.splitlines()
+    assert shown.startswith("error: ")
+    assert message in shown
+    assert len(shown) < 300
+
+
+@pytest.mark.parametrize(
+    ("method", "name", "value", "message"),
+    [
+        ("mage", "c", "2", "must be of type float, as 5.0 is, got '2'"),
+        ("mage", "rank", 1.5, "must be of type int, as 8 is, got 1.5"),
+        ("mage", "rank", True, "must be of type int, as 8 is, got True"),
+        ("mage", "average", None, "must be of type str, as 'pema' is, got None"),
+        ("mr-lora", "oracle", 1, "must be of type bool, as False is, got 1"),
+    ],
+)
+def test_a_hyperparameter_of_another_type_is_named(method: str, name: str, value: object, message: str) -> None:
+    with pytest.raises(UserError, match=re.escape(f"hyperparameter {name} of {method} {message}")):
+        plan(RunConfig(method=method, hyperparameters={name: value}))
+
+
+def test_a_whole_number_is_a_number() -> None:
+    assert plan(RunConfig(hyperparameters={"c": 2})).hyperparameters["c"] == 2
+
+
+def test_a_colored_box_of_any_width_is_one_line() -> None:
+    rows = "| Error parsing --mage.c: could not |\n| convert 'x' |\n| ---- |\n| See --help |\n"
+    box = f"\x1b[31m+-\x1b[0m Value error -+\n{rows}+--+\n"
+    assert line(box) == "--mage.c: could not convert 'x'"
+
+
+def test_an_order_that_lacks_tasks_says_which(
+    toy_suite: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    told = "note: order VQAv2,HQEdit leaves out Flickr30k, ImageNet, OCRVQA, RefCOCO, neither learnt nor tested; "
+    for order, expected in (
+        ("VQAv2,HQEdit", [told + "with all tasks: paper, reverse, alphabet, random:K"]),
+        ("paper", []),
+    ):
+        assert run_main(["--suite", str(toy_suite), "--order", order, "--method", "zero-shot", "--dry-run"]) == 0
+        assert [row for row in capsys.readouterr().err.splitlines() if row.startswith("note:")] == expected
+
+
+def test_a_folder_of_another_configuration_stops_the_study_first(
+    flags: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "lora/VQAv2/seed-1"
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text('{"method": "mage"}')
+    (folder / "scores.jsonl").touch()
+    assert run_main([*flags, "--method", "lora", "--seeds", "0", "1", "--out", str(tmp_path)]) == 2
+    assert f"{folder} holds a run of another configuration" in capsys.readouterr().err
+
+
+def test_the_dry_run_shows_totals_and_jobs(
+    flags: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    flags = [*flags, "--order", "VQAv2", "--method", "lora", "zero-shot", "--seeds", "0", "3", "--jobs", "2"]
+    assert run_main([*flags, "--dry-run"]) == 0
+    shown = capsys.readouterr().out
+    assert shown.count("plan: ") == 2
+    assert "the same with seed 3: runs/lora/VQAv2/seed-3" in shown
+    assert "all 4 runs: " in shown
+    assert "with 2 at a time; " in shown
+    assert "4 runs to do, 2 at a time (as asked)" in shown
+    assert list(tmp_path.iterdir()) == []
+
+
+def plans(count: int, backbone: str = "tiny", device: str = "cpu", threads: int = 1) -> list[SimpleNamespace]:
+    config = SimpleNamespace(backbone=backbone, threads=threads)
+    return [SimpleNamespace(config=config, device=device)] * count
+
+
+@pytest.fixture
+def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path]:
+    """A root with /proc and /sys of a machine with 8 cores and 16 GB to be had, and what else is given."""
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(8), raising=False)
+
+    def make(**files: str) -> Path:
+        for name, text in {"proc/meminfo": "MemTotal: 9 kB\nMemAvailable:   16000000 kB\n", **files}.items():
+            (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / name).write_text(text)
+        return tmp_path
+
+    return make
+
+
+def test_jobs_are_what_runs_cores_and_memory_allow(machine: Callable[..., Path]) -> None:
+    root = machine()
+    assert resources.decide(plans(3), root=root)[0] == 3
+    assert resources.decide(plans(30), root=root) == (
+        8,
+        "30 runs to do, 8 at a time (8 cores, 1 a run; 16.4 GB of memory, 1.1 a run)",
+    )
+    assert resources.decide(plans(30, threads=3), root=root)[0] == 2
+    assert resources.decide(plans(30, threads=16), root=root)[0] == 1
+    machine(**{"proc/meminfo": "MemAvailable: 2500000 kB\n"})
+    assert resources.decide(plans(30), root=root)[0] == 2
+    machine(**{"proc/meminfo": "MemAvailable: 2500 kB\n"})
+    assert resources.decide(plans(30), root=root)[0] == 1
+    assert resources.decide(plans(30), "5", root=root)[0] == 5
+    assert resources.decide(plans(3), "5", root=root)[0] == 3
+
+
+def test_jobs_are_one_on_a_gpu_and_where_the_need_is_not_known(machine: Callable[..., Path]) -> None:
+    assert resources.decide(plans(9, device="cuda:0"), root=machine())[0] == 1
+    found, why = resources.decide(plans(9, backbone="seed-x"), root=machine())
+    assert found == 1
+    assert "the memory that one on seed-x needs is not known" in why
+
+
+CONTROL_GROUPS = {
+    "v2, own group": {
+        "proc/self/cgroup": "0::/box/run\n",
+        "sys/fs/cgroup/box/run/memory.max": "5000000000\n",
+        "sys/fs/cgroup/box/run/memory.current": "2000000000\n",
+        "sys/fs/cgroup/box/run/memory.stat": "anon 1\ninactive_file 500000000\n",
+        "sys/fs/cgroup/box/run/cpu.max": "250000 100000\n",
+    },
+    "v2, group above": {
+        "proc/self/cgroup": "0::/box/run\n",
+        "sys/fs/cgroup/box/run/memory.max": "max\n",
+        "sys/fs/cgroup/box/run/cpu.max": "max 100000\n",
+        "sys/fs/cgroup/box/memory.max": "3500000000\n",
+        "sys/fs/cgroup/box/memory.current": "0\n",
+        "sys/fs/cgroup/box/cpu.max": "250000 100000\n",
+    },
+    "v1, at the root of a container": {
+        "proc/self/cgroup": "4:memory:/docker/ab\n2:cpu,cpuacct:/docker/ab\n",
+        "sys/fs/cgroup/memory/memory.limit_in_bytes": "3500000000\n",
+        "sys/fs/cgroup/memory/memory.usage_in_bytes": "0\n",
+        "sys/fs/cgroup/cpu/cpu.cfs_quota_us": "250000\n",
+        "sys/fs/cgroup/cpu/cpu.cfs_period_us": "100000\n",
+    },
+}
+
+
+@pytest.mark.parametrize("files", CONTROL_GROUPS.values(), ids=CONTROL_GROUPS.keys())
+def test_limits_of_control_groups_count(files: dict[str, str], machine: Callable[..., Path]) -> None:
+    root = machine(**files)
+    assert resources.memory(root) == 3.5e9
+    assert resources.cores(root) == 2.5
+    assert resources.decide(plans(30), root=root)[0] == 2
+
+
+def test_a_quota_of_none_is_no_limit(machine: Callable[..., Path]) -> None:
+    files = {"proc/self/cgroup": "2:cpu:/\n", "sys/fs/cgroup/cpu/cpu.cfs_quota_us": "-1\n"}
+    assert resources.cores(machine(**files, **{"sys/fs/cgroup/cpu/cpu.cfs_period_us": "100000\n"})) == 8
+
+
+def test_a_run_forwards_its_time_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Zero-shot and stage 1 of two tasks: evaluations of 2 s, steps of 1 s but for the first, which is not timed."""
+    clock = [0.0]
+    monkeypatch.setattr(time, "perf_counter", lambda: clock[0])
+    events: list[dict] = []
+    progress = ForwardedProgress(events.append)
+    config, recipe = SimpleNamespace(method="lora"), SimpleNamespace(steps={"a": 3, "b": 5})
+    progress.plan(SimpleNamespace(config=config, recipe=recipe, order=("a", "b")), 0, 0)
+    assert events[-1] == {"doing": "starting", "share": 0.0, "left": None, "whole": None, "line": False}
+
+    def evaluate(stage: int, task: str) -> None:
+        with progress.evaluating(stage, "x", task, 8):
+            clock[0] += 2.0
+
+    for task in ("a", "b"):
+        evaluate(0, task)
+    progress.stage(0, "zero-shot", [{"task": "a", "strict": 40.0}, {"task": "b", "strict": 50.0}])
+    assert events[-1]["line"]
+    assert "mean 45.0" in events[-1]["doing"]
+    assert events[-1]["left"] is None, "no step has been timed"
+    for step in (1, 2, 3):
+        clock[0] += 1.0
+        progress.step(1, "a", {"step": step, "loss": 0.5}, 3)
+    # To come: 5 steps of 1 s and 3 evaluations of 2 s, of 8 steps and 5 evaluations.
+    assert events[-1]["left"] == pytest.approx(11.0)
+    assert events[-1]["whole"] == pytest.approx(18.0)
+    assert events[-1]["share"] == pytest.approx(7 / 18)
+
+
+def test_the_time_left_of_a_study() -> None:
+    with StudyProgress(4, 2) as shown:
+        assert shown.pace.left() is None
+        shown.start("a")
+        shown.start("b")
+        assert shown.pace.left() is None
+        shown.update("a", {**EVENT, "left": 30.0, "whole": 40.0})
+        assert shown.pace.left() == pytest.approx((30 + 3 * 40) / 2), "the others take as long as the whole of a"
+        shown.update("b", {**EVENT, "left": 90.0, "whole": 100.0})
+        assert shown.pace.left() == pytest.approx((30 + 90 + 2 * 70) / 2)
+        shown.end("a", "failed", failed=True)
+        shown.end("b", "50.0")
+        shown.start("c")
+        shown.start("d")
+        shown.update("c", {**EVENT, "left": 1.0})
+        shown.update("d", {**EVENT, "left": 9.0})
+        assert shown.pace.left() == 9.0, "at least the longest"
+
+
+def test_bad_data_is_one_message_before_any_process_starts(
+    tmp_path: Path, flags: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["--data", str(tmp_path / "none"), "--method", "lora", "mage", "--jobs", "2"]
+    assert run_main([*flags, *arguments, "--out", str(tmp_path)]) == 2
+    assert capsys.readouterr().err.count("no file matches") == 2, "train and test, once"
+    assert not list(tmp_path.rglob("run.log"))
+
+
+@pytest.fixture
+def renamed(toy_suite: Path, tmp_path: Path) -> Callable[[dict[str, list[str]]], Path]:
+    """The toy suite with other named orders."""
+
+    def make(orders: dict[str, list[str]]) -> Path:
+        folder = shutil.copytree(toy_suite, tmp_path / "suite")
+        manifest = json.loads((folder / "suite.json").read_text())
+        (folder / "suite.json").write_text(json.dumps(manifest | {"orders": orders}))
+        return folder
+
+    return make
+
+
+ALL = ["VQAv2", "ImageNet", "Flickr30k", "OCRVQA", "RefCOCO", "HQEdit"]
+
+
+@pytest.mark.parametrize(
+    ("orders", "expected", "label"),
+    [
+        ({"mine": ALL[::-1], "other": ALL}, "mine", "mine"),
+        ({"mine": ALL[::-1], "paper": ALL}, "paper", "paper"),
+        ({}, ",".join(ALL), "-".join(ALL)),
+    ],
+    ids=["its first", "paper", "none"],
+)
+def test_where_no_order_is_asked_for_it_is_one_of_the_suites_own(
+    orders: dict[str, list[str]],
+    expected: str,
+    label: str,
+    renamed: Callable[[dict[str, list[str]]], Path],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    suite, ran = renamed(orders), []
+    config = RunConfig(suite=str(suite))
+    planned = plan(config)
+    assert planned.as_dict()["order"] == expected
+    assert planned.order == tuple(orders.get(expected, ALL))
+    assert config.folder == planned.config.folder == Path("runs/mage") / label / "seed-0"
+    monkeypatch.setattr(runner, "run", lambda config, *_: ran.append(config.folder))
+    assert run_main(["--suite", str(suite)]) == 0
+    assert ran == [config.folder]
+    if "paper" not in orders:
+        assert run_main(["--suite", str(suite), "--order", "paper"]) == 2
+        names = "".join(f"{name}, " for name in orders)
+        assert f"unknown order 'paper'; valid: {names}reverse, alphabet" in capsys.readouterr().err

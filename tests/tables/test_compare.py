@@ -1,0 +1,254 @@
+"""Comparing runs with the paper and with each other: exact differences, and refusals that name every difference."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cnext.errors import UserError
+from cnext.scoring import published
+from cnext.scoring.base import ERROR_TYPES
+from cnext.tables.compare import CONDITIONS, compare, of_paper, of_run, text
+
+PAPER = published.continual_next()
+METHODS = PAPER["methods"]
+TASKS = PAPER["conditions"]["tasks"]
+DELTA = 1.5
+
+
+def moved(row: list[float | None]) -> list[float | None]:
+    return [None if value is None else value + DELTA for value in row]
+
+
+def results(method: str = "mage", **changes: Any) -> dict[str, Any]:
+    """The results.json of a run that did everything as the paper, and scored 1.5 points more under its profile."""
+    rows = METHODS[method]["score_matrix"]
+    zero_shot = METHODS["zero-shot"]["score_matrix"][-1]
+    conditions = {key: value for key, value in PAPER["conditions"].items() if key != "profile"}
+    return {
+        "method": method,
+        **conditions,
+        "budget": "default",
+        "seed": 0,
+        "writes": PAPER["writes"],
+        "profile": "strict",
+        "score_matrix": rows,
+        "zero_shot": zero_shot,
+        "error_matrix": {
+            kind: [[None if score is None else (100 - score) * share for score in row] for row in rows]
+            for kind, share in zip(ERROR_TYPES, (0.5, 0.25, 0.25), strict=True)
+        },
+        "profiles": {"paper": {"score_matrix": [moved(row) for row in rows], "zero_shot": moved(zero_shot)}},
+        "versions": {"cnext": "0"},
+        **changes,
+    }
+
+
+def run(folder: Path, given: dict[str, Any]) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "results.json").write_text(json.dumps(given))
+    return folder
+
+
+def differences(comparison: dict[str, Any]) -> set[float]:
+    return {round(pair["difference"], 9) for row in comparison["scores"] for pair in row.values() if pair}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_against_the_paper_under_its_profile(method: str, tmp_path: Path) -> None:
+    found = compare(of_run(run(tmp_path, results(method)), "paper"), of_paper(method))
+    assert found["not_comparable"] == []
+    assert differences(found) == {DELTA}
+    assert found["metrics"]["avg_acc"]["difference"] == pytest.approx(DELTA)
+    assert found["metrics"]["avg_hal"] is None
+    staged = "stage_averages" in METHODS[method]
+    assert len([pair for row in found["scores"] for pair in row.values() if pair]) == 6 + (21 if staged else 6)
+    if staged:
+        assert found["metrics"]["forgetting"]["difference"] == pytest.approx(0, abs=1e-9)
+        assert found["metrics"]["new_acc"]["deviation_there"] == METHODS[method]["deviations"]["new_acc"]
+
+
+def test_cells_and_signs_by_hand(tmp_path: Path) -> None:
+    found = compare(of_run(run(tmp_path, results("lora")), "paper"), of_paper("mage"))
+    assert found["scores"][3]["VQAv2"] == pytest.approx({"here": 18.94 + DELTA, "there": 41.25, "difference": -20.81})
+    assert found["scores"][0]["HQEdit"] == pytest.approx({"here": 58.76 + DELTA, "there": 58.76, "difference": DELTA})
+    assert found["scores"][3]["OCRVQA"] is None
+    assert found["metrics"]["forgetting"]["difference"] == pytest.approx(20.356 - 12.256)
+    shown = text(found)
+    assert "20.44 -20.81" in shown
+    assert any(
+        line.split() == "avg_acc 43.73 49.58 -5.85 there ± 0.58 over seeds".split() for line in shown.splitlines()
+    )
+    assert "Qwen3-VL-30B-A3B-Instruct" in shown
+    assert "NOT COMPARABLE" not in shown
+
+
+DIFFERENT = {
+    "suite": "next-tiny",
+    "backbone": "tiny",
+    "tasks": [*TASKS[:3], "RefCOCO", "OCRVQA", "HQEdit"],
+    "split": "validation",
+    "samples": dict.fromkeys(TASKS, 200),
+}
+
+
+@pytest.mark.parametrize("condition", DIFFERENT)
+def test_one_difference_is_refused(condition: str, tmp_path: Path) -> None:
+    given = results(**{condition: DIFFERENT[condition]})
+    with pytest.raises(UserError) as error:
+        compare(of_run(run(tmp_path, given), "paper"), of_paper("mage"))
+    head, *named, advice = str(error.value).splitlines()
+    assert head.endswith("MAGE of the paper (tables 1, 2, 3, 4, 5, 6, 7) are not comparable:")
+    assert [line.partition(":")[0].strip() for line in named] == [condition]
+    assert "--anyway" in advice
+
+
+@pytest.mark.parametrize(
+    ("clip", "alike"),
+    [
+        (None, True),
+        ("openai/ViT-B-32", True),
+        ("w/ViT-B-32.pt", True),
+        ("ViT-L-14.pt", False),
+        ("laion/ViT-B-32", False),
+    ],
+)
+def test_scores_of_another_clip_are_refused(clip: str | None, alike: bool, tmp_path: Path) -> None:
+    """config.json alone says which CLIP scored the pictures, where it was not the suite's."""
+    for folder, told in (("a", clip), ("b", None)):
+        (run(tmp_path / folder, results()) / "config.json").write_text(json.dumps({"clip": told}))
+    here = of_run(tmp_path / "a" / "results.json", "paper")
+    for there in (of_paper("mage"), of_run(tmp_path / "b", "paper")):
+        if alike:
+            assert compare(here, there)["not_comparable"] == []
+        else:
+            with pytest.raises(UserError, match=rf"\n  clip: {clip} here, the suite's there\n"):
+                compare(here, there)
+
+
+def test_every_difference_is_in_one_message_and_above_the_table(tmp_path: Path) -> None:
+    given = results(**DIFFERENT, profiles={})
+    here, there = of_run(run(tmp_path, given), "paper"), of_paper("mage")
+    lines = [
+        "  profile: strict here, paper there",
+        "  suite: next-tiny here, continual-next there",
+        "  backbone: tiny here, seed-x there",
+        f"  tasks: {', '.join(DIFFERENT['tasks'])} here, {', '.join(TASKS)} there",
+        "  split: validation here, test there",
+    ]
+    with pytest.raises(UserError) as error:
+        compare(here, there)
+    assert str(error.value).splitlines()[1:6] == lines
+    found = compare(here, there, anyway=True)
+    shown = text(found).splitlines()
+    assert shown[2:8] == ["NOT COMPARABLE:", *lines]
+    assert [row["condition"] for row in found["not_comparable"]] == ["profile", *DIFFERENT]
+    assert found["scores"][4]["RefCOCO"] is None
+    assert found["scores"][5]["OCRVQA"] == pytest.approx({"here": 68.74, "there": 34.10, "difference": 34.64})
+
+
+def test_an_unfinished_run_is_compared_up_to_its_last_stage(tmp_path: Path) -> None:
+    given = results()
+    paper = given["profiles"]["paper"]
+    paper["score_matrix"] = [row if t < 3 else [None] * 6 for t, row in enumerate(paper["score_matrix"])]
+    found = compare(of_run(run(tmp_path, given), "paper"), of_paper("mage"))
+    assert found["stages"] == 3
+    assert found["metrics"]["avg_acc"]["there"] == pytest.approx((41.25 + 78.37 + 31.26) / 3)
+    assert found["metrics"]["avg_acc"]["difference"] == pytest.approx(DELTA)
+
+
+def test_two_runs_of_other_budgets_are_refused(tmp_path: Path) -> None:
+    """The paper names no budget of ours, so against it none is asked for."""
+    here, there = (of_run(run(tmp_path / budget, results(budget=budget))) for budget in ("smoke", "default"))
+    with pytest.raises(UserError, match="\n  budget: smoke here, default there\n"):
+        compare(here, there)
+
+
+def test_two_runs(tmp_path: Path) -> None:
+    here = of_run(run(tmp_path / "a", results("mage", seed=1, versions={"cnext": "1"})))
+    there = of_run(run(tmp_path / "b", results("lora")), here.conditions["profile"])
+    found = compare(here, there)
+    assert found["scores"][6]["VQAv2"] == pytest.approx({"here": 45.42, "there": 18.40, "difference": 27.02})
+    assert found["metrics"]["avg_hal"]["difference"] == pytest.approx((12.256 - 20.356) / 2)
+    assert found["note"] == ""
+    assert differences(compare(here, here)) == {0}
+
+
+@pytest.mark.parametrize("condition", CONDITIONS)
+def test_two_runs_of_other_conditions_are_refused(condition: str, tmp_path: Path) -> None:
+    other = run(tmp_path / "b", results(**{condition: {**DIFFERENT, "budget": "smoke"}[condition]}))
+    with pytest.raises(UserError, match=f"are not comparable:\n  {condition}: "):
+        compare(of_run(run(tmp_path / "a", results())), of_run(other))
+
+
+def test_runs_with_nothing_in_common(tmp_path: Path) -> None:
+    alone = {
+        "tasks": ["X"],
+        "score_matrix": [[5.0]],
+        "zero_shot": [1.0],
+        "writes": {"X": ["text"]},
+        "error_matrix": None,
+    }
+    here, there = of_run(run(tmp_path / "a", results())), of_run(run(tmp_path / "b", results(**alone)))
+    with pytest.raises(UserError, match="have no task and stage in common"):
+        compare(here, there, anyway=True)
+
+
+def test_the_papers_profile_may_be_below_zero(tmp_path: Path) -> None:
+    given = results()
+    given["profiles"]["paper"]["score_matrix"][2][2] = -3.0
+    assert of_run(run(tmp_path, given), "paper").score(3, "Flickr30k") == -3
+    given["score_matrix"] = [[-3.0, *row[1:]] for row in given["score_matrix"]]
+    with pytest.raises(UserError, match="score_matrix, row 1, column 1: expected a score in percent, from 0 to 100"):
+        of_run(run(tmp_path, given))
+
+
+@pytest.mark.parametrize("name", ["MAGE", "EW+GA", "Zero-Shot", "RegLoRA"])
+def test_a_method_under_the_papers_name_for_it(name: str) -> None:
+    assert of_paper(name).name.startswith(f"{name} of the paper")
+
+
+def test_a_method_that_the_paper_does_not_have() -> None:
+    with pytest.raises(
+        UserError, match="unknown method of the paper 'mage-pull'; valid: zero-shot, lora, moelora, ewc"
+    ):
+        of_paper("mage-pull")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "results.json: expected the results of a run, found nothing; give a run folder or its results.json"),
+        ("", "results.json: expected scores, got an empty file"),
+        ("{", r"results.json: expected JSON, got something else \(.*line 1 column 2"),
+        ("[[60.0]]", "results.json: expected the results.json of a run, lacks method, tasks, score_matrix"),
+        ('{"method": "lora"}', "results.json: expected the results.json of a run, lacks tasks, score_matrix, profile"),
+    ],
+    ids=["missing", "empty", "cut off", "a list", "lacking"],
+)
+def test_results_that_are_none(content: str | None, message: str, tmp_path: Path) -> None:
+    if content is not None:
+        (tmp_path / "results.json").write_text(content)
+    for path in (tmp_path, tmp_path / "results.json"):
+        with pytest.raises(UserError, match=message) as error:
+            of_run(path)
+        assert "\n" not in str(error.value)
+
+
+def test_whatever_results_hold_they_are_read_or_refused(tmp_path: Path) -> None:
+    """Every key of results.json, and every pair drawn, replaced by values of other types: no other error."""
+    values = [None, 3, -1.0, "x", True, [], ["x"], [[1]], {}, {"paper": 1}, {"paper": {"score_matrix": [1]}}]
+    draw, keys = random.Random(0), list(results())
+    for changed in [[key] for key in keys] + [draw.sample(keys, 2) for _ in range(8)]:
+        for value in values:
+            given = results() | dict.fromkeys(changed, value)
+            try:
+                here = of_run(run(tmp_path, given), "paper")
+                text(compare(here, of_paper("mage"), anyway=True))
+                of_paper(here.method)
+            except UserError:
+                continue

@@ -1,0 +1,153 @@
+"""Runs that end badly at a chosen moment, each in a process of its own that is forked from one with everything loaded.
+
+A moment is a number of events: a file about to be written, half of it written, a rename, a removal, a step, an answer.
+"""
+
+from __future__ import annotations
+
+import errno
+import multiprocessing
+import os
+import shutil
+import signal
+import sys
+from collections.abc import Callable
+from functools import cache
+from multiprocessing import forkserver
+from multiprocessing.context import BaseContext
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from waiting import until
+
+from cnext import RunConfig, cli, report
+from cnext.backbones.tiny.model import TinyBackbone
+from cnext.runs import checkpoint, run_folder
+from cnext.training import runner
+from cnext.training.trainer import TaskTrainer
+
+KILL, TERM, INTERRUPT, TWICE = "SIGKILL", "SIGTERM", "SIGINT", "SIGINT twice"
+FULL, MEMORY = "full disk", "out of memory"
+STATUS = {KILL: -signal.SIGKILL, TERM: 0, INTERRUPT: 130, FULL: 2, MEMORY: 2}
+WRITES, COMPUTES = ("half", "write"), ("step", "answer")
+NO_MEMORY = (
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB"),
+    RuntimeError("[enforce fail at alloc_cpu.cpp:119] err == 0. DefaultCPUAllocator: can't allocate memory"),
+    MemoryError(),
+)
+"""As torch raises it on a GPU, on a CPU, and Python itself."""
+
+
+class Fault:
+    """Counts events, and at the given one does what ends the run. A fault of a kind that an event cannot have waits."""
+
+    def __init__(self, kind: str | None, moment: int) -> None:
+        self.kind, self.moment, self.events = kind, moment, 0
+
+    def event(self, name: str) -> None:
+        self.events += 1
+        fits = {FULL: WRITES, MEMORY: COMPUTES, TWICE: ("step",)}.get(self.kind or "", (name,))
+        if self.kind is None or self.events < self.moment or name not in fits:
+            return
+        kind, self.kind = self.kind, None
+        if kind in (KILL, TERM, INTERRUPT):
+            os.kill(os.getpid(), getattr(signal, kind))
+        elif kind == TWICE:
+            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), signal.SIGINT)
+        elif kind == FULL:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "some/file")
+        else:
+            raise NO_MEMORY[self.moment % len(NO_MEMORY)]
+
+
+def _watch(fault: Fault, work: Path) -> None:
+    """Puts the events into this process, and writes every step done into ``work``."""
+
+    def before(owner: Any, name: str, event: str) -> None:
+        original = getattr(owner, name)
+
+        def watched(*arguments: Any, **named: Any) -> Any:
+            fault.event(event)
+            return original(*arguments, **named)
+
+        setattr(owner, name, watched)
+
+    def halves(owner: Any, name: str, cut: Callable[[Any], Any]) -> None:
+        original = getattr(owner, name)
+
+        def watched(path: Path, content: Any) -> None:
+            fault.event("write")
+            content = content if isinstance(content, bytes) else list(content)
+            original(path, cut(content))
+            fault.event("half")
+            return original(path, content) if owner is checkpoint else original(path, content[len(cut(content)) :])
+
+        setattr(owner, name, watched)
+
+    halves(checkpoint, "_write_through", lambda content: content[: len(content) // 2])
+    halves(run_folder, "_append", lambda rows: rows[: len(rows) // 2])
+    for name in ("replace", "rename"):
+        before(os, name, "move")
+    before(shutil, "rmtree", "remove")
+    before(TinyBackbone, "generate", "answer")
+    step = TaskTrainer.train_step
+
+    def logged(self: TaskTrainer) -> dict[str, Any]:
+        fault.event("step")
+        row = step(self)
+        with open(work, "a") as file:
+            file.write(f"{self.seed[1]} {self.step}\n")
+        fault.event("step")
+        return row
+
+    TaskTrainer.train_step = logged
+
+
+def _child(config: RunConfig, kind: str | None, moment: int) -> None:
+    torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    config.out.mkdir(parents=True, exist_ok=True)
+    with open(config.out / "said", "w") as said:
+        os.dup2(said.fileno(), 1)
+        os.dup2(said.fileno(), 2)
+    # The plots take longer than the run, and are written when all else is.
+    report.write_report = lambda run: (run / "report.html", run / "report.md")
+    fault = Fault(kind, moment)
+    _watch(fault, config.out / "work")
+    status = cli._guarded(lambda: runner.run(config) and None)
+    (config.out / "events").write_text(str(fault.events))
+    sys.exit(status)
+
+
+@cache
+def _server() -> BaseContext:
+    """The process to fork from. Its own imports see PYTHONPATH and not this process's sys.path."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["training.preloaded"])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
+        forkserver.ensure_running()
+    return context
+
+
+def go(config: RunConfig, kind: str | None = None, moment: int = 0) -> tuple[int, str]:
+    """(exit status, what was said) of a run with a fault of this kind at this moment."""
+    process = _server().Process(target=_child, args=(config, kind, moment))
+    process.start()
+    assert process.pid is not None
+    until(lambda: process.exitcode is not None, [process.pid])
+    return process.exitcode, (config.out / "said").read_text()
+
+
+def damage(path: Path, place: float, cut: bool) -> None:
+    """Cuts a file short at a share of its length, or flips a bit there."""
+    content = bytearray(path.read_bytes())
+    at = int(place * (len(content) - 1))
+    if cut:
+        content = content[:at]
+    else:
+        content[at] ^= 1 << at % 8
+    path.write_bytes(content)

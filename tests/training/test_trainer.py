@@ -1,0 +1,277 @@
+"""Training a task: schedules by their formulas, parts of a batch against the whole, workers, what learns, precision."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from cnext import RunConfig, methods, run
+from cnext.backbones.tiny.model import TinyBackbone
+from cnext.config.run_config import loading_options, plan
+from cnext.config.schedules import SCHEDULES
+from cnext.errors import UserError
+from cnext.runs import checkpoint
+from cnext.tasks import formats, suites
+from cnext.tasks.base import Recipe, Sample
+from cnext.training import runner
+from cnext.training.batches import Batches, Order
+from cnext.training.precision import in_float32
+from cnext.training.trainer import TaskTrainer
+
+PAPER = Recipe({"a": 3000}, learning_rate=1e-4, warmup_steps=125)
+
+
+def samples(data: Path, name: str) -> list[Sample]:
+    return formats.read(suites.load("next-tiny").task(name), data, "train")
+
+
+@pytest.mark.parametrize(
+    ("step", "wanted"),
+    [(0, 8e-7), (62, 1e-4), (1500, 5e-6), (2999, 9.96e-5)],
+    ids=["first", "peak", "half", "last"],
+)
+def test_the_released_schedule_climbs_back(step: int, wanted: float) -> None:
+    """The rates that the released code applies: spec of its scheduler, at optimizer steps 1, 63, 1501 and 3000."""
+    assert SCHEDULES["released"](PAPER, step, 3000) == pytest.approx(wanted, rel=4e-3)
+
+
+def test_the_corrected_schedule_ends_at_its_minimum() -> None:
+    rates = [SCHEDULES["cosine"](PAPER, step, 3000) for step in range(3000)]
+    assert rates[:125] == pytest.approx([1e-4 * (step + 1) / 125 for step in range(125)])
+    assert all(later <= earlier for earlier, later in itertools.pairwise(rates[124:]))
+    assert rates[-1] == pytest.approx(5e-6, rel=1e-3)
+    middle = 125 + (3000 - 125) // 2
+    place = (middle - 125) / (3000 - 125)
+    assert rates[middle] == pytest.approx(1e-4 * (0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * place))))
+
+
+def test_every_sample_once_per_epoch() -> None:
+    order = Order(10, 4, ("seed",))
+    drawn = [index for step in range(5) for index in order.indices(step)]
+    assert sorted(drawn[:10]) == sorted(drawn[10:]) == list(range(10))
+    assert drawn[:10] != drawn[10:]
+    assert Order(10, 4, ("seed",)).indices(3) == drawn[12:16], "a step needs nothing but its number"
+
+
+class Late(TinyBackbone):
+    """The tiny backbone as a large one is: each batch is encoded when it is due."""
+
+    encodes_ahead = False
+
+
+@pytest.mark.parametrize("kind", [TinyBackbone, Late], ids=["ahead", "when due"])
+@pytest.mark.parametrize("workers", [0, 2])
+def test_workers_change_nothing(data: Path, kind: type[TinyBackbone], workers: int) -> None:
+    made = kind.load()
+    given = samples(data, "HQEdit")
+    batches = Batches(made, given, 6, ("seed",), workers)
+    for step in (0, 1, 2, 5):
+        expected = made.encode([given[index] for index in Order(len(given), 6, ("seed",)).indices(step)])
+        found = batches.at(step, 7)
+        assert len(found) == 6
+        for one, other in zip(found, expected, strict=True):
+            assert torch.equal(one.ids, other.ids)
+            torch.testing.assert_close(one.features, other.features)
+            torch.testing.assert_close(one.target, other.target)
+
+
+def test_reading_samples_takes_no_random_numbers(data: Path) -> None:
+    """A run that goes on begins to read in another step, and draws the same dropout in it."""
+    batches = Batches(Late.load(), samples(data, "HQEdit"), 6, ("seed",))
+    before = torch.get_rng_state()
+    batches.at(1, 3)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def trained(
+    data: Path, recipe: Recipe, method: str = "mage", task: str = "Flickr30k"
+) -> tuple[dict[str, Tensor], dict]:
+    tiny = TinyBackbone.load()
+    made = methods.load(method)()
+    tasks = [suites.load("next-tiny").task(name) for name in ("VQAv2", task)]
+    made.setup(tiny, tasks, torch.Generator().manual_seed(0))
+    for each in tasks:
+        parameters = made.trainable(each)
+        trainer = TaskTrainer(tiny, made, parameters, samples(data, each.name), recipe, 2, (0, each.name))
+        made.before_task(parameters, 2, {})
+        row = [trainer.train_step() for _ in range(2)][-1]
+        made.after_task()
+    return {name: parameter.detach().clone() for name, parameter in made.held().items()}, row
+
+
+@pytest.mark.parametrize("method", ["mage", "ewc", "distillation", "prompt-pool"])
+def test_micro_batches_give_the_batch(data: Path, method: str) -> None:
+    """Parts of 3, 3 and 2 with different numbers of tokens: the mean is over all tokens, not over the parts' means."""
+    # eps: Adam would make whole steps of gradients as small as what sums of other lengths differ by.
+    recipe = Recipe({}, batch_size=8, learning_rate=1e-2, warmup_steps=1, eps=1e-5)
+    whole, row = trained(data, recipe, method)
+    parts, other = trained(data, replace(recipe, micro_batch_size=3), method)
+    assert row["tokens"] == other["tokens"]
+    # A penalty over samples is a mean over the parts, so its weight differs with their lengths.
+    loose = method in ("distillation", "prompt-pool")
+    for key in ("loss", "text_loss", "image_loss"):
+        assert other[key] == pytest.approx(row[key], rel=0.05 if loose else 1e-4)
+    for name, value in whole.items():
+        torch.testing.assert_close(parts[name], value, rtol=0.2 if loose else 1e-3, atol=3e-2 if loose else 2e-4)
+
+
+def test_what_differs_for_a_task() -> None:
+    recipe = suites.load("continual-next").budgets["paper"]
+    edit, other = recipe.of("HQEdit"), recipe.of("VQAv2")
+    assert (other.batch_size, other.micro_batch_size, other.warmup_steps) == (256, 16, 125)
+    assert (edit.batch_size, edit.micro_batch_size, edit.warmup_steps) == (96, 6, 250)
+    assert edit.steps == recipe.steps
+    assert (recipe.precision, recipe.trainable, recipe.schedule) == ("bfloat16", "connections", "cosine")
+    as_released = suites.load("continual-next").budgets["released"]
+    assert (as_released.trainable, as_released.schedule) == ("released", "released")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"trainable": "all"}, "trainable of the budget 'all'"),
+        ({"precision": "int8"}, "precision of the budget 'int8'"),
+        ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
+        ({"by_task": {"a": {"eps": 1}}}, "field of the budget for a 'eps'"),
+    ],
+    ids=["trainable", "precision", "batch size", "by task"],
+)
+def test_bad_recipes_are_named(changes: dict, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        Recipe({}, **changes)
+
+
+def config(data: Path, suite: Path, out: Path, **changes: object) -> RunConfig:
+    values = {"suite": str(suite), "data": data, "order": "VQAv2,HQEdit", "block_steps": 3, "device": "cpu"}
+    return RunConfig(out=out, **(values | changes))
+
+
+def test_flags_override_the_budget_for_every_task(data: Path, toy_suite: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "suite"
+    folder.mkdir()
+    for file in toy_suite.iterdir():
+        (folder / file.name).write_bytes(file.read_bytes())
+    manifest = json.loads((folder / "suite.json").read_text())
+    manifest["budgets"]["default"]["by_task"] = {"HQEdit": {"batch_size": 4, "warmup_steps": 2}}
+    (folder / "suite.json").write_text(json.dumps(manifest))
+    made = plan(config(data, folder, tmp_path)).recipe
+    assert (made.of("HQEdit").batch_size, made.of("VQAv2").batch_size) == (4, 16)
+    made = plan(config(data, folder, tmp_path, batch_size=8)).recipe
+    assert (made.of("HQEdit").batch_size, made.of("HQEdit").warmup_steps, made.of("VQAv2").batch_size) == (8, 2, 8)
+
+
+@pytest.mark.parametrize("trainable", ["connections", "released"])
+def test_connections_learn_where_a_recipe_says_so(
+    data: Path, toy_suite: Path, tmp_path: Path, trainable: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They change, nothing else of the model does, a resumed run has the same bits, and results count them."""
+    whole = config(data, toy_suite, tmp_path / "a", trainable=trainable)
+    results = run(whole)
+    tiny = TinyBackbone.load()
+    expected = set(tiny.connections()) | (set(tiny.released_extras()) if trainable == "released" else set())
+    counted = sum(tiny.get_parameter(name).numel() for name in expected)
+    before = methods.load("mage")()
+    before.setup(tiny, [suites.load("next-tiny").task("VQAv2")], torch.Generator().manual_seed(0))
+    branches = sum(p.numel() for p in before.trainable(suites.load("next-tiny").task("VQAv2")).values())
+    assert results["cost"]["trainable_params_by_task"]["VQAv2"] == branches + counted
+
+    saved_there, _ = checkpoint.load(whole.folder / "checkpoints" / "2_HQEdit")
+    original = TinyBackbone.load().state_dict()
+    beside = {k.removeprefix("backbone."): v for k, v in saved_there["adapters"].items() if k.startswith("backbone.")}
+    assert beside.keys() == expected
+    assert not [name for name, value in beside.items() if torch.equal(value, original[name])], "all have learnt"
+
+    class Stop(Exception):
+        pass
+
+    part = config(data, toy_suite, tmp_path / "b", trainable=trainable)
+    save, saved = runner.Runner._save, []
+
+    def stopping(*arguments: object) -> None:
+        save(*arguments)
+        saved.append(arguments)
+        if len(saved) == 3:
+            raise Stop
+
+    with monkeypatch.context() as patch:
+        patch.setattr(runner.Runner, "_save", stopping)
+        with pytest.raises(Stop):
+            run(part)
+    assert run(part) == results
+
+
+@pytest.mark.parametrize("method", sorted(set(methods.modules()) - {"zero-shot"}))
+def test_every_method_learns_in_bfloat16(data: Path, method: str) -> None:
+    """The frozen model in bfloat16, what is trained in float32: near the loss that float32 gives, and it changes."""
+    rows = []
+    for dtype, precision in ((torch.float32, "float32"), (torch.bfloat16, "bfloat16")):
+        tiny = TinyBackbone.load(dtype=dtype)
+        made = methods.load(method)(**({"router_steps": 1} if method == "mr-lora" else {}))
+        task = suites.load("next-tiny").task("HQEdit")
+        made.setup(tiny, [task], torch.Generator().manual_seed(0))
+        parameters = made.trainable(task)
+        assert all(parameter.dtype == torch.float32 for parameter in parameters.values())
+        recipe = Recipe({}, batch_size=4, learning_rate=1e-3, warmup_steps=1, precision=precision)
+        given = samples(data, "HQEdit")
+        trainer = TaskTrainer(tiny, made, parameters, given, recipe, 2, (0, "HQEdit"))
+        before = [parameter.detach().clone() for parameter in parameters.values()]
+        made.before_task(parameters, 2, {"HQEdit": given[: made.card.rehearsal]} if made.card.rehearsal else {})
+        rows.append([trainer.train_step() for _ in range(2)])
+        assert any(not torch.equal(old, new) for old, new in zip(before, parameters.values(), strict=True))
+        made.after_task()
+    assert [row["loss"] for row in rows[1]] == pytest.approx([row["loss"] for row in rows[0]], rel=0.05)
+
+
+def test_widening_keeps_the_values() -> None:
+    layer = nn.Linear(3, 2).to(torch.bfloat16)
+    before = layer.weight.detach().clone()
+    in_float32(dict(layer.named_parameters()))
+    assert layer.weight.dtype == torch.float32
+    assert torch.equal(layer.weight, before.float())
+
+
+def test_a_whole_run_in_bfloat16_with_checkpointing(
+    data: Path, toy_suite: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    results = run(config(data, toy_suite, tmp_path, precision="bfloat16", checkpointing=True, micro_batch_size=8))
+    assert results["finished"]
+
+
+def test_the_tiny_backbone_takes_no_device_map(data: Path, toy_suite: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="takes no device map, got 'balanced'"):
+        run(config(data, toy_suite, tmp_path, device_map="balanced"))
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ((), {}),
+        (("edit_stage=second", "steps=30"), {"edit_stage": "second", "steps": 30}),
+        (("end_every_turn=true", "resolution=512"), {"end_every_turn": True, "resolution": 512}),
+    ],
+    ids=["none", "a word and a number", "a switch"],
+)
+def test_options_of_a_backbone_are_read(given: tuple[str, ...], expected: dict) -> None:
+    assert loading_options("seed-x", given) == expected
+
+
+@pytest.mark.parametrize(
+    ("backbone", "given", "message"),
+    [
+        ("seed-x", "stage=second", "option of backbone seed-x 'stage'"),
+        ("seed-x", "steps=many", "steps takes a number, true or false, got 'many'"),
+        ("seed-x", "steps=true", "steps takes a value like 50, got true"),
+        ("tiny", "steps=3", "it takes no options"),
+    ],
+    ids=["unknown", "no number", "another type", "none known"],
+)
+def test_bad_options_of_a_backbone_are_named(backbone: str, given: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        loading_options(backbone, [given])
