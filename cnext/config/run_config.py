@@ -91,10 +91,21 @@ class Options:
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig(Options):
-    """One run: one method on one order of a suite with one seed.
+    """Configuration of a run: one method on one order of a suite's tasks with one seed. See `Options` for the rest.
 
-    order: "paper", "reverse", "alphabet", "random:K", or "a,b,c"; None: as `suites.usual_order` says.
-    seed: of the adapters and of the samples' order.
+    Args:
+        method: name of a method, as `cnext list` shows it.
+        hyperparameters: values of the method's hyperparameters by name; its defaults for the others.
+        order: "paper", "reverse", "alphabet", "random:K", or task names as "a,b,c"; None: as `suites.usual_order` says.
+        seed: of the adapters' initialization and of the order of samples.
+
+    Raises:
+        UserError: by `plan`, which `cnext.run` calls first: a name is unknown, or a value is out of range.
+
+    Example:
+        >>> from cnext import RunConfig
+        >>> str(RunConfig(method="mage", order="reverse", seed=1).folder)
+        'runs/mage/reverse/seed-1'
     """
 
     method: str = "mage"

@@ -36,11 +36,26 @@ ZERO_SHOT = "zero-shot"
 
 
 def run(config: RunConfig, progress: Progress | None = None) -> dict[str, Any]:
-    """Runs a configuration to its end, or goes on with it where an earlier process stopped. Returns its results.
+    """Runs a configuration: trains on its tasks in order, evaluates after each, and writes results and report.
+
+    Resumes where an earlier process stopped. On a CPU the results are the same bits, with or without interruption, for
+    the same number of threads. Under torchrun every process calls it, and the first one writes.
+
+    Args:
+        config: what to run; its ``folder`` receives all files.
+        progress: where progress is shown; None for the terminal.
+
+    Returns:
+        The content of results.json: score matrix in percent, metrics of both scoring profiles, averaging statistics.
 
     Raises:
-        UserError: for anything that the user has to mend, before training starts wherever that is possible.
-        Stopped: SIGTERM or the interrupt key came, and all that was finished is saved.
+        UserError: a mistake that the user can fix, before training starts where possible.
+        Stopped: by SIGTERM or the interrupt key; all finished work is saved.
+
+    Example:
+        >>> from cnext import RunConfig, run
+        >>> results = run(RunConfig(method="mage", budget="smoke", seed=1))  # doctest: +SKIP
+        >>> results["metrics"]["forgetting"]  # doctest: +SKIP
     """
     planned = plan(config)
     torch.set_num_threads(config.threads)
