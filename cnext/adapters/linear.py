@@ -72,6 +72,27 @@ class AdapterLinear(nn.Module):
         self._join()
 
     def forward(self, x: Tensor) -> Tensor:
+        """y = W x + b + scale * sum over the active branches of w_i B_i A_i drop(x).
+
+        w_i is 1, or what ``router`` returns for x. Where the layer is merged or no branch is active, the base alone
+        runs. Dropout is applied in training mode only. Memory for the backward pass: x, and drop(x) A^T of (..., total
+        rank of the active branches).
+
+        Args:
+            x: (..., in_features), of the dtype of the base weight: float32, bfloat16, float16 or float64; under
+                autocast of any of these.
+
+        Returns:
+            (..., out_features), of the dtype of x, or of autocast.
+
+        Raises:
+            UserError: a shape, dtype or device does not fit, or the base weight was unfrozen.
+
+        Example:
+            >>> branches = {"one": Branch(torch.randn(2, 8), 4)}
+            >>> AdapterLinear(nn.Linear(8, 4), branches)(torch.randn(3, 5, 8)).shape
+            torch.Size([3, 5, 4])
+        """
         if self.observer is not None:
             self.observer(x)
         base = self.base

@@ -32,10 +32,29 @@ class AttachedMage:
         return layers(self.model)
 
     def train_on(self, reads: Iterable[str], writes: Iterable[str]) -> dict[str, nn.Parameter]:
-        """Unfreezes the branches of a task's modalities and freezes the others; returns the parameters to optimize.
+        """Unfreezes the branches of a task's modalities and freezes all other parameters.
+
+        A modality that is read trains its general branch, one that is written its expert branch. All four branches keep
+        adding to the output.
 
         Args:
-            reads, writes: "text", "image" or both.
+            reads: the task's input modalities: "text", "image" or both.
+            writes: its output modalities, likewise.
+
+        Returns:
+            The parameters to optimize, keyed "<layer>.<branch>.<A or B>": for each adapter layer and branch A, (rank,
+            in), and B, (out, rank), float32 or wider. Gradients left from earlier are dropped. Pass only these to an
+            optimizer, which then keeps no state for frozen branches.
+
+        Raises:
+            UserError: a modality is unknown.
+
+        Example:
+            >>> handle = cnext.attach_mage(model)  # doctest: +SKIP
+            >>> parameters = handle.train_on(reads=["text", "image"], writes=["text"])  # doctest: +SKIP
+            >>> optimizer = torch.optim.AdamW(parameters.values(), lr=2e-4)  # doctest: +SKIP
+
+        Reference: Continual-NExT, arXiv 2602.18055, section 4.
         """
         return set_trainable(self.model, [role.name for role in roles_of(reads, writes)])
 

@@ -213,10 +213,7 @@ def adamw_pema_step(addresses, sizes, block_tensor, block_begin, tensors, partia
     theta, average = tl.load(theta_, mask, 0.0).to(tl.float32), tl.load(average_, mask, 0.0)
     square, ema = tl.load(square_, mask, 0.0), tl.load(ema_, mask, 0.0).to(tl.float32)
     last = tl.load(last_, mask, 0.0).to(tl.float32)
-    if T5 is None:
-        grad = last
-    else:
-        grad = _read(addresses, 5, tensor, tensors, at, mask, T5, ALIGN)
+    grad = last if T5 is None else _read(addresses, 5, tensor, tensors, at, mask, T5, ALIGN)
     use = _finite(grad * grad) & _finite(theta) & mask
     m = average + weight1 * (grad - average)
     v = square * beta2 + weight2 * grad * grad

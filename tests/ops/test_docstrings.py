@@ -5,7 +5,8 @@ import inspect
 
 import pytest
 
-from cnext import averaging, ops
+from cnext import RunConfig, averaging, ops
+from cnext.adapters import AdapterLinear
 
 PUBLIC = {
     f"{module.__name__}.{name}": value
@@ -15,9 +16,12 @@ PUBLIC = {
 }
 
 
-@pytest.mark.parametrize("name", PUBLIC)
+MORE = {"cnext.RunConfig": RunConfig, "cnext.adapters.AdapterLinear.forward": AdapterLinear.forward}
+
+
+@pytest.mark.parametrize("name", [*PUBLIC, *MORE])
 def test_examples_run(name: str) -> None:
-    value = PUBLIC[name]
+    value = (PUBLIC | MORE)[name]
     tests = doctest.DocTestFinder().find(value, name, globs=dict(vars(inspect.getmodule(value))))
     assert sum(len(test.examples) for test in tests) > 0, "there is no example"
     runner = doctest.DocTestRunner(optionflags=doctest.NORMALIZE_WHITESPACE)
