@@ -107,6 +107,11 @@ def test_a_name_of_cnext_cannot_be_taken(installed: Path, group: str, name: str,
         use()
 
 
+@pytest.mark.parametrize("name", sorted(backbones.BACKBONES))
+def test_backbones_are_registered_under_their_names(name: str) -> None:
+    assert backbones.load(name).name == name
+
+
 def test_unknown_names_list_the_valid_ones() -> None:
     with pytest.raises(UserError, match="unknown backbone 'gpt'; valid: emu3, janus, seed-x, tiny"):
         backbones.load("gpt")

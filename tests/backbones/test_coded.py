@@ -61,7 +61,7 @@ def always_draws(backbone: CodedBackbone) -> CodedBackbone:
 
 
 @pytest.mark.parametrize("task", TASKS)
-def test_a_task_trains_its_branches_and_no_others(load: Load, data: Path, task: str) -> None:
+def test_mage_trains_only_the_branches_of_the_task(load: Load, data: Path, task: str) -> None:
     backbone, suite = load(), suites.load("next-tiny")
     mage = methods.load("mage")()
     mage.setup(backbone, [suite.task(name) for name in TASKS], torch.Generator().manual_seed(0))
@@ -81,7 +81,7 @@ def test_a_task_trains_its_branches_and_no_others(load: Load, data: Path, task: 
 
 
 @pytest.mark.parametrize("task", ["VQAv2", "Flickr30k", "HQEdit"])
-def test_loss_is_that_of_a_loop_over_positions(load: Load, data: Path, task: str) -> None:
+def test_loss_equals_a_loop_over_positions(load: Load, data: Path, task: str) -> None:
     """In double precision, each token and each code from everything before it, by transformers' forward pass."""
     backbone = load(dtype=torch.float64)
     several = samples(data, task)[:2]
@@ -187,7 +187,7 @@ def test_roles_in_generation_are_those_of_training(load: Load, data: Path) -> No
 @pytest.mark.parametrize(
     ("draws", "guidance"), [(False, 1.0), (True, 1.0), (True, 3.0)], ids=["text", "picture", "guided"]
 )
-def test_generation_is_that_of_a_plain_loop(load: Load, data: Path, draws: bool, guidance: float) -> None:
+def test_generation_equals_a_loop_without_cache(load: Load, data: Path, draws: bool, guidance: float) -> None:
     """Neither the cache nor the padding on the left changes a token or a code."""
     backbone = load(dtype=torch.float64)
     backbone = always_draws(backbone) if draws else backbone
@@ -220,7 +220,7 @@ def test_generation_is_that_of_a_plain_loop(load: Load, data: Path, draws: bool,
     assert all(answer.image is not None for answer in answers) or not draws
 
 
-def test_what_is_learnt_is_written(load: Load, data: Path) -> None:
+def test_a_trained_model_generates_its_training_samples(load: Load, data: Path) -> None:
     """Trained on a question and on a caption until both are known: the question's answer is written and no picture,
     and the caption's picture, code by code."""
     backbone = load()
@@ -242,7 +242,7 @@ def test_what_is_learnt_is_written(load: Load, data: Path) -> None:
     assert (drawn.image == wanted).all(), loss
 
 
-def test_codes_are_those_of_the_vq_model(load: Load, data: Path, tmp_path: Path) -> None:
+def test_codes_equal_those_of_the_vq_model(load: Load, data: Path, tmp_path: Path) -> None:
     """Of the middle square of the picture wanted, resized to what is written; they decode to its size."""
     backbone = load()
     path = tmp_path / "wide.png"
@@ -288,7 +288,7 @@ def test_question_features_and_choices(load: Load, data: Path) -> None:
     assert backbone.question_features([]).shape == (0, 32)
 
 
-def test_frozen_in_bfloat16_with_the_vq_model_in_float32(load: Load, data: Path) -> None:
+def test_bfloat16_keeps_the_vq_model_in_float32(load: Load, data: Path) -> None:
     """Autocast changes no code; all parameters are frozen; what a worker prepares can be sent."""
     full, half = load(), load(dtype=torch.bfloat16, device_map="auto", checkpointing=True)
     full.vq.load_state_dict(half.vq.state_dict())
@@ -317,7 +317,7 @@ def test_checkpointing_changes_no_gradient(load: Load, data: Path) -> None:
     torch.testing.assert_close(grads[0], grads[1])
 
 
-def test_what_is_trained_besides_branches(load: Load) -> None:
+def test_connections_and_released_extras(load: Load) -> None:
     backbone = load()
     found = {name.split("model.", 1)[1] for name in backbone.released_extras()}
     inner = "language_model" if backbone.name == "janus" else "text_model"
@@ -335,11 +335,12 @@ def test_files_and_sizes_are_known_without_loading(load: Load, folder: Path, tmp
     sizes = kind.meta(tmp_path)
     assert sizes.device.type == "meta"
     assert {n: p.shape for n, p in sizes.named_parameters()} == {n: p.shape for n, p in backbone.named_parameters()}
-    with pytest.raises(UserError, match="no weights given"):
-        kind.meta()
+    for make in (kind.meta, kind.load):
+        with pytest.raises(UserError, match=r"no weights given: expected a folder with .* --weights"):
+            make()
 
 
-def test_bad_pictures_and_sequences_are_named(load: Load, tmp_path: Path) -> None:
+def test_bad_images_and_long_sequences_are_named(load: Load, tmp_path: Path) -> None:
     backbone, broken = load(), tmp_path / "broken.png"
     broken.write_bytes(b"no picture")
     for path, told in ((broken, "broken.png cannot be read"), (tmp_path / "none.png", "none.png cannot be read")):

@@ -232,7 +232,7 @@ def test_only_the_branches_of_tasks_learnt_go_out(tmp_path: Path) -> None:
         ("mode", "routed by their input"),
         ("mr-lora", "mr-lora chooses by the question"),
         ("prompt-pool", "prompt-pool chooses by the question"),
-        ("zero-shot", "found none that takes part"),
+        ("zero-shot", "found none that is active"),
     ],
 )
 def test_what_no_adapter_can_say_is_refused(method: str, message: str, tmp_path: Path) -> None:

@@ -44,7 +44,7 @@ def chat(*said: Any, images: Any = ("a.png",)) -> dict[str, Any]:
     [("<image>\nWhat?", True), ("What?\n<image>", False), ("What?", True), ("What <image>?", True)],
     ids=["before", "after", "no mark", "within"],
 )
-def test_the_mark_says_where_the_image_stands(root: Path, asked: str, first: bool) -> None:
+def test_image_position_of_the_placeholder(root: Path, asked: str, first: bool) -> None:
     sample = one(root, LLAVA, llava(asked, "A dog."))
     assert (sample.id, sample.image, sample.image_first) == ("7", root / "a.png", first)
     assert "<image>" not in sample.turns[0].instruction
@@ -60,13 +60,13 @@ def test_several_turns_and_no_image(root: Path) -> None:
     assert [(turn.instruction, turn.answer) for turn in text.turns] == [("q1", "a1"), ("q2", "a2")]
 
 
-def test_test_rows_are_the_benchmark_s(root: Path) -> None:
+def test_test_rows_in_the_benchmarks_format(root: Path) -> None:
     listing(root / "test.json", [{"question_id": 3, "image": "b.png", "text": "What?", "answer": "dog"}])
     (sample,) = formats.read_samples(LLAVA, root, "test")
     assert (sample.id, sample.image, sample.turns[0].answer) == ("3", root / "b.png", "dog")
 
 
-def test_messages_read_a_picture_and_draw_one(root: Path) -> None:
+def test_messages_with_an_image_to_read_and_one_to_write(root: Path) -> None:
     sample = one(root, MESSAGES, chat("<image>Make it red.", "Done. <image>", images=("a.png", "b.png")))
     assert (sample.image, sample.target_image) == (root / "a.png", root / "b.png")
     assert (sample.turns[0].instruction, sample.turns[0].answer) == ("Make it red.", "Done.")
@@ -108,7 +108,7 @@ def test_bad_conversations(root: Path, task: Task, row: dict[str, Any], reason: 
         one(root, task, row)
 
 
-def test_captions_come_from_a_file_of_their_own(tmp_path: Path) -> None:
+def test_captions_from_a_separate_file(tmp_path: Path) -> None:
     """UCIT's test rows have their references beside them: item k is image_id k, counted from 1."""
     task = suites.load("ucit").task("Flickr30k")
     picture(tmp_path / "datasets/Flickr30k/a.jpg")

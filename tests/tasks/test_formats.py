@@ -63,25 +63,6 @@ def test_source_image_with_and_without_space(root: Path, space: str) -> None:
     assert (sample.image, sample.target_image) == (root / "images/a.png", root / "images/b.jpg")
 
 
-def test_new_instruction_overrides(root: Path) -> None:
-    write(root, [{"source_image": "a.png", "target_image": "b.jpg", "instruction": "old", "instruction_new": "new"}])
-    assert formats.read_samples(EDITING, root, "train")[0].turns[0].instruction == "new"
-
-
-def test_box_answers_carry_the_size(root: Path) -> None:
-    row = {"question_id": 1, "image": "a.png", "text": "where", "answer_bbox": "[0.10,0.20,0.30,0.40]", "size": [6, 4]}
-    write(root, [row], "test.json")
-    (sample,) = formats.read_samples(CONVERSATION, root, "test")
-    assert (sample.turns[0].answer, sample.size) == ("[0.10,0.20,0.30,0.40]", (6, 4))
-
-
-def test_generation_joins_instruction_and_caption(root: Path) -> None:
-    write(root, [{"image": "a.png", "data": ["Please generate the image.", "a dog"]}])
-    (sample,) = formats.read_samples(GENERATION, root, "train")
-    assert sample.turns[0].instruction == "Please generate the image. a dog"
-    assert (sample.image, sample.target_image) == (None, root / "images" / "a.png")
-
-
 def test_generation_test_rows_need_no_image(root: Path) -> None:
     write(root, [{"question_id": 1, "text": "Please generate the image: a dog"}], "test.json")
     assert formats.read_samples(GENERATION, root, "test")[0].target_image is None
@@ -137,11 +118,6 @@ def test_all_bad_rows_are_named_at_once(root: Path) -> None:
 def test_bad_test_files(root: Path, content: bytes, reason: str) -> None:
     (root / "test.json").write_bytes(content)
     with pytest.raises(DataError, match=reason):
-        formats.read_samples(CONVERSATION, root, "test")
-
-
-def test_missing_files_name_the_place(root: Path) -> None:
-    with pytest.raises(DataError, match=r"no file matches .*test\.json"):
         formats.read_samples(CONVERSATION, root, "test")
 
 

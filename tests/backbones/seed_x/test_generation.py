@@ -35,7 +35,7 @@ class Dictated(nn.Module):
 
 
 @torch.no_grad()
-def test_a_picture_once_begun_is_written_to_its_end(fresh: SeedX, tasks: dict[str, list[Sample]]) -> None:
+def test_an_image_once_begun_is_completed(fresh: SeedX, tasks: dict[str, list[Sample]]) -> None:
     """The second row begins a picture as its second token; the third wants the tokens of one unbidden, and gets
     others; states are those of the whole sequence in one pass."""
     token = fresh.tokenizer
@@ -66,7 +66,7 @@ def test_a_picture_once_begun_is_written_to_its_end(fresh: SeedX, tasks: dict[st
 
 
 @torch.no_grad()
-def test_greedy_answers_equal_a_plain_loop(loaded: SeedX, tasks: dict[str, list[Sample]]) -> None:
+def test_generation_equals_a_loop_without_cache(loaded: SeedX, tasks: dict[str, list[Sample]]) -> None:
     """The cache and the padding on the left change no token."""
     samples = [asked(sample) for task in TASKS for sample in tasks[task][:1]]
     answers = loaded.generate(samples, 6)
@@ -88,7 +88,7 @@ def test_greedy_answers_equal_a_plain_loop(loaded: SeedX, tasks: dict[str, list[
 
 
 @pytest.mark.parametrize("edit_stage", ["first", "second"])
-def test_all_tasks_are_answered_and_pictures_drawn(
+def test_all_tasks_are_answered_with_text_and_images(
     folder: Path, tasks: dict[str, list[Sample]], edit_stage: str
 ) -> None:
     model = SeedX.load(weights=folder, edit_stage=edit_stage, steps=1)
@@ -105,7 +105,7 @@ def test_all_tasks_are_answered_and_pictures_drawn(
     assert model.generate([], 5) == []
 
 
-def test_without_the_detokenizer_pictures_are_left_out(folder: Path, tmp_path: Path) -> None:
+def test_without_detokenizer_no_images_are_returned(folder: Path, tmp_path: Path) -> None:
     for name in ("seed_x_i", "QwenViT"):
         (tmp_path / name).symlink_to(folder / name)
     with pytest.warns(UserWarning, match="de-tokenizer"):
