@@ -101,7 +101,7 @@ def alone(data: Path) -> dict[str, dict[str, torch.Tensor]]:
 
 
 @pytest.mark.parametrize("method", NAMES)
-def test_two_processes_train_as_one_does(
+def test_two_processes_train_as_one(
     together: Path, alone: dict[str, dict[str, torch.Tensor]], method: str
 ) -> None:
     """Shards of 2 and 2 against batches of 4, 8 steps. AdamW amplifies small differences of small gradients."""
@@ -127,7 +127,7 @@ def compare(method: str, found: dict[str, torch.Tensor], expected: dict[str, tor
 
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", STAGES)
-def test_zero_trains_as_one_process_does(
+def test_zero_trains_as_one_process(
     stage: int, alone: dict[str, dict[str, torch.Tensor]], data: Path, tmp_path: Path
 ) -> None:
     """Moments partitioned by stages 1 and 2, the frozen model by stage 3."""
