@@ -16,11 +16,16 @@ SHOWN = 60
 MAX_NAME, MAX_FILE, MAX_PATH = 100, 255, 1024
 """The longest name (characters), and what systems take as a file's name (bytes) and as a path (characters)."""
 
-Finite = Annotated[float, Meta(ge=-sys.float_info.max, le=sys.float_info.max)]
+MAX = sys.float_info.max
+Finite = Annotated[float, Meta(ge=-MAX, le=MAX)]
+PositiveFloat = Annotated[float, Meta(gt=0, le=MAX)]
+NonNegativeFloat = Annotated[float, Meta(ge=0, le=MAX)]
+Fraction = Annotated[float, Meta(ge=0, le=1)]
 Count = Annotated[int, Meta(ge=0, lt=2**53)]
+PositiveInt = Annotated[int, Meta(ge=1, lt=2**53)]
 
 
-class Record(msgspec.Struct, frozen=True):
+class Record(msgspec.Struct):
     """An object of a JSON file, typed. Keys that it does not declare are ignored."""
 
 

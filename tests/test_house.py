@@ -18,7 +18,7 @@ LIGHT = {"torch", "numpy", "msgspec", "cnext"}
 SIBLINGS = ("methods", "backbones", "tasks", "scoring")
 FLOORS = (
     ("errors", "kernels"),
-    ("records", "shapes", "tensor_files", "kv_cache", "packages", "distributed", "ops"),
+    ("records", "tensor_files", "kv_cache", "packages", "distributed", "ops"),
     ("adapters", "averaging"),
     SIBLINGS,
     ("config", "pretrain_tiny"),

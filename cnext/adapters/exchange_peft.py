@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+from msgspec import Meta
 from torch import Tensor, nn
 
 from cnext.adapters.exchange import Branches, branches_of, listed, not_finite, refuse_routed
 from cnext.errors import UserError, parse_json
-from cnext.shapes import wrong
+from cnext.records import Finite, Record, convert
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 KEY = re.compile(r"base_model\.model\.(?P<layer>.+)\.lora_(?P<half>[AB])\.weight")
@@ -30,12 +31,12 @@ PLAIN = {
 the initializations, such as pissa, changes W.)"""
 
 
-def _rank(value: Any) -> bool:
-    """a whole number from 1 on"""
-    return not wrong(value, int) and 0 < value < 2**31
+class Scale(Record):
+    """The rank and what scales B A, in adapter_config.json."""
 
-
-SIZES = {"r": _rank, "lora_alpha": float, "use_rslora?": (bool, None)}
+    r: Annotated[int, Meta(ge=1, lt=2**31)]
+    lora_alpha: Finite
+    use_rslora: bool | None = None
 
 
 def save_peft(model: nn.Module, folder: Path, one: bool = False) -> list[Path]:
@@ -129,8 +130,7 @@ def _read(folder: Path) -> tuple[dict[str, tuple[Tensor, Tensor]], float]:
         tensors = load_file(folder / WEIGHTS)
     except (OSError, ValueError, SafetensorError) as error:
         raise UserError(f"expected {CONFIG} and {WEIGHTS} of a PEFT adapter in {folder}: {error}") from error
-    if found := wrong(config, SIZES):
-        raise UserError(f"{folder / CONFIG}: {found}")
+    given = convert(config, Scale, folder / CONFIG, "save the adapter again")
     strange = [f"{key} {config[key]!r}" for key, plain in PLAIN.items() if key in config and config[key] not in plain]
     if strange:
         found = listed(strange)
@@ -147,7 +147,7 @@ def _read(folder: Path) -> tuple[dict[str, tuple[Tensor, Tensor]], float]:
         f"{layer}.{half} {tuple(tensor.shape)}"
         for layer, pair in halves.items()
         for half, tensor in pair.items()
-        if tensor.ndim != 2 or tensor.shape["AB".index(half)] != config["r"]
+        if tensor.ndim != 2 or tensor.shape["AB".index(half)] != given.r
     ]
     problems = [
         f"{what}: {listed(names)}"
@@ -161,5 +161,5 @@ def _read(folder: Path) -> tuple[dict[str, tuple[Tensor, Tensor]], float]:
     ]
     if problems or not halves:
         raise UserError(f"{folder / WEIGHTS}: {'; '.join(problems) or 'no lora_A and lora_B in it'}")
-    scale = config["lora_alpha"] / (config["r"] ** 0.5 if config.get("use_rslora") else config["r"])
+    scale = given.lora_alpha / (given.r**0.5 if given.use_rslora else given.r)
     return {layer: (pair["A"], pair["B"]) for layer, pair in halves.items()}, scale

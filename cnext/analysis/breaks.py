@@ -11,6 +11,7 @@ from cnext.analysis.finding import Cell, Finding, Unavailable
 from cnext.analysis.groups import Study, means
 from cnext.analysis.run import Run
 from cnext.analysis.transfer import in_turn
+from cnext.runs.schemas import Answer
 from cnext.scoring.answers import contains_words
 from cnext.scoring.base import ERROR_TYPES
 from cnext.scoring.boxes import iou, parse_box
@@ -22,33 +23,33 @@ NO_PREDICTIONS = "this needs what was answered, and predictions/ is not there; t
 
 
 @dataclass(frozen=True)
-class Answer:
+class History:
     """One sample: what was answered when its task was learnt and at the end, and at all stages between."""
 
     task: str
     learnt: int
-    stages: dict[int, dict]
+    stages: dict[int, Answer]
 
     @cached_property
-    def then(self) -> dict:
+    def then(self) -> Answer:
         return self.stages[self.learnt]
 
     @cached_property
-    def now(self) -> dict:
+    def now(self) -> Answer:
         return self.stages[max(self.stages)]
 
     @property
     def held(self) -> bool:
         """Right when learnt."""
-        return self.then["strict"] >= RIGHT
+        return self.then.strict >= RIGHT
 
     @property
     def broken(self) -> bool:
         """Right when learnt, and at the end with less than half of that score."""
         return self.held and self.falls(self.now)
 
-    def falls(self, row: dict) -> bool:
-        return row["strict"] < self.then["strict"] / 2
+    def falls(self, row: Answer) -> bool:
+        return row.strict < self.then.strict / 2
 
     @property
     def since(self) -> int:
@@ -57,17 +58,17 @@ class Answer:
 
     @property
     def drop(self) -> float:
-        return self.then["strict"] - self.now["strict"]
+        return self.then.strict - self.now.strict
 
     @property
     def lenient(self) -> bool:
         """Words that the paper profile still holds right; an empty answer, which it does too, is none."""
-        return bool(self.now["answer"] and self.now["text"].strip()) and self.now["paper"] >= RIGHT
+        return bool(self.now.answer and self.now.text.strip()) and self.now.paper >= RIGHT
 
     @property
     def mended(self) -> bool:
         """Right once errors of format are taken away."""
-        return bool(self.now["answer"]) and right_but_for_format(self.now["text"], self.now["answer"])
+        return bool(self.now.answer) and right_but_for_format(self.now.text, self.now.answer)
 
 
 def right_but_for_format(text: str, expected: str) -> bool:
@@ -85,7 +86,7 @@ def right_but_for_format(text: str, expected: str) -> bool:
     return any(iou((min(a, c), min(b, d), max(a, c), max(b, d)), box) >= 0.5 for a, b, c, d in quads)
 
 
-def answers(run: Run) -> dict[str, list[Answer]]:
+def answers(run: Run) -> dict[str, list[History]]:
     """The samples of each task learnt before the last stage, in their order.
 
     Raises:
@@ -99,20 +100,20 @@ def answers(run: Run) -> dict[str, list[Answer]]:
         if not rows or not {number, run.last} <= rows[0].keys():
             raise Unavailable(f"{run.path}: {NO_PREDICTIONS} ({task}, stages {number} and {run.last})")
         found[task] = [
-            Answer(task, number, {stage: row for stage, row in stages.items() if number <= stage <= run.last})
+            History(task, number, {stage: row for stage, row in stages.items() if number <= stage <= run.last})
             for stages in rows
         ]
     return found
 
 
-def shares(of: list[Answer]) -> dict[str, float]:
+def shares(of: list[History]) -> dict[str, float]:
     """What became of one task's answers, in percent of them; the last three in points of its score."""
     broken = [answer for answer in of if answer.broken]
     parts = {
         "right when learnt": [answer.held for answer in of],
         "broken": [answer.broken for answer in of],
         **{
-            short: [a.now["error"] == kind for a in broken]
+            short: [a.now.error == kind for a in broken]
             for short, kind in zip(("HAL", "IUF", "OTH"), ERROR_TYPES, strict=True)
         },
         "lenient": [answer.lenient for answer in broken],
@@ -163,9 +164,9 @@ def broken(run: Run) -> Finding:
         for answer in (answer for answer in of if answer.broken):
             then, now = answer.then, answer.now
             only = " + ".join(name for name in ("lenient", "mended") if getattr(answer, name))
-            said = [row["text"] or ("a picture" if row["image"] else "") for row in (then, now)]
-            asked = [answer.task, now["id"], now["instruction"], now["answer"]]
-            rows.append([*asked, *said, run.stage(answer.since), now["error"].replace("_", " "), only])
+            said = [row.text or ("a picture" if row.image else "") for row in (then, now)]
+            asked = [answer.task, now.id, now.instruction, now.answer]
+            rows.append([*asked, *said, run.stage(answer.since), now.error.replace("_", " "), only])
     head = [
         "task",
         "sample",

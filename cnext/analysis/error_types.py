@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 from math import isclose
-from pathlib import Path
 from typing import Any
 
 from cnext.analysis.finding import Finding, Unavailable
@@ -12,8 +10,7 @@ from cnext.analysis.groups import Study, means
 from cnext.analysis.run import Run
 from cnext.analysis.transfer import in_turn
 from cnext.errors import UserError
-from cnext.runs import file_shapes as schemas
-from cnext.shapes import wrong
+from cnext.runs.schemas import JudgeTable
 
 TYPES = {"avg_iuf": "Avg.IUF", "avg_hal": "Avg.HAL", "avg_oth": "Avg.OTH", "forgetting": "Forgetting"}
 WHO = ("judge", "model", "prompts", "prompts_sha256", "profile")
@@ -48,49 +45,23 @@ def _by_rules(study: Study) -> Finding:
     return Finding("types", "Types of forgetting", definition, ["method", "order", *TYPES.values()], rows, words=2)
 
 
-def who(table: dict[str, Any]) -> str:
-    """A judge's model and prompts in words."""
-    prompts = f", prompts {table['prompts']} ({table['prompts_sha256'][:8]})" if table.get("prompts") else ""
-    return f"{table.get('model') or table['judge']}{prompts}"
-
-
-ESTIMATE = dict.fromkeys(("estimate", "low", "high"), schemas.percent)
-TABLE = {
-    **dict.fromkeys(("judge", "model?", "prompts?", "prompts_sha256?"), str),
-    "complete": bool,
-    "unjudged": int,
-    "metrics": {str: schemas.SCORE},
-    "estimates?": (dict.fromkeys(("avg_hal", "avg_iuf", "avg_oth"), ESTIMATE), None),
-}
-
-
-def check_table(path: Path, table: dict[str, Any]) -> None:
-    """Raises UserError where a file in RUN/judge is not one that ``cnext judge`` writes."""
-    if found := wrong(table, TABLE):
-        raise UserError(f"{path}: expected what `cnext judge` writes: {found}; judge the run again")
-
-
 def repeats(run: Run, name: str) -> bool:
-    """Whether a table of a run is of the rules and says what the scorers have said already.
-
-    Raises: UserError as ``check_table``.
-    """
+    """Whether a table of a run is of the rules and has the same averages as the scorers' own errors."""
     table = run.judged[name]
-    check_table(run.path / "judge" / f"{name}.json", table)
-    figures = [(run.metric(metric), table["metrics"].get(metric)) for metric in TYPES]
-    return table["judge"] == "rules" and all(
+    figures = [(run.metric(metric), table.metrics.get(metric)) for metric in TYPES]
+    return table.judge == "rules" and all(
         ours == theirs or (ours is not None and theirs is not None and isclose(ours, theirs, abs_tol=1e-6))
         for ours, theirs in figures
     )
 
 
-def averages(table: dict[str, Any]) -> list[Any]:
-    """A judge's figures in the order of ``TYPES``; where a part of the errors was judged its estimates, with ends."""
-    guessed = table.get("estimates") or {}
+def averages(table: JudgeTable) -> list[Any]:
+    """A judge's averages in the order of ``TYPES``: where only a sample was judged, estimates with their intervals."""
+    estimates = table.estimates or {}
     return [
-        {"n": 1, "mean": of["estimate"], "sd": None, "low": of["low"], "high": of["high"]}
-        if (of := guessed.get(name))
-        else table["metrics"].get(name)
+        {"n": 1, "mean": of.estimate, "sd": None, "low": of.low, "high": of.high}
+        if (of := estimates.get(name))
+        else table.metrics.get(name)
         for name in TYPES
     ]
 
@@ -102,19 +73,19 @@ def _by_judge(study: Study, name: str) -> Finding:
         missing += [str(run.path) for run in group.runs if run not in judged]
         for run in judged:
             table = run.judged[name]
-            judges.setdefault(json.dumps([table.get(key) for key in WHO]), (run, table))
+            judges.setdefault(tuple(getattr(table, key) for key in WHO), (run, table))
         if len(judges) > 1:
-            listed = "\n".join(f"  {run.path}: {who(table)}" for run, table in judges.values())
+            listed = "\n".join(f"  {run.path}: {table.name}" for run, table in judges.values())
             raise UserError(f"judge/{name}.json is not of one judge, one table cannot hold both:\n{listed}")
         if judged:
-            left = sum(run.judged[name]["unjudged"] for run in judged)
-            cells = means([[run.judged[name]["metrics"].get(metric) for metric in TYPES] for run in judged])
+            left = sum(run.judged[name].unjudged for run in judged)
+            cells = means([[run.judged[name].metrics.get(metric) for metric in TYPES] for run in judged])
             told = f"INCOMPLETE: {left} not judged" if left else "complete"
-            if len(judged) == 1 and judged[0].judged[name].get("estimates"):
+            if len(judged) == 1 and judged[0].judged[name].estimates:
                 cells, told = averages(judged[0].judged[name]), f"{told}; estimates with 95% intervals"
             rows.append([group.method, group.order, *cells, told])
     [(_, table)] = judges.values()
-    definition = f"As above, told apart by {who(table)}; where errors are not judged, nothing is guessed for them."
+    definition = f"As above, told apart by {table.name}; where errors are not judged, nothing is guessed for them."
     if missing:
         others = f" and {len(missing) - NAMED} other runs" if len(missing) > NAMED else ""
         definition += f" Without its verdicts: {', '.join(missing[:NAMED])}{others}."

@@ -59,7 +59,7 @@ class Study:
         table = aggregate.tabulate(finished, baseline, missing, mix)
         runs = {str(run.folder): Run.read(run.folder) for run in finished}
         aggregate.check_comparable(
-            {name: {key: run.results.get(key) for key in ("profile", "samples")} for name, run in runs.items()},
+            {name: {key: getattr(run.results, key) for key in ("profile", "samples")} for name, run in runs.items()},
             ("profile", "samples"),
         )
         groups: dict[tuple[str, str], dict[int, Run]] = {}
@@ -71,7 +71,7 @@ class Study:
     @classmethod
     def of(cls, run: Run) -> Study:
         """One run alone, finished or not."""
-        return cls([Group(run.method, str(run.results.get("order")), [run])], {})
+        return cls([Group(run.method, run.results.order, [run])], {})
 
     @property
     def runs(self) -> list[Run]:

@@ -82,7 +82,7 @@ def seeds(study: Study) -> list[Finding]:
     definition = "Mean ± sample standard deviation (divisor n - 1) over n seeds, and [least, greatest] seed."
     head = ["method", "order", "n", *METRICS.values()]
     each: list[list[Cell]] = [
-        [group.method, group.order, str(run.results["seed"]), *(run.metric(name) for name in METRICS)]
+        [group.method, group.order, str(run.results.seed), *(run.metric(name) for name in METRICS)]
         for group in study.groups
         for run in group.runs
     ]
@@ -160,6 +160,6 @@ def _spread(group: Group, name: str) -> dict[str, Any]:
 
 
 def _paired(before: Group, after: Group, name: str) -> dict[str, Any]:
-    seeds = {run.results["seed"]: run.metric(name) for run in before.runs}
-    pairs = [(seeds.get(run.results["seed"]), run.metric(name)) for run in after.runs]
+    seeds = {run.results.seed: run.metric(name) for run in before.runs}
+    pairs = [(seeds.get(run.results.seed), run.metric(name)) for run in after.runs]
     return summary([new - old for old, new in pairs if old is not None and new is not None])

@@ -5,11 +5,16 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from msgspec.structs import asdict, replace
 
+from cnext import records
 from cnext.errors import UserError
-from cnext.runs import file_shapes as schemas
+from cnext.records import Record
+from cnext.runs import schemas
+from cnext.runs.schemas import Answer, Config, Cost, Environment, JudgeTable, Matrix, Results, Row, TrainStep
 
 NOTHING = "\N{EN DASH}"
 
@@ -33,35 +38,38 @@ class Run:
     """What a run folder holds. Stage 0 is the model before any training, stage t the model after the t-th task."""
 
     path: Path
-    results: dict
-    config: dict
-    cost: dict
-    environment: dict
-    options: dict = field(default_factory=dict)
+    results: Results
+    cost: Cost = field(default_factory=Cost)
+    """cost.json, with the exact counts of results.json."""
+    config: dict[str, Any] = field(default_factory=dict)
+    environment: dict[str, Any] = field(default_factory=dict)
+    options: dict[str, Any] = field(default_factory=dict)
+    """config.json, environment.json and options.json with all of their keys; {} where a file is missing."""
 
     @classmethod
     def read(cls, path: Path) -> Run:
-        """Reads the folder. Raises UserError where results.json is missing, unreadable or lacks a key."""
-        results_path = path / "results.json"
-        if not results_path.is_file():
-            raise UserError(f"{results_path}: no such file; give a folder in which cnext-run has evaluated a stage")
-        results = schemas.read_results(results_path)
-        shapes = {
-            "config": schemas.CONFIG, "cost": schemas.COST, "environment": schemas.ENVIRONMENT, "options": dict,
-        }  # fmt: skip
-        others = [(path / f"{name}.json", shape) for name, shape in shapes.items()]
-        return cls(path, results, *(schemas.read(other, shape) if other.is_file() else {} for other, shape in others))
+        """Reads the folder. Raises UserError where results.json is missing, or a file is not what a run writes."""
+        file = path / "results.json"
+        if not file.is_file():
+            raise UserError(f"{file}: no such file; give a folder in which cnext-run has evaluated a stage")
+        results = schemas.read(file, Results)
+        file = path / "cost.json"
+        measured = schemas.read(file, Cost) if file.is_file() else Cost()
+        counted = {name: value for name, value in asdict(results.cost).items() if value not in (None, [])}
+        files = {path / "config.json": Config, path / "environment.json": Environment, path / "options.json": Record}
+        others = [schemas.read_object(file, kind) if file.is_file() else {} for file, kind in files.items()]
+        return cls(path, results, replace(measured, **counted), *others)
 
     @property
     def tasks(self) -> list[str]:
-        return self.results["tasks"]
+        return [*self.results.tasks]
 
     @cached_property
     def scores(self) -> np.ndarray:
         """(T + 1, T) float64: percent, row = stage, column = task in training order, NaN where not evaluated."""
-        return self.staged(self.results["score_matrix"], self.results.get("zero_shot"))
+        return self.staged(self.results.score_matrix, self.results.zero_shot)
 
-    def staged(self, matrix: list | None, zero_shot: list | None = None) -> np.ndarray:
+    def staged(self, matrix: Matrix | None, zero_shot: Row | None = None) -> np.ndarray:
         """A matrix of results.json with its zero-shot row put first, missing rows filled with NaN."""
         table = np.full((len(self.tasks) + 1, len(self.tasks)), np.nan)
         for stage, row in enumerate([zero_shot, *(matrix or [])]):
@@ -82,23 +90,23 @@ class Run:
 
     @property
     def method(self) -> str:
-        return self.results["method"]
+        return self.results.method
 
     @property
     def untrained(self) -> bool:
         """Whether no step was taken, so that nothing can be new or forgotten."""
-        return self.results.get("cost", {}).get("optimizer_steps") == 0
+        return self.results.cost.optimizer_steps == 0
 
     def metric(self, name: str) -> float | None:
         """A metric of the main profile; None where it is not defined, as of what an untrained model forgets."""
         if self.untrained and not name.startswith(("avg_acc", "worst_acc")):
             return None
-        return self.results.get("metrics", {}).get(name)
+        return self.results.metrics.get(name)
 
     @property
     def joint(self) -> bool:
         """Whether all tasks were learnt at once, in the last stage."""
-        return bool(self.results.get("joint"))
+        return self.results.joint
 
     @property
     def stages(self) -> list[int]:
@@ -117,25 +125,25 @@ class Run:
 
     def modalities(self, side: str, task: str) -> list[str]:
         """What a task reads or writes (side "reads" or "writes")."""
-        return self.results.get(side, {}).get(task, [])
+        return getattr(self.results, side).get(task, [])
 
-    def predictions(self, stage: int, task: str) -> list[dict]:
+    def predictions(self, stage: int, task: str) -> list[Answer]:
         """What was answered to a task's samples after a stage; empty where it was not evaluated."""
         folder = self.path / "predictions" / self.stage(stage).replace(" ", "_", 1)
-        return schemas.read_rows(folder / f"{task}.jsonl", schemas.ANSWER)
+        return schemas.read_rows(folder / f"{task}.jsonl", Answer)
 
     @cached_property
     def answered(self) -> bool:
         """Whether the folder still has what was answered."""
         return any(self.path.glob("predictions/*/*.jsonl"))
 
-    def answers(self, task: str) -> list[dict[int, dict]]:
+    def answers(self, task: str) -> list[dict[int, Answer]]:
         """A task's samples, each as {stage: row} over the stages at which it was answered, in their fixed order.
 
         Raises UserError where two stages answered different samples.
         """
         stages = {stage: rows for stage in range(len(self.tasks) + 1) if (rows := self.predictions(stage, task))}
-        asked = {stage: [row["id"] for row in rows] for stage, rows in stages.items()}
+        asked = {stage: [row.id for row in rows] for stage, rows in stages.items()}
         for stage, ids in asked.items():
             if ids != next(iter(asked.values())):
                 raise UserError(
@@ -145,16 +153,17 @@ class Run:
         return [dict(zip(stages, rows, strict=True)) for rows in zip(*stages.values(), strict=True)]
 
     @cached_property
-    def judged(self) -> dict[str, dict]:
+    def judged(self) -> dict[str, JudgeTable]:
         """The tables that ``cnext judge`` wrote, by the name of their file."""
-        return {path.stem: schemas.read(path, dict) for path in sorted(self.path.glob("judge/*.json"))}
+        advice = "expected what `cnext judge` writes; judge the run again"
+        return {path.stem: records.read(path, JudgeTable, advice) for path in sorted(self.path.glob("judge/*.json"))}
 
     @cached_property
     def losses(self) -> dict[int, np.ndarray]:
         """Training loss per stage, in the order of the steps; of a step that was run twice, the later run."""
         stages: dict[int, dict[int, float]] = {}
-        for row in schemas.read_rows(self.path / "train.jsonl", schemas.STEP):
-            if not 1 <= row["stage"] <= len(self.tasks):
-                raise UserError(f"{self.path / 'train.jsonl'}: expected stages 1 to {len(self.tasks)}, got {row}")
-            stages.setdefault(row["stage"], {})[row["step"]] = row["loss"]
+        for row in schemas.read_rows(self.path / "train.jsonl", TrainStep):
+            if not 1 <= row.stage <= len(self.tasks):
+                raise UserError(f"{self.path / 'train.jsonl'}: expected stages 1 to {len(self.tasks)}, got {row.stage}")
+            stages.setdefault(row.stage, {})[row.step] = row.loss
         return {stage: np.array([steps[step] for step in sorted(steps)], float) for stage, steps in stages.items()}

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from msgspec import to_builtins
 from torch import Tensor, nn
 
 from cnext import backbones, methods, packages
@@ -19,10 +20,9 @@ from cnext.adapters import exchange, exchange_authors, exchange_peft
 from cnext.backbones.base import Backbone
 from cnext.errors import UserError, unknown
 from cnext.exchange.logit_check import reference
-from cnext.exchange.model_card import card
+from cnext.exchange.model_card import FinalResults, RestorableConfig, card
 from cnext.methods.base import Method
-from cnext.runs import checkpoint
-from cnext.runs import file_shapes as schemas
+from cnext.runs import checkpoint, schemas
 from cnext.tasks.base import Task
 from cnext.training.setup import trained_beside
 
@@ -43,8 +43,8 @@ class Restored:
     extras: trained tensors beside the branches, by kind: of a run that trains such, or of an imported adapter.
     """
 
-    config: dict[str, Any]
-    results: dict[str, Any] | None
+    config: RestorableConfig
+    results: FinalResults | None
     label: str
     stages: int
     last: bool
@@ -79,15 +79,15 @@ def stand_in(name: str) -> Task:
     return Task(name, (), (), format="", scorer="", train="", test="", train_images="", test_images="")
 
 
-def _method(config: dict[str, Any]) -> Method:
+def _method(config: RestorableConfig) -> Method:
     """The method of a configuration. Raises UserError for hyperparameters that it does not have."""
-    kind, given = methods.load(config["method"]), config["hyperparameters"]
+    kind, given = methods.load(config.method), config.hyperparameters
     defaults = dataclasses.asdict(kind())
     for name, value in given.items():
         if name not in defaults:
-            raise unknown(f"hyperparameter of {config['method']}", name, list(defaults))
-        expected = {int: int, float: float, bool: bool, str: str}.get(type(defaults[name]), object)
-        schemas.checked(value, expected, f"hyperparameter {name} in config.json")
+            raise unknown(f"hyperparameter of {config.method}", name, list(defaults))
+        expected = {int: int, float: float, bool: bool, str: str}.get(type(defaults[name]), Any)
+        schemas.convert(value, expected, f"hyperparameter {name} in config.json")
     return kind(**given)
 
 
@@ -99,20 +99,19 @@ def restore(run: Path, label: str | None = None) -> Restored:
     """
     if not (run / "config.json").is_file():
         raise UserError(f"expected the folder of a run, such as runs/mage/paper/seed-0, found no config.json in {run}")
-    config = schemas.read(run / "config.json", schemas.RESTORED)
+    config = schemas.read(run / "config.json", RestorableConfig)
     folder = _checkpoint(run, label)
     file = run / "results.json"
-    results = schemas.checked(schemas.read_results(file), schemas.CARD, str(file)) if file.is_file() else None
+    results = schemas.read(file, FinalResults) if file.is_file() else None
     tensors, values = checkpoint.load(folder)
-    weights = config.get("weights")
     packages.require(*packages.MODELS)
-    backbone = backbones.load(config["backbone"]).load("cpu", None if weights is None else Path(weights))
+    backbone = backbones.load(config.backbone).load("cpu", config.weights and Path(config.weights))
     method = _method(config)
-    method.setup(backbone, [stand_in(name) for name in config["tasks"]], torch.Generator().manual_seed(0))
-    beside = trained_beside(backbone, config.get("recipe", {}).get("trainable", "branches"))
+    method.setup(backbone, [stand_in(name) for name in config.tasks], torch.Generator().manual_seed(0))
+    beside = trained_beside(backbone, config.recipe.trainable)
     held = method.held() | beside
     if changed := sorted(held.keys() ^ tensors["adapters"].keys()):
-        raise UserError(f"{folder} does not fit {config['method']} of this version: {exchange.listed(changed)}")
+        raise UserError(f"{folder} does not fit {config.method} of this version: {exchange.listed(changed)}")
     with torch.no_grad():
         for name, parameter in held.items():
             parameter.copy_(tensors["adapters"][name])
@@ -122,7 +121,7 @@ def restore(run: Path, label: str | None = None) -> Restored:
         kind, _, name = key.partition(".")
         extras.setdefault(kind, {})[name] = tensor
     stages = values["tasks_done"]
-    last = stages == len(config["tasks"])
+    last = stages == len(config.tasks)
     backbone.eval()
     return Restored(config, results, folder.name, stages, last, method, outer_model(backbone), extras)
 
@@ -177,7 +176,7 @@ def export(run: Path, to: Path, format: str, label: str | None = None, branches_
         raise unknown("format", format, FORMATS)
     with whole(to) as folder:
         restored = restore(run, label)
-        name = restored.config["method"]
+        name = restored.config.method
         if type(restored.method).answer is not Method.answer:
             raise UserError(f"{name} chooses by the question what takes part; no adapter can say that")
         extras = {} if branches_only else restored.extras
@@ -194,7 +193,7 @@ def export(run: Path, to: Path, format: str, label: str | None = None, branches_
             branches = exchange.branches_of(restored.model)
             notes += _write(restored, folder, format, extras)
             kept = reference(restored.model)
-        checkpoint.write_json(folder / REFERENCE, kept)
+        checkpoint.write_json(folder / REFERENCE, to_builtins(kept))
         told = {
             "checkpoint": restored.label,
             "stages": restored.stages,
@@ -227,7 +226,7 @@ def _write(restored: Restored, folder: Path, format: str, extras: dict[str, dict
         return []
     with exchange.merged(model):
         model.save_pretrained(str(folder))
-    if (weights := restored.config.get("weights")) is not None:
+    if (weights := restored.config.weights) is not None:
         for name in WITH_A_MODEL:
             if (Path(weights) / name).is_file():
                 shutil.copyfile(Path(weights) / name, folder / name)

@@ -16,9 +16,8 @@ from cnext.adapters.exchange_authors import BESIDE, KINDS, LANGUAGE_MODEL, ROLES
 from cnext.backbones.base import Backbone
 from cnext.errors import UserError, unknown
 from cnext.exchange.export import EXTRAS, REFERENCE, outer_model, whole
-from cnext.exchange.logit_check import agrees
-from cnext.runs import checkpoint
-from cnext.runs import file_shapes as schemas
+from cnext.exchange.logit_check import Reference, agrees
+from cnext.runs import checkpoint, schemas
 from cnext.tensor_files import read_tensors
 
 FILES = ("pytorch_model.bin", "pytorch_model.bin/pytorch_model.bin", "model.safetensors")
@@ -99,7 +98,7 @@ def _check(path: Path, model: torch.nn.Module, backbone: str) -> str:
     file = (path if path.is_dir() else path.parent) / REFERENCE
     if not file.is_file():
         return f"not compared: no {REFERENCE} beside it"
-    if not agrees(model, schemas.read(file, schemas.REFERENCE)):
+    if not agrees(model, schemas.read(file, Reference)):
         raise UserError(
             f"with this adapter {backbone} gives other logits than {file} says; is it of another backbone, or changed "
             f"since? Delete {REFERENCE} to import it all the same"

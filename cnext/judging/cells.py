@@ -9,16 +9,26 @@ from math import fsum, isclose
 from pathlib import Path
 from typing import Any
 
+from msgspec.structs import replace
+
 from cnext.errors import UserError
 from cnext.judging.cases import Case, rule
 from cnext.judging.sampling import wilson
-from cnext.runs import file_shapes as schemas
+from cnext.records import Record
+from cnext.runs import schemas
+from cnext.runs.schemas import Answer, StageScore
 from cnext.scoring.base import ERROR_TYPES
 from cnext.scoring.kinds import known_words
 from cnext.scoring.matrix import IDENTITY_TOLERANCE, ScoreMatrix, metrics
 
 SHOWN = ("forgetting", "avg_hal", "avg_iuf", "avg_oth")
-_SCORED = {key: schemas.SCORED[key] for key in ("stage", "trained", "task", "scorer", "strict")}
+
+
+class Modalities(Record):
+    """What is needed of results.json."""
+
+    tasks: list[str]
+    writes: dict[str, list[str]]
 
 
 @dataclass(frozen=True)
@@ -54,12 +64,12 @@ class JudgedRun:
                     f"{path} is not there: a judge needs a whole run folder, with {file.name}, {scores.name} and "
                     "predictions/; give one, or run cnext-run again"
                 )
-        results = schemas.read(file, {"tasks": [str], "writes": {str: [str]}})
-        tasks = results["tasks"]
-        rows = {(row["stage"], row["task"]): row for row in schemas.read_rows(scores, _SCORED)}
+        results = schemas.read(file, Modalities)
+        tasks = results.tasks
+        rows = {(row.stage, row.task): row for row in schemas.read_rows(scores, StageScore)}
         if strange := [key for key in rows if not 0 <= key[0] <= len(tasks) or key[1] not in tasks]:
             raise UserError(f"{scores}: expected the stages and tasks of {file.name}, got {strange[0]}")
-        cells = [_cell(run, row, rows.get((0, row["task"])), results["writes"]) for row in rows.values()]
+        cells = [_cell(run, row, rows.get((0, row.task)), results.writes) for row in rows.values()]
         return cls(tasks, cells)
 
     def matrix(self) -> ScoreMatrix:
@@ -76,41 +86,37 @@ class JudgedRun:
         return [c for c in self.cells if c.stage and c.stage in (self.tasks.index(c.task) + 1, last)]
 
 
-def _cell(run: Path, row: dict[str, Any], zero_shot: dict[str, Any] | None, writes: dict[str, list[str]]) -> Cell:
-    stage, trained, task = row["stage"], row["trained"], row["task"]
+def _cell(run: Path, row: StageScore, zero_shot: StageScore | None, writes: dict[str, list[str]]) -> Cell:
+    stage, trained, task = row.stage, row.trained, row.task
     path = run / "predictions" / f"{stage}_{trained}" / f"{task}.jsonl"
-    if not path.is_file() and zero_shot and {**zero_shot, "stage": stage, "trained": trained} == row:
+    if not path.is_file() and zero_shot and replace(zero_shot, stage=stage, trained=trained) == row:
         # A method that trains nothing answers as before; the answers were written once.
-        path = run / "predictions" / f"0_{zero_shot['trained']}" / f"{task}.jsonl"
+        path = run / "predictions" / f"0_{zero_shot.trained}" / f"{task}.jsonl"
     if not path.is_file():
         raise UserError(f"{path}: a judge needs a run's predictions, found none there; run cnext-run again")
-    answers = schemas.read_rows(path, schemas.ANSWER)
-    score = fsum(answer["strict"] for answer in answers) / len(answers) if answers else -1.0
-    if not isclose(score, row["strict"], abs_tol=IDENTITY_TOLERANCE):
+    answers = schemas.read_rows(path, Answer)
+    score = fsum(answer.strict for answer in answers) / len(answers) if answers else -1.0
+    if not isclose(score, row.strict, abs_tol=IDENTITY_TOLERANCE):
         raise UserError(
-            f"{path}: expected answers with a mean score of {row['strict']}, as scores.jsonl has it, got "
+            f"{path}: expected answers with a mean score of {row.strict}, as scores.jsonl has it, got "
             f"{len(answers)} with {score}; they are not of one run"
         )
-    known = known_words(text for answer in answers for text in (answer["instruction"], answer["answer"]))
+    known = known_words(text for answer in answers for text in (answer.instruction, answer.answer))
     errors = {}
     for index, answer in enumerate(answers):
-        if answer["strict"] < 100.0:
+        if answer.strict < 100.0:
             case = _case(run, row, answer, index, known, "image" in writes.get(task, ()))
-            errors[case] = 100.0 - answer["strict"]
+            errors[case] = 100.0 - answer.strict
     return Cell(stage, trained, task, len(answers), score, errors)
 
 
-def _case(
-    run: Path, row: dict[str, Any], answer: dict[str, Any], index: int, known: frozenset[str], draws: bool
-) -> Case:
-    source, target = (answer[name] and Path(answer[name]) for name in ("source_image", "target_image"))
-    kind = ("edit" if source else "draw") if draws else "box" if row["scorer"] == "box" else "text"
-    drawn, expected = answer["image"] and run / answer["image"], "" if draws else answer["answer"]
-    by_rule = rule(
-        row["scorer"], answer["text"], bool(drawn), expected, answer["instruction"], known, answer["error"] or "other"
-    )
-    asked = (kind, answer["instruction"], expected, answer["text"])
-    return Case(row["stage"], row["task"], index, answer["id"], *asked, drawn or None, source, target, by_rule)
+def _case(run: Path, row: StageScore, answer: Answer, index: int, known: frozenset[str], draws: bool) -> Case:
+    source, target = (Path(path) if path else None for path in (answer.source_image, answer.target_image))
+    kind = ("edit" if source else "draw") if draws else "box" if row.scorer == "box" else "text"
+    drawn, expected = run / answer.image if answer.image else None, "" if draws else answer.answer
+    by_rule = rule(row.scorer, answer.text, bool(drawn), expected, answer.instruction, known, answer.error or "other")
+    asked = (kind, answer.instruction, expected, answer.text)
+    return Case(row.stage, row.task, index, answer.id, *asked, drawn, source, target, by_rule)
 
 
 def booked(run: JudgedRun, cells: Sequence[Cell], labels: Mapping[Case, str | None]) -> dict[str, Any]:

@@ -25,12 +25,14 @@ def training(run: Run) -> Section:
             )
             for stage, values in sorted(run.losses.items())
         ]
-        note = "Training loss over optimizer steps: mean, and band from minimum to maximum. Scales differ between tasks."
+        note = (
+            "Training loss over optimizer steps: mean, and band from minimum to maximum. Scales differ between tasks."
+        )
         blocks += [Text(note), Plots(pictures)]
     branches: dict[str, dict[int, tuple[float, float]]] = {}
-    for merge in run.results.get("averaging") or []:
-        for branch, beta in merge["branches"].items():
-            branches.setdefault(branch, {})[run.tasks.index(merge["task"]) + 1] = (beta["mean"], beta["std"])
+    for merge in run.results.averaging or []:
+        for branch, beta in merge.branches.items():
+            branches.setdefault(branch, {})[run.tasks.index(merge.task) + 1] = (beta.mean, beta.std)
     if branches:
         pictures = [
             Picture(
@@ -50,11 +52,11 @@ def training(run: Run) -> Section:
 
 def metrics(run: Run) -> Section:
     """Every metric with its formula, and every score, under all scoring profiles side by side."""
-    main, profiles = run.results.get("profile", "strict"), run.results.get("profiles") or {}
-    values = run.results.get("metrics", {})
+    main, profiles = run.results.profile, run.results.profiles or {}
+    values = run.results.metrics
     rows = []
     for name, value in values.items():
-        others = [profile.get("metrics", {}).get(name) for profile in profiles.values()]
+        others = [profile.metrics.get(name) for profile in profiles.values()]
         if run.joint and value is None and others.count(None) == len(others):
             continue
         beside = [cell for other in others for cell in _beside(value, other)]
@@ -69,7 +71,7 @@ def metrics(run: Run) -> Section:
     blocks: list[Block] = [Text(note), formulas]
     times = ("zero-shot", "learnt") if run.joint else ("zero-shot", "learnt", "end")
     for name, profile in profiles.items():
-        other = run.staged(profile.get("score_matrix"), profile.get("zero_shot"))
+        other = run.staged(profile.score_matrix, profile.zero_shot)
         rows = []
         for task, label in enumerate(run.tasks):
             learnt = run.learnt(task)
@@ -89,7 +91,6 @@ def _beside(value: float | None, other: float | None) -> tuple[str, str]:
 
 def costs(run: Run) -> Section:
     """Parameters, storage, memory, time and energy, in all and by stage. Columns without values are left out."""
-    cost = {**run.results.get("cost", {}), **run.cost}
     known = (
         ("trainable parameters", "trainable_params", _count),
         ("stored between tasks", "stored_bytes", _size),
@@ -100,9 +101,10 @@ def costs(run: Run) -> Section:
         ("total time", "total_seconds", _time),
         ("energy", "energy_joules", _joules),
     )
-    rows = [[name, show(cost[key])] for name, key, show in known if cost.get(key) is not None]
+    # cost.json is measured; the counts in results.json are exact.
+    rows = [[name, show(value)] for name, key, show in known if (value := getattr(run.cost, key)) is not None]
     blocks: list[Block] = [Table(["cost", "value"], rows)] if rows else []
-    if cost.get("stages"):
+    if run.cost.stages:
         columns = (
             ("training", "train_seconds", _time),
             ("evaluation", "evaluate_seconds", _time),
@@ -114,10 +116,12 @@ def costs(run: Run) -> Section:
             ("peak device memory", "peak_device_memory_bytes", _size),
             ("energy", "energy_joules", _joules),
         )
-        filled = [column for column in columns if any(stage.get(column[1]) is not None for stage in cost["stages"])]
+        filled = [
+            column for column in columns if any(getattr(stage, column[1]) is not None for stage in run.cost.stages)
+        ]
         stages = [
-            [stage["task"], *(NOTHING if stage.get(key) is None else show(stage[key]) for _, key, show in filled)]
-            for stage in cost["stages"]
+            [stage.task, *(NOTHING if (v := getattr(stage, key)) is None else show(v) for _, key, show in filled)]
+            for stage in run.cost.stages
         ]
         blocks.append(Table(["stage", *(name for name, _, _ in filled)], stages))
     return Section("Cost", blocks)
@@ -129,7 +133,7 @@ def reproduction(run: Run) -> Section:
     if run.config:
         note = "The command resolves to the configuration below, and gives the same scores in the same environment."
         blocks += [Text(note), Code(command(run.config, run.options))]
-    versions = {**run.environment.get("versions", {}), **run.results.get("versions", {})}
+    versions = {**run.environment.get("versions", {}), **run.results.versions}
     machine = [[name, _plain(value)] for name, value in run.environment.items() if name != "versions"]
     for head, rows in (
         ("version", [[name, version or "not installed"] for name, version in versions.items()]),

@@ -10,6 +10,7 @@ from cnext.analysis.run import Run, points
 from cnext.analysis.samples import telling
 from cnext.errors import UserError
 from cnext.report.blocks import Block, Frame, Picture, Section, Strip, Text
+from cnext.runs.schemas import Answer
 
 SMALL, LARGE = 128, 256
 """Images up to SMALL pixels a side are enlarged by whole pixels to at most 2 SMALL, larger ones shrunk to LARGE."""
@@ -30,18 +31,18 @@ def images(run: Run) -> Section:
         [chosen] = samples
         row = chosen[max(chosen)]
         frames = [
-            _given(row[key], f"image_{number}_{label}.png", label)
+            _given(getattr(row, key), f"image_{number}_{label}.png", label)
             for key, label in (("source_image", "input"), ("target_image", "target"))
-            if row.get(key)
+            if getattr(row, key)
         ]
         for stage, answer in chosen.items():
-            name, label, verdict = f"image_{number}_{stage}.png", run.stage(stage), points(answer["strict"])
-            if answer.get("image") and (path := run.path / answer["image"]).is_file():
+            name, label, verdict = f"image_{number}_{stage}.png", run.stage(stage), points(answer.strict)
+            if answer.image and (path := run.path / answer.image).is_file():
                 frames.append(Frame(label, picture(path, name, f"{task}, generated at stage {label}"), verdict))
             else:
-                instead = f", but text: {_shorten(answer['text'], 60)}" if answer["text"] else ""
+                instead = f", but text: {_shorten(answer.text, 60)}" if answer.text else ""
                 frames.append(Frame(label, None, verdict, f"no image{instead}"))
-        blocks.append(Strip(f"{task}: {_shorten(row['instruction'], 300)}", frames))
+        blocks.append(Strip(f"{task}: {_shorten(row.instruction, 300)}", frames))
     note = (
         "For each task that writes images: of the samples with images at the most stages, the one whose score varies "
         "most. Above each image its stage, below it its score in percent."
@@ -56,20 +57,20 @@ def answers(run: Run) -> Section:
         samples = run.answers(task) if "text" in run.modalities("writes", task) else []
         if number >= run.last or not samples or not {number, run.last} <= samples[0].keys():
             continue
-        right = [sample for sample in samples if sample[number]["strict"] >= RIGHT]
-        lost = [sample for sample in right if sample[run.last]["strict"] < WRONG]
-        different: dict[str, dict[int, dict]] = {}
+        right = [sample for sample in samples if sample[number].strict >= RIGHT]
+        lost = [sample for sample in right if sample[run.last].strict < WRONG]
+        different: dict[str, dict[int, Answer]] = {}
         for sample in lost:
-            different.setdefault(sample[run.last]["text"], sample)
+            different.setdefault(sample[run.last].text, sample)
         title = f"{task}: of {len(right)} answers correct when learnt, {len(lost)} are wrong at the end"
         blocks.append(Text(title, "task"))
         for index, sample in enumerate(list(different.values())[:SHOWN], 1):
             row = sample[run.last]
-            source = row.get("source_image")
+            source = row.source_image
             frames = [_given(source, f"answer_{number}_{index}.png", "input")] if source else []
-            frames.append(Frame("expected", _shorten(row["answer"])))
+            frames.append(Frame("expected", _shorten(row.answer)))
             frames += [_answer(run.stage(stage), given) for stage, given in sample.items()]
-            blocks.append(Strip(_shorten(row["instruction"], 300), frames))
+            blocks.append(Strip(_shorten(row.instruction, 300), frames))
     note = (
         f"Samples answered correctly when learnt (score of {RIGHT:g} or more) and wrongly at the end (below {WRONG:g}): the "
         f"first for each distinct wrong answer, at most {SHOWN} a task."
@@ -81,9 +82,9 @@ def _shorten(text: str, limit: int = 160) -> str:
     return text if len(text) <= limit else f"{text[:limit]} ..."
 
 
-def _answer(label: str, row: dict) -> Frame:
-    verdict = "✓" if row["strict"] >= RIGHT else f"✗ {row['error'].replace('_', ' ')}"
-    return Frame(label, _shorten(row["text"]) or None, verdict, "empty")
+def _answer(label: str, row: Answer) -> Frame:
+    verdict = "✓" if row.strict >= RIGHT else f"✗ {row.error.replace('_', ' ')}"
+    return Frame(label, _shorten(row.text) or None, verdict, "empty")
 
 
 def _given(path: str, name: str, label: str) -> Frame:

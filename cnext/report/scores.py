@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from cnext.analysis.error_types import repeats, who
+from cnext.analysis.error_types import repeats
 from cnext.analysis.run import Run, mean_seen, points
 from cnext.analysis.transfer import in_turn
 from cnext.report import plots
@@ -16,19 +16,27 @@ _AVERAGES = ("avg_hal", "avg_iuf", "avg_oth")
 
 def headline(run: Run) -> Section:
     """The setting of the run, warnings, and the main metrics."""
-    results, metrics, count = run.results, run.results.get("metrics", {}), len(run.tasks)
-    samples = sorted(set(results.get("samples", {}).values()))
-    facts = [f"{key} {results[key]}" for key in ("backbone", "budget", "order", "seed", "split") if key in results]
+    results, metrics, count = run.results, run.results.metrics, len(run.tasks)
+    samples = sorted(set(results.samples.values()))
+    facts = [
+        f"{key} {v}"
+        for key in ("backbone", "budget", "order", "seed", "split")
+        if (v := getattr(results, key)) not in ("", None)
+    ]
     facts += [f"{' to '.join(map(str, samples[:: max(1, len(samples) - 1)]))} samples a task"] if samples else []
     blocks: list[Block] = [Text(" · ".join(facts), "facts")]
     if not run.finished:
         text = f"Unfinished: evaluated up to stage {run.last} of {count}; all metrics are of these stages. "
         blocks.append(Text(f"{text}The same command resumes the run.", "banner"))
-    if results.get("budget") == "smoke":
+    if results.budget == "smoke":
         blocks.append(Text("Budget smoke: a test that everything works; its scores mean nothing.", "banner"))
     numbers = [
         ("Avg.ACC", metrics.get("avg_acc"), "mean score over all tasks after the last stage, in percent"),
-        ("Forgetting", metrics.get("forgetting"), "mean drop since a task was learnt, without the last task, in points"),
+        (
+            "Forgetting",
+            metrics.get("forgetting"),
+            "mean drop since a task was learnt, without the last task, in points",
+        ),
         ("New.ACC", metrics.get("new_acc"), "mean score of each task right after it was learnt"),
         ("Zero-shot", mean_seen(run.scores[0]), "mean score over all tasks before training"),
     ]
@@ -39,7 +47,7 @@ def headline(run: Run) -> Section:
         blocks.append(Text("No training, a lower bound: nothing is learnt, and nothing can be forgotten."))
         numbers = numbers[:1]
     blocks.append(Numbers([(name, points(value), meaning) for name, value, meaning in numbers]))
-    return Section(f"{results['method']} on {results['suite']}", blocks)
+    return Section(f"{results.method} on {results.suite}", blocks)
 
 
 def _untrained(run: Run) -> bool:
@@ -61,11 +69,13 @@ def matrix(run: Run) -> Section:
         "Score in percent on each task (column) after each stage (row). Outlined: the task just learnt; small figures: "
         "the change since then. Blank: not evaluated. Average: over the tasks learnt so far, of zero-shot over all."
     )
-    samples = run.results.get("samples", {}).values()
+    samples = run.results.samples.values()
     if samples:
         note += f" The standard error of a score is at most {points(50 / min(samples) ** 0.5)} points."
     picture = Picture("score_matrix.svg", heat, "Heat map of the score matrix; see the table below")
-    return Section("Score matrix", [Text(note), Plots([picture], "wide plot"), Folded("Score matrix as a table", table)])
+    return Section(
+        "Score matrix", [Text(note), Plots([picture], "wide plot"), Folded("Score matrix as a table", table)]
+    )
 
 
 def stages(run: Run) -> Section:
@@ -89,7 +99,7 @@ def stages(run: Run) -> Section:
 
 def error_types(run: Run) -> Section:
     """The share of each error type when a task was learnt and at the end, and what forgetting consists of."""
-    matrices = run.results.get("error_matrix") or {}
+    matrices = run.results.error_matrix or {}
     if run.last == 0 or set(matrices) != set(ERROR_TYPES):
         return Section("", [])
     shares = {error: run.staged(matrices[error]) for error in ERROR_TYPES}
@@ -110,8 +120,7 @@ def error_types(run: Run) -> Section:
         if len(bars) > 1:
             growth = [bars["end"][error] - bars["learnt"][error] for error in ERROR_TYPES]
             rows.append([name, *(points(value, signed=True) for value in (*growth, sum(growth)))])
-    metrics = run.results.get("metrics", {})
-    sums = [metrics.get(name) for name in (*_AVERAGES, "forgetting")]
+    sums = [run.results.metrics.get(name) for name in (*_AVERAGES, "forgetting")]
     rows.append(["mean", *(points(value, signed=True) for value in sums)])
     when = "at the end" if once else "when the task was learnt and at the end"
     note = (
@@ -135,13 +144,13 @@ def _judged(run: Run) -> list[Block]:
     for name, table in run.judged.items():
         if repeats(run, name):
             continue
-        left, known, estimates = table["unjudged"], table["metrics"], table.get("estimates") or {}
+        left, known, estimates = table.unjudged, table.metrics, table.estimates or {}
         averages = [points(known.get(metric), signed=True) for metric in (*_AVERAGES, "forgetting")]
         for place, metric in enumerate(_AVERAGES):
             if of := estimates.get(metric):
-                estimate, low, high = (points(of[end], signed=True) for end in ("estimate", "low", "high"))
+                estimate, low, high = (points(end, signed=True) for end in (of.estimate, of.low, of.high))
                 averages[place] = f"{estimate} [{low}, {high}]"
-        rows.append([name, who(table), *averages, f"incomplete, {left} not judged" if left else "complete"])
+        rows.append([name, table.name, *averages, f"incomplete, {left} not judged" if left else "complete"])
         if left:
             text = f"Incomplete: judge {name} has not judged {left} errors; they count for no error type."
             banners.append(Text(text, "banner"))

@@ -64,7 +64,7 @@ class Page:
 def _head(page: Page) -> Section:
     setting = page.study.tables["setting"]
     orders = list(dict.fromkeys(group.order for group in page.study.groups))
-    seeds = sorted({run.results["seed"] for run in page.study.runs})
+    seeds = sorted({run.results.seed for run in page.study.runs})
     facts = [f"{key} {setting[key]}" for key in ("backbone", "budget", "split")]
     facts += [f"order {', '.join(orders)}", f"seeds {', '.join(map(str, seeds))}", f"{len(page.study.runs)} runs"]
     blocks: list[Block] = [Text(" · ".join(facts), "facts")]
@@ -138,11 +138,15 @@ def _types(page: Page) -> Section:
         shares = {page.name(*row[:2]): {error: row[i]["mean"] for error, i in columns.items()} for row in rows}
         shares = dict(sorted(shares.items(), key=lambda item: sum(item[1].values())))
         spoken = "; ".join(f"{name} {sum(parts.values()):.1f}" for name, parts in shares.items())
-        picture = Picture("types.svg", study_plots.error_types(shares), f"Forgetting by error type, least first: {spoken}")
+        picture = Picture(
+            "types.svg", study_plots.error_types(shares), f"Forgetting by error type, least first: {spoken}"
+        )
         key = Key([(error.replace("_", " "), plots.ERROR_COLOURS[error]) for error in ERROR_TYPES])
         incomplete = [one.title for one in found if any(str(row[-1]).startswith("INCOMPLETE") for row in one.rows)]
         banners = [Text(f"Incomplete: {title}. Some errors are not judged yet.", "banner") for title in incomplete]
-        note = Text("Forgetting in points, by the error type that became more frequent; dark bar: the sum of all three.")
+        note = Text(
+            "Forgetting in points, by the error type that became more frequent; dark bar: the sum of all three."
+        )
         return [note, key, Plots([picture], "fits"), *banners, *map(page.table, found)]
 
     return page.section("types", "Forgetting by error type", show)
@@ -156,7 +160,9 @@ def _transfer(page: Page) -> Section:
             panels.append(plots.Panel(page.name(group.method, group.order), values, group.tasks[1:], group.tasks[:-1]))
         limit = max(float(np.nanmax(abs(panel.values))) for panel in panels)
         pictures = [heat_map(f"transfer_{number}.svg", one, limit, "+.0f") for number, one in enumerate(panels, 1)]
-        note = "Mean change of an earlier task (column) while another is learnt (row), in points. Blue: rises; vermilion: "
+        note = (
+            "Mean change of an earlier task (column) while another is learnt (row), in points. Blue: rises; vermilion: "
+        )
         note += "falls."
         folded = [Folded(f"{one.title} as a table", page.table(one)) for one in found[1:]]
         return [page.table(found[0]), Text(note), Plots(pictures, "maps"), *folded]
@@ -193,6 +199,6 @@ def _metrics(_: Page) -> Section:
 
 def _again(page: Page, command: str) -> Section:
     every = [(group, run) for group in page.study.groups for run in group.runs]
-    rows = [[page.name(group.method, group.order), str(run.results["seed"]), str(run.path)] for group, run in every]
+    rows = [[page.name(group.method, group.order), str(run.results.seed), str(run.path)] for group, run in every]
     runs = Folded("All runs", Table(["method", "seed", "folder"], rows, words=(2,)))
     return Section("Reproduction", [Text("This command writes the page again."), Code(command), runs])

@@ -18,7 +18,6 @@ from cnext.scoring.base import ERROR_TYPES, PROFILES
 T = TypeVar("T")
 ADVICE = "run cnext-run again"
 Percent = Annotated[float, Meta(ge=-1e6, le=1e6)]
-Place = Annotated[int, Meta(ge=0, le=10**8)]
 Row = list[Percent | None]
 Matrix = list[Row | None]
 """Scores by stage (rows) and task, None where not evaluated."""
@@ -32,8 +31,8 @@ class StageScore(Record):
     """
 
     stage: int
-    trained: FileName
-    task: FileName
+    trained: str
+    task: str
     scorer: str
     samples: int
     strict: Percent
@@ -41,6 +40,9 @@ class StageScore(Record):
     errors: dict[str, dict[str, Percent]]
 
     def __post_init__(self) -> None:
+        for name in (self.trained, self.task):
+            if not FileName.fits(name):
+                raise ValueError(f"Expected {FileName.__doc__}, got {name!r:.60}")
         missing = [f"{p} {e}" for p in PROFILES for e in ERROR_TYPES if e not in self.errors.get(p, ())]
         if missing:
             raise ValueError(f"Expected errors of every profile and type, got none of {', '.join(missing)}")
@@ -79,8 +81,8 @@ class Answer(Record, kw_only=True):
     error: str
 
 
-class Scores(Record):
-    """The scores of a run under one profile. zero_shot: stage 0; score_matrix: stages from 1 on."""
+class ProfileScores(Record):
+    """The scores of a run under another profile than its main one. zero_shot: stage 0; score_matrix: stages from 1 on."""
 
     score_matrix: Matrix | None = None
     zero_shot: Row | None = None
@@ -133,20 +135,23 @@ class Merge(Record):
     branches: dict[str, BranchBeta]
 
 
-class Results(Scores, kw_only=True):
+class Results(Record):
     """results.json. tasks: in training order. reads, writes: modalities by task. joint: all tasks trained at once."""
 
     method: str
     suite: str
     tasks: list[FileName]
     score_matrix: Matrix
+    zero_shot: Row | None = None
+    metrics: dict[str, Percent | None] = field(default_factory=dict)
+    error_matrix: dict[str, Matrix | None] | None = None
     profile: str = "strict"
-    profiles: dict[str, Scores] | None = None
+    profiles: dict[str, ProfileScores] | None = None
     reads: dict[str, list[str]] = field(default_factory=dict)
     writes: dict[str, list[str]] = field(default_factory=dict)
     samples: dict[str, int] = field(default_factory=dict)
     averaging: list[Merge] | None = None
-    cost: Cost = Cost()
+    cost: Cost = field(default_factory=Cost)
     versions: dict[str, str | None] = field(default_factory=dict)
     fingerprint: dict[str, Any] | None = None
     seed: int = 0
@@ -170,6 +175,63 @@ class Results(Scores, kw_only=True):
             raise ValueError(f"Expected rows and averages of its {width} tasks")
 
 
+class ResolvedRecipe(Record):
+    """The recipe in config.json, as far as it is read back. by_task: task to field to value."""
+
+    by_task: dict[str, dict[str, Any]] = field(default_factory=dict)
+    trainable: str = "branches"
+
+
+class Config(Record):
+    """config.json: what decides a run's numbers, resolved. As far as it is read back."""
+
+    method: str = ""
+    suite: str = ""
+    seed: int | None = None
+    hyperparameters: dict[str, Any] = field(default_factory=dict)
+    backbone_options: dict[str, Any] = field(default_factory=dict)
+    recipe: ResolvedRecipe = field(default_factory=ResolvedRecipe)
+
+
+class Environment(Record):
+    """environment.json: the machine and the versions of libraries, None where one is not installed."""
+
+    versions: dict[str, str | None] = field(default_factory=dict)
+
+
+class Estimate(Record):
+    """An estimated average (percent) and the ends of its 95% interval."""
+
+    estimate: Percent
+    low: Percent
+    high: Percent
+
+
+class JudgeTable(Record, kw_only=True):
+    """judge/<name>.json: averages of error types by a judge. unjudged: errors without a verdict.  estimates: by metric,
+    where only a sample of the errors was judged."""
+
+    judge: str
+    model: str | None = None
+    prompts: str | None = None
+    prompts_sha256: str | None = None
+    profile: str | None = None
+    complete: bool
+    unjudged: int
+    metrics: dict[str, Percent | None]
+    estimates: dict[str, Estimate] | None = None
+
+    def __post_init__(self) -> None:
+        if self.estimates and (missing := {"avg_hal", "avg_iuf", "avg_oth"} - self.estimates.keys()):
+            raise ValueError(f"Expected estimates of every error type, got none of {', '.join(sorted(missing))}")
+
+    @property
+    def name(self) -> str:
+        """The judge's model and prompts."""
+        prompts = f", prompts {self.prompts} ({(self.prompts_sha256 or '')[:8]})" if self.prompts else ""
+        return f"{self.model or self.judge}{prompts}"
+
+
 def convert(value: Any, kind: type[T], where: str | Path) -> T:
     """`records.convert` of something that a run wrote."""
     return records.convert(value, kind, where, ADVICE)
@@ -178,6 +240,13 @@ def convert(value: Any, kind: type[T], where: str | Path) -> T:
 def read(path: Path, kind: type[T]) -> T:
     """`records.read` of a file that a run wrote."""
     return records.read(path, kind, ADVICE)
+
+
+def read_object(path: Path, kind: type[Record]) -> dict[str, Any]:
+    """The object in a JSON file with all of its keys, checked as a record. Raises UserError as `read`."""
+    value = read(path, dict[str, Any])
+    convert(value, kind, path)
+    return value
 
 
 def read_rows(path: Path, kind: type[T]) -> list[T]:

@@ -16,31 +16,66 @@ from math import fsum
 from pathlib import Path
 from typing import Any
 
+from msgspec.structs import asdict
+
 from cnext.errors import UserError, unknown
-from cnext.runs import file_shapes as schemas
-from cnext.runs import fingerprint
+from cnext.records import Finite, Record
+from cnext.runs import fingerprint, schemas
+from cnext.runs.schemas import Percent
 
 METRICS = {"avg_acc": "Avg.ACC", "forgetting": "Forgetting", "new_acc": "New.ACC"}
-SETTING = ("suite", "backbone", "split", "budget", "recipe")
-"""What the runs of one table must have in common."""
 BASELINE = "lora"
 RESAMPLES = 10_000
-FINISHED = {
-    **dict.fromkeys(("method", "order"), str),
-    "seed": int,
-    "tasks": [str],
-    "hyperparameters": dict,
-    "metrics": dict.fromkeys(METRICS, schemas.SCORE),
-    "cost": {"optimizer_steps": float},
-    "fingerprint?": (dict, None),
-}
-"""What a table needs of a finished run's results.json."""
 LEAST_PAIRS = 3
 """With fewer pairs there is no interval: a bootstrap of two values is no more than those two."""
 
 
+class MainMetrics(Record):
+    """The metrics of tables, in percent; None where a method has none."""
+
+    avg_acc: Percent | None
+    forgetting: Percent | None
+    new_acc: Percent | None
+
+
+class Steps(Record):
+    optimizer_steps: Finite
+
+
+class Progress(Record):
+    """What results.json must have, finished or not."""
+
+    finished: bool
+
+
+class FinishedResults(Record, kw_only=True):
+    """What a table needs of a finished run's results.json."""
+
+    method: str
+    order: str
+    seed: int
+    tasks: list[str]
+    hyperparameters: dict[str, Any]
+    metrics: MainMetrics
+    cost: Steps
+    fingerprint: dict[str, Any] | None = None
+
+
+class Setting(Record):
+    """What the runs of one table must have in common, in config.json."""
+
+    suite: str
+    backbone: str
+    split: str
+    budget: str
+    recipe: dict[str, Any]
+
+
+SETTING = Setting.__struct_fields__
+
+
 @dataclass(frozen=True)
-class Run:
+class RunSummary:
     """A finished run, as far as a table needs it. values: by metric, None where the method has none. fingerprint: of
     the environment, None where the run is older than fingerprints."""
 
@@ -74,24 +109,22 @@ def find(paths: Iterable[Path]) -> list[Path]:
     return list(found.values())
 
 
-def read(folder: Path) -> Run | None:
+def read(folder: Path) -> RunSummary | None:
     """The run of a folder; None where it is not finished. Raises UserError where its files are damaged."""
     file = folder / "results.json"
-    if not file.is_file() or not schemas.read(file, {"finished": bool})["finished"]:
+    if not file.is_file() or not schemas.read(file, Progress).finished:
         return None
-    results = schemas.read(file, FINISHED)
-    config = schemas.read(folder / "config.json", dict.fromkeys(SETTING, str) | {"recipe": dict})
-    values = {key: results["metrics"][key] for key in METRICS}
-    if not results["cost"]["optimizer_steps"]:
+    results = schemas.read(file, FinishedResults)
+    setting = asdict(schemas.read(folder / "config.json", Setting))
+    values = asdict(results.metrics)
+    if not results.cost.optimizer_steps:
         # Nothing was learnt, so nothing can be new or forgotten.
         values |= {"forgetting": None, "new_acc": None}
-    named = {key: results[key] for key in ("method", "order", "seed", "hyperparameters")}
-    setting = {key: config[key] for key in SETTING}
-    here = results.get("fingerprint")
-    return Run(folder, **named, tasks=tuple(results["tasks"]), setting=setting, values=values, fingerprint=here)
+    given = (results.method, results.order, tuple(results.tasks), results.seed, results.hyperparameters)
+    return RunSummary(folder, *given, setting, values, results.fingerprint)
 
 
-def finished(folders: Iterable[Path]) -> list[Run]:
+def finished(folders: Iterable[Path]) -> list[RunSummary]:
     """The finished runs of these folders."""
     return [run for run in map(read, folders) if run]
 
@@ -120,7 +153,7 @@ def _differences(one: Any, other: Any, path: str) -> list[str]:
     return [] if one == other else [f"{path}: {json.dumps(one)} and {json.dumps(other)}"]
 
 
-def _labelled(runs: Sequence[Run]) -> list[Run]:
+def _labelled(runs: Sequence[RunSummary]) -> list[RunSummary]:
     """The runs with the hyperparameters in which those of one method differ added to its name."""
     labelled = []
     for run in runs:
@@ -132,7 +165,7 @@ def _labelled(runs: Sequence[Run]) -> list[Run]:
 
 
 def tabulate(
-    runs: Sequence[Run], baseline: str | None = None, missing: Sequence[str] = (), mix: bool = False
+    runs: Sequence[RunSummary], baseline: str | None = None, missing: Sequence[str] = (), mix: bool = False
 ) -> dict[str, Any]:
     """Everything that the tables of a study show.
 
@@ -148,14 +181,14 @@ def tabulate(
     check_comparable({str(run.folder): run.setting for run in runs})
     notes = fingerprint.check_alike({str(run.folder): run.fingerprint for run in runs}, mix)
     runs = _labelled(runs)
-    once: dict[Any, Run] = {}
+    once: dict[Any, RunSummary] = {}
     for run in runs:
         other = once.setdefault((run.method, run.tasks, run.seed), run)
         if other is not run:
             raise UserError(f"{other.folder} and {run.folder} are the same run; name one of them")
     # An order has one name in the table, however it was asked for.
     names: dict[tuple[str, ...], str] = {}
-    cells: dict[str, dict[str, dict[int, Run]]] = {}
+    cells: dict[str, dict[str, dict[int, RunSummary]]] = {}
     for run in runs:
         cells.setdefault(run.method, {}).setdefault(names.setdefault(run.tasks, run.order), {})[run.seed] = run
     base = baseline or (BASELINE if BASELINE in cells else next(iter(cells)))
@@ -187,16 +220,16 @@ def summary(values: Sequence[float]) -> dict[str, Any]:
     }
 
 
-def _known(runs: Iterable[Run], metric: str) -> list[float]:
+def _known(runs: Iterable[RunSummary], metric: str) -> list[float]:
     return [value for run in runs if (value := run.values[metric]) is not None]
 
 
-def _over(runs: Iterable[Run]) -> dict[str, Any]:
+def _over(runs: Iterable[RunSummary]) -> dict[str, Any]:
     runs = list(runs)
     return {"n": len(runs), **{metric: summary(_known(runs, metric)) for metric in METRICS}}
 
 
-def _over_orders(method: str, orders: dict[str, dict[int, Run]]) -> dict[str, Any]:
+def _over_orders(method: str, orders: dict[str, dict[int, RunSummary]]) -> dict[str, Any]:
     """The mean over all runs of a method, and the range (low, high) of its orders' means."""
     every = [run for seeds in orders.values() for run in seeds.values()]
     row = {"method": method, "orders": list(orders), "n": len(every)}
@@ -208,7 +241,9 @@ def _over_orders(method: str, orders: dict[str, dict[int, Run]]) -> dict[str, An
     return row
 
 
-def _paired(method: str, cells: dict[str, dict[int, Run]], base: dict[str, dict[int, Run]]) -> dict[str, Any]:
+def _paired(
+    method: str, cells: dict[str, dict[int, RunSummary]], base: dict[str, dict[int, RunSummary]]
+) -> dict[str, Any]:
     """Differences of the runs with the same order and seed."""
     pairs = [
         (run.values, base[order][seed].values)

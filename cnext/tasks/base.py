@@ -6,9 +6,12 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from msgspec import Meta
 
 from cnext.errors import UserError, unknown
+from cnext.records import Count, Fraction, NonNegativeFloat, PositiveFloat, PositiveInt
 
 IMAGE_POSITIONS = ("first", "random")
 PROMPTS = ("released", "consistent")
@@ -17,6 +20,7 @@ TRAINABLE = ("branches", "connections", "released")
 PRECISIONS = ("float32", "bfloat16")
 BY_TASK = ("batch_size", "micro_batch_size", "learning_rate", "warmup_steps")
 """Fields of a `Recipe` that may differ from task to task."""
+Beta = Annotated[float, Meta(ge=0, lt=1)]
 _DRAW = re.compile(r"\A\s*please generate the image\s*[:.]\s*", re.IGNORECASE)
 
 
@@ -101,15 +105,15 @@ class Task:
     train_images: str
     test_images: str
     validation: str = ""
-    max_new_tokens: int = 32
+    max_new_tokens: PositiveInt = 32
     description: str = ""
     references: str = ""
     image_position: str = "first"
     prompts: str = "released"
     image_filter: str = "none"
     test_prefix: str = ""
-    train_count: int = 0
-    test_count: int = 0
+    train_count: Count = 0
+    test_count: Count = 0
     source: str = ""
 
     def __post_init__(self) -> None:
@@ -149,18 +153,18 @@ class Recipe:
     by_task: what is different for a task: its name to fields of this class.
     """
 
-    steps: dict[str, int]
-    train_samples: int = 0
-    test_samples: int = 0
-    batch_size: int = 16
-    learning_rate: float = 1e-4
-    min_learning_rate_ratio: float = 0.05
-    warmup_steps: int = 8
-    betas: tuple[float, float] = (0.9, 0.98)
-    eps: float = 1e-6
-    weight_decay: float = 0.0
-    max_grad_norm: float = 1.0
-    micro_batch_size: int = 0
+    steps: dict[str, Count]
+    train_samples: Count = 0
+    test_samples: Count = 0
+    batch_size: PositiveInt = 16
+    learning_rate: PositiveFloat = 1e-4
+    min_learning_rate_ratio: Fraction = 0.05
+    warmup_steps: Count = 8
+    betas: tuple[Beta, Beta] = (0.9, 0.98)
+    eps: PositiveFloat = 1e-6
+    weight_decay: NonNegativeFloat = 0.0
+    max_grad_norm: PositiveFloat = 1.0
+    micro_batch_size: Count = 0
     schedule: str = "cosine"
     trainable: str = "branches"
     precision: str = "float32"

@@ -10,7 +10,6 @@ import pytest
 
 from cnext.config.run_config import RunConfig, plan
 from cnext.errors import UserError
-from cnext.runs import tensorboard
 from cnext.runs.run_folder import RunFolder
 from cnext.runs.schemas import StageScore, TrainStep
 from cnext.runs.tensorboard import TRAINING, EventLog

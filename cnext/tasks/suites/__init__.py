@@ -28,7 +28,7 @@ def load(name: str) -> Suite:
         folder = Path(name)
         if not (folder / "suite.json").is_file():
             raise unknown("suite", name, [*names(), "or the path of a folder with suite.json"])
-    return manifests.read(folder)
+    return manifests.read_suite(folder)
 
 
 def worded(suite: Suite, prompts: str) -> Suite:
