@@ -7,7 +7,7 @@ import dataclasses
 import inspect
 import itertools
 from dataclasses import dataclass, field
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from cnext import methods
 from cnext.config.run_config import Options, RunConfig
@@ -56,7 +56,7 @@ class Flags(Options):
         object.__setattr__(self, "baseline", self.baseline and methods.canonical(self.baseline))
 
 
-def parse(arguments: list[str]) -> Any:
+def parse(arguments: list[str]) -> Flags:
     """A `Flags` with a field for each selected method, whose hyperparameters are flags such as ``--mage.c``.
 
     Raises:
@@ -98,7 +98,7 @@ def _group(kind: type) -> type:
     return dataclasses.make_dataclass(kind.__name__, helped, namespace={"__doc__": kind.__doc__})
 
 
-def configs(flags: Any) -> list[RunConfig]:
+def configs(flags: Flags) -> list[RunConfig]:
     """One RunConfig per method, order and seed, in the order of execution."""
     shared = {item.name: getattr(flags, item.name) for item in dataclasses.fields(Options)}
     groups = {name: getattr(flags, name.replace("-", "_"), None) for name in flags.method}

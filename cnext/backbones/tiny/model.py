@@ -114,8 +114,8 @@ class TinyBackbone(Backbone):
             model.load_state_dict({name: tensor.float() for name, tensor in read_tensors(file).items()})
         except (RuntimeError, UserError) as error:
             raise UserError(
-                f"--weights {file}: expected those of the tiny backbone, as `cnext pretrain-tiny` writes: {error}\n"
-                "leave --weights away for those that come with cnext, or name another --backbone"
+                f"--weights {file}: expected those of the tiny backbone, as cnext.pretrain_tiny writes them: {error}\n"
+                "leave out --weights for those that come with cnext, or name another --backbone"
             ) from error
         nn.Module.to(model.decoder, dtype)
         if checkpointing:
