@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import socket
@@ -93,7 +94,7 @@ class Heartbeat:
         self.beat = msgspec.structs.replace(self.beat, time=time.time())
         unfinished = self.path.with_name(f"{FILE}.unfinished")
         with suppress(OSError):
-            unfinished.write_bytes(msgspec.json.encode(self.beat))
+            unfinished.write_text(json.dumps(msgspec.structs.asdict(self.beat)), encoding="utf-8")
             os.replace(unfinished, self.path)
 
 

@@ -91,7 +91,7 @@ def test_the_report_shows_every_cost_of_every_stage() -> None:
     whole, table = shown.blocks
     assert ["energy", "4.20 kJ"] in whole.rows
     found = dict(zip(table.head, table.rows[0], strict=True))
-    assert {"kept": "2.5 MB", "peak memory": "1.30 GB", "peak device memory": "3.00 GB"}.items() <= found.items()
+    assert {"stored": "2.5 MB", "peak memory": "1.30 GB", "peak device memory": "3.00 GB"}.items() <= found.items()
     assert found["energy"] == "4.20 kJ"
     (table,) = costs(Run(Path(), {}, {}, {"stages": [{"task": "say", **stage}]}, {})).blocks
     assert "energy" not in table.head, "where no device tells it"
