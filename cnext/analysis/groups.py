@@ -1,4 +1,4 @@
-"""The finished runs of some folders, grouped by method and order, where one table may hold them all."""
+"""Group comparable finished runs by method and order."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from cnext.tables import aggregate
 
 
 def means(rows: Sequence[Iterable[float | None]]) -> list[dict[str, Any]]:
-    """n, mean and sample deviation of each column over the rows, a row a run; NaN and None count as not there."""
+    """n, mean and sample standard deviation of each column over runs (rows); NaN and None are left out."""
     return [
         aggregate.summary([float(v) for v in column if v is not None and not isnan(v)])
         for column in zip(*rows, strict=True)
@@ -33,19 +33,19 @@ class Group:
         return self.runs[0].tasks
 
     def mean(self, figure: Callable[[Run], float | None]) -> dict[str, Any]:
-        """n, mean and sample deviation of a figure over the runs that have it."""
+        """n, mean and sample standard deviation of a value over the runs that have it."""
         return aggregate.summary([value for run in self.runs if (value := figure(run)) is not None])
 
 
 @dataclass(frozen=True)
-class Study:
+class RunGroups:
     """Comparable finished runs. tables: what ``tables.tabulate`` gives of them."""
 
     groups: list[Group]
     tables: dict[str, Any]
 
     @classmethod
-    def read(cls, folders: Iterable[Path], baseline: str | None = None, mix: bool = False) -> Study:
+    def read(cls, folders: Iterable[Path], baseline: str | None = None, mix: bool = False) -> RunGroups:
         """Reads run folders; those that are not finished are named in ``tables["missing"]``.
 
         Args: mix: whether runs of different environments are averaged, and noted.
@@ -69,7 +69,7 @@ class Study:
         return cls([Group(*key, [run for _, run in sorted(groups[key].items())]) for key in in_order], table)
 
     @classmethod
-    def of(cls, run: Run) -> Study:
+    def of(cls, run: Run) -> RunGroups:
         """One run alone, finished or not."""
         return cls([Group(run.method, run.results.order, [run])], {})
 
@@ -79,5 +79,5 @@ class Study:
 
     @property
     def single(self) -> Run | None:
-        """The run where there is but one."""
+        """The run, if there is only one."""
         return self.runs[0] if len(self.runs) == 1 else None

@@ -221,9 +221,9 @@ def test_unfinished_runs_are_left_out_and_named(write: Write) -> None:
 @pytest.mark.parametrize(
     ("file", "text", "message"),
     [
-        ("results.json", "{", r"results\.json: expected a JSON object"),
-        ("results.json", "{}", r"results\.json is not as a run writes it: finished: missing"),
-        ("config.json", "{}", r"config\.json is not as a run writes it: suite: missing"),
+        ("results.json", "{", r"results\.json: expected JSON, could not read it"),
+        ("results.json", "{}", r"results\.json: Object missing required field `finished`; run cnext-run again"),
+        ("config.json", "{}", r"config\.json: Object missing required field `suite`; run cnext-run again"),
     ],
     ids=["cut", "empty", "no setting"],
 )
