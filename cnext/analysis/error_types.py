@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from math import isclose
-from typing import Any
 
 from cnext.analysis.groups import RunGroups, means
-from cnext.analysis.result import ResultTable, Unavailable
+from cnext.analysis.result import Cell, ResultTable, Unavailable
 from cnext.analysis.run import Run
 from cnext.analysis.transfer import in_turn
 from cnext.errors import UserError
 from cnext.runs.schemas import JudgeTable
+from cnext.tables.aggregate import Summary
 
 TYPES = {"avg_iuf": "Avg.IUF", "avg_hal": "Avg.HAL", "avg_oth": "Avg.OTH", "forgetting": "Forgetting"}
 WHO = ("judge", "model", "prompts", "prompts_sha256", "profile")
@@ -35,7 +35,7 @@ def _by_rules(study: RunGroups) -> ResultTable:
     rows = []
     for group in study.groups:
         cells = means([[run.metric(name) for name in TYPES] for run in group.runs])
-        if cells[0]["n"]:
+        if cells[0].n:
             rows.append([group.method, group.order, *cells])
     definition = (
         "Growth, from when a task was learnt to the end and as the mean over all but the last task, of the share of "
@@ -57,13 +57,11 @@ def repeats(run: Run, name: str) -> bool:
     )
 
 
-def averages(table: JudgeTable) -> list[Any]:
+def averages(table: JudgeTable) -> list[Cell]:
     """A judge's averages in the order of ``TYPES``: where only a sample was judged, estimates with their intervals."""
     estimates = table.estimates or {}
     return [
-        {"n": 1, "mean": of.estimate, "sd": None, "low": of.low, "high": of.high}
-        if (of := estimates.get(name))
-        else table.metrics.get(name)
+        Summary(1, of.estimate, None, of.low, of.high) if (of := estimates.get(name)) else table.metrics.get(name)
         for name in TYPES
     ]
 

@@ -8,8 +8,11 @@ import json
 from dataclasses import replace
 from typing import Any
 
+from msgspec import UNSET, to_builtins
+
 from cnext.analysis import Analysis
 from cnext.analysis.result import Cell, ResultTable
+from cnext.tables.aggregate import Summary
 from cnext.tables.formats import NOTHING, Table, as_latex, as_markdown, cell, mark
 
 FIGURES = ("n", "mean", "sd", "low", "high")
@@ -19,14 +22,12 @@ def shown(value: Cell, result: ResultTable) -> str:
     """A cell as text."""
     if isinstance(value, str):
         return " ".join(value.split())
-    if value is None or (isinstance(value, dict) and not value["n"]):
+    if value is None or (isinstance(value, Summary) and not value.n):
         return NOTHING
     if isinstance(value, int):
         return str(value)
-    found = value if isinstance(value, dict) else {"mean": value}
-    # + 0.0 turns -0.0 into 0.0.
-    rounded = {name: figure and round(figure, result.decimals) + 0.0 for name, figure in found.items()}
-    return cell(rounded, "+" if result.signed and rounded["mean"] else "", result.decimals)
+    found = value if isinstance(value, Summary) else Summary(1, value, None)
+    return cell(found, "+" if result.signed else "", result.decimals)
 
 
 def as_table(result: ResultTable) -> Table:
@@ -71,19 +72,26 @@ def comma_separated(analysis: Analysis) -> str:
 
 def _figures(column: list[Cell]) -> list[str]:
     """The CSV columns of a column of means; [""] for any other."""
-    known = {key for value in column if isinstance(value, dict) for key in value if value[key] is not None}
+    known = {
+        key
+        for value in column
+        if isinstance(value, Summary)
+        for key in FIGURES
+        if getattr(value, key) not in (None, UNSET)
+    }
     return [figure for figure in FIGURES if figure in known] or [""]
 
 
 def _raw(value: Cell, figure: str) -> Any:
-    if isinstance(value, dict):
-        return value.get(figure or "mean")
+    if isinstance(value, Summary):
+        found = getattr(value, figure or "mean")
+        return None if found is UNSET else found
     return value if figure in ("", "mean") else None
 
 
 def as_json(analysis: Analysis) -> str:
     tables = [
-        {"name": f.name, "title": f.title, "definition": f.definition, "head": f.head, "rows": f.rows}
+        {"name": f.name, "title": f.title, "definition": f.definition, "head": f.head, "rows": to_builtins(f.rows)}
         for f in analysis.results
     ]
     return json.dumps({"tables": tables, "left_out": analysis.left_out}, indent=2, allow_nan=False) + "\n"

@@ -6,13 +6,13 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from math import isnan
 from pathlib import Path
-from typing import Any
 
 from cnext.analysis.run import Run
 from cnext.tables import aggregate
+from cnext.tables.aggregate import StudyTables, Summary
 
 
-def means(rows: Sequence[Iterable[float | None]]) -> list[dict[str, Any]]:
+def means(rows: Sequence[Iterable[float | None]]) -> list[Summary]:
     """n, mean and sample standard deviation of each column over runs (rows); NaN and None are left out."""
     return [
         aggregate.summary([float(v) for v in column if v is not None and not isnan(v)])
@@ -32,21 +32,21 @@ class Group:
     def tasks(self) -> list[str]:
         return self.runs[0].tasks
 
-    def mean(self, figure: Callable[[Run], float | None]) -> dict[str, Any]:
+    def mean(self, figure: Callable[[Run], float | None]) -> Summary:
         """n, mean and sample standard deviation of a value over the runs that have it."""
         return aggregate.summary([value for run in self.runs if (value := figure(run)) is not None])
 
 
 @dataclass(frozen=True)
 class RunGroups:
-    """Comparable finished runs. tables: what ``tables.tabulate`` gives of them."""
+    """Comparable finished runs. tables: of several runs; None for one alone."""
 
     groups: list[Group]
-    tables: dict[str, Any]
+    tables: StudyTables | None
 
     @classmethod
     def read(cls, folders: Iterable[Path], baseline: str | None = None, mix: bool = False) -> RunGroups:
-        """Reads run folders; those that are not finished are named in ``tables["missing"]``.
+        """Reads run folders; those that are not finished are named in ``tables.missing``.
 
         Args: mix: whether runs of different environments are averaged, and noted.
         Raises:
@@ -63,15 +63,15 @@ class RunGroups:
             ("profile", "samples"),
         )
         groups: dict[tuple[str, str], dict[int, Run]] = {}
-        for row, run in zip(table["runs"], runs.values(), strict=True):
-            groups.setdefault((row["method"], row["order"]), {})[row["seed"]] = run
-        in_order = [(row["method"], row["order"]) for row in table["rows"]]
+        for row, run in zip(table.runs, runs.values(), strict=True):
+            groups.setdefault((row.method, row.order), {})[row.seed] = run
+        in_order = [(row.method, row.order) for row in table.rows]
         return cls([Group(*key, [run for _, run in sorted(groups[key].items())]) for key in in_order], table)
 
     @classmethod
     def of(cls, run: Run) -> RunGroups:
         """One run alone, finished or not."""
-        return cls([Group(run.method, run.results.order, [run])], {})
+        return cls([Group(run.method, run.results.order, [run])], None)
 
     @property
     def runs(self) -> list[Run]:

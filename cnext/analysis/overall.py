@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterable
-from typing import Any
 
 import numpy as np
+from msgspec.structs import replace
 
 from cnext.analysis.groups import Group, RunGroups, means
 from cnext.analysis.result import Cell, ResultTable, Unavailable
 from cnext.analysis.run import Run
-from cnext.tables.aggregate import METRICS, summary
+from cnext.tables.aggregate import METRICS, Summary, summary, summary_with_range
 
 ABLATION = ("moelora", "ew", "ew-ga", "mage")
 """The paper's ablation: experts with a router, with equal weights, trained by modality, and averaged."""
@@ -31,7 +31,7 @@ def orders(study: RunGroups) -> list[ResultTable]:
     found = [ResultTable("orders", "Orders", definition, ["method", "order", "n", *columns.values()], rows, words=2)]
     methods = {group.method: [g for g in study.groups if g.method == group.method] for group in study.groups}
     rows = [
-        [method, len(of), *(_range([_metric(group, name)["mean"] for group in of]) for name in columns)]
+        [method, len(of), *(_range([_metric(group, name).mean for group in of]) for name in columns)]
         for method, of in methods.items()
         if len(of) > 1
     ]
@@ -65,7 +65,7 @@ def ablations(study: RunGroups) -> list[ResultTable]:
     for before, after in itertools.pairwise(groups):
         if before.order == after.order:
             cells = [_paired(before, after, name) for name in METRICS]
-            steps.append([f"{before.method} → {after.method}", after.order, cells[0]["n"], *cells])
+            steps.append([f"{before.method} → {after.method}", after.order, cells[0].n, *cells])
     definition = "Differences between consecutive methods of the ablation, second minus first, paired by seed."
     head = ["step", "order", "pairs", *METRICS.values()]
     return [*found, ResultTable("ablations.steps", "Steps of the ablation", definition, head, steps, 2, True)]
@@ -142,7 +142,7 @@ def over_stages(group: Group, of: Callable[[Run], Iterable[float]], count: int) 
     return [*found, *[None] * (count - len(found))]
 
 
-def _metric(group: Group, name: str) -> dict[str, Any]:
+def _metric(group: Group, name: str) -> Summary:
     return group.mean(lambda run: run.metric(name))
 
 
@@ -151,18 +151,18 @@ def _at_end(run: Run, task: str) -> float | None:
     return None if np.isnan(value) else float(value)
 
 
-def _range(means: list[float | None]) -> dict[str, Any]:
+def _range(means: list[float | None]) -> Summary:
     known = [mean for mean in means if mean is not None]
-    return {**summary(known), "sd": None, "low": min(known, default=None), "high": max(known, default=None)}
+    return summary_with_range(known, known)
 
 
-def _spread(group: Group, name: str) -> dict[str, Any]:
+def _spread(group: Group, name: str) -> Summary:
     known = [value for run in group.runs if (value := run.metric(name)) is not None]
-    ends = {"low": min(known), "high": max(known)} if len(known) > 1 else {"low": None, "high": None}
-    return summary(known) | ends
+    low, high = (min(known), max(known)) if len(known) > 1 else (None, None)
+    return replace(summary(known), low=low, high=high)
 
 
-def _paired(before: Group, after: Group, name: str) -> dict[str, Any]:
+def _paired(before: Group, after: Group, name: str) -> Summary:
     seeds = {run.results.seed: run.metric(name) for run in before.runs}
     pairs = [(seeds.get(run.results.seed), run.metric(name)) for run in after.runs]
     return summary([new - old for old, new in pairs if old is not None and new is not None])

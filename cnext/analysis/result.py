@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 from cnext.errors import UserError
+from cnext.tables.aggregate import Summary
 
-Cell = str | int | float | None | dict[str, Any]
-"""Text, a count, a value, nothing, or a summary of several: n, mean, sd and, where known, low and high."""
+Cell = str | int | float | None | Summary
+"""Text, a count, a value, nothing, or a summary of several values."""
 
 
 class Unavailable(UserError):

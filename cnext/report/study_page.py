@@ -62,7 +62,7 @@ class Page:
 
 
 def _head(page: Page) -> Section:
-    setting = page.study.tables["setting"]
+    setting = page.study.tables.setting
     orders = list(dict.fromkeys(group.order for group in page.study.groups))
     seeds = sorted({run.results.seed for run in page.study.runs})
     facts = [f"{key} {setting[key]}" for key in ("backbone", "budget", "split")]
@@ -70,9 +70,9 @@ def _head(page: Page) -> Section:
     blocks: list[Block] = [Text(" · ".join(facts), "facts")]
     if setting["budget"] == "smoke":
         blocks.append(Text("Budget smoke: a test that everything works; its scores mean nothing.", "banner"))
-    if page.study.tables["missing"]:
-        blocks.append(Text(f"Unfinished and left out: {', '.join(page.study.tables['missing'])}", "banner"))
-    blocks += [Text(note, "banner") for note in page.study.tables.get("notes", [])]
+    if page.study.tables.missing:
+        blocks.append(Text(f"Unfinished and left out: {', '.join(page.study.tables.missing)}", "banner"))
+    blocks += [Text(note, "banner") for note in page.study.tables.notes or []]
     methods = list(dict.fromkeys(group.method for group in page.study.groups))
     return Section(f"{f'{len(methods)} methods' if methods[1:] else methods[0]} on {setting['suite']}", blocks)
 
@@ -82,7 +82,7 @@ def _overview(page: Page) -> Section:
     for group in page.study.groups:
         seeds = [value for run in group.runs if (value := run.metric("avg_acc")) is not None]
         if seeds:
-            rows[page.name(group.method, group.order)] = (seeds, group.mean(lambda run: run.metric("new_acc"))["mean"])
+            rows[page.name(group.method, group.order)] = (seeds, group.mean(lambda run: run.metric("new_acc")).mean)
     rows = dict(sorted(rows.items(), key=lambda row: -np.mean(row[1][0])))
     spoken = "; ".join(f"{name} {np.mean(seeds):.1f}" for name, (seeds, _) in rows.items())
     picture = Picture("avg_acc.svg", study_plots.accuracy(rows), f"Avg.ACC of each method, best first: {spoken}")
@@ -107,7 +107,7 @@ def _stages(page: Page) -> Section:
     pictures = {}
     for kind, of in (("accuracy", averages), ("forgetting", forgettings)):
         over = [means([of(run) for run in group.runs]) for group in groups]
-        lines = np.array([[np.nan if cell["mean"] is None else cell["mean"] for cell in cells] for cells in over])
+        lines = np.array([[np.nan if cell.mean is None else cell.mean for cell in cells] for cells in over])
         low, high = np.nanmin(lines), np.nanmax(lines)
         limits = (low - 0.08 * (high - low) - 1, high + 0.08 * (high - low) + 1)
         pictures[kind] = [
@@ -135,7 +135,7 @@ def _types(page: Page) -> Section:
         keys = dict(zip(("avg_hal", "avg_iuf", "avg_oth"), ERROR_TYPES, strict=True))
         columns = {error: found[0].head.index(TYPES[metric]) for metric, error in keys.items()}
         rows: list[Any] = list(found[0].rows)
-        shares = {page.name(*row[:2]): {error: row[i]["mean"] for error, i in columns.items()} for row in rows}
+        shares = {page.name(*row[:2]): {error: row[i].mean for error, i in columns.items()} for row in rows}
         shares = dict(sorted(shares.items(), key=lambda item: sum(item[1].values())))
         spoken = "; ".join(f"{name} {sum(parts.values()):.1f}" for name, parts in shares.items())
         picture = Picture(

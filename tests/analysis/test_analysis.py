@@ -13,17 +13,19 @@ import numpy as np
 import pytest
 from analysis import small_runs
 from analysis.small_runs import TASKS, answer, write, write_answers
+from msgspec.structs import asdict
 
 from cnext.analysis import ANALYSES, analyze, formats
 from cnext.analysis.breaks import right_but_for_format
-from cnext.analysis.result import ResultTable, Unavailable
 from cnext.analysis.groups import RunGroups, means
 from cnext.analysis.overall import averages, forgettings
+from cnext.analysis.result import ResultTable, Unavailable
 from cnext.analysis.run import Run
 from cnext.analysis.transfer import changes, flows
 from cnext.cli import main
 from cnext.errors import UserError
 from cnext.tables import aggregate
+from cnext.tables.aggregate import Summary
 from cnext.tables.formats import MINUS, NOTHING
 
 REVERSED = {"tasks": TASKS[::-1], "matrix": ((70.0, None, None), (60.0, 50.0, None), (20.0, 60.0, 30.0))}
@@ -39,8 +41,8 @@ def rows(result: ResultTable, *head: str) -> dict:
     return {tuple(row[: result.words]): tuple(row[place] for place in places) for row in result.rows}
 
 
-def value(cell: dict) -> float:
-    return cell["mean"]
+def value(cell: Summary) -> float:
+    return cell.mean
 
 
 def test_changes_and_flows_by_hand() -> None:
@@ -74,8 +76,8 @@ def test_stages_by_hand() -> None:
 
 def test_means_leave_out_what_is_not_there() -> None:
     first, second = means([[1.0, math.nan], [3.0, None]])
-    assert first == {"n": 2, "mean": 2.0, "sd": math.sqrt(2)}
-    assert second == {"n": 0, "mean": None, "sd": None}
+    assert first == Summary(2, 2.0, math.sqrt(2))
+    assert second == Summary(0, None, None)
 
 
 @pytest.fixture
@@ -98,7 +100,7 @@ def test_orders_with_means_of_text_and_image(several: Path) -> None:
     text, image, _ = rows(by_order, "text", "image", "Avg.ACC")["lora", "reverse"]
     assert (value(text), value(image)) == pytest.approx(((20 + 30) / 2 + 2, 60 + 2))
     (cell,) = rows(over, "Avg.ACC")["ew",]
-    assert (cell["low"], cell["high"]) == pytest.approx((110 / 3, 175 / 3 + 0.5))
+    assert cell.ends == pytest.approx((110 / 3, 175 / 3 + 0.5))
 
 
 def test_ablation_has_the_ladder_alone_and_steps_paired_by_seed(several: Path) -> None:
@@ -112,7 +114,7 @@ def test_ablation_has_the_ladder_alone_and_steps_paired_by_seed(several: Path) -
     assert value(rows(scores, "draw")["mage", "paper"][0]) == 76.5
     found = rows(steps, "pairs", "Avg.ACC", "Forgetting")["ew → mage", "paper"]
     assert found[0] == 2
-    assert found[1] == {"n": 2, "mean": pytest.approx(6), "sd": pytest.approx(0, abs=1e-9)}
+    assert (found[1].n, found[1].mean, found[1].sd) == pytest.approx((2, 6, 0))
     assert value(found[2]) == pytest.approx(0, abs=1e-9)
 
 
@@ -121,7 +123,7 @@ def test_seeds(several: Path) -> None:
     (cell,) = rows(spread, "Avg.ACC")["ew", "paper"]
     values = [175 / 3, 175 / 3 + 1]
     expected = {"mean": statistics.mean(values), "sd": statistics.stdev(values), "low": values[0], "high": values[1]}
-    assert cell == pytest.approx({"n": 2, **expected})
+    assert asdict(cell) == pytest.approx({"n": 2, **expected})
     assert rows(each, "Avg.ACC")["ew", "paper", "1"] == (pytest.approx(values[1]),)
 
 
@@ -146,8 +148,8 @@ def test_types_by_a_judge(tmp_path: Path) -> None:
     _, found = ANALYSES["types"](study(tmp_path))
     assert found.name == "types.vlm"
     [(hal, verdicts)] = rows(found, "Avg.HAL", "verdicts").values()
-    assert hal["n"] == 1
-    assert hal["mean"] == 4.0
+    assert hal.n == 1
+    assert hal.mean == 4.0
     assert verdicts == "INCOMPLETE: 5 not judged"
     assert f"Without its verdicts: {three}." in found.definition
     assert "m, prompts v1 (00000000)" in found.definition
@@ -194,7 +196,9 @@ def test_a_judge_table_of_something_else_is_named(tmp_path: Path) -> None:
     folder = write(tmp_path / "run")
     (folder / "judge").mkdir()
     (folder / "judge" / "notes.json").write_text("{}")
-    with pytest.raises(UserError, match=r"notes.json: .*missing required field `judge`; expected what `cnext judge` writes"):
+    with pytest.raises(
+        UserError, match=r"notes.json: .*missing required field `judge`; expected what `cnext judge` writes"
+    ):
         ANALYSES["types"](study(tmp_path))
 
 

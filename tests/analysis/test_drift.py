@@ -11,8 +11,8 @@ import torch
 from analysis.small_runs import TASKS, write, write_checkpoint
 
 from cnext.analysis import ANALYSES
-from cnext.analysis.result import Unavailable
 from cnext.analysis.groups import RunGroups
+from cnext.analysis.result import Unavailable
 from cnext.analysis.run import Run
 from cnext.analysis.updates import inner_products, read
 from cnext.cli import main
@@ -101,11 +101,11 @@ def test_what_tasks_share(drifted: tuple[Path, dict]) -> None:
     rows = {row[2]: dict(zip(found.head[3:], row[3:], strict=True)) for row in found.rows}
     # say and name read and write the same; draw shares nothing with either.
     assert {relation: row["pairs"] for relation, row in rows.items()} == {"same input, same output": 1, "neither": 2}
-    assert rows["same input, same output"]["shared"]["mean"] == pytest.approx(100 * overlap[0, 2])
-    assert rows["neither"]["shared"]["mean"] == pytest.approx(50 * (overlap[0, 1] + overlap[1, 2]))
+    assert rows["same input, same output"]["shared"].mean == pytest.approx(100 * overlap[0, 2])
+    assert rows["neither"]["shared"].mean == pytest.approx(50 * (overlap[0, 1] + overlap[1, 2]))
     whole = np.minimum(branches[:, 0], branches[:, 2]).sum()
-    assert rows["same input, same output"]["branches shared"]["mean"] == pytest.approx(100 * whole)
-    assert [cell["mean"] for cell in moved.rows[0][3:]] == pytest.approx((100 * branches[1]).tolist())
+    assert rows["same input, same output"]["branches shared"].mean == pytest.approx(100 * whole)
+    assert [cell.mean for cell in moved.rows[0][3:]] == pytest.approx((100 * branches[1]).tolist())
     assert [row[2] for row in turned.rows] == list(TASKS[:2])
     assert apart.head == ["from stage", "1 say", "2 draw", "3 name"]
     assert len(norms.rows) == len(NAMES)
