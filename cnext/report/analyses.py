@@ -15,8 +15,9 @@ from cnext.analysis.groups import RunGroups
 from cnext.analysis.run import Run
 from cnext.analysis.transfer import changes, in_turn
 from cnext.analysis.updates import Updates, has_branches, read
+from cnext.report import plots
 from cnext.report.blocks import Block, Folded, Key, Picture, Plots, Section, Table, Text
-from cnext.report.plots import DEEPEST, MORE, Panel, heat_maps
+from cnext.report.plots import DEEPEST, MORE, Panel
 
 LISTED = 40
 """Forgotten samples that the page lists for each task; `cnext analyze` lists all."""
@@ -34,14 +35,16 @@ def table(result: ResultTable, without: Sequence[str] = ("method", "order")) -> 
     return Table([result.head[column] for column in kept], rows, result.definition, words)
 
 
-def missing(why: Unavailable) -> Text:
+def missing(why: Unavailable | str) -> Text:
     """The note in place of an analysis that the run folder has not the files for."""
     return Text(f"Not shown: {why}.", "missing")
 
 
 def heat_map(name: str, panel: Panel, limit: float, values: str = "", alt: str = "") -> Picture:
     """A heat map as a picture. alt: its content in words; "": that the table below repeats it."""
-    return Picture(name, heat_maps([[panel]], limit, values), alt or f"Heat map: {panel.title}; see the table below")
+    return Picture(
+        name, plots.heat_maps([[panel]], limit, values), alt or f"Heat map: {panel.title}; see the table below"
+    )
 
 
 def transfer(run: Run) -> Section:
@@ -87,7 +90,7 @@ def breaks(run: Run) -> Section:
 
 
 def drift(run: Run) -> Section:
-    """Which branches and layers each task updated, the directions of the updates, and how similar tasks' updates are."""
+    """The branches and layers that each task updated, and how similar the updates of two tasks are."""
     title = "Adapter updates"
     if not in_turn(run) or not has_branches(run):
         return Section("", [])
@@ -113,7 +116,7 @@ def drift(run: Run) -> Section:
         table(moved),
         Text(f"{norms.definition} Rows: layers; columns: projections."),
         _scale(deepest),
-        Plots([Picture("drift.svg", heat_maps(grid, deepest, sides=found.branches), alt)], "wide plot"),
+        Plots([Picture("drift.svg", plots.heat_maps(grid, deepest, sides=found.branches), alt)], "wide plot"),
         *_pairs(found, pairs),
         Text(TURNED),
         Plots(_cosines(found), "maps"),

@@ -72,8 +72,8 @@ def answers(run: Run) -> Section:
             frames += [_answer(run.stage(stage), given) for stage, given in sample.items()]
             blocks.append(Strip(_shorten(row.instruction, 300), frames))
     note = (
-        f"Samples answered correctly when learnt (score of {RIGHT:g} or more) and wrongly at the end (below {WRONG:g}): the "
-        f"first for each distinct wrong answer, at most {SHOWN} a task."
+        f"Samples that were correct when learnt ({RIGHT:g} or more) and are wrong at the end (below {WRONG:g}): "
+        f"the first for each distinct wrong answer, at most {SHOWN} a task."
     )
     return Section("Answers over stages", [Text(note), *blocks] if blocks else [])
 

@@ -87,9 +87,9 @@ def _overview(page: Page) -> Section:
     spoken = "; ".join(f"{name} {np.mean(seeds):.1f}" for name, (seeds, _) in rows.items())
     picture = Picture("avg_acc.svg", study_plots.accuracy(rows), f"Avg.ACC of each method, best first: {spoken}")
     note = (
-        "Avg.ACC, the mean score over all tasks after the last stage, in percent: a tick for each seed, a dot for their "
-        "mean. Open dot: New.ACC, the mean score of each task right after it was learnt. Forgetting is T/(T-1) times the "
-        "distance between the dots."
+        "Avg.ACC, the mean score over all tasks after the last stage, in percent: a tick for each seed, a dot for "
+        "their mean. Open dot: New.ACC, the mean score of each task right after it was learnt. Forgetting is T/(T-1) "
+        "times the distance between the dots."
     )
     found: list[Block] = [Text(note), Plots([picture], "fits")]
     for block in study_tables(page.study.tables):
@@ -144,9 +144,7 @@ def _types(page: Page) -> Section:
         key = Key([(error.replace("_", " "), plots.ERROR_COLOURS[error]) for error in ERROR_TYPES])
         incomplete = [one.title for one in found if any(str(row[-1]).startswith("INCOMPLETE") for row in one.rows)]
         banners = [Text(f"Incomplete: {title}. Some errors are not judged yet.", "banner") for title in incomplete]
-        note = Text(
-            "Forgetting in points, by the error type that became more frequent; dark bar: the sum of all three."
-        )
+        note = Text("Forgetting in points, by the error type that became more frequent; dark bar: their sum.")
         return [note, key, Plots([picture], "fits"), *banners, *map(page.table, found)]
 
     return page.section("types", "Forgetting by error type", show)
@@ -160,10 +158,7 @@ def _transfer(page: Page) -> Section:
             panels.append(plots.Panel(page.name(group.method, group.order), values, group.tasks[1:], group.tasks[:-1]))
         limit = max(float(np.nanmax(abs(panel.values))) for panel in panels)
         pictures = [heat_map(f"transfer_{number}.svg", one, limit, "+.0f") for number, one in enumerate(panels, 1)]
-        note = (
-            "Mean change of an earlier task (column) while another is learnt (row), in points. Blue: rises; vermilion: "
-        )
-        note += "falls."
+        note = "Mean change of an earlier task (column) while another is learnt (row), in points. Blue: rise."
         folded = [Folded(f"{one.title} as a table", page.table(one)) for one in found[1:]]
         return [page.table(found[0]), Text(note), Plots(pictures, "maps"), *folded]
 

@@ -112,7 +112,7 @@ def test_reports(file: str, examples: int, study: Path, refused_or_taken: Try, m
     """Drawing takes most of a report's time, and sees numbers that have been checked."""
     for name, function in vars(plots).items():
         if hasattr(function, "__wrapped__"):
-            monkeypatch.setattr(plots, name, lambda *_: b"<svg></svg>")
+            monkeypatch.setattr(plots, name, lambda *_, **__: b"<svg></svg>")
     folder, begun = study / "mage" / "seed-0", refused_or_taken.calls
     path = folder / file
     lines = path.read_bytes().splitlines(keepends=True) if file.endswith("jsonl") else [path.read_bytes()]
