@@ -10,7 +10,7 @@ from cnext.analysis.run import NOTHING, Run, points
 from cnext.report import plots
 from cnext.report.blocks import Block, Code, Picture, Plots, Section, Table, Text
 from cnext.runs.command_line import command
-from cnext.scoring.matrix import FORMULAS
+from cnext.scoring.matrix import FORMULAS, without_repeats
 
 
 def training(run: Run) -> Section:
@@ -54,7 +54,8 @@ def metrics(run: Run) -> Section:
     main, profiles = run.results.profile, run.results.profiles or {}
     values = run.results.metrics
     rows = []
-    for name, value in values.items():
+    for name in without_repeats(values, values, *(profile.metrics for profile in profiles.values())):
+        value = values[name]
         others = [profile.metrics.get(name) for profile in profiles.values()]
         if run.joint and value is None and others.count(None) == len(others):
             continue

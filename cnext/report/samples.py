@@ -7,7 +7,7 @@ from pathlib import Path
 
 from cnext.analysis.breaks import NO_PREDICTIONS
 from cnext.analysis.run import Run, points
-from cnext.analysis.samples import telling
+from cnext.analysis.samples import most_changed
 from cnext.errors import UserError
 from cnext.report.blocks import Block, Frame, Picture, Section, Strip, Text
 from cnext.runs.schemas import Answer
@@ -25,7 +25,7 @@ def images(run: Run) -> Section:
     if not run.answered and any("image" in run.modalities("writes", task) for task in run.tasks):
         return Section(title, [Text(f"Not shown: {run.path}: {NO_PREDICTIONS}.", "missing")])
     for number, task in enumerate(run.tasks, 1):
-        samples = telling(run, task, 1) if "image" in run.modalities("writes", task) else []
+        samples = most_changed(run, task, 1) if "image" in run.modalities("writes", task) else []
         if not samples:
             continue
         [chosen] = samples

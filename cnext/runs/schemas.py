@@ -82,7 +82,7 @@ class Answer(Record, kw_only=True):
 
 
 class ProfileScores(Record):
-    """The scores of a run under another profile than its main one. zero_shot: stage 0; score_matrix: stages from 1 on."""
+    """The scores of a run under a second profile. zero_shot: stage 0; score_matrix: stages from 1 on."""
 
     score_matrix: Matrix | None = None
     zero_shot: Row | None = None

@@ -1,4 +1,4 @@
-"""Scorers of images that a model wrote, by cosine of CLIP embeddings: with a caption, or with a target image."""
+"""Scorers of generated images: against a caption (Flickr30k: `clip_text`) or a target image (HQEdit: `clip_image`)."""
 
 from __future__ import annotations
 
@@ -45,16 +45,16 @@ class ClipText(_ClipScorer):
     """
 
     def __call__(self, task: Task, samples: Sequence[Sample], predictions: Sequence[Prediction]) -> list[Score]:
-        written = _written(predictions)
+        generated = _generated(predictions)
         strict: dict[int, float] = {}
         paper: dict[int, float] = {}
-        if written:
+        if generated:
             clip = self._load()
-            image_pred = clip.encode_images(_image_pred(predictions[i]) for i in written)
-            instructions = [samples[i].turns[0].instruction for i in written]
+            image_pred = clip.encode_images(_image_pred(predictions[i]) for i in generated)
+            instructions = [samples[i].turns[0].instruction for i in generated]
             captions = clip.encode_texts([caption_of(text) for text in instructions])
-            strict = dict(zip(written, _percent_cosines(image_pred, captions), strict=True))
-            paper = dict(zip(written, _percent_cosines(image_pred, clip.encode_texts(instructions)), strict=True))
+            strict = dict(zip(generated, _percent_cosines(image_pred, captions), strict=True))
+            paper = dict(zip(generated, _percent_cosines(image_pred, clip.encode_texts(instructions)), strict=True))
 
         scores = []
         previous = 0.0
@@ -77,20 +77,20 @@ class ClipImage(_ClipScorer):
     """
 
     def __call__(self, task: Task, samples: Sequence[Sample], predictions: Sequence[Prediction]) -> list[Score]:
-        written = _written(predictions)
+        generated = _generated(predictions)
         cosines: dict[int, float] = {}
-        if written:
+        if generated:
             clip = self._load()
-            image_pred = clip.encode_images(_image_pred(predictions[i]) for i in written)
-            image_target = clip.encode_images(_image_target(samples[i]) for i in written)
-            cosines = dict(zip(written, _percent_cosines(image_pred, image_target), strict=True))
+            image_pred = clip.encode_images(_image_pred(predictions[i]) for i in generated)
+            image_target = clip.encode_images(_image_target(samples[i]) for i in generated)
+            cosines = dict(zip(generated, _percent_cosines(image_pred, image_target), strict=True))
         return [
             _score(prediction, cosines.get(i, 0.0), cosines.get(i, 0.0))
             for i, (_, prediction) in enumerate(zip(samples, predictions, strict=True))
         ]
 
 
-def _written(predictions: Sequence[Prediction]) -> list[int]:
+def _generated(predictions: Sequence[Prediction]) -> list[int]:
     """Indices of the predictions with an image."""
     return [i for i, prediction in enumerate(predictions) if prediction.image is not None]
 
@@ -108,7 +108,7 @@ def _percent_cosines(a, b) -> list[float]:
 def _image_pred(prediction: Prediction) -> Image:
     from PIL import Image
 
-    assert prediction.image is not None, "_written selects those with an image"
+    assert prediction.image is not None, "_generated selects those with an image"
     return Image.fromarray(prediction.image)
 
 

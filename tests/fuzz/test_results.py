@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from report.fake_run import write_fake_run
 
 from cnext.analysis import analyze
-from cnext.analysis.groups import Study
+from cnext.analysis.groups import RunGroups
 from cnext.errors import UserError
 from cnext.monitoring import status
 from cnext.monitoring.heartbeat import FILE, Heartbeat
@@ -119,7 +119,7 @@ def test_reports(file: str, examples: int, study: Path, refused_or_taken: Try, m
 
     def use() -> None:
         write_report(folder)
-        analyze(Study.read([folder]))
+        analyze(RunGroups.read([folder]))
 
     @settings(max_examples=examples * FACTOR)
     @given(st.one_of(VALUES, BYTES), st.floats(0, 1, exclude_max=True))

@@ -110,10 +110,10 @@ def test_a_suite_has_a_name_and_budgets_may_be_aliases(toy_suite: Path, tmp_path
 @pytest.mark.parametrize(
     ("text", "reason"),
     [
-        ("{", "cannot read"),
-        ("[]", r"expected an object, got \[\]"),
-        ("{}", "tasks: missing"),
-        ('{"tasks": ["A"], "orders": {}, "budgets": {}}', "cannot read"),
+        ("{", r"suite\.json: expected JSON, could not read it"),
+        ("[]", "Expected `object`, got `array`; correct the manifest"),
+        ("{}", "missing required field `tasks`"),
+        ('{"tasks": ["A"], "orders": {}, "budgets": {}}', r"A\.json: expected JSON, could not read it"),
     ],
     ids=["cut", "list", "empty", "no task file"],
 )
