@@ -65,7 +65,7 @@ class ClipText(_ClipScorer):
 
 
 class ClipImage(_ClipScorer):
-    """Cosine of the image written and the target image times 100, for tasks that edit images.
+    """Cosine of the generated and the target image times 100, for tasks that edit images.
 
     strict: max(0, cos); 0 without an image.
     paper: cos, negative values kept; 0 without an image.
