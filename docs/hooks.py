@@ -1,6 +1,7 @@
 """Fill in the generated parts of the documentation from the installed package while MkDocs builds.
 
-A page marks such a part with ``<!-- generated: NAME -->``, where NAME is a key of ``PARTS``.
+A page marks such a part with ``<!-- generated: NAME -->``, where NAME is a key of ``PARTS``. mkdocs.yml also loads
+`Docstrings` from here, for the API reference.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import griffe
+
 from cnext import cli, methods
 from cnext.scoring.matrix import FORMULAS, REFERENCE_FORMULAS
 from cnext.tables import formats
@@ -25,10 +28,15 @@ MARK = re.compile(r"^<!-- generated: ([a-z-]+) -->$", re.MULTILINE)
 
 def output(main: Callable[[list[str]], int], *arguments: str) -> str:
     """What a command prints, 100 columns wide and without color."""
-    printed = io.StringIO()
+    printed, status = io.StringIO(), 0
     os.environ |= {"COLUMNS": "100", "NO_COLOR": "1"}
-    with contextlib.redirect_stdout(printed), contextlib.suppress(SystemExit):
-        main([*arguments])
+    with contextlib.redirect_stdout(printed):
+        try:
+            status = main([*arguments])
+        except SystemExit as end:  # after --help
+            status = end.code
+    if status:
+        raise RuntimeError(f"{' '.join(arguments)} ended with status {status}")
     return printed.getvalue().rstrip()
 
 
@@ -115,6 +123,14 @@ PARTS: dict[str, Callable[[], str]] = {
     "results": results,
     "suites": suite_details,
 }
+
+
+class Docstrings(griffe.Extension):
+    """Examples of docstrings as code: Griffe knows the section by its plural."""
+
+    def on_object(self, *, obj: griffe.Object, **_: Any) -> None:
+        if obj.docstring:
+            obj.docstring.value = re.sub(r"^Example:{1,2}$", "Examples:", obj.docstring.value, flags=re.MULTILINE)
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
