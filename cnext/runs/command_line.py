@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from cnext import methods
+from cnext.config.run_config import OVERRIDES, RunConfig
 from cnext.errors import UserError
 from cnext.runs.checkpoint import write_text
-from cnext.config.run_config import OVERRIDES, RunConfig
 from cnext.tasks import suites
 from cnext.tasks.base import PROMPTS
 

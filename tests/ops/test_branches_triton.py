@@ -30,7 +30,7 @@ if INTERPRETED or DEVICE == "cuda":
     DROPOUT = pytest.mark.parametrize("dropout", [0.0, 0.3])
 
     class Pass:
-        """Operands, small ones as slices of columns of wider tensors, and outputs that hold what must not stay."""
+        """Operands, the narrow ones as columns of wider tensors, and outputs that are filled before."""
 
         def __init__(self, rows, columns, rank, dtype, dropout=0.0):
             self.generator = torch.Generator().manual_seed(rows + columns + rank)
@@ -53,7 +53,7 @@ if INTERPRETED or DEVICE == "cuda":
             return torch.where(self.keep, x * self.factor, 0.0)
 
         def outputs(self, *shape):
-            """One to be written, between columns that must stay, and the whole of it."""
+            """An output between columns that must not be written, and the whole tensor."""
             whole = torch.full((shape[0], shape[1] + 2), 7.0, dtype=self.dtype, device=DEVICE)
             return whole[:, 1:-1], whole
 
@@ -137,12 +137,7 @@ else:
     @pytest.mark.slow
     def test_interpreted():
         """This file once more, in a process where Triton interprets."""
-        quiet = [
-            "-q",
-            "-x",
-            "-W",
-            "ignore:Conversion of an array:DeprecationWarning",
-        ]  # of older interpreters, by numpy
+        quiet = ["-q", "-x", "-W", "ignore:Conversion of an array:DeprecationWarning"]  # by numpy
         command = [sys.executable, "-m", "pytest", *quiet, str(Path(__file__).resolve())]
         environment = os.environ | {"TRITON_INTERPRET": "1", "CNEXT_TEST_DEVICE": "cpu"}
         run = subprocess.run(command, env=environment, cwd=HERE, capture_output=True, text=True)

@@ -13,8 +13,8 @@ import pytest
 from cnext import methods
 from cnext.backbones.tiny.model import TinyBackbone
 from cnext.cli import run_main
-from cnext.runs.command_line import FILE, command, read, write
 from cnext.config.run_config import Options, Plan, RunConfig, plan
+from cnext.runs.command_line import FILE, command, read, write
 from cnext.studies.flags import configs, parse
 
 

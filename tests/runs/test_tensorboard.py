@@ -8,11 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from cnext.errors import UserError
-from cnext.runs import tensorboard
 from cnext.config.run_config import RunConfig, plan
-from cnext.runs.tensorboard import TRAINING, EventLog
+from cnext.errors import UserError
 from cnext.runs.run_folder import RunFolder
+from cnext.runs.tensorboard import TRAINING, EventLog
 from cnext.scoring.base import ERROR_TYPES
 
 ENDS = {0: 0, 1: 4, 2: 7}
