@@ -1,17 +1,15 @@
 """The branches' Triton kernels one by one, interpreted, against float64 with the reference's mask."""
 
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from ops.ahead_of_time import interpreted
 from ops.tolerance import assert_as_accurate
 
 from cnext.ops import branches_reference
 
-HERE = Path(__file__).parent
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = os.environ.get("CNEXT_TEST_DEVICE", "cpu")
 SEED = torch.tensor([-8_161_640_532_671_778], device=DEVICE)
@@ -137,10 +135,4 @@ else:
     @pytest.mark.slow
     def test_interpreted():
         """This file once more, in a process where Triton interprets."""
-        quiet = ["-q", "-x", "-W", "ignore:Conversion of an array:DeprecationWarning"]  # by numpy
-        command = [sys.executable, "-m", "pytest", *quiet, str(Path(__file__).resolve())]
-        environment = os.environ | {"TRITON_INTERPRET": "1", "CNEXT_TEST_DEVICE": "cpu"}
-        run = subprocess.run(command, env=environment, cwd=HERE, capture_output=True, text=True)
-        assert run.returncode == 0, run.stdout[-4000:]
-        assert " passed" in run.stdout
-        assert "skipped" not in run.stdout
+        interpreted(Path(__file__).name)
