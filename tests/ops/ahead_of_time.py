@@ -157,7 +157,7 @@ def interpreted(*tests: str) -> int:
 
 
 def nvcc(source: str, capability: str, folder: Path) -> str:
-    """Compiles a file of csrc/cuda with warnings as errors, with its PTX in a folder; what ptxas says of the kernels."""
+    """Compiles a file of csrc/cuda with warnings as errors, and keeps its PTX in a folder; the output of ptxas."""
     flags = f"-std=c++17 -O3 -fmad=false -arch=sm_{capability} -Werror all-warnings -Xcompiler -Wall,-Wextra -Xptxas -v"
     output = ["-c", f"csrc/cuda/{source}.cu", "-o", str(folder / f"{source}.o"), "-keep", "--keep-dir", str(folder)]
     root = Path(__file__).parents[2]
