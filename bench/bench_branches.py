@@ -208,7 +208,7 @@ def test_branches_train_step(race, peer, dropout, tmp_path: Path):
 
     race.benchmark.group = f"branches, training step, eager, dropout {dropout}"
     task = suites.load("next-tiny").task("VQAv2")
-    samples = formats.read(task, synthetic.write_next_tiny(tmp_path / "data", 16, 1), "train")
+    samples = formats.read_samples(task, synthetic.write_next_tiny(tmp_path / "data", 16, 1), "train")
 
     def step(kind: str) -> Callable[[], object]:
         tiny = TinyBackbone.load(DEVICE).train()

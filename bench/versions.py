@@ -100,7 +100,7 @@ def main() -> int:
         if recording:
             # Before the tests: it decides which warnings are errors.
             TESTED.write_text(installed(programs / "python"), encoding="utf-8")
-        job = ("--method", "mage", "--budget", "smoke", "--out", f"{scratch}/runs")
+        job = ("--method", "mage", "--preset", "smoke", "--out", f"{scratch}/runs")
         failed = (
             run(str(programs / "cnext"), "doctor")
             or run(str(programs / "cnext-run"), *job, **strict)

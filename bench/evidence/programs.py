@@ -78,7 +78,7 @@ def run(recorder: Recorder) -> None:
     """The main job, in both precisions on a GPU."""
     for flags in ([], ["--precision", "bfloat16"])[: 2 if recorder.gpu else 1]:
         with recorder.attempt(f"main job {' '.join(flags)}"), tempfile.TemporaryDirectory() as out:
-            options = ["--budget", "smoke", "--device", recorder.device, "--out", out, *flags]
+            options = ["--preset", "smoke", "--device", recorder.device, "--out", out, *flags]
             done = ran([sys.executable, "-m", "cnext", "run", "--method", "mage", *options])
             folder = Path(out) / "mage/paper/seed-0"
             stages = json.loads((folder / "cost.json").read_text())["stages"]
@@ -92,7 +92,7 @@ def every_method(recorder: Recorder) -> None:
     """Cost of every method's stages. Scores of so few steps are meaningless, and left out."""
     names = sorted(methods.modules())[: None if recorder.gpu else 2]
     with tempfile.TemporaryDirectory() as out:
-        options = ["--budget", "smoke", "--device", recorder.device, "--out", out]
+        options = ["--preset", "smoke", "--device", recorder.device, "--out", out]
         precision = ["--precision", "bfloat16"] if recorder.gpu else []
         for name in names:
             with recorder.attempt(name):

@@ -14,7 +14,7 @@ from zipfile import ZipFile
 ROOT = Path(__file__).resolve().parents[2]
 WITH_A_GPU = ("torch", "torchvision", "triton")
 """Assumed to be on a machine with a GPU, as are CUDA's libraries: gigabytes that must match its driver."""
-TESTS = ("pytest", "pytest-benchmark", "pytest-xdist", "hypothesis", "psutil")
+TESTS = ("pytest", "pytest-benchmark", "pytest-xdist", "hypothesis")
 """Needed by the part "tests" besides cnext."""
 
 
