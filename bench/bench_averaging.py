@@ -147,29 +147,31 @@ def test_rule(race, rule, dtype):
     )
 
 
-def dema_released(theta: list[Tensor], grad: list[Tensor], ema: list[Tensor], held: dict[int, Tensor]) -> None:
+def dema_released(
+    theta: list[Tensor], grad: list[Tensor], ema: list[Tensor], previous_grads: dict[int, Tensor]
+) -> None:
     """CIA's loop as released: norms and a host synchronization per tensor, and a copy of every gradient."""
     for i, (now, g, average) in enumerate(zip(theta, grad, ema, strict=True)):
         a = torch.norm(now - average, p=1)
         b = torch.norm(g, p=1)
-        c = torch.norm(g - held[i], p=1)
+        c = torch.norm(g - previous_grads[i], p=1)
         alpha = float(2 * (1 + b) / (a * c))
         if not 0 < alpha < 1:
             alpha = 0.01
         ema[i] = (1 - alpha) * average + alpha * now
-        held[i] = copy.deepcopy(g)
+        previous_grads[i] = copy.deepcopy(g)
 
 
 def test_dema_as_released_eager(race):
     theta, grad, ema, previous = filled(1e-2, 1e-3, 1e-2, 1e-3)
-    held = dict(enumerate(previous))
+    previous_grads = dict(enumerate(previous))
     other = copy.deepcopy([theta, grad, ema, previous])
-    dema_released(theta, grad, ema, held)
+    dema_released(theta, grad, ema, previous_grads)
     ops.dema_step_(*other)
     torch.testing.assert_close(ema, other[2], rtol=1e-4, atol=1e-6)
     baseline, _ = fused_step()
     race.run(
-        lambda: dema_released(theta, grad, ema, held),
+        lambda: dema_released(theta, grad, ema, previous_grads),
         baseline,
         parameters=PARAMETERS,
         bytes_per_parameter=72,

@@ -77,15 +77,15 @@ def test_branches(race, peer, dropout, shape, rows, what):
     def frozen_both() -> tuple[Tensor, ...]:
         return torch.autograd.grad(made.base(x), [x], grad)
 
-    booked = {"x_bytes": x.nbytes, "kept_bytes": kept_bytes(module, x, module) if peer != "compiled" else None}
+    extra = {"x_bytes": x.nbytes, "kept_bytes": kept_bytes(module, x, module) if peer != "compiled" else None}
     if peer.startswith("cnext"):
         assert ops_run(both) == {"lora_branches": 1, "lora_branches_backward": 1}
-        booked["path"] = ops.last_path("lora_branches_backward")
+        extra["path"] = ops.last_path("lora_branches_backward")
         asked = {"cnext-cuda": "cuda", "cnext-triton": "triton"}.get(peer)
         # On a CPU torch does it all where there is no dropout.
-        assert booked["path"] == dispatch.choose("lora_branches", DEVICE, asked, rows=rows) or not (dropout or GPU)
+        assert extra["path"] == dispatch.choose("lora_branches", DEVICE, asked, rows=rows) or not (dropout or GPU)
     pair = (both, frozen_both) if what == "both" else (forward, frozen)
-    race.run(*pair, rounds=ROUNDS, graph=GPU, **booked)
+    race.run(*pair, rounds=ROUNDS, graph=GPU, **extra)
 
 
 if not GPU:

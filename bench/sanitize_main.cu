@@ -47,12 +47,12 @@ void run(const Kernel& kernel, int beside, cudaStream_t stream) {
   int64_t blocks = 0;
   for (const int64_t size : sizes) blocks += size > kBlockElements ? (size + kBlockElements - 1) / kBlockElements : 1;
   std::vector<int64_t> addresses(size_t(operands * tensors));
-  std::vector<char*> held;
+  std::vector<char*> buffers;
   for (int64_t o = 0; o < operands; ++o)
     for (int64_t t = 0; t < tensors; ++t) {
       const int64_t width = signature.dtypes[o] == 'f' ? 4 : 2;
-      held.push_back(filled<char>(width * (sizes[size_t(t)] + beside), kFill));
-      addresses[size_t(o * tensors + t)] = int64_t(held.back() + beside * width);
+      buffers.push_back(filled<char>(width * (sizes[size_t(t)] + beside), kFill));
+      addresses[size_t(o * tensors + t)] = int64_t(buffers.back() + beside * width);
     }
   // What the kernels write before they read stays as cudaMalloc gave it, for initcheck.
   double *out = nullptr, *partial = nullptr;
@@ -68,7 +68,7 @@ void run(const Kernel& kernel, int beside, cudaStream_t stream) {
   std::vector<uint32_t> left(sizes.size());
   require(cudaMemcpy(left.data(), tickets, 4 * left.size(), cudaMemcpyDeviceToHost), "cudaMemcpy");
   for (const uint32_t ticket : left) require(ticket ? "a ticket is left" : nullptr, signature.rule);
-  for (char* one : held) require(cudaFree(one), "cudaFree");
+  for (char* one : buffers) require(cudaFree(one), "cudaFree");
   for (void* one : {static_cast<void*>(out), static_cast<void*>(partial), static_cast<void*>(tickets), static_cast<void*>(rows)})
     require(cudaFree(one), "cudaFree");
   ++ran;
@@ -88,15 +88,15 @@ void run_dropout(char type, bool add, int64_t columns, const int64_t* seed, cuda
 // Every product, in a shape and layout; `gap` elements between the rows of the narrow matrices.
 void run_products(char type, const Shape& shape, int64_t gap, const Dropout& dropout, cudaStream_t stream) {
   const int64_t rows = shape.rows, columns = shape.columns, rank = shape.rank, stride = rank + gap;
-  std::vector<void*> held;
+  std::vector<void*> buffers;
   const auto made = [&](int64_t bytes) {
-    held.push_back(filled<char>(bytes, kFill));
-    return held.back();
+    buffers.push_back(filled<char>(bytes, kFill));
+    return buffers.back();
   };
   const auto workspace = [&](const char* what) {  // as cudaMalloc gives it: written before it is read
     void* bytes = nullptr;
     require(cudaMalloc(&bytes, size_t(workspace_bytes(what, shape)) + 1), "cudaMalloc");
-    held.push_back(bytes);
+    buffers.push_back(bytes);
     return static_cast<float*>(bytes);
   };
   const auto narrow = [&](int64_t height, int64_t width) {
@@ -112,7 +112,7 @@ void run_products(char type, const Shape& shape, int64_t gap, const Dropout& dro
   require(launch_grad_b(type, shape, out, a, h, dh, db, 0.5f, workspace("grad_b"), stream), "grad_b");
   require(launch_grad_a(type, shape, dh, x, da, dropout, workspace("grad_a"), stream), "grad_a");
   require(cudaStreamSynchronize(stream), "products");
-  for (void* one : held) require(cudaFree(one), "cudaFree");
+  for (void* one : buffers) require(cudaFree(one), "cudaFree");
   ++ran;
 }
 

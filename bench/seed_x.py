@@ -225,7 +225,7 @@ def samples(words: list[str], number: int, folder: Path) -> dict[str, list[Sampl
 
 
 @contextmanager
-def told(model: SeedX, *, picture: bool) -> Iterator[None]:
+def forced_length(model: SeedX, *, picture: bool) -> Iterator[None]:
     """A context in which no answer ends early, and image answers start with an image."""
     begin = model.tokenizer["<img>"]
 
@@ -289,7 +289,7 @@ def answers(model: SeedX, method: Any, data: dict[str, list[Sample]], tokens: in
 
     def answer(questions: list[Sample], picture: bool, new: int) -> Any:
         precision = autocast("bfloat16" if model.llm.dtype == torch.bfloat16 else "float32", model.device)
-        with precision, told(model, picture=picture), method.for_eval():
+        with precision, forced_length(model, picture=picture), method.for_eval():
             return method.answer(questions, new, None)
 
     answer(asked, False, 2)

@@ -133,10 +133,10 @@ def peak_bytes(function: Callable[[], object]) -> int:
         if node.tag == _EventType.Allocation:
             sizes.append((node.start_time_ns, node.extra_fields.alloc_size))
     assert sizes, "the profiler recorded no allocation"
-    held = peak = 0
+    allocated = peak = 0
     for _, size in sorted(sizes, key=lambda one: one[0]):
-        held += size
-        peak = max(peak, held)
+        allocated += size
+        peak = max(peak, allocated)
     return peak
 
 

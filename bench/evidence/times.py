@@ -120,7 +120,7 @@ def averaging(recorder: Recorder) -> None:
             "AdamW and pema_step, v as Fisher": (36, lambda: shared(level, **bench.ADAMW)),
         },
     )
-    held = dict(enumerate(other[3]))
+    previous_grads = dict(enumerate(other[3]))
     prepared = ops.prepare("pema_step_", *lists)
     per_call = ops.prepare("pema_step_", lists[0], None, *lists[2:])
     calls: dict[str, Callable[[], object]] = {
@@ -131,7 +131,7 @@ def averaging(recorder: Recorder) -> None:
         "AdamW and pema_step, prepared": lambda: one(level, **bench.ADAMW),
         "eager": lambda: bench.eager(*lists, level),
         "foreach": lambda: bench.foreach(*lists, level),
-        "DEMA as released": lambda: bench.dema_released(*other[:3], held),
+        "DEMA as released": lambda: bench.dema_released(*other[:3], previous_grads),
     }
     for name, call in calls.items():
         with recorder.attempt(name):

@@ -141,13 +141,8 @@ def adamw_pema_step_shared_(
     beta2: float,
     eps: float,
 ) -> Tensor:
-    out = []
-    for t, (now, g, m, v, average) in enumerate(zip(theta, grad, exp_avg, exp_avg_sq, ema, strict=True)):
-        gradient = g.to(m.dtype)
-        use = (gradient * gradient).isfinite() & now.isfinite()
-        _adamw_(now, gradient, m, v, rows[t], (beta1, beta2, eps), use)
-        out.append(_average_(average, now, v, rows[t, 0], use))
-    return torch.stack(out)
+    lists = (theta, grad, exp_avg, exp_avg_sq, exp_avg_sq, ema)
+    return adamw_pema_step_(*lists, rows, beta1=beta1, beta2=beta2, eps=eps, decay=1.0, scale=0.0)
 
 
 def pema_released_(theta: Tensors, grad: Tensors, ema: Tensors, *, damping: float, fallback: float) -> None:

@@ -40,7 +40,7 @@ CNEXT_DEVICE Draw begin(const Dropout& dropout) {
 }
 
 // Random words of 16 rows and a tile of 128 columns. Register e of a fragment of 16 columns holds two elements, h = 0
-// and 1. With g = lane / 4 and q = lane % 4 they lie side by side, in row g + 8 (e % 2) and columns
+// and 1. With g = lane / 4 and q = lane % 4 they are adjacent, in row g + 8 (e % 2) and columns
 // 2 q + 8 (e / 2) + h; or Stacked, where rows are summed over: rows 2 q + 8 (e % 2) + h, column g + 8 (e / 2).
 struct Random {
   uint32_t word[8][4];  // [2 e + h][column / 32 within the tile]

@@ -1,4 +1,4 @@
-"""How long fuzzing goes on: repeatable and short, or by CNEXT_FUZZ=N N times as long and different every time."""
+"""Settings of the fuzz tests: short and repeatable; CNEXT_FUZZ=N runs N times as many examples, different each time."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ settings.register_profile(
     "cnext",
     derandomize=FACTOR == 1,
     database=None,
-    # What takes seconds for a few bytes would hang for a few more.
+    # Input of a few bytes that takes seconds would hang with a few more.
     deadline=timedelta(seconds=10),
     suppress_health_check=list(HealthCheck),
     print_blob=True,
@@ -28,7 +28,7 @@ settings.load_profile("cnext")
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder that is given, beside one that is not."""
+    """A folder that may be used, beside one that may not."""
     base = tmp_path_factory.mktemp("fuzz")
     for name in ("given", "other"):
         (base / name).mkdir()
@@ -38,7 +38,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def refused_or_taken(place: Path) -> Iterator[Callable[[Callable[[], object]], bool]]:
-    """Does something with bad input: whether it was taken. Anything but a UserError, and any file outside, fails."""
+    """Runs a function on bad input and tells whether it succeeded. Fails on any error but UserError, and on file access
+    outside of the given folder."""
     guard = Guard(place)
     yield guard
     assert (place.parent / "other" / "secret.txt").read_text() == "secret"

@@ -1,4 +1,4 @@
-"""Watches which files are opened, listed, written and removed while something is tried."""
+"""An audit hook that reports file access outside of a folder."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from cnext.errors import UserError
 
 EVENTS = {"open", "os.listdir", "os.scandir", "os.mkdir", "os.remove", "os.rmdir", "os.rename", "shutil.rmtree"}
 OURS = [*{sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")}, "/proc", "/dev", "/sys"]
-"""Where the interpreter and the libraries look of themselves."""
+"""Folders that the interpreter and the libraries read."""
 _watching: list[Guard] = []
 
 
 class Guard:
-    """Called with something to do, whether it was done (and not refused with a UserError).
+    """Runs a function and returns whether it succeeded (and raised no UserError); fails on access to other files.
 
     Args: given: the folder that may be read and written.
     """
 
     def __init__(self, given: Path) -> None:
-        # Entry points are looked for wherever modules are.
+        # Entry points are searched wherever modules are.
         places = (*OURS, Path(cnext.__file__).parent, sys.prefix, *filter(None, sys.path))
         installed = [os.path.realpath(path) for path in places]
         self.allowed = (os.path.realpath(given), *installed)
@@ -47,7 +47,7 @@ class Guard:
         return taken
 
     def look(self, event: str, arguments: tuple[Any, ...]) -> None:
-        """Notes a path outside."""
+        """Records a path outside."""
         for path in arguments[: 2 if event == "os.rename" else 1]:
             if isinstance(path, str | bytes | os.PathLike):
                 real = os.path.realpath(os.fsdecode(path))

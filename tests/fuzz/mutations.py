@@ -1,4 +1,4 @@
-"""Good input made bad: bytes flipped, cut, doubled; JSON values replaced, taken out, nested."""
+"""Mutations of valid input: bytes flipped, cut, doubled; JSON values replaced, removed, nested."""
 
 from __future__ import annotations
 
@@ -18,33 +18,10 @@ BYTES = st.lists(
     min_size=1,
     max_size=4,
 )
-INSERTED = (
-    b"\x00",
-    b"\xff\xfe",
-    b"\n",
-    b'"',
-    b"{",
-    b"]",
-    b"\\u0000",
-    b"\\ud800",
-    b"1e999",
-    b"NaN",
-    b"../",
-    b"\xf0\x9f\x98\x80",
-)
-
-PATHS = [
-    "../other/secret.txt",
-    "/etc/passwd",
-    "..",
-    ".",
-    "",
-    "a/../../other/secret.txt",
-    "a\x00b",
-    "x" * 300,
-    "~",
-    "\\..\\x",
-]
+INSERTED = (b"\x00", b"\xff\xfe", b"\n", b'"', b"{", b"]", b"\\u0000", b"\\ud800", b"1e999", b"NaN", b"../",
+            b"\xf0\x9f\x98\x80")  # fmt: skip
+PATHS = ["../other/secret.txt", "/etc/passwd", "..", ".", "", "a/../../other/secret.txt", "a\x00b", "x" * 300, "~",
+         "\\..\\x"]  # fmt: skip
 ODD: list[Any] = [
     None, True, False, 0, -1, 1, 7, 2**63, 10**30, 0.5, -1e308, float("nan"), float("inf"), float("-inf"),
     [], [[]], {}, {"a": 1}, [None], "", "0", "a", "[0.1,0.2,0.3,0.4]", "\x00", "\ud800", "A" * 5000, *PATHS,
@@ -58,7 +35,7 @@ VALUES = st.lists(
     min_size=1,
     max_size=3,
 )
-"""What to do, where (a share of all places), and with which odd value."""
+"""Kind of mutation, position (as a fraction), and index of the odd value."""
 
 
 def mutated_bytes(content: bytes, mutations: list[tuple[str, Place, int]]) -> bytes:
@@ -109,5 +86,5 @@ def mutated_value(value: Any, mutations: list[tuple[str, Place, int]]) -> Any:
 
 
 def dumped(value: Any) -> bytes:
-    """JSON as a careless program writes it: NaN and half a surrogate pair included."""
+    """JSON with NaN and lone surrogates, as lenient writers produce it."""
     return json.dumps(value).encode()

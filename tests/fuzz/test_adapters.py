@@ -26,14 +26,8 @@ from cnext.tensor_files import read_tensors
 
 Try = Callable[[Callable[[], object]], bool]
 LAYERS = ("model.layers.0.q_proj", "model.layers.1.q_proj")
-CONFIG = {
-    "peft_type": "LORA",
-    "r": 2,
-    "lora_alpha": 4,
-    "use_rslora": False,
-    "bias": "none",
-    "target_modules": ["q_proj"],
-}
+CONFIG = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "use_rslora": False, "bias": "none"}
+CONFIG["target_modules"] = ["q_proj"]
 
 
 def pair() -> tuple[torch.Tensor, torch.Tensor]:
@@ -70,7 +64,7 @@ def read_released(path: Path) -> exchange_authors.Released:
 
 
 def header(content: bytes, mutations: list) -> bytes:
-    """A safetensors file with a changed header, its length put right."""
+    """A safetensors file with a changed header of the right length."""
     (length,) = struct.unpack("<Q", content[:8])
     changed = dumped(mutated_value(json.loads(content[8 : 8 + length]), mutations))
     return struct.pack("<Q", len(changed)) + changed + content[8 + length :]
@@ -83,7 +77,7 @@ def fuzzed(
     examples: int,
     work: Callable[[], bool],
 ) -> None:
-    """Does the work over so many changed versions of a file, and puts it back."""
+    """Runs the work on many mutated versions of a file, and restores it."""
     content, calls = path.read_bytes(), []
 
     @settings(max_examples=examples * FACTOR)
@@ -97,8 +91,8 @@ def fuzzed(
     finally:
         path.write_bytes(content)
     assert len(calls) >= examples
-    assert False in calls, "nothing was refused: nothing was tried"
-    assert work(), "the good file is taken"
+    assert False in calls, "no mutation was refused"
+    assert work(), "the original file is accepted"
 
 
 def test_peft_config(peft: Path, refused_or_taken: Try) -> None:
@@ -122,7 +116,7 @@ def test_released(released: Path, refused_or_taken: Try) -> None:
 
 @pytest.mark.filterwarnings("ignore:Detected pickle protocol:UserWarning")
 def test_released_of_an_older_torch(released: Path, place: Path, refused_or_taken: Try) -> None:
-    """Not a zip file but pickles one after another, which a flipped byte takes anywhere."""
+    """A sequence of pickles instead of a zip file, where a flipped byte can have any effect."""
     path = place / "older" / "pytorch_model.bin"
     path.parent.mkdir()
     torch.save(torch.load(released, weights_only=True), path, _use_new_zipfile_serialization=False)
@@ -168,7 +162,7 @@ VALUED = {"tasks_done": 1, "step": 2, "ledger": {"trained": {"a": {"steps": 3}},
     "name", ["manifest.json", "adapters.safetensors", "method.safetensors", "optimizer.safetensors"]
 )
 def test_a_changed_checkpoint_is_refused(name: str, place: Path, refused_or_taken: Try) -> None:
-    """Whatever byte is another: it is refused, or what is read is what was written."""
+    """Whatever byte changes: the file is refused, or its values are those that were written."""
     folder = place / "checkpoint"
     checkpoint.save(folder, STATE, VALUED)
 
@@ -183,7 +177,7 @@ def test_a_changed_checkpoint_is_refused(name: str, place: Path, refused_or_take
 
 
 def test_a_manifest_from_elsewhere(place: Path, refused_or_taken: Try) -> None:
-    """Its checksum is right, and what it says is not."""
+    """A manifest with a valid checksum and wrong content."""
     folder = place / "elsewhere"
     checkpoint.save(folder, STATE, VALUED)
     whole = json.loads((folder / "manifest.json").read_bytes())

@@ -1,4 +1,4 @@
-"""Bounding boxes in any text: read or not, and never slowly."""
+"""Fuzzing of the parser of bounding boxes."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ BOX_WORDS = ["[", "]", "(", ",", "0.1", ".5", "1.", "-", "+", "1e5", "nan", "inf
 @settings(max_examples=2500 * FACTOR)
 @given(st.one_of(st.text(max_size=60), st.lists(st.sampled_from(BOX_WORDS), max_size=14).map("".join)))
 def test_boxes(text: str) -> None:
-    """Any text gives a box in order or none, and its overlap with any other is a share."""
+    """Any text gives an ordered box or none, and its overlap with another is at most 1."""
     box = parse_box(text)
     assert box is None or (len(box) == 4 and box[0] < box[2] and box[1] < box[3])
     released = parse_box_as_released(text)

@@ -145,6 +145,27 @@ def report(family: str, capability: int, cache: Path) -> dict[str, dict[str, int
     return json.loads(run.stdout)
 
 
+def interpreted(*tests: str) -> int:
+    """Runs tests of this folder in a process where Triton interprets, with options of pytest; how many passed."""
+    environment = os.environ | {"TRITON_INTERPRET": "1", "CNEXT_TEST_IMPL": "triton", "CNEXT_TEST_DEVICE": "cpu"}
+    quiet = ["-q", "-x", "-W", "ignore:Conversion of an array:DeprecationWarning"]  # by numpy, of older interpreters
+    command = [sys.executable, "-m", "pytest", *quiet, *tests]
+    run = subprocess.run(command, env=environment, cwd=Path(__file__).parent, capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout[-4000:]
+    assert "skipped" not in run.stdout
+    return int(re.search(r"(\d+) passed", run.stdout)[1])
+
+
+def nvcc(source: str, capability: str, folder: Path) -> str:
+    """Compiles a file of csrc/cuda with warnings as errors, and keeps its PTX in a folder; the output of ptxas."""
+    flags = f"-std=c++17 -O3 -fmad=false -arch=sm_{capability} -Werror all-warnings -Xcompiler -Wall,-Wextra -Xptxas -v"
+    output = ["-c", f"csrc/cuda/{source}.cu", "-o", str(folder / f"{source}.o"), "-keep", "--keep-dir", str(folder)]
+    root = Path(__file__).parents[2]
+    run = subprocess.run(["nvcc", *flags.split(), *output], cwd=root, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr[-4000:]
+    return run.stderr
+
+
 def assert_fits(kernel: str, built: Mapping[str, int | bool], capability: int, registers: int) -> None:
     """No register is spilled, and the kernel stays within its registers and the GPU's shared memory."""
     assert not built["spilled"], f"{kernel} spills {built['spilled']} bytes"

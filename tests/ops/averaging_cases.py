@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -22,6 +22,21 @@ LAYERS = [i for i in ("cpp", "cuda", "triton") if i in IMPLS] or ["cpp"]
 _INTERPRETED = IMPLS == ["triton"] and DEVICE == "cpu"
 SIZES = [(1,), (63,), (1000,), (0,), (8, 129)] if _INTERPRETED else [(1,), (63,), (1000,), (0,), (8, 513), (3, 13001)]
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
+
+
+def every_instruction_set(impl: str) -> Iterator[str]:
+    """The names of the C++ core's instruction sets, each in use for its turn; one turn for other implementations."""
+    if impl != "cpp":
+        yield impl
+        return
+    core = dispatch.core("cpp")
+    before = core.instruction_set()
+    try:
+        for name in core.instruction_sets():
+            core.use_instruction_set(name)
+            yield name
+    finally:
+        core.use_instruction_set(before)
 
 
 @dataclass

@@ -65,7 +65,7 @@ void compare(const char* what, const Shape& s, const Values<T>& got, const Expec
     }
 }
 
-// What lies between the rows has to stay as it was.
+// The gaps between rows must not be written.
 template <class T>
 void untouched(const char* what, const Shape& s, const Values<T>& m) {
   for (int64_t r = 0; r + 1 < m.rows; ++r)

@@ -1,34 +1,20 @@
 """The GPU kernels without a GPU: Triton interpreted and compiled ahead, CUDA compiled with warnings as errors."""
 
-import os
 import re
 import shutil
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 from ops import ahead_of_time
-from ops.ahead_of_time import CAPABILITIES, assert_fits
+from ops.ahead_of_time import CAPABILITIES, assert_fits, interpreted, nvcc
 
 from cnext.ops.averaging_table import OPS
-
-ROOT = Path(__file__).parents[2]
-HERE = Path(__file__).parent
-"""Where the subprocesses start: a folder without a `cnext` of its own, so that they import the installed one."""
 
 
 @pytest.mark.slow
 def test_triton_interpreted_agrees_with_float64_and_with_cpp():
     """The numeric tests once more, in a process where Triton interprets."""
-    environment = os.environ | {"TRITON_INTERPRET": "1", "CNEXT_TEST_IMPL": "triton", "CNEXT_TEST_DEVICE": "cpu"}
-    # Of numpy: where the kernels divide by zero on purpose, and of what older interpreters do with arrays.
-    quiet = ["-q", "-x", "-W", "ignore::RuntimeWarning", "-W", "ignore:Conversion of an array:DeprecationWarning"]
-    files = (str(Path(__file__).with_name(f"test_averaging_{name}.py")) for name in ("ops", "layers"))
-    tests = [sys.executable, "-m", "pytest", *quiet, *files]
-    run = subprocess.run(tests, env=environment, cwd=HERE, capture_output=True, text=True)
-    assert run.returncode == 0, run.stdout[-4000:]
-    assert int(re.search(r"(\d+) passed", run.stdout)[1]) > 100
+    divisions = ("-W", "ignore::RuntimeWarning")  # by zero, on purpose
+    assert interpreted(*divisions, "test_averaging_ops.py", "test_averaging_layers.py") > 100
 
 
 @pytest.mark.parametrize("capability", CAPABILITIES)
@@ -62,11 +48,8 @@ if shutil.which("nvcc"):
 
     @pytest.mark.parametrize("capability", ["80", "90a"], ids=lambda c: f"sm_{c}")
     def test_cuda_compiles_without_warnings_or_spills(capability, tmp_path):
-        command = f"nvcc -std=c++17 -O3 -fmad=false -arch=sm_{capability} -Werror all-warnings -Xcompiler -Wall,-Wextra"
-        output = ["-Xptxas", "-v", "-c", "csrc/cuda/averaging.cu", "-o", str(tmp_path / "averaging.o")]
-        run = subprocess.run([*command.split(), *output], cwd=ROOT, capture_output=True, text=True)
-        assert run.returncode == 0, run.stderr[-4000:]
-        spills = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores", run.stderr)
+        said = nvcc("averaging", capability, tmp_path)
+        spills = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores", said)
         assert len(spills) > 20
         assert set(spills) == {("0", "0")}
-        assert max(map(int, re.findall(r"Used (\d+) registers", run.stderr))) <= 96
+        assert max(map(int, re.findall(r"Used (\d+) registers", said))) <= 96

@@ -6,11 +6,11 @@ import mmap
 import numpy
 import pytest
 import torch
+from ops import averaging_cases
 from ops.averaging_cases import BF16, CASES, DEVICE, F16, F32, IMPLS, LEVEL, SIZES, clone, inputs, oracle, written
 from ops.tolerance import assert_as_accurate
 
 from cnext import ops
-from cnext.ops import dispatch
 from cnext.ops.averaging_table import OPS
 
 DTYPES = [
@@ -21,6 +21,7 @@ DTYPES = [
     pytest.param(F16, F16, id="f16-ema"),
 ]
 every_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+every_instruction_set = averaging_cases.every_instruction_set
 every_impl = pytest.mark.parametrize("impl", IMPLS)
 INTERPRETED = IMPLS == ["triton"] and DEVICE == "cpu"
 
@@ -158,21 +159,6 @@ def test_both_sides_of_the_dema_guard(impl, scale, alpha):
     torch.testing.assert_close(ema[0].cpu(), torch.full((2,), alpha * scale), rtol=1e-5, atol=0)
 
 
-def every_instruction_set(impl):
-    """The names of the C++ core's instruction sets, each in use for its turn; one turn for other implementations."""
-    if impl != "cpp":
-        yield impl
-        return
-    core = dispatch.core("cpp")
-    before = core.instruction_set()
-    try:
-        for name in core.instruction_sets():
-            core.use_instruction_set(name)
-            yield name
-    finally:
-        core.use_instruction_set(before)
-
-
 @every_impl
 def test_every_float16_is_read_as_what_it_is(impl):
     """By an average that takes its parameters over where they are finite, and by norms where they are not."""
@@ -228,20 +214,16 @@ def test_same_bits_over_runs_threads_and_instruction_sets(case, impl):
     given = inputs(case, seed=1)
     first = clone(given)
     out = case.call(*first, impl=impl)
-    sets = dispatch.core("cpp").instruction_sets() if impl == "cpp" else [None]
     threads = torch.get_num_threads()
-    before = dispatch.core("cpp").instruction_set() if impl == "cpp" else None
-    for run in range(3 if INTERPRETED else 20):
-        if impl == "cpp":
-            torch.set_num_threads(run % 4 + 1)
-            dispatch.core("cpp").use_instruction_set(sets[run % len(sets)])
-        again = clone(given)
-        out_again = case.call(*again, impl=impl)
-        assert all(torch.equal(a, b) for x, y in zip(first, again, strict=True) for a, b in zip(x, y, strict=True))
-        assert out is None or torch.equal(out, out_again)
+    for _ in every_instruction_set(impl):
+        for run in range(3 if INTERPRETED else 8):
+            if impl == "cpp":
+                torch.set_num_threads(run % 4 + 1)
+            again = clone(given)
+            out_again = case.call(*again, impl=impl)
+            assert all(torch.equal(a, b) for x, y in zip(first, again, strict=True) for a, b in zip(x, y, strict=True))
+            assert out is None or torch.equal(out, out_again)
     torch.set_num_threads(threads)
-    if before:
-        dispatch.core("cpp").use_instruction_set(before)
 
 
 @pytest.mark.parametrize("shape", [(8, 40), (40, 8), (6, 6), (1, 5), (5, 1)], ids=str)

@@ -6,6 +6,7 @@ import itertools
 
 import pytest
 import torch
+from ops.averaging_cases import every_instruction_set
 from ops.branches_cases import DEVICE, IMPLS, INTERPRETED, SEED, WAYS, Case
 from ops.tolerance import assert_as_accurate
 
@@ -228,15 +229,9 @@ def test_last_path_of_a_mask(impl, ran):
 @pytest.mark.parametrize("shape", [(1, 1), (3, 127), (2, 128), (70, 300)], ids=str)
 @pytest.mark.parametrize("branch", [0, 3])
 def test_masks_are_those_of_the_reference(impl, shape, branch):
-    sets = dispatch.core("cpp").instruction_sets() if impl == "cpp" else [None]
-    before = dispatch.core("cpp").instruction_set() if impl == "cpp" else None
     expected = branches_reference.dropout_mask(SEED, *shape, 0.3, branch)
-    for name in sets:
-        if name:
-            dispatch.core("cpp").use_instruction_set(name)
-        assert torch.equal(ops.dropout_mask(SEED, *shape, 0.3, branch=branch, impl=impl), expected)
-    if before:
-        dispatch.core("cpp").use_instruction_set(before)
+    for name in every_instruction_set(impl):
+        assert torch.equal(ops.dropout_mask(SEED, *shape, 0.3, branch=branch, impl=impl), expected), name
 
 
 @every_impl
@@ -289,10 +284,9 @@ if "cpp" in IMPLS:
         x = torch.tensor(specials * 60).to(dtype).view(2, 300).repeat(90, 1)
         keep = branches_reference.dropout_mask(SEED, *x.shape, 0.5)
         expected = torch.where(keep, x * 2, 0.0)
-        core, before = dispatch.core("cpp"), dispatch.core("cpp").instruction_set()
+        core = dispatch.core("cpp")
         letter = {F32: "f", BF16: "b", F16: "h", torch.float64: "d"}[dtype]
-        for name in core.instruction_sets():
-            core.use_instruction_set(name)
+        for _ in every_instruction_set("cpp"):
             for threads in (1, 3):
                 out = torch.empty_like(x)
                 pointers = (x.data_ptr(), out.data_ptr(), *x.shape, 300, 300, 0, 0, SEED.data_ptr(), 32768, 0, threads)
@@ -300,7 +294,6 @@ if "cpp" in IMPLS:
                 torch.testing.assert_close(out, expected, rtol=0, atol=0, equal_nan=True)
                 core.dropout(letter, True, *pointers)
                 torch.testing.assert_close(out, expected + expected, rtol=0, atol=0, equal_nan=True)
-        core.use_instruction_set(before)
 
 
 @every_way

@@ -1,17 +1,15 @@
 """The branches' Triton kernels one by one, interpreted, against float64 with the reference's mask."""
 
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from ops.ahead_of_time import interpreted
 from ops.tolerance import assert_as_accurate
 
 from cnext.ops import branches_reference
 
-HERE = Path(__file__).parent
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = os.environ.get("CNEXT_TEST_DEVICE", "cpu")
 SEED = torch.tensor([-8_161_640_532_671_778], device=DEVICE)
@@ -30,7 +28,7 @@ if INTERPRETED or DEVICE == "cuda":
     DROPOUT = pytest.mark.parametrize("dropout", [0.0, 0.3])
 
     class Pass:
-        """Operands, small ones as slices of columns of wider tensors, and outputs that hold what must not stay."""
+        """Operands, the narrow ones as columns of wider tensors, and outputs that are filled before."""
 
         def __init__(self, rows, columns, rank, dtype, dropout=0.0):
             self.generator = torch.Generator().manual_seed(rows + columns + rank)
@@ -53,7 +51,7 @@ if INTERPRETED or DEVICE == "cuda":
             return torch.where(self.keep, x * self.factor, 0.0)
 
         def outputs(self, *shape):
-            """One to be written, between columns that must stay, and the whole of it."""
+            """An output between columns that must not be written, and the whole tensor."""
             whole = torch.full((shape[0], shape[1] + 2), 7.0, dtype=self.dtype, device=DEVICE)
             return whole[:, 1:-1], whole
 
@@ -137,15 +135,4 @@ else:
     @pytest.mark.slow
     def test_interpreted():
         """This file once more, in a process where Triton interprets."""
-        quiet = [
-            "-q",
-            "-x",
-            "-W",
-            "ignore:Conversion of an array:DeprecationWarning",
-        ]  # of older interpreters, by numpy
-        command = [sys.executable, "-m", "pytest", *quiet, str(Path(__file__).resolve())]
-        environment = os.environ | {"TRITON_INTERPRET": "1", "CNEXT_TEST_DEVICE": "cpu"}
-        run = subprocess.run(command, env=environment, cwd=HERE, capture_output=True, text=True)
-        assert run.returncode == 0, run.stdout[-4000:]
-        assert " passed" in run.stdout
-        assert "skipped" not in run.stdout
+        interpreted(Path(__file__).name)

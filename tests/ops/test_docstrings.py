@@ -5,7 +5,7 @@ import inspect
 
 import pytest
 
-from cnext import RunConfig, averaging, ops
+from cnext import averaging, ops
 from cnext.adapters import AdapterLinear
 
 PUBLIC = {
@@ -16,7 +16,7 @@ PUBLIC = {
 }
 
 
-MORE = {"cnext.RunConfig": RunConfig, "cnext.adapters.AdapterLinear.forward": AdapterLinear.forward}
+MORE = {"cnext.adapters.AdapterLinear.forward": AdapterLinear.forward}
 
 
 @pytest.mark.parametrize("name", [*PUBLIC, *MORE])

@@ -48,7 +48,7 @@ def drawn(rows: int, columns: int, gap: int) -> Tensor:
 
 
 def run(core: ModuleType, what: str, operands: list[Tensor], outs: list[Tensor], sizes, *numbers, threads: int = 1):
-    """A pass into matrices that lie in larger ones; what lies around them stays as it is."""
+    """A product into submatrices of larger ones, around which nothing may be written."""
     wider = [torch.full((out.shape[0], out.shape[1] + 5), torch.nan) for out in outs]
     inner = [wide[:, 2:-3].copy_(out) for wide, out in zip(wider, outs, strict=True)]
     matrices = [*operands, *inner]
@@ -126,7 +126,7 @@ def test_a_bias_is_written_below_the_product(fused):
 
 
 def test_what_is_not_finite_stays_in_its_row_and_column(fused):
-    """The zeros around a tile multiply what is there, and nothing that is not."""
+    """The zeros that pad a tile are not multiplied with NaN or infinity of other rows and columns."""
     x, a = torch.randn(70, 130), torch.randn(5, 130)
     x[69, 129] = torch.inf
     a[4, 7] = torch.nan
@@ -180,7 +180,7 @@ def test_few_rows_and_other_types_are_left_to_torch(fused):
 
 
 def test_down_projections_may_have_any_strides(fused):
-    """That of a single branch is taken as it lies."""
+    """A single branch's is passed without a copy where its rows are contiguous."""
     case = Case(lead=(70,), ranks=(5,), live=(True,), options={"dropout": 0.25})
     expected = case.run("cpp")
     case.a[0][0] = case.a[0][0].detach().T.contiguous().T.requires_grad_()

@@ -37,7 +37,7 @@ def same(one: list[list[Tensor]], other: list[list[Tensor]]) -> bool:
 
 @pytest.mark.parametrize("impl", EVERY)
 @pytest.mark.parametrize("case", [case for name, case in CASES.items() if "clamp" not in name], ids=lambda c: c.op)
-@pytest.mark.parametrize("opened", [False, True], ids=["every list kept", "lists given anew"])
+@pytest.mark.parametrize("opened", [False, True], ids=["every list kept", "lists given per call"])
 def test_a_prepared_call_is_the_op_to_the_bit(case, impl, opened):
     op, given = OPS[case.op], inputs(case)
     plain, mine = clone(given), clone(given)
@@ -183,7 +183,7 @@ def test_a_gradient_that_shares_memory_with_a_state_is_refused():
 
 
 class Wrapper(Tensor):
-    """Wraps a tensor as DTensor does: what looks like its memory is none."""
+    """Wraps a tensor as DTensor does, without a storage of its own."""
 
     @staticmethod
     def __new__(cls, inner: Tensor) -> Wrapper:
@@ -195,7 +195,7 @@ class Wrapper(Tensor):
 
 
 class Named(torch.nn.Parameter):
-    """A parameter of another class, with memory of its own."""
+    """A subclass of Parameter with a storage of its own."""
 
 
 def test_wrappers_without_storage_are_refused():
