@@ -141,12 +141,12 @@ def branch_parameters(model: nn.Module, branches: Iterable[str] | None = None) -
     Raises:
         UserError: a branch that no layer has.
     """
-    wanted = None if branches is None else _named(model, branches)
+    chosen = None if branches is None else _named(model, branches)
     return {
         f"{name}.{key}.{part}": parameter
         for name, layer in layers(model).items()
         for key, branch in layer.branches.items()
-        if wanted is None or key in wanted
+        if chosen is None or key in chosen
         for part, parameter in branch.named_parameters()
     }
 

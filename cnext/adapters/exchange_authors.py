@@ -143,8 +143,8 @@ def _names(halves: dict[str, dict[str, dict[str, Tensor]]], kind: str) -> dict[s
         return {str(number): f"expert-{number}" for number in range(1 + max(map(int, found)))}
     if kind == "lora" and found == {"lora"}:
         return {"lora": "lora"}
-    held = "one plain branch: kind lora" if found == {"lora"} else "numbered branches: kind mage or moelora"
-    raise UserError(f"expected a released adapter of kind {kind}, the file has {held}")
+    contents = "one plain branch: kind lora" if found == {"lora"} else "numbered branches: kind mage or moelora"
+    raise UserError(f"expected a released adapter of kind {kind}, the file has {contents}")
 
 
 def to_released(model: nn.Module, extras: Mapping[str, Mapping[str, Tensor]] | None = None) -> dict[str, Tensor]:
@@ -191,11 +191,11 @@ def _routers(model: nn.Module) -> dict[str, Tensor] | None:
     for name, layer in layers(model).items():
         if layer.router is None:
             continue
-        held = dict(layer.router.named_parameters()) if isinstance(layer.router, nn.Module) else {}
+        weights = dict(layer.router.named_parameters()) if isinstance(layer.router, nn.Module) else {}
         experts = tuple(f"expert-{number}" for number in range(len(layer.branches)))
-        if held.keys() != {"weight"} or tuple(layer.active) != experts:
+        if weights.keys() != {"weight"} or tuple(layer.active) != experts:
             return None
-        found[name] = held["weight"].detach()
+        found[name] = weights["weight"].detach()
     return found
 
 

@@ -248,7 +248,7 @@ def _rewritten(forward: object, names: Names, plain: tuple[str, ...]) -> tuple[C
 
 
 def _chain(function: Any) -> list[Any]:
-    """A function and, in turn, what it is wrapped around."""
+    """A function and the functions that it wraps, outermost first."""
     chain = [function]
     while hasattr(chain[-1], "__wrapped__") and len(chain) < 50:
         chain.append(chain[-1].__wrapped__)
@@ -256,9 +256,9 @@ def _chain(function: Any) -> list[Any]:
 
 
 def _parsed(function: FunctionType) -> tuple[ast.FunctionDef, ast.Import] | None:
-    """The statement that defines a function, with the places of its file, and an import of what its module imports.
+    """The statement that defines a function, with its positions in the file, and an import of what its module imports.
 
-    The compiler makes other code for a call of what the module imports, so that it has to be told.
+    The import is needed because the compiler generates other code for calls of imported modules' functions.
     """
     try:
         lines, first = inspect.getsourcelines(function)
@@ -277,7 +277,7 @@ def _parsed(function: FunctionType) -> tuple[ast.FunctionDef, ast.Import] | None
 
 
 def _bare(tree: ast.FunctionDef) -> ast.FunctionDef:
-    """Without decorators, defaults and annotations, which are no part of a function's code."""
+    """The function without decorators, defaults and annotations, which are not part of its code object."""
     given = tree.args
     every = [*given.posonlyargs, *given.args, given.vararg, *given.kwonlyargs, given.kwarg]
     bare = [one and ast.copy_location(ast.arg(one.arg), one) for one in every]
@@ -288,7 +288,7 @@ def _bare(tree: ast.FunctionDef) -> ast.FunctionDef:
         "vararg": bare[named],
         "kwonlyargs": bare[named + 1 : -1],
         "kwarg": bare[-1],
-        # Which have a default matters to the caller only; `_evaluated` gives the function the original's.
+        # Defaults matter to callers only; `_evaluated` sets the original's.
         "defaults": [],
         "kw_defaults": [None for _ in given.kwonlyargs],
     }

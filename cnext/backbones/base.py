@@ -96,6 +96,8 @@ class Backbone(ABC, nn.Module):
     """Name under which the backbone is registered, as in ``--backbone``."""
     targets: ClassVar[tuple[str, ...]]
     """Name suffixes of the linear layers of ``language_model`` that get adapters."""
+    connection_names: ClassVar[tuple[str, ...]] = ()
+    """Prefixes of the names of parameters between the visual parts and the language model."""
     image_loss_weight: ClassVar[float] = 6.0
     """Weight of `image_loss` in the total loss. Default: that of the released SEED-X code."""
     encodes_ahead: ClassVar[bool] = False
@@ -170,7 +172,7 @@ class Backbone(ABC, nn.Module):
         """Finds the files of weights that `load` reads, without reading tensors.
 
         Returns:
-            The files; [] where that cannot be said.
+            The files; [] if they are not known.
 
         Raises:
             UserError: as `load`, for files that are missing.
@@ -185,9 +187,11 @@ class Backbone(ABC, nn.Module):
         """
         return ""
 
-    @abstractmethod
     def connections(self) -> dict[str, nn.Parameter]:
-        """The layers between visual parts and language model, by name: trained if a recipe's ``trainable`` says so."""
+        """Parameters of `connection_names`, by name: trained if a recipe's ``trainable`` says so."""
+        return {
+            name: parameter for name, parameter in self.named_parameters() if name.startswith(self.connection_names)
+        }
 
     @abstractmethod
     def released_extras(self) -> dict[str, nn.Parameter]:

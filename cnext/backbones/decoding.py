@@ -14,10 +14,10 @@ from cnext.kv_cache import cache_argument
 
 
 class Decoder(Protocol):
-    """A decoder-only language model with its embeddings and its head, as every `Backbone` here is one.
+    """A language model with its head, as every `Backbone` here is one.
 
-    embed_tokens: ids (...) int64 to input embeddings (..., hidden).  lm_head: hidden states (N, hidden) to logits
-    (N, vocabulary).  positions: see `Backbone.positions`; set before each pass.
+    language_model: a decoder of transformers.  lm_head: hidden states (N, hidden) to logits (N, vocabulary).
+    positions: see `Backbone.positions`; set before each pass.
     stop_ids: tokens that end an answer.  banned_ids: tokens that are never generated.  pad_id: the padding token.
     """
 
@@ -27,8 +27,6 @@ class Decoder(Protocol):
     def language_model(self) -> nn.Module: ...
     @property
     def device(self) -> torch.device: ...
-    @property
-    def embed_tokens(self) -> Any: ...
     @property
     def lm_head(self) -> Any: ...
     @property
@@ -112,6 +110,7 @@ def greedy(
         The ids of each sequence, the one of ``stop_ids`` included where it came to that.
     """
     decoding, device = CachedDecoding(model, inputs, mask, positions), model.device
+    embed_tokens: Any = model.language_model.get_input_embeddings()  # pyright: ignore[reportCallIssue]
     stops, banned = torch.tensor(model.stop_ids, device=device), torch.tensor(model.banned_ids, device=device)
     columns: list[Tensor] = []
     finished = torch.zeros(len(decoding.last), dtype=torch.bool, device=device)
@@ -126,9 +125,7 @@ def greedy(
         finished = finished | torch.isin(columns[-1], stops)
         if finished.all() or len(columns) == max_new_tokens:
             break
-        decoding.append(
-            model.embed_tokens(columns[-1]), TEXT_WRITTEN if position_of is None else position_of(columns[-1])
-        )
+        decoding.append(embed_tokens(columns[-1]), TEXT_WRITTEN if position_of is None else position_of(columns[-1]))
     rows = torch.stack(columns, 1).tolist() if columns else [[] for _ in finished]
     return [_truncated(row, set(model.stop_ids)) for row in rows]
 

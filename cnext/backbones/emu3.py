@@ -79,10 +79,6 @@ class Emu3Backbone(CodedBackbone):
     def language_model(self) -> nn.Module:
         return self.model.model.text_model
 
-    def connections(self) -> dict[str, nn.Parameter]:
-        """None: a code is a token, and its connections are rows of the embedding and of the head, `released_extras`."""
-        return {}
-
     def template(self, first: bool, reads: bool) -> PromptTemplate:
         prefix, system = ([self.bos_id], SYSTEM) if first else ([], "")
         return PromptTemplate(prefix, f"{system}USER: ", "", " ASSISTANT:", [])

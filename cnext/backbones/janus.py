@@ -47,6 +47,9 @@ class JanusBackbone(CodedBackbone):
         "Janus or Janus-Pro as converted for transformers, for example deepseek-community/Janus-Pro-1B"
     )
     frozen: ClassVar[tuple[str, ...]] = ("vision_model", "vqmodel")
+    connection_names: ClassVar[tuple[str, ...]] = tuple(
+        f"model.model.{part}." for part in ("aligner", "generation_embeddings", "generation_aligner", "generation_head")
+    )
     image_loss_weight: ClassVar[float] = 1.0
     untrained: ClassVar[str] = (
         "Editing (an image and an instruction in, an image out), and beginning an image unasked: the released "
@@ -87,13 +90,6 @@ class JanusBackbone(CodedBackbone):
     @property
     def language_model(self) -> nn.Module:
         return self.model.model.language_model
-
-    def connections(self) -> dict[str, nn.Parameter]:
-        """The aligners of both directions, the codes' embeddings, and the head that gives codes."""
-        parts = ("aligner", "generation_embeddings", "generation_aligner", "generation_head")
-        return {
-            n: p for n, p in self.named_parameters() if n.startswith(tuple(f"model.model.{part}." for part in parts))
-        }
 
     def template(self, first: bool, reads: bool) -> PromptTemplate:
         prefix = [self.bos_id, *self.text_ids(SYSTEM if reads else "")] if first else []

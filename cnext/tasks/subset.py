@@ -72,7 +72,7 @@ def _write(suite: Suite, data: Path, n: int, seed: int, protocol: str, folder: P
         _json(folder / f"{task.name}.json", _manifest(task, data, counts, beside))
     values: dict[str, Any] = {
         "name": protocol,
-        "description": f"{n} rows of every split of {suite.name}, drawn with seed {seed}",
+        "description": f"{n} rows of every split of {suite.name}, sampled with seed {seed}",
         "source": suite.source,
         "license": suite.license,
         "clip": suite.clip,

@@ -1,4 +1,4 @@
-"""A small file in the released adapters' layout, with every kind of key that those have."""
+"""A small file in the layout of the released adapters, with every kind of key."""
 
 from __future__ import annotations
 

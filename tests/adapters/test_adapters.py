@@ -1,4 +1,4 @@
-"""Branch roles, the adapter layer's formula, and that attaching, freezing and detaching do just that."""
+"""Branch roles, `AdapterLinear`, and attaching, activating, training and detaching branches."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`cnext.attach_mage` on small random models of transformers, and its agreement with PEFT."""
+"""`cnext.attach_mage` on small random transformers models, and its agreement with PEFT."""
 
 from __future__ import annotations
 

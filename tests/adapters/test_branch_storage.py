@@ -1,4 +1,4 @@
-"""The branches' parameters when users move, copy, load, optimize, distribute or merge them."""
+"""Branch parameters when a model is moved, copied, loaded, optimized, distributed or merged."""
 
 from __future__ import annotations
 

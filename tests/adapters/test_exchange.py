@@ -1,4 +1,4 @@
-"""Branches to stock PEFT and back, and merged: the same logits each time, by PEFT's and transformers' own loading."""
+"""Export to PEFT and back, and merging: equal logits by PEFT's and transformers' own loading."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The authors' released files: both spellings, three kinds, what is beside the branches, and what can be wrong."""
+"""The authors' released files: both spellings, three kinds, other tensors, and errors."""
 
 from __future__ import annotations
 

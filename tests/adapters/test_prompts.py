@@ -1,4 +1,4 @@
-"""Soft prompts in front of a decoder: by hand, with and without a cache, and gone without a trace."""
+"""Soft prompts: outputs with and without a cache, and an unchanged model without them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Layers that read the same input are computed together, and give what they give apart."""
+"""Layers with a shared input are computed together, with the outputs that they have separately."""
 
 from __future__ import annotations
 

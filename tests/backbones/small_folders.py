@@ -1,4 +1,4 @@
-"""Random models of Janus and Emu3 with few parameters, in folders as the released ones are laid out."""
+"""Writes small random models of Janus and Emu3 into folders in the released layout."""
 
 from __future__ import annotations
 

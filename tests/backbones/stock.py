@@ -1,4 +1,4 @@
-"""What transformers' own classes give for one sequence, without padding and without a cache."""
+"""Reference outputs by transformers' own classes for one sequence, without padding and without a cache."""
 
 from __future__ import annotations
 

@@ -139,7 +139,9 @@ def test_the_question_is_the_released_prompt(load: Load, data: Path) -> None:
 def test_answers_alone_are_supervised_each_with_its_end(load: Load) -> None:
     backbone = load()
     item = backbone.prepare(Sample("", (Turn("what?", "red"), Turn("shape <|User|> </s>", "ring"))))
-    runs = [list(run) for told, run in groupby(item.labels.tolist(), lambda label: label != IGNORED) if told]
+    runs = [
+        list(run) for supervised, run in groupby(item.labels.tolist(), lambda label: label != IGNORED) if supervised
+    ]
     assert [backbone.tokenizer.decode(run) for run in runs] == [" red</s>", " ring</s>"]
     assert int((item.ids == backbone.eos_id).sum()) == 2, "a special token typed into a question is its letters"
     assert (item.ids[item.labels != IGNORED] == item.labels[item.labels != IGNORED]).all()
@@ -261,8 +263,8 @@ def test_codes_equal_those_of_the_vq_model(load: Load, data: Path, tmp_path: Pat
             images=image.resize((backbone.side,) * 2, Image.Resampling.BICUBIC), return_tensors="pt"
         )["pixel_values"]
     size = {"image_sizes": torch.tensor([square.shape[-2:]])} if backbone.name == "emu3" else {}
-    told = backbone.vq.encode(square, **size)
-    found = getattr(told, "image_tokens", told)
+    encoded = backbone.vq.encode(square, **size)
+    found = getattr(encoded, "image_tokens", encoded)
     found = found[2] if isinstance(found, tuple) else found[0] if isinstance(found, list) else found
     assert torch.equal(found.flatten(), codes)
     assert backbone._images(codes[None])[0].shape == (backbone.side, backbone.side, 3)
@@ -343,8 +345,8 @@ def test_files_and_sizes_are_known_without_loading(load: Load, folder: Path, tmp
 def test_bad_images_and_long_sequences_are_named(load: Load, tmp_path: Path) -> None:
     backbone, broken = load(), tmp_path / "broken.png"
     broken.write_bytes(b"no picture")
-    for path, told in ((broken, "broken.png cannot be read"), (tmp_path / "none.png", "none.png cannot be read")):
-        with pytest.raises(UserError, match=told):
+    for path, message in ((broken, "broken.png cannot be read"), (tmp_path / "none.png", "none.png cannot be read")):
+        with pytest.raises(UserError, match=message):
             backbone.prepare(Sample("", (Turn("what?", "red"),), path))
     with pytest.raises(UserError, match=r"file.json#3 is 1,\d\d\d tokens long, .* reads 1,024 at most"):
         backbone.prepare(Sample("", (Turn("what? " * 200, "red"),), origin="file.json#3"))

@@ -1,4 +1,4 @@
-"""Emu3: against transformers' own generation, pictures of any form, and a vocabulary that does not fit."""
+"""Emu3 against transformers' own generation, images of any aspect ratio, and another vocabulary."""
 
 from __future__ import annotations
 
@@ -73,17 +73,17 @@ def test_logits_equal_those_of_transformers(emu3: Emu3Backbone, wide: Path) -> N
     pixels = stock.pixels(emu3, wide)
     with torch.no_grad():
         hidden = emu3.model.model(input_ids=ids, pixel_values=pixels, image_sizes=torch.tensor([pixels.shape[-2:]]))[0]
-        told = emu3.model.lm_head(hidden)[0, :-1]
+        expected = emu3.model.lm_head(hidden)[0, :-1]
     codes = slice(emu3.first_code, emu3.first_code + CODES)
-    torch.testing.assert_close(found.logits, told[item.labels[1:] != IGNORED], rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(found.image_pred[0], told[item.codes[1:] != IGNORED, codes], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(found.logits, expected[item.labels[1:] != IGNORED], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(found.image_pred[0], expected[item.codes[1:] != IGNORED, codes], rtol=1e-4, atol=1e-4)
 
 
 def test_structure_is_supervised_as_text(emu3: Emu3Backbone, wide: Path) -> None:
     item = emu3.encode([Sample("", (Turn("draw"),), target_image=wide)])[0]
-    told = emu3.tokenizer.decode(item.labels[item.labels != IGNORED])
+    text = emu3.tokenizer.decode(item.labels[item.labels != IGNORED])
     rows = "<|extra_200|>" * 4
-    assert told == f"<|image start|>4*4<|image token|>{rows}<|extra_201|><|image end|></s>"
+    assert text == f"<|image start|>4*4<|image token|>{rows}<|extra_201|><|image end|></s>"
     assert int((item.codes != IGNORED).sum()) == 16
     assert not ((item.codes != IGNORED) & (item.labels != IGNORED)).any()
 
@@ -115,7 +115,7 @@ def test_an_extreme_aspect_ratio_is_named(emu3: Emu3Backbone, tmp_path: Path) ->
 
 
 def test_another_vocabulary_is_named(folder: Path, tmp_path: Path) -> None:
-    for number, (name, told) in enumerate(
+    for number, (name, message) in enumerate(
         {
             "<|visual token 000003|>": "does not have <.extra_200.> and the 32 visual tokens where the tokenizer has",
             "<|extra_200|>": "does not have <.extra_200.> and the 32 visual tokens where the tokenizer has",
@@ -125,7 +125,7 @@ def test_another_vocabulary_is_named(folder: Path, tmp_path: Path) -> None:
         config = json.loads((copy / "config.json").read_text())
         config["vocabulary_map"][name] = 5
         (copy / "config.json").write_text(json.dumps(config))
-        with pytest.raises(UserError, match=told):
+        with pytest.raises(UserError, match=message):
             Emu3Backbone.load("cpu", copy)
     pixels = json.loads((folder / "preprocessor_config.json").read_text()) | {"spatial_factor": 4}
     (copy / "preprocessor_config.json").write_text(json.dumps(pixels))

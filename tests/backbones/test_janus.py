@@ -1,4 +1,4 @@
-"""Janus: against transformers' own image generation, its aligners' gradients, and folders that are not whole."""
+"""Janus against transformers' own image generation, gradients of its aligners, and broken folders."""
 
 from __future__ import annotations
 
@@ -92,8 +92,8 @@ def test_an_image_read_is_padded_to_a_square(janus: JanusBackbone, tmp_path: Pat
 
 def change(name: str, **values: object) -> Callable[[Path], None]:
     def act(folder: Path) -> None:
-        told = json.loads((folder / name).read_text())
-        (folder / name).write_text(json.dumps(told | values))
+        found = json.loads((folder / name).read_text())
+        (folder / name).write_text(json.dumps(found | values))
 
     return act
 
@@ -178,10 +178,10 @@ BROKEN = {
 
 @pytest.mark.parametrize("case", BROKEN)
 def test_errors_name_what_is_wrong_with_a_folder(folder: Path, tmp_path: Path, case: str) -> None:
-    act, told = BROKEN[case]
+    act, message = BROKEN[case]
     copy = shutil.copytree(folder, tmp_path / "weights")
     act(copy)
-    with pytest.raises(UserError, match=told):
+    with pytest.raises(UserError, match=message):
         JanusBackbone.load("cpu", copy)
 
 

@@ -1,4 +1,4 @@
-"""The tiny backbone: its tokenizer, its sequences, its loss, and greedy generation with a cache."""
+"""The tiny backbone: tokenizer, sequences, loss, and greedy generation with a cache."""
 
 from __future__ import annotations
 
@@ -175,8 +175,8 @@ def test_choice_logits_compare_the_first_difference(tiny: TinyBackbone, data: Pa
     several = samples(data, "VQAv2", "test")[:3]
     found = tiny.choice_logits(several, ["red ring", "red square"])
     for sample, logits in zip(several, found, strict=True):
-        told = Sample("", (Turn(sample.turns[0].instruction, "red ring"),), sample.image)
-        expected = tiny.output(tiny.encode([told])).logits[1]
+        answered = Sample("", (Turn(sample.turns[0].instruction, "red ring"),), sample.image)
+        expected = tiny.output(tiny.encode([answered])).logits[1]
         torch.testing.assert_close(
             logits, expected[[tiny.tokenizer["ring"], tiny.tokenizer["square"]]], rtol=1e-4, atol=1e-4
         )

@@ -68,7 +68,7 @@ def test_text_answers_do_not_depend_on_the_image_expert(name: str, idle: set[str
 
     def results() -> tuple[list[str], torch.Tensor, torch.Tensor]:
         with torch.no_grad():
-            logits, drawn = sequence.tiny.output(encoded[0]).logits, sequence.tiny.output(encoded[1]).drawn
+            logits, drawn = sequence.tiny.output(encoded[0]).logits, sequence.tiny.output(encoded[1]).image_pred
         return [answer.text for answer in sequence.tiny.generate(text, 6)], logits, drawn
 
     before = results()
@@ -130,7 +130,7 @@ def test_mode_distils_pictures_from_the_pretrained_model(data: Path) -> None:
     given = sequence.tiny.output(batch)
     logs, old = given.logits.double().log_softmax(-1), wanted.logits.double().log_softmax(-1)
     text = sum((old[i].exp() * (old[i] - logs[i])).sum() for i in range(len(logs))) / len(logs)
-    image = ((given.drawn - wanted.drawn) ** 2).double().mean()
+    image = ((given.image_pred - wanted.image_pred) ** 2).double().mean()
     expected = 0.3 * (text + sequence.tiny.image_loss_weight * image)
     loss = sequence.method.extra_loss(batch)
     assert loss.item() == pytest.approx(expected.item(), rel=1e-4)

@@ -35,7 +35,7 @@ def test_the_distance_against_a_plain_loop(tiny: TinyBackbone, temperature: floa
         p, q = ([math.exp(z / temperature) for z in logits] for logits in (wanted, given))
         p, q = [value / sum(p) for value in p], [value / sum(q) for value in q]
         text += sum(a * math.log(a / b) for a, b in zip(p, q, strict=True)) / 5
-    pairs = list(zip(teacher.drawn.flatten().tolist(), student.drawn.flatten().tolist(), strict=True))
+    pairs = list(zip(teacher.image_pred.flatten().tolist(), student.image_pred.flatten().tolist(), strict=True))
     image = sum((a - b) ** 2 for a, b in pairs) / max(len(pairs), 1)
     found = method.distance(teacher, student)
     torch.testing.assert_close(found.item(), temperature**2 * text + tiny.image_loss_weight * image)
@@ -89,7 +89,7 @@ def test_the_teacher_is_the_model_as_the_task_found_it(data: Path) -> None:
     assert all(torch.equal(now[name], tensor) for name, tensor in sequence.state().items())
     with torch.no_grad(), adapters.holding(sequence.parameters, start):
         again = sequence.tiny.output(batch)
-    assert torch.equal(again.drawn, before.drawn)
+    assert torch.equal(again.image_pred, before.image_pred)
 
 
 def test_the_teacher_drops_nothing_out(data: Path) -> None:

@@ -46,7 +46,9 @@ def test_a_task_starts_from_the_base_model(data: Path) -> None:
     sequence.learn("VQAv2")
     trainer = sequence.open("HQEdit")
     base = TinyBackbone.load().output(trainer.batches.encoded[:4])
-    torch.testing.assert_close(sequence.tiny.output(trainer.batches.encoded[:4]).drawn, base.drawn, rtol=0, atol=0)
+    torch.testing.assert_close(
+        sequence.tiny.output(trainer.batches.encoded[:4]).image_pred, base.image_pred, rtol=0, atol=0
+    )
 
 
 def test_the_router_learns_which_task_a_question_is_of(learnt: Sequence, data: Path) -> None:

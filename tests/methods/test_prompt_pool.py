@@ -102,7 +102,7 @@ def test_the_model_is_the_base_to_the_bit_between_steps(data: Path) -> None:
             backbone.output(trainer.batches.encoded[:4]) for backbone in (sequence.tiny, TinyBackbone.load())
         )
         assert torch.equal(found.logits, base.logits)
-        assert torch.equal(found.drawn, base.drawn)
+        assert torch.equal(found.image_pred, base.image_pred)
 
 
 def test_answers_do_not_depend_on_the_company(learnt: Sequence, data: Path) -> None:

@@ -45,7 +45,9 @@ def test_the_loss_against_a_plain_loop(data: Path) -> None:
     for index in torch.randperm(10)[:4].tolist():
         output = sequence.tiny.output([sequence.method.memory[index]])
         text.append(F.cross_entropy(output.logits.double(), output.labels, reduction="none"))
-        image += [(output.drawn - output.features).double().square().flatten()] if len(output.drawn) else []
+        image += (
+            [(output.image_pred - output.image_target).double().square().flatten()] if len(output.image_pred) else []
+        )
     assert image, "the draw has pictures"
     expected = 0.3 * (torch.cat(text).mean() + 6 * torch.cat(image).mean())
     torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-6)

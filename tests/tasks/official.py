@@ -1,4 +1,4 @@
-"""Small files of the true shapes, names and places of the six tasks, and of the suites in other formats."""
+"""Writes small files in the layout of the six tasks and of suites in other formats."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Conversations as LLaVA and chat templates write them, and captions with several references."""
+"""Conversations in the formats of LLaVA and chat templates, and captions with several references."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ def one(root: Path, task: Task, row: dict[str, Any]) -> Sample:
     return formats.read_samples(task, root, "train")[0]
 
 
-def llava(*said: str, image: Any = "./a.png", speakers: tuple[str, ...] = ("human", "gpt")) -> dict[str, Any]:
-    talk = [{"from": speakers[index % len(speakers)], "value": words} for index, words in enumerate(said)]
+def llava(*texts: str, image: Any = "./a.png", speakers: tuple[str, ...] = ("human", "gpt")) -> dict[str, Any]:
+    talk = [{"from": speakers[index % len(speakers)], "value": text} for index, text in enumerate(texts)]
     return {"id": "7", "image": image, "conversations": talk}
 
 
-def chat(*said: Any, images: Any = ("a.png",)) -> dict[str, Any]:
-    speakers = ["user", "assistant"] * len(said)
-    talk = [{"role": speaker, "content": words} for speaker, words in zip(speakers, said, strict=False)]
+def chat(*texts: Any, images: Any = ("a.png",)) -> dict[str, Any]:
+    speakers = ["user", "assistant"] * len(texts)
+    talk = [{"role": speaker, "content": text} for speaker, text in zip(speakers, texts, strict=False)]
     return {"messages": talk, "images": list(images) if isinstance(images, tuple) else images}
 
 
@@ -97,7 +97,7 @@ BAD = {
     "unmarked images": (MESSAGES, chat("q", "a", images=("a.png", "b.png")), "has 0 <image> for 2 images"),
     "image bytes": (MESSAGES, chat("q", "a", images=[{"bytes": "x"}]), "'images' must be a list of paths"),
     "leaves the folder": (MESSAGES, chat("q", "a", images=("../x.png",)), "'images' leaves the image folder"),
-    "number said": (MESSAGES, chat(3, "a"), "a message must be a string or a list of parts, got int"),
+    "number": (MESSAGES, chat(3, "a"), "a message must be a string or a list of parts, got int"),
     "part without text": (MESSAGES, chat([{"type": "text"}], "a"), "lacks the key 'text'"),
 }
 
@@ -114,8 +114,8 @@ def test_captions_from_a_separate_file(tmp_path: Path) -> None:
     picture(tmp_path / "datasets/Flickr30k/a.jpg")
     rows = [{"question_id": f"q{k}", "image": "Flickr30k/a.jpg", "text": "Caption?"} for k in (1, 2)]
     listing(tmp_path / task.test, rows)
-    said = [{"image_id": k, "id": 10 * k + i, "caption": f"c{k}{i}"} for k in (1, 2) for i in (1, 2)]
-    (tmp_path / task.references).write_text(json.dumps({"annotations": said}))
+    annotations = [{"image_id": k, "id": 10 * k + i, "caption": f"c{k}{i}"} for k in (1, 2) for i in (1, 2)]
+    (tmp_path / task.references).write_text(json.dumps({"annotations": annotations}))
     assert [sample.references for sample in formats.read_samples(task, tmp_path, "test")] == [
         ("c11", "c12"),
         ("c21", "c22"),

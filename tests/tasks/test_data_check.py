@@ -1,4 +1,4 @@
-"""The doctor finds what was done to the files, each thing where it was done, and nothing else."""
+"""`cnext data check` finds every defect in data files, and only those."""
 
 from __future__ import annotations
 
@@ -28,16 +28,16 @@ def suite(train: int = 6, test: int = 3) -> Suite:
 
 
 class Watch:
-    """Remembers what it is told."""
+    """Records the progress."""
 
     def __init__(self) -> None:
-        self.told: list[list[Any]] = []
+        self.steps: list[list[Any]] = []
 
     def begin(self, doing: str, total: int) -> None:
-        self.told.append([doing, total, 0])
+        self.steps.append([doing, total, 0])
 
     def advance(self, count: int) -> None:
-        self.told[-1][2] += count
+        self.steps[-1][2] += count
 
 
 @pytest.fixture
@@ -65,16 +65,16 @@ def test_clean_files_are_clean(data: Path) -> None:
 def test_progress_reaches_the_total(data: Path) -> None:
     watch = Watch()
     data_check.check(suite(), data, watch)
-    assert [told[0] for told in watch.told[:3]] == ["VQAv2 train", "VQAv2 train images", "VQAv2 test"]
-    assert all(done == total for _, total, done in watch.told)
+    assert [doing for doing, _, _ in watch.steps[:3]] == ["VQAv2 train", "VQAv2 train images", "VQAv2 test"]
+    assert all(done == total for _, total, done in watch.steps)
 
 
 def test_rows_left_out_of_training_are_no_problems(data: Path) -> None:
     picture(data / "SEED-Data-HQEdit/images/target_images/000000000001.jpg", size=(480, 399))
     report = check(data)
-    (told,) = report.tasks["HQEdit"].splits["train"].left_out
-    assert "output_001.jsonl:2: " in told
-    assert "000000000001.jpg is 480x399" in told
+    (line,) = report.tasks["HQEdit"].splits["train"].left_out
+    assert "output_001.jsonl:2: " in line
+    assert "000000000001.jpg is 480x399" in line
     assert report.problems == 0
     assert "HQEdit train: rows left out of training by their images' sizes, as released" in data_check_text.text(report)
     assert all(not split.left_out for split in check(data, "none").tasks["HQEdit"].splits.values())

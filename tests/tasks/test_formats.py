@@ -1,4 +1,4 @@
-"""The readers take the paper's files and refuse what is not, naming file, line and reason before anything runs."""
+"""Readers of the paper's files, and errors that name file, line and reason."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The official files of the six tasks: layout, key spellings, image roots, prompts, and where an image stands."""
+"""The official files of the six tasks: layout, keys, image folders, prompts and image positions."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A reduced protocol is drawn by seed alone, refers to the images where they are, and runs at once."""
+"""Subsets depend on the seed only, use the original images, and can be run."""
 
 from __future__ import annotations
 
@@ -108,8 +108,8 @@ def test_captions_of_a_separate_file_go_into_the_rows(tmp_path: Path) -> None:
     talk = [{"from": "human", "value": "<image>\nCaption?"}, {"from": "gpt", "value": "A dog."}]
     listing(tmp_path / task.train, [{"image": "a.jpg", "conversations": talk}])
     listing(tmp_path / task.test, [{"question_id": k, "image": "a.jpg", "text": "Caption?"} for k in range(1, 9)])
-    said = [{"image_id": k, "caption": f"{k} {i}"} for k in range(1, 9) for i in range(2)]
-    (tmp_path / task.references).write_text(json.dumps({"annotations": said}))
+    annotations = [{"image_id": k, "caption": f"{k} {i}"} for k in range(1, 9) for i in range(2)]
+    (tmp_path / task.references).write_text(json.dumps({"annotations": annotations}))
     alone = suites.Suite("one", "", (task,), {"paper": ("VizWiz",)}, {})
     write_subset(alone, tmp_path, 2, 0, tmp_path / "small")
     drawn = formats.read_samples(suites.load(str(tmp_path / "small")).task("VizWiz"), tmp_path / "small", "test")

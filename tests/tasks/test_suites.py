@@ -1,4 +1,4 @@
-"""Suites by name or path, orders by name, list or seed; unknown names list the valid ones."""
+"""Suites by name or path; orders by name, list or seed; errors list the valid names."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The synthetic suite: disjoint splits, the paper's files, the same seed the same bytes."""
+"""The synthetic suite: disjoint splits, the paper's formats, and equal bytes from equal seeds."""
 
 from __future__ import annotations
 

@@ -53,6 +53,7 @@ class SeedX(Backbone):
 
     name: ClassVar[str] = "seed-x"
     targets: ClassVar[tuple[str, ...]] = LLAMA_LINEARS
+    connection_names: ClassVar[tuple[str, ...]] = ("input_resampler.", "output_resampler.", "patch_pos_embed")
     picture_tokens: ClassVar[tuple[int, int]] = (3 * (TOKENS + 2), TOKENS + 2)
     drawing_flops: ClassVar[float] = 6e14
     stop_ids: tuple[int, ...] = (END,)
@@ -160,11 +161,6 @@ class SeedX(Backbone):
         return self.llm.model
 
     @property
-    def embed_tokens(self) -> nn.Module:
-        """The token embedding of the language model."""
-        return self.llm.model.embed_tokens
-
-    @property
     def lm_head(self) -> nn.Module:
         """The output head over the vocabulary."""
         return self.llm.lm_head
@@ -173,10 +169,6 @@ class SeedX(Backbone):
     def banned_ids(self) -> list[int]:
         """Tokens that only follow ``<img>``."""
         return self.tokenizer.picture(1)[1:]
-
-    def connections(self) -> dict[str, nn.Parameter]:
-        parts = ("input_resampler.", "output_resampler.", "patch_pos_embed")
-        return {name: parameter for name, parameter in self.named_parameters() if name.startswith(parts)}
 
     def released_extras(self) -> dict[str, nn.Parameter]:
         ends = ("norm.weight", "embed_tokens.weight", "lm_head.weight")
@@ -200,7 +192,7 @@ class SeedX(Backbone):
 
         items: the samples, whose images are read.
         """
-        embeddings = self.embed_tokens(ids)
+        embeddings = self.llm.model.embed_tokens(ids)
         features = [item.features for item in items if item.features is not None]
         if features:
             places = [item.centres for item in items if item.centres is not None]

@@ -1,1 +1,1 @@
-"""The embedded tiny backbone."""
+"""The embedded backbone: its model, tokenizer and weights; not its pretraining."""

@@ -66,6 +66,9 @@ class TinyBackbone(Backbone):
     encodes_ahead: ClassVar[bool] = True
     picture_tokens: ClassVar[tuple[int, int]] = (TOKENS + 2, TOKENS + 1)
     targets: ClassVar[tuple[str, ...]] = LLAMA_LINEARS
+    connection_names: ClassVar[tuple[str, ...]] = (
+        *("input_projection.", "input_position", "image_queries", "output_projection."),
+    )
 
     def __init__(self) -> None:
         from transformers import LlamaConfig, LlamaForCausalLM
@@ -132,10 +135,6 @@ class TinyBackbone(Backbone):
         with torch.device("meta"):
             return cls()
 
-    def connections(self) -> dict[str, nn.Parameter]:
-        parts = ("input_projection.", "input_position", "image_queries", "output_projection.")
-        return {name: parameter for name, parameter in self.named_parameters() if name.startswith(parts)}
-
     def released_extras(self) -> dict[str, nn.Parameter]:
         return {
             name: parameter
@@ -146,11 +145,6 @@ class TinyBackbone(Backbone):
     @property
     def language_model(self) -> nn.Module:
         return self.decoder.model
-
-    @property
-    def embed_tokens(self) -> nn.Module:
-        """The token embedding of the decoder."""
-        return self.decoder.model.embed_tokens
 
     @property
     def lm_head(self) -> nn.Module:
@@ -228,7 +222,7 @@ class TinyBackbone(Backbone):
             targets: whether each sample writes an image.
             written: (B, L) bool, positions that hold or predict a token of an answer.
         """
-        embeddings = self.embed_tokens(ids)
+        embeddings = self.decoder.model.embed_tokens(ids)
         slots = ids == self.tokenizer["<patch>"]
         ordinal = slots.cumsum(1)
         reads = torch.tensor([feature is not None for feature in features], device=ids.device)
@@ -305,14 +299,14 @@ class TinyBackbone(Backbone):
         begun = [index for index, row in enumerate(written) if row and row[-1] == begin_image]
         images: dict[int, Tensor] = {}
         if begun:
-            drawn = self._draw([prompts[i] for i in begun], [written[i] for i in begun], [features[i] for i in begun])
+            drawn = self._images([prompts[i] for i in begun], [written[i] for i in begun], [features[i] for i in begun])
             images = dict(zip(begun, drawn, strict=True))
         return [
             Prediction(self.tokenizer.decode(row), images[index].cpu().numpy() if index in images else None)
             for index, row in enumerate(written)
         ]
 
-    def _draw(
+    def _images(
         self, prompts: Sequence[Tensor], answers: Sequence[list[int]], features: Sequence[Tensor | None]
     ) -> Tensor:
         """Images (N, 48, 48, 3) uint8 of answers that end in <img>, by one pass over the 16 query positions after it.

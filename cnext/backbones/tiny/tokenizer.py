@@ -1,4 +1,4 @@
-"""The tiny backbone's tokenizer: a closed list of words; every other word is spelled letter by letter."""
+"""Tokenizer of the tiny backbone: a closed vocabulary; other words are spelled letter by letter."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _PIECES = re.compile(r"<pad>|</?s>|\[/?inst\]|</?img>|<patch>|0\.(?=\d)|[a-z]+|\
 
 
 class TinyTokenizer:
-    """Text to ids and back. Case is folded; characters outside the vocabulary are dropped."""
+    """Encodes text to ids and decodes ids. Case is folded; characters outside the vocabulary are dropped."""
 
     def __init__(self) -> None:
         self.tokens = SPECIAL + PUNCTUATION + DIGITS + LETTERS + WORDS

@@ -1,4 +1,4 @@
-"""The tiny backbone's eyes and hand: pictures to features (frozen) and features back to pictures."""
+"""Visual encoder and de-tokenizer of the tiny backbone: images to features and back."""
 
 from __future__ import annotations
 
@@ -7,21 +7,21 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 TOKENS, WIDTH, GRID = 16, 64, 4
-"""A picture is 16 features (a 4 x 4 grid) of width 64."""
+"""An image is a 4 x 4 grid of 16 features of width 64."""
 
 
 def to_input(images: Tensor) -> Tensor:
-    """Pixels for the encoder. images: (B, 48, 48, 3) uint8. Returns (B, 3, 48, 48) float32 in [-1, 1]."""
+    """Images (B, 48, 48, 3) uint8 to inputs of the encoder, (B, 3, 48, 48) float32 in [-1, 1]."""
     return images.permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
 def to_image(pixels: Tensor) -> Tensor:
-    """Pixels for people. pixels: (B, 3, 48, 48) in [-1, 1]. Returns (B, 48, 48, 3) uint8."""
+    """Outputs of the de-tokenizer, (B, 3, 48, 48) in [-1, 1], to images (B, 48, 48, 3) uint8."""
     return ((pixels.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1)
 
 
 class VisualEncoder(nn.Module):
-    """(B, 3, 48, 48) to (B, 16, 64): each feature sees its part of the picture, with zero mean and unit variance."""
+    """(B, 3, 48, 48) to (B, 16, 64): local features of the image, each with zero mean and unit variance."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""The small SEED-X: its folder, the loaded model, and samples of all six tasks with images of their own."""
+"""Fixtures of SEED-X: a small released folder, the loaded model, and samples of all six tasks."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The full-size model on the meta device: every published shape and count, exactly."""
+"""The full-size SEED-X on the meta device: every published shape and parameter count."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The benchmark of the full-size model: it runs, at a small size, and what it builds has the published size."""
+"""The benchmark of the full-size SEED-X, at a small size; what it constructs has the published size."""
 
 from __future__ import annotations
 

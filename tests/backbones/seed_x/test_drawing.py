@@ -1,4 +1,4 @@
-"""The de-tokenizer: its first stage against diffusers' own pipeline, its second against a loop written out."""
+"""The de-tokenizer: first stage against diffusers' pipeline, second against an explicit loop."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Loading: whatever form the files have, and what is said where they are not as they should be."""
+"""Loading of SEED-X from every file format, and errors for broken folders."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Answers of the small SEED-X: against a plain loop, and with a head that says what is wanted."""
+"""Generation of SEED-X against a loop without cache, and with a head of fixed output."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy
 import pytest
 import torch
-from backbones.seed_x.plainly import TASKS, asked, hidden_of
+from backbones.seed_x.unbatched import TASKS, asked, hidden_of
 from torch import Tensor, nn
 from torch.nn import functional as F
 

@@ -1,4 +1,4 @@
-"""The small SEED-X over all six tasks: loss by hand, training with MAGE, and what else the interface asks for."""
+"""SEED-X on all six tasks: loss, training with MAGE, features and choice logits."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy
 import pytest
 import torch
-from backbones.seed_x.plainly import TASKS, asked, hidden_of
+from backbones.seed_x.unbatched import TASKS, asked, hidden_of
 from torch import Tensor, nn
 from torch.nn import functional as F
 

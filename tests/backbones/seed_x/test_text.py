@@ -1,4 +1,4 @@
-"""The tokenizer against the rules of transformers 4.30, and conversations: what is supervised, and what each is for."""
+"""The tokenizer against that of transformers 4.30, and labels and roles of conversations."""
 
 from __future__ import annotations
 
@@ -124,8 +124,8 @@ def test_the_end_of_every_turn_is_an_option_of_loading(
 @pytest.mark.parametrize("response", ["", "Sure, here."])
 def test_phrase_begin_and_end_of_an_image_are_supervised(tokenizer: Tokenizer, response: str) -> None:
     sample = Sample("7", (Turn("draw", response),), None, Path("t"))
-    said = response or phrase(sample)
-    assert supervised(tokenizer, sample, 0) == [*tokenizer.model.encode(said), tokenizer["<img>"], 2]
+    before = response or phrase(sample)
+    assert supervised(tokenizer, sample, 0) == [*tokenizer.model.encode(before), tokenizer["<img>"], 2]
     made = conversation(tokenizer, sample, 0)
     assert made.ids[-67:] == [*tokenizer.picture(1), 2]
     assert [role for role, index in zip(made.roles, made.ids, strict=True) if index in tokenizer.slots] == (
@@ -143,9 +143,9 @@ def test_roles(tokenizer: Tokenizer) -> None:
     """An edit: the source's tokens are read, the target's written; text is written from where its first token is
     given to its last; </img> gives the end and so writes, and the last position holds it."""
     made = conversation(tokenizer, Sample("1", (Turn("red", "blue"),), Path("s"), Path("t")), 2)
-    said = len(tokenizer.model.encode("blue"))
-    begin = len(made.ids) - 64 - 3 - said
-    assert made.roles[begin:] == [TEXT_WRITTEN] * (said + 1) + [IMAGE_WRITTEN] * 64 + [TEXT_WRITTEN] * 2
+    before = len(tokenizer.model.encode("blue"))
+    begin = len(made.ids) - 64 - 3 - before
+    assert made.roles[begin:] == [TEXT_WRITTEN] * (before + 1) + [IMAGE_WRITTEN] * 64 + [TEXT_WRITTEN] * 2
     assert made.roles[begin - 1] == TEXT_WRITTEN
     assert made.roles[: begin - 1].count(IMAGE_READ) == 128
     assert set(made.roles[: begin - 1]) == {TEXT_READ, IMAGE_READ}

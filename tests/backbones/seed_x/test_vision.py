@@ -1,4 +1,4 @@
-"""Views of an image, the visual encoder and the resamplers, against formulas written out."""
+"""Views of an image, the visual encoder and the resamplers against explicit formulas."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One sample at a time through SEED-X, without padding or cache: what batches are compared with."""
+"""Reference computation of SEED-X, one sample at a time without padding or cache."""
 
 from __future__ import annotations
 
