@@ -102,7 +102,7 @@ class TestEvidenceFromAGpu:
         assert any(row.get("name") == "copy" for row in rows)
         assert "FAULT a: ended with" in (tmp_path / "summary.txt").read_text()
 
-    def test_rows_that_were_cut_off_are_left_out_and_faults_are_named(self, tmp_path: Path) -> None:
+    def test_truncated_rows_are_skipped_and_faults_are_named(self, tmp_path: Path) -> None:
         file = tmp_path / "rows.jsonl"
         file.write_text(
             '{"part": "check", "name": "x", "ok": false, "error": 0.5}\n'

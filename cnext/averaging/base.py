@@ -31,6 +31,8 @@ class MovingAverage(ABC):
     """
 
     name: ClassVar[str]
+    persistent_statistics: ClassVar[int] = 0
+    """float32 values per parameter that the rule keeps between tasks."""
 
     def __init__(self) -> None:
         self.parameters: dict[str, nn.Parameter] = {}

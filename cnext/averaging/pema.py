@@ -28,6 +28,7 @@ class Pema(MovingAverage):
     """
 
     name = "pema"
+    persistent_statistics = 1
 
     def __init__(self, c: float = 5.0, damping: float = 1e-5, unit: str = "step") -> None:
         super().__init__()

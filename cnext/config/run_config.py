@@ -111,11 +111,6 @@ class RunConfig(Options):
     order: str | None = None
     seed: int = 0
 
-    def __post_init__(self) -> None:
-        from cnext import methods
-
-        object.__setattr__(self, "method", methods.canonical(self.method))
-
     @property
     def folder(self) -> Path:
         """The run folder."""

@@ -109,7 +109,7 @@ def restore(run: Path, label: str | None = None) -> Restored:
     method = _method(config)
     method.setup(backbone, [stand_in(name) for name in config.tasks], torch.Generator().manual_seed(0))
     beside = trained_beside(backbone, config.recipe.trainable)
-    held = method.held() | beside
+    held = method.adapter_parameters() | beside
     if changed := sorted(held.keys() ^ tensors["adapters"].keys()):
         raise UserError(f"{folder} does not fit {config.method} of this version: {exchange.listed(changed)}")
     with torch.no_grad():

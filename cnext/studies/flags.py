@@ -51,10 +51,6 @@ class Flags(Options):
     tflops: float | None = None
     """With --gpus: sustained TFLOP/s of a GPU. None: 400 (an H100 at 40% of its peak)."""
 
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "method", [methods.canonical(name) for name in self.method])
-        object.__setattr__(self, "baseline", self.baseline and methods.canonical(self.baseline))
-
 
 def parse(arguments: list[str]) -> Flags:
     """A `Flags` with a field for each selected method, whose hyperparameters are flags such as ``--mage.c``.
@@ -69,7 +65,7 @@ def parse(arguments: list[str]) -> Flags:
             raise UserError(f"{flag} is now {RENAMED[flag]}: use {RENAMED[flag]} {value or 'VALUE'}")
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--method", nargs="*", default=["mage"])
-    chosen = dict.fromkeys(map(methods.canonical, first.parse_known_args(arguments)[0].method))
+    chosen = dict.fromkeys(first.parse_known_args(arguments)[0].method)
     groups, known = [], []
     for name in chosen:
         kind = _group(methods.declared(name))
@@ -88,14 +84,15 @@ def _group(kind: type) -> type:
     """A dataclass of hyperparameters as `methods.declared` returns it, with the descriptions where tyro reads them."""
     import tyro
 
-    fields = dataclasses.fields(kind)
-    if not all("help" in item.metadata for item in fields):
-        return kind
-    helped = [
-        (item.name, Annotated[item.type, tyro.conf.arg(help=item.metadata["help"])], field(default=item.default))
-        for item in fields
+    fields = [
+        (
+            item.name,
+            Annotated[item.type, tyro.conf.arg(help=item.metadata["help"])],
+            field(default=item.default, default_factory=item.default_factory),
+        )
+        for item in dataclasses.fields(kind)
     ]
-    return dataclasses.make_dataclass(kind.__name__, helped, namespace={"__doc__": kind.__doc__})
+    return dataclasses.make_dataclass(kind.__name__, fields, namespace={"__doc__": kind.__doc__})
 
 
 def configs(flags: Flags) -> list[RunConfig]:

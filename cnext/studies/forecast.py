@@ -120,7 +120,7 @@ def tokens(backbone: Backbone, task: Task) -> int:
 
 
 def _sizes(backbone: Backbone, method: Method, trainable: str) -> Sizes:
-    own = {id(p): p.numel() for p in method.held().values()}
+    own = {id(p): p.numel() for p in method.adapter_parameters().values()}
     extras = {} if trainable == "branches" else backbone.connections()
     if trainable == "released":
         extras |= backbone.released_extras()

@@ -6,7 +6,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from cnext import methods
 from cnext.errors import UserError
 from cnext.runs import fingerprint
 from cnext.scoring import published
@@ -131,7 +130,6 @@ def _states(here: Side, there: Side) -> dict[str, Any] | None:
 
 def of_paper(method: str) -> Side:
     """What the Continual-NExT paper printed for a method. Raises UserError with the methods that it has."""
-    method = methods.canonical(method)
     paper = published.continual_next()
     conditions = {**paper["conditions"], "clip": SUITES_OWN}
     tasks = conditions["tasks"]

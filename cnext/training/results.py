@@ -69,7 +69,7 @@ def _cost(method: Method, state: RunState) -> dict[str, Any]:
     """Counts that are the same in every run of a configuration."""
     trained = state.trained
     return {
-        "adapter_parameters": sum(parameter.numel() for parameter in method.held().values()),
+        "adapter_parameters": sum(parameter.numel() for parameter in method.adapter_parameters().values()),
         "trainable_params": max((row.parameters for row in trained.values()), default=0),
         "trainable_params_by_task": {name: row.parameters for name, row in trained.items()},
         "stored_bytes": state.stored_bytes,

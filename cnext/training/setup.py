@@ -30,7 +30,7 @@ class Prepared:
 
     def saved_parameters(self) -> dict[str, nn.Parameter]:
         """All parameters that a checkpoint stores, by name: the method's and the extras."""
-        return self.method.held() | self.extras
+        return self.method.adapter_parameters() | self.extras
 
 
 def prepare(planned: Plan, drawn: Path | None = None) -> Prepared:

@@ -18,6 +18,7 @@ from cnext.errors import UserError
 from cnext.methods.base import Memory, Method
 from cnext.tasks.base import Recipe, Sample, Task
 from cnext.training.batches import Batches, stable_seed
+from cnext.training.phases import finish_task
 from cnext.training.precision import autocast
 from cnext.training.setup import Prepared
 
@@ -113,10 +114,10 @@ class TaskTrainer:
         return StepLog(self.step, loss, text_loss, image_loss, rate, norm, int(tokens))
 
     def finish(self) -> dict[str, Any] | None:
-        """Ends the task, in evaluation mode. Returns the statistics of `Method.after_task`."""
+        """Ends the task in evaluation mode, see `finish_task`. Returns the statistics of `Method.after_task`."""
         self.backbone.eval()
         with autocast(self.recipe.precision, self.backbone.device):
-            return self.method.after_task()
+            return finish_task(self.method)
 
     def _backward(self, batch: list[Any]) -> tuple[Tensor, dict[str, Tensor]]:
         """Computes the gradients of a batch, micro-batch by micro-batch.

@@ -69,7 +69,7 @@ def test_a_task_trains_its_branches_and_no_others(load: Load, data: Path, task: 
     encoded = backbone.train().encode(samples(data, task)[:3])
     loss = backbone.loss(encoded)
     loss.total.backward()
-    assert {name for name, p in mage.held().items() if p.grad is not None} == set(trainable)
+    assert {name for name, p in mage.adapter_parameters().items() if p.grad is not None} == set(trainable)
     assert not any(p.grad is not None for name, p in backbone.named_parameters() if ".branches." not in name)
     assert all(torch.isfinite(p.grad).all() for p in trainable.values())
     assert all(p.grad.any() for name, p in trainable.items() if name.endswith(".B"))

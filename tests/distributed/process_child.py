@@ -27,12 +27,12 @@ def learnt(method: str, data: Path) -> dict[str, torch.Tensor]:
     made = Sequence(method, data)
     model = made.tiny.language_model
     whole = sum(p.numel() for p in model.layers[-1].parameters())
-    unevenly = sharded(model, made.method.held().values())
+    unevenly = sharded(model, made.method.adapter_parameters().values())
     for name in TASKS:
         made.learn(name)
     if os.environ.get("ACCELERATE_USE_FSDP") or os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE"):
         here = sum(getattr(p, "_local_tensor", p).numel() for p in model.layers[-1].parameters())
-        kept = sum(p.numel() for name, p in made.method.held().items() if name.startswith("layers.3."))
+        kept = sum(p.numel() for name, p in made.method.adapter_parameters().items() if name.startswith("layers.3."))
         assert here - kept <= (whole - kept) / 2, f"{method}: {here} of {whole} numbers of a block, {kept} trained"
     (question,) = made.tiny.encode_prepared([made.tiny.prepare(made.samples(TASKS[0])[0])])
     with unevenly():
@@ -43,7 +43,7 @@ def learnt(method: str, data: Path) -> dict[str, torch.Tensor]:
         f"{method}: ranks compute different features"
     )
     state = {f"state:{name}": value for name, value in made.method.state_dict().items()}
-    tensors = {name: parameter.detach() for name, parameter in made.method.held().items()} | state
+    tensors = {name: parameter.detach() for name, parameter in made.method.adapter_parameters().items()} | state
     return {name: tensor.contiguous().clone() for name, tensor in tensors.items()}
 
 

@@ -41,7 +41,7 @@ def made(
     method.setup(model, [stand_in(task) for task in TASKS], torch.Generator().manual_seed(0))
     if isinstance(method, methods.base.TaskBranches):
         method.activate(learnt)
-    held = method.held() | trained_beside(model, trainable)
+    held = method.adapter_parameters() | trained_beside(model, trainable)
     torch.manual_seed(0)
     with torch.no_grad():
         for parameter in held.values():

@@ -86,7 +86,7 @@ GIVEN: dict[str, list[str]] = {
     "numbers": ["--method", "mage", "--mage.c", "2", "--mage.rank", "4", "--mage.scale", "-1e-3"],
     "words": ["--method", "mage", "--mage.average", "pema-literal"],
     "a truth": ["--method", "mr-lora", "--mr-lora.oracle", "--mr-lora.router-steps", "9"],
-    "an alias": ["--method", "EW+GA", "--ew-ga.dropout", "0.5"],
+    "a hyphen": ["--method", "ew-ga", "--ew-ga.dropout", "0.5"],
 }
 
 

@@ -101,7 +101,7 @@ def trained(
         made.before_task(parameters, 2, {})
         log = [trainer.train_step() for _ in range(2)][-1]
         trainer.finish()
-    return {name: parameter.detach().clone() for name, parameter in made.held().items()}, log
+    return {name: parameter.detach().clone() for name, parameter in made.adapter_parameters().items()}, log
 
 
 @pytest.mark.parametrize("method", ["mage", "ewc", "distillation", "prompt-pool"])
