@@ -90,10 +90,10 @@ def _report(arguments: argparse.Namespace) -> None:
 
 def _analyze(arguments: argparse.Namespace) -> None:
     from cnext.analysis import analyze, formats
-    from cnext.analysis.groups import Study
+    from cnext.analysis.groups import RunGroups
     from cnext.tables import aggregate
 
-    study = Study.read(aggregate.find(arguments.run), mix=arguments.mix_environments)
+    study = RunGroups.read(aggregate.find(arguments.run), mix=arguments.mix_environments)
     found = analyze(study, arguments.what)
     print(formats.FORMATS[arguments.format](found), end="")
     if arguments.format in ("csv", "latex"):
@@ -137,7 +137,7 @@ def _compare(arguments: argparse.Namespace) -> None:
         here = compare.of_run(arguments.run, "paper")
         there = compare.of_paper(arguments.paper or here.method)
     comparison = compare.compare(here, there, arguments.anyway)
-    print(json.dumps(comparison, indent=2) if arguments.json else compare.text(comparison))
+    print(compare.as_json(comparison) if arguments.json else compare.text(comparison))
 
 
 def _judge(arguments: argparse.Namespace) -> None:

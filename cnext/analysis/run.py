@@ -1,4 +1,4 @@
-"""Reads a run folder, finished or not, into what analyses and reports need."""
+"""Read a run folder, finished or not, for analyses and reports."""
 
 from __future__ import annotations
 
@@ -15,12 +15,13 @@ from cnext.errors import UserError
 from cnext.records import Record
 from cnext.runs import schemas
 from cnext.runs.schemas import Answer, Config, Cost, Environment, JudgeTable, Matrix, Results, Row, TrainStep
+from cnext.scoring.matrix import ScoreMatrix
 
 NOTHING = "\N{EN DASH}"
 
 
 def points(value: float | None, signed: bool = False) -> str:
-    """A figure in percentage points with one decimal and a true minus sign; a dash where there is none."""
+    """A value in percentage points with one decimal and a typographic minus sign; a dash for None and NaN."""
     if value is None or not np.isfinite(value):
         return NOTHING
     rounded = round(value, 1) or 0.0
@@ -35,7 +36,7 @@ def mean_seen(values: np.ndarray) -> float:
 
 @dataclass(frozen=True)
 class Run:
-    """What a run folder holds. Stage 0 is the model before any training, stage t the model after the t-th task."""
+    """The files of a run folder. Stage 0 is the model before training, stage t the model after the t-th task."""
 
     path: Path
     results: Results
@@ -70,7 +71,7 @@ class Run:
         return self.staged(self.results.score_matrix, self.results.zero_shot)
 
     def staged(self, matrix: Matrix | None, zero_shot: Row | None = None) -> np.ndarray:
-        """A matrix of results.json with its zero-shot row put first, missing rows filled with NaN."""
+        """A matrix of results.json with the zero-shot row first; missing rows are NaN."""
         table = np.full((len(self.tasks) + 1, len(self.tasks)), np.nan)
         for stage, row in enumerate([zero_shot, *(matrix or [])]):
             if row is not None:
@@ -82,11 +83,17 @@ class Run:
         """The last stage that was evaluated."""
         return int(np.flatnonzero(np.isfinite(self.scores).any(1)).max(initial=0))
 
+    @cached_property
+    def matrix(self) -> ScoreMatrix:
+        """The scores of stages from 1 on, of which metrics are computed."""
+        gap: Row = [None] * len(self.tasks)
+        rows = [row or gap for row in self.results.score_matrix]
+        return ScoreMatrix.from_rows(rows + [gap] * (len(self.tasks) - len(rows)))
+
     @property
     def finished(self) -> bool:
-        """Whether every task was evaluated after its own stage and every later one."""
-        learnt = self.scores[-1:] if self.joint else self.scores[1:][np.tril_indices(len(self.tasks))]
-        return bool(np.isfinite(learnt).all())
+        """Whether every task was evaluated after the last stage."""
+        return self.results.finished
 
     @property
     def method(self) -> str:
@@ -94,47 +101,47 @@ class Run:
 
     @property
     def untrained(self) -> bool:
-        """Whether no step was taken, so that nothing can be new or forgotten."""
+        """Whether no optimizer step was taken: nothing can be learnt or forgotten."""
         return self.results.cost.optimizer_steps == 0
 
     def metric(self, name: str) -> float | None:
-        """A metric of the main profile; None where it is not defined, as of what an untrained model forgets."""
+        """A metric of the main profile; None where it is undefined, such as forgetting without training."""
         if self.untrained and not name.startswith(("avg_acc", "worst_acc")):
             return None
         return self.results.metrics.get(name)
 
     @property
     def joint(self) -> bool:
-        """Whether all tasks were learnt at once, in the last stage."""
+        """Whether all tasks were trained at once, in the last stage."""
         return self.results.joint
 
     @property
     def stages(self) -> list[int]:
-        """The stages that the run has, done or not; of joint training zero-shot and the one that learns all."""
+        """All stages, done or not; of joint training 0 and the last."""
         return [0, len(self.tasks)] if self.joint else list(range(len(self.tasks) + 1))
 
     def learnt(self, task: int) -> int:
-        """The stage that learns a task, which is counted from 0."""
+        """The stage that trains a task; tasks are counted from 0."""
         return len(self.tasks) if self.joint else task + 1
 
     def stage(self, number: int) -> str:
-        """A stage's number and name, as everywhere in the report."""
+        """A stage's number and name: "0 zero-shot", "2 ImageNet", "6 joint"."""
         if not number:
             return "0 zero-shot"
         return f"{number} {'joint' if self.joint else self.tasks[number - 1]}"
 
     def modalities(self, side: str, task: str) -> list[str]:
-        """What a task reads or writes (side "reads" or "writes")."""
+        """The modalities that a task reads or writes (side "reads" or "writes")."""
         return getattr(self.results, side).get(task, [])
 
     def predictions(self, stage: int, task: str) -> list[Answer]:
-        """What was answered to a task's samples after a stage; empty where it was not evaluated."""
+        """The answers to a task's samples after a stage; empty where it was not evaluated."""
         folder = self.path / "predictions" / self.stage(stage).replace(" ", "_", 1)
         return schemas.read_rows(folder / f"{task}.jsonl", Answer)
 
     @cached_property
     def answered(self) -> bool:
-        """Whether the folder still has what was answered."""
+        """Whether the folder has predictions."""
         return any(self.path.glob("predictions/*/*.jsonl"))
 
     def answers(self, task: str) -> list[dict[int, Answer]]:

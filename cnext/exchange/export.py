@@ -1,4 +1,4 @@
-"""cnext export: a run's adapters for other tools, with a card and a checksum of what the model answers."""
+"""``cnext export``: write a run's adapters in formats of other tools, with a model card and reference logits."""
 
 from __future__ import annotations
 
@@ -32,15 +32,16 @@ WITH_A_MODEL = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "preprocessor_config.json"),
     *("processor_config.json", "chat_template.json", "chat_template.jinja"),
 )
-"""What transformers loads from a model's folder beside its weights."""
+"""Files that transformers loads from a model's folder beside its weights."""
 
 
 @dataclass
 class Restored:
-    """A run's model as it stood at a checkpoint between tasks.
+    """The model of a run at a checkpoint between tasks.
 
-    model: the transformers model around the language model.  stages: tasks learnt.  last: whether that is all.
-    extras: trained tensors beside the branches, by kind: of a run that trains such, or of an imported adapter.
+    label: name of the checkpoint.  stages: tasks learnt.  last: whether these are all tasks.
+    model: the transformers model around the language model.
+    extras: trained tensors other than the branches, kind to name to tensor; an imported adapter may have some as well.
     """
 
     config: RestorableConfig
@@ -54,28 +55,33 @@ class Restored:
 
 
 def outer_model(backbone: Backbone) -> nn.Module:
-    """The outermost transformers model that the language model is part of: what other tools load."""
+    """The outermost transformers model that contains the language model, which other tools load.
+
+    Raises: UserError where there is none.
+    """
     from transformers import PreTrainedModel
 
     for module in backbone.modules():
         if isinstance(module, PreTrainedModel) and any(m is backbone.language_model for m in module.modules()):
             return module
-    raise UserError(f"backbone {backbone.name}: its language model is in no transformers model, which exports need")
+    raise UserError(
+        f"backbone {backbone.name}: its language model is in no transformers model, and only such can be exported"
+    )
 
 
 def _checkpoint(run: Path, label: str | None) -> Path:
-    """The named checkpoint, or the last one between tasks."""
+    """The folder of the named checkpoint; None: of the last one between tasks."""
     found = [path.parent for path in sorted((run / "checkpoints").glob(f"[!.]*/{checkpoint.MANIFEST}"))]
     between = {path.name: path for path in found if not checkpoint.manifest(path)["step"]}
     if not between:
-        raise UserError(f"{run} has no checkpoint of a finished task; let cnext-run finish one")
+        raise UserError(f"{run} has no checkpoint of a finished task; run cnext-run until one is finished")
     if label is not None and label not in between:
         raise unknown("checkpoint (of those between tasks)", label, list(between))
     return between[label] if label else max(between.values(), key=lambda p: checkpoint.manifest(p)["tasks_done"])
 
 
 def stand_in(name: str) -> Task:
-    """A task of this name and nothing else: methods attach their branches by tasks' number and names alone."""
+    """A task with a name and nothing else: methods attach branches by the number and names of tasks."""
     return Task(name, (), (), format="", scorer="", train="", test="", train_images="", test_images="")
 
 
@@ -92,10 +98,13 @@ def _method(config: RestorableConfig) -> Method:
 
 
 def restore(run: Path, label: str | None = None) -> Restored:
-    """Loads a run's backbone and adapters on the CPU, as they stood at a checkpoint between tasks.
+    """Loads a run's backbone and adapters on the CPU, as of a checkpoint between tasks.
+
+    Args:
+        label: name of the checkpoint; None: the last one.
 
     Raises:
-        UserError: no run folder, no such checkpoint, a damaged one, or one that does not fit the method of today.
+        UserError: no run folder, no such checkpoint, a damaged one, or one that does not fit the installed method.
     """
     if not (run / "config.json").is_file():
         raise UserError(f"expected the folder of a run, such as runs/mage/paper/seed-0, found no config.json in {run}")
@@ -145,10 +154,10 @@ def _by_kind(model: Any, parameters: dict[str, nn.Parameter]) -> dict[str, dict[
 
 
 @contextmanager
-def whole(folder: Path) -> Iterator[Path]:
-    """A folder to write into that becomes ``folder`` when all is written. Raises UserError where that is not empty."""
+def new_folder(folder: Path) -> Iterator[Path]:
+    """A temporary folder that becomes ``folder`` at the end of the block. Raises UserError where that is not empty."""
     if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
-        raise UserError(f"{folder} is there already and not empty; give another --to or delete it")
+        raise UserError(f"{folder} exists and is not empty; give another --to or delete it")
     folder = folder.absolute()
     unfinished = folder.with_name(f".{folder.name}.unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)
@@ -161,32 +170,32 @@ def whole(folder: Path) -> Iterator[Path]:
 
 
 def export(run: Path, to: Path, format: str, label: str | None = None, branches_only: bool = False) -> list[Path]:
-    """Writes a run's adapters into a folder that is not there yet. Returns the files.
+    """Writes a run's adapters into a new folder. Returns the files.
 
     Args:
         format: "peft" (an adapter for each active branch), "peft-merged-rank" (one of their total rank), "authors"
             (pytorch_model.bin as released) or "merged" (the transformers model with the branches in its weights).
         label: the checkpoint's name; None: the last one between tasks.
-        branches_only: leaves out tensors beside the branches, which an imported adapter may have.
+        branches_only: leaves out trained tensors other than the branches.
 
     Raises:
-        UserError: what was trained cannot be said in that format, or something is there at ``to``.
+        UserError: the format cannot hold what was trained, or ``to`` exists and is not empty.
     """
     if format not in FORMATS:
         raise unknown("format", format, FORMATS)
-    with whole(to) as folder:
+    with new_folder(to) as folder:
         restored = restore(run, label)
         name = restored.config.method
         if type(restored.method).answer is not Method.answer:
-            raise UserError(f"{name} chooses by the question what takes part; no adapter can say that")
+            raise UserError(f"{name} selects parameters by the question, which no adapter format can express")
         extras = {} if branches_only else restored.extras
         notes = []
         if branches_only and restored.extras:
             notes.append(f"Left out, though trained with the branches: {_counted(restored.extras)}.")
         if extras and format.startswith("peft"):
             raise UserError(
-                f"--format {format} holds branches alone, and the run also has {_counted(extras)}; "
-                "--format authors and merged take them, --branches-only leaves them out"
+                f"--format {format} holds branches only, and the run also has {_counted(extras)}; "
+                "--format authors and merged hold these, --branches-only leaves them out"
             )
         exchange_authors.put_extras(restored.model, extras)
         with restored.method.for_eval():
@@ -194,7 +203,7 @@ def export(run: Path, to: Path, format: str, label: str | None = None, branches_
             notes += _write(restored, folder, format, extras)
             kept = reference(restored.model)
         checkpoint.write_json(folder / REFERENCE, to_builtins(kept))
-        told = {
+        facts = {
             "checkpoint": restored.label,
             "stages": restored.stages,
             "last": restored.last,
@@ -203,7 +212,7 @@ def export(run: Path, to: Path, format: str, label: str | None = None, branches_
             "model": type(restored.model).__name__,
             "notes": notes,
         }
-        checkpoint.write_text(folder / "README.md", card(format, restored.config, restored.results, told, kept))
+        checkpoint.write_text(folder / "README.md", card(format, restored.config, restored.results, facts, kept))
         names = sorted(path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
     return [to / name for name in names]
 
@@ -213,7 +222,7 @@ def _counted(extras: dict[str, dict[str, Tensor]]) -> str:
 
 
 def _write(restored: Restored, folder: Path, format: str, extras: dict[str, dict[str, Tensor]]) -> list[str]:
-    """Writes the weights. Returns what a reader of the card should know."""
+    """Writes the weights. Returns notes for the model card."""
     from safetensors.torch import save_file
 
     model: Any = restored.model

@@ -1,4 +1,4 @@
-"""Reference logits: what a model must answer to one fixed input, in a form that a checksum can be taken of."""
+"""Reference logits: a checksum of a model's logits on one fixed input, robust against rounding errors."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class Reference(Record, kw_only=True):
 
 @torch.no_grad()
 def last_logits(model: nn.Module, ids: Tensor) -> Tensor:
-    """(vocabulary,) float64 of (1, L) token ids: the logits at the last, the hidden state of a model without a head."""
+    """(vocabulary,) float64 of (1, L) token ids: logits at the last one, or hidden states without a head."""
     output = model(input_ids=ids.to(next(model.parameters()).device))
     values = output.logits if "logits" in output else output.last_hidden_state
     return values[0, -1].double().cpu()
@@ -48,7 +48,7 @@ def _checksum(integers: list[int]) -> str:
 
 
 def reference(model: Any) -> Reference:
-    """What reference.json holds, see `RULE`."""
+    """The content of reference.json, see `RULE`."""
     vocabulary = model.get_input_embeddings().num_embeddings
     ids = torch.randint(vocabulary, (1, LENGTH), generator=torch.Generator().manual_seed(0))
     logits = last_logits(model, ids)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from cnext.analysis import analyze
 from cnext.analysis import formats as analysis_formats
-from cnext.analysis.groups import Study
+from cnext.analysis.groups import RunGroups
 from cnext.analysis.run import Run
 from cnext.errors import UserError
 from cnext.report import page
@@ -70,9 +70,9 @@ def write_study(folders: Sequence[Path], out: Path, baseline: str | None = None,
     """Writes a study's page, tables and analyses: study.html, study.md (.csv, .tex, .json), analysis.md. Returns them.
 
     Raises:
-        UserError: as ``Study.read``; nothing is written then.
+        UserError: as ``RunGroups.read``; nothing is written then.
     """
-    study = Study.read(folders, baseline, mix)
+    study = RunGroups.read(folders, baseline, mix)
     names = {kind: f"study.{suffix}" for kind, suffix in formats.SUFFIXES.items()}
     texts = {names[kind]: write(study.tables) for kind, write in formats.FORMATS.items()}
     analysis = analyze(study)

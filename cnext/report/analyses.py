@@ -9,14 +9,15 @@ import numpy as np
 
 from cnext.analysis import ANALYSES
 from cnext.analysis.drift import TURNED, later
-from cnext.analysis.finding import Cell, Finding, Unavailable
+from cnext.analysis.result import Cell, ResultTable, Unavailable
 from cnext.analysis.formats import shown
-from cnext.analysis.groups import Study
+from cnext.analysis.groups import RunGroups
 from cnext.analysis.run import Run
 from cnext.analysis.transfer import changes, in_turn
 from cnext.analysis.updates import Updates, has_branches, read
+from cnext.report import plots
 from cnext.report.blocks import Block, Folded, Key, Picture, Plots, Section, Table, Text
-from cnext.report.plots import DEEPEST, MORE, Panel, heat_maps
+from cnext.report.plots import DEEPEST, MORE, Panel
 
 LISTED = 40
 """Forgotten samples that the page lists for each task; `cnext analyze` lists all."""
@@ -24,31 +25,33 @@ NARROW = 16
 """Heat maps of at most so many columns are shown side by side."""
 
 
-def table(finding: Finding, without: Sequence[str] = ("method", "order")) -> Table:
+def table(result: ResultTable, without: Sequence[str] = ("method", "order")) -> Table:
     """The table of an analysis under its definition, without the columns that repeat one value; a name column stays."""
-    kept = [column for column, name in enumerate(finding.head) if name not in without]
-    if kept[0] >= finding.words:
+    kept = [column for column, name in enumerate(result.head) if name not in without]
+    if kept[0] >= result.words:
         kept.insert(0, 0)
-    words = tuple(place for place, column in enumerate(kept) if column < finding.words)
-    rows = [[shown(row[column], finding) for column in kept] for row in finding.rows]
-    return Table([finding.head[column] for column in kept], rows, finding.definition, words)
+    words = tuple(place for place, column in enumerate(kept) if column < result.words)
+    rows = [[shown(row[column], result) for column in kept] for row in result.rows]
+    return Table([result.head[column] for column in kept], rows, result.definition, words)
 
 
-def missing(why: Unavailable) -> Text:
+def missing(why: Unavailable | str) -> Text:
     """The note in place of an analysis that the run folder has not the files for."""
     return Text(f"Not shown: {why}.", "missing")
 
 
 def heat_map(name: str, panel: Panel, limit: float, values: str = "", alt: str = "") -> Picture:
     """A heat map as a picture. alt: its content in words; "": that the table below repeats it."""
-    return Picture(name, heat_maps([[panel]], limit, values), alt or f"Heat map: {panel.title}; see the table below")
+    return Picture(
+        name, plots.heat_maps([[panel]], limit, values), alt or f"Heat map: {panel.title}; see the table below"
+    )
 
 
 def transfer(run: Run) -> Section:
     """How learning one task changed the scores of the earlier ones."""
     if not in_turn(run):
         return Section("", [])
-    summary, moved, back = ANALYSES["transfer"](Study.of(run))
+    summary, moved, back = ANALYSES["transfer"](RunGroups.of(run))
     values = changes(run)[1 : run.last, : run.last - 1]
     rows, columns = run.tasks[1 : run.last], run.tasks[: run.last - 1]
     pictures = [
@@ -75,7 +78,7 @@ def breaks(run: Run) -> Section:
     if not in_turn(run):
         return Section("", [])
     try:
-        _, by_task, prompts = ANALYSES["breaks"](Study.of(run))
+        _, by_task, prompts = ANALYSES["breaks"](RunGroups.of(run))
     except Unavailable as why:
         return Section(title, [missing(why)])
     listed = [row for task in run.tasks for row in [row for row in prompts.rows if row[0] == task][:LISTED]]
@@ -87,7 +90,7 @@ def breaks(run: Run) -> Section:
 
 
 def drift(run: Run) -> Section:
-    """Which branches and layers each task updated, the directions of the updates, and how similar tasks' updates are."""
+    """The branches and layers that each task updated, and how similar the updates of two tasks are."""
     title = "Adapter updates"
     if not in_turn(run) or not has_branches(run):
         return Section("", [])
@@ -95,7 +98,7 @@ def drift(run: Run) -> Section:
         found = read(run)
     except Unavailable as why:
         return Section(title, [missing(why)])
-    shared, moved, cosines, distances, pairs, norms = ANALYSES["drift"](Study.of(run))
+    shared, moved, cosines, distances, pairs, norms = ANALYSES["drift"](RunGroups.of(run))
     fields = found.norms()
     deepest = float(np.nanmax(fields, initial=0))
     layers = [str(layer) for layer in found.layers]
@@ -113,7 +116,7 @@ def drift(run: Run) -> Section:
         table(moved),
         Text(f"{norms.definition} Rows: layers; columns: projections."),
         _scale(deepest),
-        Plots([Picture("drift.svg", heat_maps(grid, deepest, sides=found.branches), alt)], "wide plot"),
+        Plots([Picture("drift.svg", plots.heat_maps(grid, deepest, sides=found.branches), alt)], "wide plot"),
         *_pairs(found, pairs),
         Text(TURNED),
         Plots(_cosines(found), "maps"),
@@ -148,7 +151,7 @@ def _cosines(found: Updates) -> list[Picture]:
     return pictures
 
 
-def _pairs(found: Updates, pairs: Finding) -> list[Block]:
+def _pairs(found: Updates, pairs: ResultTable) -> list[Block]:
     """How far the adapters after one task are from those after a later one, a heat map a branch."""
     if not pairs.rows:
         return []

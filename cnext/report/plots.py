@@ -43,6 +43,7 @@ STYLE: dict[Any, Any] = {
     "text.color": INK,
     "axes.facecolor": "none",
     "axes.edgecolor": FAINT,
+    "axes.labelcolor": INK,
     "axes.linewidth": 0.6,
     "axes.spines.top": False,
     "axes.spines.right": False,
@@ -56,6 +57,7 @@ STYLE: dict[Any, Any] = {
     "xtick.major.size": 0,
     "ytick.major.size": 0,
     "svg.fonttype": "none",
+    "savefig.pad_inches": 0.02,
 }
 
 
@@ -75,9 +77,10 @@ def svg(draw: Callable[..., Figure], crop: bool = False) -> Callable[..., bytes]
         import matplotlib
 
         buffer = io.BytesIO()
-        style = {**STYLE, "svg.hashsalt": draw.__name__, "savefig.bbox": "tight" if crop else None}
-        with matplotlib.rc_context(style | {"savefig.pad_inches": 0.02}):
-            draw(*args, **options).savefig(buffer, format="svg", facecolor=PAPER, metadata={"Date": None, "Creator": None})
+        style: dict[Any, Any] = STYLE | {"svg.hashsalt": draw.__name__, "savefig.bbox": "tight" if crop else None}
+        with matplotlib.rc_context(style):
+            figure = draw(*args, **options)
+            figure.savefig(buffer, format="svg", facecolor=PAPER, metadata={"Date": None, "Creator": None})
         head, mark, body = buffer.getvalue().partition(b"<defs>")
         return head + _stylesheet().encode() + mark + body
 
@@ -274,9 +277,8 @@ def heat_maps(grid: Sequence[Sequence[Panel]], limit: float, values: str = "", s
             label.set(ha="left", rotation_mode="anchor")
         if sides and not column:
             axes.set_ylabel(sides[row], rotation=0, ha="right", va="center", weight="bold")
-        axes.set_xticks(np.arange(across + 1) - 0.5, minor=True)
-        axes.set_yticks(np.arange(lines + 1) - 0.5, minor=True)
-        axes.grid(which="minor", color=PAPER, lw=1)
+        axes.vlines(np.arange(across + 1) - 0.5, -0.5, lines - 0.5, PAPER, lw=1)
+        axes.hlines(np.arange(lines + 1) - 0.5, -0.5, across - 0.5, PAPER, lw=1)
         axes.spines[:].set_visible(False)
         for (i, j), value in np.ndenumerate(panel.values):
             if values and np.isfinite(value):

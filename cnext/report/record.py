@@ -10,7 +10,7 @@ from cnext.analysis.run import NOTHING, Run, points
 from cnext.report import plots
 from cnext.report.blocks import Block, Code, Picture, Plots, Section, Table, Text
 from cnext.runs.command_line import command
-from cnext.scoring.matrix import FORMULAS
+from cnext.scoring.matrix import FORMULAS, without_repeats
 
 
 def training(run: Run) -> Section:
@@ -25,9 +25,7 @@ def training(run: Run) -> Section:
             )
             for stage, values in sorted(run.losses.items())
         ]
-        note = (
-            "Training loss over optimizer steps: mean, and band from minimum to maximum. Scales differ between tasks."
-        )
+        note = "Training loss over optimizer steps: mean, and band from minimum to maximum. Scales differ by task."
         blocks += [Text(note), Plots(pictures)]
     branches: dict[str, dict[int, tuple[float, float]]] = {}
     for merge in run.results.averaging or []:
@@ -43,8 +41,9 @@ def training(run: Run) -> Section:
             for number, (branch, stages) in enumerate(branches.items(), 1)
         ]
         note = (
-            "Moving average: beta, the weight of the old average when a stage's parameters are merged into it, average = "
-            "beta · average + (1 - beta) · new. Dot: mean over the branch's parameters; bar: one standard deviation."
+            "Moving average: beta, the weight of the old average when a stage's parameters are merged into it: "
+            "average = beta · average + (1 - beta) · new. Dot: mean over the branch's parameters; bar: one standard "
+            "deviation."
         )
         blocks += [Text(note), Plots(pictures)]
     return Section("Training", blocks)
@@ -55,7 +54,8 @@ def metrics(run: Run) -> Section:
     main, profiles = run.results.profile, run.results.profiles or {}
     values = run.results.metrics
     rows = []
-    for name, value in values.items():
+    for name in without_repeats(values, values, *(profile.metrics for profile in profiles.values())):
+        value = values[name]
         others = [profile.metrics.get(name) for profile in profiles.values()]
         if run.joint and value is None and others.count(None) == len(others):
             continue
@@ -64,7 +64,7 @@ def metrics(run: Run) -> Section:
     columns = [column for profile in profiles for column in (profile, "gap")]
     note = (
         "R[t][i] is the score in percent on task i after stage t of T, tasks in training order. Profile strict: each "
-        "score as it is defined. Profile paper: the evaluators as the paper's authors released them, with their errors. "
+        "score as it is defined. Profile paper: the evaluators as the paper's authors released them, errors included. "
         "Gap: the second minus the first."
     )
     formulas = Table(["metric", main, *columns, "formula and divisor"], rows, words=(2 + len(columns),))

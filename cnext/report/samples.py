@@ -7,7 +7,7 @@ from pathlib import Path
 
 from cnext.analysis.breaks import NO_PREDICTIONS
 from cnext.analysis.run import Run, points
-from cnext.analysis.samples import telling
+from cnext.analysis.samples import most_changed
 from cnext.errors import UserError
 from cnext.report.blocks import Block, Frame, Picture, Section, Strip, Text
 from cnext.runs.schemas import Answer
@@ -25,7 +25,7 @@ def images(run: Run) -> Section:
     if not run.answered and any("image" in run.modalities("writes", task) for task in run.tasks):
         return Section(title, [Text(f"Not shown: {run.path}: {NO_PREDICTIONS}.", "missing")])
     for number, task in enumerate(run.tasks, 1):
-        samples = telling(run, task, 1) if "image" in run.modalities("writes", task) else []
+        samples = most_changed(run, task, 1) if "image" in run.modalities("writes", task) else []
         if not samples:
             continue
         [chosen] = samples
@@ -72,8 +72,8 @@ def answers(run: Run) -> Section:
             frames += [_answer(run.stage(stage), given) for stage, given in sample.items()]
             blocks.append(Strip(_shorten(row.instruction, 300), frames))
     note = (
-        f"Samples answered correctly when learnt (score of {RIGHT:g} or more) and wrongly at the end (below {WRONG:g}): the "
-        f"first for each distinct wrong answer, at most {SHOWN} a task."
+        f"Samples that were correct when learnt ({RIGHT:g} or more) and are wrong at the end (below {WRONG:g}): "
+        f"the first for each distinct wrong answer, at most {SHOWN} a task."
     )
     return Section("Answers over stages", [Text(note), *blocks] if blocks else [])
 

@@ -35,7 +35,7 @@ def headline(run: Run) -> Section:
         (
             "Forgetting",
             metrics.get("forgetting"),
-            "mean drop since a task was learnt, without the last task, in points",
+            "mean drop since a task was learnt, all but the last, in points",
         ),
         ("New.ACC", metrics.get("new_acc"), "mean score of each task right after it was learnt"),
         ("Zero-shot", mean_seen(run.scores[0]), "mean score over all tasks before training"),
@@ -91,8 +91,8 @@ def stages(run: Run) -> Section:
         alt = f"Score over stages of {title}: {spoken}"
         pictures.append(Picture(f"stages_{number}.svg", plots.accuracy(run.scores, task, title), alt))
     note = (
-        "Score in percent over the stages, numbered as in the matrix. Open dot: zero-shot. The line starts at the stage "
-        "that learns the task; grey: the other tasks. Labels: the score when learnt and, in bold, the last one."
+        "Score in percent over the stages, numbered as in the matrix. Open dot: zero-shot. The line starts where the "
+        "task is learnt; grey: the other tasks. Labels: the score when learnt and, in bold, the last one."
     )
     return Section("Accuracy over stages", [Text(note), Plots(pictures)])
 

@@ -10,8 +10,8 @@ import numpy as np
 
 from cnext.analysis import Analysis
 from cnext.analysis.error_types import TYPES
-from cnext.analysis.finding import Finding
-from cnext.analysis.groups import Study, means
+from cnext.analysis.result import ResultTable
+from cnext.analysis.groups import RunGroups, means
 from cnext.analysis.overall import BY_OUTPUT, averages, forgettings
 from cnext.analysis.transfer import changes, in_turn
 from cnext.report import plots, study_plots
@@ -23,7 +23,7 @@ from cnext.tables.aggregate import METRICS
 from cnext.tables.formats import blocks as study_tables
 
 
-def sections(study: Study, analysis: Analysis, command: str) -> list[Section]:
+def sections(study: RunGroups, analysis: Analysis, command: str) -> list[Section]:
     """All sections that the runs have files for; a section without its files says which. command: writes it again."""
     page = Page(study, analysis)
     builders = (_head, _overview, _stages, _types, _transfer, _breaks, _orders, _ablations, _seeds, _drift, _metrics)
@@ -34,7 +34,7 @@ def sections(study: Study, analysis: Analysis, command: str) -> list[Section]:
 class Page:
     """A study and its analyses."""
 
-    study: Study
+    study: RunGroups
     analysis: Analysis
 
     @property
@@ -45,24 +45,24 @@ class Page:
     def name(self, method: str, order: str) -> str:
         return method if self.same else f"{method}, {order}"
 
-    def section(self, what: str, title: str, show: Callable[[list[Finding]], list[Block]] | None = None) -> Section:
+    def section(self, what: str, title: str, show: Callable[[list[ResultTable]], list[Block]] | None = None) -> Section:
         """The section of an analysis: its tables, or what ``show`` makes of them, or a note on what it lacks."""
-        found = self.analysis.found.get(what)
+        found = self.analysis.tables.get(what)
         if found is None:
             lacks = missing(self.analysis.left_out[what])
             return Section(title, [lacks] if any(map(in_turn, self.study.runs)) else [])
         return Section(title, show(found) if show else [self.table(one) for one in found])
 
-    def first(self, found: list[Finding]) -> list[Block]:
+    def first(self, found: list[ResultTable]) -> list[Block]:
         """The first table shown, the others folded."""
         return [self.table(found[0]), *(Folded(one.title, self.table(one)) for one in found[1:])]
 
-    def table(self, finding: Finding) -> Table:
-        return table(finding, self.same)
+    def table(self, result: ResultTable) -> Table:
+        return table(result, self.same)
 
 
 def _head(page: Page) -> Section:
-    setting = page.study.tables["setting"]
+    setting = page.study.tables.setting
     orders = list(dict.fromkeys(group.order for group in page.study.groups))
     seeds = sorted({run.results.seed for run in page.study.runs})
     facts = [f"{key} {setting[key]}" for key in ("backbone", "budget", "split")]
@@ -70,9 +70,9 @@ def _head(page: Page) -> Section:
     blocks: list[Block] = [Text(" · ".join(facts), "facts")]
     if setting["budget"] == "smoke":
         blocks.append(Text("Budget smoke: a test that everything works; its scores mean nothing.", "banner"))
-    if page.study.tables["missing"]:
-        blocks.append(Text(f"Unfinished and left out: {', '.join(page.study.tables['missing'])}", "banner"))
-    blocks += [Text(note, "banner") for note in page.study.tables.get("notes", [])]
+    if page.study.tables.missing:
+        blocks.append(Text(f"Unfinished and left out: {', '.join(page.study.tables.missing)}", "banner"))
+    blocks += [Text(note, "banner") for note in page.study.tables.notes or []]
     methods = list(dict.fromkeys(group.method for group in page.study.groups))
     return Section(f"{f'{len(methods)} methods' if methods[1:] else methods[0]} on {setting['suite']}", blocks)
 
@@ -82,14 +82,14 @@ def _overview(page: Page) -> Section:
     for group in page.study.groups:
         seeds = [value for run in group.runs if (value := run.metric("avg_acc")) is not None]
         if seeds:
-            rows[page.name(group.method, group.order)] = (seeds, group.mean(lambda run: run.metric("new_acc"))["mean"])
+            rows[page.name(group.method, group.order)] = (seeds, group.mean(lambda run: run.metric("new_acc")).mean)
     rows = dict(sorted(rows.items(), key=lambda row: -np.mean(row[1][0])))
     spoken = "; ".join(f"{name} {np.mean(seeds):.1f}" for name, (seeds, _) in rows.items())
     picture = Picture("avg_acc.svg", study_plots.accuracy(rows), f"Avg.ACC of each method, best first: {spoken}")
     note = (
-        "Avg.ACC, the mean score over all tasks after the last stage, in percent: a tick for each seed, a dot for their "
-        "mean. Open dot: New.ACC, the mean score of each task right after it was learnt. Forgetting is T/(T-1) times the "
-        "distance between the dots."
+        "Avg.ACC, the mean score over all tasks after the last stage, in percent: a tick for each seed, a dot for "
+        "their mean. Open dot: New.ACC, the mean score of each task right after it was learnt. Forgetting is T/(T-1) "
+        "times the distance between the dots."
     )
     found: list[Block] = [Text(note), Plots([picture], "fits")]
     for block in study_tables(page.study.tables):
@@ -107,7 +107,7 @@ def _stages(page: Page) -> Section:
     pictures = {}
     for kind, of in (("accuracy", averages), ("forgetting", forgettings)):
         over = [means([of(run) for run in group.runs]) for group in groups]
-        lines = np.array([[np.nan if cell["mean"] is None else cell["mean"] for cell in cells] for cells in over])
+        lines = np.array([[np.nan if cell.mean is None else cell.mean for cell in cells] for cells in over])
         low, high = np.nanmin(lines), np.nanmax(lines)
         limits = (low - 0.08 * (high - low) - 1, high + 0.08 * (high - low) + 1)
         pictures[kind] = [
@@ -119,7 +119,7 @@ def _stages(page: Page) -> Section:
             )
             for number, group in enumerate(groups)
         ]
-    accuracy, forgetting, tasks = page.analysis.found["stages"]
+    accuracy, forgetting, tasks = page.analysis.tables["stages"]
     found: list[Block] = [
         Text(f"{accuracy.definition}{' Grey: the other methods.' if len(groups) > 1 else ''}"),
         Plots(pictures["accuracy"]),
@@ -131,11 +131,11 @@ def _stages(page: Page) -> Section:
 
 
 def _types(page: Page) -> Section:
-    def show(found: list[Finding]) -> list[Block]:
+    def show(found: list[ResultTable]) -> list[Block]:
         keys = dict(zip(("avg_hal", "avg_iuf", "avg_oth"), ERROR_TYPES, strict=True))
         columns = {error: found[0].head.index(TYPES[metric]) for metric, error in keys.items()}
         rows: list[Any] = list(found[0].rows)
-        shares = {page.name(*row[:2]): {error: row[i]["mean"] for error, i in columns.items()} for row in rows}
+        shares = {page.name(*row[:2]): {error: row[i].mean for error, i in columns.items()} for row in rows}
         shares = dict(sorted(shares.items(), key=lambda item: sum(item[1].values())))
         spoken = "; ".join(f"{name} {sum(parts.values()):.1f}" for name, parts in shares.items())
         picture = Picture(
@@ -144,26 +144,21 @@ def _types(page: Page) -> Section:
         key = Key([(error.replace("_", " "), plots.ERROR_COLOURS[error]) for error in ERROR_TYPES])
         incomplete = [one.title for one in found if any(str(row[-1]).startswith("INCOMPLETE") for row in one.rows)]
         banners = [Text(f"Incomplete: {title}. Some errors are not judged yet.", "banner") for title in incomplete]
-        note = Text(
-            "Forgetting in points, by the error type that became more frequent; dark bar: the sum of all three."
-        )
+        note = Text("Forgetting in points, by the error type that became more frequent; dark bar: their sum.")
         return [note, key, Plots([picture], "fits"), *banners, *map(page.table, found)]
 
     return page.section("types", "Forgetting by error type", show)
 
 
 def _transfer(page: Page) -> Section:
-    def show(found: list[Finding]) -> list[Block]:
+    def show(found: list[ResultTable]) -> list[Block]:
         panels = []
         for group in (group for group in page.study.groups if in_turn(group.runs[0])):
             values = np.mean([changes(run)[1:, :-1] for run in group.runs], axis=0)
             panels.append(plots.Panel(page.name(group.method, group.order), values, group.tasks[1:], group.tasks[:-1]))
         limit = max(float(np.nanmax(abs(panel.values))) for panel in panels)
         pictures = [heat_map(f"transfer_{number}.svg", one, limit, "+.0f") for number, one in enumerate(panels, 1)]
-        note = (
-            "Mean change of an earlier task (column) while another is learnt (row), in points. Blue: rises; vermilion: "
-        )
-        note += "falls."
+        note = "Mean change of an earlier task (column) while another is learnt (row), in points. Blue: rise."
         folded = [Folded(f"{one.title} as a table", page.table(one)) for one in found[1:]]
         return [page.table(found[0]), Text(note), Plots(pictures, "maps"), *folded]
 
@@ -179,11 +174,11 @@ def _orders(page: Page) -> Section:
 
 
 def _ablations(page: Page) -> Section:
-    return page.section("ablations", "Ablation") if "ablations" in page.analysis.found else Section("", [])
+    return page.section("ablations", "Ablation") if "ablations" in page.analysis.tables else Section("", [])
 
 
 def _seeds(page: Page) -> Section:
-    return page.section("seeds", "Seeds", page.first) if "seeds" in page.analysis.found else Section("", [])
+    return page.section("seeds", "Seeds", page.first) if "seeds" in page.analysis.tables else Section("", [])
 
 
 def _drift(page: Page) -> Section:

@@ -63,7 +63,7 @@ def accuracy(methods: Mapping[str, tuple[Sequence[float], float | None]]) -> Fig
 
 @svg
 def error_types(methods: Mapping[str, Mapping[str, float]]) -> Figure:
-    """Forgetting of each method by error type, {name: {type: points}}, stacked from zero to both sides; bar: the sum."""
+    """Forgetting of each method by error type, {name: {type: points}}: bars stacked from zero; mark: their sum."""
     figure, axes = _rows(list(methods))
     for row, parts in enumerate(methods.values()):
         ends = [0.0, 0.0]

@@ -82,7 +82,7 @@ class Answer(Record, kw_only=True):
 
 
 class ProfileScores(Record):
-    """The scores of a run under another profile than its main one. zero_shot: stage 0; score_matrix: stages from 1 on."""
+    """The scores of a run under a second profile. zero_shot: stage 0; score_matrix: stages from 1 on."""
 
     score_matrix: Matrix | None = None
     zero_shot: Row | None = None
@@ -249,7 +249,7 @@ def read_object(path: Path, kind: type[Record]) -> dict[str, Any]:
     return value
 
 
-def read_rows(path: Path, kind: type[T]) -> list[T]:
+def read_rows(path: Path, kind: type[T], advice: str = ADVICE) -> list[T]:
     """The rows of a JSONL file, none where it is missing; an unfinished last line is left out.
 
     Raises: UserError naming the file, the line and what in it is of another type.
@@ -261,9 +261,9 @@ def read_rows(path: Path, kind: type[T]) -> list[T]:
     for number, line in enumerate(lines, 1):
         where = f"{path}:{number}"
         try:
-            rows.append(convert(parse_json(line), kind, where))
+            rows.append(records.convert(parse_json(line), kind, where, advice))
         except UserError:
             raise
         except ValueError as error:
-            raise UserError(f"{where}: expected a JSON object ({error}); {ADVICE}") from error
+            raise UserError(f"{where}: expected a JSON object ({error}); {advice}") from error
     return rows

@@ -1,4 +1,4 @@
-"""Scorers of drawn images: against a caption (Flickr30k: `clip_text`) or a target image (HQEdit: `clip_image`)."""
+"""Scorers of generated images: against a caption (Flickr30k: `clip_text`) or a target image (HQEdit: `clip_image`)."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class ImageScorers:
     device: str = "cpu"
 
     def clip_text(self, task: Task, samples: Sequence[Sample], predictions: Sequence[Prediction]) -> list[Score]:
-        """Cosine of the drawn image and its text, times 100.
+        """Cosine of the generated image and its text, times 100.
 
         strict: max(0, cos) with the caption alone; 0 without an image.
         paper: cos with the whole instruction, its prefix included, negative values kept. Without an image the previous
@@ -37,16 +37,16 @@ class ImageScorers:
 
         Reference: the released ``eval_gene.py``.
         """
-        drawn = [i for i, prediction in enumerate(predictions) if prediction.image is not None]
+        generated = [i for i, prediction in enumerate(predictions) if prediction.image is not None]
         strict: dict[int, float] = {}
         paper: dict[int, float] = {}
-        if drawn:
+        if generated:
             clip = self._load()
-            images = clip.encode_images(_drawn_image(predictions[i]) for i in drawn)
-            instructions = [samples[i].turns[0].instruction for i in drawn]
+            images = clip.encode_images(_generated_image(predictions[i]) for i in generated)
+            instructions = [samples[i].turns[0].instruction for i in generated]
             captions = clip.encode_texts([caption_of(text) for text in instructions])
-            strict = dict(zip(drawn, _percent_cosines(images, captions), strict=True))
-            paper = dict(zip(drawn, _percent_cosines(images, clip.encode_texts(instructions)), strict=True))
+            strict = dict(zip(generated, _percent_cosines(images, captions), strict=True))
+            paper = dict(zip(generated, _percent_cosines(images, clip.encode_texts(instructions)), strict=True))
 
         scores = []
         previous = 0.0
@@ -56,7 +56,7 @@ class ImageScorers:
         return scores
 
     def clip_image(self, task: Task, samples: Sequence[Sample], predictions: Sequence[Prediction]) -> list[Score]:
-        """Cosine of the drawn and the target image, times 100.
+        """Cosine of the generated and the target image, times 100.
 
         strict: max(0, cos); 0 without an image.
         paper: cos, negative values kept; 0 without an image.
@@ -66,13 +66,13 @@ class ImageScorers:
 
         Reference: the released ``eval_edit.py``.
         """
-        drawn = [i for i, prediction in enumerate(predictions) if prediction.image is not None]
+        generated = [i for i, prediction in enumerate(predictions) if prediction.image is not None]
         cosines: dict[int, float] = {}
-        if drawn:
+        if generated:
             clip = self._load()
-            images = clip.encode_images(_drawn_image(predictions[i]) for i in drawn)
-            targets = clip.encode_images(_target_image(samples[i]) for i in drawn)
-            cosines = dict(zip(drawn, _percent_cosines(images, targets), strict=True))
+            images = clip.encode_images(_generated_image(predictions[i]) for i in generated)
+            targets = clip.encode_images(_target_image(samples[i]) for i in generated)
+            cosines = dict(zip(generated, _percent_cosines(images, targets), strict=True))
         return [
             _score(prediction, cosines.get(i, 0.0), cosines.get(i, 0.0))
             for i, (_, prediction) in enumerate(zip(samples, predictions, strict=True))
@@ -94,10 +94,10 @@ def _percent_cosines(a, b) -> list[float]:
     return (100.0 * (a * b).sum(-1)).clamp(-100.0, 100.0).tolist()
 
 
-def _drawn_image(prediction: Prediction) -> Image:
+def _generated_image(prediction: Prediction) -> Image:
     from PIL import Image
 
-    assert prediction.image is not None, "asked of those that are drawn"
+    assert prediction.image is not None
     return Image.fromarray(prediction.image)
 
 

@@ -111,10 +111,10 @@ def test_a_suite_says_its_name_and_a_budget_may_be_another_s(toy_suite: Path, tm
 @pytest.mark.parametrize(
     ("text", "reason"),
     [
-        ("{", "cannot read"),
-        ("[]", r"expected an object, got \[\]"),
-        ("{}", "tasks: missing"),
-        ('{"tasks": ["A"], "orders": {}, "budgets": {}}', "cannot read"),
+        ("{", r"suite\.json: expected JSON, could not read it"),
+        ("[]", "Expected `object`, got `array`; correct the manifest"),
+        ("{}", "missing required field `tasks`"),
+        ('{"tasks": ["A"], "orders": {}, "budgets": {}}', r"A\.json: expected JSON, could not read it"),
     ],
     ids=["cut", "list", "empty", "no task file"],
 )

@@ -113,10 +113,10 @@ def test_compare_names_the_stage_of_the_first_difference(
     other = copy(finished, tmp_path / "other", digests=parted, fingerprint=here)
     assert main(["compare", str(finished), "--to", str(other)]) == 0
     shown = capsys.readouterr().out
-    assert "states: the same to the bit up to stage 0 zero-shot; they part at stage 1 VQAv2" in shown
+    assert "states: bit-identical up to stage 0 zero-shot; different from stage 1 VQAv2 on" in shown
     assert "environments differ in threads: 1 and 4" in shown
     assert main(["compare", str(finished), "--to", str(finished)]) == 0
-    assert "states: the same to the bit up to stage 3 HQEdit\n" in capsys.readouterr().out
+    assert "states: bit-identical up to stage 3 HQEdit\n" in capsys.readouterr().out
     older = copy(finished, tmp_path / "older", digests=None)
     assert main(["compare", str(finished), "--to", str(older)]) == 0
     assert "states:" not in capsys.readouterr().out
