@@ -142,7 +142,7 @@ def test_the_interrupt_key_twice_leaves_at_once(make: Make, whole: RunConfig) ->
     status, said = go(made, TWICE, 40)
     assert status == 130
     assert "SIGINT: saving at the end of this step; interrupt again to leave at once" in said
-    assert "interrupted; the same command goes on after the last saved block" in said
+    assert "interrupted; the same command resumes from the last checkpoint" in said
     assert json.loads((made.folder / ".heartbeat.json").read_text())["state"] == "stopped"
     assert go(made)[0] == 0
     same_end(made, whole)
