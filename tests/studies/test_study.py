@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import fcntl
 import json
 import os
 import re
@@ -13,6 +14,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -26,7 +28,10 @@ from cnext.config.run_config import RunConfig, plan
 from cnext.errors import UserError
 from cnext.monitoring.eta import Estimate
 from cnext.monitoring.progress import Event, ForwardedProgress, StudyProgress
+from cnext.runs.run_folder import RunFolder
 from cnext.studies import local, resources
+from cnext.studies.flags import configs, parse
+from cnext.studies.study import is_finished
 from cnext.studies.usage_errors import line
 from cnext.training import runner
 
@@ -348,6 +353,27 @@ def test_a_folder_of_another_configuration_is_an_error(
     shown = capsys.readouterr().err
     assert f"{folder} holds a run of another configuration" in shown
     assert '  method: "mage" there, "lora" asked for' in shown
+
+
+def test_checking_for_a_finished_run_changes_nothing(
+    flags: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Neither without a folder nor while another process has locked it, which is an error only to run in it."""
+    flags = [*flags, "--method", "lora", "zero-shot", "--out", str(tmp_path / "runs")]
+    planned = plan(configs(parse(flags))[0])
+    folder = planned.config.folder
+    assert not is_finished(planned)
+    assert not (tmp_path / "runs").exists()
+    with closing(RunFolder(folder, planned.as_dict())):
+        assert run_main(flags) == 2
+        assert f"another process is running in {folder}" in capsys.readouterr().err
+        monkeypatch.delattr(fcntl, "flock")
+        for report in (False, True):
+            if report:
+                fake_child.write_results(planned.config)
+            files = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+            assert is_finished(planned) == report
+            assert files == {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
 
 
 def test_the_dry_run_shows_totals_and_jobs(
