@@ -101,9 +101,7 @@ def alone(data: Path) -> dict[str, dict[str, torch.Tensor]]:
 
 
 @pytest.mark.parametrize("method", NAMES)
-def test_two_processes_train_as_one(
-    together: Path, alone: dict[str, dict[str, torch.Tensor]], method: str
-) -> None:
+def test_two_processes_train_as_one(together: Path, alone: dict[str, dict[str, torch.Tensor]], method: str) -> None:
     """Shards of 2 and 2 against batches of 4, 8 steps. AdamW amplifies small differences of small gradients."""
     compare(method, load_file(together / f"{method}.safetensors"), alone[method])
 
