@@ -12,9 +12,9 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import IO, Any, TypeVar
 
-import msgspec
 from torch import Tensor
 
+from cnext import records
 from cnext.config.run_config import current_names
 from cnext.errors import UserError, parse_json
 from cnext.runs import checkpoint, schemas
@@ -40,7 +40,7 @@ def _differences(old: Any, new: Any, path: str = "") -> list[str]:
 
 def _append(path: Path, rows: Iterable[Any]) -> None:
     with open(path, "a", encoding="utf-8") as file:
-        file.writelines(json.dumps(msgspec.to_builtins(row, enc_hook=str)) + "\n" for row in rows)
+        file.writelines(json.dumps(records.plain(row)) + "\n" for row in rows)
         file.flush()
         os.fsync(file.fileno())
 

@@ -24,6 +24,7 @@ from cnext.monitoring.progress import Progress
 from cnext.monitoring.signals import Stop
 from cnext.runs import checkpoint
 from cnext.runs.run_folder import RunFolder
+from cnext.runs.state_digests import StateDigest
 from cnext.training import runner
 from cnext.training.cost import StageCost
 from cnext.training.state import RunState, Trained
@@ -125,11 +126,12 @@ def test_killed_anywhere_it_ends_with_the_same_bits(finished: Path, config: Make
 
 def test_a_state_is_restored_from_its_manifest(tmp_path: Path) -> None:
     """Through a checkpoint's file. Scores and fingerprints are in files of their own."""
-    digest = {"stage": 0, "trained": "zero-shot", "sha256": "0"}
     state = RunState(
-        tasks_done=1, step=3, trained={"a": Trained(5, 4, 10)}, averaging=[None, {"task": "a", "branches": {}}],
-        measured={"a": StageCost(1.5, 0.5, None, 7, None)}, stored_by_stage={"a": 9}, stored_bytes=9, digests=[digest],
+        tasks_done=1, step=3, trained={"a": Trained(5, 4, 10)}, averaging=[None],
+        measured={"a": StageCost(1.5, 0.5, None, 7, None)}, stored_by_stage={"a": 9}, stored_bytes=9,
+        digests=[StateDigest(0, "zero-shot", "0")],
     )  # fmt: skip
+    state.add_averaging("a", {"text-general": {"mean": 0.5, "std": 0.25}})
     checkpoint.save(tmp_path / "1_a", {}, state.to_manifest())
     _, values = checkpoint.load(tmp_path / "1_a")
     assert RunState.from_manifest(values, tmp_path) == state
