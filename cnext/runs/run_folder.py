@@ -39,7 +39,7 @@ def _differences(old: Any, new: Any, path: str = "") -> list[str]:
 
 def _append(path: Path, rows: Iterable[Any]) -> None:
     with open(path, "a", encoding="utf-8") as file:
-        file.writelines(json.dumps(msgspec.to_builtins(row)) + "\n" for row in rows)
+        file.writelines(json.dumps(msgspec.to_builtins(row, enc_hook=str)) + "\n" for row in rows)
         file.flush()
         os.fsync(file.fileno())
 
