@@ -152,8 +152,8 @@ def test_a_runner_is_made_without_loading(config: Make, monkeypatch: pytest.Monk
 def test_a_folder_of_another_configuration_is_refused(finished: Path, config: Make) -> None:
     with pytest.raises(UserError) as error:
         run(config(out=finished.parents[2], learning_rate=0.5, hyperparameters={"c": 2.0}))
-    assert "recipe.learning_rate: 0.001 there, 0.5 asked for" in str(error.value)
-    assert "hyperparameters.c: 5.0 there, 2.0 asked for" in str(error.value)
+    assert "recipe.learning_rate: 0.001 there, 0.5 requested" in str(error.value)
+    assert "hyperparameters.c: 5.0 there, 2.0 requested" in str(error.value)
 
 
 def test_an_error_before_the_first_result_can_be_fixed(config: Make, tmp_path: Path) -> None:
@@ -201,7 +201,7 @@ def test_a_run_without_a_good_checkpoint_is_refused(config: Make) -> None:
     content = bytearray(path.read_bytes())
     content[-1] ^= 1
     path.write_bytes(content)
-    with pytest.raises(UserError, match=r"adapters\.safetensors is not what was written"):
+    with pytest.raises(UserError, match=r"no checkpoint of this run is intact:\n.*adapters\.safetensors has changed"):
         run(made)
 
 
