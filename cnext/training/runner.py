@@ -77,7 +77,7 @@ def run(config: RunConfig, progress: Progress | None = None) -> dict[str, Any]:
     """
     planned = plan(config)
     torch.set_num_threads(config.threads)
-    with processes.joined(planned.device) as device, Stop() as stop:
+    with processes.process_group(planned.device) as device, Stop() as stop:
         local = dataclasses.replace(planned, device=device)
         processes.check(planned.recipes)
         if collectives.rank():
