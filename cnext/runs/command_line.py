@@ -33,7 +33,9 @@ def write(config: RunConfig) -> Path:
 
 def read(path: str | Path) -> RunConfig:
     """The configuration that `write` wrote."""
+    older = {key: name for name, key in KEYS.items()}
     values = current_names(json.loads(Path(path).read_text(encoding="utf-8")))
+    values = {older.get(name, name): value for name, value in values.items()}
     for field in dataclasses.fields(RunConfig):
         value, kind = values[field.name], str(field.type)
         if value is not None and kind.startswith(("Path", "tuple")):

@@ -174,3 +174,16 @@ def test_options_come_back_as_they_were(tmp_path: Path) -> None:
     config = RunConfig(out=tmp_path, weights=Path("w"), backbone_options=("a=b",), order="a b", checkpointing=False)
     config.folder.mkdir(parents=True)
     assert read(write(config)) == config
+
+
+def test_files_of_an_earlier_version_are_read(tmp_path: Path) -> None:
+    """Their fields have other names: in options.json the preset as well, in config.json it still is the budget."""
+    config = RunConfig(out=tmp_path, checkpoint_interval=7, preset="smoke")
+    config.folder.mkdir(parents=True)
+    path = write(config)
+    earlier = path.read_text().replace("checkpoint_interval", "block_steps").replace("preset", "budget")
+    path.write_text(earlier)
+    assert read(path) == config
+    values = plan(config).as_dict()
+    values["block_steps"] = values.pop("checkpoint_interval")
+    assert " --checkpoint-interval 7 " in command(values, json.loads(earlier))
