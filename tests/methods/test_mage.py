@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import re
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
 import torch
 from methods.sequence import STEPS, Sequence
 
-from cnext import adapters
+from cnext import adapters, methods
 from cnext.averaging import RULES
 from cnext.backbones.tiny.model import TinyBackbone
 from cnext.methods.mage import Mage
@@ -100,6 +102,11 @@ def test_statistics_are_of_the_branches_trained(data: Path) -> None:
     assert set(statistics) == {"text-general", "image-expert"}
     assert 0 < statistics["text-general"]["mean"] < 1
     assert statistics["image-expert"] == {"mean": 0.0, "std": 0.0}
+
+
+def test_the_flag_names_every_averaging_rule() -> None:
+    [text] = [field.metadata["help"] for field in fields(methods.declared("mage")) if field.name == "average"]
+    assert set(RULES) <= set(re.findall(r"[\w-]+", text))
 
 
 @pytest.mark.parametrize("rule", [rule for rule in RULES if rule != "pema-released"])
