@@ -44,8 +44,8 @@ class Summary(Record):
     @property
     def ends(self) -> tuple[float, float] | None:
         """low and high, where known."""
-        known = isinstance(self.low, float | int) and isinstance(self.high, float | int)
-        return (self.low, self.high) if known else None
+        low, high = self.low, self.high
+        return (low, high) if isinstance(low, float | int) and isinstance(high, float | int) else None
 
 
 class SeedsRow(Record):
