@@ -1,4 +1,4 @@
-"""Checksums of what a stage has learnt, so that two people can find the stage at which their runs part."""
+"""State hashes per stage, to locate the stage at which two runs differ."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from torch import Tensor
 from cnext.runs import checkpoint
 
 KINDS = ("adapters", "method")
-"""What a digest is of: the parameters that the method holds, and its state between tasks."""
+"""The tensors of a digest: the parameters of the method, and its state between tasks."""
 
 
 def digest(tensors: Mapping[str, Mapping[str, Tensor]]) -> str:
     """SHA-256 over every tensor of `KINDS` in the order of their names.
 
-    Of each: kind, name, dtype and shape in words, and its bytes, row by row, little-endian as every machine here is.
+    Of each: kind, name, dtype and shape as text, and its bytes in row-major order, little-endian.
     """
     found = hashlib.sha256()
     for kind in KINDS:
@@ -33,7 +33,7 @@ def digest(tensors: Mapping[str, Mapping[str, Tensor]]) -> str:
 def of_run(folder: Path) -> list[dict[str, Any]]:
     """The rows that results.json has as "digests", from the checkpoints between the tasks of a run folder.
 
-    That of the pretrained model, stage 0, is not among them: it has no checkpoint.
+    Without stage 0, the pretrained model, which has no checkpoint.
 
     Raises: UserError where a checkpoint is damaged.
     """

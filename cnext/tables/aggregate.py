@@ -33,7 +33,7 @@ LEAST_PAIRS = 3
 
 
 class Summary(Record):
-    """A mean over n values. sd: sample standard deviation (n - 1).  low, high: a range or an interval, if there is one."""
+    """A mean over n values. sd: sample standard deviation (n - 1).  low, high: a range or an interval."""
 
     n: int
     mean: float | None

@@ -126,7 +126,7 @@ def test_no_option_is_left_out() -> None:
     assert {field.name for field in dataclasses.fields(Options)} <= set(GIVEN)
 
 
-def test_what_is_as_always_and_decides_no_numbers_goes_without_saying() -> None:
+def test_defaults_without_influence_on_results_are_left_out() -> None:
     [first] = planned([])
     told = command(first.as_dict(), json.loads(json.dumps(dataclasses.asdict(first.config), default=str)))
     for flag in ("--workers", "--log", "--out", "--clip", "--weights", "--backbone-options", "--learning-rate"):
@@ -147,7 +147,7 @@ def test_flags_of_a_method_that_is_not_here() -> None:
     assert command(config, {}).endswith("--gone.rank 8 --gone.no-freeze --gone.sizes 1 2")
 
 
-def test_a_run_keeps_its_options_and_goes_on_without_and_with_others(
+def test_a_run_keeps_its_options_and_resumes_with_others(
     toy_suite: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.undo()

@@ -117,7 +117,7 @@ def test_a_damaged_checkpoint_is_never_read_as_good(seed: int, cut: bool, make: 
         damaged += 1
         _, said = go(made, KILL, draw.randint(10, 40))
         assert f"{found[-1]}" in said
-        assert f"going back to {found[-2].name}; what came after it is done again" in said
+        assert f"resuming from {found[-2].name}; later steps are repeated" in said
         assert f"going on from {found[-2].name}" in said
     assert damaged >= 2
     assert go(made)[0] == 0
@@ -134,7 +134,7 @@ def test_a_log_that_was_changed_is_not_gone_on_with(name: str, make: Make) -> No
     path.write_text(path.read_text().replace("5", "6", 1))
     status, said = go(made)
     assert status == 2
-    assert f"no checkpoint of this run is whole:\n{path} is not what was written\ndelete {made.folder}" in said
+    assert f"no checkpoint of this run is intact:\n{path} has changed since it was written\ndelete {made.folder}" in said
 
 
 def test_the_interrupt_key_twice_leaves_at_once(make: Make, whole: RunConfig) -> None:
@@ -154,6 +154,6 @@ def test_after_a_fallback_the_scores_of_later_stages_are_made_again(make: Make, 
     damage(made.folder / "checkpoints" / "2_HQEdit" / "adapters.safetensors", 0.5, cut=False)
     status, said = go(made)
     assert status == 0, said
-    assert "going back to 1_VQAv2" in said
+    assert "resuming from 1_VQAv2" in said
     assert "after 2 HQEdit" in said
     same_end(made, whole)

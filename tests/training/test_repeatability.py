@@ -175,7 +175,7 @@ def test_runs_of_different_environments_are_not_averaged_unless_asked(
     assert f'  processor: {json.dumps(here["processor"])} and "another"\n  threads: 1 and 4\n' in shown
     assert "--mix-environments" in shown
     assert main(["table", str(tmp_path), "--mix-environments"]) == 0
-    assert "Averaged over runs of 2 environments, which decide bits. processor: " in capsys.readouterr().out
+    assert "Averaged over runs of 2 different environments. processor: " in capsys.readouterr().out
 
 
 def test_older_results_count_as_one_environment(

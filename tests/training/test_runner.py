@@ -162,8 +162,8 @@ def test_killed_anywhere_it_ends_with_the_same_bits(finished: Path, config: Call
 def test_a_folder_of_another_configuration_is_refused(finished: Path, config: Callable[..., RunConfig]) -> None:
     with pytest.raises(UserError) as error:
         run(config(finished.parents[2], learning_rate=0.5, hyperparameters={"c": 2.0}))
-    assert "recipe.learning_rate: 0.001 there, 0.5 asked for" in str(error.value)
-    assert "hyperparameters.c: 5.0 there, 2.0 asked for" in str(error.value)
+    assert "recipe.learning_rate: 0.001 there, 0.5 requested" in str(error.value)
+    assert "hyperparameters.c: 5.0 there, 2.0 requested" in str(error.value)
 
 
 def test_a_mistake_before_the_first_result_can_be_mended(config: Callable[..., RunConfig], tmp_path: Path) -> None:
@@ -212,7 +212,7 @@ def test_a_damaged_checkpoint_is_named_and_not_read(config: Callable[..., RunCon
     content = bytearray(path.read_bytes())
     content[-1] ^= 1
     path.write_bytes(content)
-    with pytest.raises(UserError, match=r"no checkpoint of this run is whole:\n.*adapters\.safetensors is not"):
+    with pytest.raises(UserError, match=r"no checkpoint of this run is intact:\n.*adapters\.safetensors has changed"):
         run(made)
 
 
