@@ -1,4 +1,4 @@
-"""The main job as a user runs it: wall time and peak memory of whole commands, each in a process of its own.
+"""Benchmarks of whole commands: wall time and peak memory of the main job, and of help and lists.
 
     pytest bench/bench_run.py --benchmark-only
 
@@ -20,7 +20,7 @@ COMMAND = [sys.executable, "-m", "cnext"]
 
 @pytest.mark.parametrize(("preset", "seconds"), [("smoke", 40), ("default", 180)])
 def test_main_job(benchmark, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, preset: str, seconds: float) -> None:
-    """``cnext-run --method mage`` from start to report, the suite drawn anew."""
+    """``cnext-run --method mage`` from start to report, with a newly generated suite."""
     monkeypatch.setenv("CNEXT_CACHE", str(tmp_path / "cache"))
 
     def command() -> None:

@@ -147,9 +147,9 @@ def _judge(arguments: argparse.Namespace) -> None:
 
 
 def _data_check(arguments: argparse.Namespace) -> int:
-    from cnext.tasks import doctor_text
+    from cnext.tasks import data_check_text
 
-    return doctor_text.main(arguments.suite, arguments.dir, arguments.images, arguments.json)
+    return data_check_text.main(arguments.suite, arguments.dir, arguments.images, arguments.json)
 
 
 def _data_subset(arguments: argparse.Namespace) -> None:

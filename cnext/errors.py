@@ -3,18 +3,26 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from typing import Any
 
 RESUME = "run the same command again to resume from the last checkpoint"
 
 
 class UserError(ValueError):
-    """Bad input. The message says what was expected, what came, and what to do."""
+    """Bad input. The message says what was expected, what was found, and what to do."""
 
 
 def unknown(kind: str, name: str, valid: list[str] | tuple[str, ...]) -> UserError:
     """The error for an unknown name; lists the valid ones."""
     return UserError(f"unknown {kind} {name!r}; valid: {', '.join(valid)}")
+
+
+def listed(names: Iterable[str], shown: int = 8) -> str:
+    """The first names of a list for a message, and how many more there are."""
+    names = list(names)
+    more = f" and {len(names) - shown} more" if len(names) > shown else ""
+    return ", ".join(names[:shown]) + more
 
 
 def parse_json(text: str | bytes) -> Any:

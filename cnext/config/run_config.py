@@ -114,7 +114,7 @@ class RunConfig(Options):
     @property
     def folder(self) -> Path:
         """The run folder."""
-        order = suites.usual_order(suites.load(self.suite)) if self.order is None else self.order
+        order = suites.default_order(suites.load(self.suite)) if self.order is None else self.order
         label = re.sub(r"[^A-Za-z0-9_-]+", "-", order)
         return Path(self.out) / self.method / label / f"seed-{self.seed}"
 
@@ -200,7 +200,7 @@ def plan(config: RunConfig, elsewhere: bool = False, forecast: bool = False) -> 
     """
     suite = _suite(config)
     if config.order is None:
-        config = dataclasses.replace(config, order=suites.usual_order(suite))
+        config = dataclasses.replace(config, order=suites.default_order(suite))
     order = suites.order(suite, config.order or "")
     _check_options(config, suite)
     recipe = _recipe(config, suite.budgets[config.preset])

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from cnext import backbones, methods, packages
 from cnext.adapters import exchange, exchange_authors, exchange_peft
 from cnext.backbones.base import Backbone
-from cnext.errors import UserError, unknown
+from cnext.errors import UserError, listed, unknown
 from cnext.exchange.logit_check import reference
 from cnext.exchange.model_card import FinalResults, RestorableConfig, card
 from cnext.methods.base import Method
@@ -120,7 +120,7 @@ def restore(run: Path, label: str | None = None) -> Restored:
     beside = trained_beside(backbone, config.recipe.trainable)
     held = method.adapter_parameters() | beside
     if changed := sorted(held.keys() ^ tensors["adapters"].keys()):
-        raise UserError(f"{folder} does not fit {config.method} of this version: {exchange.listed(changed)}")
+        raise UserError(f"{folder} does not fit {config.method} of this version: {listed(changed)}")
     with torch.no_grad():
         for name, parameter in held.items():
             parameter.copy_(tensors["adapters"][name])

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from cnext.backbones.tiny.model import Encoded, TinyBackbone
+from cnext.backbones.tiny.model import TinyBackbone, TinyInputs
 from cnext.backbones.tiny.vision import WIDTH, to_input
 from cnext.pretrain_tiny.corpus import LETTERS, Item, Picture, corpus, new_icon, new_letters, new_scene
 from cnext.scoring.clip import build_tiny_clip
@@ -25,7 +25,7 @@ PICTURE = Path("picture")
 """Placeholder path in samples whose images are in memory only."""
 
 
-def _encode(model: TinyBackbone, items: list[Item]) -> list[Encoded]:
+def _encode(model: TinyBackbone, items: list[Item]) -> list[TinyInputs]:
     def features(pictures: list[Picture | None]) -> list[Tensor | None]:
         pixels = [scenes.draw(picture) for picture in pictures if picture is not None]
         if not pixels:

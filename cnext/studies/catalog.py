@@ -15,7 +15,7 @@ def everything() -> str:
             "methods",
             *(f"  {name:<14} {methods.summary(name)}" for name in sorted(methods.modules())),
             "backbones",
-            *(f"  {name:<14} {backbones.SUMMARIES.get(name, '')}" for name in sorted(backbones.modules())),
+            *(f"  {name:<14} {backbones.summary(name)}" for name in sorted(backbones.modules())),
             "suites (details: cnext list SUITE)",
             *(suites.summary(suites.load(name)) for name in suites.names()),
         ]

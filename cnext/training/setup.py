@@ -72,7 +72,7 @@ def read_suite(planned: Plan, data: Path) -> dict[str, dict[str, list[Sample]]]:
     for name in planned.order:
         for split, limit in limits.items():
             try:
-                samples[split][name] = formats.read(planned.suite.task(name), data, split, limit)
+                samples[split][name] = formats.read_samples(planned.suite.task(name), data, split, limit)
             except DataError as error:
                 problems.append(str(error))
     if problems:

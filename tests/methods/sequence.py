@@ -33,7 +33,7 @@ class Sequence:
         self.method.setup(self.tiny, tasks, torch.Generator().manual_seed(0))
 
     def samples(self, name: str) -> list[Sample]:
-        return formats.read(suites.load("next-tiny").task(name), self.data, "train")
+        return formats.read_samples(suites.load("next-tiny").task(name), self.data, "train")
 
     def open(self, name: str) -> TaskTrainer | None:
         task = suites.load("next-tiny").task(name)
@@ -107,4 +107,4 @@ def resume(name: str, data: Path, stop: int | None) -> Sequence:
 
 def questions(data: Path, task: str, count: int = 8) -> list[Sample]:
     """Test questions of a task, without answers."""
-    return [question(s) for s in formats.read(suites.load("next-tiny").task(task), data, "test")[:count]]
+    return [question(s) for s in formats.read_samples(suites.load("next-tiny").task(task), data, "test")[:count]]

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from cnext import RunConfig, methods, run
+from cnext import methods
 from cnext.cli import main, run_main
 from cnext.errors import UserError
 from cnext.methods.base import Card, Method
@@ -73,9 +73,8 @@ def test_joint_training_is_not_called_rehearsal_free(capsys: pytest.CaptureFixtu
 
 
 @pytest.mark.parametrize("asks", [False, True], ids=["no task id", "task id"])
-def test_a_method_is_given_what_its_card_asks_for(asks: bool, data: Path) -> None:
-    """The task if the card asks for it, and of a sample the question alone."""
-    samples = formats.read(TASKS[0], data, "test")
+def test_a_method_sees_the_question_and_what_its_card_asks(asks: bool, data: Path) -> None:
+    samples = formats.read_samples(TASKS[0], data, "test")
     calls = []
 
     class Recording(ZeroShot):
@@ -97,7 +96,7 @@ def test_a_method_is_given_what_its_card_asks_for(asks: bool, data: Path) -> Non
 @pytest.mark.parametrize("kept", [0, 3, 1000])
 def test_the_memory_is_drawn_by_the_seed(kept: int, data: Path) -> None:
     """Of the tasks seen, and all samples where there are fewer."""
-    train = {task.name: formats.read(task, data, "train") for task in TASKS}
+    train = {task.name: formats.read_samples(task, data, "train") for task in TASKS}
     seen = ["HQEdit", "VQAv2"]
     found = rehearsal_memory(train, seen, kept, seed=0)
     assert list(found) == (seen if kept else [])

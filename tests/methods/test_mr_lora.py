@@ -57,7 +57,9 @@ def test_the_router_learns_which_task_a_question_is_of(learnt: Sequence, data: P
 
 def test_the_router_sees_the_question_only(learnt: Sequence, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Other answers, later turns, names and target images change no route, and none of them is encoded."""
-    plain = formats.read(suites.load("next-tiny").task("HQEdit"), data, "test")[:4] + questions(data, "VQAv2", 4)
+    plain = formats.read_samples(suites.load("next-tiny").task("HQEdit"), data, "test")[:4] + questions(
+        data, "VQAv2", 4
+    )
     dressed = [
         dataclasses.replace(
             sample,

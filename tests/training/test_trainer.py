@@ -29,7 +29,7 @@ PAPER = Recipe({"a": 3000}, learning_rate=1e-4, warmup_steps=125)
 
 
 def samples(data: Path, name: str) -> list[Sample]:
-    return formats.read(suites.load("next-tiny").task(name), data, "train")
+    return formats.read_samples(suites.load("next-tiny").task(name), data, "train")
 
 
 @pytest.mark.parametrize(
