@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from cnext import methods
+from cnext import RunConfig, methods, run
 from cnext.cli import main, run_main
 from cnext.errors import UserError
 from cnext.methods.base import Card, Method
