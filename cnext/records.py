@@ -88,6 +88,11 @@ def convert(value: Any, kind: type[T], where: str | Path, advice: str) -> T:
         raise UserError(f"{where}: {error}; {advice}") from error
 
 
+def plain(value: Any) -> Any:
+    """The JSON value of records, dataclasses and what they hold: dictionaries, lists, strings and numbers."""
+    return msgspec.to_builtins(value, enc_hook=str)
+
+
 def read(path: Path, kind: type[T], advice: str) -> T:
     """The record in a JSON file. Raises UserError as `convert`, and where there is no JSON."""
     try:

@@ -52,6 +52,7 @@ ERRORS = {
     "backbone": (["--backbone", "huge"], "unknown backbone 'huge'; valid: emu3, janus, seed-x, tiny"),
     "preset": (["--preset", "large"], "unknown preset 'large'; valid: default, smoke"),
     "old name of --preset": (["--budget=smoke"], "--budget is now --preset: use --preset smoke"),
+    "old name of --checkpoint-interval": (["--block-steps", "7"], "--block-steps is now --checkpoint-interval: use"),
     "device": (["--device", "toaster"], "unknown device 'toaster'; valid: auto, cpu, cuda"),
     "device of no use": (["--device", "meta"], "unknown device 'meta'; valid: auto, cpu, cuda"),
     "no such device": (["--device", "cuda:99"], "device cuda:99 is not there"),

@@ -210,20 +210,27 @@ def put_routers(model: nn.Module, routers: Mapping[str, Tensor]) -> None:
 
 
 @torch.no_grad()
-def put_extras(model: nn.Module, extras: Mapping[str, Mapping[str, Tensor]]) -> None:
-    """Copies the extra tensors of the language model (`LANGUAGE_MODEL`) into its parameters of the same names.
+def copy_named(given: Mapping[str, Tensor], own: Mapping[str, Tensor], what: str) -> None:
+    """Copies tensors into those of the same names.
+
+    Args:
+        what: begins the error message, as "the file's norms do not fit the model".
 
     Raises:
-        UserError: names that the model does not have, or wrong shapes; all are named.
+        UserError: names the tensors without a counterpart of their shape; nothing is copied then.
     """
-    own = dict(model.named_parameters())
-    given = {name: tensor for kind in LANGUAGE_MODEL for name, tensor in extras.get(kind, {}).items()}
     wrong = [
         f"{name} {tuple(tensor.shape)}, expected {tuple(own[name].shape) if name in own else 'no such parameter'}"
         for name, tensor in given.items()
         if name not in own or own[name].shape != tensor.shape
     ]
     if wrong:
-        raise UserError(f"the file's embeddings, head or norms do not fit the model: {listed(wrong)}")
+        raise UserError(f"{what}: {listed(wrong)}")
     for name, tensor in given.items():
         own[name].copy_(tensor)
+
+
+def put_extras(model: nn.Module, extras: Mapping[str, Mapping[str, Tensor]]) -> None:
+    """Copies the extra tensors of the language model (`LANGUAGE_MODEL`) into its parameters. Raises as `copy_named`."""
+    given = {name: tensor for kind in LANGUAGE_MODEL for name, tensor in extras.get(kind, {}).items()}
+    copy_named(given, dict(model.named_parameters()), "the file's embeddings, head or norms do not fit the model")

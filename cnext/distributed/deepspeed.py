@@ -41,7 +41,7 @@ PRECISIONS = {"bf16": "bfloat16", "fp16": "float16"}
 
 
 @dataclass(frozen=True)
-class Zero:
+class ZeroConfig:
     """A ZeRO configuration. source: in words.  engine: settings of stage 3.  repeated: values the recipe must have."""
 
     source: str
@@ -65,7 +65,7 @@ class Zero:
             )
 
 
-def asked() -> Zero | None:
+def zero_config() -> ZeroConfig | None:
     """The configuration that ``accelerate launch`` set in the environment; None without DeepSpeed.
 
     Raises:
@@ -74,7 +74,9 @@ def asked() -> Zero | None:
     if os.environ.get("ACCELERATE_USE_DEEPSPEED") != "true":
         return None
     if find_spec("deepspeed") is None:
-        raise UserError("accelerate launch asks for DeepSpeed, which is not installed: pip install 'cnext[deepspeed]'")
+        raise UserError(
+            "accelerate launch is configured for DeepSpeed, which is not installed: pip install 'cnext[deepspeed]'"
+        )
     source, config = _configuration()
     section = config.pop(SECTION, {})
     if not isinstance(section, dict):
@@ -82,28 +84,39 @@ def asked() -> Zero | None:
     stage = section.pop("stage", 0)
     if type(stage) is not int or stage not in STAGES:
         raise UserError(f"{source}: {SECTION}.stage: expected one of 0, 1, 2 and 3, got {stage!r}")
-    engine = {name: section.pop(name) for name in ENGINE if name in section} if stage == 3 else {}
-    offload = section.get("offload_param") or {}
-    if stage == 3 and isinstance(offload, dict) and offload.get("device", "none") in DEVICES:
-        parts = {name: offload[name] for name in ("device", "pin_memory") if name in offload}
-        engine |= {"offload_param": parts} if _asks(parts) else {}
-        section["offload_param"] = {name: value for name, value in offload.items() if name not in parts}
+    engine = _engine_settings(section) if stage == 3 else {}
     repeated = {name: config.pop(name) for name in RECIPE if name in config}
     for name in PRECISIONS:
         if isinstance(config.get(name), dict):
             # The loss scale of fp16 has no effect if it is off, and on never matches the recipe.
             precision = config.pop(name) if name == "fp16" else config[name]
             repeated[f"{name}.enabled"] = precision.pop("enabled", "auto")
-    left = [*(name for name in config if _asks(config[name]))]
-    left += [f"{SECTION}.{name}" for name in section if _asks(section[name])]
+    _check_supported(source, config, section)
+    given = {name: value for name, value in repeated.items() if value != "auto"}
+    return ZeroConfig(source, stage, {name: value for name, value in engine.items() if value != "auto"}, given)
+
+
+def _engine_settings(section: dict[str, Any]) -> dict[str, Any]:
+    """Takes the settings of stage 3 that DeepSpeed's engine supports out of a section zero_optimization."""
+    engine = {name: section.pop(name) for name in ENGINE if name in section}
+    offload = section.get("offload_param") or {}
+    if isinstance(offload, dict) and offload.get("device", "none") in DEVICES:
+        parts = {name: offload[name] for name in ("device", "pin_memory") if name in offload}
+        engine |= {"offload_param": parts} if _has_effect(parts) else {}
+        section["offload_param"] = {name: value for name, value in offload.items() if name not in parts}
+    return engine
+
+
+def _check_supported(source: str, config: dict[str, Any], section: dict[str, Any]) -> None:
+    """Raises UserError naming the settings that are left and have an effect."""
+    left = [name for name in config if _has_effect(config[name])]
+    left += [f"{SECTION}.{name}" for name in section if _has_effect(section[name])]
     if left:
         raise UserError(
             f"{source} asks for settings that cnext does not support: {', '.join(left)}\n"
             'remove them or use "auto": optimizer, schedule and gradient reduction are cnext\'s own; of '
             f"{SECTION} it supports stage and, at stage 3, offload_param to the CPU, {', '.join(ENGINE)}"
         )
-    given = {name: value for name, value in repeated.items() if value != "auto"}
-    return Zero(source, stage, {name: value for name, value in engine.items() if value != "auto"}, given)
 
 
 def _configuration() -> tuple[str, dict[str, Any]]:
@@ -135,10 +148,14 @@ def _configuration() -> tuple[str, dict[str, Any]]:
     return f"the DeepSpeed configuration {file}" if file else "accelerate's configuration", {**config, **given}
 
 
-def _asks(value: Any) -> bool:
+def _has_effect(value: Any) -> bool:
     """Whether a setting has an effect: it is not off, empty, or "auto"."""
     if isinstance(value, dict):
-        return value.get("enabled") is not False and value.get("device") != "none" and any(map(_asks, value.values()))
+        return (
+            value.get("enabled") is not False
+            and value.get("device") != "none"
+            and any(map(_has_effect, value.values()))
+        )
     return value is not None and value is not False and value not in ("auto", [])
 
 
@@ -147,7 +164,7 @@ def adamw(parameters: Sequence[nn.Parameter], **settings: Any) -> torch.optim.Op
 
     DeepSpeed's own optimizer steps from copies of the parameters, and would lose what a method changes in them.
     """
-    zero = asked()
+    zero = zero_config()
     if zero is None or zero.stage == 0 or collectives.world_size() == 1:
         return torch.optim.AdamW(parameters, **settings)
     from torch.distributed.optim import ZeroRedundancyOptimizer

@@ -19,7 +19,7 @@ import torch
 from torch import distributed, nn
 
 from cnext.distributed import collectives
-from cnext.distributed.deepspeed import asked
+from cnext.distributed.deepspeed import zero_config
 from cnext.errors import RESUME, UserError
 
 TIMEOUT = timedelta(minutes=30)
@@ -42,7 +42,7 @@ def launched() -> int:
 
 
 @contextmanager
-def joined(device: str) -> Iterator[str]:
+def process_group(device: str) -> Iterator[str]:
     """Context with a process group of the launcher's processes. Yields this rank's device.
 
     Without a launcher there is no group.
@@ -59,7 +59,7 @@ def joined(device: str) -> Iterator[str]:
         return
     from accelerate import PartialState
 
-    asked()
+    zero_config()
     gpus = torch.cuda.device_count()
     if device.startswith("cuda") and int(os.environ.get("LOCAL_RANK", "0")) >= gpus:
         raise UserError(f"{launched()} processes need a GPU each; torch sees {gpus} here: start fewer, or --device cpu")
@@ -125,7 +125,7 @@ def own_device(device: str) -> str:
 
 def check(recipes: Iterable[Any]) -> None:
     """Raises UserError where a batch size is no multiple of the world size, or a DeepSpeed configuration differs."""
-    zero = asked()
+    zero = zero_config()
     for recipe in recipes:
         if recipe.batch_size % collectives.world_size():
             raise UserError(
@@ -149,7 +149,7 @@ def sharded(model: nn.Module, trained: Iterable[nn.Parameter]) -> Callable[[], A
     Returns:
         A context in which ranks may call the model a different number of times, as in generation.
     """
-    zero = asked()
+    zero = zero_config()
     fsdp = os.environ.get("ACCELERATE_USE_FSDP") == "true"
     if collectives.world_size() == 1 or not (fsdp or (zero and zero.stage == 3)):
         return nullcontext

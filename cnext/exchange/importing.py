@@ -106,22 +106,13 @@ def _check(path: Path, model: torch.nn.Module, backbone: str) -> str:
     return "as exported"
 
 
-@torch.no_grad()
 def _put_connections(model: Backbone, extras: Mapping[str, Mapping[str, Tensor]]) -> None:
     """Copies connection layers into the backbone; where it has none of them, they are kept for the next export only."""
     own = model.connections()
     given = {name: t for kind, part in extras.items() if kind not in LANGUAGE_MODEL for name, t in part.items()}
-    if not given.keys() & own.keys():
-        return
-    wrong = [
-        f"{name} {tuple(tensor.shape)}, expected {tuple(own[name].shape) if name in own else 'no such parameter'}"
-        for name, tensor in given.items()
-        if name not in own or own[name].shape != tensor.shape
-    ]
-    if wrong:
-        raise UserError(f"the file's connection layers do not fit backbone {model.name}: {exchange.listed(wrong)}")
-    for name, tensor in given.items():
-        own[name].copy_(tensor)
+    if given.keys() & own.keys():
+        what = f"the file's connection layers do not fit backbone {model.name}"
+        exchange_authors.copy_named(given, own, what)
 
 
 def _config(path: Path, backbone: str, method: str, made: Any, weights: Path | None) -> dict[str, Any]:

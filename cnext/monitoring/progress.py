@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from cnext import methods
 from cnext.config.run_config import Plan
@@ -16,6 +16,9 @@ from cnext.monitoring import heartbeat
 from cnext.monitoring.eta import Estimate, RunEta, StudyEta, time_left
 from cnext.monitoring.heartbeat import Heartbeat
 from cnext.tables.aggregate import METRICS
+
+if TYPE_CHECKING:
+    from rich.progress import TaskID
 
 
 @dataclass(frozen=True)
@@ -60,7 +63,7 @@ class Progress:
             console=self.console,
             disable=not self.console.is_terminal,
         )
-        self.ids: dict[str, Any] = {}
+        self.ids: dict[str, TaskID] = {}
         self.first_step, self.started = 0, 0.0
         self.doing = "loading"
         self.eta = RunEta([], False, 0, 0)
@@ -196,7 +199,7 @@ class StudyProgress:
         )
         self.eta = StudyEta(total, jobs)
         self.all = self.bars.add_task("all runs", total=float(total), left="", doing="")
-        self.ids: dict[str, Any] = {}
+        self.ids: dict[str, TaskID] = {}
 
     def __enter__(self) -> StudyProgress:
         self.bars.start()

@@ -25,26 +25,30 @@ NARROW = 16
 """Heat maps of at most so many columns are shown side by side."""
 
 
-def table(result: ResultTable, without: Sequence[str] = ("method", "order")) -> Table:
-    """The table of an analysis under its definition, without the columns that repeat one value; a name column stays."""
-    kept = [column for column, name in enumerate(result.head) if name not in without]
-    if kept[0] >= result.words:
+def without(names: Sequence[str], head: list[str], rows: list[list[str]], words: int, caption: str) -> Table:
+    """A table without some columns; the first of its ``words`` columns of text stays where all of them are left out."""
+    kept = [column for column, name in enumerate(head) if name not in names]
+    if kept[0] >= words:
         kept.insert(0, 0)
-    words = tuple(place for place, column in enumerate(kept) if column < result.words)
-    rows = [[shown(row[column], result) for column in kept] for row in result.rows]
-    return Table([result.head[column] for column in kept], rows, result.definition, words)
+    text = tuple(place for place, column in enumerate(kept) if column < words)
+    return Table([head[column] for column in kept], [[row[column] for column in kept] for row in rows], caption, text)
+
+
+def table(result: ResultTable, names: Sequence[str] = ("method", "order")) -> Table:
+    """The table of an analysis under its definition, without columns that have one value only."""
+    rows = [[shown(value, result) for value in row] for row in result.rows]
+    return without(names, result.head, rows, result.words, result.definition)
 
 
 def missing(why: Unavailable | str) -> Text:
-    """The note in place of an analysis that the run folder has not the files for."""
+    """The note in place of an analysis whose files are missing."""
     return Text(f"Not shown: {why}.", "missing")
 
 
 def heat_map(name: str, panel: Panel, limit: float, values: str = "", alt: str = "") -> Picture:
     """A heat map as a picture. alt: its content in words; "": that the table below repeats it."""
-    return Picture(
-        name, plots.heat_maps([[panel]], limit, values), alt or f"Heat map: {panel.title}; see the table below"
-    )
+    alt = alt or f"Heat map: {panel.title}; see the table below"
+    return Picture(name, plots.heat_maps([[panel]], limit, values), alt)
 
 
 def transfer(run: Run) -> Section:

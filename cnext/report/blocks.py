@@ -23,11 +23,6 @@ class Code:
 
     text: str
 
-    @property
-    def words(self) -> list[str]:
-        """The words between which a line may break."""
-        return self.text.split(" ")
-
 
 @dataclass(frozen=True)
 class Numbers:

@@ -15,7 +15,7 @@ from cnext.analysis.overall import BY_OUTPUT, averages, forgettings
 from cnext.analysis.result import ResultTable
 from cnext.analysis.transfer import changes, in_turn
 from cnext.report import plots, study_plots
-from cnext.report.analyses import heat_map, missing, table
+from cnext.report.analyses import heat_map, missing, table, without
 from cnext.report.blocks import Block, Code, Folded, Key, Picture, Plots, Section, Table, Text
 from cnext.scoring.base import ERROR_TYPES
 from cnext.scoring.matrix import FORMULAS
@@ -25,9 +25,17 @@ from cnext.tables.formats import blocks as study_tables
 
 def sections(study: RunGroups, analysis: Analysis, command: str) -> list[Section]:
     """All sections that the runs have files for; a section without its files says which. command: writes it again."""
-    page = Page(study, analysis)
-    builders = (_head, _overview, _stages, _types, _transfer, _breaks, _orders, _ablations, _seeds, _drift, _metrics)
-    return [*(section for build in builders if (section := build(page)).blocks), _again(page, command)]
+    page, done = Page(study, analysis), analysis.tables
+    found = [
+        *(_head(page), _overview(page), _stages(page), _types(page), _transfer(page)),
+        page.section("breaks", "Forgotten samples", page.first),
+        *([] if page.same else [page.section("orders", "Orders")]),
+        *([page.section("ablations", "Ablation")] if "ablations" in done else []),
+        *([page.section("seeds", "Seeds", page.first)] if "seeds" in done else []),
+        page.section("drift", "Adapter updates", page.first),
+        *(_metrics(), _reproduction(page, command)),
+    ]
+    return [section for section in found if section.blocks]
 
 
 @dataclass(frozen=True)
@@ -49,8 +57,8 @@ class Page:
         """The section of an analysis: its tables, or what ``show`` makes of them, or a note on what it lacks."""
         found = self.analysis.tables.get(what)
         if found is None:
-            lacks = missing(self.analysis.left_out[what])
-            return Section(title, [lacks] if any(map(in_turn, self.study.runs)) else [])
+            learning = any(map(in_turn, self.study.runs))
+            return Section(title, [missing(self.analysis.left_out[what])] if learning else [])
         return Section(title, show(found) if show else [self.table(one) for one in found])
 
     def first(self, found: list[ResultTable]) -> list[Block]:
@@ -92,11 +100,7 @@ def _overview(page: Page) -> Section:
         "times the distance between the dots."
     )
     found: list[Block] = [Text(note), Plots([picture], "fits")]
-    for block in study_tables(page.study.tables):
-        keep = [i for i, name in enumerate(block.head) if name not in page.same]
-        words = tuple(place for place, i in enumerate(keep) if i < block.words)
-        cells = [[row[i] for i in keep] for row in block.rows]
-        found.append(Table([block.head[i] for i in keep], cells, block.caption, words))
+    found += [without(page.same, one.head, one.rows, one.words, one.caption) for one in study_tables(page.study.tables)]
     return Section("Results", found)
 
 
@@ -138,9 +142,8 @@ def _types(page: Page) -> Section:
         shares = {page.name(*row[:2]): {error: row[i].mean for error, i in columns.items()} for row in rows}
         shares = dict(sorted(shares.items(), key=lambda item: sum(item[1].values())))
         spoken = "; ".join(f"{name} {sum(parts.values()):.1f}" for name, parts in shares.items())
-        picture = Picture(
-            "types.svg", study_plots.error_types(shares), f"Forgetting by error type, least first: {spoken}"
-        )
+        alt = f"Forgetting by error type, least first: {spoken}"
+        picture = Picture("types.svg", study_plots.error_types(shares), alt)
         key = Key([(error.replace("_", " "), plots.ERROR_COLOURS[error]) for error in ERROR_TYPES])
         incomplete = [one.title for one in found if any(str(row[-1]).startswith("INCOMPLETE") for row in one.rows)]
         banners = [Text(f"Incomplete: {title}. Some errors are not judged yet.", "banner") for title in incomplete]
@@ -165,34 +168,14 @@ def _transfer(page: Page) -> Section:
     return page.section("transfer", "Transfer between tasks", show)
 
 
-def _breaks(page: Page) -> Section:
-    return page.section("breaks", "Forgotten samples", page.first)
-
-
-def _orders(page: Page) -> Section:
-    return Section("", []) if page.same else page.section("orders", "Orders")
-
-
-def _ablations(page: Page) -> Section:
-    return page.section("ablations", "Ablation") if "ablations" in page.analysis.tables else Section("", [])
-
-
-def _seeds(page: Page) -> Section:
-    return page.section("seeds", "Seeds", page.first) if "seeds" in page.analysis.tables else Section("", [])
-
-
-def _drift(page: Page) -> Section:
-    return page.section("drift", "Adapter updates", page.first)
-
-
-def _metrics(_: Page) -> Section:
+def _metrics() -> Section:
     names = [*METRICS, *BY_OUTPUT, *(name for name in TYPES if name not in METRICS), "forgetting_intermodal"]
     rows = [[METRICS.get(name, TYPES.get(name, name)), FORMULAS[name]] for name in names]
     note = "R[t][i] is the score in percent on task i after stage t of T, tasks in training order."
     return Section("Metrics", [Text(note), Table(["metric", "formula and divisor"], rows, words=(1,))])
 
 
-def _again(page: Page, command: str) -> Section:
+def _reproduction(page: Page, command: str) -> Section:
     every = [(group, run) for group in page.study.groups for run in group.runs]
     rows = [[page.name(group.method, group.order), str(run.results.seed), str(run.path)] for group, run in every]
     runs = Folded("All runs", Table(["method", "seed", "folder"], rows, words=(2,)))

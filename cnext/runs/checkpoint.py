@@ -1,4 +1,4 @@
-"""Checkpoints that are whole or not there: safetensors files, then a manifest with their checksums, then one rename."""
+"""Atomic, checksummed checkpoints: safetensors files and a manifest, made visible by one rename."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ class Manifest(Record):
 
 
 class Damaged(UserError):
-    """A checkpoint that is not what was written."""
+    """A checkpoint that has changed since it was written, or cannot be read."""
 
 
 def write_bytes(path: Path, content: bytes) -> None:
-    """Writes a file so that a reader sees the old or the new content, never a part."""
+    """Writes a file atomically."""
     unfinished = path.with_name(f".{path.name}.unfinished")
     _write_through(unfinished, content)
     os.replace(unfinished, path)
@@ -56,13 +56,13 @@ def _digest(content: bytes) -> str:
 
 
 def _sealed(values: dict[str, Any]) -> dict[str, Any]:
-    """The values, and a checksum of them all."""
+    """The values with a checksum of all of them."""
     return {**values, "sha256": _digest(json.dumps(values, sort_keys=True, allow_nan=False).encode())}
 
 
 def save(folder: Path, tensors: dict[str, dict[str, Tensor]], values: dict[str, Any]) -> None:
     """Writes a checkpoint: one ``<key>.safetensors`` per entry of ``tensors``, and ``values`` in the manifest."""
-    # Serialized in memory and written by Python, so that a full disk is an OSError like everywhere else.
+    # Written by Python, so that a full disk is an OSError.
     from safetensors.torch import save as serialize
 
     unfinished = folder.with_name(f".{folder.name}.unfinished")
@@ -73,14 +73,14 @@ def save(folder: Path, tensors: dict[str, dict[str, Tensor]], values: dict[str, 
         content = serialize({name: tensor.detach().contiguous() for name, tensor in state.items()})
         checksums[f"{key}.safetensors"] = _digest(content)
         _write_through(unfinished / f"{key}.safetensors", content)
-    # Through JSON, so that the checksum is of what a reader finds (keys that are words, lists for tuples).
+    # Through JSON, so that the checksum is of what a reader gets (keys are strings, tuples are lists).
     write_json(unfinished / MANIFEST, _sealed(json.loads(json.dumps({"files": checksums, **values}))))
     shutil.rmtree(folder, ignore_errors=True)
     os.rename(unfinished, folder)
 
 
 def manifest(folder: Path) -> dict[str, Any]:
-    """A checkpoint's manifest, its own checksum compared. Raises Damaged where it is not what was written."""
+    """A checkpoint's manifest, checksum verified. Raises Damaged."""
     try:
         values = parse_json((folder / MANIFEST).read_bytes())
         sealed = {key: value for key, value in values.items() if key != "sha256"} if isinstance(values, dict) else {}
@@ -94,12 +94,12 @@ def manifest(folder: Path) -> dict[str, Any]:
     except UserError:
         named = False
     if not (whole and named):
-        raise Damaged(f"the {MANIFEST} of the checkpoint {folder} is not what was written")
+        raise Damaged(f"the {MANIFEST} of the checkpoint {folder} has changed since it was written")
     return sealed
 
 
 def load(folder: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
-    """Reads a checkpoint back, checksums compared. Raises Damaged naming the file that is not what was written."""
+    """Reads a checkpoint, checksums verified. Raises Damaged naming the file."""
     from safetensors import SafetensorError
     from safetensors.torch import load as deserialize
 
@@ -110,7 +110,7 @@ def load(folder: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
         try:
             content = path.read_bytes()
             if _digest(content) != checksum:
-                raise Damaged(f"{path} is not what was written")
+                raise Damaged(f"{path} has changed since it was written")
             tensors[path.stem] = deserialize(content)
         except (OSError, SafetensorError) as error:
             raise Damaged(f"{path} cannot be read: {error}") from error

@@ -16,7 +16,7 @@ from cnext.tasks import suites
 from cnext.tasks.base import PROMPTS
 
 FILE = "options.json"
-"""What a run was asked for. config.json has what decides its numbers, resolved: no suite's folder, no --workers."""
+"""The options of a run as given. config.json has the resolved ones that influence results: no folder, no --workers."""
 FLAGS = {"seed": "seeds"}
 """Flags of ``cnext-run`` with another name than the field of `RunConfig`."""
 KEYS = {"preset": "budget"}
@@ -24,7 +24,7 @@ KEYS = {"preset": "budget"}
 
 
 def write(config: RunConfig) -> Path:
-    """Writes what a run is asked for into its folder, where that does not say it yet."""
+    """Writes the options of a run into its folder, unless they are there."""
     path, text = config.folder / FILE, json.dumps(dataclasses.asdict(config), indent=2, default=str) + "\n"
     if not path.is_file() or path.read_bytes() != text.encode():
         write_text(path, text)
@@ -33,7 +33,9 @@ def write(config: RunConfig) -> Path:
 
 def read(path: str | Path) -> RunConfig:
     """The configuration that `write` wrote."""
+    older = {key: name for name, key in KEYS.items()}
     values = current_names(json.loads(Path(path).read_text(encoding="utf-8")))
+    values = {older.get(name, name): value for name, value in values.items()}
     for field in dataclasses.fields(RunConfig):
         value, kind = values[field.name], str(field.type)
         if value is not None and kind.startswith(("Path", "tuple")):
@@ -45,17 +47,17 @@ def command(config: dict[str, Any], options: dict[str, Any]) -> str:
     """The command that resolves to a configuration.
 
     Args:
-        config, options: config.json and options.json of the run; {} for a folder of before the latter.
+        config, options: config.json and options.json of the run; {} where an older folder has none.
     """
     config, options = current_names(config), current_names(options)
-    # What both have is resolved in the first. A suite's name is not its folder.
+    # config.json has resolved values. A suite's name is not its folder.
     given = _from_config(config) | {
         name: value for name, value in options.items() if name == "suite" or KEYS.get(name, name) not in config
     }
     words = ["cnext-run"]
     for field in dataclasses.fields(RunConfig):
         value = given.get(field.name)
-        # A default that decides no numbers goes without saying.
+        # Defaults that do not influence results are left out.
         if field.name == "hyperparameters" or value in (None, [], ()):
             continue
         if KEYS.get(field.name, field.name) in config or field.name in OVERRIDES or str(value) != str(field.default):
@@ -65,7 +67,7 @@ def command(config: dict[str, Any], options: dict[str, Any]) -> str:
     for name, value in config.get("hyperparameters", {}).items():
         label = f"{method}.{name}"
         if isinstance(value, bool):
-            # A flag that says the other of its default: --no-x where that is true.
+            # Only where it differs from the default: --no-x if that is true.
             words += _flag(label if value else f"{method}.no_{name}") if value != defaults.get(name) else []
         elif value is not None or defaults.get(name) is not None:
             words += _flag(label, value)
@@ -86,11 +88,11 @@ def _defaults(method: str) -> dict[str, Any]:
 
 
 def _from_config(config: dict[str, Any]) -> dict[str, Any]:
-    """Options that resolve to a configuration, as far as that tells."""
+    """Options that resolve to a configuration, as far as it has them."""
     names = {field.name: KEYS.get(field.name, field.name) for field in dataclasses.fields(RunConfig)}
     given = {name: config[key] for name, key in names.items() if key in config}
     recipe = config.get("recipe", {})
-    # Given by a flag, a field is the same for all tasks; the same value by a flag changes nothing.
+    # A flag sets a field for all tasks.
     uneven = {name for own in recipe.get("by_task", {}).values() for name in own}
     given |= {name: recipe[name] for name in OVERRIDES if name in recipe and name not in uneven}
     pairs = config.get("backbone_options", {}).items()
@@ -99,6 +101,6 @@ def _from_config(config: dict[str, Any]) -> dict[str, Any]:
     base, _, wording = suite.rpartition("-")
     if suite not in suites.names():
         worded = wording in PROMPTS and base in suites.names()
-        # A folder of that name, which is not known.
+        # The folder of an unknown suite is not recorded.
         given |= {"suite": base, "prompts": wording} if worded else {"suite": f"path/to/{suite}"}
     return given

@@ -1,4 +1,4 @@
-"""What a result was made with: versions, platform, and which parts of the compiled core are there."""
+"""Versions, platform, devices, and the available parts of the compiled core."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def _version(package: str) -> str | None:
 
 
 def versions() -> dict[str, str | None]:
-    """Versions of Python and of the packages that decide numbers; None where one is not installed."""
+    """Versions of Python and of packages that influence results; None where one is not installed."""
     return {"python": platform.python_version(), **{package: _version(package) for package in PACKAGES}}
 
 
@@ -56,4 +56,4 @@ def describe() -> dict[str, Any]:
 def _readiness(device: str) -> str:
     import torch
 
-    return "ready" if device == "cpu" or torch.cuda.is_available() else "there, but torch sees no CUDA device"
+    return "ready" if device == "cpu" or torch.cuda.is_available() else "built, but torch finds no CUDA device"

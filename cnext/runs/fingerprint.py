@@ -1,6 +1,6 @@
-"""What decides the bits of a result: results of different fingerprints may differ in the last digits, or in more.
+"""Environment fingerprint: results with different ones may differ in the last digits, or in more.
 
-Standard library only but for `present`.
+Standard library only, except `present`.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from cnext.runs import environment
 
 PACKAGES = ("python", "cnext", "torch", "transformers", "open_clip_torch", "numpy", "pillow")
 UNKNOWN = "unknown"
-"""The fingerprint of results that have none: they are older."""
+"""The fingerprint of older results, which have none."""
 
 
 def processor() -> str:
@@ -31,7 +31,7 @@ def processor() -> str:
 
 
 def present(device: str, threads: int) -> dict[str, Any]:
-    """The fingerprint of a run on a device ("cpu", "cuda", "cuda:1") here, by field: words and numbers alone."""
+    """The fingerprint of a run on a device ("cpu", "cuda", "cuda:1") here, by field: strings and numbers."""
     import torch
 
     from cnext.distributed import collectives
@@ -41,7 +41,7 @@ def present(device: str, threads: int) -> dict[str, Any]:
     kind = torch.device(device).type
     return {
         **{name: versions[name] for name in PACKAGES},
-        # With the build, which a package's version leaves out.
+        # Including the build, which the package version lacks.
         "torch": torch.__version__,
         "system": f"{platform.system()} {platform.machine()}",
         "processor": processor(),
@@ -55,7 +55,7 @@ def present(device: str, threads: int) -> dict[str, Any]:
 
 
 def joined(parts: Iterable[Mapping[str, Any]]) -> dict[str, Any] | None:
-    """The fingerprint of a run whose parts were done under these: a field in which they differ has a list of values.
+    """The fingerprint of a run with parts in several environments: fields that differ have a list of values.
 
     None for no parts.
     """
@@ -75,7 +75,7 @@ def digest(fingerprint: Mapping[str, Any]) -> str:
 
 
 def of_processes(file: Path) -> list[dict[str, Any]]:
-    """The fingerprints of the processes that have worked on a run so far, from its environment.json."""
+    """The fingerprints of the processes that worked on a run so far, from its environment.json."""
     if not file.is_file():
         return []
     try:
@@ -87,7 +87,7 @@ def of_processes(file: Path) -> list[dict[str, Any]]:
 
 
 def differences(one: Mapping[str, Any] | None, other: Mapping[str, Any] | None) -> list[str]:
-    """A line for every field in which two fingerprints differ."""
+    """One line per field in which two fingerprints differ."""
     if one is None or other is None:
         names = [UNKNOWN if each is None else "known" for each in (one, other)]
         return [] if one is other else [f"fingerprint: {' and '.join(names)}"]
@@ -100,28 +100,28 @@ def differences(one: Mapping[str, Any] | None, other: Mapping[str, Any] | None) 
 
 
 def check_alike(fingerprints: Mapping[str, Mapping[str, Any] | None], mix: bool = False) -> list[str]:
-    """Notes on the environments of results that are to be averaged; none where they are alike.
+    """Notes on the environments of results to be averaged; [] where they are equal.
 
-    Args: fingerprints: by the runs' names.  mix: whether different ones are averaged all the same, and noted.
-    Raises: UserError naming the fields in which two differ, else.
+    Args: fingerprints: by the runs' names.  mix: average different ones, and note it.
+    Raises: UserError naming the fields that differ, without ``mix``.
     """
     (first, expected), *others = fingerprints.items()
-    apart = {name: lines for name, found in others if (lines := differences(expected, found))}
-    for name, lines in apart.items() if not mix else ():
+    differing = {name: lines for name, found in others if (lines := differences(expected, found))}
+    for name, lines in differing.items() if not mix else ():
         listed = "\n".join(f"  {line}" for line in lines)
         raise UserError(
-            f"{first} and {name} were run in different environments, which decide bits:\n{listed}\n"
-            "--mix-environments averages them all the same, and the tables say so"
+            f"{first} and {name} were run in different environments, so that their scores may differ:\n{listed}\n"
+            "--mix-environments averages them nevertheless, with a note in the tables"
         )
-    if not apart:
+    if not differing:
         return []
     count = len({digest(found or {}) for found in fingerprints.values()})
-    fields = dict.fromkeys(line for lines in apart.values() for line in lines)
-    return [f"Averaged over runs of {count} environments, which decide bits. {'; '.join(fields)}."]
+    fields = dict.fromkeys(line for lines in differing.values() for line in lines)
+    return [f"Averaged over runs of {count} different environments. {'; '.join(fields)}."]
 
 
 def older(fingerprints: Sequence[Mapping[str, Any] | None]) -> str:
-    """A note where results say nothing of their environment, "" where all do."""
+    """A note on results without a fingerprint; "" if all have one."""
     count = sum(found is None for found in fingerprints)
     listed = f"{count} of {len(fingerprints)} runs have no environment fingerprint (results of an earlier version)"
-    return f"{listed}; those count as one environment, {UNKNOWN!r}" if count else ""
+    return f"{listed}; they count as one environment, {UNKNOWN!r}" if count else ""

@@ -1,4 +1,4 @@
-"""A run's folder: its configuration, its append-only logs, its checkpoints, and where to go on from."""
+"""Run folder: configuration, append-only logs, checkpoints, and the checkpoint to resume from."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import IO, Any, TypeVar
 
-import msgspec
 from torch import Tensor
 
+from cnext import records
 from cnext.config.run_config import current_names
 from cnext.errors import UserError, parse_json
 from cnext.runs import checkpoint, schemas
@@ -35,18 +35,18 @@ def _differences(old: Any, new: Any, path: str = "") -> list[str]:
         return [
             line for key in keys for line in _differences(old.get(key), new.get(key), f"{path}.{key}" if path else key)
         ]
-    return [] if old == new else [f"  {path}: {json.dumps(old)} there, {json.dumps(new)} asked for"]
+    return [] if old == new else [f"  {path}: {json.dumps(old)} there, {json.dumps(new)} requested"]
 
 
 def _append(path: Path, rows: Iterable[Any]) -> None:
     with open(path, "a", encoding="utf-8") as file:
-        file.writelines(json.dumps(msgspec.to_builtins(row, enc_hook=str)) + "\n" for row in rows)
+        file.writelines(json.dumps(records.plain(row)) + "\n" for row in rows)
         file.flush()
         os.fsync(file.fileno())
 
 
 def _rows(path: Path, kind: type[T]) -> list[tuple[bytes, T]]:
-    """Lines and rows of an append-only log up to the first that is not whole, where an interruption cut it short."""
+    """Lines and rows of an append-only log up to the first that is incomplete, as after an interruption."""
     rows = []
     for line in _content(path).split(b"\n")[:-1]:
         try:
@@ -61,10 +61,10 @@ def _content(path: Path) -> bytes:
 
 
 def check_free(path: Path, config: dict[str, Any]) -> None:
-    """Raises UserError where a run of this configuration cannot go into a folder, or go on in it.
+    """Raises UserError where a run of this configuration can neither start nor resume in a folder.
 
-    As it holds results of another configuration (every difference is named), or something else. A configuration that
-    stopped before its first result (at bad data, say) is replaced: nothing is lost with it.
+    It holds results of another configuration (every difference is named), or other files. A configuration without
+    results is replaced.
     """
     there = next(place for place in (path, *path.parents, Path()) if place.exists())
     if not there.is_dir():
@@ -86,7 +86,7 @@ def check_free(path: Path, config: dict[str, Any]) -> None:
 
 
 class RunFolder:
-    """Opens (or makes) the folder of one run. Raises UserError as `check_free`, and where a process has it open."""
+    """Opens or makes the folder of a run. Raises UserError as `check_free`, and while another process uses it."""
 
     def __init__(self, path: Path, config: dict[str, Any]) -> None:
         self.path = path
@@ -103,7 +103,7 @@ class RunFolder:
             undo.pop_all()
 
     def _locked(self) -> IO[str]:
-        """The open lock file. The system lets go of it with the process, however that ends."""
+        """The open lock file. The system releases it when the process ends."""
         lock = open(self.path / ".lock", "w")  # noqa: SIM115 (closed by close)
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -118,11 +118,11 @@ class RunFolder:
         self._lock.close()
 
     def furthest(self, say: Callable[[str], None]) -> tuple[Path, dict[str, dict[str, Tensor]], dict[str, Any]] | None:
-        """(path, tensors, values) of the checkpoint to go on from: the furthest that is whole; None if there is none.
+        """(path, tensors, values) of the latest intact checkpoint, to resume from; None if there is none.
 
-        A damaged one, and one whose logs are no longer what they were, is left aside and named.
+        Checkpoints that are damaged, or whose logs have changed since, are skipped and named.
 
-        Raises: UserError where there are checkpoints and none is whole.
+        Raises: UserError where there are checkpoints and none is intact.
         """
         found, damaged = self._whole()
         for _, path in reversed(found):
@@ -133,28 +133,25 @@ class RunFolder:
                 damaged.append(str(error))
                 continue
             if damaged:
-                say(
-                    "\n".join([*dict.fromkeys(damaged), f"going back to {path.name}; what came after it is done again"])
-                )
+                say("\n".join([*dict.fromkeys(damaged), f"resuming from {path.name}; later steps are repeated"]))
             return path, tensors, values
         if damaged:
             listed = "\n".join(dict.fromkeys(damaged))
-            raise UserError(f"no checkpoint of this run is whole:\n{listed}\ndelete {self.path} to begin again")
+            raise UserError(f"no checkpoint of this run is intact:\n{listed}\ndelete {self.path} to start again")
         return None
 
     def _check_logs(self, kept: dict[str, dict[str, Any]]) -> None:
         for name in kept.keys() & set(LOGS):
             content = _content(self.path / name)[: kept[name]["bytes"]]
             if self._seal(content) != kept[name]:
-                raise Damaged(f"{self.path / name} is not what was written")
+                raise Damaged(f"{self.path / name} has changed since it was written")
 
     @staticmethod
     def _seal(content: bytes) -> dict[str, Any]:
         return {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
 
     def _whole(self) -> tuple[list[tuple[tuple[int, int], Path]], list[str]]:
-        """Every checkpoint with (tasks finished, steps done in the one under way), the furthest last; what is wrong
-        with those that have no good manifest."""
+        """Checkpoints with (tasks finished, steps done in the next), the latest last; and errors of damaged ones."""
         found, damaged = [], []
         for path in self.checkpoints.glob(f"[!.]*/{checkpoint.MANIFEST}"):
             try:
@@ -165,7 +162,7 @@ class RunFolder:
         return sorted(found), sorted(damaged)
 
     def save(self, tensors: dict[str, dict[str, Any]], values: dict[str, Any], label: str) -> None:
-        """Writes a checkpoint. Of those inside a task one stays beside it, to go back to where it be damaged."""
+        """Writes a checkpoint. One earlier checkpoint inside a task is kept, in case it is damaged."""
         logs = {name: self._seal(_content(self.path / name)) for name in LOGS}
         checkpoint.save(self.checkpoints / label, tensors, {**values, "logs": logs})
         for other in self.checkpoints.glob(".*"):
@@ -176,7 +173,7 @@ class RunFolder:
             shutil.rmtree(other)
 
     def tidy(self, labels: Collection[str]) -> None:
-        """Removes every checkpoint but these: a finished run needs none of those inside a task."""
+        """Removes all other checkpoints; a finished run needs none inside a task."""
         for other in self.checkpoints.iterdir():
             if other.name not in labels:
                 shutil.rmtree(other)
@@ -194,7 +191,7 @@ class RunFolder:
             self.events.steps(rows)
 
     def cut_steps(self, stage: int, step: int) -> None:
-        """Drops logged steps after the checkpoint that training goes on from: they will be done again."""
+        """Drops logged steps after the checkpoint that training resumes from; they will be repeated."""
         self._keep(STEPS, TrainStep, lambda row: (row.stage, row.step) <= (stage, step))
 
     def log_score(self, row: StageScore) -> None:

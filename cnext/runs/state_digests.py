@@ -1,11 +1,11 @@
-"""Checksums of what a stage has learnt, so that two people can find the stage at which their runs part."""
+"""State hashes per stage, to locate the stage at which two runs differ."""
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,13 +13,13 @@ from torch import Tensor
 from cnext.runs import checkpoint
 
 KINDS = ("adapters", "method")
-"""What a digest is of: the parameters that the method holds, and its state between tasks."""
+"""The tensors of a digest: the parameters of the method, and its state between tasks."""
 
 
 def digest(tensors: Mapping[str, Mapping[str, Tensor]]) -> str:
     """SHA-256 over every tensor of `KINDS` in the order of their names.
 
-    Of each: kind, name, dtype and shape in words, and its bytes, row by row, little-endian as every machine here is.
+    Of each: kind, name, dtype and shape as text, and its bytes in row-major order, little-endian.
     """
     found = hashlib.sha256()
     for kind in KINDS:
@@ -30,21 +30,24 @@ def digest(tensors: Mapping[str, Mapping[str, Tensor]]) -> str:
     return found.hexdigest()
 
 
-def of_run(folder: Path) -> list[dict[str, Any]]:
-    """The rows that results.json has as "digests", from the checkpoints between the tasks of a run folder.
+@dataclass(frozen=True)
+class StateDigest:
+    """A row of "digests" in results.json: the `digest` of one stage. trained: its name."""
 
-    That of the pretrained model, stage 0, is not among them: it has no checkpoint.
+    stage: int
+    trained: str
+    sha256: str
 
-    Raises: UserError where a checkpoint is damaged.
+
+def of_run(folder: Path) -> list[StateDigest]:
+    """The digests of a run folder, recomputed from its checkpoints between tasks; stage 0 has no checkpoint.
+
+    Raises:
+        UserError: a checkpoint is damaged.
     """
     rows = []
     for path in sorted(path.parent for path in folder.glob(f"checkpoints/[!.]*/{checkpoint.MANIFEST}")):
         tensors, values = checkpoint.load(path)
         if not values["step"]:
-            rows.append(row(values["tasks_done"], path.name.partition("_")[2], tensors))
-    return sorted(rows, key=lambda found: found["stage"])
-
-
-def row(stage: int, trained: str, tensors: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Any]:
-    """The digest of one stage, as results.json has it."""
-    return {"stage": stage, "trained": trained, "sha256": digest(tensors)}
+            rows.append(StateDigest(values["tasks_done"], path.name.partition("_")[2], digest(tensors)))
+    return sorted(rows, key=lambda row: row.stage)

@@ -1,4 +1,4 @@
-"""TensorBoard event files: what train.jsonl and scores.jsonl hold, while it is written."""
+"""TensorBoard event files of train.jsonl and scores.jsonl."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ TRAINING = ("loss", "text_loss", "image_loss", "learning_rate", "grad_norm")
 class EventLog:
     """Writes <run>/tensorboard over the optimizer steps of the whole run.
 
-    An interrupted run's event files are written again from its logs, so that every step is there once.
+    The event files of a resumed run are rewritten from its logs, so that every step occurs once.
 
     Args:
         ends: optimizer steps done by the end of each stage, 0 included.
@@ -26,7 +26,7 @@ class EventLog:
 
         shutil.rmtree(folder, ignore_errors=True)
         self._ends = dict(ends)
-        # A TensorBoard that is looking on drops what it has from this step on.
+        # A running TensorBoard drops its events from this step on.
         self._writer = SummaryWriter(str(folder), purge_step=0)
 
     def steps(self, rows: Iterable[TrainStep]) -> None:

@@ -153,7 +153,7 @@ def _distributed(flags: Flags, plans: list[Plan]) -> None:
 
     if flags.launcher != "local":
         raise UserError(f"--launcher {flags.launcher} starts its own processes; use either it or torchrun")
-    with processes.joined(plans[0].device):
+    with processes.process_group(plans[0].device):
         for planned in plans:
             processes.check(planned.recipes)
         for planned in plans:

@@ -10,7 +10,6 @@ from pathlib import Path
 
 from cnext.distributed import collectives
 from cnext.methods.base import Method
-from cnext.records import FileName
 from cnext.runs.checkpoint import write_text
 from cnext.runs.schemas import StageScore
 from cnext.scoring.base import PROFILES, Prediction, Score, Scorer
@@ -60,8 +59,8 @@ def answer(method: Method, task: Task, samples: Sequence[Sample]) -> list[Predic
 def _mean(stage: int, trained: str, task: Task, scores: Sequence[Score]) -> StageScore:
     return StageScore(
         stage=stage,
-        trained=FileName(trained),
-        task=FileName(task.name),
+        trained=trained,
+        task=task.name,
         scorer=task.scorer,
         samples=len(scores),
         strict=fsum(score.strict for score in scores) / len(scores),

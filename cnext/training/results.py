@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
+from cnext import records
 from cnext.config.run_config import Plan
 from cnext.methods.base import Method
 from cnext.runs import environment, fingerprint
@@ -35,9 +36,9 @@ def results(planned: Plan, method: Method, state: RunState) -> dict[str, Any]:
         "profile": "strict",
         **_profile(planned, state, "strict"),
         "profiles": {name: _profile(planned, state, name) for name in PROFILES if name != "strict"},
-        "averaging": [row for row in state.averaging if row],
+        "averaging": records.plain([row for row in state.averaging if row]),
         "cost": _cost(method, state),
-        "digests": state.digests,
+        "digests": records.plain(state.digests),
         "fingerprint": fingerprint.joined(state.fingerprints),
         "versions": environment.versions(),
     }

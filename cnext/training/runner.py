@@ -19,10 +19,11 @@ from cnext.distributed import collectives, processes
 from cnext.monitoring.progress import Progress
 from cnext.monitoring.resource_errors import as_user_errors
 from cnext.monitoring.signals import Stop
-from cnext.runs import command_line, environment, fingerprint, state_digests
+from cnext.runs import command_line, environment, fingerprint
 from cnext.runs.checkpoint import write_json
 from cnext.runs.run_folder import RunFolder
 from cnext.runs.schemas import StageScore, TrainStep
+from cnext.runs.state_digests import StateDigest, digest
 from cnext.runs.tensorboard import EventLog
 from cnext.scoring import make_scorers
 from cnext.tasks.base import Task
@@ -76,7 +77,7 @@ def run(config: RunConfig, progress: Progress | None = None) -> dict[str, Any]:
     """
     planned = plan(config)
     torch.set_num_threads(config.threads)
-    with processes.joined(planned.device) as device, Stop() as stop:
+    with processes.process_group(planned.device) as device, Stop() as stop:
         local = dataclasses.replace(planned, device=device)
         processes.check(planned.recipes)
         if collectives.rank():
@@ -197,7 +198,7 @@ class Runner:
             self._train_steps(stage, trainer)
             statistics = trainer.finish()
         self._measure(name, "train")
-        self.state.averaging.append(statistics and {"task": name, "branches": statistics})
+        self.state.add_averaging(name, statistics)
         self.state.tasks_done, self.state.step = stage.number, 0
         self._save(stage.label, stage)
         self._restored = {}
@@ -262,7 +263,7 @@ class Runner:
 
     def _add_digest(self, stage: int, trained: str, method: dict[str, Tensor]) -> None:
         tensors = {"adapters": self.parameters, "method": method}
-        self.state.digests.append(state_digests.row(stage, trained, tensors))
+        self.state.digests.append(StateDigest(stage, trained, digest(tensors)))
 
     def evaluate_stage(self, number: int) -> None:
         """Evaluates the tasks seen up to a stage, or all at stage 0, except those that are scored already."""

@@ -33,15 +33,15 @@ class Prepared:
         return self.method.adapter_parameters() | self.extras
 
 
-def prepare(planned: Plan, drawn: Path | None = None) -> Prepared:
+def prepare(planned: Plan, generated: Path | None = None) -> Prepared:
     """Reads the data and loads the models. A dry run does this as well, so it raises the same errors as a run.
 
-    drawn: folder to generate a synthetic suite in, instead of the cache.
+    generated: folder to generate a synthetic suite in, instead of the cache.
     """
     # Missing files and packages are reported before anything large is read or downloaded.
     backbones.load(planned.config.backbone).check(planned.config.weights)
     check_clip(planned, planned.device)
-    samples = read_suite(planned, data_folder(planned, drawn))
+    samples = read_suite(planned, data_folder(planned, generated))
     backbone = load_backbone(planned)
     method = methods.load(planned.config.method)(**planned.hyperparameters)
     generator = torch.Generator().manual_seed(stable_seed(planned.config.seed, "adapters"))
@@ -49,14 +49,14 @@ def prepare(planned: Plan, drawn: Path | None = None) -> Prepared:
     return Prepared(samples, backbone, method, trained_beside(backbone, planned.recipe.trainable))
 
 
-def data_folder(planned: Plan, drawn: Path | None = None) -> Path:
-    """The folder with the suite's files. A synthetic suite is generated first, in the cache or the folder ``drawn``."""
+def data_folder(planned: Plan, generated: Path | None = None) -> Path:
+    """The folder with the suite's files. A synthetic suite is generated first, in the cache or in ``generated``."""
     recipe = planned.recipe
     if planned.config.data is not None:
         return planned.config.data
     name = f"{planned.suite.name}-v{synthetic.FORMAT_VERSION}-{recipe.train_samples}-{recipe.test_samples}"
     return synthetic.GENERATORS[planned.suite.synthetic](
-        (drawn or cache()) / name, recipe.train_samples, recipe.test_samples
+        (generated or cache()) / name, recipe.train_samples, recipe.test_samples
     )
 
 

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from cnext import records
-from cnext.runs.schemas import StageScore
+from cnext.runs.schemas import Merge, StageScore
+from cnext.runs.state_digests import StateDigest
 from cnext.training.cost import StageCost
 
 
@@ -28,18 +29,18 @@ class Ledger:
 
     Attributes:
         trained: by the task's name.
-        averaging: of each trained stage {"task": name, "branches": statistics of `Method.after_task`}, or None.
+        averaging: statistics of `Method.after_task` of each stage, or None.
         measured: cost by the stage's name, "zero-shot" included; differs from run to run.
         stored_by_stage: bytes kept between tasks after a stage, adapters included, by the stage's name.
-        digests: {"stage", "trained", "sha256"} of each stage, see `runs.state_digests`.
+        digests: of each stage, the pretrained model included.
         stored_bytes: as stored_by_stage, at the last checkpoint.
     """
 
     trained: dict[str, Trained] = field(default_factory=dict)
-    averaging: list[dict[str, Any] | None] = field(default_factory=list)
+    averaging: list[Merge | None] = field(default_factory=list)
     measured: dict[str, StageCost] = field(default_factory=dict)
     stored_by_stage: dict[str, int] = field(default_factory=dict)
-    digests: list[dict[str, Any]] = field(default_factory=list)
+    digests: list[StateDigest] = field(default_factory=list)
     stored_bytes: int = 0
 
 
@@ -59,14 +60,19 @@ class RunState(Ledger):
     scores: dict[tuple[int, str], StageScore] = field(default_factory=dict)
     fingerprints: list[dict[str, Any]] = field(default_factory=list)
 
+    def add_averaging(self, name: str, statistics: Mapping[str, Any] | None) -> None:
+        """Adds what `Method.after_task` returned for a stage."""
+        row = {"task": name, "branches": statistics}
+        advice = "Method.after_task returns mean and std by branch, or None"
+        self.averaging.append(records.convert(row, Merge, f"statistics of {name}", advice) if statistics else None)
+
     def to_manifest(self) -> dict[str, Any]:
         """{"tasks_done", "step", "ledger": the fields of `Ledger`}."""
-        ledger = {item.name: getattr(self, item.name) for item in dataclasses.fields(Ledger)}
-        return {"tasks_done": self.tasks_done, "step": self.step, "ledger": dataclasses.asdict(Ledger(**ledger))}
+        ledger = {item.name: records.plain(getattr(self, item.name)) for item in dataclasses.fields(Ledger)}
+        return {"tasks_done": self.tasks_done, "step": self.step, "ledger": ledger}
 
     @classmethod
     def from_manifest(cls, values: Mapping[str, Any], path: Path) -> RunState:
         """The state that a checkpoint was saved with. Raises UserError where ``path``'s manifest has another form."""
         ledger = records.convert(values.get("ledger", {}), Ledger, path, "delete this checkpoint")
-        fields = {item.name: getattr(ledger, item.name) for item in dataclasses.fields(Ledger)}
-        return cls(**fields, tasks_done=values["tasks_done"], step=values["step"])
+        return cls(**vars(ledger), tasks_done=values["tasks_done"], step=values["step"])

@@ -114,7 +114,7 @@ class TaskTrainer:
         return StepLog(self.step, loss, text_loss, image_loss, rate, norm, int(tokens))
 
     def finish(self) -> dict[str, Any] | None:
-        """Ends the task, in evaluation mode. Returns the statistics of `Method.after_task`."""
+        """Ends the task in evaluation mode, see `finish_task`. Returns the statistics of `Method.after_task`."""
         self.backbone.eval()
         with autocast(self.recipe.precision, self.backbone.device):
             return finish_task(self.method)

@@ -162,7 +162,7 @@ def test_many_runs_without_verdicts_are_counted(tmp_path: Path) -> None:
     assert f"Without its verdicts: {', '.join(map(str, runs[1:4]))} and 2 other runs." in found.definition
 
 
-def test_a_table_of_the_rules_is_shown_where_it_says_something_else(tmp_path: Path) -> None:
+def test_a_table_of_rules_is_shown_where_it_differs(tmp_path: Path) -> None:
     folder = write(tmp_path / "run")
     judged(folder, "rules", judge="rules", metrics=Run.read(folder).results.metrics)
     assert [found.name for found in ANALYSES["types"](study(folder))] == ["types"]
@@ -196,9 +196,7 @@ def test_a_judge_table_of_something_else_is_named(tmp_path: Path) -> None:
     folder = write(tmp_path / "run")
     (folder / "judge").mkdir()
     (folder / "judge" / "notes.json").write_text("{}")
-    with pytest.raises(
-        UserError, match=r"notes.json: .*missing required field `judge`; expected what `cnext judge` writes"
-    ):
+    with pytest.raises(UserError, match=r"notes\.json: .* `judge`; expected what `cnext judge` writes"):
         ANALYSES["types"](study(tmp_path))
 
 
@@ -259,8 +257,8 @@ def test_answers_that_broke_by_hand(answered: Path) -> None:
     [row] = by_task.rows
     found = dict(zip(by_task.head[3:], map(value, row[3:]), strict=True))
     assert found == {
-        "correct when learnt": 50.0, "broken": 37.5, "HAL": 12.5, "IUF": 25.0, "OTH": 0.0, "lenient": 0.0, "fixed": 12.5,
-        "format only": 12.5, "lost": 37.5, "gained": 25.0, "forgetting": 12.5,
+        "correct when learnt": 50.0, "broken": 37.5, "HAL": 12.5, "IUF": 25.0, "OTH": 0.0, "lenient": 0.0,
+        "fixed": 12.5, "format only": 12.5, "lost": 37.5, "gained": 25.0, "forgetting": 12.5,
     }  # fmt: skip
     assert [value(cell) for cell in overall.rows[0][2:]] == list(found.values()), "of one task the mean is itself"
     assert found["forgetting"] == Run.read(answered).results.metrics["forgetting"]
@@ -268,7 +266,7 @@ def test_answers_that_broke_by_hand(answered: Path) -> None:
     assert prompts.rows[1][4:] == ["red", "red red red", "2 draw", "instruction unfollowing", "fixed"]
 
 
-def test_a_fragment_counts_as_lenient_and_an_empty_answer_does_not(answered: Path) -> None:
+def test_a_fragment_is_lenient_and_an_empty_answer_is_not(answered: Path) -> None:
     rows = [answer("say", n, text, 0.0, paper=100.0) for n, text in enumerate(["re", "", "re", "", "", "", "", ""])]
     write_answers(answered, "2_draw", "say", rows)
     _, by_task, _ = ANALYSES["breaks"](study(answered))
@@ -299,7 +297,7 @@ def test_what_cannot_be_made_is_named_and_the_rest_is_made(answered: Path, tmp_p
     assert set(found.left_out) == {"orders", "ablations", "seeds", "drift"}
     assert "checkpoints/ lacks 1_say, 2_draw" in found.left_out["drift"]
     bare = write(tmp_path / "bare")
-    with pytest.raises(Unavailable, match=r"predictions/ is not there.*\(say, stages 1 and 3\)"):
+    with pytest.raises(Unavailable, match=r"answers in predictions/ are needed.*\(say, stages 1 and 3\)"):
         analyze(study(bare), ["breaks"])
 
 

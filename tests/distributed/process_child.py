@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 
 from cnext.backbones.tiny.model import TinyBackbone
 from cnext.distributed import collectives
-from cnext.distributed.processes import joined, sharded
+from cnext.distributed.processes import process_group, sharded
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from methods.sequence import Sequence
@@ -50,7 +50,7 @@ def learnt(method: str, data: Path) -> dict[str, torch.Tensor]:
 def main() -> None:
     torch.set_num_threads(1)
     methods, data, out = sys.argv[1].split(","), Path(sys.argv[2]), Path(sys.argv[3])
-    with joined("cpu"):
+    with process_group("cpu"):
         assert collectives.world_size() == 2
         assert isinstance(TinyBackbone.load(), TinyBackbone)
         for method in methods:

@@ -20,14 +20,14 @@ def asked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
     """Sets the environment as ``accelerate launch`` does: with DeepSpeed's own file, or accelerate's settings."""
     monkeypatch.setattr(deepspeed, "find_spec", lambda name: name)
 
-    def ask(file: object = None, **settings: str) -> deepspeed.Zero:
+    def ask(file: object = None, **settings: str) -> deepspeed.ZeroConfig:
         monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
         if file is not None:
             (tmp_path / "zero.json").write_text(file if isinstance(file, str) else json.dumps(file))
             settings["CONFIG_FILE"] = str(tmp_path / "zero.json")
         for name, value in settings.items():
             monkeypatch.setenv(f"ACCELERATE_DEEPSPEED_{name}", value)
-        found = deepspeed.asked()
+        found = deepspeed.zero_config()
         assert found is not None
         return found
 
@@ -35,14 +35,14 @@ def asked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
 
 
 def test_nothing_is_asked_without_accelerate() -> None:
-    assert deepspeed.asked() is None
+    assert deepspeed.zero_config() is None
 
 
 def test_without_deepspeed_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
     monkeypatch.setattr(deepspeed, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"pip install 'cnext\[deepspeed\]'"):
-        deepspeed.asked()
+        deepspeed.zero_config()
 
 
 def test_settings_of_accelerate(asked: Any) -> None:

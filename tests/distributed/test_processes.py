@@ -23,7 +23,7 @@ from waiting import outputs
 from cnext import RunConfig, methods, run
 from cnext.cli import run_main
 from cnext.distributed import collectives
-from cnext.distributed.processes import joined
+from cnext.distributed.processes import process_group
 
 CHILD = Path(__file__).with_name("process_child.py")
 TIGHT, LOOSE = 0.02, {"pgp": 0.05}
@@ -101,9 +101,7 @@ def alone(data: Path) -> dict[str, dict[str, torch.Tensor]]:
 
 
 @pytest.mark.parametrize("method", NAMES)
-def test_two_processes_train_as_one(
-    together: Path, alone: dict[str, dict[str, torch.Tensor]], method: str
-) -> None:
+def test_two_processes_train_as_one(together: Path, alone: dict[str, dict[str, torch.Tensor]], method: str) -> None:
     """Shards of 2 and 2 against batches of 4, 8 steps. AdamW amplifies small differences of small gradients."""
     compare(method, load_file(together / f"{method}.safetensors"), alone[method])
 
@@ -224,7 +222,7 @@ def test_an_incomplete_environment_is_refused(
 
 
 def test_one_process_needs_no_group() -> None:
-    with joined("cpu") as device:
+    with process_group("cpu") as device:
         assert (device, collectives.world_size(), collectives.rank()) == ("cpu", 1, 0)
     assert collectives.shard([1, 2, 3]) == collectives.gather_shards([1, 2, 3]) == [1, 2, 3]
     assert collectives.unshard([[1, 3, 5], [2, 4]]) == [1, 2, 3, 4, 5]

@@ -12,10 +12,12 @@ from pathlib import Path
 
 import pytest
 
-from cnext import methods
+from cnext import RunConfig, methods, run
 from cnext.cli import main, run_main
 from cnext.errors import UserError
 from cnext.methods.base import Card, Method
+from cnext.methods.lora import Lora
+from cnext.methods.replay import Replay
 from cnext.methods.zero_shot import ZeroShot
 from cnext.tasks import formats, suites
 from cnext.training.evaluation import answer
@@ -92,18 +94,41 @@ def test_a_method_sees_the_question_and_what_its_card_asks(asks: bool, data: Pat
 
 
 @pytest.mark.parametrize("kept", [0, 3, 1000])
-@pytest.mark.parametrize("stage", [1, 2, 3])
-def test_the_memory_holds_as_many_samples_as_the_card_says(kept: int, stage: int, data: Path) -> None:
-    samples = {task.name: formats.read_samples(task, data, "train") for task in TASKS}
-    seen = [task.name for task in TASKS[:stage]]
-    found = rehearsal_memory(samples, seen, kept, seed=0)
+def test_the_memory_is_drawn_by_the_seed(kept: int, data: Path) -> None:
+    """Of the tasks seen, and all samples where there are fewer."""
+    train = {task.name: formats.read_samples(task, data, "train") for task in TASKS}
+    seen = ["HQEdit", "VQAv2"]
+    found = rehearsal_memory(train, seen, kept, seed=0)
     assert list(found) == (seen if kept else [])
-    for name, drawn in found.items():
-        ids = [sample.id for sample in drawn]
-        assert len(ids) == len(set(ids)) == min(kept, len(samples[name]))
-        assert set(ids) <= {sample.id for sample in samples[name]}
-    assert rehearsal_memory(samples, seen, kept, seed=0) == found
-    assert kept != 3 or rehearsal_memory(samples, seen, kept, seed=1) != found
+    for name, samples in found.items():
+        ids = [sample.id for sample in samples]
+        assert len(ids) == len(set(ids)) == min(kept, len(train[name]))
+        assert set(ids) <= {sample.id for sample in train[name]}
+    assert rehearsal_memory(train, seen, kept, seed=0) == found
+    assert kept != 3 or rehearsal_memory(train, seen, kept, seed=1) != found
+
+
+def test_the_memory_is_as_large_as_the_card_says(
+    data: Path, toy_suite: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of the tasks so far; nothing for lora."""
+    options = {"suite": str(toy_suite), "data": data, "order": "HQEdit,VQAv2", "device": "cpu", "out": tmp_path}
+    memories = []
+
+    def record(original: object) -> object:
+        def before_task(method: Method, parameters: dict, steps: int, memory: dict) -> None:
+            memories.append({task: len(kept) for task, kept in memory.items()})
+            original(method, parameters, steps, memory)
+
+        return before_task
+
+    for kind in (Lora, Replay):
+        monkeypatch.setattr(kind, "before_task", record(kind.before_task))
+    run(RunConfig(method="lora", **options))
+    assert memories == [{}, {}]
+    memories.clear()
+    run(RunConfig(method="replay", hyperparameters={"samples": 3}, **options))
+    assert memories == [{"HQEdit": 3}, {"HQEdit": 3, "VQAv2": 3}]
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -126,7 +126,7 @@ def test_no_option_is_left_out() -> None:
     assert {field.name for field in dataclasses.fields(Options)} <= set(GIVEN)
 
 
-def test_what_is_as_always_and_decides_no_numbers_goes_without_saying() -> None:
+def test_defaults_without_influence_on_results_are_left_out() -> None:
     [first] = planned([])
     told = command(first.as_dict(), json.loads(json.dumps(dataclasses.asdict(first.config), default=str)))
     for flag in ("--workers", "--log", "--out", "--clip", "--weights", "--backbone-options", "--learning-rate"):
@@ -147,7 +147,7 @@ def test_flags_of_a_method_that_is_not_here() -> None:
     assert command(config, {}).endswith("--gone.rank 8 --gone.no-freeze --gone.sizes 1 2")
 
 
-def test_a_run_keeps_its_options_and_goes_on_without_and_with_others(
+def test_a_run_keeps_its_options_and_resumes_with_others(
     toy_suite: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.undo()
@@ -174,3 +174,16 @@ def test_options_come_back_as_they_were(tmp_path: Path) -> None:
     config = RunConfig(out=tmp_path, weights=Path("w"), backbone_options=("a=b",), order="a b", checkpointing=False)
     config.folder.mkdir(parents=True)
     assert read(write(config)) == config
+
+
+def test_files_of_an_earlier_version_are_read(tmp_path: Path) -> None:
+    """Their fields have other names: in options.json the preset as well, in config.json it still is the budget."""
+    config = RunConfig(out=tmp_path, checkpoint_interval=7, preset="smoke")
+    config.folder.mkdir(parents=True)
+    path = write(config)
+    earlier = path.read_text().replace("checkpoint_interval", "block_steps").replace("preset", "budget")
+    path.write_text(earlier)
+    assert read(path) == config
+    values = plan(config).as_dict()
+    values["block_steps"] = values.pop("checkpoint_interval")
+    assert " --checkpoint-interval 7 " in command(values, json.loads(earlier))

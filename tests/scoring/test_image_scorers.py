@@ -84,7 +84,7 @@ def test_caption_of(instruction: str, caption: str) -> None:
     assert caption_of(instruction) == caption
 
 
-def test_clip_text_takes_the_caption_in_strict_and_the_instruction_in_paper(folder, clip, samples, pictures) -> None:
+def test_clip_text_compares_with_caption_or_instruction(folder, clip, samples, pictures) -> None:
     scores = make_scorers(str(folder))["clip_text"](None, samples, [Prediction("", p) for p in pictures])
     for score, sample, picture, caption in zip(scores, samples, pictures, CAPTIONS, strict=True):
         instruction = sample.turns[0].instruction
@@ -122,7 +122,7 @@ def test_only_paper_keeps_negative_cosines(folder, tmp_path, samples, pictures) 
         assert min(score.strict, opposite.strict) == 0.0
 
 
-def test_without_an_image_flickr_reuses_the_previous_score_in_paper(folder, samples, pictures) -> None:
+def test_without_an_image_paper_reuses_the_previous_score(folder, samples, pictures) -> None:
     scorer = make_scorers(str(folder))["clip_text"]
     full = scorer(None, samples, [Prediction("", p) for p in pictures])
     drawn = [None, pictures[1], None, None]
@@ -211,7 +211,7 @@ def test_a_clip_is_loaded_once_per_process(folder, clip) -> None:
     assert load_clip(str(folder), "cpu") is clip
 
 
-def test_the_benchmark_clip_is_asked_of_open_clip_with_its_own_activation(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_benchmark_clip_has_its_own_activation(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
 
     def create(*args: object, **kwargs: object) -> None:

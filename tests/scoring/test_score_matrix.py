@@ -73,7 +73,7 @@ def test_the_peak_may_be_at_the_end_or_before_it() -> None:
     assert result["forgetting"] == pytest.approx((-30 - 10) / 2)
 
 
-def test_transfer_is_a_mean_over_tasks_of_means_over_the_stages_before() -> None:
+def test_transfer_is_a_mean_over_tasks_of_means_over_stages() -> None:
     matrix = ScoreMatrix.from_rows([[80, 10, 20, 0], [70, 60, 40, 3], [60, 50, 90, 6], [50, 40, 80, 70]])
     assert metrics(matrix)["transfer"] == pytest.approx((10 + (20 + 40) / 2 + (0 + 3 + 6) / 3) / 3)
 

@@ -152,7 +152,7 @@ def test_a_note_says_why_there_is_no_interval(runs: Path) -> None:
     two = study(runs / "lora/paper", runs / "mage/paper")
     assert "No interval with fewer than 3 pairs." in formats.markdown(two)
     assert "[95%" not in formats.markdown(two)
-    assert "from three, as of three seeds, it is no more than their range" in formats.markdown(study(runs))
+    assert "with three, as of three seeds, it is their range" in formats.markdown(study(runs))
 
 
 def test_one_seed_has_no_deviation(write: Write) -> None:
@@ -173,7 +173,7 @@ def test_what_a_method_has_not_is_a_dash(write: Write) -> None:
     assert found.differences[0].avg_acc.mean == pytest.approx(26.0)
 
 
-def test_runs_of_one_method_are_told_apart_by_their_hyperparameters(write: Write) -> None:
+def test_runs_of_one_method_are_labelled_by_hyperparameters(write: Write) -> None:
     one = write("mage", "paper", 0, 50.0, hyperparameters={"average": "pema", "rank": 8}, out="one")
     other = write("mage", "paper", 0, 46.0, hyperparameters={"average": "none", "rank": 8}, out="other")
     found = study(one, other, baseline="mage (average=none)")

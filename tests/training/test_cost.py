@@ -12,6 +12,8 @@ from training.conftest import Make
 from cnext import run
 from cnext.analysis.run import Run
 from cnext.report.record import costs
+from cnext.runs import schemas
+from cnext.runs.schemas import Cost, Results
 from cnext.training import cost, results
 from cnext.training.cost import Lap, Meter, StageCost
 from cnext.training.state import RunState, Trained
@@ -83,17 +85,23 @@ def test_cost_json_of_a_run(config: Make) -> None:
     assert found["energy_joules"] is None or found["energy_joules"] > 0
 
 
+def shown(**values: object) -> list:
+    """The blocks of a report's section on cost, of one stage."""
+    measured = schemas.convert(
+        {"stages": [{"task": "a", **values}], "energy_joules": values.get("energy_joules")}, Cost, ""
+    )
+    return costs(Run(Path(), Results("mage", "toy", ["a"], [[50.0]]), measured)).blocks
+
+
 def test_the_report_shows_every_cost_of_every_stage() -> None:
     stage = {"train_seconds": 7.0, "evaluate_seconds": 3.0, "steps": 100, "seconds_per_step": 0.07}
     stage |= {"tokens_per_second": 4000.0, "stored_bytes": 2_500_000, "peak_memory_bytes": 1_300_000_000}
-    measured = {"peak_device_memory_bytes": 3_000_000_000, "energy_joules": 4200.0}
-    shown = costs(Run(Path(), {}, {}, {"stages": [{"task": "say", **stage, **measured}], "energy_joules": 4200.0}, {}))
-    whole, table = shown.blocks
+    whole, table = shown(**stage, peak_device_memory_bytes=3_000_000_000, energy_joules=4200.0)
     assert ["energy", "4.20 kJ"] in whole.rows
     found = dict(zip(table.head, table.rows[0], strict=True))
     assert {"stored": "2.5 MB", "peak memory": "1.30 GB", "peak device memory": "3.00 GB"}.items() <= found.items()
     assert found["energy"] == "4.20 kJ"
-    (table,) = costs(Run(Path(), {}, {}, {"stages": [{"task": "say", **stage}]}, {})).blocks
+    (table,) = shown(**stage)
     assert "energy" not in table.head, "where no device tells it"
 
 

@@ -24,6 +24,7 @@ from cnext.monitoring.progress import Progress
 from cnext.monitoring.signals import Stop
 from cnext.runs import checkpoint
 from cnext.runs.run_folder import RunFolder
+from cnext.runs.state_digests import StateDigest
 from cnext.training import runner
 from cnext.training.cost import StageCost
 from cnext.training.state import RunState, Trained
@@ -125,11 +126,12 @@ def test_killed_anywhere_it_ends_with_the_same_bits(finished: Path, config: Make
 
 def test_a_state_is_restored_from_its_manifest(tmp_path: Path) -> None:
     """Through a checkpoint's file. Scores and fingerprints are in files of their own."""
-    digest = {"stage": 0, "trained": "zero-shot", "sha256": "0"}
     state = RunState(
-        tasks_done=1, step=3, trained={"a": Trained(5, 4, 10)}, averaging=[None, {"task": "a", "branches": {}}],
-        measured={"a": StageCost(1.5, 0.5, None, 7, None)}, stored_by_stage={"a": 9}, stored_bytes=9, digests=[digest],
+        tasks_done=1, step=3, trained={"a": Trained(5, 4, 10)}, averaging=[None],
+        measured={"a": StageCost(1.5, 0.5, None, 7, None)}, stored_by_stage={"a": 9}, stored_bytes=9,
+        digests=[StateDigest(0, "zero-shot", "0")],
     )  # fmt: skip
+    state.add_averaging("a", {"text-general": {"mean": 0.5, "std": 0.25}})
     checkpoint.save(tmp_path / "1_a", {}, state.to_manifest())
     _, values = checkpoint.load(tmp_path / "1_a")
     assert RunState.from_manifest(values, tmp_path) == state
@@ -150,8 +152,8 @@ def test_a_runner_is_made_without_loading(config: Make, monkeypatch: pytest.Monk
 def test_a_folder_of_another_configuration_is_refused(finished: Path, config: Make) -> None:
     with pytest.raises(UserError) as error:
         run(config(out=finished.parents[2], learning_rate=0.5, hyperparameters={"c": 2.0}))
-    assert "recipe.learning_rate: 0.001 there, 0.5 asked for" in str(error.value)
-    assert "hyperparameters.c: 5.0 there, 2.0 asked for" in str(error.value)
+    assert "recipe.learning_rate: 0.001 there, 0.5 requested" in str(error.value)
+    assert "hyperparameters.c: 5.0 there, 2.0 requested" in str(error.value)
 
 
 def test_an_error_before_the_first_result_can_be_fixed(config: Make, tmp_path: Path) -> None:
@@ -199,7 +201,7 @@ def test_a_run_without_a_good_checkpoint_is_refused(config: Make) -> None:
     content = bytearray(path.read_bytes())
     content[-1] ^= 1
     path.write_bytes(content)
-    with pytest.raises(UserError, match=r"adapters\.safetensors is not what was written"):
+    with pytest.raises(UserError, match=r"no checkpoint of this run is intact:\n.*adapters\.safetensors has changed"):
         run(made)
 
 
