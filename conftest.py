@@ -1,6 +1,6 @@
-"""Tests and benchmarks are of the cnext that is installed (with -e: of this tree), from whatever folder they start.
+"""Make tests and benchmarks import the installed cnext (with -e: this tree), from whatever folder they start.
 
-``python -m pytest`` here, or a PYTHONPATH, would put this folder first: nothing in it is compiled, so all would run on
+``python -m pytest`` here, or a PYTHONPATH, would put this folder first: nothing in it is compiled, so they would run on
 plain torch, and on other code than what is installed.
 """
 
@@ -20,5 +20,5 @@ sys.path[:] = filter(elsewhere, sys.path)
 if "PYTHONPATH" in os.environ:  # of the processes that tests start
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(elsewhere, os.environ["PYTHONPATH"].split(os.pathsep)))
 if importlib.util.find_spec("cnext") is None:
-    cures = "pip install '.[test]', or pip install -e '.[test]' to work on it"
-    sys.exit(f"cnext is not installed in {sys.prefix}: {cures}")
+    advice = "pip install '.[test]', or pip install -e '.[test]' to work on it"
+    sys.exit(f"cnext is not installed in {sys.prefix}: {advice}")

@@ -1,9 +1,9 @@
-"""Builds the compiled core without torch: C++ where a compiler is found, CUDA where an nvcc is found that can build it.
+"""Build the compiled core, without torch: C++ where a compiler is found, CUDA where a suitable nvcc is found.
 
-Environment: CNEXT_CUDA=0/1 leaves the CUDA part out or insists on it; CXX and CUDA_HOME choose the compilers;
+Environment variables: CNEXT_CUDA=0 skips the CUDA part, 1 requires it; CXX and CUDA_HOME choose the compilers;
 CNEXT_WERROR=1 turns warnings into errors; CNEXT_SANITIZE=1 builds the C++ part with ASan and UBSan.
 
-What was built, and why the rest was not, is kept in cnext/_build.json: pip shows no output of a build that succeeds.
+cnext/_build.json says what was built, and why the rest was not: pip hides the output of a build that succeeds.
 """
 
 import json
@@ -34,7 +34,7 @@ if platform.machine().lower() in ("x86_64", "amd64"):
         "avx2": "-mavx2 -mf16c -mfma",
         "avx512": "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mprefer-vector-width=512",
     }
-# Real code for the A100 and the H100/H200, and PTX for what comes later.
+# Machine code for the A100 and the H100/H200, and PTX for later GPUs.
 GENCODE = " ".join(
     f"-gencode=arch=compute_{virtual},code={real}"
     for virtual, real in (("80", "sm_80"), ("90a", "sm_90a"), ("90", "compute_90"))
@@ -44,7 +44,7 @@ OLDEST_CUDA = (12, 1)  # the first whose kernels take arguments of more than 4 K
 
 
 class Missing(Exception):
-    """Nothing is there that could build a part, or it is not wanted."""
+    """There is no compiler for a part, or it is switched off."""
 
 
 def find_cxx() -> str | None:
@@ -52,7 +52,7 @@ def find_cxx() -> str | None:
     chosen = os.environ.get("CXX")
     found = [name for name in ([chosen] if chosen else ["g++", "clang++", "c++"]) if shutil.which(shlex.split(name)[0])]
     if chosen and not found:
-        sys.exit(f"CXX is {chosen!r}; expected a C++17 compiler, and there is none of this name")
+        sys.exit(f"CXX is {chosen!r}; expected a C++17 compiler, and none of this name was found")
     return found[0] if found else None
 
 
@@ -70,13 +70,13 @@ def toolkit(nvcc: str) -> str:
         raise CompileError(f"{nvcc} cannot be run: {error}") from error
     if run.returncode:
         said = (run.stderr or run.stdout).strip().splitlines()
-        raise CompileError(f"`{nvcc} --version` ends with status {run.returncode}: {said[-1] if said else 'no word'}")
+        raise CompileError(f"`{nvcc} --version` ends with status {run.returncode}: {said[-1] if said else 'no output'}")
     version = re.search(r"release (\d+)\.(\d+)", run.stdout)
     if not version:
-        raise CompileError(f"`{nvcc} --version` names no release")
+        raise CompileError(f"`{nvcc} --version` prints no release")
     if (int(version[1]), int(version[2])) < OLDEST_CUDA:
         needed = ".".join(map(str, OLDEST_CUDA))
-        raise CompileError(f"{nvcc} is of CUDA {version[1]}.{version[2]}, and the CUDA part needs {needed} or newer")
+        raise CompileError(f"{nvcc} belongs to CUDA {version[1]}.{version[2]}; the CUDA part needs {needed} or newer")
     return f"{version[1]}.{version[2]}"
 
 
@@ -87,13 +87,13 @@ if CUDA not in ("auto", "0", "1"):
 
 
 def compiler(part: str) -> str:
-    """What builds a part ("cpp", "cuda"), in words. Raises Missing, and CompileError for an nvcc that cannot."""
+    """The compiler of a part ("cpp", "cuda"), as text. Raises Missing, and CompileError for an nvcc that is too old."""
     if CXX is None:
         raise Missing("there was no C++ compiler (CXX, g++, clang++ or c++)")
     if part == "cpp":
         return f"{CXX}, for {', '.join(ISAS)}"
     if CUDA == "0":
-        raise Missing("CNEXT_CUDA=0 left it out")
+        raise Missing("CNEXT_CUDA=0 skipped it")
     if NVCC is None:
         raise Missing("there was no nvcc in CUDA_HOME, CUDA_PATH or PATH")
     return f"{NVCC} of CUDA {toolkit(NVCC)}"
@@ -165,21 +165,21 @@ class NinjaBuild(build_ext):
                 self.build_extension(ext)
                 self.built[part] = used
             except (Missing, CompileError) as error:
-                self.left_out[part] = self.answered(part, error)
+                self.left_out[part] = self.reason(part, error)
         # Not in place: the distribution has the same list, and stays one of extensions whatever is left out.
         self.extensions = [ext for part, ext in zip(MODULES, self.extensions, strict=True) if part in self.built]
 
-    def answered(self, part: str, error: Exception) -> str:
-        """Why a part is left out; ends the build where it must not be, warns where that is not to be expected."""
+    def reason(self, part: str, error: Exception) -> str:
+        """Why a part is skipped. Ends the build where the part is required, warns where skipping it is unexpected."""
         if part == "cuda" and CUDA == "1":
-            sys.exit(f"CNEXT_CUDA=1 insists on the CUDA part, which cannot be built: {error}")
+            sys.exit(f"CNEXT_CUDA=1 requires the CUDA part, which cannot be built: {error}")
         if part == "cpp" and isinstance(error, CompileError):
-            sys.exit(f"{error}; CXX=... chooses another C++17 compiler")
+            sys.exit(f"{error}; set CXX to another C++17 compiler")
         if part == "cpp":
             warnings.warn("no C++ compiler found: cnext will run on plain torch, without its kernels", stacklevel=2)
         elif isinstance(error, CompileError):
-            ways = "CNEXT_CUDA=0 leaves it out without this warning, CNEXT_CUDA=1 insists on it"
-            warnings.warn(f"the CUDA part of cnext is left out: {error}. {ways}", stacklevel=2)
+            ways = "set CNEXT_CUDA=0 to skip it without this warning, CNEXT_CUDA=1 to require it"
+            warnings.warn(f"the CUDA part of cnext is skipped: {error}. {ways}", stacklevel=2)
         return str(error)
 
     def build_extension(self, ext: Extension) -> None:
@@ -193,7 +193,7 @@ class NinjaBuild(build_ext):
         print(run.stdout, flush=True)
         if run.returncode:
             used = NVCC if ext.name.endswith("_cuda") else CXX
-            said = [line.strip() for line in run.stdout.splitlines() if line.strip()] or ["no word"]
+            said = [line.strip() for line in run.stdout.splitlines() if line.strip()] or ["no output"]
             why = next((line for line in said if re.search(r"\b(fatal|error)\b", line, re.IGNORECASE)), said[-1])
             raise CompileError(f"{used} did not compile {ext.name}: {why}")
 

@@ -1,8 +1,9 @@
-"""The house keeps its floors: imports go downwards only, heavy libraries load where they are used."""
+"""Architecture tests: imports go downwards only, and heavy libraries are imported where they are used."""
 
 from __future__ import annotations
 
 import ast
+import graphlib
 import re
 import subprocess
 import sys
@@ -16,9 +17,9 @@ ROOT = Path(cnext.__file__).parent
 FILES = sorted(path for path in ROOT.rglob("*.py"))
 LIGHT = {"torch", "numpy", "msgspec", "cnext"}
 SIBLINGS = ("methods", "backbones", "tasks", "scoring")
-FLOORS = (
+LEVELS = (
     ("errors", "kernels"),
-    ("records", "tensor_files", "kv_cache", "packages", "distributed", "ops"),
+    ("records", "registry", "tensor_files", "kv_cache", "packages", "distributed", "ops"),
     ("adapters", "averaging"),
     SIBLINGS,
     ("config", "pretrain_tiny"),
@@ -32,13 +33,11 @@ FLOORS = (
     ("cli",),
     ("__main__",),
 )
-"""The rooms from the ground up: a file imports from its own room and from floors below."""
-BELOW = {
-    room: {under for floor in FLOORS[:level] for under in floor} for level, rooms in enumerate(FLOORS) for room in rooms
-}
+"""Packages by level, lowest first: a module imports from its own package and from levels below."""
+BELOW = {name: {*sum(LEVELS[:level], ())} for level, names in enumerate(LEVELS) for name in names}
 
 
-def floor(path: Path) -> str:
+def package(path: Path) -> str:
     return path.relative_to(ROOT).parts[0].removesuffix(".py")
 
 
@@ -60,7 +59,7 @@ def imports(tree: ast.AST) -> list[str]:
 def test_imports_go_downwards(path: Path) -> None:
     if path == ROOT / "__init__.py":
         return
-    here = floor(path)
+    here = package(path)
     for name in imports(ast.parse(path.read_text())):
         parts = name.split(".")
         if parts[0] != "cnext" or len(parts) == 1:
@@ -74,13 +73,30 @@ def test_imports_go_downwards(path: Path) -> None:
         assert there in BELOW[here], f"{here} imports {name}, which is not below it"
 
 
+def test_modules_do_not_import_each_other_in_a_circle() -> None:
+    """Imports within functions and for type checkers count."""
+    names = {".".join(p.relative_to(ROOT.parent).with_suffix("").parts).removesuffix(".__init__"): p for p in FILES}
+    graph = {}
+    for name, path in names.items():
+        imported = set()
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import):
+                imported |= {alias.name for alias in node.names}
+            elif isinstance(node, ast.ImportFrom):
+                # "from cnext.tasks import formats" is an import of the module formats.
+                paths = [f"{node.module}.{alias.name}" for alias in node.names]
+                imported |= {path if path in names else node.module for path in paths}
+        graph[name] = (imported & names.keys()) - {name}
+    graphlib.TopologicalSorter(graph).prepare()
+
+
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_module_top_imports_nothing_heavy(path: Path) -> None:
     top = [node for node in ast.parse(path.read_text()).body if isinstance(node, ast.Import | ast.ImportFrom)]
-    light = LIGHT | {"triton"} if floor(path) == "kernels" else LIGHT
+    light = LIGHT | {"triton"} if package(path) == "kernels" else LIGHT
     for name in imports(ast.Module(body=top, type_ignores=[])):
-        package = name.split(".")[0]
-        assert package in light or package in sys.stdlib_module_names, f"{package} at module top"
+        top_level = name.split(".")[0]
+        assert top_level in light or top_level in sys.stdlib_module_names, f"{top_level} at module top"
 
 
 @pytest.mark.parametrize(
@@ -94,10 +110,10 @@ def test_loads_without_torch(code: str) -> None:
     subprocess.run([sys.executable, "-c", check], cwd=Path(__file__).parent, check=True, stdout=subprocess.DEVNULL)
 
 
-@pytest.mark.parametrize("room", sorted(path.parent.name for path in ROOT.glob("*/__init__.py")))
-def test_every_room_says_what_is_in_it_and_what_is_not(room: str) -> None:
-    text = ast.get_docstring(ast.parse((ROOT / room / "__init__.py").read_text())) or ""
-    assert len([part for part in re.split(r"(?<=[.])\s", text) if part]) >= 2, f"{room}: two sentences"
+@pytest.mark.parametrize("package_name", sorted(path.parent.name for path in ROOT.glob("*/__init__.py")))
+def test_every_package_says_what_it_holds_and_what_not(package_name: str) -> None:
+    text = ast.get_docstring(ast.parse((ROOT / package_name / "__init__.py").read_text())) or ""
+    assert len([part for part in re.split(r"(?<=[.])\s", text) if part]) >= 2, f"{package_name}: two sentences"
 
 
 def test_type_checkers_are_told_that_it_has_types() -> None:

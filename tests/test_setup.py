@@ -27,11 +27,11 @@ while [ $# -gt 0 ]; do case "$1" in -o|-MF) : > "$2";; esac; shift; done
 """A compiler that writes empty files."""
 FAILS = '#!/bin/sh\necho "fatal error: a broken toolkit" >&2; exit 1\n'
 UNFIT = {
-    "old": (WORKS.replace("12.4", "12.0"), "is of CUDA 12.0, and the CUDA part needs 12.1 or newer"),
+    "old": (WORKS.replace("12.4", "12.0"), "belongs to CUDA 12.0; the CUDA part needs 12.1 or newer"),
     "fails": (FAILS, "--version` ends with status 1: fatal error: a broken toolkit"),
     "fails to compile": (WORKS.split("while")[0] + FAILS[10:], "did not compile cnext._cuda: fatal error: a broken"),
     "cannot be run": ("", "cannot be run: "),
-    "says nothing": ("#!/bin/sh\n", "names no release"),
+    "says nothing": ("#!/bin/sh\n", "prints no release"),
 }
 """What an nvcc may be that cannot build the CUDA part, and what is said about it."""
 
@@ -84,12 +84,12 @@ def test_both_parts_are_built(tree: Path, tmp_path: Path) -> None:
     assert built["cuda"] == f"{tmp_path}/bin/nvcc of CUDA 12.4"
 
 
-def test_cuda_is_left_out_without_a_word_where_nothing_asks_for_it(tree: Path, tmp_path: Path) -> None:
+def test_cuda_is_skipped_silently_where_nothing_asks_for_it(tree: Path, tmp_path: Path) -> None:
     parts, warned = outcome(tree, programs(tmp_path / "none", g_x=WORKS))
     assert (parts["cuda"], warned) == ("there was no nvcc in CUDA_HOME, CUDA_PATH or PATH", "")
     environment = programs(tmp_path / "bin", g_x=WORKS, nvcc=FAILS)
     parts, warned = outcome(tree, environment | {"CNEXT_CUDA": "0"})
-    assert (parts["cuda"], warned) == ("CNEXT_CUDA=0 left it out", "")
+    assert (parts["cuda"], warned) == ("CNEXT_CUDA=0 skipped it", "")
 
 
 @pytest.mark.parametrize("kind", UNFIT)
@@ -101,12 +101,12 @@ def test_an_nvcc_that_cannot_build_it_costs_the_cuda_part_alone(kind: str, tree:
     assert why in parts["cuda"]
     assert f"{tmp_path}/bin/nvcc" in parts["cuda"]
     assert warned.count("Warning") == 1
-    assert f"the CUDA part of cnext is left out: {parts['cuda']}. CNEXT_CUDA=0 leaves" in warned
-    assert "CNEXT_CUDA=1 insists on it" in warned
+    assert f"the CUDA part of cnext is skipped: {parts['cuda']}. set CNEXT_CUDA=0 to skip" in warned
+    assert "CNEXT_CUDA=1 to require it" in warned
     insisted = run(tree, environment | {"CNEXT_CUDA": "1"})
     assert insisted.returncode == 1
     last = insisted.stderr.splitlines()[-1]
-    assert last == f"CNEXT_CUDA=1 insists on the CUDA part, which cannot be built: {parts['cuda']}"
+    assert last == f"CNEXT_CUDA=1 requires the CUDA part, which cannot be built: {parts['cuda']}"
 
 
 def test_what_is_asked_for_and_cannot_be_is_refused(tree: Path, tmp_path: Path) -> None:
@@ -114,31 +114,31 @@ def test_what_is_asked_for_and_cannot_be_is_refused(tree: Path, tmp_path: Path) 
     for asked, told in (
         ({"CNEXT_CUDA": "1"}, "cannot be built: there was no nvcc in CUDA_HOME, CUDA_PATH or PATH"),
         ({"CNEXT_CUDA": "yes"}, "CNEXT_CUDA is 'yes'; expected 0, 1 or auto"),
-        ({"CXX": "no-such"}, "CXX is 'no-such'; expected a C++17 compiler, and there is none of this name"),
+        ({"CXX": "no-such"}, "CXX is 'no-such'; expected a C++17 compiler, and none of this name was found"),
     ):
         refused = run(tree, environment | asked)
         assert refused.returncode == 1
         assert refused.stderr.splitlines()[-1].endswith(told)
 
 
-def test_a_cxx_compiler_that_fails_ends_the_build_with_the_way_out(tree: Path, tmp_path: Path) -> None:
+def test_a_failing_compiler_ends_the_build_with_advice(tree: Path, tmp_path: Path) -> None:
     done = run(tree, programs(tmp_path / "bin", g_x=FAILS, nvcc=WORKS))
     assert done.returncode == 1
-    told = "g++ did not compile cnext._cpu: fatal error: a broken toolkit; CXX=... chooses another C++17 compiler"
+    told = "g++ did not compile cnext._cpu: fatal error: a broken toolkit; set CXX to another C++17 compiler"
     assert done.stderr.splitlines()[-1] == told
 
 
-def test_without_a_cxx_compiler_there_is_plain_torch_and_one_warning(tree: Path, tmp_path: Path) -> None:
+def test_without_a_compiler_there_is_plain_torch_and_a_warning(tree: Path, tmp_path: Path) -> None:
     parts, warned = outcome(tree, programs(tmp_path / "bin", nvcc=WORKS))
     assert set(parts.values()) == {"there was no C++ compiler (CXX, g++, clang++ or c++)"}
     assert warned.count("Warning") == 1
     assert "no C++ compiler found: cnext will run on plain torch" in warned
 
 
-def test_a_part_that_is_left_out_does_not_stay_from_an_earlier_build(tree: Path, tmp_path: Path) -> None:
+def test_a_skipped_part_of_an_earlier_build_is_removed(tree: Path, tmp_path: Path) -> None:
     environment = programs(tmp_path / "bin", g_x=WORKS, nvcc=WORKS)
     assert outcome(tree, environment)[0]["cuda"] == ""
-    assert outcome(tree, environment | {"CNEXT_CUDA": "0"})[0]["cuda"] == "CNEXT_CUDA=0 left it out"
+    assert outcome(tree, environment | {"CNEXT_CUDA": "0"})[0]["cuda"] == "CNEXT_CUDA=0 skipped it"
 
 
 def hook(name: str) -> tuple[str, str]:

@@ -31,7 +31,7 @@ def test_a_slow_child_is_waited_for_longer_than_it_may_idle() -> None:
     assert (quick.returncode, slow.returncode) == (1, 0)
 
 
-def test_a_child_that_hangs_is_killed_with_its_descendants_counted() -> None:
+def test_a_hanging_child_is_killed_with_its_descendants() -> None:
     inner = "import subprocess, sys; print('before', flush=True); import time; time.sleep(1000)"
     waits, other = child(inner), child("import time; time.sleep(1000)")
     with pytest.raises(Hanging, match=r"(?s)have made no progress for 1 s; they said:\nbefore"):

@@ -1,8 +1,8 @@
-"""Which installed libraries are newer than those that cnext was tested with, and what their warnings then count as.
+"""Find libraries newer than the tested ones, and let their deprecation warnings pass.
 
-With the versions of ``tested-versions.txt``, or older ones, every warning fails a test. A newer library may announce
-what it is going to remove: pytest then shows and counts its deprecations, and no test fails by them, so that the tests
-pass on a machine that is set up tomorrow.
+With the versions of ``tested-versions.txt``, or older ones, every warning fails a test. A newer library may
+deprecate things: pytest then shows and counts the deprecations, and no test fails because of them, so that the tests
+still pass on a newly set up machine.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def newer(file: Path) -> dict[str, str]:
 
 
 def configure(config: pytest.Config, file: Path = FILE) -> None:
-    """Lets deprecations pass where a library is newer than tested."""
+    """Keep deprecations from failing tests where a library is newer than tested."""
     for line in DEPRECATIONS if newer(file) else ():
         config.addinivalue_line("filterwarnings", line)
 

@@ -1,4 +1,4 @@
-"""Waits for child processes by what they compute, not by the clock: on a loaded machine a slow one does not hang."""
+"""Wait for child processes by processor time, not by the clock: a slow child on a loaded machine is not a hang."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from contextlib import suppress
 import psutil
 
 IDLE = 120.0
-"""Seconds without progress after which processes hang."""
+"""Seconds without progress after which processes count as hanging."""
 LEAST = 0.02
-"""Share of that time that progress takes of a processor: more than a process that waits and looks now and then."""
+"""Fraction of that time that must be spent computing: more than a process that polls."""
 MOST = 1200.0
 """Seconds of processor time after which processes are in a loop: many times what any test needs."""
 
@@ -31,7 +31,7 @@ def processor_time(pids: Sequence[int]) -> float:
 
 
 class Hanging(AssertionError):
-    """Processes that make no progress, or no end."""
+    """Processes that make no progress, or do not end."""
 
 
 class Patience:
@@ -55,7 +55,7 @@ class Patience:
 
 
 def until(done: Callable[[], bool], pids: Sequence[int]) -> None:
-    """Waits until ``done``, as long as the processes get on."""
+    """Waits until ``done``, as long as the processes make progress."""
     patience, looks = Patience(pids), 0
     while not done():
         time.sleep(0.002)
