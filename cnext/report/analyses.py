@@ -9,9 +9,9 @@ import numpy as np
 
 from cnext.analysis import ANALYSES
 from cnext.analysis.drift import TURNED, later
-from cnext.analysis.result import Cell, ResultTable, Unavailable
 from cnext.analysis.formats import shown
 from cnext.analysis.groups import RunGroups
+from cnext.analysis.result import Cell, ResultTable, Unavailable
 from cnext.analysis.run import Run
 from cnext.analysis.transfer import changes, in_turn
 from cnext.analysis.updates import Updates, has_branches, read

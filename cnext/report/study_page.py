@@ -10,9 +10,9 @@ import numpy as np
 
 from cnext.analysis import Analysis
 from cnext.analysis.error_types import TYPES
-from cnext.analysis.result import ResultTable
 from cnext.analysis.groups import RunGroups, means
 from cnext.analysis.overall import BY_OUTPUT, averages, forgettings
+from cnext.analysis.result import ResultTable
 from cnext.analysis.transfer import changes, in_turn
 from cnext.report import plots, study_plots
 from cnext.report.analyses import heat_map, missing, table
