@@ -133,7 +133,7 @@ class RunFolder:
                 damaged.append(str(error))
                 continue
             if damaged:
-                say("\n".join([*dict.fromkeys(damaged), f"resuming from {path.name}; later steps are repeated"]))
+                say("\n".join([*dict.fromkeys(damaged), f"falling back to {path.name}; later steps are repeated"]))
             return path, tensors, values
         if damaged:
             listed = "\n".join(dict.fromkeys(damaged))

@@ -212,9 +212,12 @@ def test_the_papers_profile_may_be_below_zero(tmp_path: Path) -> None:
         of_run(run(tmp_path, given))
 
 
-@pytest.mark.parametrize(("name", "title"), [("mage", "MAGE"), ("ew-ga", "EW+GA"), ("zero-shot", "Zero-Shot")])
-def test_a_side_has_the_papers_name_of_a_method(name: str, title: str) -> None:
-    assert of_paper(name).name.startswith(f"{title} of the paper")
+@pytest.mark.parametrize(
+    ("method", "title"),
+    [("mage", "MAGE"), ("ew-ga", "EW+GA"), ("zero-shot", "Zero-Shot"), ("reglora", "RegLoRA")],
+)
+def test_a_method_is_shown_under_its_name_in_the_paper(method: str, title: str) -> None:
+    assert of_paper(method).name.startswith(f"{title} of the paper")
 
 
 def test_a_method_that_the_paper_does_not_have() -> None:
