@@ -82,7 +82,7 @@ def blocks(study: StudyTables) -> Iterator[Table]:
     caption = f"{where}, {setting['split']} items, {setting['profile']} scores in percent. "
     caption += "Mean ± sample standard deviation of n runs."
     if study.missing:
-        caption += f" Not finished and left out: {', '.join(study['missing'])}."
+        caption += f" Not finished and left out: {', '.join(study.missing)}."
     caption += "".join(f" {note}" for note in study.notes or ())
     rows = [[row.method, row.order, str(row.n), *_cells(row)] for row in study.rows]
     yield Table(caption, ["method", "order", "n", *METRICS.values()], rows, words=2)

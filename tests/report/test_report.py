@@ -134,7 +134,7 @@ def test_tables_hold_the_results(run: Path) -> None:
         assert cells[-1] == points(sum(row[:stage]) / stage)
     shown = page.table("metric")
     paper = found["profiles"]["paper"]["metrics"]
-    assert shown.keys() == found["metrics"].keys()
+    assert found["metrics"].keys() - shown.keys() == {"bwt"}, "forgetting with the other sign"
     for name, (strict, other, _, formula) in shown.items():
         assert (strict, other, formula) == (points(found["metrics"][name]), points(paper[name]), FORMULAS[name])
     assert shown["avg_acc"][2] == points(paper["avg_acc"] - found["metrics"]["avg_acc"], signed=True)
@@ -209,7 +209,7 @@ def test_results_alone_are_enough(tmp_path: Path, run: Path) -> None:
     (tmp_path / "results.json").write_bytes((run / "results.json").read_bytes())
     assert report(tmp_path).table("after stage")
     text = html.unescape((tmp_path / "report.html").read_text())
-    assert text.count(f"Not shown: {tmp_path}: this needs what was answered, and predictions/ is not there") == 2
+    assert text.count(f"Not shown: {tmp_path}: the answers in predictions/ are needed and missing") == 2
     assert f"Not shown: {tmp_path}: drift needs the checkpoint of every stage, checkpoints/ lacks 1_VQAv2" in text
 
 
