@@ -12,13 +12,13 @@ from cnext.analysis.run import Run
 from cnext.analysis.transfer import in_turn
 from cnext.analysis.updates import Updates, has_branches, read, relations
 
-SHARED = (
+SIMILARITY = (
     "Over the pairs of tasks with the same or another set of input and output modalities: percent that their updates "
     "share, Σ min(p_s, p_t), p_t the share of a branch (or of a branch in one layer's projection) in the squared norm "
     "of task t's update U_t = B_t A_t - B_{t-1} A_{t-1}, and the cosine of the two updates; over all layers and halves "
     "of them, of the adapters as checkpoints keep them."
 )
-MOVED = "Share of each branch in the squared norm of each task's update, in percent."
+BRANCHES = "Share of each branch in the squared norm of each task's update, in percent."
 TURNED = "Cosine between the updates of the tasks in row and column: 1 same direction, 0 orthogonal, below 0 opposite."
 PAIRS = (
     "Frobenius norm of the difference of one branch between the stages of two tasks, over all projections of a layer "
@@ -50,7 +50,7 @@ def drift(study: RunGroups) -> list[ResultTable]:
             turned.append([group.method, group.order, task, *means([row[1:] for row in cosines])])
         turned.pop()
     without = ", ".join(dict.fromkeys(group.method for group in learning if group not in groups))
-    definition = f"{SHARED} Left out, without low-rank branches: {without}." if without else SHARED
+    definition = f"{SIMILARITY} Left out, without low-rank branches: {without}." if without else SIMILARITY
     tasks = found[0].tasks
     if any(group.tasks != groups[0].tasks for group in groups):
         tasks = [f"task {number}" for number in range(1, len(tasks) + 1)]
@@ -58,7 +58,7 @@ def drift(study: RunGroups) -> list[ResultTable]:
     head = [*keys, "tasks have", "pairs", *measures[0]]
     results = [
         ResultTable("drift", "Similarity of updates by modality", definition, head, shared, words=3),
-        ResultTable("drift.branches", "Updates by branch", MOVED, [*keys, "branch", *tasks], moved, words=3),
+        ResultTable("drift.branches", "Updates by branch", BRANCHES, [*keys, "branch", *tasks], moved, words=3),
         ResultTable("drift.cosines", "Cosines of updates", TURNED, [*keys, "task", *tasks[1:]], turned, 3, True),
     ]
     return [*results, *places(study.single, found[0])] if study.single else results
@@ -84,18 +84,16 @@ def places(run: Run, found: Updates) -> list[ResultTable]:
     pairs: list[list[Cell]] = [
         [
             *(branch, found.tasks[s], found.tasks[t]),
-            *(found.apart(s + 1, t + 1, found.of(branch, [layer])) for layer in found.layers),
-            *(found.apart(s + 1, t + 1, found.of(branch, projection=name)) for name in found.projections),
+            *(found.distance(s + 1, t + 1, found.of(branch, [layer])) for layer in found.layers),
+            *(found.distance(s + 1, t + 1, found.of(branch, projection=name)) for name in found.projections),
         ]
         for branch in found.branches
         for s, t in itertools.combinations(range(len(found.tasks)), 2)
     ]
+    columns = [*head, *layers, *found.projections]
+    places = ["branch", "layer", "projection", *found.tasks]
     return [
         ResultTable("drift.distances", "Distances between stages", APART, ["from stage", *stages[1:]], apart[:-1]),
-        ResultTable(
-            "drift.pairs", "Distances between tasks", PAIRS, [*head, *layers, *found.projections], pairs, words=3
-        ),
-        ResultTable(
-            "drift.norms", "Norms of updates", NORMS, ["branch", "layer", "projection", *found.tasks], norms, 3
-        ),
+        ResultTable("drift.pairs", "Distances between tasks", PAIRS, columns, pairs, words=3),
+        ResultTable("drift.norms", "Norms of updates", NORMS, places, norms, 3),
     ]

@@ -91,7 +91,13 @@ def _raw(value: Cell, figure: str) -> Any:
 
 def as_json(analysis: Analysis) -> str:
     tables = [
-        {"name": f.name, "title": f.title, "definition": f.definition, "head": f.head, "rows": to_builtins(f.rows)}
+        {
+            "name": f.name,
+            "title": f.title,
+            "definition": f.definition,
+            "head": f.head,
+            "rows": to_builtins(f.rows, enc_hook=str),
+        }
         for f in analysis.results
     ]
     return json.dumps({"tables": tables, "left_out": analysis.left_out}, indent=2, allow_nan=False) + "\n"

@@ -39,10 +39,10 @@ class Group:
 
 @dataclass(frozen=True)
 class RunGroups:
-    """Comparable finished runs. tables: of several runs; None for one alone."""
+    """Comparable finished runs. tables: empty for one run alone."""
 
     groups: list[Group]
-    tables: StudyTables | None
+    tables: StudyTables
 
     @classmethod
     def read(cls, folders: Iterable[Path], baseline: str | None = None, mix: bool = False) -> RunGroups:
@@ -71,7 +71,7 @@ class RunGroups:
     @classmethod
     def of(cls, run: Run) -> RunGroups:
         """One run alone, finished or not."""
-        return cls([Group(run.method, run.results.order, [run])], None)
+        return cls([Group(run.method, run.results.order, [run])], StudyTables({}, "", [], [], [], [], []))
 
     @property
     def runs(self) -> list[Run]:

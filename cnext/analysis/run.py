@@ -63,7 +63,7 @@ class Run:
 
     @property
     def tasks(self) -> list[str]:
-        return [*self.results.tasks]
+        return [str(task) for task in self.results.tasks]
 
     @cached_property
     def scores(self) -> np.ndarray:

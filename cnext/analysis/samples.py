@@ -37,10 +37,8 @@ def samples(study: RunGroups) -> list[ResultTable]:
     for task in run.tasks:
         for stages in most_changed(run, task):
             row = next(iter(stages.values()))
-            rows.append(
-                [task, row.id, row.instruction, row.answer or "an image"]
-                + [_shown(stages[stage]) if stage in stages else "" for stage in run.stages]
-            )
+            shown = [_shown(stages[stage]) if stage in stages else "" for stage in run.stages]
+            rows.append([task, row.id, row.instruction, row.answer or "an image", *shown])
     definition = f"The {SHOWN} samples of each task whose score changed most: every stage's answer and its score."
     return [ResultTable("samples", "Samples over stages", definition, head, rows, words=len(head))]
 

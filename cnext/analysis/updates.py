@@ -62,7 +62,7 @@ class Updates:
             bool,
         )
 
-    def apart(self, first: int, second: int, chosen: np.ndarray) -> float:
+    def distance(self, first: int, second: int, chosen: np.ndarray) -> float:
         """The norm of the chosen adapters' difference between two stages, first < second."""
         return float(np.sqrt(max(0.0, self.products[chosen, first:second, first:second].sum())))
 

@@ -106,17 +106,17 @@ def check_alike(fingerprints: Mapping[str, Mapping[str, Any] | None], mix: bool 
     Raises: UserError naming the fields that differ, without ``mix``.
     """
     (first, expected), *others = fingerprints.items()
-    apart = {name: lines for name, found in others if (lines := differences(expected, found))}
-    for name, lines in apart.items() if not mix else ():
+    differing = {name: lines for name, found in others if (lines := differences(expected, found))}
+    for name, lines in differing.items() if not mix else ():
         listed = "\n".join(f"  {line}" for line in lines)
         raise UserError(
             f"{first} and {name} were run in different environments, so that their scores may differ:\n{listed}\n"
             "--mix-environments averages them nevertheless, with a note in the tables"
         )
-    if not apart:
+    if not differing:
         return []
     count = len({digest(found or {}) for found in fingerprints.values()})
-    fields = dict.fromkeys(line for lines in apart.values() for line in lines)
+    fields = dict.fromkeys(line for lines in differing.values() for line in lines)
     return [f"Averaged over runs of {count} different environments. {'; '.join(fields)}."]
 
 

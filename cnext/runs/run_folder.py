@@ -39,7 +39,7 @@ def _differences(old: Any, new: Any, path: str = "") -> list[str]:
 
 def _append(path: Path, rows: Iterable[Any]) -> None:
     with open(path, "a", encoding="utf-8") as file:
-        file.writelines(json.dumps(msgspec.to_builtins(row)) + "\n" for row in rows)
+        file.writelines(json.dumps(msgspec.to_builtins(row, enc_hook=str)) + "\n" for row in rows)
         file.flush()
         os.fsync(file.fileno())
 
@@ -132,9 +132,7 @@ class RunFolder:
                 damaged.append(str(error))
                 continue
             if damaged:
-                say(
-                    "\n".join([*dict.fromkeys(damaged), f"resuming from {path.name}; later steps are repeated"])
-                )
+                say("\n".join([*dict.fromkeys(damaged), f"resuming from {path.name}; later steps are repeated"]))
             return path, tensors, values
         if damaged:
             listed = "\n".join(dict.fromkeys(damaged))

@@ -44,7 +44,7 @@ def read_archive(path: Path) -> dict[str, Tensor]:
         copy, sizes = _without_program(path)
         names = torch.serialization.get_unsafe_globals_in_checkpoint(copy)
         copy.seek(0)
-        own = [(_Module, name) for name in names if name.startswith(("__torch__.", "torch.jit._pickle."))]
+        own: list[Any] = [(_Module, name) for name in names if name.startswith(("__torch__.", "torch.jit._pickle."))]
         with torch.serialization.safe_globals(own):
             tensors = _flat(torch.load(copy, map_location="cpu", weights_only=True))
         stored = {storage.data_ptr(): storage.nbytes() for storage in (t.untyped_storage() for t in tensors.values())}

@@ -49,11 +49,11 @@ def cider_d(answers: Sequence[str], references: Sequence[Sequence[str]]) -> list
 
     scores = []
     for answer, accepted in zip(answers, counted, strict=True):
-        said = grams(answer)
+        counts_of_answer = grams(answer)
         parts = []
         for reference in accepted:
-            nearness = exp(-((said[1].total() - reference[1].total()) ** 2) / (2 * SIGMA**2))
-            parts += [nearness * _clipped_cosine(weighted(said[n]), weighted(reference[n])) for n in ORDERS]
+            nearness = exp(-((counts_of_answer[1].total() - reference[1].total()) ** 2) / (2 * SIGMA**2))
+            parts += [nearness * _clipped_cosine(weighted(counts_of_answer[n]), weighted(reference[n])) for n in ORDERS]
         scores.append(fsum(parts) / len(parts))
     return scores
 

@@ -102,7 +102,7 @@ def lacks_a_word(text: str, reference: str) -> bool:
 
 def may_be_short_for(text: str, reference: str) -> bool:
     """Whether letters may abbreviate words: "p.m.", the reference's first letter, any one letter for "A. dog"."""
-    said = text.strip().casefold()
-    if len(said.rstrip(".")) == 1:
-        return _OPTION.match(reference) is not None or reference.casefold().startswith(said.rstrip("."))
-    return _INITIALS.fullmatch(said) is not None
+    answer = text.strip().casefold()
+    if len(answer.rstrip(".")) == 1:
+        return _OPTION.match(reference) is not None or reference.casefold().startswith(answer.rstrip("."))
+    return _INITIALS.fullmatch(answer) is not None

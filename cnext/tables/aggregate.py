@@ -21,9 +21,9 @@ from msgspec.structs import asdict
 from msgspec.structs import replace as changed
 
 from cnext.errors import UserError, unknown
-from cnext.records import Finite, Record
+from cnext.records import Record
 from cnext.runs import fingerprint, schemas
-from cnext.runs.schemas import Percent
+from cnext.runs.schemas import Cost, Percent
 
 METRICS = {"avg_acc": "Avg.ACC", "forgetting": "Forgetting", "new_acc": "New.ACC"}
 BASELINE = "lora"
@@ -44,8 +44,8 @@ class Summary(Record):
     @property
     def ends(self) -> tuple[float, float] | None:
         """low and high, where known."""
-        known = isinstance(self.low, float | int) and isinstance(self.high, float | int)
-        return (self.low, self.high) if known else None
+        low, high = self.low, self.high
+        return (low, high) if isinstance(low, float | int) and isinstance(high, float | int) else None
 
 
 class SeedsRow(Record):
@@ -105,35 +105,22 @@ class StudyTables(Record):
     notes: list[str] | UnsetType = UNSET
 
 
-class MainMetrics(Record):
-    """The metrics of tables, in percent; None where a method has none."""
-
-    avg_acc: Percent | None
-    forgetting: Percent | None
-    new_acc: Percent | None
-
-
-class Steps(Record):
-    optimizer_steps: Finite
-
-
-class Progress(Record):
-    """What results.json must have, finished or not."""
+class TableResults(Record, kw_only=True):
+    """What a table needs of results.json."""
 
     finished: bool
-
-
-class FinishedResults(Record, kw_only=True):
-    """What a table needs of a finished run's results.json."""
-
     method: str
     order: str
     seed: int
     tasks: list[str]
     hyperparameters: dict[str, Any]
-    metrics: MainMetrics
-    cost: Steps
+    metrics: dict[str, Percent | None]
+    cost: Cost
     fingerprint: dict[str, Any] | None = None
+
+    def __post_init__(self) -> None:
+        if self.cost.optimizer_steps is None or not METRICS.keys() <= self.metrics.keys():
+            raise ValueError(f"Expected cost.optimizer_steps and metrics {', '.join(METRICS)}")
 
 
 class Setting(Record):
@@ -187,11 +174,11 @@ def find(paths: Iterable[Path]) -> list[Path]:
 def read(folder: Path) -> FinishedRun | None:
     """The run of a folder; None where it is not finished. Raises UserError where its files are damaged."""
     file = folder / "results.json"
-    if not file.is_file() or not schemas.read(file, Progress).finished:
+    results = schemas.read(file, TableResults) if file.is_file() else None
+    if results is None or not results.finished:
         return None
-    results = schemas.read(file, FinishedResults)
     setting = asdict(schemas.read(folder / "config.json", Setting))
-    values = asdict(results.metrics)
+    values = {metric: results.metrics[metric] for metric in METRICS}
     if not results.cost.optimizer_steps:
         # Nothing was learnt, so nothing can be new or forgotten.
         values |= {"forgetting": None, "new_acc": None}

@@ -79,10 +79,10 @@ def read_suite(folder: Path) -> Suite:
             raise UserError(f"{file}: Expected an object or the name of one for budget {label!r}; {ADVICE}")
         recipes[label] = _recipe(found, f"{file}, budget {label}")
     return Suite(
-        name=manifest.name or folder.name,
+        name=str(manifest.name or folder.name),
         description=manifest.description,
-        tasks=tuple(_task(folder / f"{name}.json", name) for name in manifest.tasks),
-        orders={label: tuple(order) for label, order in manifest.orders.items()},
+        tasks=tuple(_task(folder / f"{name}.json", str(name)) for name in manifest.tasks),
+        orders={label: tuple(map(str, order)) for label, order in manifest.orders.items()},
         budgets=recipes,
         synthetic=manifest.synthetic,
         clip=manifest.clip,

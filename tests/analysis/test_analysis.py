@@ -196,9 +196,7 @@ def test_a_judge_table_of_something_else_is_named(tmp_path: Path) -> None:
     folder = write(tmp_path / "run")
     (folder / "judge").mkdir()
     (folder / "judge" / "notes.json").write_text("{}")
-    with pytest.raises(
-        UserError, match=r"notes\.json: .* `judge`; expected what `cnext judge` writes"
-    ):
+    with pytest.raises(UserError, match=r"notes\.json: .* `judge`; expected what `cnext judge` writes"):
         ANALYSES["types"](study(tmp_path))
 
 
@@ -299,7 +297,7 @@ def test_what_cannot_be_made_is_named_and_the_rest_is_made(answered: Path, tmp_p
     assert set(found.left_out) == {"orders", "ablations", "seeds", "drift"}
     assert "checkpoints/ lacks 1_say, 2_draw" in found.left_out["drift"]
     bare = write(tmp_path / "bare")
-    with pytest.raises(Unavailable, match=r"predictions/ is not there.*\(say, stages 1 and 3\)"):
+    with pytest.raises(Unavailable, match=r"answers in predictions/ are needed.*\(say, stages 1 and 3\)"):
         analyze(study(bare), ["breaks"])
 
 

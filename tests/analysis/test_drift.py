@@ -132,7 +132,7 @@ def test_a_stage_without_checkpoint_is_named(tmp_path: Path, capsys: pytest.Capt
     with pytest.raises(Unavailable, match="checkpoints/ lacks 2_draw"):
         read(Run.read(folder))
     assert main(["analyze", str(folder), "--what", "drift"]) == 2
-    assert "lacks 2_draw; take the whole run folder, or run again" in capsys.readouterr().err
+    assert "lacks 2_draw; copy the whole run folder, or run it again" in capsys.readouterr().err
 
 
 def test_a_damaged_checkpoint_is_named(tmp_path: Path) -> None:
@@ -150,7 +150,7 @@ def test_checkpoints_of_two_runs_are_refused(tmp_path: Path) -> None:
     for stage, branch in ((1, "lora"), (2, "lora"), (3, "other")):
         halves = {f"layers.0.up.{branch}.{half}": torch.ones(2, 2) for half in "AB"}
         write_checkpoint(folder, stage, halves)
-    with pytest.raises(UserError, match="they are not of one run"):
+    with pytest.raises(UserError, match="they are of different runs"):
         read(Run.read(folder))
 
 
@@ -160,6 +160,6 @@ def test_a_method_without_branches_is_left_out(drifted: tuple[Path, dict], tmp_p
         write_checkpoint(folder, stage, {"prompts": torch.ones(3)})
     found, *_ = ANALYSES["drift"](RunGroups.read([drifted[0], folder]))
     assert {row[0] for row in found.rows} == {"lora"}
-    assert found.definition.endswith("Left out, for want of low-rank branches: prompt-pool.")
+    assert found.definition.endswith("Left out, without low-rank branches: prompt-pool.")
     with pytest.raises(Unavailable, match="low-rank branches"):
         ANALYSES["drift"](RunGroups.read([folder]))
