@@ -1,4 +1,4 @@
-"""Branches to and from stock PEFT: an adapter for each, or one adapter of their total rank. The sums are equal."""
+"""Converts branches to and from PEFT adapters: one adapter per branch, or one of their total rank."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from typing import Annotated, Any
 from msgspec import Meta
 from torch import Tensor, nn
 
-from cnext.adapters.exchange import Branches, branches_of, listed, not_finite, refuse_routed
-from cnext.errors import UserError, parse_json
+from cnext.adapters.exchange import Branches, branches_of, not_finite, refuse_routed
+from cnext.errors import UserError, listed, parse_json
 from cnext.records import Finite, Record, convert
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -27,8 +27,8 @@ PLAIN = {
     "trainable_token_indices": ([], {}, None),
     "init_lora_weights": (True, False, None, "gaussian", "orthogonal", "eva"),
 }
-"""The settings of a PEFT adapter that is W + scale B A on an unchanged W, the same in every layer. (What is left out of
-the initializations, such as pissa, changes W.)"""
+"""Settings of a PEFT adapter that is W + scale B A with an unchanged W, the same in every layer. (Initializations that
+are not listed, such as pissa, change W.)"""
 
 
 class Scale(Record):
@@ -40,16 +40,16 @@ class Scale(Record):
 
 
 def save_peft(model: nn.Module, folder: Path, one: bool = False) -> list[Path]:
-    """Writes the active branches as PEFT adapters for the model as it is without them.
+    """Writes the active branches as PEFT adapters of the model without adapter layers.
 
-    PEFT computes W x + (alpha / r) B A x, and the sum over the adapters that are active; alpha = scale * r makes it
-    the function of our layers.
+    PEFT computes W x + (alpha / r) B A x, summed over active adapters, which with alpha = scale * r equals
+    `AdapterLinear`.
 
     Args:
         model: the model that PEFT will be given, with adapter layers in it.
-        folder: where to write, made where it is not there.
-        one: one adapter of the total rank, A stacked and B side by side, in the folder itself; else an adapter for
-            every branch, in a subfolder of its name.
+        folder: where to write; created if needed.
+        one: whether to write one adapter of the total rank, by concatenation, into the folder itself; otherwise an
+            adapter per branch, in a subfolder of its name.
 
     Returns:
         The files written.
@@ -97,7 +97,7 @@ def is_peft(folder: Path) -> bool:
 
 
 def read_peft(folder: Path) -> Branches:
-    """A PEFT adapter as one branch "lora", or one branch for every subfolder that holds an adapter, by its name.
+    """Reads a PEFT adapter as a branch "lora", or the adapters in subfolders as branches of the subfolders' names.
 
     Raises:
         UserError: no adapter, a file that cannot be read, settings or tensors that are not plain LoRA (all are named),
@@ -108,19 +108,19 @@ def read_peft(folder: Path) -> Branches:
         parts = {"lora": folder}
     if not parts:
         raise UserError(f"expected {CONFIG} in {folder} or in its subfolders, found none")
-    read = {name: _read(part) for name, part in parts.items()}
-    scales = {name: scale for name, (_, scale) in read.items()}
+    found = {name: _read_adapter(part) for name, part in parts.items()}
+    scales = {name: scale for name, (_, scale) in found.items()}
     if len(set(scales.values())) > 1:
         raise UserError(f"expected adapters of one lora_alpha / r in {folder}, found {scales}")
-    (first, (own, scale)), *others = read.items()
+    (first, (own, scale)), *others = found.items()
     for name, (pairs, _) in others:
         if pairs.keys() != own.keys():
             apart = listed(sorted(pairs.keys() ^ own.keys()))
             raise UserError(f"expected adapters of the same layers in {folder}; {first} and {name} differ in {apart}")
-    return Branches({layer: {name: pairs[layer] for name, (pairs, _) in read.items()} for layer in own}, scale)
+    return Branches({layer: {name: pairs[layer] for name, (pairs, _) in found.items()} for layer in own}, scale)
 
 
-def _read(folder: Path) -> tuple[dict[str, tuple[Tensor, Tensor]], float]:
+def _read_adapter(folder: Path) -> tuple[dict[str, tuple[Tensor, Tensor]], float]:
     """Layer to (A, B), and the scale."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file

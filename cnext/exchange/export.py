@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from cnext import backbones, methods, packages
 from cnext.adapters import exchange, exchange_authors, exchange_peft
 from cnext.backbones.base import Backbone
-from cnext.errors import UserError, unknown
+from cnext.errors import UserError, listed, unknown
 from cnext.exchange.logit_check import reference
 from cnext.exchange.model_card import FinalResults, RestorableConfig, card
 from cnext.methods.base import Method
@@ -118,9 +118,9 @@ def restore(run: Path, label: str | None = None) -> Restored:
     method = _method(config)
     method.setup(backbone, [stand_in(name) for name in config.tasks], torch.Generator().manual_seed(0))
     beside = trained_beside(backbone, config.recipe.trainable)
-    held = method.held() | beside
+    held = method.adapter_parameters() | beside
     if changed := sorted(held.keys() ^ tensors["adapters"].keys()):
-        raise UserError(f"{folder} does not fit {config.method} of this version: {exchange.listed(changed)}")
+        raise UserError(f"{folder} does not fit {config.method} of this version: {listed(changed)}")
     with torch.no_grad():
         for name, parameter in held.items():
             parameter.copy_(tensors["adapters"][name])

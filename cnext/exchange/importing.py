@@ -63,7 +63,7 @@ def import_adapter(
         checked = _check(path, outer, backbone)
         config = _config(path, backbone, method, made, weights)
         extras = {f"{kind}.{name}": tensor for kind, part in found.extras.items() for name, tensor in part.items()}
-        tensors = {"adapters": made.held(), "method": made.state_dict(), "optimizer": {}, EXTRAS: extras}
+        tensors = {"adapters": made.adapter_parameters(), "method": made.state_dict(), "optimizer": {}, EXTRAS: extras}
         checkpoint.write_json(folder / "config.json", config)
         checkpoint.save(folder / "checkpoints" / "0_imported", tensors, {"tasks_done": 0, "step": 0})
     counted = ", ".join(f"{name} (rank {rank})" for name, rank in own.items())

@@ -15,6 +15,7 @@ from typing import IO, Any, TypeVar
 import msgspec
 from torch import Tensor
 
+from cnext.config.run_config import current_names
 from cnext.errors import UserError, parse_json
 from cnext.runs import checkpoint, schemas
 from cnext.runs.checkpoint import Damaged
@@ -74,7 +75,7 @@ def check_free(path: Path, config: dict[str, Any]) -> None:
             old = parse_json(file.read_bytes())
         except ValueError as error:
             raise UserError(f"{file} is not JSON ({error}); give another --out or delete the folder") from error
-        changed = _differences(old, config)
+        changed = _differences(current_names(old) if isinstance(old, dict) else old, config)
         if changed and (path / "scores.jsonl").exists():
             listed = "\n".join(changed)
             raise UserError(
@@ -132,7 +133,7 @@ class RunFolder:
                 damaged.append(str(error))
                 continue
             if damaged:
-                say("\n".join([*dict.fromkeys(damaged), f"resuming from {path.name}; later steps are repeated"]))
+                say("\n".join([*dict.fromkeys(damaged), f"falling back to {path.name}; later steps are repeated"]))
             return path, tensors, values
         if damaged:
             listed = "\n".join(dict.fromkeys(damaged))

@@ -7,7 +7,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from cnext import methods
 from cnext.errors import UserError
 from cnext.runs import fingerprint
 from cnext.scoring import published
@@ -181,7 +180,6 @@ def _states(here: Side, there: Side) -> States | None:
 
 def of_paper(method: str) -> Side:
     """The published results of a method in the Continual-NExT paper. Raises UserError with the methods that it has."""
-    method = methods.canonical(method)
     paper = published.continual_next()
     conditions = {**paper["conditions"], "clip": SUITES_OWN}
     tasks = conditions["tasks"]

@@ -41,7 +41,7 @@ def made(
     method.setup(model, [stand_in(task) for task in TASKS], torch.Generator().manual_seed(0))
     if isinstance(method, methods.base.TaskBranches):
         method.activate(learnt)
-    held = method.held() | trained_beside(model, trainable)
+    held = method.adapter_parameters() | trained_beside(model, trainable)
     torch.manual_seed(0)
     with torch.no_grad():
         for parameter in held.values():
@@ -232,7 +232,7 @@ def test_only_branches_of_learnt_tasks_are_exported(tmp_path: Path) -> None:
         ("mode", "routed by their input"),
         ("mr-lora", "mr-lora selects parameters by the question"),
         ("prompt-pool", "prompt-pool selects parameters by the question"),
-        ("zero-shot", "found none that takes part"),
+        ("zero-shot", "found none that is active"),
     ],
 )
 def test_methods_that_are_no_adapter_are_refused(method: str, message: str, tmp_path: Path) -> None:

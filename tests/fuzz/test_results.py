@@ -42,7 +42,7 @@ def study(place: Path) -> Path:
             value = json.loads((folder / f"{name}.json").read_text()) | {"seed": seed}
             value |= {"fingerprint": FINGERPRINT, "digests": DIGESTS} if name == "results" else {}
             (folder / f"{name}.json").write_text(json.dumps(value))
-        Heartbeat(folder).beat(stage=1, task="VQAv2", step=3, steps=9, left=3.0, whole=9.0, seconds_per_step=0.1)
+        Heartbeat(folder).update(stage=1, task="VQAv2", step=3, steps=9, left=3.0, whole=9.0, seconds_per_step=0.1)
     # What libraries look for once (fonts) is found before anyone watches.
     write_report(place / "runs" / "mage" / "seed-0")
     return place / "runs"

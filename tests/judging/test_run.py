@@ -302,13 +302,13 @@ def test_an_option_that_would_change_nothing_is_refused(
     given: list[str], run: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["judge", str(run), *given]) == 2
-    assert capsys.readouterr().err.startswith(f"error: {given[-2]} belongs to ")
+    assert capsys.readouterr().err.startswith(f"error: {given[-2]} needs ")
     assert not (run / "judge").exists()
 
 
 def test_validate_has_no_stages(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["judge", "validate", "--every-stage", "--out", str(tmp_path / "judge")]) == 2
-    assert "error: --every-stage belongs to run folders; leave it out" in capsys.readouterr().err
+    assert "error: --every-stage needs run folders; leave it out" in capsys.readouterr().err
     assert main(["judge", "validate", "--out", str(tmp_path / "judge")]) == 0
     assert (tmp_path / "judge" / "rules.json").is_file()
 
