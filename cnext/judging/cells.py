@@ -61,7 +61,7 @@ class JudgedRun:
         for path in (file, scores):
             if not path.is_file():
                 raise UserError(
-                    f"{path} is not there: a judge needs a whole run folder, with {file.name}, {scores.name} and "
+                    f"{path} is missing: a judge needs a complete run folder, with {file.name}, {scores.name} and "
                     "predictions/; give one, or run cnext-run again"
                 )
         results = schemas.read(file, Modalities)
@@ -113,10 +113,10 @@ def _cell(run: Path, row: StageScore, zero_shot: StageScore | None, writes: dict
 def _case(run: Path, row: StageScore, answer: Answer, index: int, known: frozenset[str], draws: bool) -> Case:
     source, target = (Path(path) if path else None for path in (answer.source_image, answer.target_image))
     kind = ("edit" if source else "draw") if draws else "box" if row.scorer == "box" else "text"
-    drawn, expected = run / answer.image if answer.image else None, "" if draws else answer.answer
-    by_rule = rule(row.scorer, answer.text, bool(drawn), expected, answer.instruction, known, answer.error or "other")
-    asked = (kind, answer.instruction, expected, answer.text)
-    return Case(row.stage, row.task, index, answer.id, *asked, drawn, source, target, by_rule)
+    image, expected = run / answer.image if answer.image else None, "" if draws else answer.answer
+    by_rule = rule(row.scorer, answer.text, bool(image), expected, answer.instruction, known, answer.error or "other")
+    texts = (kind, answer.instruction, expected, answer.text)
+    return Case(row.stage, row.task, index, answer.id, *texts, image, source, target, by_rule)
 
 
 def table(run: JudgedRun, cells: Sequence[Cell], labels: Mapping[Case, str | None]) -> dict[str, Any]:

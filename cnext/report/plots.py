@@ -23,7 +23,7 @@ DARK = {INK: "#e9e6df", MUTED: "#a5a199", FAINT: "#45433f", PAPER: "#161618"}
 # Okabe and Ito's hues, darkened until each has a contrast of 3 or more on both papers.
 TASK_COLOURS = ("#0076b8", "#d55e00", "#009066", "#bc5f94", "#957000", "#6d68c9", "#3a8f9e", "#8a6f5c")
 SCORE_COLOUR = TASK_COLOURS[0]
-# Apart in lightness, so that they stay apart without hue.
+# Of different lightness, so that they are distinct without hue.
 ERROR_COLOURS = {"hallucination": "#9c3a1c", "instruction_unfollowing": "#d98a55", "other": "#a9a59c"}
 ON_ERROR_COLOURS = {"hallucination": "#ffffff", "instruction_unfollowing": "#000000", "other": "#000000"}
 MORE, LESS = TASK_COLOURS[:2]
@@ -73,7 +73,7 @@ def svg(draw: Callable[..., Figure], crop: bool = False) -> Callable[..., bytes]
     """
 
     @functools.wraps(draw)
-    def drawn(*args: object, **options: object) -> bytes:
+    def render(*args: object, **options: object) -> bytes:
         import matplotlib
 
         buffer = io.BytesIO()
@@ -84,7 +84,7 @@ def svg(draw: Callable[..., Figure], crop: bool = False) -> Callable[..., bytes]
         head, mark, body = buffer.getvalue().partition(b"<defs>")
         return head + _stylesheet().encode() + mark + body
 
-    return drawn
+    return render
 
 
 def _stylesheet() -> str:

@@ -18,11 +18,8 @@ def headline(run: Run) -> Section:
     """The setting of the run, warnings, and the main metrics."""
     results, metrics, count = run.results, run.results.metrics, len(run.tasks)
     samples = sorted(set(results.samples.values()))
-    facts = [
-        f"{key} {v}"
-        for key in ("backbone", "budget", "order", "seed", "split")
-        if (v := getattr(results, key)) not in ("", None)
-    ]
+    setting = {key: getattr(results, key) for key in ("backbone", "budget", "order", "seed", "split")}
+    facts = [f"{key} {value}" for key, value in setting.items() if value not in ("", None)]
     facts += [f"{' to '.join(map(str, samples[:: max(1, len(samples) - 1)]))} samples a task"] if samples else []
     blocks: list[Block] = [Text(" · ".join(facts), "facts")]
     if not run.finished:
@@ -32,11 +29,7 @@ def headline(run: Run) -> Section:
         blocks.append(Text("Budget smoke: a test that everything works; its scores mean nothing.", "banner"))
     numbers = [
         ("Avg.ACC", metrics.get("avg_acc"), "mean score over all tasks after the last stage, in percent"),
-        (
-            "Forgetting",
-            metrics.get("forgetting"),
-            "mean drop since a task was learnt, all but the last, in points",
-        ),
+        ("Forgetting", metrics.get("forgetting"), "mean drop since a task was learnt, all but the last, in points"),
         ("New.ACC", metrics.get("new_acc"), "mean score of each task right after it was learnt"),
         ("Zero-shot", mean_seen(run.scores[0]), "mean score over all tasks before training"),
     ]
@@ -115,8 +108,8 @@ def error_types(run: Run) -> Section:
             f"{time}: " + ", ".join(f"{error.replace('_', ' ')} {points(share)}" for error, share in parts.items())
             for time, parts in bars.items()
         )
-        drawn = plots.errors(bars, name if once else run.stage(learnt))
-        pictures.append(Picture(f"errors_{task + 1}.svg", drawn, f"Error shares of {name}, {words}"))
+        plot = plots.errors(bars, name if once else run.stage(learnt))
+        pictures.append(Picture(f"errors_{task + 1}.svg", plot, f"Error shares of {name}, {words}"))
         if len(bars) > 1:
             growth = [bars["end"][error] - bars["learnt"][error] for error in ERROR_TYPES]
             rows.append([name, *(points(value, signed=True) for value in (*growth, sum(growth)))])

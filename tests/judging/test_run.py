@@ -50,11 +50,11 @@ def run(tmp_path: Path) -> Path:
         folder.mkdir(parents=True)
         for task in order[:stage]:
             rows = [_row(run, folder, task, source, *pair) for pair in enumerate(ANSWERS[task][stage - 1])]
-            (folder / f"{task}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+            (folder / f"{task}.jsonl").write_text(lines(rows))
             strict = sum(row["strict"] for row in rows) / len(rows)
             row = {"stage": stage, "trained": trained, "task": task, "scorer": SCORERS[task], "samples": len(rows)}
             scores.append({**row, "strict": strict, "paper": strict, "errors": dict.fromkeys(PROFILES, NO_ERRORS)})
-    (run / "scores.jsonl").write_text("".join(json.dumps(row) + "\n" for row in scores))
+    (run / "scores.jsonl").write_text(lines(scores))
     writes = {task: ["image" if task == "pictures" else "text"] for task in order}
     (run / "results.json").write_text(json.dumps({"tasks": order, "writes": writes}))
     return run
@@ -99,12 +99,12 @@ def test_rules_add_up_to_forgetting(run: Path, capsys: pytest.CaptureFixture[str
     assert found["metrics"]["avg_iuf"] == pytest.approx((80 + 100 / 3) / 2)
     assert "Forgetting 73.33" in shown
     assert "INCOMPLETE" not in shown
-    rows = [json.loads(line) for line in (run / "judge" / "rules.jsonl").read_text().splitlines()]
+    rows = read_lines(run / "judge" / "rules.jsonl")
     assert len(rows) == sum(cell["errors"] for cell in found["cells"])
     scored = {}
     for file in (run / "predictions").glob("*/*.jsonl"):
-        for index, line in enumerate(file.read_text().splitlines()):
-            scored[int(file.parent.name[0]), file.stem, index] = json.loads(line)["error"]
+        for index, row in enumerate(read_lines(file)):
+            scored[int(file.parent.name[0]), file.stem, index] = row["error"]
     assert {(r["stage"], r["task"], r["index"]): r["error"] for r in rows}.items() <= scored.items()
     before = (run / "judge" / "rules.json").read_bytes()
     judge_run(run, JudgeConfig())
@@ -169,25 +169,30 @@ def test_unjudged_errors_are_counted_for_no_type(run: Path, capsys: pytest.Captu
     assert table(run, "toy")["complete"]
 
 
-def answer_more(run: Path) -> None:
-    """More wrong answers to colors, which no rule decides."""
-    more = ["green", "pink", "cyan", "gold", "teal", "navy"]
-    rows = {}
-    for stage, trained in ((1, "colors"), (3, "pictures")):
-        file = run / "predictions" / f"{stage}_{trained}" / "colors.jsonl"
-        known = [json.loads(line) for line in file.read_text().splitlines()]
-        known += [known[-1] | {"id": text, "text": text, "strict": 0.0, "error": "hallucination"} for text in more]
-        file.write_text("".join(json.dumps(row) + "\n" for row in known))
-        rows[stage] = sum(row["strict"] for row in known) / len(known)
-    scores = [json.loads(line) for line in (run / "scores.jsonl").read_text().splitlines()]
+def lines(rows: list[dict]) -> str:
+    return "".join(json.dumps(row) + "\n" for row in rows)
+
+
+def read_lines(file: Path) -> list[dict]:
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+def answer_again(run: Path, stage: str, task: str, rows: list[dict]) -> None:
+    """Replaces the answers to a task after a stage, with their mean score."""
+    (run / "predictions" / stage / f"{task}.jsonl").write_text(lines(rows))
+    scores = read_lines(run / "scores.jsonl")
     for row in scores:
-        if row["task"] == "colors" and row["stage"] in rows:
-            row["strict"] = rows[row["stage"]]
-    (run / "scores.jsonl").write_text("".join(json.dumps(row) + "\n" for row in scores))
+        if (f"{row['stage']}_{row['trained']}", row["task"]) == (stage, task):
+            row["strict"] = sum(answer["strict"] for answer in rows) / len(rows)
+    (run / "scores.jsonl").write_text(lines(scores))
 
 
 def test_a_part_of_the_errors_gives_estimates(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    answer_more(run)
+    for stage in ("1_colors", "3_pictures"):
+        known = read_lines(run / "predictions" / stage / "colors.jsonl")
+        more = [{"id": text, "text": text} for text in ("green", "pink", "cyan", "gold", "teal", "navy")]
+        wrong = {"strict": 0.0, "error": "hallucination"}
+        answer_again(run, stage, "colors", known + [known[-1] | wrong | row for row in more])
     with serving(Judge(brain=lambda messages: {"follows_instruction": True, "consistent": False})) as judge:
         given = ["judge", str(run), "--judge", f"openai:{judge.url}", "--model", "toy"]
         assert main(given) == 0
@@ -208,18 +213,13 @@ def test_a_part_of_the_errors_gives_estimates(run: Path, capsys: pytest.CaptureF
 
 def test_words_that_a_task_knows_are_words(run: Path) -> None:
     """A "tv" has no vowel, and is no slip of the form where the task asks about one; "djt" is."""
-    file = run / "predictions" / "3_pictures" / "colors.jsonl"
-    row = json.loads(file.read_text().splitlines()[0]) | {"instruction": "What is it?"}
+    row = read_lines(run / "predictions" / "3_pictures" / "colors.jsonl")[0] | {"instruction": "What is it?"}
     asked = [("tv", "tv", 100.0, ""), ("lamp", "tv", 0.0, ""), ("lamp", "djt", 0.0, "")]
     rows = [row | dict(zip(("answer", "text", "strict", "error"), of, strict=True)) for of in asked]
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    scores = [json.loads(line) for line in (run / "scores.jsonl").read_text().splitlines()]
-    of_colors = {"stage": 3, "task": "colors"}
-    scores = [row | {"strict": 100 / 3} if row.items() >= of_colors.items() else row for row in scores]
-    (run / "scores.jsonl").write_text("".join(json.dumps(row) + "\n" for row in scores))
+    answer_again(run, "3_pictures", "colors", rows)
     judge_run(run, JudgeConfig())
-    labels = [json.loads(line) for line in (run / "judge" / "rules.jsonl").read_text().splitlines()]
-    found = [row["error"] for row in labels if row.items() >= of_colors.items()]
+    labels = read_lines(run / "judge" / "rules.jsonl")
+    found = [row["error"] for row in labels if (row["stage"], row["task"]) == (3, "colors")]
     assert found == ["hallucination", "instruction_unfollowing"]
 
 
@@ -235,10 +235,10 @@ def test_every_run_of_a_folder_is_judged(run: Path, tmp_path: Path, capsys: pyte
 def test_replay_of_part_of_the_verdicts(run: Path) -> None:
     with serving(Judge()) as judge:
         judge_run(run, JudgeConfig(f"openai:{judge.url}", "toy"))
-    lines = (run / "judge" / "toy.jsonl").read_text().splitlines(keepends=True)
+    rows = read_lines(run / "judge" / "toy.jsonl")
     left = set()
-    for dropped in range(len(lines)):
-        (run / "part.jsonl").write_text("".join(lines[:dropped] + lines[dropped + 1 :]))
+    for dropped in range(len(rows)):
+        (run / "part.jsonl").write_text(lines(rows[:dropped] + rows[dropped + 1 :]))
         found = judge_run(run, JudgeConfig(f"replay:{run / 'part.jsonl'}"))
         assert not found["complete"]
         assert found["reasons"] == {"no verdict in the file": found["unjudged"]}
@@ -250,7 +250,7 @@ def test_replay_of_part_of_the_verdicts(run: Path) -> None:
     ("spoil", "message"),
     [
         ("results.json", "is no run folder and holds none"),
-        ("scores.jsonl", "scores.jsonl is not there: a judge needs a whole run folder"),
+        ("scores.jsonl", "scores.jsonl is missing: a judge needs a complete run folder"),
         ("predictions/3_pictures/boxes.jsonl", "boxes.jsonl: a judge needs a run's predictions, found none"),
     ],
     ids=["results", "scores", "predictions"],
@@ -273,9 +273,9 @@ def test_answers_of_another_run_are_refused(run: Path, capsys: pytest.CaptureFix
 
 
 def test_an_untrained_run_is_judged_by_its_zero_shot_answers(run: Path) -> None:
-    lines = (run / "scores.jsonl").read_text().splitlines()
-    zero = json.loads(lines[0]) | {"stage": 0, "trained": "zero-shot"}
-    (run / "scores.jsonl").write_text("".join(f"{line}\n" for line in (json.dumps(zero), *lines)))
+    scores = read_lines(run / "scores.jsonl")
+    zero = scores[0] | {"stage": 0, "trained": "zero-shot"}
+    (run / "scores.jsonl").write_text(lines([zero, *scores]))
     (run / "predictions" / "1_colors").rename(run / "predictions" / "0_zero-shot")
     assert len(judge_run(run, JudgeConfig())["cells"]) == 7
 
