@@ -71,7 +71,7 @@ def run_main(arguments: list[str] | None = None) -> int:
 def _list(arguments: argparse.Namespace) -> None:
     from cnext.studies import catalog
 
-    print(catalog.everything() if arguments.suite is None else catalog.suite(arguments.suite))
+    print(catalog.listing(arguments.suite))
 
 
 def _card(arguments: argparse.Namespace) -> None:
@@ -176,10 +176,11 @@ def _import(arguments: argparse.Namespace) -> None:
 
 
 def _doctor(arguments: argparse.Namespace) -> int:
+    from cnext.config.run_config import Options
     from cnext.doctor import checks
 
-    options = (arguments.backbone, arguments.suite, arguments.weights, arguments.data, arguments.clip, arguments.out)
-    return checks.main(checks.RunOptions(*options), arguments.json)
+    names = ("backbone", "suite", "weights", "data", "clip", "out")
+    return checks.main(Options(**{name: getattr(arguments, name) for name in names}), arguments.json)
 
 
 def _parser() -> argparse.ArgumentParser:
