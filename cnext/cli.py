@@ -267,7 +267,7 @@ def _parser() -> argparse.ArgumentParser:
     verb.add_argument("--tries", type=int, metavar="N", help="attempts per request (default: 5)")
     verb.add_argument("--out", type=Path, help="output folder of `validate` (default: ./judge)")
 
-    text = "check the files of a suite, or write a smaller suite drawn from them"
+    text = "check the files of a suite, or write a random sample of them as a suite"
     data = verbs.add_parser("data", help=text, description=text[0].upper() + text[1:] + ".")
     parts = data.add_subparsers(dest="part", required=True, metavar="part")
     text = "read and count every file of a suite; exit status 0: no problems, 1: problems found, 2: wrong usage"
