@@ -75,12 +75,7 @@ def pretrain(out: Path, seed: int = 0, scale: float = 1.0, threads: int = 1) -> 
 
 
 def _card(
-    seed: int,
-    threads: int,
-    steps: dict[str, int],
-    seconds: dict[str, float],
-    metrics: Metrics,
-    parameters: dict[str, int],
+    seed: int, threads: int, steps: dict[str, int], seconds: dict[str, float], metrics: Metrics, counts: dict[str, int]
 ) -> str:
     measured = "\n".join(
         f"| {stage} | {seconds[stage]:.0f} | " + ", ".join(f"{name} {value}" for name, value in values.items()) + " |"
