@@ -72,7 +72,7 @@ def run_main(arguments: list[str] | None = None) -> int:
 def _list(arguments: argparse.Namespace) -> None:
     from cnext.studies import catalog
 
-    print(catalog.everything() if arguments.suite is None else catalog.suite(arguments.suite))
+    print(catalog.listing(arguments.suite))
 
 
 def _card(arguments: argparse.Namespace) -> None:
@@ -177,10 +177,11 @@ def _import(arguments: argparse.Namespace) -> None:
 
 
 def _doctor(arguments: argparse.Namespace) -> int:
+    from cnext.config.run_config import Options
     from cnext.doctor import checks
 
-    options = (arguments.backbone, arguments.suite, arguments.weights, arguments.data, arguments.clip, arguments.out)
-    return checks.main(checks.RunOptions(*options), arguments.json)
+    names = ("backbone", "suite", "weights", "data", "clip", "out")
+    return checks.main(Options(**{name: getattr(arguments, name) for name in names}), arguments.json)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -267,7 +268,7 @@ def _parser() -> argparse.ArgumentParser:
     verb.add_argument("--tries", type=int, metavar="N", help="attempts per request (default: 5)")
     verb.add_argument("--out", type=Path, help="output folder of `validate` (default: ./judge)")
 
-    text = "check the files of a suite, or write a smaller suite drawn from them"
+    text = "check the files of a suite, or write a random sample of them as a suite"
     data = verbs.add_parser("data", help=text, description=text[0].upper() + text[1:] + ".")
     parts = data.add_subparsers(dest="part", required=True, metavar="part")
     text = "read and count every file of a suite; exit status 0: no problems, 1: problems found, 2: wrong usage"

@@ -11,10 +11,10 @@ import hashlib
 import json
 import os
 import shutil
-from dataclasses import dataclass
 from pathlib import Path
 
 from cnext import packages
+from cnext.config.run_config import Options, cache
 from cnext.errors import UserError, unknown
 from cnext.packages import ERROR, NOTE, OK, Check
 from cnext.tasks.base import DataError, Suite
@@ -31,19 +31,7 @@ VIT_B_32_SHA256 = "40d365715913c9da98579312b702a82c18be219cc2a73407c4526f58eba95
 """SHA-256 of ViT-B-32.pt as published by OpenAI."""
 
 
-@dataclass(frozen=True)
-class RunOptions:
-    """The run to check for; fields as in ``cnext.config.run_config.Options``."""
-
-    backbone: str = "tiny"
-    suite: str = "next-tiny"
-    weights: Path | None = None
-    data: Path | None = None
-    clip: str | None = None
-    out: Path = Path("runs")
-
-
-def main(run: RunOptions, as_json: bool) -> int:
+def main(run: Options, as_json: bool) -> int:
     """Prints the checks as text or as JSON. Returns 0 if the run can start, else 1."""
     from cnext.runs import environment
 
@@ -57,7 +45,7 @@ def main(run: RunOptions, as_json: bool) -> int:
     return 0 if ready else 1
 
 
-def check_run(run: RunOptions) -> list[Check]:
+def check_run(run: Options) -> list[Check]:
     """All checks for a run on this machine. Raises UserError for an unknown backbone or suite."""
     from cnext import backbones as known
     from cnext.tasks import suites
@@ -118,7 +106,7 @@ def kernels() -> list[Check]:
     return found
 
 
-def backbones(run: RunOptions, writes_images: bool = False) -> list[Check]:
+def backbones(run: Options, writes_images: bool = False) -> list[Check]:
     """Whether the weights of the run's backbone are found, and which other backbones need none.
 
     Args:
@@ -188,11 +176,10 @@ def scorers(suite: Suite, clip: str | None) -> list[Check]:
     return [Check("scorers", "CLIP", OK, text)]
 
 
-def memory_and_disk(run: RunOptions) -> list[Check]:
+def memory_and_disk(run: Options) -> list[Check]:
     """Free memory, compared with the measured peak of a run or else the size of its weights, and free disk."""
     import torch
 
-    from cnext.config.run_config import cache
     from cnext.studies import resources
 
     needed, source = _needed_memory(run)
@@ -215,7 +202,7 @@ def memory_and_disk(run: RunOptions) -> list[Check]:
     return checks
 
 
-def _needed_memory(run: RunOptions) -> tuple[float, str]:
+def _needed_memory(run: Options) -> tuple[float, str]:
     """Bytes that a run needs at least, and where the figure comes from; 0 if it is not known."""
     from cnext import backbones as known
     from cnext.studies.resources import PEAK_MEMORY

@@ -23,6 +23,7 @@ from cnext.pretrain_tiny.stages import clip_vocabulary, pretrain_clip, pretrain_
 
 STAGES = {"vision": 2200, "decoder phase 1": 2600, "decoder phase 2": 1300, "clip": 1200}
 """Optimizer steps of each stage."""
+Metrics = dict[str, dict[str, float]]
 T = TypeVar("T")
 
 
@@ -50,7 +51,7 @@ def pretrain(out: Path, seed: int = 0, scale: float = 1.0, threads: int = 1) -> 
     torch.set_num_threads(threads)
     steps = {name: max(round(count * scale), 1) for name, count in STAGES.items()}
     seconds: dict[str, float] = {}
-    metrics: dict[str, dict[str, float]] = {}
+    metrics: Metrics = {}
 
     def timed(name: str, stage: Callable[[Callable[[str], None]], T]) -> T:
         started = time.perf_counter()
@@ -74,19 +75,14 @@ def pretrain(out: Path, seed: int = 0, scale: float = 1.0, threads: int = 1) -> 
 
 
 def _card(
-    seed: int,
-    threads: int,
-    steps: dict[str, int],
-    seconds: dict[str, float],
-    metrics: dict[str, dict[str, float]],
-    parameters: dict[str, int],
+    seed: int, threads: int, steps: dict[str, int], seconds: dict[str, float], metrics: Metrics, counts: dict[str, int]
 ) -> str:
     measured = "\n".join(
         f"| {stage} | {seconds[stage]:.0f} | " + ", ".join(f"{name} {value}" for name, value in values.items()) + " |"
         for stage, values in metrics.items()
     )
     taken_steps = ", ".join(f"{name} {count}" for name, count in steps.items())
-    sizes = ", ".join(f"{name} {count:,}" for name, count in parameters.items())
+    sizes = ", ".join(f"{name} {count:,}" for name, count in counts.items())
     return f"""# Model card: the tiny backbone and its CLIP
 
 Written by `python -m cnext.pretrain_tiny --seed {seed} --threads {threads}`. For tests,

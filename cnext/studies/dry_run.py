@@ -54,8 +54,8 @@ def estimate(planned: Plan) -> Estimate:
             task = planned.suite.task(name)
             trained, step_seconds = _time_steps(planned, ready, task)
             test = ready.samples[config.split][name]
-            asked = len(test) if config.data else recipe.test_samples or len(test)
-            answers = _time_answers(planned, ready, task, test[:TIMED_SAMPLES]) * asked
+            questions = len(test) if config.data else recipe.test_samples or len(test)
+            answers = _time_answers(planned, ready, task, test[:TIMED_SAMPLES]) * questions
             training = step_seconds * recipe.steps[name]
             # A task is evaluated zero-shot, after its own training, and after every later task.
             total += training + answers * (2 if method.joint else 1 + len(planned.order) - index)
@@ -95,8 +95,8 @@ def _time_steps(planned: Plan, ready: Prepared, task: Task) -> tuple[int, float]
     parameters = ready.method.trainable(task)
     if not parameters:
         return 0, 0.0
-    samples, kept = ready.samples["train"][task.name], ready.method.card.rehearsal
-    memory = {task.name: samples[:kept]} if kept else {}
+    samples, stored = ready.samples["train"][task.name], ready.method.card.rehearsal
+    memory = {task.name: samples[:stored]} if stored else {}
     trainer = begin(planned, ready, task, parameters, samples, TIMED_STEPS + 1, memory)
     ready.backbone.train()
     trainer.train_step()

@@ -83,19 +83,19 @@ def text(planned: Plan, gpus: int, teraflops: float) -> str:
             f"{task.name:<12} {steps:>7,} {own.batch_size:>6} {samples:>10,} {epochs:>7} {samples * length:>15,} "
             f"{spent:>7.1f}"
         )
-    asked = _questions(planned, tasks)
+    questions = _questions(planned, tasks)
     answering = sum(
-        count * _answer_seconds(backbone, task, sizes, recipe.precision, teraflops) for task, count in asked
+        count * _answer_seconds(backbone, task, sizes, recipe.precision, teraflops) for task, count in questions
     )
     answering /= gpus * 3600
-    pictures = sum(count for task, count in asked if "image" in task.writes)
+    pictures = sum(count for task, count in questions if "image" in task.writes)
     size = _disk(method, sizes, len(tasks))
-    questions = f"{sum(count for _, count in asked):,} questions, {pictures:,} of them answered by a picture"
+    counts = f"{sum(count for _, count in questions):,} questions, {pictures:,} of them with image answers"
     machine = (
         f"{teraflops:g} TFLOP/s and {BANDWIDTH / 1e12:g} TB/s per GPU, {DECODING_BATCH} answers at once, no padding"
     )
     lines += [
-        f"evaluation: {questions}: {answering:.1f} hours",
+        f"evaluation: {counts}: {answering:.1f} hours",
         f"time: {hours + answering:.1f} hours",
         f"memory per GPU: {memory / 1e9:.1f} GB while training, with the whole model on each",
         f"disk: {size / 1e9:.1f} GB of checkpoints, and the answers",

@@ -24,11 +24,10 @@ from cnext.config.run_config import Plan, RunConfig
 from cnext.errors import UserError
 from cnext.monitoring import heartbeat
 from cnext.monitoring.eta import Estimate
-from cnext.monitoring.progress import Event, StudyProgress, shown_metrics
+from cnext.monitoring.progress import Event, StudyProgress
 from cnext.monitoring.signals import Stop
 from cnext.runs import command_line
-from cnext.studies.local import CRASH, TAIL, Failure, end_of_log, failure, name
-from cnext.tables.aggregate import read
+from cnext.studies.local import CRASH, TAIL, Failure, end_of_log, failure, name, show_end
 
 PACKAGES = {"ray": "ray", "slurm": "submitit"}
 POLL = 1.0
@@ -260,14 +259,7 @@ def launch(launcher: str, plans: list[Plan], given: dict[str, Any], jobs: int) -
                         _show(shown, config)
                         continue
                     del running[handle]
-                    found = read(config.folder) if ended.status == 0 else None
-                    if found:
-                        shown.end(name(config), shown_metrics(found.values))
-                    elif stopping:
-                        shown.end(name(config), "stopped, and progress saved", failed=True)
-                    else:
-                        failures.append(_failure(config, ended))
-                        shown.end(name(config), f"failed, see {config.folder / heartbeat.LOG}", failed=True)
+                    failures += show_end(shown, _failure(config, ended), ended.status == 0, stopping)
                 time.sleep(POLL)
         finally:
             for handle in running:

@@ -105,17 +105,22 @@ def run_in_parallel(plans: list[Plan], jobs: int) -> list[Failure]:
                     process.join()
                     del running[connection]
                     assert process.exitcode is not None, "join() returned"
-                    found = None if process.exitcode else read(config.folder)
-                    if found:
-                        shown.end(name(config), shown_metrics(found.values))
-                    elif stopping and process.exitcode in (0, -signal.SIGTERM):
-                        shown.end(name(config), "stopped, and progress saved", failed=True)
-                    else:
-                        failures.append(failure(config, process.exitcode))
-                        shown.end(name(config), f"failed, see {config.folder / LOG}", failed=True)
+                    stopped = stopping and process.exitcode in (0, -signal.SIGTERM)
+                    failures += show_end(shown, failure(config, process.exitcode), process.exitcode == 0, stopped)
         finally:
             _stop([process for process, _ in running.values()], 0.0 if stopping else GRACE)
     return failures
+
+
+def show_end(shown: StudyProgress, failed: Failure, succeeded: bool, stopped: bool) -> list[Failure]:
+    """Shows how a run ended. Returns its failure, unless it has results or was stopped."""
+    config = failed.config
+    if succeeded and (found := read(config.folder)):
+        shown.end(name(config), shown_metrics(found.values))
+        return []
+    text = "stopped, and progress saved" if stopped else f"failed, see {config.folder / LOG}"
+    shown.end(name(config), text, failed=True)
+    return [] if stopped else [failed]
 
 
 def _start(config: RunConfig) -> tuple[Connection, SpawnProcess]:

@@ -15,8 +15,8 @@ from tasks.official import write_continual_next
 
 from cnext import packages
 from cnext.cli import main, run_main
+from cnext.config.run_config import Options
 from cnext.doctor import checks
-from cnext.doctor.checks import RunOptions
 from cnext.errors import UserError
 from cnext.ops import dispatch
 from cnext.packages import ERROR, EVERY_RUN, NOTE, OK, SOME_RUNS, Check
@@ -149,10 +149,10 @@ def test_weights_that_are_not_there(backbone: str, tmp_path: Path, capsys: pytes
 def test_weights_that_write_images_if_the_suite_needs_them(tmp_path: Path) -> None:
     weights = write_released(tmp_path / "pretrained", drawing=False)
     for drawn, expected in ((False, {"seed-x": OK}), (True, {"seed-x": OK, "seed-x images": ERROR})):
-        found = checks.backbones(RunOptions("seed-x", weights=weights), drawn)
+        found = checks.backbones(Options("seed-x", weights=weights), drawn)
         assert {name: state for name, state in states(found).items() if "seed-x" in name} == expected
     assert f"expected in {weights}, and not there: seed_detokenizer/first_stage" in found[-2].text
-    shown = states(checks.check_run(RunOptions("seed-x", "continual-next", weights)))
+    shown = states(checks.check_run(Options("seed-x", "continual-next", weights=weights)))
     assert shown["seed-x images"] == ERROR
 
 
@@ -161,7 +161,7 @@ def test_a_name_that_is_not_known(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["doctor", "--backbone", "huge"]) == 2
     assert "unknown backbone 'huge'; valid: emu3, janus, seed-x, tiny" in capsys.readouterr().err
     with pytest.raises(UserError, match="unknown suite 'coins'"):
-        checks.check_run(RunOptions(suite="coins"))
+        checks.check_run(Options(suite="coins"))
 
 
 def test_data(tmp_path: Path) -> None:
@@ -189,7 +189,7 @@ def test_a_clip_file_is_loaded_and_nothing_is_downloaded(tmp_path: Path) -> None
 
 
 def test_memory_and_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    run = RunOptions(out=tmp_path / "not" / "there")
+    run = Options(out=tmp_path / "not" / "there")
     assert set(states(checks.memory_and_disk(run)).values()) == {OK}
     monkeypatch.setattr(resources, "available_memory", lambda: 5e8)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1e6))
