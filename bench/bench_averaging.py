@@ -1,11 +1,11 @@
-"""The averaging step: ``pytest bench/ --benchmark-only -k averaging``. CNEXT_TEST_DEVICE=cuda runs it on a GPU.
+"""Benchmarks of the averaging ops: ``pytest bench/ --benchmark-only -k averaging``; CNEXT_TEST_DEVICE=cuda: on a GPU.
 
 The rank-8 branches that MAGE trains (three of four) on LLaMA2-13B's seven linear layers: 40 decoder layers on a GPU, 5
-on a CPU. Every candidate is checked against plain torch first. A row's ``time_over_yardstick`` is the median ratio of
-its time to the yardstick's, timed in pairs; the yardstick is `pema_step_` unless the row's group says otherwise.
+on a CPU. Every candidate is checked against plain torch first. A row's ``time_over_baseline`` is the median ratio of
+its time to the baseline's, timed in pairs; the baseline is `pema_step_` unless the row's group says otherwise.
 
-On a GPU calls are timed as CUDA graphs. Rows named "eager" are calls as a training loop makes them, with the host's
-part; what waits for the host, DEMA as released and the dense inverse, has these alone.
+On a GPU calls are timed as CUDA graphs. Rows named "eager" include the host's time, as in a training loop; what
+synchronizes with the host (DEMA as released, the dense inverse) has only these.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from timing import DEVICE, GPU, SMALL
 from torch import Tensor, nn
 
 from cnext import ops
-from cnext.ops import dispatch, reference
-from cnext.ops.rules import OPS
+from cnext.ops import dispatch
+from cnext.ops.averaging_table import OPS
 
-# torch 2.11 warns of its own code
+# torch 2.11 warns about its own code
 pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script:DeprecationWarning")
 LAYERS = 40 if GPU else 1 if SMALL else 5
 WIDE, NARROW, RANK, LIVE = 13824, 5120, 8, 3
@@ -84,11 +84,11 @@ PER_STEP = {
 if not GPU:
     del PER_STEP["triton"]
 TIMED = ("graph", "eager") if GPU else ("eager",)
-"""How calls are made that run in a CUDA graph and without one."""
+"""How calls are timed."""
 
 
 def fused_step() -> tuple[Callable[[], object], list[list[Tensor]]]:
-    """The yardstick on buffers of its own."""
+    """The baseline, on its own buffers."""
     lists = filled(1e-2, 1e-3, -1e-3, 1e-2)
     return lambda: ops.pema_step_(*lists, LEVEL), lists
 
@@ -97,16 +97,16 @@ def fused_step() -> tuple[Callable[[], object], list[list[Tensor]]]:
 @pytest.mark.parametrize("name", PER_STEP)
 def test_pema_step(race, name, timed):
     function = PER_STEP[name]()
-    yardstick, lists = fused_step()
+    baseline, lists = fused_step()
     plain = copy.deepcopy(lists)
-    reference.pema_step_(*plain, LEVEL)
+    OPS["pema_step_"].reference(*plain, LEVEL)
     function(*lists, LEVEL)
     for k in (2, 3):
         torch.testing.assert_close(lists[k], plain[k], rtol=1e-5, atol=1e-7)
     path = ops.last_path("pema_step_") if name in ("fused", "triton") else name
     race.run(
         lambda: function(*lists, LEVEL),
-        yardstick,
+        baseline,
         parameters=PARAMETERS,
         bytes_per_parameter=24,
         operations_per_parameter=12,
@@ -129,17 +129,17 @@ def test_rule(race, rule, dtype):
     numbers = {"ema_step": {"beta": 0.99}, "pema_merge": {"new_scale": 1.0}}.get(rule, {})
     function = getattr(ops, op.name)
     plain, result = copy.deepcopy(lists), copy.deepcopy(lists)
-    getattr(reference, op.name)(*plain, **numbers)
+    op.reference(*plain, **numbers)
     function(*result, **numbers)
     for a, b in zip(plain, result, strict=True):
         torch.testing.assert_close(b, a, rtol=1e-4, atol=1e-6)
     width = {name: lists[i][0].element_size() for i, name in enumerate(op.roles)}
     passes = sum(width.values()) + sum(width[name] for name in op.written)
     twice = sum(width.values()) if len(op.rules) > 1 else 0
-    yardstick, _ = fused_step()
+    baseline, _ = fused_step()
     race.run(
         lambda: function(*lists, **numbers),
-        yardstick,
+        baseline,
         parameters=PARAMETERS,
         bytes_per_parameter=passes + twice,
         path=ops.last_path(op.name),
@@ -148,7 +148,7 @@ def test_rule(race, rule, dtype):
 
 
 def dema_released(theta: list[Tensor], grad: list[Tensor], ema: list[Tensor], held: dict[int, Tensor]) -> None:
-    """CIA's loop as its code has it: norms and a host synchronisation per tensor, and a copy of every gradient."""
+    """CIA's loop as released: norms and a host synchronization per tensor, and a copy of every gradient."""
     for i, (now, g, average) in enumerate(zip(theta, grad, ema, strict=True)):
         a = torch.norm(now - average, p=1)
         b = torch.norm(g, p=1)
@@ -167,10 +167,10 @@ def test_dema_as_released_eager(race):
     dema_released(theta, grad, ema, held)
     ops.dema_step_(*other)
     torch.testing.assert_close(ema, other[2], rtol=1e-4, atol=1e-6)
-    yardstick, _ = fused_step()
+    baseline, _ = fused_step()
     race.run(
         lambda: dema_released(theta, grad, ema, held),
-        yardstick,
+        baseline,
         parameters=PARAMETERS,
         bytes_per_parameter=72,
         state_bytes_per_parameter=8,
@@ -179,14 +179,16 @@ def test_dema_as_released_eager(race):
 
 
 if not GPU:
-    HOST = ("op", "prepared", "prepared, gradients anew", "gradients of parameters anew")
+    HOST = ("op", "prepared", "prepared, gradients per call", "gradients of parameters per call")
 
     @pytest.mark.parametrize("name", HOST)
     @pytest.mark.parametrize("rule", ["pema_step_", "dema_step_", "adamw_pema_step_"])
     def test_host_time(race, rule, name):
-        """What a call costs the host: 1,680 tensors without an element, so that the kernels have nothing to do. The
-        yardstick is the unprepared op. Rounds begin with cold caches; ``warm_seconds`` is the median of calls in a row.
-        On a GPU `gpu.py` has these rows, with the tensors of the other benchmarks."""
+        """Host time of a call on 1,680 empty tensors, without work for kernels; the baseline is the unprepared op.
+
+        Rounds start with cold caches; ``warm_seconds`` is the median of consecutive calls. On a GPU `gpu.py` has these
+        rows, with the tensors of the other benchmarks.
+        """
         tensors, op = 1680, OPS[rule]
         race.benchmark.group = f"averaging, host time of {rule} on {tensors} tensors"
         given = dict(zip(op.roles, filled(*[1.0] * len(op.roles), shapes=[(0, 2)] * tensors), strict=True))
@@ -196,12 +198,12 @@ if not GPU:
         rows = [torch.full((tensors,), 1e-3, dtype=torch.float64)] if op.rows[0] else []
         numbers = ADAMW if rule.startswith("adamw") else {}
         whole = ops.prepare(rule, *given.values())
-        anew = ops.prepare(rule, *(None if one == "grad" else x for one, x in given.items()))
+        per_call = ops.prepare(rule, *(None if one == "grad" else x for one, x in given.items()))
         calls: dict[str, Callable[[], object]] = {
             "op": lambda: getattr(ops, rule)(*given.values(), *rows, **numbers),
             "prepared": lambda: whole(*rows, **numbers),
-            "prepared, gradients anew": lambda: anew(*rows, grad=given["grad"], **numbers),
-            "gradients of parameters anew": lambda: anew(*rows, grad=[p.grad for p in parameters], **numbers),
+            "prepared, gradients per call": lambda: per_call(*rows, grad=given["grad"], **numbers),
+            "gradients of parameters per call": lambda: per_call(*rows, grad=[p.grad for p in parameters], **numbers),
         }
         warm = timing.call_ms(calls[name], 50)["host_ms"] / 1e3
         race.run(calls[name], calls["op"], rounds=40, path=ops.last_path(rule), tensors=tensors, warm_seconds=warm)
@@ -209,7 +211,7 @@ if not GPU:
 
 @pytest.mark.parametrize("name", ["dense inverse", "low rank"])
 def test_released_formula(race, name):
-    """The released loop's matrix formula on one A tensor; the yardstick is its low-rank form."""
+    """The released loop's matrix formula on one A tensor; the baseline is its low-rank form."""
     theta, grad, ema = filled(1e-3, 1e-3, 1e-3, shapes=[MATRIX])
 
     def dense(theta: list[Tensor], grad: list[Tensor], ema: list[Tensor]) -> None:
@@ -221,12 +223,12 @@ def test_released_formula(race, name):
     wide = [[x.double() for x in xs] for xs in (theta, grad, ema)]
     exact, exact_low = copy.deepcopy(wide), copy.deepcopy(wide)
     dense(*exact)
-    reference.pema_released_(*exact_low)
+    OPS["pema_released_"].reference(*exact_low)
     torch.testing.assert_close(exact_low[2], exact[2], rtol=1e-8, atol=1e-8)
     start = ema[0].clone()
 
     def low(*lists: list[Tensor]) -> None:
-        lists[2][0].copy_(start)  # the rule diverges, so every call starts anew
+        lists[2][0].copy_(start)  # the rule diverges, so every call starts from the same values
         ops.pema_released_(*lists)
 
     def inverse() -> None:
@@ -246,11 +248,11 @@ def test_released_formula(race, name):
 
 
 ADAMW_TRAFFIC = {"torch fused": 28, "torch fused, then pema_step": 52, "one pass": 44, "one pass, v as fisher": 36}
-"""Bytes that each moves for a parameter."""
+"""Bytes moved per parameter."""
 
 
 def adamw(name: str) -> Callable[[], object]:
-    """A step of AdamW, with the average where the name says so, on buffers of its own."""
+    """A step of AdamW, with the average where the name says so, on its own buffers."""
     theta, grad, m, v, fisher, ema = filled(1e-2, 1e-3, 1e-4, -1e-3, -1e-3, 1e-2)
     if name.startswith("one pass"):
         own = None if "v as" in name else fisher
@@ -266,7 +268,7 @@ def adamw(name: str) -> Callable[[], object]:
 
 
 def check_adamw(impl: str | None = None) -> None:
-    """The one pass, with a Fisher diagonal of its own and with v as that, against plain torch."""
+    """Checks `adamw_pema_step_` against plain torch, with its own Fisher diagonal and with v in its place."""
     for shared in (False, True):
         lists = filled(1e-2, 1e-3, 1e-4, -1e-3, -1e-3, 1e-2, shapes=SHAPES[:14])
         plain = copy.deepcopy(lists)
@@ -279,7 +281,7 @@ def check_adamw(impl: str | None = None) -> None:
 
 @pytest.mark.parametrize("name", ADAMW_TRAFFIC)
 def test_adamw(race, name):
-    """AdamW with the average; the yardstick is torch's fused AdamW followed by the fused `pema_step_`."""
+    """AdamW with the average; the baseline is torch's fused AdamW followed by the fused `pema_step_`."""
     check_adamw()
     race.run(
         adamw(name),

@@ -1,7 +1,9 @@
-"""Linear layers with branches: ``pytest bench/ --benchmark-only -k branches``. CNEXT_TEST_DEVICE=cuda runs it on a GPU.
+"""Benchmarks of linear layers with branches: ``pytest bench/ --benchmark-only -k branches``.
+
+CNEXT_TEST_DEVICE=cuda runs them on a GPU.
 
 LLaMA2-13B's three shapes in bfloat16; on a CPU the shapes are a quarter as wide and float32, and one thread works.
-Every candidate is checked before it is timed. A row's ``time_over_yardstick`` is the median ratio of its time to that
+Every candidate is checked before it is timed. A row's ``time_over_baseline`` is the median ratio of its time to that
 of the frozen linear layers (forward, and dX), in pairs; on a GPU both are CUDA graphs, save in the training step.
 """
 
@@ -23,7 +25,7 @@ from cnext.ops import dispatch
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
-    pytest.mark.filterwarnings("ignore:.torch.jit.script:DeprecationWarning"),  # torch 2.11 warns of its own code
+    pytest.mark.filterwarnings("ignore:.torch.jit.script:DeprecationWarning"),  # torch 2.11 warns about its own code
 ]
 SHAPES = {"qkvo": (NARROW, NARROW), "gate-up": (NARROW, WIDE), "down": (WIDE, NARROW)}
 ROWS = (14080, 880, 64) if GPU else (880, 64)
@@ -105,7 +107,7 @@ if not GPU:
 
 
 def apart_or_together(peer: str, made: nn.ModuleList) -> Callable[[Tensor], Sequence[Tensor]]:
-    """Layers that read the same x as the peer computes them: one by one, or as one."""
+    """How a peer computes layers that read the same x: one by one, or in one call."""
     layers: list[Any] = list(made)
     if peer == "unsloth":
         return lambda x: branch_peers.unsloth(layers, x)
@@ -119,7 +121,7 @@ GROUPED = ("cnext", "cnext-grouped", "released", "peft-rank-32", "unsloth", "lor
 
 @pytest.mark.parametrize(("peer", "dropout"), [(g, p) for p in (0.0, 0.05) for g in GROUPED if not p or g != "unsloth"])
 def test_branches_qkv(race, peer, dropout):
-    """Three layers that read one x, forward and backward. Passes over x and chains of dX may be shared."""
+    """Three layers that read the same x, forward and backward, which may share passes over x and dX."""
     shape, rows = (NARROW, NARROW), ROWS[0]
     race.benchmark.group = f"branches q, k and v, {NARROW} wide, {rows} rows, dropout {dropout}"
     layers, (x, grad) = [layer(shape, dropout) for _ in range(3)], inputs(rows, shape)
@@ -145,7 +147,7 @@ GROUPS = (("qkvo", 3), ("qkvo", 1), ("gate-up", 2), ("down", 1))
 
 
 def seven(peer: str, dropout: float, rows: int) -> tuple[Callable[[], object], Callable[[], object], Callable[[], int]]:
-    """Forward and backward of the seven as a peer computes them, of the frozen ones alone, and what the graph keeps."""
+    """Forward and backward of the seven layers by a peer and of the frozen ones, and the bytes that the graph saves."""
     peer = {"cnext": "cnext-grouped"}.get(peer, peer)
     alone = peer.removesuffix("-grouped").removesuffix("-alone")
     runs, frozen, live, xs, grads, owned = [], [], [], [], [], nn.ModuleList()
@@ -189,7 +191,7 @@ def test_branches_seven(race, peer, dropout):
 
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 def test_branches_merged(race, shape):
-    """Merged, the layer is its base."""
+    """A merged layer costs what its base costs."""
     race.benchmark.group = "branches merged, 64 rows"
     made, (x, _) = layer(shape, 0.0), inputs(64, shape)
     made.merge()
@@ -200,13 +202,13 @@ def test_branches_merged(race, shape):
 @pytest.mark.parametrize("dropout", [0.0, 0.05])
 @pytest.mark.parametrize("peer", ["peft-lora", "released"])
 def test_branches_train_step(race, peer, dropout, tmp_path: Path):
-    """A whole training step of the tiny backbone: the peer's time over that of ``mage``."""
+    """A training step of the tiny backbone; the baseline is ``mage``."""
     from cnext.backbones.tiny.model import TinyBackbone
     from cnext.tasks import formats, suites, synthetic
 
     race.benchmark.group = f"branches, training step, eager, dropout {dropout}"
     task = suites.load("next-tiny").task("VQAv2")
-    samples = formats.read(task, synthetic.write_next_tiny(tmp_path / "data", 16, 1), "train")
+    samples = formats.read_samples(task, synthetic.write_next_tiny(tmp_path / "data", 16, 1), "train")
 
     def step(kind: str) -> Callable[[], object]:
         tiny = TinyBackbone.load(DEVICE).train()

@@ -1,10 +1,10 @@
-"""A whole decoder layer, its seven linear layers with branches: ``pytest bench/ --benchmark-only -k decoder_layer``.
+"""Benchmark of a decoder layer with branches: ``pytest bench/ --benchmark-only -k decoder_layer``.
 
 One layer of LLaMA2-13B in bfloat16, 14,080 tokens in 16 sequences; on a CPU a quarter as wide, float32, 256 tokens, one
-thread. A row's ``time_over_yardstick`` is the median ratio of forward and backward to those of the frozen layer, in
-pairs, checkpointed where the row is. ``kept_bytes`` is what the graph keeps besides parameters, without a checkpoint,
-``peak_bytes`` the most that a call allocates at a time, ``state_bytes`` the branches' parameters. "mage" is what
-`cnext.attach_mage` makes, where q, k and v, and gate and up, are computed together; "cnext" each layer alone.
+thread. A row's ``time_over_baseline`` is the median ratio of forward and backward to those of the frozen layer, in
+pairs, both checkpointed where the row is. ``kept_bytes`` is what the graph saves besides parameters, without
+checkpointing, ``peak_bytes`` the peak allocation of a call, ``state_bytes`` the branches' parameters. "mage" is the
+result of `cnext.attach_mage`, with q, k and v, and gate and up, computed together; "cnext" each layer alone.
 """
 
 from __future__ import annotations
@@ -91,17 +91,17 @@ def test_branches_decoder_layer(race, peer, dropout, checkpointed):
     def with_branches() -> tuple[Tensor, ...]:
         return both(forward, live, checkpointed)
 
-    booked: dict[str, object] = {"x_bytes": x.nbytes, "state_bytes": sum(p.nbytes for p in layer.parameters())}
-    booked["state_bytes_frozen"] = sum(p.nbytes for p in base.parameters())
-    booked["peak_bytes"] = peak_bytes(with_branches)
-    booked["peak_bytes_frozen"] = peak_bytes(lambda: both(frozen, [x], checkpointed))
+    extra: dict[str, object] = {"x_bytes": x.nbytes, "state_bytes": sum(p.nbytes for p in layer.parameters())}
+    extra["state_bytes_frozen"] = sum(p.nbytes for p in base.parameters())
+    extra["peak_bytes"] = peak_bytes(with_branches)
+    extra["peak_bytes_frozen"] = peak_bytes(lambda: both(frozen, [x], checkpointed))
     if not checkpointed:
-        booked["kept_bytes"] = kept_bytes(forward, x, layer)
-        booked["kept_bytes_frozen"] = kept_bytes(frozen, x, base)
+        extra["kept_bytes"] = kept_bytes(forward, x, layer)
+        extra["kept_bytes_frozen"] = kept_bytes(frozen, x, base)
     if peer in ("mage", "cnext"):
         calls = LINEARS if peer == "cnext" else len(bench_branches.GROUPS)
         assert ops_run(with_branches) == {"lora_branches": calls * (1 + checkpointed), "lora_branches_backward": calls}
-        booked["path"] = ops.last_path("lora_branches_backward")
+        extra["path"] = ops.last_path("lora_branches_backward")
         expected = dispatch.choose("lora_branches", DEVICE, None, rows=SEQUENCES * TOKENS)
-        assert booked["path"] == expected or not (dropout or GPU)
-    race.run(with_branches, lambda: both(frozen, [x], checkpointed), rounds=20 if GPU else 7, **booked)
+        assert extra["path"] == expected or not (dropout or GPU)
+    race.run(with_branches, lambda: both(frozen, [x], checkpointed), rounds=20 if GPU else 7, **extra)

@@ -1,8 +1,8 @@
-"""The main job as a user runs it: wall time and peak memory of whole commands, each in a process of its own.
+"""Benchmarks of whole commands: wall time and peak memory of the main job, and of help and lists.
 
     pytest bench/bench_run.py --benchmark-only
 
-Targets (2 cores): the default budget in 180 s, the smoke budget in 40 s, 2 GB of memory, help and list in 0.5 s.
+Targets (2 cores): preset default in 180 s, preset smoke in 40 s, 2 GB of memory, help and list in 0.5 s.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ import pytest
 COMMAND = [sys.executable, "-m", "cnext"]
 
 
-@pytest.mark.parametrize(("budget", "seconds"), [("smoke", 40), ("default", 180)])
-def test_main_job(benchmark, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, budget: str, seconds: float) -> None:
-    """``cnext-run --method mage`` from start to report, the suite drawn anew."""
+@pytest.mark.parametrize(("preset", "seconds"), [("smoke", 40), ("default", 180)])
+def test_main_job(benchmark, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, preset: str, seconds: float) -> None:
+    """``cnext-run --method mage`` from start to report, with a newly generated suite."""
     monkeypatch.setenv("CNEXT_CACHE", str(tmp_path / "cache"))
 
     def command() -> None:
         shutil.rmtree(tmp_path / "runs", ignore_errors=True)
-        flags = ["--method", "mage", "--budget", budget, "--out", str(tmp_path / "runs")]
+        flags = ["--method", "mage", "--preset", preset, "--out", str(tmp_path / "runs")]
         subprocess.run([*COMMAND, "run", *flags], cwd=tmp_path, check=True)
 
     benchmark.pedantic(command, rounds=1)

@@ -1,9 +1,9 @@
-"""One linear layer with four branches of rank 8, three of them live: by cnext, and as others compute it.
+"""Implementations of a linear layer with four branches of rank 8, three of them trained: cnext's and others'.
 
-`PEERS` maps a name to a maker: adapter layer to a module of the same function. "unsloth" and "lorafusion" are those
-projects' algorithms, rewritten here from their descriptions (arXiv 2510.00206 for LoRAFusion) on the vendor's GEMMs:
-Unsloth does not import without a GPU, and LoRAFusion is on no package index. Both, like "peft-rank-32", are one adapter
-of the concatenated rank, all of it live, because neither knows frozen branches.
+`PEERS` maps a name to a factory: adapter layer to a module of the same function. "unsloth" and "lorafusion" are those
+projects' algorithms, rewritten here from their descriptions (arXiv 2510.00206 for LoRAFusion) on torch's GEMMs: Unsloth
+cannot be imported without a GPU, and LoRAFusion is not packaged. Both, like "peft-rank-32", are one adapter of the
+concatenated rank, all of it trained, because neither supports frozen branches.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def adapted(base: nn.Linear, dropout: float) -> AdapterLinear:
 
 
 class Peer(nn.Module):
-    """What the peers start from: the frozen layer, and the branches, one by one or joined."""
+    """Base class: the frozen layer, and the branches, one by one or concatenated."""
 
     def __init__(self, made: AdapterLinear) -> None:
         super().__init__()
@@ -64,7 +64,7 @@ class Released(Peer):
 
 
 class Concatenated(Peer):
-    """One LoRA of the branches' concatenation, as eager torch has it."""
+    """One LoRA of the concatenated branches in eager torch."""
 
     def forward(self, x: Tensor) -> Tensor:
         a, b = self.joined()
@@ -72,7 +72,7 @@ class Concatenated(Peer):
 
 
 class Whole(Peer):
-    """One adapter of the concatenated rank, all of it live."""
+    """One adapter of the concatenated rank, all of it trained."""
 
     def __init__(self, made: AdapterLinear) -> None:
         super().__init__(made)
@@ -81,14 +81,14 @@ class Whole(Peer):
 
 
 class Unsloth(Whole):
-    """Unsloth's algorithm, rewritten: products added in place, x alone kept, h computed again; without dropout."""
+    """Unsloth's algorithm, rewritten: products added in place, only x saved, h recomputed; without dropout."""
 
     def forward(self, x: Tensor) -> Tensor:
         return unsloth([self], x)[0]
 
 
 def unsloth(layers: list[Unsloth], x: Tensor) -> tuple[Tensor, ...]:
-    """Layers that read the same x, such as q, k and v: one autograd node, dX added up in place."""
+    """Layers that read the same x, such as q, k and v: one autograd node, dX accumulated in place."""
     assert not any(layer.p for layer in layers)
     return _Unsloth.apply(x, *(part for layer in layers for part in (layer.base.weight, layer.a, layer.b)))
 
@@ -148,7 +148,7 @@ class _LoraFusion(torch.autograd.Function):
 
 
 class By(Peer):
-    """cnext's own op by an implementation that is named, where `cnext.ops.dispatch` would choose."""
+    """cnext's op with an explicit implementation."""
 
     def __init__(self, made: AdapterLinear, impl: str) -> None:
         super().__init__(made)
@@ -175,7 +175,7 @@ def together(layers: Sequence[AdapterLinear | By], x: Tensor, impl: str | None =
 
 
 def peft(made: AdapterLinear, count: int) -> nn.Module:
-    """PEFT's layer with as many adapters, the last of several frozen."""
+    """PEFT's layer with ``count`` adapters, the last of several frozen."""
     from peft.tuners.lora import Linear as LoraLinear
     from peft.tuners.lora import LoraConfig
 
@@ -196,7 +196,7 @@ def peft(made: AdapterLinear, count: int) -> nn.Module:
 
 
 def compiled(made: AdapterLinear) -> nn.Module:
-    """The concatenation through torch.compile, compiled anew: no earlier shape counts towards the recompile limit."""
+    """The concatenation through torch.compile with fresh caches, as earlier shapes count for its recompile limit."""
     torch.compiler.reset()
     return torch.compile(Concatenated(made), fullgraph=True)
 
@@ -215,7 +215,7 @@ PEERS: dict[str, Callable[[AdapterLinear], nn.Module]] = {
 
 
 def peers(dropout: float) -> list[str]:
-    """Those that know this dropout: Unsloth's fast path has none."""
+    """The peers that support this dropout: Unsloth's fast path has none."""
     return [name for name in PEERS if not dropout or name != "unsloth"]
 
 
@@ -226,7 +226,7 @@ def check(
     live: Sequence[Tensor],
     exact: Tensor | None = None,
 ) -> None:
-    """A candidate is right before it is timed, and no gradient of ``live`` is zero.
+    """Checks a candidate before it is timed; no gradient of ``live`` may be zero.
 
     Without dropout its output is near the float64 one. With any mask it is linear in x, so that <dX, x> = <dY, y>: a
     backward pass that forgets the mask, or draws another, fails.
@@ -260,7 +260,7 @@ def kept_bytes(function: Callable[[Tensor], Tensor], x: Tensor, module: nn.Modul
 
 
 def ops_run(function: Callable[[], object]) -> Counter[str]:
-    """How often a call runs each of cnext's ops: what shows that the layer took its own path, and no other."""
+    """How often a call runs each of cnext's ops, to check which path a layer took."""
     counts: Counter[str] = Counter()
 
     class Counting(TorchDispatchMode):

@@ -1,4 +1,4 @@
-"""Timing against a yardstick in the same process: each round runs the yardstick first, then the candidate."""
+"""Fixtures of the benchmarks: timing of a candidate in pairs with a baseline, in one process."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ COPY_BYTES = 2**31 if GPU else 2**20 if SMALL else 2**28
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--rows", type=Path, metavar="FILE", help="append each row of a race to FILE once it is known")
+    parser.addoption("--rows", type=Path, metavar="FILE", help="append every row to FILE as it is measured")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -26,7 +26,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def seconds(function: Callable[[], object]) -> float:
-    """Time of one call, the device's work included: by events on a GPU, by the clock on a CPU."""
+    """Time of one call including the device's work: by CUDA events on a GPU, by the clock on a CPU."""
     finish()
     if GPU:
         before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -46,7 +46,7 @@ def _status(field: str) -> int:
 
 
 def transient_bytes(function: Callable[[], object]) -> int:
-    """Peak memory that a call takes beyond what was held before it."""
+    """Peak memory of a call beyond what was allocated before it."""
     if GPU:
         finish()
         torch.cuda.reset_peak_memory_stats()
@@ -54,25 +54,25 @@ def transient_bytes(function: Callable[[], object]) -> int:
         function()
         finish()
         return torch.cuda.max_memory_allocated() - before
-    ctypes.CDLL(None).malloc_trim(0)  # gives back what earlier calls have freed
+    ctypes.CDLL(None).malloc_trim(0)  # returns freed memory to the system
     with open("/proc/self/clear_refs", "w") as file:
-        file.write("5")  # forgets the peak
+        file.write("5")  # resets the peak
     before = _status("VmRSS")
     function()
     return max(_status("VmHWM") - before, 0)
 
 
 class Race:
-    """Times a candidate against a yardstick, in pairs, and books what a reader needs to judge the row.
+    """Times a candidate against a baseline in pairs, and records time, memory and bandwidth.
 
-    Bandwidth is bytes read and bytes written by the program, over time. Two measures of what the memory gives are
-    timed in every round, by torch, on as many threads and far beyond the caches: a copy from one buffer to another,
-    and a buffer scaled in place. On a CPU whose stores go through the caches a copy also reads what it overwrites,
-    which is not counted; what is written in place has been read, so scaling moves what is counted, no more.
+    Bandwidth is bytes read plus bytes written by the program, over time. Every round also times two references of
+    memory bandwidth by torch, on the same threads and far beyond the caches: a copy of a buffer, and a buffer scaled in
+    place. On a CPU with write-allocate caches a copy also reads what it overwrites, which is not counted; scaling in
+    place moves no more than is counted.
     """
 
     def __init__(self, benchmark, rows: Path | None) -> None:
-        """rows: the file to which every row is appended once it is known."""
+        """rows: a file to append every row to."""
         self.benchmark, self.rows = benchmark, rows
         memory = torch.ones(COPY_BYTES // 8, device=DEVICE), torch.empty(COPY_BYTES // 8, device=DEVICE)
         self.copy = lambda: memory[1].copy_(memory[0])
@@ -81,31 +81,30 @@ class Race:
     def run(
         self,
         candidate: Callable[[], object],
-        yardstick: Callable[[], object],
+        baseline: Callable[[], object],
         *,
         parameters: int = 0,
         bytes_per_parameter: float = 0.0,
         rounds: int = 20,
         graph: bool = False,
-        **booked: object,
+        **extra: object,
     ) -> None:
-        """One row: paired times of yardstick and candidate, peak transient memory, and shares of bandwidth.
+        """One row: paired times of baseline and candidate, peak transient memory, and shares of bandwidth.
 
-        The shares, medians of the rounds' own, are those of moving ``bytes_per_parameter``; 0 for what is bound by
-        arithmetic, and then left out. With ``graph`` both are timed as CUDA graphs, and what the host takes to launch
-        them is not measured; else eager.
+        The shares, medians over the rounds, are those of moving ``bytes_per_parameter``; left out where it is 0
+        (compute-bound). With ``graph`` both are timed as CUDA graphs, without the host's launches; else eager.
         """
-        for function in (candidate, yardstick, self.copy, self.scale):
+        for function in (candidate, baseline, self.copy, self.scale):
             function()
         transient = transient_bytes(candidate)
         if graph:
-            candidate, yardstick = captured(candidate), captured(yardstick)
+            candidate, baseline = captured(candidate), captured(baseline)
         own, other, copy, scale = [], [], [], []
 
         def before() -> None:
-            # Both of a pair follow a copy, and so find the same in the caches.
+            # Both of a pair follow a copy, and so start with the same caches.
             self.copy()
-            other.append(seconds(yardstick))
+            other.append(seconds(baseline))
             scale.append(seconds(self.scale))
             copy.append(seconds(self.copy))
 
@@ -133,11 +132,11 @@ class Race:
             "graph": graph,
             "median_seconds": statistics.median(own),
             **(bandwidth if bytes_per_parameter else {}),
-            "time_over_yardstick": statistics.median(ratios),
-            "time_over_yardstick_20_80": (ratios[len(ratios) // 5], ratios[-1 - len(ratios) // 5]),
+            "time_over_baseline": statistics.median(ratios),
+            "time_over_baseline_20_80": (ratios[len(ratios) // 5], ratios[-1 - len(ratios) // 5]),
             "best_over_best": min(own) / min(other),
             "transient_bytes": transient,
-            **booked,
+            **extra,
         }
         if self.rows is not None:
             row = {"name": self.benchmark.fullname, "group": self.benchmark.group, **self.benchmark.extra_info}

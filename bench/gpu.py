@@ -1,13 +1,13 @@
-"""Evidence from a GPU: what is right there, and how fast. The most valuable questions first; correctness before speed.
+"""Checks and benchmarks on a GPU, the most important ones first and correctness before speed.
 
-    python bench/gpu.py                                        every part but the long ones, in under 8 minutes
+    python bench/gpu.py                                        all parts but the long ones, in under 8 minutes
     python bench/gpu.py --parts compiled,methods,seed_x        the long ones, in under 10
-    python bench/gpu.py --rehearse --out /tmp/rehearsal        the same program small on a CPU
-    python bench/gpu.py --wheels wheels                        what a machine without a network lacks
+    python bench/gpu.py --rehearse --out /tmp/rehearsal        the same program on small sizes on a CPU
+    python bench/gpu.py --wheels wheels                        collect wheels for a machine without a network
 
-Each part runs in a process group of its own, with a time limit; where one fails, the next begins. The output folder
-takes rows.jsonl, a row as soon as it is known, log.txt, and summary.txt, which ends what is printed. The exit status is
-0 where all parts ended in time and everything that was checked is right; a speed is no failure.
+Each part runs in its own process group with a time limit; where one fails, the next one starts. The output folder gets
+rows.jsonl (appended to as results come), log.txt, and summary.txt, which is printed at the end. The exit status is 0
+where all parts ended in time and every check passed; no speed makes it fail.
 """
 
 from __future__ import annotations
@@ -43,16 +43,16 @@ PARTS = {
     "methods": ("programs.every_method", 300),
     "seed_x": ("programs.seed_x", 240),
 }
-"""A part's function in bench/evidence, and the most seconds that it may take."""
+"""A part's function in bench/evidence, and its time limit in seconds."""
 LONG = ("compiled", "methods", "seed_x")
 SLOWER = 20
-"""By how much a rehearsal may take longer: a CPU, and what else runs on it."""
+"""Factor of the time limits with --rehearse: a CPU, and other load on it."""
 LEAST = 15
-"""Seconds under which no part is begun."""
+"""With fewer seconds left than this, no part is started."""
 
 
 def file(what: str) -> Path:
-    """Where results of this GPU and day go: bench/results/<gpu>_<date>_<what>."""
+    """Path of the results of this GPU and day: bench/results/<gpu>_<date>_<what>."""
     import torch
 
     words = [torch.cuda.get_device_name(), date.today().isoformat(), what]
@@ -61,10 +61,10 @@ def file(what: str) -> Path:
 
 
 def isolated(command: Sequence[str], log: Path, limit: float) -> tuple[int | str, float]:
-    """Runs a command in a process group of its own; after ``limit`` seconds the group is killed.
+    """Runs a command in its own process group, which is killed after ``limit`` seconds.
 
     Returns:
-        Its exit status, or "time limit", and the seconds that it took.
+        Its exit status or "time limit", and its seconds.
     """
     start = time.monotonic()
     with log.open("a") as out:
@@ -74,7 +74,7 @@ def isolated(command: Sequence[str], log: Path, limit: float) -> tuple[int | str
         except subprocess.TimeoutExpired:
             code = "time limit"
         finally:
-            # Whatever it has started and left ends with it.
+            # Its remaining child processes end with it.
             with suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
@@ -82,7 +82,7 @@ def isolated(command: Sequence[str], log: Path, limit: float) -> tuple[int | str
 
 
 def written(rows: Path) -> list[dict[str, Any]]:
-    """The rows of a file; the last one may have been cut off."""
+    """The rows of a file, without a last one that is incomplete."""
     found = []
     for line in rows.read_text().splitlines() if rows.is_file() else ():
         try:
@@ -93,7 +93,7 @@ def written(rows: Path) -> list[dict[str, Any]]:
 
 
 def machine(revision: str | None) -> dict[str, object]:
-    """Versions, and the revision of the source: as given, or where git tells it."""
+    """Versions, and the revision of the source: as given, or from git."""
     from importlib.metadata import version
 
     asked = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True)
@@ -108,19 +108,19 @@ def machine(revision: str | None) -> dict[str, object]:
 
 
 def faults(rows: Sequence[dict[str, Any]]) -> list[str]:
-    """What is wrong: rows that say so, rows with an error, and parts that did not end well."""
+    """Failed checks, rows with an error, and parts that did not exit with status 0."""
     found = []
     for row in rows:
         if row.get("ok") is False or isinstance(row.get("error"), str):
-            told = {key: row[key] for key in row if key not in ("part", "ok")}
-            found.append(f"{row['part']}: {json.dumps(told)[:300]}")
+            fields = {key: row[key] for key in row if key not in ("part", "ok")}
+            found.append(f"{row['part']}: {json.dumps(fields)[:300]}")
         elif row.get("code", 0) != 0:
             found.append(f"{row['part']}: ended with {row['code']} after {row['seconds']:.0f} s")
     return found
 
 
 def summary(rows: Sequence[dict[str, Any]]) -> Iterator[str]:
-    """A short line per finding."""
+    """A line per result."""
     first = {key: value for row in rows for key, value in row.items() if row["part"] in ("machine", "ceilings")}
     shown = ("gpu", "python", "torch", "cuda", "triton", "cnext", "revision")
     yield ", ".join(f"{key} {first[key]}" for key in shown if first.get(key))
@@ -135,42 +135,44 @@ def summary(rows: Sequence[dict[str, Any]]) -> Iterator[str]:
             share = f", {row['gb_per_s'] / 1e3 / copy:.2f} of the copy" if copy else ""
             yield f"{name:38} {row['ms']:.3f} ms, {row['gb_per_s']:.0f} GB/s{share}"
         elif "host_ms" in row:
-            yield f"{name:38} {row['wall_ms']:.2f} ms, of which the host {row['host_ms']:.3f}"
+            yield f"{name:38} {row['wall_ms']:.2f} ms, host {row['host_ms']:.3f} ms"
         elif "tflops" in row:
             yield f"{name:38} {row['shape']} {row['ms']:.3f} ms, {row['tflops']:.0f} TFLOP/s"
         elif part in ("branches", "layer", "compiled") and "ratio" in row:
             where = f"{row['shape']}, {row['rows']} rows" if "shape" in row else f"checkpointed {row['checkpointed']}"
-            yield f"{name:16} dropout {row['dropout']:<5} {where:32} {row['ratio']:.3f} of frozen"
+            yield f"{name:16} dropout {row['dropout']:<5} {where:32} {row['ratio']:.3f} x frozen"
         elif "launches" in row:
             yield f"{name:48} {row['launches']:.0f}"
         elif part in ("tests", "run", "sanitize", "methods", "seed_x") and "ok" in row:
-            yield f"{part} {name:32} {'right' if row['ok'] else 'WRONG'} {str(row.get('said', ''))[:80]}"
+            yield f"{part} {name:32} {'ok' if row['ok'] else 'FAILED'} {str(row.get('said', ''))[:80]}"
     checked = [row for row in rows if row["part"] == "check" and "ok" in row]
-    yield f"checks: {sum(row['ok'] for row in checked)} of {len(checked)} right"
-    yield from (f"FAULT {line}" for line in faults(rows))
+    yield f"checks: {sum(row['ok'] for row in checked)} of {len(checked)} passed"
+    yield from (f"FAILED {line}" for line in faults(rows))
 
 
 def parsed(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, usage="python bench/gpu.py [options]"
     )
-    parser.add_argument("--out", type=Path, help="folder, whose rows are added to; default: bench/results/<gpu>_<date>")
+    parser.add_argument("--out", type=Path, help="output folder, appended to (default: bench/results/<gpu>_<date>)")
     normal = [name for name in PARTS if name not in LONG]
     parser.add_argument(
-        "--parts", default=",".join(normal), help=f"some of {', '.join(PARTS)}; default: all but the long"
+        "--parts",
+        default=",".join(normal),
+        help=f"comma-separated: {', '.join(PARTS)} (default: all but the last {len(LONG)})",
     )
-    parser.add_argument("--seconds", type=float, default=560.0, help="for all parts together; default: 560")
-    parser.add_argument("--rehearse", action="store_true", help="the same program small on a CPU")
-    parser.add_argument("--revision", help="of the source, to be written down; default: what git says")
-    parser.add_argument("--wheels", type=Path, metavar="DIR", help="builds and downloads wheels into DIR, and ends")
-    parser.add_argument("--python", default=sys.executable, help="with --wheels: the interpreter that they are for")
-    parser.add_argument("--have", type=Path, help="with --wheels: a file with `pip freeze` of the other machine")
+    parser.add_argument("--seconds", type=float, default=560.0, help="time limit of all parts (default: %(default)s)")
+    parser.add_argument("--rehearse", action="store_true", help="run on small sizes on a CPU")
+    parser.add_argument("--revision", help="revision of the source to record (default: from git)")
+    parser.add_argument("--wheels", type=Path, metavar="DIR", help="build and download wheels into DIR, then exit")
+    parser.add_argument("--python", default=sys.executable, help="with --wheels: their interpreter (default: this one)")
+    parser.add_argument("--have", type=Path, help="with --wheels: file with `pip freeze` of the other machine")
     parser.add_argument("--one", help=argparse.SUPPRESS)  # a part, in its own process
     given = parser.parse_args(arguments)
     if unknown := [name for name in given.parts.split(",") if name not in PARTS]:
         parser.error(f"unknown part {unknown[0]!r}; valid: {', '.join(PARTS)}")
     if given.have and not given.have.is_file():
-        parser.error(f"--have {given.have}: there is no such file; `pip freeze` on the other machine writes it")
+        parser.error(f"--have {given.have}: no such file; expected the output of `pip freeze` on the other machine")
     return given
 
 
@@ -186,18 +188,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         import torch
 
         if not torch.cuda.is_available():
-            cpu = "the CPU benchmarks are: pytest bench/ --benchmark-only"
-            print(f"error: torch sees no CUDA device here; --rehearse runs small on a CPU, {cpu}", file=sys.stderr)
+            cpu = "benchmarks of a CPU are: pytest bench/ --benchmark-only"
+            print(f"error: torch sees no CUDA device here; --rehearse runs small on a CPU; {cpu}", file=sys.stderr)
             return 2
     out = given.out or file("")
     out.mkdir(parents=True, exist_ok=True)
     rows, log = out / "rows.jsonl", out / "log.txt"
     if given.one:
-        from evidence.book import Book
+        from evidence.recorder import Recorder
 
         module, function = PARTS[given.one][0].split(".")
         sys.path.append(str(ROOT / "tests"))  # the benchmarks' own helpers
-        getattr(importlib.import_module(f"evidence.{module}"), function)(Book(rows, given.one, not given.rehearse))
+        getattr(importlib.import_module(f"evidence.{module}"), function)(Recorder(rows, given.one, not given.rehearse))
         return 0
 
     def put(**row: object) -> None:
@@ -214,7 +216,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if not given.rehearse:
             limit = min(limit, given.seconds - (time.monotonic() - begin))
         if limit < LEAST:
-            put(part=part, name=part, error=f"{limit:.0f} s are left, and no part is begun under {LEAST}")
+            put(part=part, name=part, error=f"not started: {limit:.0f} s left, fewer than {LEAST}")
             continue
         options = ["--rehearse"] if given.rehearse else []
         command = [sys.executable, str(Path(__file__).resolve()), "--out", str(out.resolve()), "--one", part, *options]

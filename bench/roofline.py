@@ -1,9 +1,9 @@
-"""What the branches should cost on a GPU, from bytes and operations alone: ``python bench/roofline.py``.
+"""Roofline estimate of the branches' cost on a GPU: ``python bench/roofline.py``.
 
-Forward and backward of linear layers of LLaMA2-13B with branches, over the frozen layers alone, bfloat16, with dropout:
-the frozen products at the rate that a card was measured to reach (an H200; an H100 is assumed to be as fast), every
-other byte at 0.88 of its measured bandwidth. Launches are left out, and no kernel reaches all of it: what was measured
-on an H200 was added 1.8 times as much as predicted. Nothing here is a measurement; those are in bench/results.
+Time of forward and backward of LLaMA2-13B's linear layers with branches, divided by that of the frozen layers, in
+bfloat16 with dropout: frozen products at the measured rate of a card (an H200; an H100 is assumed to be as fast), all
+other bytes at 0.88 of its measured bandwidth. Launches are not counted, and kernels do not reach the roofline: on an
+H200 the branches added 1.8 times as much as predicted. These are predictions; measurements are in bench/results.
 """
 
 from __future__ import annotations
@@ -12,14 +12,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 ROWS, RANK, LIVE, WIDTH = 14080, 32, 24, 2
-"""Rows of x, total rank, rank of the live branches, bytes an element."""
+"""Rows of x, total rank, rank of the trained branches, bytes per element."""
 SHAPES = {"q, k, v": (5120, 5120, 3), "o": (5120, 5120, 1), "gate, up": (5120, 13824, 2), "down": (13824, 5120, 1)}
-"""In, out, and how many layers read the one input."""
+"""Input width, output width, and the number of layers that read the same input."""
 
 
 @dataclass
 class Card:
-    """Bytes a second of passes over memory, operations a second of products, what an added product takes more."""
+    """Bytes per second of memory passes, operations per second of products, relative overhead of an added product."""
 
     bandwidth: float
     flops: Callable[[int], float]
@@ -34,7 +34,7 @@ CARDS = {
 
 @dataclass
 class Bytes:
-    """What a design moves besides the frozen products: multiples of x, of y, and of float32 sums (rows, rank)."""
+    """Memory traffic besides the frozen products: multiples of x, of y, and of float32 sums (rows, rank)."""
 
     x: float
     y: float
@@ -43,13 +43,13 @@ class Bytes:
 
 
 def separate(dropped_stored: bool) -> Callable[[int], Bytes]:
-    """Each layer alone, the branches' products added after the frozen one; dropout in a pass of its own or fused."""
+    """Each layer alone, the branches' products added after the frozen one; dropout in a separate pass or fused."""
     x = 3 + 4 + 3 if dropped_stored else 1 + 2 + 1  # h, dX and dA
     return lambda layers: Bytes(x * layers, (2 + 2) * layers)
 
 
-def adapter_first(together: bool, one_pass: bool, out: int) -> Callable[[int], Bytes]:
-    """The branches written first. together: h, dX and dA once for all layers; one_pass: dh and dB from one reading."""
+def branches_first(together: bool, one_pass: bool, out: int) -> Callable[[int], Bytes]:
+    """The branches written first. together: h, dX and dA once for all layers; one_pass: dh and dB from one read."""
 
     def moved(layers: int) -> Bytes:
         passes = 1 if together else layers
@@ -60,7 +60,7 @@ def adapter_first(together: bool, one_pass: bool, out: int) -> Callable[[int], B
 
 
 def ratio(card: Card, shape: tuple[int, int, int], design: Callable[[int], Bytes]) -> tuple[float, float]:
-    """Seconds of the frozen layers, forward and backward, and those that a design adds."""
+    """Seconds of the frozen layers, forward and backward, and the seconds that a design adds."""
     inner, out, layers = shape
     operations = 2 * ROWS * inner * out
     frozen = layers * (operations / card.flops(inner) + operations / card.flops(out))
@@ -75,14 +75,14 @@ def ratio(card: Card, shape: tuple[int, int, int], design: Callable[[int], Bytes
 
 
 def main() -> None:
-    print("forward and backward over the frozen layers, predicted from bytes and operations")
+    print("predicted time of forward and backward, relative to the frozen layers")
     for name, card in CARDS.items():
         designs: dict[str, Callable[[int], Callable[[int], Bytes]]] = {
-            "added after, dropped x stored (CUDA before)": lambda out: separate(True),
-            "added after, dropout fused (Triton before)": lambda out: separate(False),
-            "adapter first, each layer alone, dY read twice": lambda out: adapter_first(False, False, out),
-            "adapter first, each layer alone": lambda out: adapter_first(False, True, out),
-            "adapter first, layers that share x together": lambda out: adapter_first(True, True, out),
+            "branches added after, dropped x stored": lambda out: separate(True),
+            "branches added after, dropout fused": lambda out: separate(False),
+            "branches first, each layer alone, dY read twice": lambda out: branches_first(False, False, out),
+            "branches first, each layer alone": lambda out: branches_first(False, True, out),
+            "branches first, layers that share x together": lambda out: branches_first(True, True, out),
         }
         print(f"\n{name:48}" + "".join(f"{shape:>10}" for shape in (*SHAPES, "all seven")))
         for what, design in designs.items():

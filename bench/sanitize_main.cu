@@ -60,9 +60,10 @@ void run(const Kernel& kernel, int beside, cudaStream_t stream) {
   require(cudaMalloc(&partial, sizeof(double) * size_t(blocks * columns) + 8), "cudaMalloc");
   uint32_t* tickets = filled<uint32_t>(tensors, 0);
   double* rows = filled<double>(tensors * (signature.row_width + !signature.row_width), 0x3f);
-  Numbers numbers{{0.5, 0.5, 0.5, 0.5, 0.0, 0, 0, 0}, signature.row_width ? rows : nullptr, signature.row_width};
-  const Counts counts{columns ? out : nullptr, partial, tickets};
-  require(kernel.launch(Lists{addresses.data(), sizes.data(), tensors}, numbers, counts, stream), signature.rule);
+  Scalars scalars{{}, signature.row_width ? rows : nullptr, signature.row_width};
+  for (int k = 0; k < signature.scalars; ++k) scalars.values[k] = 0.125 * (k + 1);
+  const Statistics statistics{columns ? out : nullptr, partial, tickets};
+  require(kernel.launch(Lists{addresses.data(), sizes.data(), tensors}, scalars, statistics, stream), signature.rule);
   require(cudaStreamSynchronize(stream), signature.rule);
   std::vector<uint32_t> left(sizes.size());
   require(cudaMemcpy(left.data(), tickets, 4 * left.size(), cudaMemcpyDeviceToHost), "cudaMemcpy");
@@ -106,10 +107,10 @@ void run_products(char type, const Shape& shape, int64_t gap, const Dropout& dro
   const Narrow h = narrow(rows, rank), dh = narrow(rows, rank), db = narrow(columns, shape.live);
   void* const bias = made(2 * columns);
   require(launch_project(type, shape, x, a, h, dropout, workspace("project"), stream), "project");
-  require(launch_spread(type, shape, h, a, nullptr, out, false, 0.5f, dropout, stream), "spread");
-  require(launch_spread(type, shape, h, a, bias, out, true, 0.5f, dropout, stream), "spread");
-  require(launch_gather(type, shape, out, a, h, dh, db, 0.5f, workspace("gather"), stream), "gather");
-  require(launch_weigh(type, shape, dh, x, da, dropout, workspace("weigh"), stream), "weigh");
+  require(launch_expand(type, shape, h, a, nullptr, out, false, 0.5f, dropout, stream), "expand");
+  require(launch_expand(type, shape, h, a, bias, out, true, 0.5f, dropout, stream), "expand");
+  require(launch_grad_b(type, shape, out, a, h, dh, db, 0.5f, workspace("grad_b"), stream), "grad_b");
+  require(launch_grad_a(type, shape, dh, x, da, dropout, workspace("grad_a"), stream), "grad_a");
   require(cudaStreamSynchronize(stream), "products");
   for (void* one : held) require(cudaFree(one), "cudaFree");
   ++ran;

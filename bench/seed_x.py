@@ -1,11 +1,11 @@
-"""SEED-X at its published size with random weights: learns two tasks with MAGE, and answers with text and an image.
+"""Benchmark of SEED-X at its published size with random weights: training on two tasks with MAGE, and generation.
 
     python bench/seed_x.py                 on a GPU of 80 GB; writes bench/results/<gpu>_<date>_seed-x.json
-    python bench/seed_x.py --small         the same program on a small model, anywhere; writes nothing
+    python bench/seed_x.py --small         the same program on a small model on any machine; writes nothing
 
-Speed and memory are those of the released weights; losses and answers mean nothing. Ten steps each of VQAv2, which
-writes text, and of HQEdit, which writes an image, in bfloat16 and with activations computed again, then the average of
-each. New tokens per second are of the whole answer, the image and the question read included.
+Speed and memory are those of the released weights; losses and answers are meaningless. Trains ten steps each of VQAv2
+(text output) and HQEdit (image output), in bfloat16 with activation checkpointing, each followed by its average. New
+tokens per second include the prefill of image and question.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ EULER = {
 
 @dataclass(frozen=True)
 class Size:
-    """What the parts measure. unet, vae: as diffusers' classes take them, beside what is the same at every size."""
+    """Sizes of the model's parts. unet, vae: options of diffusers' classes that depend on the size."""
 
     llm: dict[str, Any]
     vision: VisionSizes
@@ -120,7 +120,7 @@ SMALL = Size(
 
 @contextmanager
 def unfilled(dtype: torch.dtype) -> Iterator[None]:
-    """Inside, modules are made on the meta device, in that type."""
+    """A context in which modules are made on the meta device, in a dtype."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
@@ -132,7 +132,7 @@ def unfilled(dtype: torch.dtype) -> Iterator[None]:
 
 @torch.no_grad()
 def randomly(module: nn.Module, device: torch.device) -> Any:
-    """A module of the meta device, on its device and with numbers: norms of one, biases of zero, else normal, 0.02."""
+    """Moves a module from the meta device, with random weights: norms 1, biases 0, all else normal with std 0.02."""
     module.to_empty(device=device).requires_grad_(False)
     # Tables of positions are buffers, and memory that nobody has filled may hold anything.
     for name, tensor in itertools.chain(module.named_parameters(), module.named_buffers()):
@@ -144,7 +144,7 @@ def randomly(module: nn.Module, device: torch.device) -> Any:
 
 
 class RandomDrawing(Drawing):
-    """A de-tokenizer that is made up where the released one is read from files."""
+    """A de-tokenizer with random weights in place of the released files."""
 
     size: Size
 
@@ -174,7 +174,7 @@ class RandomDrawing(Drawing):
 
 
 def tokenizer(pieces: int) -> tuple[Tokenizer, list[str]]:
-    """One with that many pieces and the added tokens, and the words that are a piece each."""
+    """A tokenizer with that many pieces and the added tokens, and the words that are one piece."""
     import sentencepiece
 
     letters = string.ascii_lowercase
@@ -193,7 +193,7 @@ def tokenizer(pieces: int) -> tuple[Tokenizer, list[str]]:
 
 
 def backbone(size: Size, device: torch.device, dtype: torch.dtype, steps: int, folder: Path) -> tuple[SeedX, list[str]]:
-    """The model, and words that its tokenizer knows. steps: of denoising."""
+    """The model, and words of its tokenizer. steps: of denoising."""
     read, words = tokenizer(size.llm["vocab_size"] - len(ADDED))
     drawing = RandomDrawing(folder, "first", None, steps, device, dtype)
     object.__setattr__(drawing, "size", size)  # of a frozen dataclass
@@ -207,7 +207,7 @@ def backbone(size: Size, device: torch.device, dtype: torch.dtype, steps: int, f
 
 
 def samples(words: list[str], number: int, folder: Path) -> dict[str, list[Sample]]:
-    """Of both tasks, with images of 640 by 480 pixels: two tiles and the whole where they are read by tiles."""
+    """Samples of both tasks, with images of 640 by 480 pixels: with tiling, two tiles and the whole image."""
     from PIL import Image
 
     random = numpy.random.default_rng(0)
@@ -226,7 +226,7 @@ def samples(words: list[str], number: int, folder: Path) -> dict[str, list[Sampl
 
 @contextmanager
 def told(model: SeedX, *, picture: bool) -> Iterator[None]:
-    """Inside, no answer ends before its time, and one begins with an image where that is asked for."""
+    """A context in which no answer ends early, and image answers start with an image."""
     begin = model.tokenizer["<img>"]
 
     def steered(_: nn.Module, __: Any, logits: Tensor) -> Tensor:
@@ -242,7 +242,7 @@ def told(model: SeedX, *, picture: bool) -> Iterator[None]:
 
 
 def measured(device: torch.device, work: Callable[[], Any]) -> tuple[Any, dict[str, Any]]:
-    """What work gives, its seconds, and the most memory that was allocated on the device; None on a CPU."""
+    """Result, seconds and peak device memory of ``work``; None for the memory on a CPU."""
     gpu = device.type == "cuda"
     if gpu:
         torch.cuda.synchronize()
@@ -256,7 +256,7 @@ def measured(device: torch.device, work: Callable[[], Any]) -> tuple[Any, dict[s
 
 
 def learn(model: SeedX, method: Any, name: str, data: list[Sample], recipe: Recipe) -> dict[str, Any]:
-    """A task's steps, each timed, and its average."""
+    """Trains on a task, each step timed, and averages."""
     parameters = method.trainable(suites.load("continual-next").task(name))
     steps = recipe.steps[name]
     trainer = TaskTrainer(model, method, parameters, data, recipe, steps, (0, name))
@@ -284,7 +284,7 @@ def learn(model: SeedX, method: Any, name: str, data: list[Sample], recipe: Reci
 
 
 def answers(model: SeedX, method: Any, data: dict[str, list[Sample]], tokens: int) -> dict[str, Any]:
-    """Text for a batch of questions, and one image edited."""
+    """Generates text for a batch of questions, and one edited image."""
     asked, edit = data["VQAv2"], data["HQEdit"][:1]
 
     def answer(questions: list[Sample], picture: bool, new: int) -> Any:
@@ -305,7 +305,7 @@ def answers(model: SeedX, method: Any, data: dict[str, list[Sample]], tokens: in
 
 
 def bench(size: Size, device: torch.device, *, steps: int, batch: int, micro: int, tokens: int, denoising: int) -> Any:
-    """Everything measured, as it is written."""
+    """All measurements, as written to the file."""
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     precision = "bfloat16" if dtype == torch.bfloat16 else "float32"
     with tempfile.TemporaryDirectory() as made:
@@ -349,10 +349,10 @@ def bench(size: Size, device: torch.device, *, steps: int, batch: int, micro: in
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--small", action="store_true", help="a small model, on a CPU if there is no GPU")
-    parser.add_argument("--steps", type=int, default=10, help="optimizer steps of each of the two tasks")
-    parser.add_argument("--batch", type=int, default=16, help="samples of a step")
-    parser.add_argument("--micro", type=int, default=8, help="samples that go through the model at once")
+    parser.add_argument("--small", action="store_true", help="use a small model, on a CPU if there is no GPU")
+    parser.add_argument("--steps", type=int, default=10, help="optimizer steps per task (default: %(default)s)")
+    parser.add_argument("--batch", type=int, default=16, help="samples per step (default: %(default)s)")
+    parser.add_argument("--micro", type=int, default=8, help="samples per micro-batch (default: %(default)s)")
     given = parser.parse_args()
     gpu = torch.cuda.is_available()
     if not (gpu or given.small):

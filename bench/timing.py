@@ -1,4 +1,4 @@
-"""Time on a device: CUDA graphs, events, and candidates that take turns. Used by the benchmarks and by ``gpu.py``."""
+"""Timing, memory and profiling helpers of the benchmarks and of ``gpu.py``."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch import Tensor
 DEVICE = os.environ.get("CNEXT_TEST_DEVICE", "cpu")
 GPU = DEVICE == "cuda"
 SMALL = bool(os.environ.get("CNEXT_BENCH_SMALL"))
-"""Shapes of a rehearsal: the same code, and times that mean nothing."""
+"""Small shapes, to test the benchmarks themselves; times are meaningless."""
 FLUSH_BYTES = 2**28
 """Written before every timed call; larger than the L2 cache of any GPU."""
 
@@ -27,7 +27,7 @@ def finish() -> None:
 
 
 def captured(function: Callable[[], object]) -> Callable[[], object]:
-    """The call replayed from a CUDA graph: what the device takes, without the host's launches."""
+    """The call as a CUDA graph, which is timed without the host's launches."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
@@ -46,9 +46,9 @@ def _flushed() -> Tensor:
 
 
 def race(candidates: Mapping[str, Callable[[], object]], rounds: int, *, graph: bool) -> dict[str, list[float]]:
-    """Milliseconds of every candidate in every round; the candidates take turns, and start with caches flushed.
+    """Milliseconds of every candidate in every round; candidates alternate, on a GPU with flushed caches.
 
-    On a GPU by events on the stream, of CUDA graphs where ``graph``; on a CPU by its clock.
+    On a GPU by CUDA events, of CUDA graphs where ``graph``; on a CPU by the clock.
     """
     times: dict[str, list[float]] = {name: [] for name in candidates}
     if not GPU:
@@ -76,8 +76,8 @@ def race(candidates: Mapping[str, Callable[[], object]], rounds: int, *, graph: 
     return times
 
 
-def spread(values: Sequence[float], unit: str = "ms") -> dict[str, float]:
-    """The median of a row, and its 20th and 80th percentiles."""
+def percentiles(values: Sequence[float], unit: str = "ms") -> dict[str, float]:
+    """Median, 20th and 80th percentile."""
     ordered = sorted(values)
     return {
         unit: statistics.median(ordered),
@@ -86,13 +86,13 @@ def spread(values: Sequence[float], unit: str = "ms") -> dict[str, float]:
     }
 
 
-def ratio(times: Sequence[float], yardstick: Sequence[float]) -> dict[str, float]:
-    """Median and percentiles of the ratio in each round, in which both found the same clocks and temperature."""
-    return spread([a / b for a, b in zip(times, yardstick, strict=True)], "ratio")
+def ratio(times: Sequence[float], baseline: Sequence[float]) -> dict[str, float]:
+    """Median and percentiles of the rounds' ratios: both of a round ran at the same clocks and temperature."""
+    return percentiles([a / b for a, b in zip(times, baseline, strict=True)], "ratio")
 
 
 def call_ms(function: Callable[[], object], calls: int) -> dict[str, float]:
-    """What a training loop meets, eager: wall time with the device's work, and the host's until the call returns."""
+    """Eager calls: wall time including the device's work, and the host's time until the call returns."""
     function()
     walls, hosts = [], []
     for _ in range(calls):
@@ -111,7 +111,7 @@ def call_ms(function: Callable[[], object], calls: int) -> dict[str, float]:
 
 
 def peak_bytes(function: Callable[[], object]) -> int:
-    """The most that a call allocates at a time through torch, besides what was there before it."""
+    """Peak memory that a call allocates through torch, beyond what was allocated before."""
     function()
     finish()
     if GPU:
@@ -132,7 +132,7 @@ def peak_bytes(function: Callable[[], object]) -> int:
         nodes += node.children
         if node.tag == _EventType.Allocation:
             sizes.append((node.start_time_ns, node.extra_fields.alloc_size))
-    assert sizes, "nothing was recorded"
+    assert sizes, "the profiler recorded no allocation"
     held = peak = 0
     for _, size in sorted(sizes, key=lambda one: one[0]):
         held += size
@@ -141,7 +141,7 @@ def peak_bytes(function: Callable[[], object]) -> int:
 
 
 def kernels(function: Callable[[], object], calls: int = 3) -> list[tuple[str, float, float]]:
-    """Name, launches and microseconds a call of all that runs on the device, fills included; on a CPU torch's ops."""
+    """Name, launches and microseconds per call of every kernel, fills included; on a CPU of torch's ops."""
     from torch.autograd import DeviceType
     from torch.profiler import ProfilerActivity, profile
 

@@ -1,10 +1,10 @@
-"""Chooses every method's own hyperparameter on validation items and a seed of its own: three values each.
+"""Tunes the main hyperparameter of every method on validation items, with a separate seed: three values each.
 
     python bench/tune.py --out runs/tune              # all methods, two runs at a time
     python bench/tune.py --out runs/tune --method ewc
 
-Writes what each value gave to results/next-tiny/tuning.json; the best Avg.ACC becomes the default, a tie aside. The
-learning rate was chosen with lora alone and is the same for all, as are rank and budget. Run again, it goes on.
+Writes the metrics of each value to results/next-tiny/tuning.json; the value with the best Avg.ACC becomes the default.
+The learning rate was tuned with lora and is the same for all methods, as are rank and budget. Run again, it resumes.
 """
 
 from __future__ import annotations
@@ -39,16 +39,16 @@ GRID: dict[str, tuple[str, tuple[float, ...]]] = {
     "mode": ("distill", (0.1, 0.3, 1)),
     "cia": ("factor", (0.01, 0.1, 2)),
 }
-"""Method to its main hyperparameter and the values tried. Methods that have none are not here."""
+"""Method to its main hyperparameter and the values to try; methods without one are left out."""
 
 
 def tried(out: Path, method: str, name: str, value: float) -> dict[str, float]:
-    """One run's metrics, in a process of its own; an earlier one's, where it is finished."""
+    """Metrics of one run in a subprocess, or of an earlier finished one."""
     folder = out.absolute() / f"{method}-{name}-{value:g}"
     flag = f"--{method}.{name.replace('_', '-')}"
     command = ["-m", "cnext.cli", "run", "--method", method, "--split", "validation", "--seeds", str(SEED)]
     command = [sys.executable, *command, "--out", str(folder), flag, f"{value:g}"]
-    # In a folder where no source tree of cnext comes before what is installed.
+    # From a folder where the installed cnext is imported, not a source tree.
     done = subprocess.run(command, cwd=HERE, capture_output=True, text=True)
     if done.returncode:
         raise SystemExit(f"{method} with {flag} {value:g} failed:\n{done.stderr}")
@@ -59,9 +59,16 @@ def tried(out: Path, method: str, name: str, value: float) -> dict[str, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("runs/tune"), help="folder of the runs")
-    parser.add_argument("--method", nargs="+", choices=GRID, default=list(GRID), metavar="METHOD")
-    parser.add_argument("--jobs", type=int, default=2, help="runs at a time")
+    parser.add_argument("--out", type=Path, default=Path("runs/tune"), help="folder of the runs (default: %(default)s)")
+    parser.add_argument(
+        "--method",
+        nargs="+",
+        choices=GRID,
+        default=list(GRID),
+        metavar="METHOD",
+        help=f"methods to tune (default: all): {', '.join(GRID)}",
+    )
+    parser.add_argument("--jobs", type=int, default=2, help="runs at a time (default: %(default)s)")
     arguments = parser.parse_args()
     runs = [(method, GRID[method][0], value) for method in arguments.method for value in GRID[method][1]]
     with ThreadPoolExecutor(arguments.jobs) as pool:

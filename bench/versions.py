@@ -1,15 +1,15 @@
-"""Tests cnext with the oldest, or with the newest, versions that pyproject.toml admits, in an environment of its own.
+"""Tests cnext with the oldest or the newest versions that pyproject.toml allows, in a new virtual environment.
 
 python bench/versions.py oldest
 python bench/versions.py newest --python python3.12
 python bench/versions.py record                                 all tests with the newest; tests/tested-versions.txt
-python bench/versions.py oldest tests/ops tests/adapters        these tests, and not the default choice
-python bench/versions.py oldest --folder /scratch/oldest        keep the environment, and use it again
+python bench/versions.py oldest tests/ops tests/adapters        these tests instead of the default ones
+python bench/versions.py oldest --folder /scratch/oldest        keep the environment, and reuse it
 
-Oldest: every requirement at its lower bound, those of the tests too. Newest: what the registry has. Record: the newest,
-with every warning an error in the main job and in all tests; where these pass, tests/tested-versions.txt then has these
-versions. The environment takes 6 GB (torch brings CUDA's libraries), and is removed unless it has a folder. Reading
-pyproject.toml takes Python 3.11; the environment may have another.
+oldest: every requirement at its lower bound, also those of the tests. newest: the newest releases. record: the newest,
+with warnings as errors in the main job and in all tests; where these pass, the versions are written to
+tests/tested-versions.txt. The environment takes 6 GB (torch brings CUDA's libraries), and is removed unless --folder is
+given. Needs Python 3.11 to read pyproject.toml; the environment may have another version.
 """
 
 from __future__ import annotations
@@ -39,9 +39,9 @@ TESTS = (
     "tests/distributed/test_processes.py",
     "tests/distributed/test_deepspeed.py",
 )
-"""What touches the interfaces of torch, triton, transformers, peft, diffusers, open_clip, DeepSpeed, ray, submitit."""
+"""Tests of what uses torch, triton, transformers, peft, diffusers, open_clip, DeepSpeed, ray and submitit."""
 NOT_PINNED = re.compile(r"cnext|pip|nvidia-.*")
-"""cnext itself, what installs it, and what torch pins."""
+"""cnext itself, pip, and what torch pins."""
 _BOUND = re.compile(r"(?P<name>[\w.-]+)\s*>=\s*(?P<version>[\w.]+)[^;]*(?P<marker>;.*)?")
 
 
@@ -57,7 +57,7 @@ def lowest() -> list[str]:
 
 
 def installed(python: Path) -> str:
-    """What ``tests/tested-versions.txt`` says of an environment, as constraints of pip."""
+    """The content of ``tests/tested-versions.txt`` for an environment, as pip constraints."""
     about = "import platform as p; print(f'# Python {p.python_version()} on {p.system()} {p.machine()}')"
     listed = (str(python), "-m", "pip", "list", "--format=freeze")
     head, pins = (
@@ -71,9 +71,9 @@ def installed(python: Path) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("which", choices=("oldest", "newest", "record"))
-    parser.add_argument("tests", nargs="*", default=TESTS, help="tests to run (default: those of interfaces)")
-    parser.add_argument("--python", default=sys.executable, help="Python of the environment (default: this one)")
+    parser.add_argument("which", choices=("oldest", "newest", "record"), help="versions to test with; see above")
+    parser.add_argument("tests", nargs="*", default=TESTS, help="tests to run (default: those of other libraries)")
+    parser.add_argument("--python", default=sys.executable, help="interpreter of the environment (default: this one)")
     parser.add_argument("--folder", type=Path, help="keep the environment in this folder")
     arguments = parser.parse_intermixed_args()
     with tempfile.TemporaryDirectory() as scratch:
@@ -81,7 +81,7 @@ def main() -> int:
         constraints = Path(scratch) / "constraints.txt"
         constraints.write_text("\n".join(lowest() if arguments.which == "oldest" else []), encoding="utf-8")
         programs = folder / "bin"
-        # Not the tree's cnext and no settings of this environment's.
+        # Without the source tree's cnext and this environment's settings.
         environment = {key: value for key, value in os.environ.items() if not key.startswith("PYTHON")}
         environment |= {"CNEXT_CACHE": str(Path(scratch) / "cache"), "PATH": f"{programs}:{os.environ['PATH']}"}
 
@@ -98,9 +98,9 @@ def main() -> int:
             return 1
         before = TESTED.read_text(encoding="utf-8")
         if recording:
-            # Before the tests, which are as strict as the file says.
+            # Before the tests: it decides which warnings are errors.
             TESTED.write_text(installed(programs / "python"), encoding="utf-8")
-        job = ("--method", "mage", "--budget", "smoke", "--out", f"{scratch}/runs")
+        job = ("--method", "mage", "--preset", "smoke", "--out", f"{scratch}/runs")
         failed = (
             run(str(programs / "cnext"), "doctor")
             or run(str(programs / "cnext-run"), *job, **strict)

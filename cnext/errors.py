@@ -1,27 +1,32 @@
-"""The errors that are the user's to mend. The command line prints them without a traceback and exits with 2."""
+"""Errors that the user can correct. The command line prints them without a traceback and exits with status 2."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from typing import Any
 
-GO_ON = "the same command goes on"
+RESUME = "run the same command again to resume from the last checkpoint"
 
 
 class UserError(ValueError):
-    """Bad input. The message says what was expected, what came, and what to do."""
+    """Bad input. The message says what was expected, what was found, and what to do."""
 
 
 def unknown(kind: str, name: str, valid: list[str] | tuple[str, ...]) -> UserError:
-    """The error for a name that is not known; lists the valid ones."""
+    """The error for an unknown name; lists the valid ones."""
     return UserError(f"unknown {kind} {name!r}; valid: {', '.join(valid)}")
 
 
-def parse_json(text: str | bytes) -> Any:
-    """``json.loads``, of which nesting without end is a ValueError like every other mistake.
+def listed(names: Iterable[str], shown: int = 8) -> str:
+    """The first names of a list for a message, and how many more there are."""
+    names = list(names)
+    more = f" and {len(names) - shown} more" if len(names) > shown else ""
+    return ", ".join(names[:shown]) + more
 
-    A UserError is a ValueError as well: who reads a file says which file it is.
-    """
+
+def parse_json(text: str | bytes) -> Any:
+    """``json.loads``, with a ValueError for nesting that is too deep. The caller says which file it is."""
     try:
         return json.loads(text)
     except RecursionError as error:

@@ -1,7 +1,7 @@
-"""Name of the key-value cache argument of a transformers decoder, across versions.
+"""Name of the key-value cache argument of transformers decoders, across versions.
 
-transformers 5 renames ``past_key_values`` to ``cache`` and removes the old name in 5.40: from then on it would be
-dropped among a decoder's ``**kwargs`` without an error, and every position computed without those before it.
+transformers 5 renames ``past_key_values`` to ``cache`` and removes the old name in 5.40. From then on a decoder would
+silently ignore the old name among its ``**kwargs``, and compute every position without those before it.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import nn
 from cnext.errors import UserError
 
 NAMES = ("cache", "past_key_values")
-"""What transformers calls the argument, the newest name first."""
+"""Names of the argument in transformers, the newest first."""
 
 
 def cache_argument(decoder: nn.Module) -> str:

@@ -1,4 +1,4 @@
-"""Files of tensors from elsewhere: read without running what is in them, and a damaged one is named."""
+"""Reads untrusted torch and safetensors files without executing code in them."""
 
 from __future__ import annotations
 
@@ -18,16 +18,17 @@ UNREADABLE = (
     *(RuntimeError, EOFError, LookupError, TypeError, ValueError, AttributeError, AssertionError),
     *(MemoryError, OverflowError),
 )
-"""What torch's reader of pickles says of a damaged one: it takes what is written for what ought to be there."""
+"""Errors that torch raises for damaged pickles, which it does not validate."""
 
 
 def load_file(path: Path, expected: str) -> Any:
-    """What a torch file holds, read with weights_only=True and mapped from the disk where its format allows it, or, by
-    its ending, a safetensors file.
+    """Loads a safetensors file, by its suffix, or a torch file, with weights_only=True and memory-mapped if possible.
 
-    Args: expected: what the file ought to be, in words.
+    Args:
+        expected: what the file should be, for the error message.
 
-    Raises: UserError where it cannot be read.
+    Raises:
+        UserError: it cannot be read.
     """
     from safetensors import SafetensorError
     from safetensors import torch as safe
@@ -42,9 +43,10 @@ def load_file(path: Path, expected: str) -> Any:
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of a file by name.
+    """The tensors of a file, by name.
 
-    Raises: UserError where it cannot be read, or holds anything but named tensors.
+    Raises:
+        UserError: it cannot be read, or contains anything but named tensors.
     """
     state = load_file(path, "a file of tensors, by torch or safetensors")
     if not isinstance(state, dict) or not all(isinstance(n, str) and isinstance(t, Tensor) for n, t in state.items()):

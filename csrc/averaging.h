@@ -1,9 +1,9 @@
-// The rules of the averaging family, one element at a time, shared by the C++ and the CUDA layer.
+// Element-wise arithmetic of the averaging ops, shared by the C++ and the CUDA layer.
 //
-// A rule reads x[0 .. operands), leaves its results in x[0 .. outputs), and puts what is to be counted into
-// s[0 .. columns); kind(k) says how column k is combined: '+' sum, '<' minimum, '>' maximum.
-// It is made from scalars[0 .. scalars), the numbers of a call, and row[0 .. row_width), the tensor's own, and reads no
-// further. Everything has internal linkage, because the C++ layer compiles this file once per instruction set.
+// A rule reads x[0 .. operands), writes its results to x[0 .. outputs), and its statistics to s[0 .. columns); kind(k)
+// is the reduction of column k (reductions.h). It is constructed from scalars[0 .. scalars) of a call and row[0 ..
+// row_width) of the tensor, and reads no further. The table of ops, cnext/ops/averaging_table.py, declares the same.
+// Internal linkage, as the C++ layer compiles this file once per instruction set.
 #pragma once
 
 #include <math.h>
@@ -12,7 +12,7 @@
 
 namespace {
 
-// By the exponent bits, so that no compiler option can reason it away.
+// By the exponent bits, which no compiler option can optimize away.
 CNEXT_HD bool finite(float x) { return (bits_of(x) & 0x7f800000u) != 0x7f800000u; }
 
 // fisher += scale * grad^2; an element whose square is not finite is skipped.
@@ -38,7 +38,8 @@ struct Sum {
 };
 
 // theta += beta * (theta_old - theta), beta = mu / (f + mu + damping), mu = fisher_old / c, f = new_scale * fisher_new;
-// fisher_old += f. Operands: theta, fisher_old, theta_old, fisher_new. Counts beta: number, sum, squares, least, most.
+// fisher_old += f. Operands: theta, fisher_old, theta_old, fisher_new. Statistics of beta: count, sum, squares,
+// minimum, maximum.
 struct PemaMerge {
   static constexpr int operands = 4, outputs = 2, columns = 5;
   static constexpr int scalars = 3, row_width = 0;
@@ -74,8 +75,8 @@ struct EmaStep {
   CNEXT_HD void operator()(float* x, float*) const { x[0] = finite(x[1]) ? mix(x[0], x[1], beta) : x[0]; }
 };
 
-// fisher <- decay * fisher + scale * grad^2; beta = level / (fisher + level), level being the tensor's own (1 where both
-// are 0); ema <- mix. Operands: ema, fisher, theta, grad. Counts elements used, the sum of fisher, beta and beta^2.
+// fisher <- decay * fisher + scale * grad^2; beta = level / (fisher + level), 1 where both are 0; ema <- mix.
+// Operands: ema, fisher, theta, grad. row: level. Statistics: elements used, sums of fisher, beta and beta^2.
 struct PemaStep {
   static constexpr int operands = 4, outputs = 2, columns = 4;
   static constexpr int scalars = 2, row_width = 1;
@@ -100,7 +101,7 @@ struct PemaStep {
 
 // The paper's equation element by element: beta = (grad + 1) / ((theta - ema) * fisher + damping), guarded where it is
 // not inside (0, 1): by the constant `fallback`, or (clamp) by the nearer end. Operands as PemaStep.
-// Counts elements used, beta inside, beta at or below 0, beta at or above 1 (or not a number).
+// Statistics: elements used, beta inside, beta at or below 0, beta at or above 1 (or NaN).
 struct PemaLiteral {
   static constexpr int operands = 4, outputs = 2, columns = 4;
   static constexpr int scalars = 5, row_width = 0;
@@ -128,7 +129,7 @@ struct PemaLiteral {
 // The three norms of DEMA: |theta - ema|, |grad|, |grad - grad_prev|. Operands: ema, grad_prev, theta, grad.
 struct DemaNorms {
   static constexpr int operands = 4, outputs = 0, columns = 3;
-  static constexpr int scalars = 2, row_width = 0;  // of one op with DemaStep, and so given its numbers
+  static constexpr int scalars = 2, row_width = 0;  // of one op with DemaStep, and so given its scalars
   CNEXT_HD static constexpr char kind(int) { return '+'; }
   CNEXT_HD DemaNorms(const double*, const double*) {}
   CNEXT_HD void operator()(float* x, float* s) const {
@@ -156,9 +157,9 @@ struct DemaStep {
   }
 };
 
-// One AdamW step (decoupled decay, bias-corrected), then PemaStep on its result. Operands: theta, exp_avg, exp_avg_sq,
-// ema, fisher, grad. row: level, 1 - rate * weight_decay, rate / correction1, sqrt(correction2). With `Own` false there
-// is no fisher operand, and exp_avg_sq stands in for it.
+// One AdamW step, then PemaStep on its result. Operands: theta, exp_avg, exp_avg_sq, ema, fisher, grad. row: level,
+// 1 - rate * weight_decay, rate / correction1, sqrt(correction2). With `Own` false there is no fisher operand, and
+// exp_avg_sq takes its place.
 template <bool Own>
 struct AdamwPemaStep {
   static constexpr int operands = Own ? 6 : 5, outputs = Own ? 5 : 4, columns = 4;

@@ -1,9 +1,8 @@
-// Which elements of a branch's input dropout keeps: a counter-based generator, shared by the C++ and the CUDA layer.
+// Random bits of the dropout mask: the counter-based generator Philox 4x32-7, shared by the C++ and the CUDA layer.
 //
-// Row m of x takes its bits from Philox 4x32-7 at the counters (16 tile + lane, m, branch, 0) under a 64-bit seed. A tile is
-// 128 columns: column 32 w + 16 t + lane has the lower (t = 0) or upper (t = 1) half of word w. An element is dropped
-// where its 16 bits are below the threshold. Everything has internal linkage: the C++ layer compiles this file once
-// per instruction set.
+// Row m of x takes its bits from the counters (16 tile + lane, m, branch, 0) under a 64-bit seed. A tile is 128
+// columns: column 32 w + 16 t + lane has the lower (t = 0) or upper (t = 1) half of word w. An element is dropped where
+// its 16 bits are below the threshold. Internal linkage, as the C++ layer compiles this file once per instruction set.
 #pragma once
 
 #include "floats.h"

@@ -1,5 +1,5 @@
-// Calls from Python: the kernel of a rule, and whether a call gives what it reads. Shared by both modules; included by
-// nothing that is compiled once per instruction set.
+// Calls from Python: lookup of a rule's kernel, and checks of a call against its signature. Shared by both modules; not
+// for files that are compiled once per instruction set.
 #pragma once
 
 #include <pybind11/numpy.h>
@@ -28,14 +28,14 @@ struct Rows {
   int64_t width;
 };
 
-// A kernel knows raw addresses alone: what a call gives too little of, it would read or write beyond.
+// A kernel sees raw addresses only: where a call gave too little, it would read or write out of bounds.
 void check(const Signature& kernel, const Addresses& addresses, const Addresses& sizes, size_t scalars,
            const Rows& columns, const Rows& rows) {
   const auto expect = [&](const char* what, size_t expected, size_t given) {
     if (given != expected)
       throw std::invalid_argument(std::string("rule ") + kernel.rule + ": expected " + std::to_string(expected) + " " +
                                   what + ", got " + std::to_string(given) +
-                                  "; the call must give what csrc/averaging.h declares");
+                                  "; expected what csrc/averaging.h declares");
   };
   if (addresses.ndim() != 2 || sizes.ndim() != 1 || addresses.shape(1) != sizes.shape(0))
     throw std::invalid_argument("addresses must be (operands, tensors) and sizes (tensors,)");

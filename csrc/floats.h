@@ -1,7 +1,7 @@
-// Element types as they lie in memory, and float32 as every kernel computes in; shared by the C++ and the CUDA layer.
+// Load and store of float32, bfloat16 and float16 elements as float32, shared by the C++ and the CUDA layer.
 //
-// Everything has internal linkage, because the C++ layer compiles this file once per instruction set. Both conversions
-// are branch-free integer arithmetic, so that each instruction set vectorises them and gives the same bits.
+// Internal linkage, as the C++ layer compiles this file once per instruction set. The conversions are branch-free
+// integer arithmetic, so that each instruction set vectorizes them and gives the same bits.
 #pragma once
 
 #include <cstdint>
@@ -22,7 +22,7 @@ struct f16 {
   uint16_t bits;
 };
 
-// What a type is called in a call from Python.
+// The name of a type in calls from Python.
 template <class T>
 constexpr char letter = '?';
 template <>
@@ -53,7 +53,7 @@ CNEXT_HD float load(float x) { return x; }
 
 CNEXT_HD float load(bf16 x) { return from_bits(uint32_t(x.bits) << 16); }
 
-// A denormal half is normalised by a subtraction of normal floats: exact, and the same where denormals are flushed.
+// A denormal half is normalized by a subtraction of normal floats: exact, also where denormals are flushed to zero.
 CNEXT_HD float load(f16 x) {
 #ifdef __CUDA_ARCH__
   float value;
@@ -77,10 +77,10 @@ CNEXT_HD void store(bf16& to, float x) {
   to.bits = uint16_t(x == x ? rounded : 0x7fc0u);
 }
 
-// Likewise, by adding 2^(e + 13) to a magnitude of exponent e, at least -14: the sum has what a half keeps in its last
-// bits, rounded. What is too large counts as 2^16, which is where infinity is, and a NaN as 1.5 times that: it has one
-// form, as the sign of one that was computed depends on the instructions. No step of this has 16 bits, nor two choices
-// in one: the compiler would take more instructions for it.
+// Likewise, by adding 2^(e + 13) to a magnitude of exponent e, at least -14: the last bits of the sum are those of the
+// half, rounded. Overflow is clamped to 2^16, which maps to infinity, and a NaN to 1.5 times that: one canonical NaN,
+// as the sign of a computed one depends on the instructions. All steps are 32-bit with one select each, which compiles
+// to fewer instructions.
 CNEXT_HD void store(f16& to, float x) {
 #ifdef __CUDA_ARCH__
   asm("cvt.rn.f16.f32 %0, %1;" : "=h"(to.bits) : "f"(x));

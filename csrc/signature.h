@@ -1,4 +1,4 @@
-// What a kernel over lists of tensors takes, as its rule and the types of its operands declare it.
+// Signature of a kernel over lists of tensors: its rule, operand types, reductions and counts of scalars.
 #pragma once
 
 #include <utility>
@@ -6,9 +6,9 @@
 struct Signature {
   const char* rule;
   const char* dtypes;  // one letter per operand: f float32, b bfloat16, h float16
-  const char* kinds;   // one letter per counted column: + sum, < minimum, > maximum
-  int scalars;         // numbers of a call
-  int row_width;       // numbers of each tensor; 0 where the rule takes none
+  const char* kinds;   // one letter per column of the statistics: + sum, < minimum, > maximum
+  int scalars;         // of a call
+  int row_width;       // float64 values per tensor; 0 where the rule takes none
 };
 
 namespace {
@@ -23,11 +23,11 @@ constexpr const char* kinds(std::integer_sequence<int, K...>) {
   return Text<Rule::kind(K)...>::value;
 }
 
-// Letters: those of the operands' types.
+// Letters: of the operands' types.
 template <class Rule, char... Letters>
 constexpr Signature signature(const char* rule) {
   static_assert(sizeof...(Letters) == Rule::operands, "one type per operand");
-  static_assert(Rule::operands <= 8 && Rule::scalars <= 8, "the drivers hold eight of them");
+  static_assert(Rule::operands <= 8 && Rule::scalars <= 8, "the drivers hold at most eight");
   return {rule, Text<Letters...>::value, kinds<Rule>(std::make_integer_sequence<int, Rule::columns>()), Rule::scalars,
           Rule::row_width};
 }

@@ -1,4 +1,4 @@
-// What tensors are and where they lie, read through DLPack's exchange API: no header of the library that made them.
+// Addresses, dtypes and strides of tensors, read through DLPack's exchange API, without torch's headers.
 #pragma once
 
 #include <pybind11/numpy.h>
@@ -13,7 +13,7 @@ namespace {
 
 constexpr int kDimensions = 16;
 
-// As DLPack 1.3 lays them out (dlpack.h, DLTensor and DLPackExchangeAPI).
+// Layout of DLPack 1.3 (dlpack.h: DLTensor and DLPackExchangeAPI).
 struct DLTensor {
   void* data;
   struct {
@@ -39,7 +39,7 @@ struct ExchangeApi {
   void* current_stream;
 };
 
-// A number that differs where shape or strides do; dimensions of one element have no stride. 0: there are gaps.
+// A hash of shape and strides, without the strides of dimensions of one element. 0: there are gaps.
 int64_t layout(const DLTensor& t, int64_t elements) {
   uint64_t hash = 1469598103934665603ull;
   const auto mix = [&hash](uint64_t value) { hash = (hash ^ value) * 1099511628211ull, hash ^= hash >> 29; };
@@ -61,7 +61,7 @@ int64_t layout(const DLTensor& t, int64_t elements) {
   return int64_t(hash | 1);
 }
 
-// (tensors, 4): address, elements, kind (device and dtype), layout. A row of -1: no dense tensor in plain memory.
+// (tensors, 4): address, elements, kind (device and dtype), layout. A row of -1: not a dense tensor in memory.
 pybind11::array_t<int64_t> describe(const pybind11::capsule& api, const pybind11::list& tensors) {
   const auto* exchange = static_cast<const ExchangeApi*>(PyCapsule_GetPointer(api.ptr(), "dlpack_exchange_api"));
   if (!exchange) throw pybind11::error_already_set();

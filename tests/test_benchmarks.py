@@ -100,7 +100,7 @@ class TestEvidenceFromAGpu:
         assert codes["a"] not in (0, "time limit")
         assert codes["ceilings"] == 0
         assert any(row.get("name") == "copy" for row in rows)
-        assert "FAULT a: ended with" in (tmp_path / "summary.txt").read_text()
+        assert "FAILED a: ended with" in (tmp_path / "summary.txt").read_text()
 
     def test_truncated_rows_are_skipped_and_faults_are_named(self, tmp_path: Path) -> None:
         file = tmp_path / "rows.jsonl"
@@ -115,17 +115,17 @@ class TestEvidenceFromAGpu:
         assert len(rows) == 4
         found = gpu.faults(rows)
         assert [line.split(":")[0] for line in found] == ["check", "layer", "run"]
-        assert "checks: 1 of 2 right" in list(gpu.summary(rows))
+        assert "checks: 1 of 2 passed" in list(gpu.summary(rows))
 
     def test_a_later_row_is_tried_after_one_that_fails(self, tmp_path: Path) -> None:
-        from evidence.book import Book
+        from evidence.recorder import Recorder
 
-        book = Book(tmp_path / "rows.jsonl", "part", gpu=False)
-        with book.attempt("first"):
+        recorder = Recorder(tmp_path / "rows.jsonl", "part", gpu=False)
+        with recorder.attempt("first"):
             raise ValueError("what was wrong")
-        with book.attempt("second"):
-            book.put(name="second", ok=True)
-        first, second = gpu.written(book.file)
+        with recorder.attempt("second"):
+            recorder.put(name="second", ok=True)
+        first, second = gpu.written(recorder.file)
         assert first == {"part": "part", "name": "first", "error": "ValueError: what was wrong"}
         assert second["ok"]
 
@@ -170,7 +170,7 @@ class TestEvidenceFromAGpu:
         child = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         ((said, _),) = outputs([child])
         assert child.returncode == 0, said
-        assert "FAULT" not in said
+        assert "FAILED" not in said
         assert sorted(path.name for path in tmp_path.iterdir()) == ["log.txt", "rows.jsonl", "summary.txt"]
         rows = gpu.written(tmp_path / "rows.jsonl")
         assert {row["part"] for row in rows} == {"machine", *parts.split(",")}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import graphlib
 import re
 import subprocess
 import sys
@@ -14,11 +15,11 @@ import cnext
 
 ROOT = Path(cnext.__file__).parent
 FILES = sorted(path for path in ROOT.rglob("*.py"))
-LIGHT = {"torch", "numpy", "cnext"}
+LIGHT = {"torch", "numpy", "msgspec", "cnext"}
 SIBLINGS = ("methods", "backbones", "tasks", "scoring")
 LEVELS = (
     ("errors", "kernels"),
-    ("shapes", "tensor_files", "kv_cache", "packages", "distributed", "ops"),
+    ("records", "registry", "tensor_files", "kv_cache", "packages", "distributed", "ops"),
     ("adapters", "averaging"),
     SIBLINGS,
     ("config", "pretrain_tiny"),
@@ -70,6 +71,23 @@ def test_imports_go_downwards(path: Path) -> None:
             assert parts[2:3] == ["base"], f"{here} imports {name}: the four share their base types only"
             continue
         assert there in BELOW[here], f"{here} imports {name}, which is not below it"
+
+
+def test_modules_do_not_import_each_other_in_a_circle() -> None:
+    """Imports within functions and for type checkers count."""
+    names = {".".join(p.relative_to(ROOT.parent).with_suffix("").parts).removesuffix(".__init__"): p for p in FILES}
+    graph = {}
+    for name, path in names.items():
+        imported = set()
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import):
+                imported |= {alias.name for alias in node.names}
+            elif isinstance(node, ast.ImportFrom):
+                # "from cnext.tasks import formats" is an import of the module formats.
+                paths = [f"{node.module}.{alias.name}" for alias in node.names]
+                imported |= {path if path in names else node.module for path in paths}
+        graph[name] = (imported & names.keys()) - {name}
+    graphlib.TopologicalSorter(graph).prepare()
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))

@@ -6,17 +6,17 @@ import dataclasses
 import json
 import re
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from cnext import methods
 from cnext.tables import aggregate, formats
+from cnext.tables.aggregate import SeedsRow
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "results" / "next-tiny"
 STUDY = aggregate.of_folders(sorted(aggregate.find([RESULTS])), "lora")
-PAPER = [row for row in STUDY["rows"] if row["order"] == "paper"]
+PAPER = [row for row in STUDY.rows if row.order == "paper"]
 
 
 @pytest.mark.parametrize("kind", ["markdown", "csv", "latex", "json"])
@@ -26,8 +26,8 @@ def test_the_tables_are_of_these_runs(kind: str) -> None:
 
 
 def test_every_run_is_there_with_three_seeds() -> None:
-    assert STUDY["rows"]
-    assert all(row["seeds"] == [0, 1, 2] for row in STUDY["rows"])
+    assert STUDY.rows
+    assert all(row.seeds == [0, 1, 2] for row in STUDY.rows)
 
 
 def test_the_runs_have_the_methods_present_defaults() -> None:
@@ -37,9 +37,9 @@ def test_the_runs_have_the_methods_present_defaults() -> None:
         assert results["hyperparameters"] == defaults, folder
 
 
-def figures(row: dict[str, Any]) -> list[str]:
-    cells = [row[metric] for metric in ("avg_acc", "forgetting", "new_acc")]
-    return [formats.NOTHING if c["mean"] is None else f"{c['mean']:.1f} ± {c['sd']:.1f}" for c in cells]
+def figures(row: SeedsRow) -> list[str]:
+    cells = (row.avg_acc, row.forgetting, row.new_acc)
+    return [formats.NOTHING if c.mean is None else f"{c.mean:.1f} ± {c.sd:.1f}" for c in cells]
 
 
 def shown(file: Path) -> dict[str, list[str]]:
@@ -52,16 +52,16 @@ def shown(file: Path) -> dict[str, list[str]]:
 
 def test_the_readme_says_what_the_tables_say() -> None:
     rows = shown(ROOT / "README.md")
-    assert rows == {row["method"]: figures(row) for row in PAPER if row["method"] in ("lora", "mage", *rows)}
+    assert rows == {row.method: figures(row) for row in PAPER if row.method in ("lora", "mage", *rows)}
 
 
 def test_the_other_readme_says_what_its_folders_hold() -> None:
-    (mage,) = (row for row in PAPER if row["method"] == "mage")
+    (mage,) = (row for row in PAPER if row.method == "mage")
     expected = {"pema": figures(mage), "branches": figures(mage)}
     for folder, name in (("averaging", ""), ("interleaved", ""), ("connections", "connections")):
         study = aggregate.of_folders(sorted(aggregate.find([RESULTS.with_name(f"next-tiny-{folder}")])))
-        for row in study["rows"]:
-            assert row["seeds"] == [0, 1, 2]
-            rule = re.search(r"average=([a-z-]+)", row["method"])
-            expected[name or (rule[1] if rule else row["method"])] = figures(row)
+        for row in study.rows:
+            assert row.seeds == [0, 1, 2]
+            rule = re.search(r"average=([a-z-]+)", row.method)
+            expected[name or (rule[1] if rule else row.method)] = figures(row)
     assert shown(RESULTS / "README.md") == expected

@@ -1,4 +1,4 @@
-"""Right or wrong, where the tests of the ops do not look: against float64, at the sizes and layouts of a 13B model."""
+"""Checks of the ops against float64 at the sizes and layouts of a 13B model, beyond the ops' tests."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from cnext import ops
-from cnext.ops import branches_reference, reference
+from cnext.ops import branches_reference
+from cnext.ops.averaging_table import OPS
 from cnext.ops.foreach import Op
-from cnext.ops.rules import OPS
-from evidence.book import Book, error
+from evidence.recorder import Recorder, error
 
 NUMBERS = {
     "fisher_accumulate_": {"scale": 0.3},
@@ -27,36 +27,36 @@ NUMBERS = {
 SIZES = (40960, 110592, 4096, 4095, 4097, 8, 1, 0, 13824 * 3 + 5)
 SMALL = (64, 5, 0)
 LAYOUTS = ("aligned", "multiples of 16", "odd", "mixed")
-"""Vectors of 16 bytes everywhere; sizes as production has them; slices of one slab at odd places; aligned and odd."""
+"""All 16-byte aligned; sizes of real models; slices of one buffer at odd offsets; a mix."""
 DTYPES = ((torch.float32, torch.float32), (torch.bfloat16, torch.float32), (torch.bfloat16, torch.bfloat16))
 
 
-def check(book: Book) -> None:
-    """Every op in every layer; rows have ``ok``."""
+def check(recorder: Recorder) -> None:
+    """Every op in every implementation; rows have ``ok``."""
     poison()
     seed = int(time.time())
     torch.manual_seed(seed)
-    book.put(seed=seed)
+    recorder.put(seed=seed)
     for layout in LAYOUTS:
         for param, ema in DTYPES:
             for op in OPS.values():
                 if op.rules:
-                    with book.attempt(f"{op.name} {layout} {param} {ema}"):
-                        averaging_op(book, op, layout, param, ema)
+                    with recorder.attempt(f"{op.name} {layout} {param} {ema}"):
+                        averaging_op(recorder, op, layout, param, ema)
     for dtype in (torch.bfloat16, torch.float32):
         for what, options in BRANCHES.items():
-            with book.attempt(f"branches {what} {dtype}"):
-                branches_op(book, what, dtype, seed, **options)
+            with recorder.attempt(f"branches {what} {dtype}"):
+                branches_op(recorder, what, dtype, seed, **options)
 
 
 def poison() -> None:
-    """Memory that an op forgets to write is NaN from now on."""
+    """Fills uninitialized memory with NaN from now on, so that elements that an op does not write are noticed."""
     for owner, name in ((torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty")):
         setattr(owner, name, poisoned(getattr(owner, name)))
 
 
 def poisoned(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """What makes a tensor, with NaN in it."""
+    """A tensor factory whose results are filled with NaN."""
 
     def filled(*args: Any, **kwargs: Any) -> Tensor:
         tensor = make(*args, **kwargs)
@@ -67,14 +67,14 @@ def poisoned(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return filled
 
 
-def drawn(book: Book, name: str, dtype: torch.dtype, layout: str) -> list[Tensor]:
-    """Slices of one slab: random values, not finite ones among gradients and parameters."""
-    wanted = list(SIZES if book.gpu else SMALL)
+def drawn(recorder: Recorder, name: str, dtype: torch.dtype, layout: str) -> list[Tensor]:
+    """Slices of one buffer: random values, with NaN and infinity among gradients and parameters."""
+    wanted = list(SIZES if recorder.gpu else SMALL)
     if layout in ("aligned", "multiples of 16"):
         unit = 8 if layout == "aligned" else 16
         wanted = [size - size % unit for size in wanted]
     gap, place = (0, 16) if layout in ("aligned", "multiples of 16") else (1, 16 if layout == "mixed" else 1)
-    slab = torch.randn(sum(wanted) + gap * len(wanted) + 64, device=book.device)
+    slab = torch.randn(sum(wanted) + gap * len(wanted) + 64, device=recorder.device)
     if name in ("fisher", "fisher_old", "fisher_new", "exp_avg_sq"):
         slab = slab.square() * 1e-2
     if name in ("grad", "theta"):
@@ -88,7 +88,7 @@ def drawn(book: Book, name: str, dtype: torch.dtype, layout: str) -> list[Tensor
 
 
 def alike(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """Copies in the same places of a slab of their own."""
+    """Copies at the same offsets of another buffer."""
     slab = torch.empty(0, dtype=tensors[0].dtype, device=tensors[0].device).set_(tensors[0].untyped_storage()).clone()
     return [slab[tensor.storage_offset() :][: tensor.numel()] for tensor in tensors]
 
@@ -98,20 +98,20 @@ def same(one: Tensor, other: Tensor) -> bool:
     return torch.equal(one.isnan(), other.isnan()) and torch.equal(one.nan_to_num(), other.nan_to_num())
 
 
-def averaging_op(book: Book, op: Op, layout: str, param: torch.dtype, ema: torch.dtype) -> None:
-    """Three runs of each layer: equal among themselves, and as near to float64 as plain torch, by a factor of 2."""
-    lists = [drawn(book, n, {"p": param, "e": ema}.get(r, torch.float32), layout) for n, r in op.roles.items()]
+def averaging_op(recorder: Recorder, op: Op, layout: str, param: torch.dtype, ema: torch.dtype) -> None:
+    """Three runs of each implementation: bitwise equal, and with at most twice the error of plain torch."""
+    lists = [drawn(recorder, n, {"p": param, "e": ema}.get(r, torch.float32), layout) for n, r in op.roles.items()]
     rows, numbers = [], NUMBERS.get(op.name, {})
     if op.rows[0]:
-        table = torch.rand(len(lists[0]), op.rows[1], dtype=torch.float64, device=book.device) * 1e-2
+        table = torch.rand(len(lists[0]), op.rows[1], dtype=torch.float64, device=recorder.device) * 1e-2
         if op.rows[1] == 4:
-            table[:, 1:] = torch.tensor([0.99, 0.37, 0.6], dtype=torch.float64, device=book.device)
+            table[:, 1:] = torch.tensor([0.99, 0.37, 0.6], dtype=torch.float64, device=recorder.device)
         rows = [table.squeeze(1)]
     wide = [[tensor.double() for tensor in tensors] for tensors in lists]
-    exact_counts = getattr(reference, op.name)(*wide, *rows, **numbers)
+    exact_counts = op.reference(*wide, *rows, **numbers)
     plain = [alike(tensors) for tensors in lists]
-    getattr(reference, op.name)(*plain, *rows, **numbers)
-    for impl in book.impls:
+    op.reference(*plain, *rows, **numbers)
+    for impl in recorder.impls:
         runs = []
         for _ in range(3):
             mine = [alike(tensors) for tensors in lists]
@@ -138,7 +138,7 @@ def averaging_op(book: Book, op: Op, layout: str, param: torch.dtype, ema: torch
             counted = error(counts[fine], exact[fine])
         ok = repeatable and not differ and worst <= 2 * theirs + 1e-6 and (counted is None or counted < 1e-5)
         described = {"layout": layout, "param": param, "ema": ema, "impl": impl, "repeatable": repeatable}
-        book.put(
+        recorder.put(
             name=op.name, ok=ok, **described, error=worst, plain_error=theirs, counts_error=counted, not_finite=differ
         )
 
@@ -149,7 +149,7 @@ BRANCHES: dict[str, dict[str, Any]] = {
     "three layers": {"dropout": 0.05, "linears": 3},
     "a mask for each": {"dropout": 0.05, "independent": True},
     "routed": {"dropout": 0.05, "scale": 0.5, "routed": True},
-    # Tails of every block, ranks and widths that kernels pad, and widths of which no row begins at 16 bytes.
+    # Partial blocks, ranks and widths that kernels pad, and widths whose rows are not 16-byte aligned.
     "a tail of rows": {"dropout": 0.05, "rows": 77},
     "one row": {"dropout": 0.05, "rows": 1},
     "odd rank": {"dropout": 0.05, "rank": 5, "rows": 200},
@@ -160,7 +160,7 @@ BRANCHES: dict[str, dict[str, Any]] = {
 
 
 def branches_op(
-    book: Book,
+    recorder: Recorder,
     what: str,
     dtype: torch.dtype,
     seed: int,
@@ -171,9 +171,9 @@ def branches_op(
     rank: int = 8,
     **options: Any,
 ) -> None:
-    """Outputs and gradients of the branches, against float64 with the mask that the op draws."""
-    rows, width = (rows, width) if book.gpu else (min(rows, 20), width - 5120 + 64)
-    device = book.device
+    """Outputs and gradients of the branches against float64 with the same dropout mask."""
+    rows, width = (rows, width) if recorder.gpu else (min(rows, 20), width - 5120 + 64)
+    device = recorder.device
 
     def draw(*shape: int, live: bool = False, scale: float = 1.0) -> Tensor:
         return (torch.randn(shape, device=device) * scale).to(dtype).requires_grad_(live)
@@ -202,7 +202,7 @@ def branches_op(
 
     exact = gradients(branches_reference.lora_branches, True)
     theirs = [error(p, e) for p, e in zip(gradients(branches_reference.lora_branches, False), exact, strict=True)]
-    for impl in book.impls:
+    for impl in recorder.impls:
         mine = gradients(ops.lora_branches_grouped, False, impl=impl)
         again = gradients(ops.lora_branches_grouped, False, impl=impl)
         repeatable = all(torch.equal(one, two) for one, two in zip(mine, again, strict=True))
@@ -211,8 +211,10 @@ def branches_op(
         ratio = max(m / max(p, 1e-12) for m, p in zip(errors, theirs, strict=True))
         path = ops.last_path("lora_branches_backward")
         described = {"dtype": dtype, "impl": impl, "path": path, "repeatable": repeatable}
-        book.put(name=f"branches, {what}", ok=ok, **described, error=max(errors), error_over_plain=ratio)
+        recorder.put(name=f"branches, {what}", ok=ok, **described, error=max(errors), error_over_plain=ratio)
     if "seed" in options:
-        masks = [ops.dropout_mask(mask_seed, rows, width, 0.05, branch=2, impl=i) for i in (*book.impls, "reference")]
+        masks = [
+            ops.dropout_mask(mask_seed, rows, width, 0.05, branch=2, impl=i) for i in (*recorder.impls, "reference")
+        ]
         ok = all(torch.equal(masks[-1], mask) for mask in masks)
-        book.put(name="masks of the layers", ok=ok, kept=float(masks[0].double().mean()))
+        recorder.put(name="masks of the layers", ok=ok, kept=float(masks[0].double().mean()))

@@ -1,4 +1,4 @@
-"""The wheels that a machine without a network lacks: cnext itself, built, and what it and its tests need."""
+"""Wheels for a machine without a network: cnext itself, and what it and its tests need."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from zipfile import ZipFile
 
 ROOT = Path(__file__).resolve().parents[2]
 WITH_A_GPU = ("torch", "torchvision", "triton")
-"""What a machine with a GPU has, as well as CUDA's libraries: gigabytes that fit each other and its driver."""
-TESTS = ("pytest", "pytest-benchmark", "pytest-xdist", "hypothesis", "psutil")
-"""What the evidence's part "tests" needs besides cnext."""
+"""Assumed to be on a machine with a GPU, as are CUDA's libraries: gigabytes that must match its driver."""
+TESTS = ("pytest", "pytest-benchmark", "pytest-xdist", "hypothesis")
+"""Needed by the part "tests" besides cnext."""
 
 
 def canonical(name: str) -> str:
@@ -38,14 +38,14 @@ def needed(wheel: Path, marker_environment: dict[str, str]) -> Iterator[str]:
 
 
 def collect(folder: Path, python: str, have: Path | None) -> None:
-    """Builds and downloads into ``folder``, and says how to install it there.
+    """Builds and downloads wheels into ``folder``, and prints how to install them.
 
     Args:
         python: the interpreter that builds and whose version the wheels are for.
-        have: what ``pip list --format=freeze`` or ``pip freeze`` prints on the other machine.
+        have: output of ``pip list --format=freeze`` or ``pip freeze`` on the other machine.
     """
     if folder.is_dir() and any(folder.iterdir()):
-        sys.exit(f"error: {folder} is not empty; expected a new folder: pip installs all wheels that are in it")
+        sys.exit(f"error: {folder} is not empty; expected a new or empty folder, as all wheels in it will be installed")
     folder.mkdir(parents=True, exist_ok=True)
     there = set(WITH_A_GPU)
     if have is not None:
@@ -54,12 +54,12 @@ def collect(folder: Path, python: str, have: Path | None) -> None:
     pip = [python, "-m", "pip", "--disable-pip-version-check"]
     called([*pip, "wheel", "--quiet", "--no-deps", "--wheel-dir", str(folder), str(ROOT)])
     ask = "import json, packaging.markers; print(json.dumps(packaging.markers.default_environment()))"
-    told = subprocess.run([python, "-c", ask], capture_output=True, text=True)
-    if told.returncode:
+    asked = subprocess.run([python, "-c", ask], capture_output=True, text=True)
+    if asked.returncode:
         sys.exit(
             f"error: {python} has no packaging; expected an interpreter with it: {python} -m pip install packaging"
         )
-    environment = json.loads(told.stdout)
+    environment = json.loads(asked.stdout)
     (mine,) = folder.glob("cnext-*.whl")
     waiting, seen = [*needed(mine, environment), *TESTS], set()
     while waiting:

@@ -1,6 +1,7 @@
-"""Adapters: branch roles, the linear layer that carries the branches, attaching and detaching.
+"""Adapters: low-rank branches in linear layers, soft prompts, and their exchange with PEFT and the released files.
 
-The kernels that compute it are in `ops`; which branches a task trains is decided in `methods`.
+Here are the layers, attaching and detaching, and what decides which branches take part; not what trains them, which is
+``cnext.methods``, nor the kernels, which are ``cnext.ops``.
 """
 
 from cnext.adapters.attach import (

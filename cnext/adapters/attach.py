@@ -1,4 +1,4 @@
-"""Putting adapters into a model and taking them out again."""
+"""Attach adapters to a model, select and train branches, and detach them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from cnext.adapters.shared_input import join, part
 from cnext.errors import UserError, unknown
 
 SHARED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
-"""Linear layers of one module that read the same x in most decoders of transformers."""
+"""Names of sibling linear layers that read the same x in most decoders of transformers."""
 
 
 def check_ranges(ranks: Mapping[str, int], scale: float, dropout: float) -> None:
@@ -28,12 +28,12 @@ def check_ranges(ranks: Mapping[str, int], scale: float, dropout: float) -> None
         raise UserError(f"dropout must be at least 0 and below 1, got {dropout}")
 
 
-def trained_like(drawn: Tensor, weight: Tensor) -> Tensor:
-    """First values of a parameter beside a frozen weight: on its device, in its dtype, but in float32 at least.
+def trained_like(values: Tensor, weight: Tensor) -> Tensor:
+    """Initial values of a parameter beside a frozen weight: on its device, in its dtype but at least float32.
 
-    In bfloat16 the steps of a small learning rate would be lost.
+    In bfloat16 the steps of a small learning rate would round to nothing.
     """
-    return drawn.to(weight.device, torch.promote_types(weight.dtype, torch.float32))
+    return values.to(weight.device, torch.promote_types(weight.dtype, torch.float32))
 
 
 def attach(
@@ -47,24 +47,30 @@ def attach(
     shared: Sequence[Sequence[str]] = SHARED,
     generator: torch.Generator | None = None,
 ) -> nn.Module:
-    """Replaces every linear layer whose name ends in a target by an AdapterLinear; freezes all the rest.
+    """Replaces every linear layer whose name ends in a target by an `AdapterLinear`, and freezes all other parameters.
 
-    A is drawn as PEFT draws it, uniform in +-1/sqrt(in_features), in one draw per layer over all branches: methods
-    that divide the same total rank differently, or add to it, start from the same numbers. B starts at zero.
+    A is initialized as in PEFT, uniform in +-1/sqrt(in_features), and B with zeros. All branches of a layer are sampled
+    in one draw: methods that divide the same total rank differently, or add to it, start from the same values.
 
     Args:
+        model: changed in place.
+        targets: last parts of the names of linear layers.
         ranks: branch name to rank.
         scale, dropout, independent: see `AdapterLinear`.
-        shared: names of sibling layers that may be computed together: they are where their parent's forward calls them
-            on the same variable, see `joined`. () computes each alone.
-        generator: source of the draws, on the CPU.
+        shared: groups of sibling layers that may be computed together. They are where their parent's forward calls them
+            on the same variable, see `joined`. () computes each by itself.
+        generator: source of initial values, on the CPU. Default: torch's own.
 
     Returns:
-        The model, changed in place.
+        The model.
 
     Raises:
-        UserError: a rank below 1, a dropout outside [0, 1), targets that matched no linear layer (all are named), or a
-            layer whose weight is not plain.
+        UserError: a rank below 1, a dropout outside [0, 1), targets that match no linear layer (all are named), or a
+            layer whose weight is not that of a plain torch.nn.Linear. The model is then unchanged.
+
+    Example:
+        >>> attach(model, ("q_proj", "v_proj"), {"lora": 16}, scale=2.0)
+        >>> optimizer = torch.optim.AdamW(set_trainable(model, ["lora"]).values(), 1e-4)
     """
     check_ranges(ranks, scale, dropout)
     found = [
@@ -83,11 +89,11 @@ def attach(
             raise UserError(f"{name} is a {type(module).__name__}; adapters need the plain weight of a torch.nn.Linear")
     model.requires_grad_(False)
     for name, module in found:
-        # A generator of its own for every layer: the first rows are the same however many a method has.
+        # A generator per layer: the first rows are the same for every total rank.
         own = torch.Generator().manual_seed(int(torch.randint(2**62, (1,), generator=generator)))
         bound = module.in_features**-0.5
-        drawn = torch.empty(sum(ranks.values()), module.in_features).uniform_(-bound, bound, generator=own)
-        parts = trained_like(drawn, module.weight).split(list(ranks.values()))
+        values = torch.empty(sum(ranks.values()), module.in_features).uniform_(-bound, bound, generator=own)
+        parts = trained_like(values, module.weight).split(list(ranks.values()))
         branches = {key: Branch(part, module.out_features) for key, part in zip(ranks, parts, strict=True)}
         parent, _, child = name.rpartition(".")
         layer = AdapterLinear(module, branches, scale, dropout, independent).train(module.training)
@@ -103,7 +109,10 @@ def layers(model: nn.Module) -> dict[str, AdapterLinear]:
 
 
 def detach(model: nn.Module) -> nn.Module:
-    """Takes the adapters out: every AdapterLinear gives way to its base layer, unmerged where it was merged."""
+    """Replaces every `AdapterLinear` by its base layer, unmerged, and returns the model, changed in place.
+
+    Whether parameters require a gradient stays as it is; see `AttachedMage.detach`.
+    """
     for name, layer in layers(model).items():
         if layer.merged:
             layer.unmerge()
@@ -115,21 +124,22 @@ def detach(model: nn.Module) -> nn.Module:
 
 
 def _named(model: nn.Module, branches: Iterable[str]) -> tuple[str, ...]:
-    """The names, each once. Raises UserError for those that no layer of the model has a branch of."""
-    there = list(dict.fromkeys(name for layer in layers(model).values() for name in layer.branches))
-    valid = there or ["none: the model has no adapter layers"]
+    """The names without repetition. Raises UserError for those that no layer of the model has a branch of."""
+    found = list(dict.fromkeys(name for layer in layers(model).values() for name in layer.branches))
+    valid = found or ["none: the model has no adapter layers"]
     if isinstance(branches, str):
         raise UserError(f"branches must be a list of names, got the text {branches!r}; valid: {', '.join(valid)}")
     asked = tuple(dict.fromkeys(branches))
-    if strange := [str(name) for name in asked if name not in there]:
-        raise unknown("branch", ", ".join(strange), valid)
+    if missing := [str(name) for name in asked if name not in found]:
+        raise unknown("branch", ", ".join(missing), valid)
     return asked
 
 
 def branch_parameters(model: nn.Module, branches: Iterable[str] | None = None) -> dict[str, nn.Parameter]:
     """The parameters of the named branches (default: all), keyed "<layer>.<branch>.<A or B>".
 
-    Raises: UserError for a branch that no layer has, as do `activate`, `activated` and `set_trainable`.
+    Raises:
+        UserError: a branch that no layer has.
     """
     wanted = None if branches is None else _named(model, branches)
     return {
@@ -142,7 +152,7 @@ def branch_parameters(model: nn.Module, branches: Iterable[str] | None = None) -
 
 
 def adapter_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Every parameter of the adapter layers but their base's: branches, and routers, keyed "<layer>.router.<name>"."""
+    """All parameters of the adapter layers but their base's: `branch_parameters`, and "<layer>.router.<name>"."""
     return {
         f"{name}.{key}": parameter
         for name, layer in layers(model).items()
@@ -151,7 +161,11 @@ def adapter_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def activate(model: nn.Module, branches: Iterable[str]) -> None:
-    """Lets exactly these branches take part in every layer that has them; none: as it was without adapters."""
+    """Makes exactly these branches active, in every layer that has them; [] disables the adapters.
+
+    Raises:
+        UserError: a branch that no layer has.
+    """
     asked = _named(model, branches)
     for layer in layers(model).values():
         layer.active = tuple(name for name in asked if name in layer.branches)
@@ -159,7 +173,12 @@ def activate(model: nn.Module, branches: Iterable[str]) -> None:
 
 @contextmanager
 def activated(model: nn.Module, branches: Iterable[str]) -> Iterator[None]:
-    """Inside, exactly these branches take part; () switches the adapters off."""
+    """Context in which exactly these branches are active; [] disables the adapters. Raises as `activate`.
+
+    Example:
+        >>> with activated(model, []):
+        ...     pretrained = model(**inputs)
+    """
     before = {name: layer.active for name, layer in layers(model).items()}
     activate(model, branches)
     try:
@@ -171,7 +190,12 @@ def activated(model: nn.Module, branches: Iterable[str]) -> Iterator[None]:
 
 @contextmanager
 def holding(parameters: Mapping[str, nn.Parameter], values: Mapping[str, Tensor]) -> Iterator[None]:
-    """Inside, the parameters hold these values; afterwards their own again, to the bit."""
+    """Context in which parameters have these values; their own are restored afterwards, bit for bit.
+
+    Args:
+        parameters: by name.
+        values: of some of them, of the same shapes.
+    """
     own = {name: parameters[name].detach().clone() for name in values}
     with torch.no_grad():
         for name, value in values.items():
@@ -185,9 +209,14 @@ def holding(parameters: Mapping[str, nn.Parameter], values: Mapping[str, Tensor]
 
 
 def set_trainable(model: nn.Module, branches: Iterable[str]) -> dict[str, nn.Parameter]:
-    """Unfreezes the named branches, freezes everything else, and returns the parameters to optimize.
+    """Unfreezes the named branches and freezes all other parameters of the model.
 
-    Only these belong into an optimizer: a frozen branch then has no gradient, no optimizer state and no weight decay.
+    Returns:
+        The parameters to optimize, as `branch_parameters`. Give only these to an optimizer: a frozen branch then has
+        no gradient, no optimizer state and no weight decay.
+
+    Raises:
+        UserError: a branch that no layer has.
     """
     chosen = branch_parameters(model, branches)
     model.requires_grad_(False)

@@ -1,4 +1,4 @@
-"""A router that reads what each position of the forward pass is for, and nothing of its content."""
+"""Router that weights branches by the role of each position, not by its content."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from torch import Tensor
 
 
 class ByPosition:
-    """w = table[role of the position]: every layer's router in turn gets the same tensor, made once per forward pass.
+    """w = table[role of the position]. Computed once per forward pass and shared by all layers.
 
     Args:
-        positions: gives (batch, length) int64, what every position of the pass under way is for; a new tensor for
-            every pass, never one changed in place.
-        table: (roles, branches) weight of every branch at positions of a role.
+        positions: returns `Backbone.positions` of the current pass, (batch, length) int64: a new tensor for every pass,
+            never one changed in place.
+        table: (roles, branches) weight of each branch at positions of each role.
     """
 
     def __init__(self, positions: Callable[[], Tensor | None], table: Tensor) -> None:
@@ -22,9 +22,9 @@ class ByPosition:
         self._weights = table
 
     def __call__(self, x: Tensor) -> Tensor:
-        """(batch, length, branches) weights for x, (batch, length, in)."""
+        """Weights (batch, length, branches) for x, (batch, length, in)."""
         positions = self.positions()
-        assert positions is not None, "the backbone says what its positions are for before each pass"
+        assert positions is not None, "the backbone sets its positions before each pass"
         if positions is not self._seen:
             self._seen, self._weights = positions, self.table.to(positions.device)[positions]
         return self._weights

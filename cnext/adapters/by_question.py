@@ -1,4 +1,4 @@
-"""Which task a question is of, from its features alone: a streaming linear discriminant."""
+"""Classifies questions by task from their features: streaming linear discriminant analysis."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from torch import Tensor
 
 
 class ByQuestion:
-    """With features x of task k distributed as N(mu_k, S) and every task as likely, the likeliest task is
+    """For features x of task k distributed as N(mu_k, S) and equal priors, the most likely task is
 
         argmax_k  x^T S^-1 mu_k - mu_k^T S^-1 mu_k / 2.
 
-    mu_k and S come from counts, sums and second moments, so no x is kept and the order of tasks does not matter.
+    mu_k and S follow from counts, sums and second moments, so no x is stored and the order of tasks does not matter.
 
     Args:
-        tasks: number of tasks that there may be.
+        tasks: most tasks.
         like: a tensor (0, width) on the features' device.
-        questions: how many of a task's it wants, as far as whole batches go.
+        questions: number of questions to take of each task; the last batch may exceed it.
 
     Reference: Hayes and Kanan, Deep Streaming Linear Discriminant Analysis, arXiv 1909.01520.
     """
@@ -31,30 +31,30 @@ class ByQuestion:
         self.moments = torch.zeros(width, width, **options)
 
     def state(self) -> dict[str, Tensor]:
-        """The statistics themselves, not copies."""
+        """The statistics, not copied."""
         return {"counts": self.counts, "sums": self.sums, "moments": self.moments}
 
     def load(self, state: Mapping[str, Tensor]) -> None:
-        """Takes back what `state` gave; other names are left alone."""
+        """Restores what `state` returned; other names are ignored."""
         for name, tensor in self.state().items():
             tensor.copy_(state[name])
 
     def wants(self, task: int) -> bool:
-        """Whether it has fewer features of a task than it wants."""
+        """Whether fewer than ``questions`` features of a task were added."""
         return bool(self.counts[task] < self.questions)
 
     def add(self, task: int, x: Tensor) -> None:
-        """Takes in features of a task. x: (N, width)."""
+        """Adds features of a task. x: (N, width)."""
         x = x.double()
         self.counts[task] += len(x)
         self.sums[task] += x.sum(0)
         self.moments += x.T @ x
 
     def likeliest(self, x: Tensor) -> Tensor:
-        """Numbers of the likeliest of the tasks taken in, (N,) int64; 0 before the first. x: (N, width)."""
+        """Index of the most likely task among those added, (N,) int64; 0 before the first. x: (N, width)."""
         means = self.sums / self.counts.clamp(min=1)
         within = (self.moments - self.sums.T @ means) / self.counts.sum().clamp(min=1)
-        # A little of the identity: fewer features than their width leave S singular.
+        # Regularized by the identity: with fewer features than their width S is singular.
         within.diagonal().add_(1e-3 * within.diagonal().mean() + torch.finfo(within.dtype).tiny)
         weights = torch.linalg.solve(within, means.T)
         scores = x.double() @ weights - (means.T * weights).sum(0) / 2

@@ -1,8 +1,8 @@
-"""Branches outside a model: taken out of its adapter layers, put into another's, or merged into plain weights."""
+"""Branches outside a model: extracted from its adapter layers, loaded into another's, or merged into its weights."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
@@ -10,27 +10,19 @@ import torch
 from torch import Tensor, nn
 
 from cnext.adapters.attach import layers
-from cnext.errors import UserError
+from cnext.errors import UserError, listed
 
-SHOWN = 8
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
-def listed(names: Iterable[str]) -> str:
-    """The first names of many, and how many more there are."""
-    names = list(names)
-    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
-    return ", ".join(names[:SHOWN]) + more
-
-
 def not_finite(tensors: Mapping[str, Tensor]) -> list[str]:
-    """The names of the tensors that are of something else than finite numbers in floating point."""
+    """Names of the tensors that are not floating-point or not finite."""
     return [n for n, t in tensors.items() if t.dtype not in FLOATS or not bool(torch.isfinite(t).all())]
 
 
 @dataclass(frozen=True)
 class Branches:
-    """y = W x + scale * sum over branches of B_i A_i x, in every layer the same branches.
+    """y = W x + scale * sum over branches of B_i A_i x, with the same branches in every layer.
 
     pairs: layer to branch to A (rank, in_features) and B (out_features, rank).  scale: alpha / rank.
     """
@@ -44,10 +36,10 @@ class Branches:
         return {name: len(a) for name, (a, _) in next(iter(self.pairs.values())).items()}
 
     def regrouped(self, ranks: Mapping[str, int]) -> Branches:
-        """The same function in branches of these names and ranks, by concatenation: not a number changes.
+        """The same function as branches of other names and ranks, by concatenation; no value changes.
 
-        sum_i B_i A_i = [B_1 B_2 ...] [A_1; A_2; ...]. Branches that have these names and ranks already stay what they
-        are, in whichever order.
+        sum_i B_i A_i = [B_1 B_2 ...] [A_1; A_2; ...]. Branches that already have these names and ranks, in any order,
+        are returned as they are.
 
         Raises:
             UserError: the ranks have another sum.
@@ -65,24 +57,24 @@ class Branches:
 
 
 def refuse_routed(model: nn.Module, to: str) -> None:
-    """Raises UserError where a layer weighs its branches by what it reads."""
+    """Raises UserError where a layer has a router."""
     if any(layer.router is not None for layer in layers(model).values()):
         raise UserError(
-            f"{to} holds branches that always take part, and these are routed by their input; only --format authors "
-            "has a place for routers, those of moelora"
+            f"{to} holds branches that are always active, and these are routed by their input; only --format authors "
+            "can hold routers, those of moelora"
         )
 
 
 def branches_of(model: nn.Module) -> Branches:
-    """The active branches of a model's adapter layers, routed or not, without copies.
+    """The active branches of a model's adapter layers, routed or not, not copied.
 
     Raises:
-        UserError: there are no adapter layers, or no branch takes part in them.
+        UserError: there are no adapter layers, or no branch is active.
     """
     found = layers(model)
     active = {tuple(layer.active) for layer in found.values()}
     if not any(active):
-        raise UserError("expected a model with low-rank branches, found none that takes part: nothing to export")
+        raise UserError("expected a model with low-rank branches, found none that is active: nothing to export")
     scales = {layer.scale for layer in found.values()}
     assert len(active) == len(scales) == 1, "attach gives every layer the same branches and scale"
     pairs = {
@@ -94,10 +86,10 @@ def branches_of(model: nn.Module) -> Branches:
 
 @torch.no_grad()
 def put_branches(model: nn.Module, branches: Branches) -> None:
-    """Copies branches into a model's adapter layers, scale included; nothing is changed where anything does not fit.
+    """Copies branches and their scale into a model's adapter layers.
 
     Raises:
-        UserError: naming the layers that are missing or not in the model, and every wrong shape.
+        UserError: layers that are missing or not in the model, or wrong shapes; all are named, and nothing is changed.
     """
     found = layers(model)
     problems = []
@@ -107,14 +99,14 @@ def put_branches(model: nn.Module, branches: Branches) -> None:
         problems.append(f"layers not in the model: {listed(strange)}")
     wrong = []
     for layer in [name for name in found if name in branches.pairs]:
-        there, come = found[layer].branches, branches.pairs[layer]
-        if there.keys() != come.keys():
-            wrong.append(f"{layer} has branches {', '.join(come)}, expected {', '.join(there)}")
+        own, given = found[layer].branches, branches.pairs[layer]
+        if own.keys() != given.keys():
+            wrong.append(f"{layer} has branches {', '.join(given)}, expected {', '.join(own)}")
             continue
-        for key, pair in come.items():
-            for half, tensor, own in zip("AB", pair, (there[key].A, there[key].B), strict=True):
-                if tensor.shape != own.shape:
-                    wrong.append(f"{layer}.{key}.{half} is {tuple(tensor.shape)}, expected {tuple(own.shape)}")
+        for key, pair in given.items():
+            for half, tensor, target in zip("AB", pair, (own[key].A, own[key].B), strict=True):
+                if tensor.shape != target.shape:
+                    wrong.append(f"{layer}.{key}.{half} is {tuple(tensor.shape)}, expected {tuple(target.shape)}")
     problems += [listed(wrong)] if wrong else []
     if problems:
         raise UserError("the adapter does not fit the model, is it of another backbone? " + "; ".join(problems))
@@ -127,7 +119,7 @@ def put_branches(model: nn.Module, branches: Branches) -> None:
 
 @contextmanager
 def merged(model: nn.Module) -> Iterator[nn.Module]:
-    """Inside, the model is plain: each adapter layer gives way to its base, the active branches merged into its weight.
+    """Context in which each adapter layer is replaced by its base layer, with the active branches merged into it.
 
     Raises:
         UserError: the branches are routed.

@@ -1,7 +1,7 @@
-"""Branches to and from the layout of the adapter files that the paper's authors released.
+"""Converts branches to and from the layout of the adapter files that the paper's authors released.
 
-A file is a flat table of tensors: the branches' under ``...lora_A.default.loraA.<branch>.weight`` or, the same tensor
-again, ``....mlp.weight``; routers, which mage has in its files and does not use; and what else was trained.
+A file maps names to tensors: branches under ``...lora_A.default.loraA.<branch>.weight`` or, the same tensor again,
+``....mlp.weight``; routers, which files of mage contain and mage does not use; and what else was trained.
 
 Reference: Continual-NExT, arXiv 2602.18055, the released code of SEED-X with MAGE, MoELoRA and LoRA.
 """
@@ -17,9 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from cnext.adapters.attach import layers
-from cnext.adapters.exchange import Branches, branches_of, listed, not_finite
+from cnext.adapters.exchange import Branches, branches_of, not_finite
 from cnext.adapters.roles import BRANCH_ROLES
-from cnext.errors import UserError, unknown
+from cnext.errors import UserError, listed, unknown
 
 KINDS = ("mage", "moelora", "lora")
 ROLES = tuple(role.name for role in BRANCH_ROLES)
@@ -36,12 +36,12 @@ LANGUAGE_MODEL = (*IN_LLM, "norms")
 
 @dataclass(frozen=True)
 class Released:
-    """What a released file holds. Layers and the language model's parameters are named as in the transformers model.
+    """Contents of a released file. Layers and the language model's parameters are named as in the transformers model.
 
     routers: layer to (experts, in_features); of moelora alone.
-    extras: kind to name to tensor. kinds: "embeddings", "head" and "norms", of the language model; of SEED-X
-        "input_resampler", "output_resampler" and "patch_pos_embed", named as in the file, and so of other backbones.
-    ignored: how many tensors of which kind were left out.
+    extras: kind to name to tensor. Kinds: "embeddings", "head" and "norms" of the language model; those of a backbone,
+        of SEED-X "input_resampler", "output_resampler" and "patch_pos_embed", with names as in the file.
+    ignored: kind to number of tensors that were skipped.
     """
 
     branches: Branches
@@ -53,15 +53,16 @@ class Released:
 def from_released(
     state: Mapping[str, Tensor], kind: str, scale: float = 1.0, beside: Collection[str] = BESIDE
 ) -> Released:
-    """Sorts the tensors of a released file.
+    """Parses the tensors of a released file.
 
     Args:
-        kind: "mage", "moelora" or "lora". Files of mage and moelora look alike; only their use of the routers differs.
-        scale: alpha / total rank, which files do not hold; 32 / 32 in all that were released.
-        beside: kinds of tensors that are not the language model's, by the first part of their names.
+        state: name to tensor.
+        kind: "mage", "moelora" or "lora". Files of mage and moelora look alike and differ in the use of routers only.
+        scale: alpha / total rank, which files do not contain; 32 / 32 in all released ones.
+        beside: first parts of the names of tensors that are not the language model's.
 
     Raises:
-        UserError: naming the unknown keys, the branches missing, the tensors of wrong shape, or another kind.
+        UserError: unknown keys, missing branches, wrong shapes, or a file of another kind; all are named.
     """
     if kind not in KINDS:
         raise unknown("kind of released adapter", kind, KINDS)
@@ -129,7 +130,7 @@ def from_released(
 
 
 def _names(halves: dict[str, dict[str, dict[str, Tensor]]], kind: str) -> dict[str, str]:
-    """Branch in the file to name of ours. Raises UserError where the file is of another kind."""
+    """Branches in the file to their names in cnext. Raises UserError where the file is of another kind."""
     if not halves:
         raise UserError(
             f"expected a released adapter, with tensors {LLM}<layer>.lora_A.default...weight, found none; is it of "
@@ -147,9 +148,15 @@ def _names(halves: dict[str, dict[str, dict[str, Tensor]]], kind: str) -> dict[s
 
 
 def to_released(model: nn.Module, extras: Mapping[str, Mapping[str, Tensor]] | None = None) -> dict[str, Tensor]:
-    """The active branches of a model, and extra tensors as of `Released`, as a released file holds them.
+    """The active branches of a model in the layout of a released file.
 
-    The released code computes with scale 1 alone (alpha 32, rank 32): another scale is multiplied into B.
+    The released code supports scale 1 only (alpha 32, rank 32): another scale is multiplied into B.
+
+    Args:
+        extras: as in `Released`.
+
+    Returns:
+        Name to tensor.
 
     Raises:
         UserError: the branches are neither MAGE's four, nor one, nor experts with softmax routers.
@@ -179,7 +186,7 @@ def to_released(model: nn.Module, extras: Mapping[str, Mapping[str, Tensor]] | N
 
 
 def _routers(model: nn.Module) -> dict[str, Tensor] | None:
-    """Layer to router of linear softmax routers over branches expert-0, ...; empty: none; None: other routers."""
+    """Layer to weight of linear softmax routers over branches expert-0, ...; {} without routers; None for others."""
     found = {}
     for name, layer in layers(model).items():
         if layer.router is None:
@@ -194,7 +201,7 @@ def _routers(model: nn.Module) -> dict[str, Tensor] | None:
 
 @torch.no_grad()
 def put_routers(model: nn.Module, routers: Mapping[str, Tensor]) -> None:
-    """Copies routers into a model's adapter layers, whose routers have a parameter "weight" of the same shape."""
+    """Copies routers into those of a model's adapter layers, which have a parameter "weight" of the same shape."""
     found = layers(model)
     for name, router in routers.items():
         own = found[name].router
@@ -204,10 +211,10 @@ def put_routers(model: nn.Module, routers: Mapping[str, Tensor]) -> None:
 
 @torch.no_grad()
 def put_extras(model: nn.Module, extras: Mapping[str, Mapping[str, Tensor]]) -> None:
-    """Copies the extra tensors of the language model (`LANGUAGE_MODEL`) into the parameters that they are named after.
+    """Copies the extra tensors of the language model (`LANGUAGE_MODEL`) into its parameters of the same names.
 
     Raises:
-        UserError: naming those that the model does not have, or has in another shape.
+        UserError: names that the model does not have, or wrong shapes; all are named.
     """
     own = dict(model.named_parameters())
     given = {name: tensor for kind in LANGUAGE_MODEL for name, tensor in extras.get(kind, {}).items()}

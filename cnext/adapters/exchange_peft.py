@@ -1,16 +1,17 @@
-"""Branches to and from stock PEFT: an adapter for each, or one adapter of their total rank. The sums are equal."""
+"""Converts branches to and from PEFT adapters: one adapter per branch, or one of their total rank."""
 
 from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+from msgspec import Meta
 from torch import Tensor, nn
 
-from cnext.adapters.exchange import Branches, branches_of, listed, not_finite, refuse_routed
-from cnext.errors import UserError, parse_json
-from cnext.shapes import wrong
+from cnext.adapters.exchange import Branches, branches_of, not_finite, refuse_routed
+from cnext.errors import UserError, listed, parse_json
+from cnext.records import Finite, Record, convert
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 KEY = re.compile(r"base_model\.model\.(?P<layer>.+)\.lora_(?P<half>[AB])\.weight")
@@ -26,29 +27,29 @@ PLAIN = {
     "trainable_token_indices": ([], {}, None),
     "init_lora_weights": (True, False, None, "gaussian", "orthogonal", "eva"),
 }
-"""The settings of a PEFT adapter that is W + scale B A on an unchanged W, the same in every layer. (What is left out of
-the initializations, such as pissa, changes W.)"""
+"""Settings of a PEFT adapter that is W + scale B A with an unchanged W, the same in every layer. (Initializations that
+are not listed, such as pissa, change W.)"""
 
 
-def _rank(value: Any) -> bool:
-    """a whole number from 1 on"""
-    return not wrong(value, int) and 0 < value < 2**31
+class Scale(Record):
+    """The rank and what scales B A, in adapter_config.json."""
 
-
-SIZES = {"r": _rank, "lora_alpha": float, "use_rslora?": (bool, None)}
+    r: Annotated[int, Meta(ge=1, lt=2**31)]
+    lora_alpha: Finite
+    use_rslora: bool | None = None
 
 
 def save_peft(model: nn.Module, folder: Path, one: bool = False) -> list[Path]:
-    """Writes the active branches as PEFT adapters for the model as it is without them.
+    """Writes the active branches as PEFT adapters of the model without adapter layers.
 
-    PEFT computes W x + (alpha / r) B A x, and the sum over the adapters that are active; alpha = scale * r makes it
-    the function of our layers.
+    PEFT computes W x + (alpha / r) B A x, summed over active adapters, which with alpha = scale * r equals
+    `AdapterLinear`.
 
     Args:
         model: the model that PEFT will be given, with adapter layers in it.
-        folder: where to write, made where it is not there.
-        one: one adapter of the total rank, A stacked and B side by side, in the folder itself; else an adapter for
-            every branch, in a subfolder of its name.
+        folder: where to write; created if needed.
+        one: whether to write one adapter of the total rank, by concatenation, into the folder itself; otherwise an
+            adapter per branch, in a subfolder of its name.
 
     Returns:
         The files written.
@@ -96,7 +97,7 @@ def is_peft(folder: Path) -> bool:
 
 
 def read_peft(folder: Path) -> Branches:
-    """A PEFT adapter as one branch "lora", or one branch for every subfolder that holds an adapter, by its name.
+    """Reads a PEFT adapter as a branch "lora", or the adapters in subfolders as branches of the subfolders' names.
 
     Raises:
         UserError: no adapter, a file that cannot be read, settings or tensors that are not plain LoRA (all are named),
@@ -107,19 +108,19 @@ def read_peft(folder: Path) -> Branches:
         parts = {"lora": folder}
     if not parts:
         raise UserError(f"expected {CONFIG} in {folder} or in its subfolders, found none")
-    read = {name: _read(part) for name, part in parts.items()}
-    scales = {name: scale for name, (_, scale) in read.items()}
+    found = {name: _read_adapter(part) for name, part in parts.items()}
+    scales = {name: scale for name, (_, scale) in found.items()}
     if len(set(scales.values())) > 1:
         raise UserError(f"expected adapters of one lora_alpha / r in {folder}, found {scales}")
-    (first, (own, scale)), *others = read.items()
+    (first, (own, scale)), *others = found.items()
     for name, (pairs, _) in others:
         if pairs.keys() != own.keys():
             apart = listed(sorted(pairs.keys() ^ own.keys()))
             raise UserError(f"expected adapters of the same layers in {folder}; {first} and {name} differ in {apart}")
-    return Branches({layer: {name: pairs[layer] for name, (pairs, _) in read.items()} for layer in own}, scale)
+    return Branches({layer: {name: pairs[layer] for name, (pairs, _) in found.items()} for layer in own}, scale)
 
 
-def _read(folder: Path) -> tuple[dict[str, tuple[Tensor, Tensor]], float]:
+def _read_adapter(folder: Path) -> tuple[dict[str, tuple[Tensor, Tensor]], float]:
     """Layer to (A, B), and the scale."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
@@ -129,8 +130,7 @@ def _read(folder: Path) -> tuple[dict[str, tuple[Tensor, Tensor]], float]:
         tensors = load_file(folder / WEIGHTS)
     except (OSError, ValueError, SafetensorError) as error:
         raise UserError(f"expected {CONFIG} and {WEIGHTS} of a PEFT adapter in {folder}: {error}") from error
-    if found := wrong(config, SIZES):
-        raise UserError(f"{folder / CONFIG}: {found}")
+    given = convert(config, Scale, folder / CONFIG, "save the adapter again")
     strange = [f"{key} {config[key]!r}" for key, plain in PLAIN.items() if key in config and config[key] not in plain]
     if strange:
         found = listed(strange)
@@ -147,7 +147,7 @@ def _read(folder: Path) -> tuple[dict[str, tuple[Tensor, Tensor]], float]:
         f"{layer}.{half} {tuple(tensor.shape)}"
         for layer, pair in halves.items()
         for half, tensor in pair.items()
-        if tensor.ndim != 2 or tensor.shape["AB".index(half)] != config["r"]
+        if tensor.ndim != 2 or tensor.shape["AB".index(half)] != given.r
     ]
     problems = [
         f"{what}: {listed(names)}"
@@ -161,5 +161,5 @@ def _read(folder: Path) -> tuple[dict[str, tuple[Tensor, Tensor]], float]:
     ]
     if problems or not halves:
         raise UserError(f"{folder / WEIGHTS}: {'; '.join(problems) or 'no lora_A and lora_B in it'}")
-    scale = config["lora_alpha"] / (config["r"] ** 0.5 if config.get("use_rslora") else config["r"])
+    scale = given.lora_alpha / (given.r**0.5 if given.use_rslora else given.r)
     return {layer: (pair["A"], pair["B"]) for layer, pair in halves.items()}, scale

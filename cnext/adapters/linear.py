@@ -1,4 +1,4 @@
-"""The adapter linear layer: a frozen linear layer and any number of low-rank branches, summed with equal weight."""
+"""`AdapterLinear`: a frozen linear layer plus the sum of any number of low-rank branches."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from cnext.errors import UserError
 
 
 class Branch(nn.Module):
-    """One low-rank branch. A: (rank, in_features), B: (out_features, rank), both of the base weight's device."""
+    """One low-rank branch: A (rank, in_features), and B (out_features, rank), which starts at zero."""
 
     def __init__(self, a: Tensor, out_features: int) -> None:
         super().__init__()
@@ -24,22 +24,28 @@ class Branch(nn.Module):
 class AdapterLinear(nn.Module):
     """y = W x + b + scale * sum over branches of B_i A_i drop(x), with W and b frozen.
 
-    Computed by `cnext.ops.lora_branches`: four branches of rank 8 cost what one of rank 32 costs. A branch whose
-    parameters are frozen still adds to y. The branches' A are views of one block of memory, one below the other:
-    one matrix without a copy. Where something moves them apart, the op copies, and the result is the same. (Every B is
-    a tensor of its own: columns of one block would have gaps, which fused optimizers and FSDP do not take.)
-
-    ``active`` names the branches that take part; the others are as if they were not there. ``router``, where it is
-    given, maps x to (..., active branches) weights of each token's branches; a module is part of the layer.
-    ``observer``, where it is given, is called with every x. (A hook on the layer keeps it from being computed together
-    with others.)
+    Computed by `cnext.ops.lora_branches`: four branches of rank 8 cost as much as one of rank 32. Frozen branches
+    contribute to y as well. The branches' A are views of one matrix, stacked, so that no copy is needed; if something
+    moves them apart, the op copies, with the same result. (Every B is a tensor of its own: as columns of one matrix
+    they would not be contiguous, which fused optimizers and FSDP require.)
 
     Args:
         base: the linear layer, (..., in_features) to (..., out_features). It is frozen.
         branches: name to branch, in the order of summation.
         scale: alpha / total rank; 1.0 in the paper.
-        dropout: probability of dropping an element of x on the way into the branches, in training only.
-        independent: a dropout mask for every branch, as released, in place of one that they share.
+        dropout: probability of zeroing an element of x before the branches, in training mode only.
+        independent: one dropout mask per branch, as released, instead of one that all branches share.
+
+    Attributes:
+        active: names of the branches in the sum; the others are ignored. Default: all.
+        router: maps x to weights (..., active branches) of each token's branches, or None. A module becomes part of the
+            layer.
+        observer: called with every x, or None. (A forward hook would keep the layer from being computed together with
+            others.)
+
+    Example:
+        >>> layer = AdapterLinear(linear, {"lora": Branch(torch.randn(8, linear.in_features), linear.out_features)})
+        >>> layer(torch.randn(2, 5, linear.in_features)).shape
 
     Reference: Continual-NExT, arXiv 2602.18055, Eq. 1.
     """
@@ -66,6 +72,27 @@ class AdapterLinear(nn.Module):
         self._join()
 
     def forward(self, x: Tensor) -> Tensor:
+        """y = W x + b + scale * sum over the active branches of w_i B_i A_i drop(x).
+
+        w_i is 1, or what ``router`` returns for x. Where the layer is merged or no branch is active, the base alone
+        runs. Dropout is applied in training mode only. Memory for the backward pass: x, and drop(x) A^T of (..., total
+        rank of the active branches).
+
+        Args:
+            x: (..., in_features), of the dtype of the base weight: float32, bfloat16, float16 or float64; under
+                autocast of any of these.
+
+        Returns:
+            (..., out_features), of the dtype of x, or of autocast.
+
+        Raises:
+            UserError: a shape, dtype or device does not fit, or the base weight was unfrozen.
+
+        Example:
+            >>> branches = {"one": Branch(torch.randn(2, 8), 4)}
+            >>> AdapterLinear(nn.Linear(8, 4), branches)(torch.randn(3, 5, 8)).shape
+            torch.Size([3, 5, 4])
+        """
         if self.observer is not None:
             self.observer(x)
         base = self.base
@@ -85,24 +112,25 @@ class AdapterLinear(nn.Module):
         )
 
     def adapter_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """Names and parameters of the branches, "<branch>.<A or B>", and of a router, "router.<name>"."""
+        """Parameters of the branches, named "<branch>.<A or B>", and of a router, "router.<name>"."""
         yield from self.get_submodule("branches").named_parameters()
         if isinstance(self.router, nn.Module):
             yield from self.router.named_parameters("router")
 
     @property
     def merged(self) -> bool:
-        """Whether the branches are in the base weight."""
+        """Whether the branches are merged into the base weight."""
         return self._unmerged is not None
 
     @torch.no_grad()
     def merge(self) -> None:
-        """Adds the active branches to the base weight: summed in float32, then cast; the cost is the base's.
+        """Adds the active branches to the base weight, W + scale * sum over branches of B_i A_i.
 
-        W + scale * sum over branches of B_i A_i. The branches themselves are kept, and so is W, for `unmerge`.
+        Summed in float32 at least, then cast to W's dtype. The layer then costs as much as its base. The branches are
+        kept, and a copy of W for `unmerge`.
 
         Raises:
-            UserError: merged already, or routed: weights that depend on x are in no matrix.
+            UserError: merged already, or routed: weights that depend on x cannot be merged.
         """
         if self.merged:
             raise UserError("merge: the branches are merged already; call unmerge first")
@@ -119,7 +147,7 @@ class AdapterLinear(nn.Module):
 
     @torch.no_grad()
     def unmerge(self) -> None:
-        """Undoes `merge`, to the bit.
+        """Restores the base weight from before `merge`, bit for bit.
 
         Raises:
             UserError: not merged.
@@ -131,7 +159,7 @@ class AdapterLinear(nn.Module):
 
     @torch.no_grad()
     def _join(self) -> None:
-        """Moves every A into one block of memory. The parameters stay the same objects."""
+        """Moves every A into one matrix. The parameters stay the same objects."""
         parts = [branch.A for branch in self.branches.values()]
         if {type(part) for part in parts} == {nn.Parameter} and len({(part.dtype, part.device) for part in parts}) == 1:
             rows = torch.cat([part.detach() for part in parts]).split([part.shape[0] for part in parts])

@@ -1,4 +1,4 @@
-"""MAGE's four branches in any transformers model, in one call."""
+"""`attach_mage`: MAGE's four branches in a transformers model."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down
 
 
 class AttachedMage:
-    """Branches that are in a model, and the way back. Made by `attach_mage`.
+    """Handle of MAGE's branches in a model: trains, merges and detaches them. Returned by `attach_mage`.
 
     Args:
         model: the whole model.
@@ -32,25 +32,56 @@ class AttachedMage:
         return layers(self.model)
 
     def train_on(self, reads: Iterable[str], writes: Iterable[str]) -> dict[str, nn.Parameter]:
-        """Unfreezes the branches of a task's modalities and freezes the others; returns the parameters to optimize.
+        """Unfreezes the branches of a task's modalities and freezes all other parameters.
+
+        A modality that is read trains its general branch, one that is written its expert branch. All four branches keep
+        adding to the output.
 
         Args:
-            reads, writes: "text", "image" or both.
+            reads: the task's input modalities: "text", "image" or both.
+            writes: its output modalities, likewise.
+
+        Returns:
+            The parameters to optimize, keyed "<layer>.<branch>.<A or B>": for each adapter layer and branch A, (rank,
+            in), and B, (out, rank), float32 or wider. Gradients left from earlier are dropped. Pass only these to an
+            optimizer, which then keeps no state for frozen branches.
+
+        Raises:
+            UserError: a modality is unknown.
+
+        Example:
+            >>> handle = cnext.attach_mage(model)  # doctest: +SKIP
+            >>> parameters = handle.train_on(reads=["text", "image"], writes=["text"])  # doctest: +SKIP
+            >>> optimizer = torch.optim.AdamW(parameters.values(), lr=2e-4)  # doctest: +SKIP
+
+        Reference: Continual-NExT, arXiv 2602.18055, section 4.
         """
         return set_trainable(self.model, [role.name for role in roles_of(reads, writes)])
 
     def merge(self) -> None:
-        """Adds every layer's branches to its weight: the model then runs as fast as without them."""
+        """Merges the branches into the weights: the model then runs as fast as without them. See `AdapterLinear.merge`.
+
+        Raises:
+            UserError: merged already.
+        """
         for layer in self.layers.values():
             layer.merge()
 
     def unmerge(self) -> None:
-        """Undoes `merge`, to the bit."""
+        """Restores the weights from before `merge`, bit for bit.
+
+        Raises:
+            UserError: not merged.
+        """
         for layer in self.layers.values():
             layer.unmerge()
 
     def detach(self) -> nn.Module:
-        """Takes the branches out and gives the untouched model back."""
+        """Removes the branches, and restores which parameters require a gradient.
+
+        Returns:
+            The model as it was before `attach_mage`.
+        """
         detach(self.model)
         for name, parameter in self.model.named_parameters():
             parameter.requires_grad_(self._requires_grad[name])
@@ -69,23 +100,28 @@ def attach_mage(
     language_model: nn.Module | None = None,
     generator: torch.Generator | None = None,
 ) -> AttachedMage:
-    """Puts MAGE's four branches into the language model's linear layers, y = W x + scale * sum of B_i A_i drop(x).
+    """Attaches MAGE's four branches to the language model's linear layers, y = W x + scale * sum of B_i A_i drop(x).
 
     Args:
-        model: a transformers model, changed in place: all of it is frozen, the branches are not.
+        model: a transformers model, changed in place: all its parameters are frozen, those of the branches are not.
         rank: of each branch.
         scale, dropout, independent: see `AdapterLinear`.
         shared: see `cnext.adapters.attach`.
         targets: last parts of the names of the linear layers.
-        language_model: the part of the model to look in, so that a vision tower's layers of the same names are left
-            alone; None: what the model's ``get_decoder()`` gives, and the whole model where it has none.
-        generator: source of the branches' first values, on the CPU; None is torch's own.
+        language_model: the part of the model to search, so that layers of the same names in a vision tower are skipped.
+            Default: the model's ``get_decoder()``, or the whole model if it has none.
+        generator: source of the branches' initial values, on the CPU. Default: torch's own.
 
     Returns:
-        A handle: which branches to train, merging, and ``detach()``.
+        A handle to train, merge and detach the branches.
 
     Raises:
-        UserError: naming the targets that matched nothing, or a layer whose weight is not plain.
+        UserError: targets that match nothing, or a layer whose weight is not plain; the model is then unchanged.
+
+    Example:
+        >>> mage = attach_mage(model)
+        >>> parameters = mage.train_on(reads=["image", "text"], writes=["text"])
+        >>> optimizer = torch.optim.AdamW(parameters.values(), 1e-4)
 
     Reference: Continual-NExT, arXiv 2602.18055, section 4.
     """
@@ -95,7 +131,7 @@ def attach_mage(
         # transformers 4 stops at the model that has the decoder beside a vision tower.
         for name in ("language_model", "text_model"):
             language_model = getattr(language_model, name, language_model)
-    assert language_model is not None, "a transformers model that has get_decoder has a decoder"
+    assert language_model is not None, "get_decoder of transformers returns a decoder"
     before = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     ranks = {role.name: rank for role in BRANCH_ROLES}
     attach(

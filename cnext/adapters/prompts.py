@@ -1,4 +1,4 @@
-"""Soft prompts: a pool of vectors with keys, of which each row of a batch gets some before its input embeddings."""
+"""Soft prompts: a pool of trained prompts with keys, some of which are prepended to each row's input embeddings."""
 
 from __future__ import annotations
 
@@ -16,19 +16,23 @@ from cnext.kv_cache import given_cache
 
 
 class Prompts(nn.Module):
-    """Prompts of ``length`` vectors for a decoder, and a key for each by which a question finds them.
+    """A pool of prompts for a decoder, each with a key by which questions select it.
 
-    The prompts' positions are cut off from what the decoder returns. It takes ``inputs_embeds`` and, where given,
-    ``attention_mask`` (rows, cached and new positions), ``position_ids`` (rows, new positions), which are counted from
-    behind the prompts, and a key-value cache, which takes the prompts once, while it is empty.
+    Hooks on the decoder prepend the selected prompts and remove their positions from what it returns. It is called with
+    ``inputs_embeds`` and optionally ``attention_mask`` (rows, cached and new positions), ``position_ids`` (rows, new
+    positions), which do not count the prompts, and a key-value cache, to which prompts are added once, while it is
+    empty.
 
     Args:
         model: a transformers decoder.
         budget: number of parameters that prompts and keys may have together.
-        length: vectors in a prompt.
-        count: prompts that a question finds.
-        scale: prompts are scale times their parameters: with Adam, learnt at scale times the learning rate.
-        generator: source of the draws, on the CPU. Prompts have the standard deviation of the decoder's embeddings.
+        length: vectors of a prompt.
+        count: prompts selected for a question.
+        scale: prompts are scale times their parameters: with Adam, as scale times the learning rate.
+        generator: source of initial values, on the CPU. Prompts have the standard deviation of the embeddings.
+
+    Raises:
+        UserError: a budget too small for ``count`` prompts.
     """
 
     def __init__(
@@ -40,11 +44,11 @@ class Prompts(nn.Module):
         size = budget // ((length + 1) * width)
         if size < count:
             raise UserError(
-                f"{budget:,} parameters are {size} prompts of {length} vectors, fewer than the {count} to find"
+                f"{budget:,} parameters are {size} prompts of {length} vectors, fewer than the {count} to select"
             )
-        drawn = trained_like(torch.randn(size, length + 1, width, generator=generator), embeddings)
-        self.prompts = nn.Parameter(drawn[:, 1:] * (embeddings.std() / scale))
-        self.keys = nn.Parameter(drawn[:, 0] * width**-0.5)
+        values = trained_like(torch.randn(size, length + 1, width, generator=generator), embeddings)
+        self.prompts = nn.Parameter(values[:, 1:] * (embeddings.std() / scale))
+        self.keys = nn.Parameter(values[:, 0] * width**-0.5)
         self.count, self.scale = count, scale
         self.chosen: Tensor | None = None
         self._new = 0
@@ -52,14 +56,15 @@ class Prompts(nn.Module):
         model.register_forward_hook(self._leave)
 
     def nearest(self, features: Tensor) -> tuple[Tensor, Tensor]:
-        """(N, count) int64: the prompts of the largest cosines of key and features, ascending; (N, count): these."""
+        """Indices of the prompts with the largest cosines of key and features, (N, count) int64, sorted by index; and
+        these cosines, (N, count), sorted by value. features: (N, width)."""
         cosines = F.normalize(features.to(self.keys.dtype), dim=1) @ F.normalize(self.keys, dim=1).T
         largest, chosen = cosines.topk(self.count)
         return chosen.sort().values, largest
 
     @contextmanager
     def before(self, chosen: Tensor) -> Iterator[None]:
-        """Inside, the decoder reads these prompts first; (rows, count) int64, or (1, count) for all rows."""
+        """Context in which these prompts are prepended: (rows, count) int64, or (1, count) for all rows."""
         self.chosen = chosen
         try:
             yield

@@ -1,4 +1,4 @@
-"""Branch roles: a side (read or written) and a modality. Another modality is another word in MODALITIES."""
+"""Branch roles: a side (read or written) and a modality."""
 
 from __future__ import annotations
 
@@ -8,12 +8,13 @@ from dataclasses import dataclass
 from cnext.errors import UserError
 
 MODALITIES = ("text", "image")
+"""A further modality is added here."""
 SIDES = {"general": "read", "expert": "written"}
 
 
 @dataclass(frozen=True)
 class BranchRole:
-    """What a branch is for: "text-general" is trained where text is read, "image-expert" where an image is written."""
+    """Role of a branch: "text-general" is trained where text is read, "image-expert" where an image is written."""
 
     modality: str
     side: str
@@ -30,7 +31,8 @@ BRANCH_ROLES = tuple(BranchRole(modality, side) for side in SIDES for modality i
 def roles_of(reads: Iterable[str], writes: Iterable[str]) -> tuple[BranchRole, ...]:
     """The roles that a task trains: general for every modality that it reads, expert for every one that it writes.
 
-    Raises UserError for a modality that is not in MODALITIES.
+    Raises:
+        UserError: a modality that is not in MODALITIES.
     """
     used = {"general": set(reads), "expert": set(writes)}
     strange = set.union(*used.values()) - set(MODALITIES)

@@ -1,17 +1,17 @@
-"""Adapter layers that read the same input, such as q, k and v, computed together: a rewrite of their parent's forward.
+"""Computes adapter layers that read the same input, such as q, k and v, together, by rewriting their parent's forward.
 
-One pass over x for every down-projection and one chain for dX, in place of one each. `join` reads the source of the
-parent's forward. Where one block calls several of the layers on one local variable, as in
+This needs one pass over x for all down-projections and one chain for dX, instead of one per layer. `join` reads the
+source of the parent's forward. Where one block calls several of the layers on one local variable, as in
 
     q = self.q_proj(x)
     k = self.k_proj(x)
 
-one statement above the first of them calls `together`, and its results take the place of the calls. The parent gets a
-subclass of its class with this forward: no state, so that threads and replicas do not meet. A forward whose source is
-not at hand, or does not show that every call sees the same values, stays as it is: each layer is then computed alone.
+a statement before the first of them calls `together`, and its results replace the calls. The parent's class is replaced
+by a subclass with this forward, without state, so that threads and replicas do not interfere. A forward whose source is
+not available, or does not show that all calls see the same values, is left unchanged: each layer is computed by itself.
 
-Between the calls the variable may have no other use than its shape, dtype and device, and nothing may be written in
-place. What is not seen is another name of the same memory, changed in a function that is called between them.
+Between the calls, the variable may only be used for its shape, dtype and device, and nothing may be written in place.
+Not detected: an alias of the same memory that is modified by a function called between them.
 """
 
 from __future__ import annotations
@@ -46,10 +46,10 @@ _READING_CALLS = {"size", "dim"}
 
 
 def together(layers: Sequence[nn.Module], x: Tensor) -> tuple[Tensor, ...]:
-    """What each layer gives for x, in one call of `cnext.ops.lora_branches_grouped` where the layers allow it.
+    """Outputs of several layers for x, by one call of `cnext.ops.lora_branches_grouped` where possible.
 
-    They do if all are adapter layers without hooks, not merged or routed, whose branches, scale and dropout are the
-    same. Otherwise each is called by itself.
+    That is possible if all are adapter layers without hooks, not merged and not routed, with the same active branches,
+    ranks, scale and dropout. Otherwise each is called by itself.
 
     Args:
         layers: two or more.
@@ -85,12 +85,12 @@ def together(layers: Sequence[nn.Module], x: Tensor) -> tuple[Tensor, ...]:
 
 
 def _alike(layers: Sequence[nn.Module]) -> list[AdapterLinear] | None:
-    """The layers, if one call can compute all of them."""
+    """The layers, if one call can compute all of them, else None."""
     if modules._has_any_global_hook():
         return None
     found: list[AdapterLinear] = []
     for layer in layers:
-        # A subclass, or what another library has put around forward, may do more than the op.
+        # A subclass, or a forward that another library has wrapped, may do more than the op.
         if type(layer) is not AdapterLinear or "forward" in layer.__dict__ or layer._compiled_call_impl is not None:
             return None
         if layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks:
@@ -119,7 +119,7 @@ def _ranks(layer: AdapterLinear) -> list[int]:
 
 
 class _Joined(NamedTuple):
-    """What a rewritten class was made of: its class, its layers' names, and the groups that are joined."""
+    """What a rewritten class was made from: its class, its layers' names, and the groups that are joined."""
 
     original: type[nn.Module]
     names: Names
@@ -141,7 +141,7 @@ def join(module: nn.Module, shared: Sequence[Sequence[str]]) -> None:
     names = tuple(tuple(name for name in one if isinstance(children.get(name), AdapterLinear)) for one in shared)
     names = tuple(one for one in names if len(one) > 1)
     if names and "forward" not in vars(module):
-        # Of a linear layer without adapters it is known, too, that it does not change its input.
+        # A linear layer without adapters is known not to change its input either.
         plain = tuple(name for one in shared for name in one if isinstance(children.get(name), nn.Linear))
         module.__class__ = _joining(type(module), names, plain)
 
@@ -154,10 +154,10 @@ def part(module: nn.Module) -> None:
 
 
 def joined(model: nn.Module) -> dict[str, Names]:
-    """Which adapter layers are computed together.
+    """Which adapter layers of a model are computed together.
 
     Returns:
-        The name of every module that computes some of its layers together, to their names, one tuple per call.
+        Name of a module that computes some of its layers together, to their names, one tuple per joint call.
 
     Example:
         >>> joined(model)["layers.0.self_attn"]
@@ -168,7 +168,7 @@ def joined(model: nn.Module) -> dict[str, Names]:
 
 
 def _joining(original: type[nn.Module], names: Names, plain: tuple[str, ...]) -> type[nn.Module]:
-    """A subclass whose forward joins the calls of these layers; the class itself where there is nothing to join."""
+    """A subclass whose forward joins the calls of these layers; the class itself if there is nothing to join."""
     forward = inspect.getattr_static(original, "forward", None)
     if not isinstance(forward, FunctionType):
         return original
@@ -180,7 +180,7 @@ def _joining(original: type[nn.Module], names: Names, plain: tuple[str, ...]) ->
         return original
 
     def reduce(self: nn.Module, protocol: Any) -> tuple[Any, ...]:
-        # The subclass has no name to be found by, so the pickle holds the original and joins again.
+        # The subclass cannot be found by name, so the pickle contains the original and joins again.
         make, arguments, *rest = original.__reduce_ex__(self, protocol)
         arguments = tuple(original if one is made else one for one in arguments)
         return (_rebuilt, (original, names, plain, make, arguments), *rest)
@@ -195,7 +195,7 @@ def _joining(original: type[nn.Module], names: Names, plain: tuple[str, ...]) ->
     }
     try:
         made = type(original)(original.__name__, (original,), members)  # pyright: ignore[reportCallIssue]
-    except TypeError:  # a class that asks its subclasses for arguments
+    except TypeError:  # a class whose __init_subclass__ requires arguments
         return original
     _classes[key] = made
     return made
@@ -204,7 +204,7 @@ def _joining(original: type[nn.Module], names: Names, plain: tuple[str, ...]) ->
 def _rebuilt(
     original: type[nn.Module], names: Names, plain: tuple[str, ...], make: Callable[..., nn.Module], arguments: tuple
 ) -> nn.Module:
-    """An unpickled module, before its state."""
+    """Constructs an unpickled module, before its state is set."""
     module = make(*arguments)
     if type(module) is original:
         module.__class__ = _joining(original, names, plain)
@@ -212,7 +212,7 @@ def _rebuilt(
 
 
 def _rewritten(forward: object, names: Names, plain: tuple[str, ...]) -> tuple[Callable[..., Any], Names] | None:
-    """A forward with its calls joined, and the groups of names; None where none can be."""
+    """A forward with joined calls, and the groups of names; None if nothing can be joined."""
     chain = _chain(forward)
     inner = chain[-1]
     if not all(isinstance(one, FunctionType) for one in chain) or not isinstance(inner, FunctionType):
@@ -235,11 +235,11 @@ def _rewritten(forward: object, names: Names, plain: tuple[str, ...]) -> tuple[C
         prefix += "_"
     _rewrite(tree, groups, prefix)
     new = _evaluated(tree, imports, prefix, inner)
-    # Decorators that were put on later, or are others by now, are not in the source.
+    # Decorators that were added or changed later are not in the source.
     layers = _chain(new)
     if len(layers) != len(chain) or not all(isinstance(one, FunctionType) for one in layers):
         return None
-    # Equal, not the same: some decorators give every function they make a copy of its code.
+    # Equal, not identical: some decorators give every function that they create a copy of its code.
     if any(one.__code__ != other.__code__ for one, other in zip(layers[:-1], chain[:-1], strict=True)):
         return None
     if layers[-1].__code__.co_freevars != (f"{prefix}_together",):
@@ -325,7 +325,7 @@ def _same_constant(one: object, other: object) -> bool:
 
 
 class _Group(NamedTuple):
-    """Calls that can be one: of which variable, above which statement of a block, and each layer's call."""
+    """Calls to be joined: the variable, the statement of a block before the first one, and each layer's call."""
 
     block: list[ast.stmt]
     first: int
@@ -334,7 +334,7 @@ class _Group(NamedTuple):
 
 
 class _Uses(ast.NodeVisitor):
-    """What a statement, or a part of one, does with variables: calls of layers on one, and any other use."""
+    """Uses of variables in a statement or a part of one: calls of layers on one, and others."""
 
     def __init__(self, owner: str, names: set[str], plain: set[str]) -> None:
         self.owner = owner
@@ -346,7 +346,7 @@ class _Uses(ast.NodeVisitor):
         self._conditional = 0
 
     def generic_visit(self, node: ast.AST) -> None:
-        # A name that is bound without a Name node: "except ... as name", an import, a definition, a pattern.
+        # Names bound without a Name node: "except ... as name", imports, definitions, patterns.
         self.others |= {one for key in ("name", "asname", "rest") if isinstance(one := getattr(node, key, None), str)}
         self.writes |= isinstance(node, ast.AugAssign | ast.Nonlocal | ast.Global | ast.Yield | ast.YieldFrom)
         inside = isinstance(node, _CONDITIONAL)
@@ -399,7 +399,7 @@ def _groups(tree: ast.FunctionDef, names: Names, plain: set[str]) -> list[_Group
     if owner in bound:
         return []
     elsewhere = {one for node in inside if isinstance(node, ast.Global | ast.Nonlocal) for one in node.names}
-    # What is evaluated later may change a variable at any call.
+    # Code that is evaluated later may change a variable at any call.
     for node in inside:
         if isinstance(node, _LAZY):
             elsewhere |= {one.id for one in ast.walk(node) if isinstance(one, ast.Name)}
@@ -412,7 +412,7 @@ def _groups(tree: ast.FunctionDef, names: Names, plain: set[str]) -> list[_Group
 
 
 def _blocks(block: list[ast.stmt]) -> Iterator[list[ast.stmt]]:
-    """A block and those of its statements, but not those of other functions."""
+    """A block and the blocks of its statements, but not those of nested functions."""
     yield block
     for statement in block:
         if not isinstance(statement, _LAZY):
@@ -425,7 +425,7 @@ def _blocks(block: list[ast.stmt]) -> Iterator[list[ast.stmt]]:
 def _in_block(
     block: list[ast.stmt], uses: Callable[[], _Uses], of: dict[str, int], local: set[str]
 ) -> Iterator[_Group]:
-    """The groups of one block; its statements' own blocks count as uses only."""
+    """The groups of one block; blocks within its statements count as other uses."""
     waiting: dict[tuple[int, str], _Group] = {}
 
     def closed(found: _Uses, everything: bool = False) -> Iterator[_Group]:
@@ -467,7 +467,7 @@ def _in_block(
 
 
 class _Replaced(ast.NodeTransformer):
-    """Puts a variable in the place of a call."""
+    """Replaces calls by variables."""
 
     def __init__(self, variables: dict[ast.Call, str]) -> None:
         self.variables = variables
@@ -479,7 +479,7 @@ class _Replaced(ast.NodeTransformer):
 
 
 def _rewrite(tree: ast.FunctionDef, groups: list[_Group], prefix: str) -> None:
-    """Puts the joint calls into a function. They have the place of the first call that they stand for."""
+    """Inserts the joint calls into a function, at the source position of the first call that they replace."""
     variables: dict[ast.Call, str] = {}
     above: list[tuple[_Group, ast.stmt]] = []
     for group in groups:
@@ -500,10 +500,10 @@ def _rewrite(tree: ast.FunctionDef, groups: list[_Group], prefix: str) -> None:
 
 
 def _evaluated(tree: ast.FunctionDef, imports: ast.Import, prefix: str, inner: FunctionType) -> Any:
-    """The rewritten function under its own decorators, in the original's globals. None where that fails."""
+    """The rewritten function with its decorators, in the original's globals; None if they raise."""
 
     def restored(function: FunctionType) -> FunctionType:
-        # A default may be of names that only the class body had.
+        # A default may use names that existed in the class body only.
         function.__defaults__, function.__kwdefaults__ = inner.__defaults__, inner.__kwdefaults__
         function.__qualname__, function.__module__ = inner.__qualname__, inner.__module__
         function.__doc__ = inner.__doc__

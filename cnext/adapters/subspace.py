@@ -1,4 +1,4 @@
-"""What mattered of the inputs of adapter layers, as one subspace per layer, and steps at right angles to it."""
+"""Subspaces of the inputs of adapter layers, for gradient projection onto their orthogonal complement."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from cnext.distributed import collectives
 
 
 def extended(basis: Tensor, covariance: Tensor, share: float) -> Tensor:
-    """An orthonormal basis and as few directions as explain a share of a covariance with it.
+    """Extends an orthonormal basis by the fewest directions with which it explains a share of a covariance.
 
     R' = (I - U U^T) R (I - U U^T);  U <- [U, leading eigenvectors of R'] until trace(U^T R U) >= share trace(R).
 
@@ -37,9 +37,9 @@ def extended(basis: Tensor, covariance: Tensor, share: float) -> Tensor:
 
 
 class InputSubspaces:
-    """A basis U (in, k) for every adapter layer of a model, of the inputs seen while watched.
+    """A basis U (in, k) per adapter layer of a model, of the inputs observed between `watch` and `unwatch`.
 
-    ``covariance`` holds R = sum of x x^T since the last `extend`, (in, in) float32 per layer.
+    ``covariance``: R = sum of x x^T since the last `extend`, (in, in) float32 per layer.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -47,48 +47,48 @@ class InputSubspaces:
         self.basis: dict[str, Tensor] = {}
         self.covariance: dict[str, Tensor] = {}
         self.extended = 0
-        """How often the bases have been extended."""
+        """Number of calls of `extend`."""
 
     def watch(self) -> None:
-        """From now on, forward passes count, until `unwatch`."""
+        """Observes the inputs of forward passes from now on."""
         for name, layer in self.layers.items():
-            layer.observer = partial(self._see, name)
+            layer.observer = partial(self._observe, name)
 
     def unwatch(self) -> None:
-        """Forward passes no longer count."""
+        """Stops observing."""
         for layer in self.layers.values():
             layer.observer = None
 
-    def _see(self, name: str, x: Tensor) -> None:
+    def _observe(self, name: str, x: Tensor) -> None:
         x = collectives.all_gather(x.detach().flatten(0, -2).float())
         self.covariance[name] = self.covariance.get(name, 0.0) + x.T @ x
 
     def extend(self, share: float) -> None:
-        """Takes into every basis what it leaves of the inputs seen, see `extended`, and forgets them."""
+        """Extends every basis by what it does not explain of the inputs observed, see `extended`, and clears them."""
         for name, covariance in self.covariance.items():
             self.basis[name] = extended(self.basis.get(name, covariance[:, :0]), covariance, share)
         self.covariance = {}
         self.extended += 1
 
     def inside(self, name: str, rows: Tensor) -> Tensor:
-        """The part of each row of (n, in) that lies in the subspace of a layer."""
+        """Projection of rows (n, in) onto the subspace of a layer."""
         return (rows @ self.basis[name]) @ self.basis[name].T
 
     def bytes_after(self, times: int) -> int:
-        """Bytes of the bases after so many `extend`: exact for those done; of one to come all that a basis can grow to,
-        since the inputs alone say how far it does."""
+        """Bytes of the bases after ``times`` calls of `extend`: exact for past calls, an upper bound for future ones,
+        whose inputs are unknown."""
         if times <= self.extended:
             return sum(4 * basis.numel() for basis in self.basis.values())
         return sum(4 * layer.base.in_features**2 for layer in self.layers.values())
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Flat: "extended", "basis.<layer>", and "covariance.<layer>" of what has been seen since the last `extend`."""
+        """Tensors "extended", "basis.<layer>", and "covariance.<layer>" of inputs since the last `extend`."""
         slots = {"basis": self.basis, "covariance": self.covariance}
         kept = {f"{kind}.{name}": tensor for kind, slot in slots.items() for name, tensor in slot.items()}
         return kept | {"extended": torch.tensor(self.extended)}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Takes back what `state_dict` gave."""
+        """Restores what `state_dict` returned."""
         self.extended = int(state["extended"])
         slots = {"basis": self.basis, "covariance": self.covariance}
         for key, tensor in state.items():

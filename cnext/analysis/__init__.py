@@ -1,4 +1,4 @@
-"""What the paper's analyses show, from run folders alone: one function each, ``Study`` to ``Finding``s.
+"""Analyses of forgetting from run folders alone: one function each, `RunGroups` to `ResultTable`s.
 
 Means over seeds and orders are in `tables`; how an analysis is drawn is in `report`.
 """
@@ -11,14 +11,14 @@ from dataclasses import dataclass
 from cnext.analysis.breaks import breaks
 from cnext.analysis.drift import drift
 from cnext.analysis.error_types import types
-from cnext.analysis.finding import Finding, Unavailable
-from cnext.analysis.groups import Study
+from cnext.analysis.groups import RunGroups
 from cnext.analysis.overall import ablations, orders, seeds, stages
+from cnext.analysis.result import ResultTable, Unavailable
 from cnext.analysis.samples import samples
 from cnext.analysis.transfer import transfer
 from cnext.errors import unknown
 
-ANALYSES: dict[str, Callable[[Study], list[Finding]]] = {
+ANALYSES: dict[str, Callable[[RunGroups], list[ResultTable]]] = {
     "types": types,
     "transfer": transfer,
     "orders": orders,
@@ -33,17 +33,17 @@ ANALYSES: dict[str, Callable[[Study], list[Finding]]] = {
 
 @dataclass(frozen=True)
 class Analysis:
-    """What was found, by the name of the analysis, and why the others could not be made."""
+    """The tables by the name of the analysis, and why the others could not be made."""
 
-    found: dict[str, list[Finding]]
+    tables: dict[str, list[ResultTable]]
     left_out: dict[str, str]
 
     @property
-    def findings(self) -> list[Finding]:
-        return [finding for findings in self.found.values() for finding in findings]
+    def results(self) -> list[ResultTable]:
+        return [result for results in self.tables.values() for result in results]
 
 
-def analyze(study: Study, what: Sequence[str] = ()) -> Analysis:
+def analyze(study: RunGroups, what: Sequence[str] = ()) -> Analysis:
     """The analyses named; without a name all that the folders allow, the others with what they lack.
 
     Raises: UserError for an unknown name, or where what was asked for by name cannot be made.
@@ -51,12 +51,12 @@ def analyze(study: Study, what: Sequence[str] = ()) -> Analysis:
     for name in what:
         if name not in ANALYSES:
             raise unknown("analysis", name, list(ANALYSES))
-    found, left_out = {}, {}
+    tables, left_out = {}, {}
     for name in what or ANALYSES:
         try:
-            found[name] = ANALYSES[name](study)
+            tables[name] = ANALYSES[name](study)
         except Unavailable as why:
             if what:
                 raise
             left_out[name] = str(why)
-    return Analysis(found, left_out)
+    return Analysis(tables, left_out)

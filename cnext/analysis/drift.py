@@ -1,4 +1,4 @@
-"""Drift of the adapters: what tasks share in parameters, which branches each moved, where, and which way."""
+"""Drift of adapters: which branches and layers each task updates, and how similar the updates of tasks are."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import itertools
 
 import numpy as np
 
-from cnext.analysis.finding import Cell, Finding, Unavailable
-from cnext.analysis.groups import Study, means
+from cnext.analysis.groups import RunGroups, means
+from cnext.analysis.result import Cell, ResultTable, Unavailable
 from cnext.analysis.run import Run
 from cnext.analysis.transfer import in_turn
 from cnext.analysis.updates import Updates, has_branches, read, relations
@@ -19,7 +19,7 @@ SHARED = (
     "of them, of the adapters as checkpoints keep them."
 )
 MOVED = "Share of each branch in the squared norm of each task's update, in percent."
-TURNED = "Cosine between the updates of the tasks in row and column: 1 the same way, 0 unrelated, below 0 turned back."
+TURNED = "Cosine between the updates of the tasks in row and column: 1 same direction, 0 orthogonal, below 0 opposite."
 PAIRS = (
     "Frobenius norm of the difference of one branch between the stages of two tasks, over all projections of a layer "
     "and over all layers of a projection, without the method's scale."
@@ -28,14 +28,12 @@ APART = "Frobenius norm of the difference of all branches between two stages, wi
 NORMS = "Frobenius norm of each task's update in one branch of one layer's projection, without the method's scale."
 
 
-def drift(study: Study) -> list[Finding]:
-    """What tasks of the same input or output share, which branches each task moved and which way; of one run, where."""
+def drift(study: RunGroups) -> list[ResultTable]:
+    """Similarity of updates by modality, norms by branch and cosines; for one run also by layer and projection."""
     learning = [group for group in study.groups if in_turn(group.runs[0])]
     groups = [group for group in learning if has_branches(group.runs[0])]
     if not groups:
-        raise Unavailable(
-            "drift needs two stages or more, one task learnt after another, and low-rank branches to follow"
-        )
+        raise Unavailable("drift needs two or more tasks learnt one after another, and a method with low-rank branches")
     shared: list[list[Cell]] = []
     moved: list[list[Cell]] = []
     turned: list[list[Cell]] = []
@@ -52,27 +50,27 @@ def drift(study: Study) -> list[Finding]:
             turned.append([group.method, group.order, task, *means([row[1:] for row in cosines])])
         turned.pop()
     without = ", ".join(dict.fromkeys(group.method for group in learning if group not in groups))
-    definition = f"{SHARED} Left out, for want of low-rank branches: {without}." if without else SHARED
+    definition = f"{SHARED} Left out, without low-rank branches: {without}." if without else SHARED
     tasks = found[0].tasks
     if any(group.tasks != groups[0].tasks for group in groups):
         tasks = [f"task {number}" for number in range(1, len(tasks) + 1)]
     keys = ["method", "order"]
     head = [*keys, "tasks have", "pairs", *measures[0]]
-    findings = [
-        Finding("drift", "What tasks share in parameters", definition, head, shared, words=3),
-        Finding("drift.branches", "Which branches a task moved", MOVED, [*keys, "branch", *tasks], moved, words=3),
-        Finding("drift.cosines", "Which way tasks moved", TURNED, [*keys, "task", *tasks[1:]], turned, 3, True),
+    results = [
+        ResultTable("drift", "Similarity of updates by modality", definition, head, shared, words=3),
+        ResultTable("drift.branches", "Updates by branch", MOVED, [*keys, "branch", *tasks], moved, words=3),
+        ResultTable("drift.cosines", "Cosines of updates", TURNED, [*keys, "task", *tasks[1:]], turned, 3, True),
     ]
-    return [*findings, *places(study.single, found[0])] if study.single else findings
+    return [*results, *places(study.single, found[0])] if study.single else results
 
 
 def later(values: np.ndarray) -> np.ndarray:
-    """(T, T) values with NaN but above the diagonal."""
+    """(T, T) values above the diagonal, NaN elsewhere."""
     return np.where(np.triu(np.ones_like(values), 1) > 0, values, np.nan)
 
 
-def places(run: Run, found: Updates) -> list[Finding]:
-    """How far every two stages of one run are apart, in all and by place, and the norm of every adapter's update."""
+def places(run: Run, found: Updates) -> list[ResultTable]:
+    """Distances between the stages of one run, in total and by place, and the norm of every adapter's update."""
     stages = [run.stage(stage) for stage in range(len(found.tasks) + 1)]
     apart: list[list[Cell]] = [
         [stage, *(None if np.isnan(value) else float(value) for value in row[1:])]
@@ -93,7 +91,11 @@ def places(run: Run, found: Updates) -> list[Finding]:
         for s, t in itertools.combinations(range(len(found.tasks)), 2)
     ]
     return [
-        Finding("drift.distances", "How far the stages are apart", APART, ["from stage", *stages[1:]], apart[:-1]),
-        Finding("drift.pairs", "How far tasks are apart", PAIRS, [*head, *layers, *found.projections], pairs, words=3),
-        Finding("drift.norms", "Where a task moved", NORMS, ["branch", "layer", "projection", *found.tasks], norms, 3),
+        ResultTable("drift.distances", "Distances between stages", APART, ["from stage", *stages[1:]], apart[:-1]),
+        ResultTable(
+            "drift.pairs", "Distances between tasks", PAIRS, [*head, *layers, *found.projections], pairs, words=3
+        ),
+        ResultTable(
+            "drift.norms", "Norms of updates", NORMS, ["branch", "layer", "projection", *found.tasks], norms, 3
+        ),
     ]

@@ -1,122 +1,93 @@
-"""What forgetting consists of: hallucination, instruction unfollowing and other, as in Table 2 of Continual-NExT."""
+"""Forgetting by error type: hallucination, instruction unfollowing and other; Table 2 of Continual-NExT."""
 
 from __future__ import annotations
 
-import json
 from math import isclose
-from pathlib import Path
-from typing import Any
 
-from cnext.analysis.finding import Finding, Unavailable
-from cnext.analysis.groups import Study, means
+from cnext.analysis.groups import RunGroups, means
+from cnext.analysis.result import Cell, ResultTable, Unavailable
 from cnext.analysis.run import Run
 from cnext.analysis.transfer import in_turn
 from cnext.errors import UserError
-from cnext.runs import schemas
-from cnext.shapes import wrong
+from cnext.runs.schemas import JudgeTable
+from cnext.tables.aggregate import Summary
 
 TYPES = {"avg_iuf": "Avg.IUF", "avg_hal": "Avg.HAL", "avg_oth": "Avg.OTH", "forgetting": "Forgetting"}
 WHO = ("judge", "model", "prompts", "prompts_sha256", "profile")
-"""What makes two judges one."""
+"""Two tables that agree in these are by one judge."""
 NAMED = 3
-"""So many runs without verdicts are named, the others counted."""
+"""How many runs without verdicts are named; the others are counted."""
 
 
-def types(study: Study) -> list[Finding]:
-    """The types of each method, as the scorers' rules have them and as each judge has them whose tables are there."""
+def types(study: RunGroups) -> list[ResultTable]:
+    """Forgetting by error type of each method, by the scorers' rules and by each judge with tables in judge/."""
     found = [_by_rules(study)]
     learning = filter(in_turn, study.runs)
     for name in dict.fromkeys(name for run in learning for name in run.judged if not repeats(run, name)):
         found.append(_by_judge(study, name))
-    found = [finding for finding in found if finding.rows]
+    found = [result for result in found if result.rows]
     if not found:
-        raise Unavailable("the error types need two stages or more, learnt one after another")
+        raise Unavailable("the error types need two or more tasks learnt one after another")
     return found
 
 
-def _by_rules(study: Study) -> Finding:
+def _by_rules(study: RunGroups) -> ResultTable:
     rows = []
     for group in study.groups:
         cells = means([[run.metric(name) for name in TYPES] for run in group.runs])
-        if cells[0]["n"]:
+        if cells[0].n:
             rows.append([group.method, group.order, *cells])
     definition = (
         "Growth, from when a task was learnt to the end and as the mean over all but the last task, of the share of "
         "points lost to answers that break the instruction (IUF), that are well formed and wrong (HAL) and to others "
-        "(OTH), in percent of all test samples; the three add up to Forgetting. Told apart by the scorers' rules."
+        "(OTH), in percent of all test samples; the three add up to Forgetting. Classified by the scorers' rules."
     )
-    return Finding("types", "Types of forgetting", definition, ["method", "order", *TYPES.values()], rows, words=2)
-
-
-def who(table: dict[str, Any]) -> str:
-    """A judge's model and prompts in words."""
-    prompts = f", prompts {table['prompts']} ({table['prompts_sha256'][:8]})" if table.get("prompts") else ""
-    return f"{table.get('model') or table['judge']}{prompts}"
-
-
-ESTIMATE = dict.fromkeys(("estimate", "low", "high"), schemas.percent)
-TABLE = {
-    **dict.fromkeys(("judge", "model?", "prompts?", "prompts_sha256?"), str),
-    "complete": bool,
-    "unjudged": int,
-    "metrics": {str: schemas.SCORE},
-    "estimates?": (dict.fromkeys(("avg_hal", "avg_iuf", "avg_oth"), ESTIMATE), None),
-}
-
-
-def check_table(path: Path, table: dict[str, Any]) -> None:
-    """Raises UserError where a file in RUN/judge is not one that ``cnext judge`` writes."""
-    if found := wrong(table, TABLE):
-        raise UserError(f"{path}: expected what `cnext judge` writes: {found}; judge the run again")
+    return ResultTable(
+        "types", "Forgetting by error type", definition, ["method", "order", *TYPES.values()], rows, words=2
+    )
 
 
 def repeats(run: Run, name: str) -> bool:
-    """Whether a table of a run is of the rules and says what the scorers have said already.
-
-    Raises: UserError as ``check_table``.
-    """
+    """Whether a table of a run is of the rules and has the same averages as the scorers' own errors."""
     table = run.judged[name]
-    check_table(run.path / "judge" / f"{name}.json", table)
-    figures = [(run.metric(metric), table["metrics"].get(metric)) for metric in TYPES]
-    return table["judge"] == "rules" and all(
+    figures = [(run.metric(metric), table.metrics.get(metric)) for metric in TYPES]
+    return table.judge == "rules" and all(
         ours == theirs or (ours is not None and theirs is not None and isclose(ours, theirs, abs_tol=1e-6))
         for ours, theirs in figures
     )
 
 
-def averages(table: dict[str, Any]) -> list[Any]:
-    """A judge's figures in the order of ``TYPES``; where a part of the errors was judged its estimates, with ends."""
-    guessed = table.get("estimates") or {}
+def averages(table: JudgeTable) -> list[Cell]:
+    """A judge's averages in the order of ``TYPES``: where only a sample was judged, estimates with their intervals."""
+    estimates = table.estimates or {}
     return [
-        {"n": 1, "mean": of["estimate"], "sd": None, "low": of["low"], "high": of["high"]}
-        if (of := guessed.get(name))
-        else table["metrics"].get(name)
+        Summary(1, of.estimate, None, of.low, of.high) if (of := estimates.get(name)) else table.metrics.get(name)
         for name in TYPES
     ]
 
 
-def _by_judge(study: Study, name: str) -> Finding:
+def _by_judge(study: RunGroups, name: str) -> ResultTable:
     rows, missing, judges = [], [], {}
     for group in (group for group in study.groups if in_turn(group.runs[0])):
         judged = [run for run in group.runs if name in run.judged]
         missing += [str(run.path) for run in group.runs if run not in judged]
         for run in judged:
             table = run.judged[name]
-            judges.setdefault(json.dumps([table.get(key) for key in WHO]), (run, table))
+            judges.setdefault(tuple(getattr(table, key) for key in WHO), (run, table))
         if len(judges) > 1:
-            listed = "\n".join(f"  {run.path}: {who(table)}" for run, table in judges.values())
-            raise UserError(f"judge/{name}.json is not of one judge, one table cannot hold both:\n{listed}")
+            listed = "\n".join(f"  {run.path}: {table.name}" for run, table in judges.values())
+            raise UserError(f"judge/{name}.json is by different judges, which one table cannot show:\n{listed}")
         if judged:
-            left = sum(run.judged[name]["unjudged"] for run in judged)
-            cells = means([[run.judged[name]["metrics"].get(metric) for metric in TYPES] for run in judged])
-            told = f"INCOMPLETE: {left} not judged" if left else "complete"
-            if len(judged) == 1 and judged[0].judged[name].get("estimates"):
-                cells, told = averages(judged[0].judged[name]), f"{told}; estimates with 95% intervals"
-            rows.append([group.method, group.order, *cells, told])
+            left = sum(run.judged[name].unjudged for run in judged)
+            cells = means([[run.judged[name].metrics.get(metric) for metric in TYPES] for run in judged])
+            verdicts = f"INCOMPLETE: {left} not judged" if left else "complete"
+            if len(judged) == 1 and judged[0].judged[name].estimates:
+                cells, verdicts = averages(judged[0].judged[name]), f"{verdicts}; estimates with 95% intervals"
+            rows.append([group.method, group.order, *cells, verdicts])
     [(_, table)] = judges.values()
-    definition = f"As above, told apart by {who(table)}; where errors are not judged, nothing is guessed for them."
+    definition = f"As above, classified by {table.name}; errors that are not judged count for no type."
     if missing:
         others = f" and {len(missing) - NAMED} other runs" if len(missing) > NAMED else ""
         definition += f" Without its verdicts: {', '.join(missing[:NAMED])}{others}."
     head = ["method", "order", *TYPES.values(), "verdicts"]
-    return Finding(f"types.{name}", f"Types of forgetting, judged: {name}", definition, head, rows, words=2)
+    return ResultTable(f"types.{name}", f"Forgetting by error type, judge {name}", definition, head, rows, words=2)

@@ -1,4 +1,4 @@
-"""Findings as Markdown, CSV, LaTeX or JSON."""
+"""Analysis results as Markdown, CSV, LaTeX or JSON."""
 
 from __future__ import annotations
 
@@ -8,36 +8,37 @@ import json
 from dataclasses import replace
 from typing import Any
 
+from msgspec import UNSET, to_builtins
+
 from cnext.analysis import Analysis
-from cnext.analysis.finding import Cell, Finding
+from cnext.analysis.result import Cell, ResultTable
+from cnext.tables.aggregate import Summary
 from cnext.tables.formats import NOTHING, Table, as_latex, as_markdown, cell, mark
 
 FIGURES = ("n", "mean", "sd", "low", "high")
 
 
-def shown(value: Cell, finding: Finding) -> str:
-    """A cell as a reader sees it."""
+def shown(value: Cell, result: ResultTable) -> str:
+    """A cell as text."""
     if isinstance(value, str):
         return " ".join(value.split())
-    if value is None or (isinstance(value, dict) and not value["n"]):
+    if value is None or (isinstance(value, Summary) and not value.n):
         return NOTHING
     if isinstance(value, int):
         return str(value)
-    found = value if isinstance(value, dict) else {"mean": value}
-    # Adding zero takes the sign from what is rounded to none.
-    rounded = {name: figure and round(figure, finding.decimals) + 0.0 for name, figure in found.items()}
-    return cell(rounded, "+" if finding.signed and rounded["mean"] else "", finding.decimals)
+    found = value if isinstance(value, Summary) else Summary(1, value, None)
+    return cell(found, "+" if result.signed else "", result.decimals)
 
 
-def as_table(finding: Finding) -> Table:
-    """The finding in words, its title and definition as the caption."""
-    rows = [[shown(value, finding) for value in row] for row in finding.rows]
-    return Table(f"{finding.title}. {finding.definition}", finding.head, rows, finding.words)
+def as_table(result: ResultTable) -> Table:
+    """The result as text, with title and definition as the caption."""
+    rows = [[shown(value, result) for value in row] for row in result.rows]
+    return Table(f"{result.title}. {result.definition}", result.head, rows, result.words)
 
 
 def markdown(analysis: Analysis) -> str:
-    """A table each under its definition, then what was left out and why."""
-    tables = [as_table(finding) for finding in analysis.findings]
+    """Each table under its definition, then what was left out and why."""
+    tables = [as_table(result) for result in analysis.results]
     marked = [
         replace(table, caption=mark(table.caption), rows=[[mark(cell) for cell in row] for row in table.rows])
         for table in tables
@@ -47,44 +48,51 @@ def markdown(analysis: Analysis) -> str:
 
 
 def latex(analysis: Analysis) -> str:
-    return as_latex([as_table(finding) for finding in analysis.findings])
+    return as_latex([as_table(result) for result in analysis.results])
 
 
 def comma_separated(analysis: Analysis) -> str:
-    """A block a table, whose lines begin with its name; a mean over runs has its n, sd, low and high beside it."""
+    """One block per table, each line begins with its name; beside a mean over runs are its n, sd, low and high."""
     blocks = []
-    for finding in analysis.findings:
+    for result in analysis.results:
         text = io.StringIO()
         writer = csv.writer(text, lineterminator="\n")
-        figures = [_figures([row[i] for row in finding.rows]) for i in range(len(finding.head))]
+        figures = [_figures([row[i] for row in result.rows]) for i in range(len(result.head))]
         names = [
             [name if figure in ("", "mean") else f"{name} {figure}" for figure in found]
-            for name, found in zip(finding.head, figures, strict=True)
+            for name, found in zip(result.head, figures, strict=True)
         ]
         writer.writerow(["table", *(name for found in names for name in found)])
-        for row in finding.rows:
+        for row in result.rows:
             pairs = zip(row, figures, strict=True)
-            writer.writerow([finding.name, *(_raw(value, figure) for value, found in pairs for figure in found)])
+            writer.writerow([result.name, *(_raw(value, figure) for value, found in pairs for figure in found)])
         blocks.append(text.getvalue())
     return "\n".join(blocks)
 
 
 def _figures(column: list[Cell]) -> list[str]:
-    """The columns that a column of means takes; [""] of any other."""
-    known = {key for value in column if isinstance(value, dict) for key in value if value[key] is not None}
+    """The CSV columns of a column of means; [""] for any other."""
+    known = {
+        key
+        for value in column
+        if isinstance(value, Summary)
+        for key in FIGURES
+        if getattr(value, key) not in (None, UNSET)
+    }
     return [figure for figure in FIGURES if figure in known] or [""]
 
 
 def _raw(value: Cell, figure: str) -> Any:
-    if isinstance(value, dict):
-        return value.get(figure or "mean")
+    if isinstance(value, Summary):
+        found = getattr(value, figure or "mean")
+        return None if found is UNSET else found
     return value if figure in ("", "mean") else None
 
 
 def as_json(analysis: Analysis) -> str:
     tables = [
-        {"name": f.name, "title": f.title, "definition": f.definition, "head": f.head, "rows": f.rows}
-        for f in analysis.findings
+        {"name": f.name, "title": f.title, "definition": f.definition, "head": f.head, "rows": to_builtins(f.rows)}
+        for f in analysis.results
     ]
     return json.dumps({"tables": tables, "left_out": analysis.left_out}, indent=2, allow_nan=False) + "\n"
 

@@ -1,4 +1,4 @@
-"""The finished runs of some folders, grouped by method and order, where one table may hold them all."""
+"""Group comparable finished runs by method and order."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from math import isnan
 from pathlib import Path
-from typing import Any
 
 from cnext.analysis.run import Run
 from cnext.tables import aggregate
+from cnext.tables.aggregate import StudyTables, Summary
 
 
-def means(rows: Sequence[Iterable[float | None]]) -> list[dict[str, Any]]:
-    """n, mean and sample deviation of each column over the rows, a row a run; NaN and None count as not there."""
+def means(rows: Sequence[Iterable[float | None]]) -> list[Summary]:
+    """n, mean and sample standard deviation of each column over runs (rows); NaN and None are left out."""
     return [
         aggregate.summary([float(v) for v in column if v is not None and not isnan(v)])
         for column in zip(*rows, strict=True)
@@ -32,21 +32,21 @@ class Group:
     def tasks(self) -> list[str]:
         return self.runs[0].tasks
 
-    def mean(self, figure: Callable[[Run], float | None]) -> dict[str, Any]:
-        """n, mean and sample deviation of a figure over the runs that have it."""
+    def mean(self, figure: Callable[[Run], float | None]) -> Summary:
+        """n, mean and sample standard deviation of a value over the runs that have it."""
         return aggregate.summary([value for run in self.runs if (value := figure(run)) is not None])
 
 
 @dataclass(frozen=True)
-class Study:
-    """Comparable finished runs. tables: what ``tables.tabulate`` gives of them."""
+class RunGroups:
+    """Comparable finished runs. tables: of several runs; None for one alone."""
 
     groups: list[Group]
-    tables: dict[str, Any]
+    tables: StudyTables | None
 
     @classmethod
-    def read(cls, folders: Iterable[Path], baseline: str | None = None, mix: bool = False) -> Study:
-        """Reads run folders; those that are not finished are named in ``tables["missing"]``.
+    def read(cls, folders: Iterable[Path], baseline: str | None = None, mix: bool = False) -> RunGroups:
+        """Reads run folders; those that are not finished are named in ``tables.missing``.
 
         Args: mix: whether runs of different environments are averaged, and noted.
         Raises:
@@ -59,19 +59,19 @@ class Study:
         table = aggregate.tabulate(finished, baseline, missing, mix)
         runs = {str(run.folder): Run.read(run.folder) for run in finished}
         aggregate.check_comparable(
-            {name: {key: run.results.get(key) for key in ("profile", "samples")} for name, run in runs.items()},
+            {name: {key: getattr(run.results, key) for key in ("profile", "samples")} for name, run in runs.items()},
             ("profile", "samples"),
         )
         groups: dict[tuple[str, str], dict[int, Run]] = {}
-        for row, run in zip(table["runs"], runs.values(), strict=True):
-            groups.setdefault((row["method"], row["order"]), {})[row["seed"]] = run
-        in_order = [(row["method"], row["order"]) for row in table["rows"]]
+        for row, run in zip(table.runs, runs.values(), strict=True):
+            groups.setdefault((row.method, row.order), {})[row.seed] = run
+        in_order = [(row.method, row.order) for row in table.rows]
         return cls([Group(*key, [run for _, run in sorted(groups[key].items())]) for key in in_order], table)
 
     @classmethod
-    def of(cls, run: Run) -> Study:
+    def of(cls, run: Run) -> RunGroups:
         """One run alone, finished or not."""
-        return cls([Group(run.method, str(run.results.get("order")), [run])], {})
+        return cls([Group(run.method, run.results.order, [run])], None)
 
     @property
     def runs(self) -> list[Run]:
@@ -79,5 +79,5 @@ class Study:
 
     @property
     def single(self) -> Run | None:
-        """The run where there is but one."""
+        """The run, if there is only one."""
         return self.runs[0] if len(self.runs) == 1 else None

@@ -3,52 +3,52 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterable
 
 import numpy as np
+from msgspec.structs import replace
 
-from cnext.analysis.finding import Cell, Finding, Unavailable
-from cnext.analysis.groups import Group, Study, means
-from cnext.analysis.run import Run, mean_seen
-from cnext.tables.aggregate import METRICS, summary
+from cnext.analysis.groups import Group, RunGroups, means
+from cnext.analysis.result import Cell, ResultTable, Unavailable
+from cnext.analysis.run import Run
+from cnext.tables.aggregate import METRICS, Summary, summary, summary_with_range
 
-LADDER = ("moelora", "ew", "ew-ga", "mage")
+ABLATION = ("moelora", "ew", "ew-ga", "mage")
 """The paper's ablation: experts with a router, with equal weights, trained by modality, and averaged."""
 BY_OUTPUT = {"avg_acc_text": "text", "avg_acc_image": "image"}
 
 
-def orders(study: Study) -> list[Finding]:
-    """The figures of every order, and the range over orders."""
+def orders(study: RunGroups) -> list[ResultTable]:
+    """The metrics of every order, and their range over orders."""
     if len({group.order for group in study.groups}) < 2:
-        raise Unavailable(f"orders can be compared from two on; here is only {study.groups[0].order}")
+        raise Unavailable(f"orders needs runs of two or more orders; all are of {study.groups[0].order}")
     columns = {**BY_OUTPUT, **METRICS}
     rows = [[g.method, g.order, len(g.runs), *(_metric(g, name) for name in columns)] for g in study.groups]
     definition = (
         "Mean score at the end of the tasks that write text and of those that write images, then Avg.ACC, Forgetting "
         "and New.ACC over all tasks: mean ± sample standard deviation of n seeds."
     )
-    found = [Finding("orders", "Orders", definition, ["method", "order", "n", *columns.values()], rows, words=2)]
+    found = [ResultTable("orders", "Orders", definition, ["method", "order", "n", *columns.values()], rows, words=2)]
     methods = {group.method: [g for g in study.groups if g.method == group.method] for group in study.groups}
     rows = [
-        [method, len(of), *(_range([_metric(group, name)["mean"] for group in of]) for name in columns)]
+        [method, len(of), *(_range([_metric(group, name).mean for group in of]) for name in columns)]
         for method, of in methods.items()
         if len(of) > 1
     ]
     if rows:
-        definition = "Mean of the orders' means, and [least, greatest] of them."
+        definition = "Mean of the orders' means, and [minimum, maximum]."
         head = ["method", "orders", *columns.values()]
-        found.append(Finding("orders.range", "Range over orders", definition, head, rows))
+        found.append(ResultTable("orders.range", "Range over orders", definition, head, rows))
     return found
 
 
-def ablations(study: Study) -> list[Finding]:
-    """The ladder of the paper's ablation, and each rung less the one before, paired by seed."""
-    rungs = [group for name in LADDER for group in study.groups if group.runs[0].method == name]
-    if len({group.runs[0].method for group in rungs}) < 2:
-        raise Unavailable(f"the ablation needs two methods or more of {', '.join(LADDER)}")
-    rungs.sort(key=lambda group: group.order)
-    tasks = list(dict.fromkeys(task for group in rungs for task in group.tasks))
+def ablations(study: RunGroups) -> list[ResultTable]:
+    """The methods of the paper's ablation, and the difference of each from the one before, paired by seed."""
+    groups = [group for name in ABLATION for group in study.groups if group.runs[0].method == name]
+    if len({group.runs[0].method for group in groups}) < 2:
+        raise Unavailable(f"the ablation needs two methods or more of {', '.join(ABLATION)}")
+    groups.sort(key=lambda group: group.order)
+    tasks = list(dict.fromkeys(task for group in groups for task in group.tasks))
     rows: list[list[Cell]] = [
         [
             group.method,
@@ -56,48 +56,50 @@ def ablations(study: Study) -> list[Finding]:
             *(group.mean(lambda run, task=task: _at_end(run, task)) for task in tasks),
             *(_metric(group, name) for name in METRICS),
         ]
-        for group in rungs
+        for group in groups
     ]
     definition = "Score on each task at the end, R[T][i], then Avg.ACC, Forgetting and New.ACC."
     head = ["method", "order", *tasks, *METRICS.values()]
-    found = [Finding("ablations", "Ablation", definition, head, rows, words=2)]
+    found = [ResultTable("ablations", "Ablation", definition, head, rows, words=2)]
     steps = []
-    for before, after in itertools.pairwise(rungs):
+    for before, after in itertools.pairwise(groups):
         if before.order == after.order:
             cells = [_paired(before, after, name) for name in METRICS]
-            steps.append([f"{before.method} → {after.method}", after.order, cells[0]["n"], *cells])
-    definition = "What each step of the ablation changes: the row's second method less its first, paired by seed."
+            steps.append([f"{before.method} → {after.method}", after.order, cells[0].n, *cells])
+    definition = "Differences between consecutive methods of the ablation, second minus first, paired by seed."
     head = ["step", "order", "pairs", *METRICS.values()]
-    return [*found, Finding("ablations.steps", "Steps of the ablation", definition, head, steps, 2, True)]
+    return [*found, ResultTable("ablations.steps", "Steps of the ablation", definition, head, steps, 2, True)]
 
 
-def seeds(study: Study) -> list[Finding]:
-    """Mean, deviation and range over seeds, and every seed's own figures."""
+def seeds(study: RunGroups) -> list[ResultTable]:
+    """Mean, standard deviation and range over seeds, and the metrics of every seed."""
     if all(len(group.runs) < 2 for group in study.groups):
-        raise Unavailable("seeds can be compared from two on; here every method has one")
+        raise Unavailable("seeds needs two or more seeds of a method; every method has one")
     rows = [
         [group.method, group.order, len(group.runs), *(_spread(group, name) for name in METRICS)]
         for group in study.groups
     ]
-    definition = "Mean ± sample standard deviation (divisor n - 1) over n seeds, and [least, greatest] seed."
+    definition = "Mean ± sample standard deviation (divisor n - 1) over n seeds, and [minimum, maximum] seed."
     head = ["method", "order", "n", *METRICS.values()]
     each: list[list[Cell]] = [
-        [group.method, group.order, str(run.results["seed"]), *(run.metric(name) for name in METRICS)]
+        [group.method, group.order, str(run.results.seed), *(run.metric(name) for name in METRICS)]
         for group in study.groups
         for run in group.runs
     ]
-    told = "Avg.ACC, Forgetting and New.ACC of each run."
+    definition = "Avg.ACC, Forgetting and New.ACC of each run."
     return [
-        Finding("seeds", "Seeds", definition, head, rows, words=2),
-        Finding("seeds.runs", "Every run", told, ["method", "order", "seed", *METRICS.values()], each, words=3),
+        ResultTable("seeds", "Seeds", definition, head, rows, words=2),
+        ResultTable(
+            "seeds.runs", "Every run", definition, ["method", "order", "seed", *METRICS.values()], each, words=3
+        ),
     ]
 
 
-def stages(study: Study) -> list[Finding]:
+def stages(study: RunGroups) -> list[ResultTable]:
     """Average accuracy, forgetting and every task's score over the stages."""
     groups = [group for group in study.groups if not group.runs[0].joint]
     if not groups:
-        raise Unavailable("joint training has one stage; there is nothing to follow over stages")
+        raise Unavailable("stages needs tasks that are learnt one after another; joint training has one stage")
     count = max(len(group.tasks) for group in groups)
     numbers = [str(stage) for stage in range(1, count + 1)]
     found = []
@@ -105,61 +107,62 @@ def stages(study: Study) -> list[Finding]:
         ("accuracy", "Accuracy over stages", averages, "a_t = (1/t) Σ_{i<=t} R[t][i]"),
         ("forgetting", "Forgetting over stages", forgettings, "f_t = (1/(t-1)) Σ_{i<t} (R[i][i] - R[t][i])"),
     ):
-        told = f"{title.split()[0]} of the tasks learnt so far after each stage t, {definition}."
+        text = f"{title.split()[0]} of the tasks learnt so far after each stage t, {definition}."
         rows = [
             [g.method, g.order, *over_stages(g, of, count)] for g in groups if of is averages or not g.runs[0].untrained
         ]
-        found.append(Finding(f"stages.{name}", title, told, ["method", "order", *numbers], rows, words=2))
+        found.append(ResultTable(f"stages.{name}", title, text, ["method", "order", *numbers], rows, words=2))
     rows = [
         [group.method, group.order, task, *over_stages(group, lambda run, i=i: run.scores[1:, i], count)]
         for group in groups
         for i, task in enumerate(group.tasks)
     ]
-    told = "Score on each task after each stage, R[t][i]; nothing before the stage that learns it."
+    definition = "Score on each task after each stage, R[t][i], from the stage that learns it on."
     return [
         *found,
-        Finding("stages.tasks", "Tasks over stages", told, ["method", "order", "task", *numbers], rows, words=3),
+        ResultTable(
+            "stages.tasks", "Tasks over stages", definition, ["method", "order", "task", *numbers], rows, words=3
+        ),
     ]
 
 
-def averages(run: Run) -> np.ndarray:
-    """(T,) a_t, the mean score on the tasks learnt by stage t; NaN where one is not evaluated."""
-    return np.array([run.scores[t, :t].mean() for t in range(1, len(run.tasks) + 1)])
+def averages(run: Run) -> list[float]:
+    """a_t, the mean score on the tasks learnt by stage t, for every stage done."""
+    return run.matrix.stage_averages()
 
 
-def forgettings(run: Run) -> np.ndarray:
-    """(T,) f_t, the mean loss since learnt over the tasks before stage t; NaN for the first."""
-    learnt = np.diag(run.scores[1:])
-    return np.array([np.nan, *((learnt[: t - 1] - run.scores[t, : t - 1]).mean() for t in range(2, len(learnt) + 1))])
+def forgettings(run: Run) -> list[float]:
+    """f_t, the mean drop since learnt of the tasks before stage t, for every stage done; NaN for the first."""
+    return run.matrix.stage_forgetting()
 
 
-def over_stages(group: Group, of: Callable[[Run], np.ndarray], count: int) -> list[Cell]:
+def over_stages(group: Group, of: Callable[[Run], Iterable[float]], count: int) -> list[Cell]:
     """Mean over a group's runs of what ``of`` gives for each stage; nothing beyond the last."""
-    found = means([of(run) for run in group.runs])
+    found = means([list(of(run)) for run in group.runs])
     return [*found, *[None] * (count - len(found))]
 
 
-def _metric(group: Group, name: str) -> dict[str, Any]:
+def _metric(group: Group, name: str) -> Summary:
     return group.mean(lambda run: run.metric(name))
 
 
 def _at_end(run: Run, task: str) -> float | None:
-    value = mean_seen(run.scores[-1:, run.tasks.index(task)]) if task in run.tasks else np.nan
-    return None if np.isnan(value) else value
+    value = run.scores[-1, run.tasks.index(task)] if task in run.tasks else np.nan
+    return None if np.isnan(value) else float(value)
 
 
-def _range(means: list[float | None]) -> dict[str, Any]:
+def _range(means: list[float | None]) -> Summary:
     known = [mean for mean in means if mean is not None]
-    return {**summary(known), "sd": None, "low": min(known, default=None), "high": max(known, default=None)}
+    return summary_with_range(known, known)
 
 
-def _spread(group: Group, name: str) -> dict[str, Any]:
+def _spread(group: Group, name: str) -> Summary:
     known = [value for run in group.runs if (value := run.metric(name)) is not None]
-    ends = {"low": min(known), "high": max(known)} if len(known) > 1 else {"low": None, "high": None}
-    return summary(known) | ends
+    low, high = (min(known), max(known)) if len(known) > 1 else (None, None)
+    return replace(summary(known), low=low, high=high)
 
 
-def _paired(before: Group, after: Group, name: str) -> dict[str, Any]:
-    seeds = {run.results["seed"]: run.metric(name) for run in before.runs}
-    pairs = [(seeds.get(run.results["seed"]), run.metric(name)) for run in after.runs]
+def _paired(before: Group, after: Group, name: str) -> Summary:
+    seeds = {run.results.seed: run.metric(name) for run in before.runs}
+    pairs = [(seeds.get(run.results.seed), run.metric(name)) for run in after.runs]
     return summary([new - old for old, new in pairs if old is not None and new is not None])

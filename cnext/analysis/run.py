@@ -1,21 +1,27 @@
-"""Reads a run folder, finished or not, into what analyses and reports need."""
+"""Read a run folder, finished or not, for analyses and reports."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from msgspec.structs import asdict, replace
 
+from cnext import records
 from cnext.errors import UserError
+from cnext.records import Record
 from cnext.runs import schemas
+from cnext.runs.schemas import Answer, Config, Cost, Environment, JudgeTable, Matrix, Results, Row, TrainStep
+from cnext.scoring.matrix import ScoreMatrix
 
 NOTHING = "\N{EN DASH}"
 
 
 def points(value: float | None, signed: bool = False) -> str:
-    """A figure in percentage points with one decimal and a true minus sign; a dash where there is none."""
+    """A value in percentage points with one decimal and a typographic minus sign; a dash for None and NaN."""
     if value is None or not np.isfinite(value):
         return NOTHING
     rounded = round(value, 1) or 0.0
@@ -30,39 +36,42 @@ def mean_seen(values: np.ndarray) -> float:
 
 @dataclass(frozen=True)
 class Run:
-    """What a run folder holds. Stage 0 is the model before any training, stage t the model after the t-th task."""
+    """The files of a run folder. Stage 0 is the model before training, stage t the model after the t-th task."""
 
     path: Path
-    results: dict
-    config: dict
-    cost: dict
-    environment: dict
-    options: dict = field(default_factory=dict)
+    results: Results
+    cost: Cost = field(default_factory=Cost)
+    """cost.json, with the exact counts of results.json."""
+    config: dict[str, Any] = field(default_factory=dict)
+    environment: dict[str, Any] = field(default_factory=dict)
+    options: dict[str, Any] = field(default_factory=dict)
+    """config.json, environment.json and options.json with all of their keys; {} where a file is missing."""
 
     @classmethod
     def read(cls, path: Path) -> Run:
-        """Reads the folder. Raises UserError where results.json is missing, unreadable or lacks a key."""
-        results_path = path / "results.json"
-        if not results_path.is_file():
-            raise UserError(f"{results_path}: no such file; give a folder in which cnext-run has evaluated a stage")
-        results = schemas.read_results(results_path)
-        shapes = {
-            "config": schemas.CONFIG, "cost": schemas.COST, "environment": schemas.ENVIRONMENT, "options": dict,
-        }  # fmt: skip
-        others = [(path / f"{name}.json", shape) for name, shape in shapes.items()]
-        return cls(path, results, *(schemas.read(other, shape) if other.is_file() else {} for other, shape in others))
+        """Reads the folder. Raises UserError where results.json is missing, or a file is not what a run writes."""
+        file = path / "results.json"
+        if not file.is_file():
+            raise UserError(f"{file}: no such file; give a folder in which cnext-run has evaluated a stage")
+        results = schemas.read(file, Results)
+        file = path / "cost.json"
+        measured = schemas.read(file, Cost) if file.is_file() else Cost()
+        counted = {name: value for name, value in asdict(results.cost).items() if value not in (None, [])}
+        files = {path / "config.json": Config, path / "environment.json": Environment, path / "options.json": Record}
+        others = [schemas.read_object(file, kind) if file.is_file() else {} for file, kind in files.items()]
+        return cls(path, results, replace(measured, **counted), *others)
 
     @property
     def tasks(self) -> list[str]:
-        return self.results["tasks"]
+        return [*self.results.tasks]
 
     @cached_property
     def scores(self) -> np.ndarray:
         """(T + 1, T) float64: percent, row = stage, column = task in training order, NaN where not evaluated."""
-        return self.staged(self.results["score_matrix"], self.results.get("zero_shot"))
+        return self.staged(self.results.score_matrix, self.results.zero_shot)
 
-    def staged(self, matrix: list | None, zero_shot: list | None = None) -> np.ndarray:
-        """A matrix of results.json with its zero-shot row put first, missing rows filled with NaN."""
+    def staged(self, matrix: Matrix | None, zero_shot: Row | None = None) -> np.ndarray:
+        """A matrix of results.json with the zero-shot row first; missing rows are NaN."""
         table = np.full((len(self.tasks) + 1, len(self.tasks)), np.nan)
         for stage, row in enumerate([zero_shot, *(matrix or [])]):
             if row is not None:
@@ -74,68 +83,74 @@ class Run:
         """The last stage that was evaluated."""
         return int(np.flatnonzero(np.isfinite(self.scores).any(1)).max(initial=0))
 
+    @cached_property
+    def matrix(self) -> ScoreMatrix:
+        """The scores of stages from 1 on, of which metrics are computed."""
+        gap: Row = [None] * len(self.tasks)
+        rows = [row or gap for row in self.results.score_matrix]
+        return ScoreMatrix.from_rows(rows + [gap] * (len(self.tasks) - len(rows)))
+
     @property
     def finished(self) -> bool:
-        """Whether every task was evaluated after its own stage and every later one."""
-        learnt = self.scores[-1:] if self.joint else self.scores[1:][np.tril_indices(len(self.tasks))]
-        return bool(np.isfinite(learnt).all())
+        """Whether every task was evaluated after the last stage."""
+        return self.results.finished
 
     @property
     def method(self) -> str:
-        return self.results["method"]
+        return self.results.method
 
     @property
     def untrained(self) -> bool:
-        """Whether no step was taken, so that nothing can be new or forgotten."""
-        return self.results.get("cost", {}).get("optimizer_steps") == 0
+        """Whether no optimizer step was taken: nothing can be learnt or forgotten."""
+        return self.results.cost.optimizer_steps == 0
 
     def metric(self, name: str) -> float | None:
-        """A metric of the main profile; None where it is not defined, as of what an untrained model forgets."""
+        """A metric of the main profile; None where it is undefined, such as forgetting without training."""
         if self.untrained and not name.startswith(("avg_acc", "worst_acc")):
             return None
-        return self.results.get("metrics", {}).get(name)
+        return self.results.metrics.get(name)
 
     @property
     def joint(self) -> bool:
-        """Whether all tasks were learnt at once, in the last stage."""
-        return bool(self.results.get("joint"))
+        """Whether all tasks were trained at once, in the last stage."""
+        return self.results.joint
 
     @property
     def stages(self) -> list[int]:
-        """The stages that the run has, done or not; of joint training zero-shot and the one that learns all."""
+        """All stages, done or not; of joint training 0 and the last."""
         return [0, len(self.tasks)] if self.joint else list(range(len(self.tasks) + 1))
 
     def learnt(self, task: int) -> int:
-        """The stage that learns a task, which is counted from 0."""
+        """The stage that trains a task; tasks are counted from 0."""
         return len(self.tasks) if self.joint else task + 1
 
     def stage(self, number: int) -> str:
-        """A stage's number and name, as everywhere in the report."""
+        """A stage's number and name: "0 zero-shot", "2 ImageNet", "6 joint"."""
         if not number:
             return "0 zero-shot"
         return f"{number} {'joint' if self.joint else self.tasks[number - 1]}"
 
     def modalities(self, side: str, task: str) -> list[str]:
-        """What a task reads or writes (side "reads" or "writes")."""
-        return self.results.get(side, {}).get(task, [])
+        """The modalities that a task reads or writes (side "reads" or "writes")."""
+        return getattr(self.results, side).get(task, [])
 
-    def predictions(self, stage: int, task: str) -> list[dict]:
-        """What was answered to a task's samples after a stage; empty where it was not evaluated."""
+    def predictions(self, stage: int, task: str) -> list[Answer]:
+        """The answers to a task's samples after a stage; empty where it was not evaluated."""
         folder = self.path / "predictions" / self.stage(stage).replace(" ", "_", 1)
-        return schemas.read_rows(folder / f"{task}.jsonl", schemas.ANSWER)
+        return schemas.read_rows(folder / f"{task}.jsonl", Answer)
 
     @cached_property
     def answered(self) -> bool:
-        """Whether the folder still has what was answered."""
+        """Whether the folder has predictions."""
         return any(self.path.glob("predictions/*/*.jsonl"))
 
-    def answers(self, task: str) -> list[dict[int, dict]]:
+    def answers(self, task: str) -> list[dict[int, Answer]]:
         """A task's samples, each as {stage: row} over the stages at which it was answered, in their fixed order.
 
         Raises UserError where two stages answered different samples.
         """
         stages = {stage: rows for stage in range(len(self.tasks) + 1) if (rows := self.predictions(stage, task))}
-        asked = {stage: [row["id"] for row in rows] for stage, rows in stages.items()}
+        asked = {stage: [row.id for row in rows] for stage, rows in stages.items()}
         for stage, ids in asked.items():
             if ids != next(iter(asked.values())):
                 raise UserError(
@@ -145,16 +160,17 @@ class Run:
         return [dict(zip(stages, rows, strict=True)) for rows in zip(*stages.values(), strict=True)]
 
     @cached_property
-    def judged(self) -> dict[str, dict]:
+    def judged(self) -> dict[str, JudgeTable]:
         """The tables that ``cnext judge`` wrote, by the name of their file."""
-        return {path.stem: schemas.read(path, dict) for path in sorted(self.path.glob("judge/*.json"))}
+        advice = "expected what `cnext judge` writes; judge the run again"
+        return {path.stem: records.read(path, JudgeTable, advice) for path in sorted(self.path.glob("judge/*.json"))}
 
     @cached_property
     def losses(self) -> dict[int, np.ndarray]:
         """Training loss per stage, in the order of the steps; of a step that was run twice, the later run."""
         stages: dict[int, dict[int, float]] = {}
-        for row in schemas.read_rows(self.path / "train.jsonl", schemas.STEP):
-            if not 1 <= row["stage"] <= len(self.tasks):
-                raise UserError(f"{self.path / 'train.jsonl'}: expected stages 1 to {len(self.tasks)}, got {row}")
-            stages.setdefault(row["stage"], {})[row["step"]] = row["loss"]
+        for row in schemas.read_rows(self.path / "train.jsonl", TrainStep):
+            if not 1 <= row.stage <= len(self.tasks):
+                raise UserError(f"{self.path / 'train.jsonl'}: expected stages 1 to {len(self.tasks)}, got {row.stage}")
+            stages.setdefault(row.stage, {})[row.step] = row.loss
         return {stage: np.array([steps[step] for step in sorted(steps)], float) for stage, steps in stages.items()}

@@ -1,4 +1,4 @@
-"""What learning one task does to the earlier ones, within and across output modalities; Table 3 of Continual-NExT."""
+"""Effect of training a task on the earlier ones, within and across output modalities; Table 3 of Continual-NExT."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import itertools
 
 import numpy as np
 
-from cnext.analysis.finding import Cell, Finding, Unavailable
-from cnext.analysis.groups import Group, Study, means
+from cnext.analysis.groups import Group, RunGroups, means
+from cnext.analysis.result import Cell, ResultTable, Unavailable
 from cnext.analysis.run import Run, mean_seen
 
 SINGLE = "transfer needs two stages or more, one task learnt after another"
@@ -15,15 +15,14 @@ SINGLE = "transfer needs two stages or more, one task learnt after another"
 
 def changes(run: Run) -> np.ndarray:
     """(T, T) float64 in points: D[t, i] = R[t][i] - R[t-1][i] for tasks i learnt before task t; NaN elsewhere."""
-    scores = run.scores[1:]
-    found = np.full_like(scores, np.nan)
-    found[1:] = scores[1:] - scores[:-1]
-    found[np.triu_indices(len(scores))] = np.nan
+    found = np.full((len(run.tasks), len(run.tasks)), np.nan)
+    for t, i, change in run.matrix.changes():
+        found[t, i] = change
     return found
 
 
 def flows(run: Run) -> dict[str, float]:
-    """Mean change of an earlier task's score, by what the trained and the earlier task write; NaN without such a pair.
+    """Mean change of an earlier task's score, by the output modalities of both tasks; NaN without pairs.
 
     Keys: "within" and "across" (an output modality in common, or none), "text > image" for each two modalities, and
     "regained" and "lost", the sums of all rises and of all falls.
@@ -39,7 +38,7 @@ def flows(run: Run) -> dict[str, float]:
     return flow | {"regained": float(seen[seen > 0].sum()), "lost": float(seen[seen < 0].sum())}
 
 
-def transfer(study: Study) -> list[Finding]:
+def transfer(study: RunGroups) -> list[ResultTable]:
     """Summary by modalities, then the matrices of changes and of recoveries."""
     groups = [group for group in study.groups if in_turn(group.runs[0])]
     if not groups:
@@ -54,13 +53,13 @@ def transfer(study: Study) -> list[Finding]:
     definition = (
         "Mean change of an earlier task's score during one stage, R[t][i] - R[t-1][i] with i < t, over the pairs whose "
         "tasks share an output modality (within) or none (across: inter-modal forgetting with its sign turned), and by "
-        "what the trained task > the earlier task writes; regained and lost are the sums of all rises and of all falls."
+        "output modality, trained > earlier task; regained and lost: the sums of all rises and falls."
     )
     head = ["method", "order", *names]
-    moved = "Change of the task in the column while the task in the row was learnt, R[t][i] - R[t-1][i]."
-    back = "What the task in the column regained while the task in the row was learnt, max(0, R[t][i] - R[t-1][i])."
+    moved = "Change of the task in the column while the task in the row was trained, R[t][i] - R[t-1][i]."
+    back = "Rise of the task in the column while the task in the row was trained, max(0, R[t][i] - R[t-1][i])."
     return [
-        Finding("transfer", "Transfer within and across modalities", definition, head, rows, 2, True),
+        ResultTable("transfer", "Transfer within and across modalities", definition, head, rows, 2, True),
         _matrix(groups, "transfer.changes", "Change of earlier tasks", moved, -np.inf),
         _matrix(groups, "transfer.recovery", "Recovery of earlier tasks", back, 0.0),
     ]
@@ -71,7 +70,7 @@ def in_turn(run: Run) -> bool:
     return not run.joint and not run.untrained and run.last > 1
 
 
-def _matrix(groups: list[Group], name: str, title: str, definition: str, least: float) -> Finding:
+def _matrix(groups: list[Group], name: str, title: str, definition: str, least: float) -> ResultTable:
     earlier = list(dict.fromkeys(task for group in groups for task in group.tasks[:-1]))
     rows: list[list[Cell]] = []
     for group in groups:
@@ -80,4 +79,4 @@ def _matrix(groups: list[Group], name: str, title: str, definition: str, least: 
             cells: dict[str, Cell] = dict.fromkeys(earlier)
             cells |= dict(zip(group.tasks[:t], means([of[t, :t] for of in found]), strict=True))
             rows.append([group.method, group.order, trained, *cells.values()])
-    return Finding(name, title, definition, ["method", "order", "learning", *earlier], rows, words=3, signed=True)
+    return ResultTable(name, title, definition, ["method", "order", "learning", *earlier], rows, words=3, signed=True)

@@ -1,4 +1,4 @@
-"""Where and which way each task moved the adapters, from the stages' checkpoints; Figure 3 of Continual-NExT.
+"""Updates of the adapters by task, from the checkpoints of the stages; Figure 3 of Continual-NExT.
 
 A branch is W_t = B_t A_t after stage t, and task t's update U_t = W_t - W_{t-1}, with W_0 = 0, for B starts at zero.
 All norms and cosines follow from the inner products <W_s, W_t> = sum((B_s^T B_t) * (A_s A_t^T)); no W is ever formed.
@@ -15,14 +15,14 @@ from typing import Any
 
 import numpy as np
 
-from cnext.analysis.finding import Unavailable
+from cnext.analysis.result import Unavailable
 from cnext.analysis.run import Run, mean_seen
 from cnext.errors import UserError
 
 RELATIONS = {
     (True, True): "same input, same output",
-    (True, False): "same input alone",
-    (False, True): "same output alone",
+    (True, False): "same input only",
+    (False, True): "same output only",
     (False, False): "neither",
 }
 UNMOVED = 1e-12
@@ -127,7 +127,7 @@ def read(run: Run) -> Updates:
     if missing := [file.parent.name for file in files if not file.is_file()]:
         raise Unavailable(
             f"{run.path}: drift needs the checkpoint of every stage, checkpoints/ lacks {', '.join(missing)}; "
-            "take the whole run folder, or run again"
+            "copy the whole run folder, or run it again"
         )
     named = {_place(name): updates for name, updates in _products(files).items()}
     places = sorted(named)
@@ -167,7 +167,7 @@ def _opened(files: list[Path]) -> Iterator[list[Any]]:
             try:
                 opened.append(stack.enter_context(safe_open(file, framework="pt")))
             except SafetensorError as error:
-                raise UserError(f"{file} is damaged ({error}); take the run folder again, or run again") from error
+                raise UserError(f"{file} is damaged ({error}); copy the run folder again, or run it again") from error
         yield opened
 
 
@@ -176,7 +176,9 @@ def _products(files: list[Path]) -> dict[str, np.ndarray]:
     with _opened(files) as opened:
         names = [set(file.keys()) for file in opened]
         if any(other != names[0] for other in names):
-            raise UserError(f"{files[0].parents[1]}: the checkpoints hold different adapters; they are not of one run")
+            raise UserError(
+                f"{files[0].parents[1]}: the checkpoints hold different adapters; they are of different runs"
+            )
         found = {}
         for name in sorted(name.removesuffix(".A") for name in names[0] if name.endswith(".A")):
             a, b = ([file.get_tensor(f"{name}.{half}").double().numpy() for file in opened] for half in "AB")

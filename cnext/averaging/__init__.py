@@ -1,17 +1,20 @@
-"""Moving averages of parameters: one class per rule, for any torch model and optimizer.
+"""Moving averages of parameters for any torch model and optimizer: one class per rule.
 
-The fused update of the parameters is in `ops`; when an average is taken is decided by a method.
+Averages over the course of a task, and the Fisher information that weights them. No averaging over runs or seeds: that
+is in the tables and analyses of a study.
 """
 
-from cnext.averaging.base import MovingAverage
-from cnext.averaging.fisher import UNITS, FisherAccumulator
+from typing import get_args
+
+from cnext.averaging.base import MovingAverage, Rule, Statistics
+from cnext.averaging.fisher import UNITS, FisherAccumulator, Unit
 from cnext.averaging.pema import Pema
 from cnext.averaging.per_step import Constant, PemaLiteral, PemaStep
 from cnext.averaging.released import Dema, NoAverage, PemaReleased
 
-RULES: dict[str, type[MovingAverage]] = {
-    rule.name: rule for rule in (Pema, PemaStep, PemaLiteral, PemaReleased, Dema, Constant, NoAverage)
-}
+RULES: dict[Rule, type[MovingAverage]] = dict(
+    zip(get_args(Rule), (Pema, PemaStep, PemaLiteral, PemaReleased, Dema, Constant, NoAverage), strict=True)
+)
 """Rule name to class."""
 
 __all__ = [
@@ -26,4 +29,7 @@ __all__ = [
     "PemaLiteral",
     "PemaReleased",
     "PemaStep",
+    "Rule",
+    "Statistics",
+    "Unit",
 ]

@@ -1,40 +1,65 @@
-"""Fisher information as a sum of squared gradients, and the unit that is squared."""
+"""Empirical Fisher information: sums of squared gradients per step, micro-batch or sample."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from cnext import ops
-from cnext.averaging.base import by_kind, laid_out
+from cnext.averaging.base import by_kind, match_strides
 from cnext.errors import UserError, unknown
 
-UNITS = ("step", "micro-batch", "sample")
+Unit = Literal["step", "micro-batch", "sample"]
+"""Whose gradient is squared, see `FisherAccumulator`."""
+UNITS: tuple[Unit, ...] = get_args(Unit)
 
 
 class FisherAccumulator:
-    """F += the squared gradients of a step's units. What a unit is decides what F means:
+    """F += g^2 for the gradient g of every unit of a step, per parameter.
 
-    - "step": the gradient that the optimizer uses, as ``.grad`` holds it: accumulated or reduced, one square. One pass.
-    - "micro-batch": every backward pass by itself, seen by hooks before ``.grad`` sums them, with whatever scale the
-      loss had in it.
-    - "sample": every sample by itself, the paper's Eq. 2. One more backward pass per sample.
+    Units:
+        "step": the gradient that the optimizer uses, as ``.grad`` holds it: accumulated or reduced, one square. One
+            pass over the parameters.
+        "micro-batch": every backward pass by itself, read by hooks before ``.grad`` sums them, with whatever scale the
+            loss has.
+        "sample": every sample by itself, the paper's Eq. 2. One more backward pass per sample.
 
-    The square of a mean is not the mean of squares: over a batch of n unrelated gradients F of "step" is 1/n of the
+    The square of a mean is not the mean of squares: over a batch of n uncorrelated gradients, F of "step" is 1/n of the
     mean over "sample". F is a sum, so k batches of n samples give the F of one batch of k n for "sample"; for "step"
     they do where ``.grad`` has accumulated to the same; for "micro-batch" they do not. Divide by the number of units
     for a mean.
 
+    Parameters: float32, bfloat16 or float16, of any shape. Memory: the caller's F alone, 4 bytes a parameter; "sample"
+    keeps the batch's graph, and one sample's gradients at a time.
+
     Args:
-        unit: one of UNITS.
+        unit: one of `UNITS`.
+
+    Raises:
+        UserError: the unit is unknown. `open`: a unit other than "step" with several processes. `step`: losses are
+            missing, or given where the unit takes none.
+
+    Example:
+        >>> import torch
+        >>> from cnext.averaging import FisherAccumulator
+        >>> parameters = {"weight": torch.nn.Parameter(torch.zeros(2))}
+        >>> fisher = {"weight": torch.zeros(2)}
+        >>> accumulator = FisherAccumulator("step")
+        >>> accumulator.open(parameters, fisher)
+        >>> parameters["weight"].grad = torch.tensor([1.0, 2.0])
+        >>> accumulator.step()
+        >>> accumulator.close()
+        >>> fisher["weight"]
+        tensor([1., 4.])
 
     Reference: Continual-NExT, arXiv 2602.18055, Eq. 2.
     """
 
-    def __init__(self, unit: str = "step") -> None:
+    def __init__(self, unit: Unit = "step") -> None:
         if unit not in UNITS:
             raise unknown("unit", unit, UNITS)
         self.unit = unit
@@ -44,28 +69,37 @@ class FisherAccumulator:
         self._groups: list[tuple[list[nn.Parameter], ops.Prepared]] = []
 
     def __getstate__(self) -> dict[str, object]:
-        # A copy has other tensors, and prepares its own calls.
+        # A copy has other tensors and prepares its own calls.
         return {**self.__dict__, "_groups": []}
 
     def open(
-        self, parameters: Mapping[str, nn.Parameter], fisher: Mapping[str, Tensor], active: Callable[[], bool]
+        self,
+        parameters: Mapping[str, nn.Parameter],
+        fisher: Mapping[str, Tensor],
+        active: Callable[[], bool] = lambda: True,
     ) -> None:
-        """From now on, gradients of ``parameters`` go into the float32 ``fisher`` of their names while ``active()``."""
+        """Starts accumulating.
+
+        Args:
+            parameters: the parameters whose gradients are read, by name.
+            fisher: F by the same names, float32, of the parameters' shapes and strides; added to in place.
+            active: whether the present step counts.
+        """
         distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
         if self.unit != "step" and distributed and torch.distributed.get_world_size() > 1:
             raise UserError(
-                f"unit {self.unit!r} reads gradients before they are reduced, so ranks would differ; use unit 'step'"
+                f"unit {self.unit!r} reads gradients before their reduction, so ranks would differ; use unit 'step'"
             )
         self.parameters, self.fisher, self.active = parameters, fisher, active
         self._groups = self._prepared() if self.unit == "step" else []
         if self.unit == "micro-batch":
             self._hooks = [parameter.register_hook(self._hook(name)) for name, parameter in parameters.items()]
 
-    def step(self, losses: Tensor | None) -> None:
-        """The step's backward passes are done (unit "sample": may be to come).
+    def step(self, losses: Tensor | None = None) -> None:
+        """Accumulates one step, after its backward passes (for the unit "sample", before or after them).
 
         Args:
-            losses: (batch,) the samples' own losses with their graph alive, for the unit "sample".
+            losses: (batch,) the samples' own losses with their graph, for the unit "sample".
         """
         if (losses is not None) != (self.unit == "sample"):
             expected = "the samples' losses, (batch,)" if self.unit == "sample" else "no losses"
@@ -85,13 +119,13 @@ class FisherAccumulator:
                     add(grad=gradients)
 
     def close(self) -> None:
-        """Lets go of the parameters."""
+        """Stops accumulating: removes the hooks and drops all references."""
         for hook in self._hooks:
             hook.remove()
         self._hooks, self._groups, self.parameters, self.fisher = [], [], {}, {}
 
     def _prepared(self) -> list[tuple[list[nn.Parameter], ops.Prepared]]:
-        """The parameters that one call takes, and the call."""
+        """For each device and dtype, the parameters and the prepared op."""
         return [
             (
                 [self.parameters[name] for name in names],
@@ -108,6 +142,6 @@ class FisherAccumulator:
         return add
 
     def _add(self, gradients: Mapping[str, Tensor | None]) -> None:
-        found = {name: laid_out(g, self.parameters[name]) for name, g in gradients.items() if g is not None}
+        found = {name: match_strides(g, self.parameters[name]) for name, g in gradients.items() if g is not None}
         for names in by_kind(found):
             ops.fisher_accumulate_([self.fisher[name] for name in names], [found[name] for name in names])

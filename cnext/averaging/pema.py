@@ -1,4 +1,4 @@
-"""PEMA, as cnext defines it: one merge at the end of each task, by a damped inverse of the Fisher information."""
+"""PEMA: parameters are merged with their values from before the task, weighted by Fisher information."""
 
 from __future__ import annotations
 
@@ -6,30 +6,50 @@ import torch
 from torch import Tensor
 
 from cnext import ops
-from cnext.averaging.base import MovingAverage, by_kind, spread
-from cnext.averaging.fisher import FisherAccumulator
+from cnext.averaging.base import MovingAverage, Statistics, by_kind, mean_and_std
+from cnext.averaging.fisher import FisherAccumulator, Unit
 from cnext.errors import UserError
 
 
 class Pema(MovingAverage):
-    """theta <- beta theta_start + (1 - beta) theta, beta = F_old / (F_old + c F_t) per parameter (damping aside).
+    """At a task's end, per parameter: theta <- beta theta_start + (1 - beta) theta, beta = mu / (F_t + mu + damping).
 
-    F_t is the mean squared gradient over the second half of the task's steps, divided by its mean over all parameters
-    of the task, so that tasks whose losses differ in scale weigh the same. F_old is the sum of F_t over earlier tasks,
-    kept by name, so beta is 0 where no earlier task trained a parameter, and the first task averages nothing. Elements
-    whose squared gradient is not finite are skipped. State: float32 F_old; within a task also F_t and theta_start.
+    mu = F_old / c. F_t is the mean squared gradient over the second half of the task's steps, divided by its mean over
+    all parameters of the task, so that tasks whose losses differ in scale weigh the same. F_old is the sum of F_t over
+    earlier tasks, by name: beta is 0 where no earlier task trained a parameter, and the first task averages nothing.
+    Elements whose squared gradient is not finite are skipped.
+
+    Parameters: float32, bfloat16 or float16, of any shape. Memory: 4 bytes a parameter (F_old), and within a task 4
+    more (F_t) and a copy of the parameters (theta_start).
 
     Args:
-        c: plasticity; larger keeps less of the old. 2 to 10 is a sensible range.
-        damping: lambda of Eq. 3.
-        unit: whose gradients are squared, see `cnext.averaging.FisherAccumulator`.
+        c: plasticity, without unit; larger keeps less of the old. 2 to 10 is a sensible range.
+        damping: lambda of Eq. 3, in units of F_t.
+        unit: whose gradients are squared, see `FisherAccumulator`.
+
+    Raises:
+        UserError: ``c`` is not positive, ``damping`` is negative, or the unit is unknown. `end_task`: at most half of
+            the task's steps were seen, so that there is no F_t.
+
+    Example:
+        >>> import torch
+        >>> from cnext.averaging import Pema
+        >>> weight, average = torch.nn.Parameter(torch.zeros(1)), Pema(c=1.0, damping=0.0)
+        >>> for value in (2.0, 4.0):
+        ...     with average.task({"weight": weight}, steps=1):
+        ...         weight.grad = torch.ones(1)
+        ...         average.update()
+        ...         weight.data[:] = value  # in place of an optimizer's step
+        >>> weight.item(), average.statistics["weight"]  # beta = 1 / (1 + 1)
+        (3.0, (0.5, 0.0))
 
     Reference: Continual-NExT, arXiv 2602.18055, section 4, with the damping given per parameter.
     """
 
     name = "pema"
+    persistent_statistics = 1
 
-    def __init__(self, c: float = 5.0, damping: float = 1e-5, unit: str = "step") -> None:
+    def __init__(self, c: float = 5.0, damping: float = 1e-5, unit: Unit = "step") -> None:
         super().__init__()
         if not c > 0 or not damping >= 0:
             raise UserError(f"Pema: expected c > 0 and damping >= 0, got c={c} and damping={damping}")
@@ -56,11 +76,11 @@ class Pema(MovingAverage):
     def read_gradients(self, losses: Tensor | None) -> None:
         self.accumulator.step(losses)
 
-    def finish(self) -> dict[str, tuple[float, float]]:
+    def finish(self) -> Statistics:
         if self.step <= self.steps // 2:
             raise UserError(
                 f"end_task after {self.step} of {self.steps} steps: the Fisher information comes from the second half; "
-                "open the task with the number of steps that it takes"
+                "begin the task with the number of its steps, or call cancel_task"
             )
         groups = list(by_kind(self.parameters))
         total = sum(float(ops.sums([self.fisher_new[name] for name in names]).sum()) for names in groups)
@@ -74,7 +94,9 @@ class Pema(MovingAverage):
                 c=self.c,
                 damping=self.damping,
             )
-            statistics |= {name: spread(row[:3]) for name, row in zip(names, rows.tolist(), strict=True)}
+            statistics |= {name: mean_and_std(row[:3]) for name, row in zip(names, rows.tolist(), strict=True)}
+        return {name: statistics[name] for name in self.parameters}
+
+    def reset(self) -> None:
         self.accumulator.close()
         self.fisher_new, self.theta_start = {}, {}
-        return {name: statistics[name] for name in self.parameters}

@@ -1,4 +1,4 @@
-"""The rules that average at every step: an average beside the parameters, which replaces them when the task ends."""
+"""Rules that average at every step: constant EMA, PEMA per step, and the paper's equation as printed."""
 
 from __future__ import annotations
 
@@ -9,16 +9,18 @@ import torch
 from torch import Tensor
 
 from cnext import ops
-from cnext.averaging.base import MovingAverage, by_kind, spread
-from cnext.errors import UserError
+from cnext.averaging.base import MovingAverage, Statistics, by_kind, mean_and_std
+from cnext.errors import UserError, unknown
 
 
 class PerStepAverage(MovingAverage):
-    """Keeps ``ema``, which starts the task as the parameters; subclasses say how a step moves it.
+    """Keeps ``ema``, a copy of the parameters at the task's start that every step moves; `end_task` writes it back.
+
+    Memory within a task: ``ema`` in its dtype, and what the subclass adds; nothing between tasks.
 
     Args:
-        dtype: of the average; a 16-bit one is that of the parameters, or beside float32 ones any. In bfloat16 a step of
-            less than 1/256 of a value is lost, in float16 of less than 1/2048.
+        dtype: of ``ema``: float32, or a 16-bit dtype, which must be the parameters' own where theirs is 16-bit too. In
+            bfloat16 a change of less than 1/256 of a value is lost, in float16 of less than 1/2048.
     """
 
     def __init__(self, dtype: torch.dtype = torch.float32) -> None:
@@ -28,7 +30,7 @@ class PerStepAverage(MovingAverage):
         self._prepared: dict[int, ops.Prepared] = {}
 
     def __getstate__(self) -> dict[str, object]:
-        # A copy has other tensors, and prepares its own calls.
+        # A copy has other tensors and prepares its own calls.
         return {**self.__dict__, "_prepared": {}}
 
     def slots(self) -> dict[str, dict[str, Tensor]]:
@@ -44,26 +46,28 @@ class PerStepAverage(MovingAverage):
         self._prepared = {}
 
     def prepared(self, group: int, op: str, *slots: Mapping[str, Tensor] | None) -> ops.Prepared:
-        """An op on the state of a group, made at its first call; what is None, as the gradients, every call gives.
+        """An op on the state of a group, prepared at its first call. A slot of None is given per call.
 
-        The parameters are given as well: theirs is the one memory that others may move within a task.
+        The parameters are given per call too: others may replace their storage within a task.
         """
         if group not in self._prepared:
             lists = [None if slot is None else self.listed(slot, self.groups[group]) for slot in slots]
             self._prepared[group] = ops.prepare(op, *lists)
         return self._prepared[group]
 
-    def finish(self) -> dict[str, tuple[float, float]]:
+    def finish(self) -> Statistics:
         with torch.no_grad():
             for name, parameter in self.parameters.items():
                 parameter.copy_(self.ema[name])
+        return {}
+
+    def reset(self) -> None:
         for slot in self.slots().values():
             slot.clear()
         self._prepared = {}
-        return {}
 
     def like(self, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
-        """A zero for every parameter, in its own dtype or another."""
+        """Zeros of the parameters' shapes and strides, in their own dtype or another."""
         return {n: torch.zeros_like(p, dtype=dtype, requires_grad=False) for n, p in self.parameters.items()}
 
     def listed(self, slot: Mapping[str, Tensor], names: list[str]) -> list[Tensor]:
@@ -74,12 +78,27 @@ class PerStepAverage(MovingAverage):
 
 
 class Constant(PerStepAverage):
-    """ema <- beta ema + (1 - beta) theta, with beta = retention^(1 / steps).
+    """ema <- beta ema + (1 - beta) theta at every step, with beta = retention^(1 / steps).
+
+    Parameters: float32, bfloat16 or float16, of any shape. Memory within a task: ``ema``.
 
     Args:
-        retention: weight that the task's starting values keep until its end. A beta by itself means nothing before it
-            is multiplied over the steps.
-        beta: takes this beta whatever the number of steps.
+        retention: weight, in (0, 1), that the task's starting values keep at its end, whatever the number of steps.
+        beta: in [0, 1]; used as it is in place of ``retention``.
+        dtype: of ``ema``, see `PerStepAverage`.
+
+    Raises:
+        UserError: ``retention`` or ``beta`` is out of range.
+
+    Example:
+        >>> import torch
+        >>> from cnext.averaging import Constant
+        >>> weight, average = torch.nn.Parameter(torch.zeros(1)), Constant(beta=0.5)
+        >>> with average.task({"weight": weight}, steps=1):
+        ...     average.update()
+        ...     weight.data[:] = 1.0  # in place of an optimizer's step
+        >>> weight.item()
+        0.5
     """
 
     name = "constant"
@@ -95,21 +114,38 @@ class Constant(PerStepAverage):
         for k, names in enumerate(self.groups):
             self.prepared(k, "ema_step_", None, self.ema)(theta=self.listed(self.parameters, names), beta=beta)
 
-    def finish(self) -> dict[str, tuple[float, float]]:
+    def finish(self) -> Statistics:
         self.read_gradients(None)
         return super().finish()
 
 
 class PemaStep(PerStepAverage):
-    """Every step, per parameter: beta = level / (F + level), level = kappa mean(F) of the tensor.
+    """ema <- beta ema + (1 - beta) theta at every step, beta = level / (F + level) per parameter.
 
-    F is the sum of the task's squared gradients. Only its shape within a tensor matters, as the level follows its mean
-    (over the steps before this one). kappa = b / (1 - b) with b = retention^(1 / steps), so an element with the mean F
-    keeps ``retention`` of its starting value over the task, and one with a smaller F more.
+    F is the sum of the task's squared gradients and level = kappa mean(F), per tensor, over the steps before this one:
+    only the shape of F within a tensor matters. kappa = b / (1 - b) with b = retention^(1 / steps), so an element with
+    the mean F keeps ``retention`` of its starting value over the task, and one with a smaller F more.
+
+    Parameters: float32, bfloat16 or float16, of any shape. Memory within a task: ``ema``, and 4 bytes a parameter (F).
 
     Args:
-        retention: what is kept over the task where F is at its mean.
-        kappa: takes this kappa whatever the number of steps.
+        retention: weight, in (0, 1), that the starting value keeps at the task's end where F is at its mean.
+        kappa: positive; used as it is in place of ``retention``.
+        dtype: of ``ema``, see `PerStepAverage`.
+
+    Raises:
+        UserError: ``retention`` or ``kappa`` is out of range.
+
+    Example:
+        >>> import torch
+        >>> from cnext.averaging import PemaStep
+        >>> weight, average = torch.nn.Parameter(torch.zeros(1)), PemaStep(kappa=1.0)
+        >>> with average.task({"weight": weight}, steps=1):
+        ...     weight.grad = torch.ones(1)
+        ...     average.update()
+        ...     weight.data[:] = 1.0  # in place of an optimizer's step
+        >>> weight.item(), average.statistics["weight"]
+        (0.5, (0.5, 0.0))
     """
 
     name = "pema-step"
@@ -148,11 +184,11 @@ class PemaStep(PerStepAverage):
             gradients = self.gradients(names) if scale else theta
             step = self.prepared(k, "pema_step_", None, None, self.fisher, self.ema)
             rows = step(self._levels[k], theta=theta, grad=gradients, scale=scale)
-            assert rows is not None, "it counts"
+            assert rows is not None, "pema_step_ returns statistics"
             self._levels[k].copy_(rows[:, 1] * self._factors[k])
             self._rows[k].copy_(rows)
 
-    def finish(self) -> dict[str, tuple[float, float]]:
+    def finish(self) -> Statistics:
         self._average(0.0)
         rows = {
             n: row
@@ -160,35 +196,54 @@ class PemaStep(PerStepAverage):
             for n, row in zip(names, rows.tolist(), strict=True)
         }
         super().finish()
-        return {name: spread([rows[name][0], *rows[name][2:]]) for name in self.parameters}
+        return {name: mean_and_std([rows[name][0], *rows[name][2:]]) for name in self.parameters}
 
 
 class PemaLiteral(PerStepAverage):
-    """The paper's Eq. 4 per parameter and step, beta = (g + 1) / ((theta - ema) g^2 + damping), guarded.
+    """ema <- beta ema + (1 - beta) theta at every step, beta = (g + 1) / ((theta - ema) g^2 + damping), guarded.
 
-    At the sizes that occur beta is about 1 / damping nearly everywhere, so the guard decides: "fallback" makes the rule
-    a constant average, "clamp" keeps the parameters where they were. ``inside`` is the share of beta in (0, 1) over
-    the last task; below 1% `end_task` warns.
+    The paper's equation as printed. Where beta is not in (0, 1) the guard replaces it. At the magnitudes that occur
+    beta is about 1 / damping nearly everywhere, so that the guard decides: "fallback" makes the rule a constant
+    average, "clamp" keeps the average where it was. ``inside`` is the share of beta in (0, 1) over the last task; below
+    1% `end_task` warns.
+
+    Parameters: float32, bfloat16 or float16, of any shape. Memory within a task: ``ema``, and 4 bytes a parameter.
 
     Args:
-        guard: "fallback" or "clamp", for beta outside (0, 1).
-        fallback: the constant of the guard "fallback".
+        guard: "fallback" takes the constant ``fallback``, "clamp" the nearer of 0 and 1.
+        fallback: beta of the guard "fallback".
         damping: lambda of Eq. 3.
+        dtype: of ``ema``, see `PerStepAverage`.
+
+    Raises:
+        UserError: the guard is unknown.
+
+    Example:
+        >>> import torch
+        >>> from cnext.averaging import PemaLiteral
+        >>> weight, average = torch.nn.Parameter(torch.zeros(1)), PemaLiteral(damping=4.0)
+        >>> with average.task({"weight": weight}, steps=1):
+        ...     weight.grad = torch.ones(1)
+        ...     average.update()  # beta = 2 / 4
+        >>> average.inside
+        1.0
+
+    Reference: Continual-NExT, arXiv 2602.18055, Eq. 4.
     """
 
     name = "pema-literal"
 
     def __init__(
         self,
-        guard: str = "fallback",
+        guard: ops.Guard = "fallback",
         fallback: float = 0.99,
         damping: float = 1e-5,
         dtype: torch.dtype = torch.float32,
     ) -> None:
         super().__init__(dtype)
         if guard not in ops.GUARDS:
-            raise UserError(f"PemaLiteral: guard is {guard!r}; expected one of {', '.join(ops.GUARDS)}")
-        self.numbers = {"guard": guard, "fallback": fallback, "damping": damping}
+            raise unknown("guard", guard, ops.GUARDS)
+        self.options = {"guard": guard, "fallback": fallback, "damping": damping}
         self.fisher: dict[str, Tensor] = {}
         self.counts: dict[str, Tensor] = {}
         self.inside = float("nan")
@@ -209,16 +264,16 @@ class PemaLiteral(PerStepAverage):
         for k, names in enumerate(self.groups):
             step = self.prepared(k, "pema_literal_", None, None, self.fisher, self.ema)
             theta = self.listed(self.parameters, names)
-            self._counted[k] += step(theta=theta, grad=self.gradients(names), **self.numbers)
+            self._counted[k] += step(theta=theta, grad=self.gradients(names), **self.options)
 
-    def finish(self) -> dict[str, tuple[float, float]]:
+    def finish(self) -> Statistics:
         number, inside = (sum(float(counted[:, k].sum()) for counted in self._counted) for k in (0, 1))
         self.inside = inside / number if number else float("nan")
         super().finish()
         if number and self.inside < 0.01:
             warnings.warn(
-                f"pema-literal: {100 * (1 - self.inside):.2f}% of beta lay outside (0, 1), where the guard "
-                f"{self.numbers['guard']!r} decided; the run is a constant average in all but name",
+                f"pema-literal: {100 * (1 - self.inside):.2f}% of beta lay outside (0, 1) and were replaced by the "
+                f"guard {self.options['guard']!r}: this is in effect a constant average",
                 RuntimeWarning,
                 stacklevel=3,
             )

@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 def pooled(spreads: Mapping[str, tuple[float, float]], group: Mapping[str, Tensor]) -> dict[str, float]:
-    """Mean and standard deviation over all elements of a group of tensors, from those of each tensor."""
+    """Mean and standard deviation over all elements of a group of tensors, from the (mean, std) of each by name."""
     sizes = {name: tensor.numel() for name, tensor in group.items()}
     total = sum(sizes.values())
     mean = sum(sizes[name] * spreads[name][0] for name in group) / total

@@ -1,4 +1,4 @@
-"""The rules of released code, to be compared with: CIA's DEMA, the loop released with Continual-NExT, and none."""
+"""Baselines: DEMA and PEMA as their authors released them, and no average."""
 
 from __future__ import annotations
 
@@ -6,20 +6,36 @@ import torch
 from torch import Tensor
 
 from cnext import ops
-from cnext.averaging.base import MovingAverage, laid_out
+from cnext.averaging.base import MovingAverage, Statistics, match_strides
 from cnext.averaging.per_step import PerStepAverage
 
-MISSING = 0.99
-"""Both released loops' weight of the old where a gradient is missing, as it is for the last step's result."""
+WITHOUT_GRADIENT = 0.99
+"""The weight of the old average in both released loops where there is no gradient, as for the last step's result."""
 
 
 class Dema(PerStepAverage):
-    """ema <- (1 - alpha) ema + alpha theta with one alpha per tensor and step, from norms; see `cnext.ops.dema_step_`.
+    """ema <- (1 - alpha) ema + alpha theta at every step, with one alpha per tensor from norms: CIA's dynamic EMA.
 
-    The first step has no earlier gradient, and only remembers its own. State: ema and the last gradient.
+    alpha is that of `cnext.ops.dema_step_`. The first step has no earlier gradient, and only remembers its own.
+
+    Parameters: float32, bfloat16 or float16, of any shape. Memory within a task: ``ema``, and the last gradient in the
+    parameters' dtype.
 
     Args:
-        factor, fallback: as released; a later variant has 0.01 and 0.001.
+        factor: of alpha; 2.0 as released, 0.01 in a later variant.
+        fallback: alpha where the formula leaves (0, 1); 0.01 as released, 0.001 in a later variant.
+        dtype: of ``ema``, see `PerStepAverage`.
+
+    Example:
+        >>> import torch
+        >>> from cnext.averaging import Dema
+        >>> weight, average = torch.nn.Parameter(torch.zeros(1)), Dema()
+        >>> with average.task({"weight": weight}, steps=1):
+        ...     weight.grad = torch.ones(1)
+        ...     average.update()
+        ...     weight.data[:] = 1.0  # in place of an optimizer's step
+        >>> round(weight.item(), 4)  # the last step has no gradient: 0.99 of the average
+        0.01
 
     Reference: Qiao et al., CIA, ICML 2025.
     """
@@ -41,26 +57,42 @@ class Dema(PerStepAverage):
     def read_gradients(self, losses: Tensor | None) -> None:
         for k, names in enumerate(self.groups):
             if self.step == 0:
-                found = [laid_out(self.parameters[name].grad, self.parameters[name]) for name in names]
+                found = [match_strides(self.parameters[name].grad, self.parameters[name]) for name in names]
                 torch._foreach_copy_(self.listed(self.grad_prev, names), found)
                 continue
             step = self.prepared(k, "dema_step_", None, None, self.ema, self.grad_prev)
             theta = self.listed(self.parameters, names)
             step(theta=theta, grad=self.gradients(names), factor=self.factor, fallback=self.fallback)
 
-    def finish(self) -> dict[str, tuple[float, float]]:
+    def finish(self) -> Statistics:
         for names in self.groups:
-            ops.ema_step_(self.listed(self.parameters, names), self.listed(self.ema, names), beta=MISSING)
+            ops.ema_step_(self.listed(self.parameters, names), self.listed(self.ema, names), beta=WITHOUT_GRADIENT)
         return super().finish()
 
 
 class PemaReleased(PerStepAverage):
-    """The released loop's matrix formula, through its exact low-rank identity; see `cnext.ops.pema_released_`.
+    """ema <- alpha o ema + (1 - alpha) o theta at every step, alpha by the matrix formula of the released loop.
 
-    Tensors that are no matrices take the loop's fallback. It diverges.
+    alpha is that of `cnext.ops.pema_released_`, for matrices; other tensors take the loop's constant 0.99. It diverges,
+    as the released code does, and serves for comparison.
+
+    Parameters: float32, bfloat16 or float16. Memory within a task: ``ema``; at a step, three copies of a matrix.
 
     Args:
         damping: lambda of Eq. 3, added to the matrix as released.
+        dtype: of ``ema``, see `PerStepAverage`.
+
+    Example:
+        >>> import torch
+        >>> from cnext.averaging import PemaReleased
+        >>> bias, average = torch.nn.Parameter(torch.zeros(1)), PemaReleased()
+        >>> with average.task({"bias": bias}, steps=1):
+        ...     average.update()
+        ...     bias.data[:] = 1.0  # in place of an optimizer's step
+        >>> round(bias.item(), 4)
+        0.01
+
+    Reference: the code released with Continual-NExT, arXiv 2602.18055.
     """
 
     name = "pema-released"
@@ -70,29 +102,39 @@ class PemaReleased(PerStepAverage):
         self.damping = damping
 
     def _fallback(self, names: list[str]) -> None:
-        ops.ema_step_(self.listed(self.parameters, names), self.listed(self.ema, names), beta=MISSING)
+        ops.ema_step_(self.listed(self.parameters, names), self.listed(self.ema, names), beta=WITHOUT_GRADIENT)
 
     def read_gradients(self, losses: Tensor | None) -> None:
         for group in self.groups:
             names = [name for name in group if self.parameters[name].ndim == 2]
             theta, ema = self.listed(self.parameters, names), self.listed(self.ema, names)
-            gradients = [laid_out(self.parameters[name].grad, self.parameters[name]) for name in names]
-            ops.pema_released_(theta, gradients, ema, damping=self.damping, fallback=MISSING)
+            gradients = [match_strides(self.parameters[name].grad, self.parameters[name]) for name in names]
+            ops.pema_released_(theta, gradients, ema, damping=self.damping, fallback=WITHOUT_GRADIENT)
             self._fallback([name for name in group if self.parameters[name].ndim != 2])
 
-    def finish(self) -> dict[str, tuple[float, float]]:
+    def finish(self) -> Statistics:
         for names in self.groups:
             self._fallback(names)
         return super().finish()
 
 
 class NoAverage(MovingAverage):
-    """The parameters as the optimizer leaves them."""
+    """No average: the parameters stay as the optimizer leaves them. No memory.
+
+    Example:
+        >>> import torch
+        >>> from cnext.averaging import NoAverage
+        >>> average = NoAverage()
+        >>> with average.task(torch.nn.Linear(2, 1), steps=1):
+        ...     average.update()
+        >>> average.statistics
+        {}
+    """
 
     name = "none"
 
     def start(self) -> None:
         return
 
-    def finish(self) -> dict[str, tuple[float, float]]:
+    def finish(self) -> Statistics:
         return {}

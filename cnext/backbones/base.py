@@ -1,4 +1,4 @@
-"""The interface of a dual-to-dual backbone: image and text in, image and text out."""
+"""Base class of backbones: frozen models that read and write text and images."""
 
 from __future__ import annotations
 
@@ -16,29 +16,32 @@ from cnext.errors import UserError
 from cnext.scoring.base import Prediction
 from cnext.tasks.base import Sample, Task, Turn
 
-CHOICES = 32
+CHOICES_BATCH = 32
 """Samples per forward pass of ``choice_logits``."""
 
 
 @dataclass(frozen=True)
 class Output:
-    """What a batch's supervised positions give, and what they should.
+    """Predictions and targets at the supervised positions of a batch: N text tokens and M images.
 
-    logits: (N, vocabulary) at every supervised token.  labels: (N,) int64.
-    drawn, features: what is drawn of the M pictures written, and what is wanted: either visual features regressed,
-        (M, tokens, width) both, or logits over a codebook, (M, tokens, codes), and the codes wanted, (M, tokens) int64.
+    logits: (N, vocabulary) float32.  labels: (N,) int64.
+    image_pred, image_target: either visual features that are regressed, (M, tokens, width) float both; or logits over a
+        codebook, (M, tokens, codes) float32, and the codes, (M, tokens) int64.
     """
 
     logits: Tensor
     labels: Tensor
-    drawn: Tensor
-    features: Tensor
+    image_pred: Tensor
+    image_target: Tensor
 
 
 @dataclass(frozen=True)
 class Loss:
-    """total: scalar to differentiate. text: mean cross-entropy per supervised token. image: `image_loss` of what is
-    drawn (0 where the batch writes no image). tokens: supervised tokens and features."""
+    """Training loss of a batch, in nats for text and codes.
+
+    total: scalar to differentiate.  text: mean cross-entropy over supervised tokens, detached.  image: `image_loss`,
+    detached, 0 where the batch writes no image.  tokens: number of supervised tokens, features and codes.
+    """
 
     total: Tensor
     text: Tensor
@@ -46,56 +49,77 @@ class Loss:
     tokens: int
 
 
-def image_loss(drawn: Tensor, wanted: Tensor) -> Tensor:
-    """Mean squared error of regressed features, or mean cross-entropy where codes are wanted. See `Output`."""
-    if wanted.is_floating_point():
-        return F.mse_loss(drawn, wanted)
-    return F.cross_entropy(drawn.flatten(0, 1), wanted.flatten())
+def image_loss(image_pred: Tensor, image_target: Tensor) -> Tensor:
+    """Loss of the images written: mean squared error of features, or mean cross-entropy of codes.
+
+    Args:
+        image_pred, image_target: as in `Output`, of at least one image.
+
+    Returns:
+        A scalar.
+    """
+    if image_target.is_floating_point():
+        return F.mse_loss(image_pred, image_target)
+    return F.cross_entropy(image_pred.flatten(0, 1), image_target.flatten())
 
 
-def image_distance(given: Output, wanted: Output) -> Tensor:
-    """How far what two models draw for the same batch is apart: mean squared error of features, or of codes the mean
-    over tokens of KL(wanted || given). 0 where the batch writes no image."""
-    if not len(given.drawn):
-        return given.logits.new_zeros(())
-    if given.features.is_floating_point():
-        return F.mse_loss(given.drawn, wanted.drawn)
-    logs, wanted_logs = (output.drawn.flatten(0, 1).log_softmax(-1) for output in (given, wanted))
-    return F.kl_div(logs, wanted_logs, reduction="batchmean", log_target=True)
+def image_distance(student: Output, teacher: Output) -> Tensor:
+    """Distance of the images that two models write for one batch, for distillation.
+
+    Features: mean squared error.  Codes: mean over positions of KL(teacher || student), in nats.
+
+    Returns:
+        A scalar; 0 where the batch writes no image.
+    """
+    if not len(student.image_pred):
+        return student.logits.new_zeros(())
+    if student.image_target.is_floating_point():
+        return F.mse_loss(student.image_pred, teacher.image_pred)
+    logs, teacher_logs = (output.image_pred.flatten(0, 1).log_softmax(-1) for output in (student, teacher))
+    return F.kl_div(logs, teacher_logs, reduction="batchmean", log_target=True)
 
 
 class Backbone(ABC, nn.Module):
-    """A frozen dual-to-dual model. Adapters are attached to ``language_model`` and nowhere else.
+    """A frozen model that reads text and images and writes text and images.
 
-    Prepared and encoded samples are opaque to everyone else.
+    Adapters are attached to ``language_model`` and nowhere else. What `prepare` and `encode_prepared` return is opaque:
+    it is only passed on to `output`, `supervised` and `question_features` of the same backbone.
+
+    Example:
+        >>> backbone = cnext.backbones.load("tiny").load()
+        >>> encoded = backbone.encode(samples)  # of cnext.tasks.base.Sample
+        >>> backbone.loss(encoded).total.backward()
+        >>> backbone.generate(samples, max_new_tokens=8)[0].text
     """
 
     name: ClassVar[str]
+    """Name under which the backbone is registered, as in ``--backbone``."""
     targets: ClassVar[tuple[str, ...]]
-    """Name suffixes of the linear layers of ``language_model`` that carry adapters."""
+    """Name suffixes of the linear layers of ``language_model`` that get adapters."""
     image_loss_weight: ClassVar[float] = 6.0
-    """Weight of `image_loss` beside the cross-entropy of the text; SEED-X's, as released, unless a backbone says."""
+    """Weight of `image_loss` in the total loss. Default: that of the released SEED-X code."""
     encodes_ahead: ClassVar[bool] = False
-    """Whether a task's training samples are small enough, encoded, to be kept; else each batch is encoded when due."""
+    """Whether encoded samples are so small that those of a whole task are kept in memory. Otherwise each batch is
+    encoded when it is trained on."""
     picture_tokens: ClassVar[tuple[int, int]]
-    """Positions of the language model that a picture takes, typically: where it is read, and where it is written."""
+    """Typical number of positions of an image: where it is read, and where it is written. For estimates of cost."""
     drawing_flops: ClassVar[float] = 0.0
-    """Operations that turn what the language model gives for a picture into pixels, about."""
+    """Approximate operations to decode one image from features or codes to pixels. For estimates of cost."""
     untrained: ClassVar[str] = ""
-    """What the released weights were not trained to do, in one sentence; "" where that is nothing of the six tasks."""
+    """What the released weights were not trained to do, in one sentence; "" if they were for all six tasks."""
     positions: Tensor | None = None
-    """(batch, length) int64: what every position of the language model's forward pass under way is for, as a row of
-    ``cnext.adapters.BRANCH_ROLES``: text read, image read, text written (from the position that gives the first
-    token of an answer), image written. Set before each pass, in training and in generation alike."""
+    """(batch, length) int64: what each position of the current forward pass is for, a row of
+    ``cnext.adapters.BRANCH_ROLES``: 0 text read, 1 image read, 2 text written (from the position that predicts the
+    first token of an answer), 3 image written. A new tensor, set before each pass of training and generation."""
 
     @property
     @abstractmethod
     def language_model(self) -> nn.Module:
-        """The decoder that adapters are attached to."""
+        """The decoder that adapters are attached to, without its head."""
 
     @property
     def device(self) -> torch.device:
-        """Where token ids go: the device of the language model's first parameter."""
+        """Device of token ids and of what is returned: that of the language model's first parameter."""
         return next(self.language_model.parameters()).device
 
     @classmethod
@@ -109,23 +133,28 @@ class Backbone(ABC, nn.Module):
         device_map: str | None = None,
         checkpointing: bool = False,
     ) -> Backbone:
-        """The pretrained model, frozen, in evaluation mode.
+        """Loads the pretrained model, frozen, in evaluation mode.
 
         Args:
+            device: where the model goes, unless ``device_map`` says so.
             weights: folder or file of the released weights; None where they come with the package.
             dtype: of the model's parameters.
-            device_map: how accelerate spreads the model over several devices ("auto", "balanced"); None: one device.
-            checkpointing: whether the language model computes activations again in the backward pass.
+            device_map: how accelerate distributes the model over devices ("auto", "balanced"); None: one device.
+            checkpointing: activation checkpointing in the language model: recompute in the backward pass.
+
+        Returns:
+            The backbone.
 
         Raises:
-            UserError: weights that are missing or do not fit: what was expected, what was found, what to do.
+            UserError: weights that are missing or do not fit.
         """
 
     @classmethod
     def meta(cls, weights: Path | None = None) -> Backbone:
-        """The model on the meta device, at full size and without numbers, which takes no memory.
+        """The full-size model on the meta device, without memory, from which sizes are counted.
 
-        weights: folder of the released weights, of which at most the configuration is read.
+        Args:
+            weights: folder of the released weights, of which at most the configuration is read.
 
         Raises:
             UserError: its sizes are not known without the weights.
@@ -133,70 +162,115 @@ class Backbone(ABC, nn.Module):
         raise UserError(f"the sizes of backbone {cls.name} are not known here; give --weights, or leave --gpus away")
 
     def encoding_flops(self, task: Task) -> float:
-        """Operations of the frozen visual encoder for a sample of a task, about."""
+        """Approximate operations of the frozen visual encoder for one sample of a task. For estimates of cost."""
         return 0.0
 
     @classmethod
     def check(cls, weights: Path | None) -> list[Path]:
-        """The files of weights that ``load`` reads, found without reading them; [] where that cannot be said.
+        """Finds the files of weights that `load` reads, without reading tensors.
+
+        Returns:
+            The files; [] where that cannot be said.
 
         Raises:
-            UserError: as ``load``, for files that are missing.
+            UserError: as `load`, for files that are missing.
         """
         return []
 
     @classmethod
     def missing_to_draw(cls, weights: Path | None) -> str:
-        """What is not there of what turns features or codes into pixels, found without loading it; "" where all is."""
+        """What `generate` needs to decode images and is not there, as an error message; "" if nothing is missing.
+
+        Loads nothing.
+        """
         return ""
 
     @abstractmethod
     def connections(self) -> dict[str, nn.Parameter]:
-        """The layers between the visual parts and the language model, by name: trained where a recipe says so."""
+        """The layers between visual parts and language model, by name: trained if a recipe's ``trainable`` says so."""
 
     @abstractmethod
     def released_extras(self) -> dict[str, nn.Parameter]:
-        """What the paper's released code trains besides branches and connections: embeddings, output head, norms."""
+        """What the paper's released code trains besides branches and connections: embeddings, output head, norms.
+
+        Returns:
+            Parameters by name.
+        """
 
     def require_drawing(self) -> None:
-        """Raises UserError where what turns features or codes into pixels is not there: what, and where to put it."""
+        """Checks that images can be decoded to pixels.
+
+        Raises:
+            UserError: a file is missing or broken: which, and where it is expected.
+        """
 
     @abstractmethod
     def prepare(self, sample: Sample) -> Any:
-        """The part of encoding that needs no parameters: files read, pixels resized, text tokenized.
+        """The part of encoding without parameters: reads files, resizes images, tokenizes text.
 
-        Runs in worker processes as well: touches no device, and what it gives can be pickled.
+        Runs in worker processes as well: it uses no device, and its result can be pickled.
+
+        Raises:
+            UserError: an image that cannot be read, or a sample that is too long.
         """
 
     @abstractmethod
     def encode_prepared(self, prepared: Sequence[Any]) -> list[Any]:
-        """Prepared samples to what ``output`` takes. Frozen parts only, no gradient."""
+        """Encodes prepared samples by the frozen parts, without gradient.
+
+        Args:
+            prepared: results of `prepare`.
+
+        Returns:
+            One encoded sample each: token ids, labels, visual features or codes.
+        """
 
     def encode(self, samples: Sequence[Sample]) -> list[Any]:
-        """Samples to whatever ``output`` takes: token ids, labels, visual features. Frozen parts only, no gradient."""
+        """Encodes samples: `encode_prepared` of `prepare`."""
         return self.encode_prepared([self.prepare(sample) for sample in samples])
 
     @abstractmethod
     def output(self, encoded: Sequence[Any]) -> Output:
-        """One forward pass over a batch of encoded samples, answers included."""
+        """One forward pass over a batch of encoded samples, answers included.
+
+        Args:
+            encoded: results of `encode`, at least one.
+        """
 
     @abstractmethod
     def question_features(self, encoded: Sequence[Any]) -> Tensor:
-        """(N, hidden): the language model's last hidden state at the end of each encoded sample's first instruction.
+        """Last hidden state of the language model at the end of each sample's first instruction, without gradient.
 
-        With whatever adapters are active, without gradient. Never reads an answer or a target image.
+        With the adapters that are active. Answers and target images are not read.
+
+        Returns:
+            (N, hidden), on `device`; (0, hidden) of no samples.
         """
 
     @abstractmethod
     def generate(self, samples: Sequence[Sample], max_new_tokens: int) -> list[Prediction]:
-        """Greedy answers to each sample's first instruction. Never reads an answer or a target image."""
+        """Answers each sample's first instruction by greedy decoding. Answers and target images are not read.
+
+        Args:
+            samples: any number.
+            max_new_tokens: most text tokens of an answer.
+
+        Returns:
+            One prediction per sample: text, and the image where one was written, (H, W, 3) uint8.
+        """
 
     @torch.no_grad()
     def choice_logits(self, samples: Sequence[Sample], answers: Sequence[str]) -> Tensor:
-        """(N, answers): the logit of each answer where the answer to a sample's first instruction begins.
+        """Logits of given answers to each sample's first instruction, as in multiple choice.
 
-        The answers have equally many tokens, and the first that tells them apart counts: of letters their only one.
-        With whatever adapters are active, without gradient. Never reads an answer or a target image of the samples.
+        The answers must have equally many tokens; the first token in which they differ counts. With the adapters that
+        are active, without gradient. The samples' own answers and target images are not read.
+
+        Returns:
+            (N, len(answers)) float32.
+
+        Example:
+            >>> backbone.choice_logits(samples, ["A", "B", "C"]).argmax(1)
         """
         asked = [
             Sample("", (Turn(s.turns[0].instruction, answers[0]),), s.image, image_first=s.image_first, tiled=s.tiled)
@@ -204,33 +278,35 @@ class Backbone(ABC, nn.Module):
         ]
         if not asked:
             return torch.empty(0, len(answers))
-        told = [replace(asked[0], turns=(replace(asked[0].turns[0], answer=answer),)) for answer in answers]
-        tokens = self.output(self.encode(told)).labels.unflatten(0, (len(answers), -1))
-        place = int((tokens != tokens[0]).any(0).int().argmax())
+        answered = [replace(asked[0], turns=(replace(asked[0].turns[0], answer=answer),)) for answer in answers]
+        tokens = self.output(self.encode(answered)).labels.unflatten(0, (len(answers), -1))
+        index = int((tokens != tokens[0]).any(0).int().argmax())
         parts = []
-        for start in range(0, len(asked), CHOICES):
-            encoded = self.encode(asked[start : start + CHOICES])
+        for start in range(0, len(asked), CHOICES_BATCH):
+            encoded = self.encode(asked[start : start + CHOICES_BATCH])
             logits = self.output(encoded).logits.unflatten(0, (len(encoded), -1))
-            parts.append(logits[:, place, tokens[:, place]])
+            parts.append(logits[:, index, tokens[:, index]])
         return torch.cat(parts)
 
     @abstractmethod
     def supervised(self, encoded: Sequence[Any]) -> tuple[int, int]:
-        """How many rows of logits, and how many pictures drawn, `output` gives for these samples."""
+        """Number of supervised text tokens and of images written: N and M of `Output` for these samples."""
 
     def loss(self, encoded: Sequence[Any], whole: tuple[float, ...] | None = None) -> Loss:
-        """Cross-entropy, mean over supervised tokens, plus image_loss_weight times the image loss.
+        """Training loss of encoded samples: text + image_loss_weight * image, see `Loss`.
 
-        whole: what `supervised` gives of the batch that these samples are a part of; the losses of its parts, which
-        are then shares of its means, add up to its loss.
+        Args:
+            encoded: results of `encode`, at least one.
+            whole: `supervised` of the batch that these samples are a part of. The losses are then weighted so that
+                those of all parts add up to the batch's.
         """
         return self.loss_of(self.output(encoded), whole)
 
     def loss_of(self, output: Output, whole: tuple[float, ...] | None = None) -> Loss:
-        """The training loss of an output. whole: as in `loss`."""
+        """Training loss of an output. whole: as in `loss`."""
         text = F.cross_entropy(output.logits, output.labels)
-        image = image_loss(output.drawn, output.features) if len(output.drawn) else text.new_zeros(())
+        image = image_loss(output.image_pred, output.image_target) if len(output.image_pred) else text.new_zeros(())
         if whole is not None:
-            text, image = text * (len(output.labels) / whole[0]), image * (len(output.drawn) / max(whole[1], 1))
-        tokens = len(output.labels) + output.drawn.shape[:2].numel()
+            text, image = text * (len(output.labels) / whole[0]), image * (len(output.image_pred) / max(whole[1], 1))
+        tokens = len(output.labels) + output.image_pred.shape[:2].numel()
         return Loss(text + self.image_loss_weight * image, text.detach(), image.detach(), tokens)

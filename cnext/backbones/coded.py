@@ -1,10 +1,10 @@
-"""The base of backbones that write a picture as codes of a VQ codebook, one after another, after a begin token.
+"""Base class of backbones that write an image as VQ codes, generated autoregressively after a begin token.
 
     text   mean over supervised tokens of CE(head(h_{t-1}), token_t)
-    image  mean over pictures and codes of CE(code_head(h_{t-1}), code_t)
+    image  mean over images and codes of CE(code_head(h_{t-1}), code_t)
 
-h is the language model's last hidden state. The begin token is text: the model decides by it whether it draws, and
-how many codes follow is fixed, so that a picture needs no end. Both are drawn greedily, which repeats exactly.
+h is the language model's last hidden state. The begin token is a text token: by generating it, the model decides to
+write an image. The number of codes is fixed. Tokens and codes are generated greedily, which is deterministic.
 """
 
 from __future__ import annotations
@@ -21,97 +21,103 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from cnext.backbones.base import Output
-from cnext.backbones.conversation import IGNORED, IMAGE_WRITTEN, TEXT_READ, Conversation, Encoded, Frame
-from cnext.backbones.decoding import Decoding, greedy
-from cnext.backbones.pretrained import PretrainedBackbone, open_picture
+from cnext.backbones.conversation import IGNORED, IMAGE_WRITTEN, TEXT_READ, CodedInputs, PromptTemplate, SequenceBuilder
+from cnext.backbones.decoding import CachedDecoding, greedy
+from cnext.backbones.pretrained import PretrainedBackbone, open_image
 from cnext.errors import UserError
 from cnext.scoring.base import Prediction
 from cnext.tasks.base import Sample, Task, Turn
 
 BATCH = 16
-"""Samples per forward pass where nothing is learnt, and pictures encoded at once."""
+"""Samples per forward pass without gradient, and images encoded at once."""
 
 
 class CodedBackbone(PretrainedBackbone):
-    """A transformers model with a language model and a VQ model inside. A subclass says how the two meet."""
+    """A transformers model that contains a language model and a VQ model. A subclass connects the two."""
 
     guidance: float
-    """Classifier-free guidance of the codes drawn, logits = blank + guidance * (given - blank), where blank is without
-    the instruction; 1 switches it off, which halves the work."""
+    """Scale of classifier-free guidance for codes: logits = u + guidance * (c - u), where c is with the instruction and
+    u without. 1 switches it off, which halves the work."""
 
-    look_flops: ClassVar[float]
-    """Operations that encode a picture read, about."""
-    code_flops: ClassVar[float]
-    """Operations that encode a picture to write, about."""
+    read_flops: ClassVar[float]
+    """Approximate operations to encode an image that is read."""
+    write_flops: ClassVar[float]
+    """Approximate operations to encode a target image."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__(model)
         # Codes are nearest neighbours, so rounding would change them.
         self.vq.float()
         self.grid: tuple[int, int] = (0, 0)
-        """Rows and columns of the codes of a picture written."""
-        self.begin: list[int] = []
-        """Tokens that begin a picture; the last gives the first code."""
+        """Rows and columns of the codes of an image written."""
+        self.begin_image: list[int] = []
+        """Tokens that begin an image; the last one predicts the first code."""
         self.row_end: int | None = None
-        """The token after each row of codes, supervised in training and put there in generation."""
-        self.end: list[int] = []
-        """Tokens after a picture written, supervised."""
-        self.never: list[int] = []
-        """Tokens that are no text."""
+        """Token after each row of codes: supervised in training, inserted in generation."""
+        self.end_image: list[int] = []
+        """Tokens after an image written, supervised."""
+        self.banned_ids: list[int] = []
+        """Tokens that are not text, never generated as such."""
 
     @property
     def vq(self) -> Any:
+        """The VQ model."""
         return self.model.model.vqmodel
 
     @property
+    def stop_ids(self) -> tuple[int, int]:
+        """Tokens that end the text of an answer: the end token, and the one that begins an image."""
+        return self.eos_id, self.begin_image[0]
+
+    @property
     def tokens(self) -> int:
-        """Codes of a picture written."""
+        """Codes of an image written."""
         return self.grid[0] * self.grid[1]
 
     def encoding_flops(self, task: Task) -> float:
-        return self.look_flops * ("image" in task.reads) + self.code_flops * ("image" in task.writes)
+        return self.read_flops * ("image" in task.reads) + self.write_flops * ("image" in task.writes)
 
     @abstractmethod
-    def frame(self, opening: bool, reads: bool) -> Frame:
-        """What stands around an instruction. opening: the conversation's first.  reads: with a picture."""
+    def template(self, first: bool, reads: bool) -> PromptTemplate:
+        """What surrounds an instruction. first: of the conversation.  reads: an image is read with it."""
 
     @abstractmethod
-    def picture(self, pixels: Tensor) -> Conversation:
-        """The part of a sequence that a picture read takes."""
+    def image_sequence(self, pixels: Tensor) -> SequenceBuilder:
+        """The part of a sequence that an image read takes. pixels: (3, H, W)."""
 
     @abstractmethod
-    def look(self, pixels: Sequence[Tensor]) -> list[Tensor]:
-        """Pictures read, (3, H, W) each, through the frozen encoder."""
+    def encode_read(self, pixels: Sequence[Tensor]) -> list[Tensor]:
+        """Features of images read, (3, H, W) each, by the frozen encoder."""
 
     @abstractmethod
-    def code(self, pixels: Sequence[Tensor]) -> list[Tensor]:
-        """The codes, (tokens,) int64 each, of pictures to write, (3, H, W) each."""
+    def encode_written(self, pixels: Sequence[Tensor]) -> list[Tensor]:
+        """Codes of target images, (3, H, W) each: (tokens,) int64 each."""
 
     @abstractmethod
-    def decode(self, codes: Tensor) -> Tensor:
-        """Codes, (N, tokens), through the VQ model's decoder: pixels, (N, 3, H, W)."""
+    def decode_codes(self, codes: Tensor) -> Tensor:
+        """Pixels (N, 3, H, W) of codes (N, tokens), by the VQ model's decoder."""
 
     @abstractmethod
     def embed(self, ids: Tensor, codes: Tensor, reads: Sequence[Tensor]) -> Tensor:
-        """Input embeddings (B, L, hidden) of padded ids and codes, (B, L) both, and of the pictures read, in order."""
+        """Input embeddings (B, L, hidden) of padded ids and codes, (B, L) both, and of the images read, in order."""
 
     @abstractmethod
     def code_embeddings(self, codes: Tensor) -> Tensor:
-        """(N, hidden) for codes, (N,)."""
+        """Input embeddings (N, hidden) of codes (N,)."""
 
     @abstractmethod
     def code_logits(self, hidden: Tensor) -> Tensor:
-        """(N, codes) for last hidden states, (N, hidden)."""
+        """Logits (N, codes) of last hidden states (N, hidden)."""
 
     @abstractmethod
-    def without_instruction(self, question: Encoded) -> Encoded:
-        """What guidance compares a question with, its `begin` included: the same with nothing asked."""
+    def unconditional(self, question: CodedInputs) -> CodedInputs:
+        """The sequence without instruction that guidance compares ``question`` with, both up to the first code."""
 
     def pixels(self, path: Path, side: int = 0) -> Tensor:
-        """An image file as the encoders take it, (3, H, W). side: of the middle square, which is what is written."""
+        """An image file as the encoders take it, (3, H, W). side: crop to the central square and resize to this."""
         from PIL import ImageOps
 
-        image = open_picture(path)
+        image = open_image(path)
         if side:
             image = ImageOps.fit(image, (side, side), method=self.image_processor.resample)
         try:
@@ -121,60 +127,67 @@ class CodedBackbone(PretrainedBackbone):
 
     @property
     def side(self) -> int:
-        """Pixels of a side of a picture written."""
+        """Side of an image written, in pixels."""
         return self.grid[0] * 2 ** (len(self.model.config.vq_config.channel_multiplier) - 1)
 
-    def prepare(self, sample: Sample) -> Encoded:
-        """The sample as a sequence with pixels in place of what is encoded. The first turn has the picture read, the
-        end token follows every answer, and the picture written the last one.
+    def prepare(self, sample: Sample) -> CodedInputs:
+        """The sample as a sequence with pixels in place of features and codes.
 
-        Raises: UserError: an image that cannot be read, or a sequence longer than the model's positions.
+        The image read belongs to the first turn, the image written to the last; the end token follows every answer.
+
+        Raises:
+            UserError: an image that cannot be read, or a sequence longer than the model's context.
         """
         read = self.pixels(sample.image) if sample.image else None
         written = self.pixels(sample.target_image, self.side) if sample.target_image else None
-        told = Conversation()
+        sequence = SequenceBuilder()
         for index, turn in enumerate(sample.turns):
-            self._ask(told, turn.instruction.strip(), index == 0, read if index == 0 else None, sample.image_first)
-            told.write(self.text(f" {turn.answer}") if turn.answer else [])
+            image = read if index == 0 else None
+            self._add_instruction(sequence, turn.instruction.strip(), index == 0, image, sample.image_first)
+            sequence.add_target(self.text_ids(f" {turn.answer}") if turn.answer else [])
             if written is None or index + 1 < len(sample.turns):
-                told.write([self.eos])
+                sequence.add_target([self.eos_id])
         if written is not None:
-            told.write(self.begin)
+            sequence.add_target(self.begin_image)
             for _ in range(self.grid[0]):
-                told.write_codes(self.grid[1], self.pad)
-                told.write([] if self.row_end is None else [self.row_end])
-            told.write(self.end)
+                sequence.add_codes(self.grid[1], self.pad_id)
+                sequence.add_target([] if self.row_end is None else [self.row_end])
+            sequence.add_target(self.end_image)
         config: Any = self.language_model.config
-        most = config.max_position_embeddings
-        if len(told.cells) > most:
+        limit = config.max_position_embeddings
+        if len(sequence.rows) > limit:
             raise UserError(
-                f"sample {sample.origin or sample.id} is {len(told.cells):,} tokens long, {self.name} reads {most:,} "
-                "at most: leave it out, or let preprocessor_config.json give smaller pictures"
+                f"sample {sample.origin or sample.id} is {len(sequence.rows):,} tokens long, {self.name} reads "
+                f"{limit:,} at most: leave it out, or let preprocessor_config.json give smaller images"
             )
-        return told.encoded(read, written)
+        return sequence.build(read, written)
 
-    def _ask(self, told: Conversation, instruction: str, opening: bool, read: Tensor | None, image_first: bool) -> None:
-        head, before, glue, after, tail = self.frame(opening, read is not None)
-        told.read(head)
-        if read is None:
-            told.read(self.text(before + instruction + after))
+    def _add_instruction(
+        self, sequence: SequenceBuilder, instruction: str, first: bool, image: Tensor | None, image_first: bool
+    ) -> None:
+        prefix, before, separator, after, suffix = self.template(first, image is not None)
+        sequence.add_context(prefix)
+        if image is None:
+            sequence.add_context(self.text_ids(before + instruction + after))
         else:
-            parts = (before, glue + instruction + after) if image_first else (before + instruction + glue, after)
-            told.read(self.text(parts[0]))
-            told.cells += self.picture(read).cells
-            told.read(self.text(parts[1]))
-        told.read(tail)
+            left, right = before, separator + instruction + after
+            if not image_first:
+                left, right = before + instruction + separator, after
+            sequence.add_context(self.text_ids(left))
+            sequence.rows += self.image_sequence(image).rows
+            sequence.add_context(self.text_ids(right))
+        sequence.add_context(suffix)
 
     @torch.no_grad()
-    def encode_prepared(self, prepared: Sequence[Encoded]) -> list[Encoded]:
-        encoded: list[Encoded] = []
-        with self.exactly():
+    def encode_prepared(self, prepared: Sequence[CodedInputs]) -> list[CodedInputs]:
+        encoded: list[CodedInputs] = []
+        with self.no_autocast():
             for start in range(0, len(prepared), BATCH):
                 chunk = prepared[start : start + BATCH]
-                read = iter(self.look([item.read for item in chunk if item.read is not None]))
-                written = iter(self.code([item.written for item in chunk if item.written is not None]))
+                read = iter(self.encode_read([item.read for item in chunk if item.read is not None]))
+                written = iter(self.encode_written([item.written for item in chunk if item.written is not None]))
                 encoded += [
-                    self.filled(
+                    self.with_images(
                         replace(item, written=None),
                         None if item.read is None else next(read),
                         None if item.written is None else next(written).cpu(),
@@ -183,45 +196,45 @@ class CodedBackbone(PretrainedBackbone):
                 ]
         return encoded
 
-    def filled(self, item: Encoded, read: Tensor | None, codes: Tensor | None) -> Encoded:
-        """A prepared sample with what its pictures are encoded to."""
-        told = item.codes if codes is None else item.codes.masked_scatter(item.codes != IGNORED, codes)
-        return replace(item, read=read, codes=told)
+    def with_images(self, item: CodedInputs, read: Tensor | None, codes: Tensor | None) -> CodedInputs:
+        """A prepared sample with the features of the image read and the codes of the target image."""
+        filled = item.codes if codes is None else item.codes.masked_scatter(item.codes != IGNORED, codes)
+        return replace(item, read=read, codes=filled)
 
-    def padded(self, items: Sequence[Encoded], side: str = "right") -> tuple[Tensor, ...]:
-        """Ids, labels, codes, positions and the mask of what is no padding, (B, L) each, on the model's device."""
-        fields = (("ids", self.pad), ("labels", IGNORED), ("codes", IGNORED), ("positions", TEXT_READ))
+    def padded(self, items: Sequence[CodedInputs], side: str = "right") -> tuple[Tensor, ...]:
+        """Ids, labels, codes, positions and the attention mask, (B, L) each, on the model's device."""
+        fields = (("ids", self.pad_id), ("labels", IGNORED), ("codes", IGNORED), ("positions", TEXT_READ))
         rows = [pad_sequence([getattr(i, name) for i in items], True, fill, side) for name, fill in fields]
         mask = pad_sequence([torch.ones_like(i.ids) for i in items], True, 0, side)
         return tuple(tensor.to(self.device) for tensor in (*rows, mask))
 
-    def _hidden(self, items: Sequence[Encoded]) -> tuple[Tensor, Tensor, Tensor]:
+    def _hidden_states(self, items: Sequence[CodedInputs]) -> tuple[Tensor, Tensor, Tensor]:
         ids, labels, codes, self.positions, _ = self.padded(items)
         inputs = self.embed(ids, codes, [item.read for item in items if item.read is not None])
-        # Causal attention and padding on the right: no position that counts sees a padded one, so no mask is needed.
+        # Attention is causal and padding is on the right: no position that counts sees padding, so no mask is needed.
         hidden = self.language_model(inputs_embeds=inputs, use_cache=False).last_hidden_state.to(self.device)
         return hidden, labels, codes
 
-    def output(self, encoded: Sequence[Encoded]) -> Output:
-        hidden, labels, codes = self._hidden(encoded)
-        given, labels, codes = hidden[:, :-1], labels[:, 1:], codes[:, 1:]
-        told, drawn = labels != IGNORED, codes != IGNORED
-        logits = self.model.lm_head(given[told]).to(self.device).float()
-        pictures = self.code_logits(given[drawn]).to(self.device).float()
+    def output(self, encoded: Sequence[CodedInputs]) -> Output:
+        hidden, labels, codes = self._hidden_states(encoded)
+        hidden, labels, codes = hidden[:, :-1], labels[:, 1:], codes[:, 1:]
+        text, image = labels != IGNORED, codes != IGNORED
+        logits = self.lm_head(hidden[text]).to(self.device).float()
+        image_pred = self.code_logits(hidden[image]).to(self.device).float()
         shape = (-1, self.tokens)
-        return Output(logits, labels[told], pictures.view(*shape, pictures.shape[-1]), codes[drawn].view(shape))
+        return Output(logits, labels[text], image_pred.view(*shape, image_pred.shape[-1]), codes[image].view(shape))
 
-    def supervised(self, encoded: Sequence[Encoded]) -> tuple[int, int]:
+    def supervised(self, encoded: Sequence[CodedInputs]) -> tuple[int, int]:
         labels = sum(int((item.labels != IGNORED).sum()) for item in encoded)
         return labels, sum(bool((item.codes != IGNORED).any()) for item in encoded)
 
     @torch.no_grad()
-    def question_features(self, encoded: Sequence[Encoded]) -> Tensor:
+    def question_features(self, encoded: Sequence[CodedInputs]) -> Tensor:
         parts = [torch.empty(0, self.embed_tokens.embedding_dim, device=self.device)]
         for start in range(0, len(encoded), BATCH):
             questions = [item.question for item in encoded[start : start + BATCH]]
             last = torch.tensor([len(question) - 1 for question in questions], device=self.device)
-            hidden, _, _ = self._hidden(questions)
+            hidden, _, _ = self._hidden_states(questions)
             parts.append(hidden[torch.arange(len(questions), device=self.device), last])
         return torch.cat(parts)
 
@@ -231,58 +244,59 @@ class CodedBackbone(PretrainedBackbone):
         answers: list[Prediction] = []
         for start in range(0, len(asked), BATCH):
             questions = [item.question for item in self.encode(asked[start : start + BATCH])]
-            written = self._write(questions, max_new_tokens)
-            drawing = [index for index, ids in enumerate(written) if ids and ids[-1] == self.begin[0]]
-            begun = [questions[index].before_codes([*written[index], *self.begin[1:]]) for index in drawing]
-            images = dict(zip(drawing, self._pictures(self.draw(begun)), strict=True)) if begun else {}
+            written = [
+                [token for token in ids if token not in (self.eos_id, self.pad_id)]
+                for ids in greedy(self, *self._prompts(questions), max_new_tokens)
+            ]
+            begun = {
+                index: questions[index].with_answer([*ids, *self.begin_image[1:]])
+                for index, ids in enumerate(written)
+                if ids and ids[-1] == self.begin_image[0]
+            }
+            codes = self.generate_codes(list(begun.values())) if begun else None
+            images = {} if codes is None else dict(zip(begun, self._images(codes), strict=True))
             answers += [
                 Prediction(self.tokenizer.decode(ids, skip_special_tokens=True).strip(), images.get(index))
                 for index, ids in enumerate(written)
             ]
         return answers
 
-    def _decoding(self, begun: Sequence[Encoded]) -> Decoding:
-        ids, _, codes, positions, mask = self.padded(begun, "left")
-        reads = [item.read for item in begun if item.read is not None]
-        return Decoding(self, self.embed(ids, codes, reads), mask, positions)
-
-    def _write(self, questions: Sequence[Encoded], max_new_tokens: int) -> list[list[int]]:
-        """Text tokens up to the end token (dropped) or the one that begins a picture (kept)."""
-        written = greedy(
-            self._decoding(questions),
-            self.model.lm_head,
-            self.embed_tokens,
-            stops=(self.eos, self.begin[0]),
-            never=self.never,
-            pad=self.pad,
-            max_new_tokens=max_new_tokens,
-        )
-        return [[index for index in ids if index not in (self.eos, self.pad)] for ids in written]
+    def _prompts(self, items: Sequence[CodedInputs]) -> tuple[Tensor, Tensor, Tensor]:
+        """Input embeddings (B, L, hidden), attention mask and positions (B, L), padded on the left."""
+        ids, _, codes, positions, mask = self.padded(items, "left")
+        reads = [item.read for item in items if item.read is not None]
+        return self.embed(ids, codes, reads), mask, positions
 
     @torch.no_grad()
-    def draw(self, begun: Sequence[Encoded]) -> Tensor:
-        """The most likely code after another of each picture begun, (N, tokens) int64, with guidance above 1."""
+    def generate_codes(self, begun: Sequence[CodedInputs]) -> Tensor:
+        """Codes (N, tokens) int64 of images, each the most likely after those before it.
+
+        With classifier-free guidance where ``guidance`` is above 1.
+
+        Args:
+            begun: sequences whose last token predicts the first code.
+        """
         guided = self.guidance > 1
-        decoding = self._decoding([*begun, *map(self.without_instruction, begun)] if guided else begun)
+        decoding = CachedDecoding(self, *self._prompts([*begun, *map(self.unconditional, begun)] if guided else begun))
         codes: list[Tensor] = []
         while True:
             logits = self.code_logits(decoding.last).to(self.device).float()
             if guided:
-                given, blank = logits.chunk(2)
-                logits = blank + self.guidance * (given - blank)
+                conditional, unconditional = logits.chunk(2)
+                logits = unconditional + self.guidance * (conditional - unconditional)
             codes.append(logits.argmax(-1))
             if len(codes) == self.tokens:
                 return torch.stack(codes, 1)
-            fed = codes[-1].repeat(2) if guided else codes[-1]
-            decoding.feed(self.code_embeddings(fed), IMAGE_WRITTEN)
+            appended = codes[-1].repeat(2) if guided else codes[-1]
+            decoding.append(self.code_embeddings(appended), IMAGE_WRITTEN)
             if self.row_end is not None and len(codes) % self.grid[1] == 0:
-                decoding.feed(self.embed_tokens(torch.full_like(fed, self.row_end)), IMAGE_WRITTEN)
+                decoding.append(self.embed_tokens(torch.full_like(appended, self.row_end)), IMAGE_WRITTEN)
 
     @torch.no_grad()
-    def _pictures(self, codes: Tensor) -> list[numpy.ndarray]:
-        """Codes, (N, tokens), as pictures, (H, W, 3) uint8 each."""
-        with self.exactly():
-            pixels = self.decode(codes).cpu().float()
+    def _images(self, codes: Tensor) -> list[numpy.ndarray]:
+        """Images, (H, W, 3) uint8 each, of codes (N, tokens)."""
+        with self.no_autocast():
+            pixels = self.decode_codes(codes).cpu().float()
         processor = self.image_processor
         mean, std = (torch.tensor(values).view(3, 1, 1) for values in (processor.image_mean, processor.image_std))
         rescaled = ((pixels * std + mean) / processor.rescale_factor).round().clamp(0, 255)

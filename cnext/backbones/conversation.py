@@ -1,4 +1,4 @@
-"""A conversation as a language model sees it that reads and writes text and pictures in one sequence."""
+"""Token sequences of conversations that read and write text and images: ids, labels, image codes and positions."""
 
 from __future__ import annotations
 
@@ -11,32 +11,35 @@ from torch import Tensor
 from torch.nn import functional as F
 
 IGNORED = -100
-"""The label where nothing is supervised."""
+"""The label of positions without a target, as ``ignore_index`` of torch's cross-entropy."""
 TEXT_READ, IMAGE_READ, TEXT_WRITTEN, IMAGE_WRITTEN = range(4)
-"""Rows of cnext.adapters.BRANCH_ROLES."""
+"""Values of `Backbone.positions`: rows of ``cnext.adapters.BRANCH_ROLES``."""
 
 
-class Frame(NamedTuple):
-    """What stands around an instruction. head, tail: token ids.  before, after: text, tokenized with the instruction.
-    glue: text between the instruction and a picture beside it."""
+class PromptTemplate(NamedTuple):
+    """What surrounds an instruction.
 
-    head: list[int]
+    prefix, suffix: token ids at the ends.  before, after: text, tokenized together with the instruction.
+    separator: text between the instruction and an image beside it.
+    """
+
+    prefix: list[int]
     before: str
-    glue: str
+    separator: str
     after: str
-    tail: list[int]
+    suffix: list[int]
 
 
 @dataclass(frozen=True)
-class Encoded:
-    """One conversation.
+class CodedInputs:
+    """One sample as model inputs of a `CodedBackbone`.
 
-    ids: (L,) int64 tokens.  labels: (L,) int64, the token where one of an answer stands, else IGNORED.
-    codes: (L,) int64, the code where one of a picture written stands, else IGNORED; 0 for any of them until encoded.
-    positions: (L,) int64 roles. A position that holds or gives a code writes an image, any other that holds or gives a
-        supervised token writes text.
-    read: of the picture read, pixels (3, H, W) as prepared, and encoded what the backbone embeds of it.
-    written: pixels (3, H, W) of the picture to write as prepared; None once its codes are known.
+    ids: (L,) int64 tokens.  labels: (L,) int64, the token where it is one of an answer, else IGNORED.
+    codes: (L,) int64, the code where it is one of an image written, else IGNORED; 0 in place of codes until encoded.
+    positions: (L,) int64, see `Backbone.positions`. A position that holds or predicts a code writes an image, any other
+        that holds or predicts a supervised token writes text.
+    read: of the image read, pixels (3, H, W) as prepared; once encoded, the features that the backbone embeds.
+    written: pixels (3, H, W) of the image to write, as prepared; None once its codes are known.
     """
 
     ids: Tensor
@@ -50,47 +53,51 @@ class Encoded:
         return len(self.ids)
 
     @property
-    def question(self) -> Encoded:
-        """The first instruction alone: all before the first token of its answer, which its last position gives."""
+    def question(self) -> CodedInputs:
+        """The first instruction alone: everything before the first token of its answer."""
         end = int((self.labels != IGNORED).nonzero()[0])
-        return Encoded(self.ids[:end], self.labels[:end], self.codes[:end], self.positions[:end], self.read)
+        return CodedInputs(self.ids[:end], self.labels[:end], self.codes[:end], self.positions[:end], self.read)
 
-    def before_codes(self, answer: Sequence[int]) -> Encoded:
-        """A question with an answer whose last token gives the first code of a picture."""
+    def with_answer(self, answer: Sequence[int]) -> CodedInputs:
+        """The sequence with an answer appended whose last token predicts the first code of an image."""
         added = self.ids.new_tensor(answer)
-        nothing = torch.full_like(added, IGNORED)
-        roles = torch.full_like(added, TEXT_WRITTEN)
-        roles[-1] = IMAGE_WRITTEN
+        ignored = torch.full_like(added, IGNORED)
+        positions = torch.full_like(added, TEXT_WRITTEN)
+        positions[-1] = IMAGE_WRITTEN
         return replace(
             self,
             ids=torch.cat([self.ids, added]),
-            labels=torch.cat([self.labels, nothing]),
-            codes=torch.cat([self.codes, nothing]),
-            positions=torch.cat([self.positions, roles]),
+            labels=torch.cat([self.labels, ignored]),
+            codes=torch.cat([self.codes, ignored]),
+            positions=torch.cat([self.positions, positions]),
         )
 
 
 @dataclass
-class Conversation:
-    """Puts a sequence together, piece by piece."""
+class SequenceBuilder:
+    """Builds a `CodedInputs` piece by piece.
 
-    cells: list[tuple[int, int, int, int]] = field(default_factory=list)
-    """Of each position the token, its label, its code, and what is read there."""
+    rows: of each position its token, label, code, and what is read there.
+    """
 
-    def read(self, ids: Sequence[int], role: int = TEXT_READ) -> None:
-        self.cells += [(token, IGNORED, IGNORED, role) for token in ids]
+    rows: list[tuple[int, int, int, int]] = field(default_factory=list)
 
-    def write(self, ids: Sequence[int]) -> None:
-        """Supervised text."""
-        self.cells += [(token, token, IGNORED, TEXT_READ) for token in ids]
+    def add_context(self, ids: Sequence[int], position: int = TEXT_READ) -> None:
+        """Appends tokens without a target."""
+        self.rows += [(token, IGNORED, IGNORED, position) for token in ids]
 
-    def write_codes(self, count: int, placeholder: int) -> None:
-        """Supervised codes, which are filled in when the picture is encoded."""
-        self.cells += [(placeholder, IGNORED, 0, TEXT_READ)] * count
+    def add_target(self, ids: Sequence[int]) -> None:
+        """Appends supervised tokens."""
+        self.rows += [(token, token, IGNORED, TEXT_READ) for token in ids]
 
-    def encoded(self, read: Tensor | None, written: Tensor | None) -> Encoded:
-        ids, labels, codes, positions = torch.tensor(self.cells).unbind(1)
-        for wanted, role in ((labels, TEXT_WRITTEN), (codes, IMAGE_WRITTEN)):
-            holds = wanted != IGNORED
-            positions = positions.masked_fill(holds | F.pad(holds[1:], (0, 1)), role)
-        return Encoded(ids, labels, codes, positions, read, written)
+    def add_codes(self, count: int, placeholder: int) -> None:
+        """Appends supervised codes, unknown until the image is encoded. placeholder: token id in their place."""
+        self.rows += [(placeholder, IGNORED, 0, TEXT_READ)] * count
+
+    def build(self, read: Tensor | None, written: Tensor | None) -> CodedInputs:
+        """The inputs, with pixels (3, H, W) of the image read and of the one to write."""
+        ids, labels, codes, positions = torch.tensor(self.rows).unbind(1)
+        for target, position in ((labels, TEXT_WRITTEN), (codes, IMAGE_WRITTEN)):
+            holds = target != IGNORED
+            positions = positions.masked_fill(holds | F.pad(holds[1:], (0, 1)), position)
+        return CodedInputs(ids, labels, codes, positions, read, written)

@@ -1,11 +1,11 @@
-"""Emu3: text and the codes of pictures in one vocabulary, under one head.
+"""Emu3 as a backbone: text tokens and image codes share one vocabulary and one head.
 
-    picture  <image start> rows*columns <image token> (columns codes, row end) x rows <end of frame> <image end>
+    image  <image start> rows*columns <image token> (columns codes, row end) x rows <end of frame> <image end>
 
-is read and written alike. Of a picture written, codes are supervised among the codes, and what stands around them
-among all tokens. Its size is fixed by the image processor's min_pixels, and in generation the size and the ends of rows
-are put there: of what follows <image start> the model chooses the codes alone. max_pixels is set to min_pixels, 512 x
-512 as released, so that editing, which takes two pictures of 64 x 65 tokens, stays within 9,216 positions.
+is read and written alike. Of an image written, the codes' loss is over the codes only, that of the tokens around them
+over all tokens. The image processor's min_pixels gives its size; in generation, size and row ends are inserted and the
+model generates the codes only. max_pixels is set to min_pixels, 512 x 512 as released, so that editing, which takes two
+images of 64 x 65 tokens, fits into 9,216 positions.
 
 Reference: Emu3, arXiv 2409.18869, which weights the loss of visual tokens by 0.5.
 """
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from cnext.backbones.coded import CodedBackbone
-from cnext.backbones.conversation import IGNORED, IMAGE_READ, TEXT_READ, Conversation, Encoded, Frame
+from cnext.backbones.conversation import IGNORED, IMAGE_READ, TEXT_READ, CodedInputs, PromptTemplate, SequenceBuilder
 from cnext.errors import UserError
 
 SYSTEM = "You are a helpful assistant. "
@@ -30,7 +30,7 @@ ROW_END = "<|extra_200|>"
 
 
 class Emu3Backbone(CodedBackbone):
-    """``Emu3ForConditionalGeneration`` on all six tasks."""
+    """Emu3, 8 B, from a folder of weights; text and image codes share one vocabulary."""
 
     name: ClassVar[str] = "emu3"
     model_class: ClassVar[str] = "Emu3ForConditionalGeneration"
@@ -39,17 +39,18 @@ class Emu3Backbone(CodedBackbone):
     frozen: ClassVar[tuple[str, ...]] = ("vqmodel",)
     image_loss_weight: ClassVar[float] = 0.5
     untrained: ClassVar[str] = (
-        "Editing (a picture and an instruction in, a picture out). Emu3-Chat was trained further to answer about "
-        "pictures and not to draw, Emu3-Gen to draw and not to answer; the stage-1 weights are before both."
+        "Editing (an image and an instruction in, an image out). Emu3-Chat was trained further to answer about "
+        "images and not to generate them, Emu3-Gen to generate images and not to answer; the stage-1 weights are from "
+        "before both."
     )
     picture_tokens: ClassVar[tuple[int, int]] = (64 * 65 + 9, 64 * 65 + 10)
-    look_flops: ClassVar[float] = 1.5e13
-    code_flops: ClassVar[float] = 1.5e13
+    read_flops: ClassVar[float] = 1.5e13
+    write_flops: ClassVar[float] = 1.5e13
     drawing_flops: ClassVar[float] = 3.1e13
     guidance: float = 3.0
 
-    def equip(self, tokenizer: Any, image_processor: Any) -> None:
-        super().equip(tokenizer, image_processor)
+    def set_processors(self, tokenizer: Any, image_processor: Any) -> None:
+        super().set_processors(tokenizer, image_processor)
         config, processor, factor = self.model.config, self.image_processor, self.vq.vision_spatial_factor
         if processor.spatial_factor != factor:
             raise UserError(
@@ -70,9 +71,9 @@ class Emu3Backbone(CodedBackbone):
         start, wrapper, stop = (self.token(f"<|image {name}|>") for name in ("start", "token", "end"))
         self.row_end, frame_end = self.token(ROW_END), self.token("<|extra_201|>")
         self._around = start, wrapper, [frame_end, stop]
-        self.begin = self._opening(*self.grid)
-        self.end = [frame_end, stop, self.eos]
-        self.never = [self.pad, self.bos, wrapper, stop, self.row_end, frame_end, *codes]
+        self.begin_image = self._opening(*self.grid)
+        self.end_image = [frame_end, stop, self.eos_id]
+        self.banned_ids = [self.pad_id, self.bos_id, wrapper, stop, self.row_end, frame_end, *codes]
 
     @property
     def language_model(self) -> nn.Module:
@@ -82,40 +83,40 @@ class Emu3Backbone(CodedBackbone):
         """None: a code is a token, and its connections are rows of the embedding and of the head, `released_extras`."""
         return {}
 
-    def frame(self, opening: bool, reads: bool) -> Frame:
-        head, system = ([self.bos], SYSTEM) if opening else ([], "")
-        return Frame(head, f"{system}USER: ", "", " ASSISTANT:", [])
+    def template(self, first: bool, reads: bool) -> PromptTemplate:
+        prefix, system = ([self.bos_id], SYSTEM) if first else ([], "")
+        return PromptTemplate(prefix, f"{system}USER: ", "", " ASSISTANT:", [])
 
     def _opening(self, height: int, width: int) -> list[int]:
         start, wrapper, _ = self._around
-        return [start, *self.text(f"{height}*{width}"), wrapper]
+        return [start, *self.text_ids(f"{height}*{width}"), wrapper]
 
-    def picture(self, pixels: Tensor) -> Conversation:
-        told = Conversation()
+    def image_sequence(self, pixels: Tensor) -> SequenceBuilder:
+        sequence = SequenceBuilder()
         height, width = (size // self.vq.vision_spatial_factor for size in pixels.shape[-2:])
-        told.read(self._opening(height, width))
-        told.read([self.pad] * (height * (width + 1)), IMAGE_READ)
-        told.read(self._around[2])
-        return told
+        sequence.add_context(self._opening(height, width))
+        sequence.add_context([self.pad_id] * (height * (width + 1)), IMAGE_READ)
+        sequence.add_context(self._around[2])
+        return sequence
 
     def _tokens(self, pixels: Tensor) -> Tensor:
-        """A picture's tokens, row by row, each row with its end."""
+        """Tokens (rows * (columns + 1),) of an image, each row with its end."""
         sizes = torch.tensor([pixels.shape[-2:]])
         return self.model.model.get_image_tokens(pixels[None].to(next(self.vq.parameters())), sizes).long()
 
-    def look(self, pixels: Sequence[Tensor]) -> list[Tensor]:
-        return [self._tokens(picture).cpu() for picture in pixels]
+    def encode_read(self, pixels: Sequence[Tensor]) -> list[Tensor]:
+        return [self._tokens(image).cpu() for image in pixels]
 
-    def code(self, pixels: Sequence[Tensor]) -> list[Tensor]:
+    def encode_written(self, pixels: Sequence[Tensor]) -> list[Tensor]:
         rows, columns = self.grid
-        return [self._tokens(picture).view(rows, columns + 1)[:, :-1].flatten() - self.first_code for picture in pixels]
+        return [self._tokens(image).view(rows, columns + 1)[:, :-1].flatten() - self.first_code for image in pixels]
 
-    def decode(self, codes: Tensor) -> Tensor:
+    def decode_codes(self, codes: Tensor) -> Tensor:
         return self.vq.decode(codes.view(-1, *self.grid))
 
-    def filled(self, item: Encoded, read: Tensor | None, codes: Tensor | None) -> Encoded:
-        """Both pictures become tokens."""
-        item = super().filled(item, None, codes)
+    def with_images(self, item: CodedInputs, read: Tensor | None, codes: Tensor | None) -> CodedInputs:
+        """Both images become tokens."""
+        item = super().with_images(item, None, codes)
         ids = item.ids if read is None else item.ids.masked_scatter(item.positions == IMAGE_READ, read)
         return replace(item, ids=torch.where(item.codes == IGNORED, ids, item.codes + self.first_code))
 
@@ -130,8 +131,8 @@ class Emu3Backbone(CodedBackbone):
         count = self.model.config.vq_config.codebook_size
         return F.linear(hidden.to(weight.device), weight[self.first_code : self.first_code + count])
 
-    def without_instruction(self, question: Encoded) -> Encoded:
-        """As trained with the prompt left out: the picture begins at once."""
+    def unconditional(self, question: CodedInputs) -> CodedInputs:
+        """As trained with the prompt dropped: the image begins at once."""
         new = question.ids.new_tensor
-        nothing = Encoded(new([self.bos]), new([IGNORED]), new([IGNORED]), new([TEXT_READ]))
-        return nothing.before_codes(self.begin)
+        bare = CodedInputs(new([self.bos_id]), new([IGNORED]), new([IGNORED]), new([TEXT_READ]))
+        return bare.with_answer(self.begin_image)

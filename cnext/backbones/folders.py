@@ -1,4 +1,4 @@
-"""Folders of weights as transformers lays them out: what has to be there, and loading it, from disk alone."""
+"""Checks and loads folders of weights in the layout of transformers, from disk only."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from typing import Any, NamedTuple
 
 import torch
 
-from cnext.errors import UserError, parse_json
+from cnext.errors import UserError, listed, parse_json
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
 class Parts(NamedTuple):
-    """What a folder of weights holds: a transformers model, its tokenizer, and its image processor."""
+    """Contents of a folder of weights: a transformers model, its tokenizer, and its image processor."""
 
     model: Any
     tokenizer: Any
@@ -30,10 +30,29 @@ def _json(path: Path) -> dict[str, Any]:
     return value
 
 
+def shard_files(index: Path) -> list[Path]:
+    """The files of weights that an index names. Raises UserError where it, or one of them, is missing or broken."""
+    try:
+        names = sorted(set(parse_json(index.read_bytes())["weight_map"].values()))
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise UserError(
+            f"{index}: expected an object with 'weight_map', names of tensors and files: {error!r}"
+        ) from error
+    if strange := [name for name in names if not isinstance(name, str) or Path(name).name != name]:
+        raise UserError(f"{index}: expected names of files beside it, found {strange[0]!r}")
+    missing = [name for name in names if not (index.parent / name).is_file()]
+    if missing or not names:
+        raise UserError(
+            f"{index}: expected {len(names)} files beside it, {len(missing)} are missing: {listed(missing)}; copy them "
+            "there"
+        )
+    return [index.parent / name for name in names]
+
+
 def check_config(folder: Path | None, model_type: str, released: str) -> Path:
     """The folder. Raises UserError unless it has the configuration of a model of this type.
 
-    Args: released: what belongs there, in words.
+    released: what must be in it, for error messages.
     """
     expected = f"expected a folder with {released}"
     if folder is None:
@@ -49,20 +68,11 @@ def check_config(folder: Path | None, model_type: str, released: str) -> Path:
 
 
 def check_folder(folder: Path | None, model_type: str, released: str) -> list[Path]:
-    """The files of weights in a folder. Raises UserError unless it has every file that the model is loaded from."""
+    """The files of weights in a folder. Raises UserError unless every file that the model is loaded from exists."""
     folder = check_config(folder, model_type, released)
-    names = [SINGLE]
+    files = [folder / SINGLE]
     if (folder / INDEX).is_file():
-        shards = _json(folder / INDEX).get("weight_map")
-        if not isinstance(shards, dict):
-            raise UserError(f"{folder / INDEX} has no weight_map; copy it again from where the weights are")
-        names = sorted(set(shards.values()))
-        missing = [name for name in names if not (folder / name).is_file()]
-        if missing:
-            raise UserError(
-                f"{folder} lacks {len(missing)} of the {len(names)} files of weights that {INDEX} names: "
-                f"{', '.join(missing)}; copy them there"
-            )
+        files = shard_files(folder / INDEX)
     elif not (folder / SINGLE).is_file():
         pickled = ", ".join(sorted(path.name for path in folder.glob("*.bin")))
         raise UserError(
@@ -72,21 +82,22 @@ def check_folder(folder: Path | None, model_type: str, released: str) -> list[Pa
     for either in (("tokenizer.json",), ("preprocessor_config.json", "processor_config.json")):
         if not any((folder / name).is_file() for name in either):
             raise UserError(f"{folder} has no {' or '.join(either)}; copy it from where the weights are")
-    words = _json(folder / "tokenizer.json")
+    tokenizer = _json(folder / "tokenizer.json")
     for part in ("model", "added_tokens"):
-        if part not in words:
+        if part not in tokenizer:
             raise UserError(f"{folder}/tokenizer.json has no {part}; copy it again from where the weights are")
-    return [folder / name for name in names]
+    return files
 
 
 def load_parts(
     folder: Path | None, model_class: str, model_type: str, released: str, dtype: torch.dtype, device_map: str | None
 ) -> Parts:
-    """The model, frozen and in evaluation mode, with SDPA attention; its tokenizer and its image processor.
+    """Loads the model, frozen, in evaluation mode and with SDPA attention, its tokenizer and its image processor.
 
-    Nothing is downloaded, unpickled, or run from the folder.
+    Nothing is downloaded or unpickled, and no code in the folder is executed.
 
-    Raises: UserError where a file is missing or broken, or the weights are not all there or have other shapes.
+    Raises:
+        UserError: a file is missing or broken, or weights are missing or of other shapes.
     """
     check_folder(folder, model_type, released)
     assert folder is not None
@@ -100,7 +111,7 @@ def load_parts(
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **local)
         # The pixels do not depend on whether torchvision is installed.
         image_processor = transformers.AutoImageProcessor.from_pretrained(folder, backend="pil", **local)
-        model, told = getattr(transformers, model_class).from_pretrained(
+        model, loading_info = getattr(transformers, model_class).from_pretrained(
             folder,
             dtype=dtype,
             device_map=device_map,
@@ -114,21 +125,23 @@ def load_parts(
         raise UserError(
             f"{folder} cannot be loaded as {model_class}: {error}\nexpected {released}; copy the broken file again"
         ) from error
-    _check_weights(folder, told)
+    _check_weights(folder, loading_info)
     return Parts(model.requires_grad_(False).eval(), tokenizer, image_processor)
 
 
-def _check_weights(folder: Path, told: dict[str, Any]) -> None:
+def _check_weights(folder: Path, loading_info: dict[str, Any]) -> None:
     """Raises UserError where weights were missing or had other shapes than the configuration says."""
-    # Older versions of transformers give the names alone.
+    # Older versions of transformers give only the names.
     shapes = [
         one if isinstance(one, str) else f"{one[0]} {tuple(one[1])}, not {tuple(one[2])}"
-        for one in told["mismatched_keys"]
+        for one in loading_info["mismatched_keys"]
     ]
-    for problem, names in (("are missing", sorted(told["missing_keys"])), ("have other shapes", sorted(shapes))):
+    for problem, names in (
+        ("are missing", sorted(loading_info["missing_keys"])),
+        ("have other shapes", sorted(shapes)),
+    ):
         if names:
-            more = f" and {len(names) - 5} more" if len(names) > 5 else ""
             raise UserError(
-                f"{folder}: {len(names)} of the weights that config.json asks for {problem}: {', '.join(names[:5])}"
-                f"{more}; config.json and weights must be of the same model"
+                f"{folder}: {len(names)} of the weights that config.json asks for {problem}: {listed(sorted(names))}; "
+                "config.json and weights must be of the same model"
             )

@@ -1,11 +1,11 @@
-"""Janus and Janus-Pro: pictures are read through SigLIP and an aligner, and written as codes by a head for these.
+"""Janus and Janus-Pro as backbones: images are read by SigLIP and an aligner and written as codes by a head for them.
 
-    reads   aligner(SigLIP(picture)), 576 positions
-    writes  begin-of-image, then 24 x 24 codes: in by generation_aligner(generation_embeddings(code)), out by
+    reads   aligner(SigLIP(image)), 576 positions
+    writes  begin-of-image, then 24 x 24 codes, with input generation_aligner(generation_embeddings(code)) and output
             generation_head; transformers' class trains neither
 
-Editing is both in one sequence, which the released code does not do and the released weights have not seen. The prompt
-is the released one: a system message where a picture is read, none elsewhere.
+Editing is both in one sequence, which the released code does not support and the released weights were not trained on.
+The prompt is the released one: a system message where an image is read, none elsewhere.
 
 Reference: Janus, arXiv 2410.13848; Janus-Pro, arXiv 2501.17811. Both add up the losses of text and codes unweighted.
 """
@@ -20,7 +20,15 @@ import torch
 from torch import Tensor, nn
 
 from cnext.backbones.coded import CodedBackbone
-from cnext.backbones.conversation import IGNORED, IMAGE_READ, IMAGE_WRITTEN, TEXT_READ, Conversation, Encoded, Frame
+from cnext.backbones.conversation import (
+    IGNORED,
+    IMAGE_READ,
+    IMAGE_WRITTEN,
+    TEXT_READ,
+    CodedInputs,
+    PromptTemplate,
+    SequenceBuilder,
+)
 from cnext.errors import UserError
 
 SYSTEM = (
@@ -30,7 +38,7 @@ SYSTEM = (
 
 
 class JanusBackbone(CodedBackbone):
-    """``JanusForConditionalGeneration`` with the image loss that it lacks, and with editing."""
+    """Janus and Janus-Pro, 1 B or 7 B, from a folder of weights; reads by SigLIP and writes codes."""
 
     name: ClassVar[str] = "janus"
     model_class: ClassVar[str] = "JanusForConditionalGeneration"
@@ -41,32 +49,32 @@ class JanusBackbone(CodedBackbone):
     frozen: ClassVar[tuple[str, ...]] = ("vision_model", "vqmodel")
     image_loss_weight: ClassVar[float] = 1.0
     untrained: ClassVar[str] = (
-        "Editing (a picture and an instruction in, a picture out), and beginning a picture unasked: the released "
+        "Editing (an image and an instruction in, an image out), and beginning an image unasked: the released "
         "prompts put the begin-of-image token there."
     )
     picture_tokens: ClassVar[tuple[int, int]] = (576 + 2, 576 + 1)
-    look_flops: ClassVar[float] = 3.8e11
-    code_flops: ClassVar[float] = 3.1e11
+    read_flops: ClassVar[float] = 3.8e11
+    write_flops: ClassVar[float] = 3.1e11
     drawing_flops: ClassVar[float] = 5.7e11
     guidance: float = 5.0
 
-    def equip(self, tokenizer: Any, image_processor: Any) -> None:
-        super().equip(tokenizer, image_processor)
+    def set_processors(self, tokenizer: Any, image_processor: Any) -> None:
+        super().set_processors(tokenizer, image_processor)
         config, size = self.model.config, self.image_processor.size["height"]
         rows, seen = config.vq_config.num_patches, config.vision_config.num_image_tokens
         if seen != rows**2:
             raise UserError(
-                f"config.json gives a picture {seen} positions, but {rows} x {rows} patches; expected that of "
+                f"config.json gives an image {seen} positions, but {rows} x {rows} patches; expected that of "
                 f"{self.released}"
             )
         if size != config.vision_config.image_size:
             raise UserError(
-                f"preprocessor_config.json gives pictures of {size} pixels, config.json expects "
+                f"preprocessor_config.json gives images of {size} pixels, config.json expects "
                 f"{config.vision_config.image_size}; expected both of {self.released}"
             )
         self.grid = rows, rows
         self.image_token = config.image_token_id
-        self.begin = [self.token("<begin_of_image>")]
+        self.begin_image = [self.token("<begin_of_image>")]
         self.end_of_image = self.token("<end_of_image>")
         self.user, self.assistant = self.token("<|User|>"), self.token("<|Assistant|>")
         if self.token("<image_placeholder>") != self.image_token:
@@ -74,7 +82,7 @@ class JanusBackbone(CodedBackbone):
                 f"the tokenizer's <image_placeholder> is {self.token('<image_placeholder>')}, config.json's "
                 f"image_token_id {self.image_token}; expected both of {self.released}"
             )
-        self.never = [self.pad, self.bos, self.image_token, self.end_of_image]
+        self.banned_ids = [self.pad_id, self.bos_id, self.image_token, self.end_of_image]
 
     @property
     def language_model(self) -> nn.Module:
@@ -87,31 +95,31 @@ class JanusBackbone(CodedBackbone):
             n: p for n, p in self.named_parameters() if n.startswith(tuple(f"model.model.{part}." for part in parts))
         }
 
-    def frame(self, opening: bool, reads: bool) -> Frame:
-        head = [self.bos, *self.text(SYSTEM if reads else "")] if opening else []
-        return Frame([*head, self.user], ": ", "\n", "\n\n", [self.assistant, *self.text(":")])
+    def template(self, first: bool, reads: bool) -> PromptTemplate:
+        prefix = [self.bos_id, *self.text_ids(SYSTEM if reads else "")] if first else []
+        return PromptTemplate([*prefix, self.user], ": ", "\n", "\n\n", [self.assistant, *self.text_ids(":")])
 
-    def picture(self, pixels: Tensor) -> Conversation:
-        told = Conversation()
-        told.read(self.begin)
-        told.read([self.image_token] * self.model.config.vision_config.num_image_tokens, IMAGE_READ)
-        told.read([self.end_of_image])
-        return told
+    def image_sequence(self, pixels: Tensor) -> SequenceBuilder:
+        sequence = SequenceBuilder()
+        sequence.add_context(self.begin_image)
+        sequence.add_context([self.image_token] * self.model.config.vision_config.num_image_tokens, IMAGE_READ)
+        sequence.add_context([self.end_of_image])
+        return sequence
 
-    def look(self, pixels: Sequence[Tensor]) -> list[Tensor]:
+    def encode_read(self, pixels: Sequence[Tensor]) -> list[Tensor]:
         """(576, width) each, before the aligner, which may be trained."""
         if not pixels:
             return []
         parameter = next(self.model.model.vision_model.parameters())
         return list(self.model.model.vision_model(torch.stack(list(pixels)).to(parameter)).last_hidden_state)
 
-    def code(self, pixels: Sequence[Tensor]) -> list[Tensor]:
+    def encode_written(self, pixels: Sequence[Tensor]) -> list[Tensor]:
         if not pixels:
             return []
         latents = self.vq.quant_conv(self.vq.encoder(torch.stack(list(pixels)).to(next(self.vq.parameters()))))
         return list(self.vq.quantize(latents)[2].view(len(pixels), self.tokens))
 
-    def decode(self, codes: Tensor) -> Tensor:
+    def decode_codes(self, codes: Tensor) -> Tensor:
         return self.vq.decode(codes)
 
     def embed(self, ids: Tensor, codes: Tensor, reads: Sequence[Tensor]) -> Tensor:
@@ -119,9 +127,11 @@ class JanusBackbone(CodedBackbone):
         if reads:
             features = self.model.model.aligner(torch.stack(list(reads))).to(embeddings)
             embeddings = embeddings.masked_scatter((ids == self.image_token)[..., None], features)
-        drawn = codes != IGNORED
-        if drawn.any():
-            embeddings = embeddings.masked_scatter(drawn[..., None], self.code_embeddings(codes[drawn]).to(embeddings))
+        written = codes != IGNORED
+        if written.any():
+            embeddings = embeddings.masked_scatter(
+                written[..., None], self.code_embeddings(codes[written]).to(embeddings)
+            )
         return embeddings
 
     def code_embeddings(self, codes: Tensor) -> Tensor:
@@ -130,8 +140,8 @@ class JanusBackbone(CodedBackbone):
     def code_logits(self, hidden: Tensor) -> Tensor:
         return self.model.model.generation_head(hidden)
 
-    def without_instruction(self, question: Encoded) -> Encoded:
-        """As released: every token but the first and the last is padding, which is read."""
-        ids, positions = torch.full_like(question.ids, self.pad), torch.full_like(question.positions, TEXT_READ)
-        ids[0], ids[-1], positions[-1] = self.bos, self.begin[-1], IMAGE_WRITTEN
+    def unconditional(self, question: CodedInputs) -> CodedInputs:
+        """As released: all tokens but the first and the last are replaced by padding, which is attended to."""
+        ids, positions = torch.full_like(question.ids, self.pad_id), torch.full_like(question.positions, TEXT_READ)
+        ids[0], ids[-1], positions[-1] = self.bos_id, self.begin_image[-1], IMAGE_WRITTEN
         return replace(question, ids=ids, positions=positions, read=None)

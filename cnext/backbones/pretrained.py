@@ -1,4 +1,4 @@
-"""Backbones that are a transformers model in a folder of weights."""
+"""Base class of backbones that are a transformers model in a folder of weights."""
 
 from __future__ import annotations
 
@@ -16,8 +16,11 @@ from cnext.errors import UserError
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+LLAMA_LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+"""Names of the linear layers of a decoder that is built as LLaMA."""
 
-def open_picture(path: Path) -> Image:
+
+def open_image(path: Path) -> Image:
     """An image file in RGB. Raises UserError where it is missing, broken, or a decompression bomb."""
     from PIL import Image
 
@@ -29,39 +32,41 @@ def open_picture(path: Path) -> Image:
 
 
 def checkpoint_activations(model: Any) -> None:
-    """Has a transformers model compute activations again in the backward pass, by the name that its version knows."""
+    """Enables activation checkpointing in a transformers model, under the name that its version has for it."""
     newer = getattr(model, "activation_checkpointing_enable", None)
     (newer or model.gradient_checkpointing_enable)({"use_reentrant": False})
 
 
 class PretrainedBackbone(Backbone):
-    """A transformers model from a folder, with a decoder in it whose layers are named as LLaMA's."""
+    """A transformers model from a folder that contains a decoder with LLaMA's layer names."""
 
-    targets: ClassVar[tuple[str, ...]] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    targets: ClassVar[tuple[str, ...]] = LLAMA_LINEARS
     model_class: ClassVar[str]
+    """Class of transformers."""
     model_type: ClassVar[str]
+    """``model_type`` in config.json."""
     released: ClassVar[str]
-    """What belongs into the folder of weights, in words."""
+    """What the folder of weights must contain, for error messages."""
     frozen: ClassVar[tuple[str, ...]]
-    """Parts of the model that are in evaluation mode always."""
+    """Parts of the model that always stay in evaluation mode."""
 
     def __init__(self, model: Any) -> None:
         super().__init__()
         self.model = model
 
-    def equip(self, tokenizer: Any, image_processor: Any) -> None:
-        """Takes what samples are prepared with. Raises UserError where it does not fit the model."""
+    def set_processors(self, tokenizer: Any, image_processor: Any) -> None:
+        """Sets what samples are prepared with. Raises UserError where it does not fit the model."""
         self.tokenizer, self.image_processor = tokenizer, image_processor
-        wanted, found = f"{self.model_class.partition('For')[0]}ImageProcessor", type(image_processor).__name__
-        if not found.startswith(wanted):
-            raise UserError(f"preprocessor_config.json is of a {found}, expected a {wanted}, that of {self.released}")
+        expected, found = f"{self.model_class.partition('For')[0]}ImageProcessor", type(image_processor).__name__
+        if not found.startswith(expected):
+            raise UserError(f"preprocessor_config.json is of a {found}, expected a {expected}, that of {self.released}")
         self.vocabulary: dict[str, int] = self.tokenizer.get_vocab()
         if len(self.tokenizer) > self.embed_tokens.num_embeddings:
             raise UserError(
                 f"the tokenizer has {len(self.tokenizer):,} tokens, the model {self.embed_tokens.num_embeddings:,}; "
                 f"expected both of {self.released}"
             )
-        self.bos, self.eos, self.pad = (self.token(name) for name in ("bos_token", "eos_token", "pad_token"))
+        self.bos_id, self.eos_id, self.pad_id = (self.token(name) for name in ("bos_token", "eos_token", "pad_token"))
 
     @classmethod
     def check(cls, weights: Path | None) -> list[Path]:
@@ -80,7 +85,7 @@ class PretrainedBackbone(Backbone):
         """The pretrained model, frozen. Raises UserError: see `load_parts`."""
         parts = load_parts(weights, cls.model_class, cls.model_type, cls.released, dtype, device_map)
         backbone = cls(parts.model)
-        backbone.equip(parts.tokenizer, parts.image_processor)
+        backbone.set_processors(parts.tokenizer, parts.image_processor)
         if checkpointing:
             checkpoint_activations(backbone.language_model)
         backbone.eval()
@@ -88,7 +93,7 @@ class PretrainedBackbone(Backbone):
 
     @classmethod
     def meta(cls, weights: Path | None = None) -> PretrainedBackbone:
-        """The model of the sizes that the folder's config.json gives, on the meta device. It prepares no samples."""
+        """The model of the sizes in the folder's config.json, on the meta device. It cannot prepare samples."""
         folder = check_config(weights, cls.model_type, cls.released)
 
         import transformers
@@ -105,14 +110,23 @@ class PretrainedBackbone(Backbone):
 
     @property
     def embed_tokens(self) -> Any:
+        """The token embedding of the language model."""
         return self.language_model.embed_tokens
+
+    @property
+    def lm_head(self) -> Any:
+        """The output head over the vocabulary."""
+        return self.model.lm_head
 
     @property
     def device(self) -> torch.device:
         return self.embed_tokens.weight.device
 
     def token(self, name: str) -> int:
-        """The id of a special token, by itself or by its part. Raises UserError where the tokenizer has none such."""
+        """Id of a special token, by its text or by the tokenizer's attribute, such as "eos_token".
+
+        Raises UserError where the tokenizer has no such token.
+        """
         found = self.vocabulary.get(getattr(self.tokenizer, name, None) or name)
         if found is None:
             raise UserError(
@@ -121,9 +135,9 @@ class PretrainedBackbone(Backbone):
             )
         return found
 
-    def text(self, string: str) -> list[int]:
-        """Ids of plain text: a special token typed into it is its letters."""
-        return self.tokenizer.encode(string, add_special_tokens=False, split_special_tokens=True) if string else []
+    def text_ids(self, text: str) -> list[int]:
+        """Ids of plain text. A special token's name in it is tokenized as its letters."""
+        return self.tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True) if text else []
 
     def released_extras(self) -> dict[str, nn.Parameter]:
         inside = {id(parameter) for parameter in self.language_model.parameters()}
@@ -134,6 +148,6 @@ class PretrainedBackbone(Backbone):
             or (id(parameter) in inside and any("norm" in part or part == "embed_tokens" for part in name.split(".")))
         }
 
-    def exactly(self) -> AbstractContextManager[object]:
-        """Inside, the frozen parts compute at the precision that they are held in."""
+    def no_autocast(self) -> AbstractContextManager[object]:
+        """Context in which the frozen parts compute in their parameters' dtype."""
         return torch.autocast(self.device.type, enabled=False)

@@ -1,4 +1,4 @@
-"""Configuration: which run to do (`RunConfig`), with every name looked up (`Plan`), and learning-rate schedules.
+"""Configuration of a run (`RunConfig`), the same with every name resolved (`Plan`), and learning-rate schedules.
 
 Nothing here loads a model or reads data (`training`), or parses the command line (`studies.flags`).
 """

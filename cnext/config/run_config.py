@@ -1,4 +1,4 @@
-"""What a run is: everything that decides its numbers, resolved before anything starts."""
+"""Configuration of a run (`RunConfig`), resolved and checked before anything is loaded (`plan`)."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import inspect
 import json
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -29,72 +29,81 @@ OVERRIDES = (
     "precision",
     "checkpointing",
 )
-"""Flags that replace a field of the budget's recipe."""
+"""Flags that replace a field of the preset's recipe."""
+RENAMED = {"block_steps": "checkpoint_interval"}
+"""Fields of config.json and options.json that earlier versions wrote under another name, by that name."""
 
 
 @dataclass(frozen=True)
 class Options:
-    """What the runs of a study have in common. Each field is a flag of ``cnext-run``."""
+    """Options that the runs of a study share. Each field is a flag of ``cnext-run``."""
 
     backbone: str = "tiny"
-    """Model that learns."""
+    """Model to train; `cnext list` shows them."""
     suite: str = "next-tiny"
-    """Suite of tasks: a name, or a folder with suite.json."""
-    budget: str = "default"
-    """Training budget of the suite, `--preset` by another name: "default", "smoke" for a quick check whose scores mean
-    nothing, and what else `cnext list` shows: "paper" and "released" of continual-next."""
+    """Suite of tasks: a name that `cnext list` shows, or a folder with suite.json."""
+    preset: str = "default"
+    """Training settings of the suite, as `cnext list` shows: "default", "paper", or "smoke" for a quick check."""
     split: Literal["test", "validation"] = "test"
-    """Items that are scored. Choose hyperparameters on validation."""
+    """Split that is scored. Choose hyperparameters on validation."""
     out: Path = Path("runs")
-    """Folder of the study; a run is in <out>/<method>/<order>/seed-<seed>."""
+    """Output folder; a run is written to <out>/<method>/<order>/seed-<seed>."""
     data: Path | None = None
-    """Folder with the suite's files. A synthetic suite is drawn into the cache where none is given."""
+    """Folder with the suite's files. None: a synthetic suite is generated into the cache."""
     device: str = "auto"
     """"auto", "cpu", "cuda" or "cuda:N"."""
     threads: int = 1
-    """Threads of torch on the CPU. Results are repeatable bit for bit with the same number."""
-    block_steps: int = 50
-    """Optimizer steps between two checkpoints: what an interruption can cost at most."""
+    """CPU threads of torch. Results are bit-for-bit reproducible with the same number."""
+    checkpoint_interval: int = 50
+    """Optimizer steps between two checkpoints: the most that an interruption can lose."""
     clip: str | None = None
-    """CLIP that scores pictures, where it is not to be the suite's: a file or folder of weights, for example
-    ViT-B-32.pt as OpenAI publishes it, or <tag>/<model> of open_clip."""
+    """CLIP that scores images: a file or folder of weights, or <tag>/<model> of open_clip. None: the suite's."""
     prompts: Literal["released", "consistent"] | None = None
-    """How tasks that write pictures are worded, where it is not to be as the suite has it. "consistent": in training
-    and in the test alike, which the released files are not; the suite then has another name."""
+    """Prompts of tasks that write images: as released, or the same in training and test. None: the suite's."""
     learning_rate: float | None = None
-    """Overrides the budget's peak learning rate."""
+    """Peak learning rate. None: the preset's."""
     batch_size: int | None = None
-    """Overrides the budget's batch size, of all processes together."""
+    """Batch size, over all processes. None: the preset's."""
     micro_batch_size: int | None = None
-    """Samples that go through the model at once in each process; gradients add up. 0: the whole batch."""
+    """Samples per forward pass and process, with gradient accumulation; 0: the whole batch. None: the preset's."""
     schedule: Literal["cosine", "released"] | None = None
-    """Overrides the budget's learning-rate schedule. "released" climbs back in its second half, as the paper's code."""
+    """Learning-rate schedule; "released" rises again in its second half, as the authors' code. None: the preset's."""
     trainable: Literal["branches", "connections", "released"] | None = None
-    """Overrides what the budget trains beside the method: nothing, the layers between vision and language, or these
-    and embeddings, output head and norms, as the paper's code."""
+    """What is trained besides the method: nothing, vision-language connectors, or all that the authors' code trains."""
     precision: Literal["float32", "bfloat16"] | None = None
-    """Overrides the budget's precision of the frozen model. What is trained is kept in float32."""
+    """Precision of the frozen model; trained parameters stay in float32. None: the preset's."""
     checkpointing: bool | None = None
-    """Overrides whether activations are computed again in the backward pass, which saves memory."""
+    """Gradient checkpointing: recompute activations in the backward pass to save memory. None: the preset's."""
     weights: Path | None = None
-    """Folder of the backbone's released weights. The tiny backbone brings its own."""
+    """Folder of the backbone's released weights. The tiny backbone needs none."""
     backbone_options: tuple[str, ...] = ()
-    """What else the backbone's loading takes, as name=value, for example edit_stage=second of seed-x."""
+    """Options for loading the backbone as name=value, for example edit_stage=second for seed-x."""
     device_map: str | None = None
-    """How one process spreads the model over several devices, for example "balanced". Default: it does not."""
+    """Placement of the model on several devices, for example "balanced". None: one device."""
     workers: int = 0
-    """Processes that read and prepare samples beside the training. Results are the same with any number."""
+    """Data-loading processes. Results do not depend on their number."""
     log: Literal["jsonl", "tensorboard"] = "jsonl"
-    """"jsonl": train.jsonl and scores.jsonl, which every run writes. "tensorboard": event files beside them, in the run
-    folder's tensorboard/."""
+    """"tensorboard" writes event files into the run folder besides train.jsonl and scores.jsonl."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig(Options):
-    """One run: one method on one order of a suite with one seed.
+    """One run: a method, an order of a suite's tasks, and a seed. All further fields: see `Options`.
 
-    order: "paper", "reverse", "alphabet", "random:K", or "a,b,c"; None: as `suites.usual_order` says.
-    seed: of the adapters and of the samples' order.
+    Attributes:
+        method: as `cnext list` shows them.
+        hyperparameters: the method's, by name; `cnext card METHOD` shows them. Default: the method's own.
+        order: "paper", "reverse", "alphabet", "random:K" or task names "a,b,c". None: "paper" where the suite has it,
+            else its first order.
+        seed: of the initialization and the order of samples.
+
+    Raises:
+        UserError: there is no such method. Everything else is checked by `plan`.
+
+    Example::
+
+        config = RunConfig(method="mage", hyperparameters={"c": 2.0}, suite="next-tiny", seed=1, out="runs")
+        config.folder  # runs/mage/paper/seed-1
     """
 
     method: str = "mage"
@@ -102,21 +111,26 @@ class RunConfig(Options):
     order: str | None = None
     seed: int = 0
 
-    def __post_init__(self) -> None:
-        from cnext import methods
-
-        object.__setattr__(self, "method", methods.canonical(self.method))
-
     @property
     def folder(self) -> Path:
-        order = suites.usual_order(suites.load(self.suite)) if self.order is None else self.order
+        """The run folder."""
+        order = suites.default_order(suites.load(self.suite)) if self.order is None else self.order
         label = re.sub(r"[^A-Za-z0-9_-]+", "-", order)
         return Path(self.out) / self.method / label / f"seed-{self.seed}"
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A RunConfig with every name looked up and every default filled in; its own order is given, never None."""
+    """A RunConfig with every name resolved, as `plan` returns it.
+
+    Attributes:
+        config: the configuration; its order is never None.
+        suite: with the configuration's prompts and CLIP model.
+        order: names of the tasks in training order.
+        recipe: the preset's, with what the configuration overrides.
+        device: never "auto".
+        hyperparameters: of the method, defaults included.
+    """
 
     config: RunConfig
     suite: Suite
@@ -131,7 +145,7 @@ class Plan:
         return [self.recipe.of(task) for task in self.order]
 
     def as_dict(self) -> dict[str, Any]:
-        """What config.json holds: all that decides the numbers of a run, and nothing else."""
+        """The content of config.json: everything that determines the results, and nothing else."""
         config = self.config
         recipe = dataclasses.asdict(self.recipe)
         recipe["steps"] = {task: self.recipe.steps[task] for task in self.order}
@@ -140,7 +154,7 @@ class Plan:
             "hyperparameters": self.hyperparameters,
             "backbone": config.backbone,
             "suite": self.suite.name,
-            "budget": config.budget,
+            "budget": config.preset,
             "order": config.order,
             "tasks": list(self.order),
             "seed": config.seed,
@@ -148,18 +162,23 @@ class Plan:
             "data": None if config.data is None else str(config.data),
             "device": self.device,
             "threads": config.threads,
-            "block_steps": config.block_steps,
+            "checkpoint_interval": config.checkpoint_interval,
             "clip": config.clip,
             "weights": None if config.weights is None else str(config.weights),
             "backbone_options": loading_options(config.backbone, config.backbone_options),
             "recipe": recipe,
         }
-        # Through JSON, so that what is compared with a file (tuples, paths) has the file's types.
+        # With the types of a JSON file, which this is compared with.
         return json.loads(json.dumps(values))
 
 
+def current_names(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The values of a config.json or options.json of any version, by their present names."""
+    return {RENAMED.get(name, name): value for name, value in values.items()}
+
+
 def cache() -> Path:
-    """Where generated suites are kept: $CNEXT_CACHE, else $XDG_CACHE_HOME/cnext, else ~/.cache/cnext."""
+    """Folder of generated suites: $CNEXT_CACHE, else $XDG_CACHE_HOME/cnext, else ~/.cache/cnext."""
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(os.environ.get("CNEXT_CACHE") or Path(base) / "cnext")
 
@@ -170,13 +189,33 @@ def _at_least(name: str, value: float, least: float) -> None:
 
 
 def plan(config: RunConfig, elsewhere: bool = False, forecast: bool = False) -> Plan:
-    """Looks up every name of a RunConfig. Raises UserError naming what is unknown, and the valid names.
+    """Resolves every name of a configuration and checks every value, without loading data or models.
 
     Args:
-        elsewhere: whether the run is done on another machine, whose devices cannot be looked at from here.
-        forecast: whether it is not done at all, and needs no data.
+        elsewhere: the run is for another machine, so devices are not checked.
+        forecast: nothing will be run, so no data is needed.
+
+    Raises:
+        UserError: a name is unknown (the valid ones are listed) or a value is out of range.
     """
-    from cnext import backbones, methods
+    suite = _suite(config)
+    if config.order is None:
+        config = dataclasses.replace(config, order=suites.default_order(suite))
+    order = suites.order(suite, config.order or "")
+    _check_options(config, suite)
+    recipe = _recipe(config, suite.budgets[config.preset])
+    for name in order:
+        _check_task(suite.task(name))
+    missing = [task for task in order if task not in recipe.steps]
+    if missing:
+        raise UserError(f"preset {config.preset} of suite {suite.name} gives no steps for: {', '.join(missing)}")
+    if config.data is None and not suite.synthetic and not forecast:
+        raise UserError(f"suite {suite.name} needs --data, the folder that holds its files")
+    return Plan(config, suite, order, recipe, _device(config.device, elsewhere), _hyperparameters(config))
+
+
+def _suite(config: RunConfig) -> Suite:
+    """The suite, with the configuration's prompts and CLIP model."""
     from cnext.tasks.synthetic import GENERATORS
 
     suite = suites.load(config.suite)
@@ -184,11 +223,16 @@ def plan(config: RunConfig, elsewhere: bool = False, forecast: bool = False) -> 
         suite = dataclasses.replace(suite, clip=config.clip)
     if config.prompts is not None:
         suite = suites.worded(suite, config.prompts)
-    if config.order is None:
-        config = dataclasses.replace(config, order=suites.usual_order(suite))
-    order = suites.order(suite, config.order or "")
-    if config.budget not in suite.budgets:
-        raise unknown("budget", config.budget, list(suite.budgets))
+    if suite.synthetic and suite.synthetic not in GENERATORS:
+        raise unknown("generator (suite.json, 'synthetic')", suite.synthetic, list(GENERATORS))
+    return suite
+
+
+def _check_options(config: RunConfig, suite: Suite) -> None:
+    from cnext import backbones
+
+    if config.preset not in suite.budgets:
+        raise unknown("preset", config.preset, list(suite.budgets))
     if config.split not in SPLITS:
         raise unknown("split", config.split, SPLITS)
     if config.log not in LOGS:
@@ -197,21 +241,17 @@ def plan(config: RunConfig, elsewhere: bool = False, forecast: bool = False) -> 
         raise UserError("--log tensorboard needs the package tensorboard; pip install 'cnext[tensorboard]'")
     if config.backbone not in backbones.modules():
         raise unknown("backbone", config.backbone, sorted(backbones.modules()))
-    for name, least in (("seed", 0), ("threads", 1), ("block_steps", 1)):
+    for name, least in (("seed", 0), ("threads", 1), ("checkpoint_interval", 1)):
         _at_least(name, getattr(config, name), least)
     for name in ("workers", "micro_batch_size"):
         _at_least(name, getattr(config, name) or 0, 0)
     loading_options(config.backbone, config.backbone_options)
-    recipe = _recipe(config, suite.budgets[config.budget])
-    for name in order:
-        _check_task(suite.task(name))
-    missing = [task for task in order if task not in recipe.steps]
-    if missing:
-        raise UserError(f"budget {config.budget} of suite {suite.name} gives no steps for: {', '.join(missing)}")
-    if suite.synthetic and suite.synthetic not in GENERATORS:
-        raise unknown("generator (suite.json, 'synthetic')", suite.synthetic, list(GENERATORS))
-    if config.data is None and not suite.synthetic and not forecast:
-        raise UserError(f"suite {suite.name} needs --data, the folder that holds its files")
+
+
+def _hyperparameters(config: RunConfig) -> dict[str, Any]:
+    """All hyperparameters of the method, defaults included."""
+    from cnext import methods
+
     kind = methods.load(config.method)
     known = {field.name: field for field in dataclasses.fields(kind)}
     for name, value in config.hyperparameters.items():
@@ -219,14 +259,13 @@ def plan(config: RunConfig, elsewhere: bool = False, forecast: bool = False) -> 
             raise unknown(f"hyperparameter of {config.method}", name, list(known))
         _check_type(f"hyperparameter {name} of {config.method}", value, known[name].default)
     try:
-        hyperparameters = dataclasses.asdict(kind(**config.hyperparameters))
+        return dataclasses.asdict(kind(**config.hyperparameters))
     except ValueError as error:
         raise UserError(f"{config.method}: {error}") from error
-    return Plan(config, suite, order, recipe, _device(config.device, elsewhere), hyperparameters)
 
 
 def _check_type(what: str, value: Any, default: Any) -> None:
-    """Raises UserError for a value of another type than its default's. A whole number does for a float."""
+    """Raises UserError for a value of another type than its default's. A float may be given as an integer."""
     kind = type(default)
     kinds = {bool: bool, int: int, float: (int, float), str: str}
     if kind in kinds and (not isinstance(value, kinds[kind]) or isinstance(value, bool) != (kind is bool)):
@@ -234,9 +273,10 @@ def _check_type(what: str, value: Any, default: Any) -> None:
 
 
 def loading_options(backbone: str, given: Sequence[str]) -> dict[str, Any]:
-    """What ``name=value`` says, as a backbone's ``load`` takes it: words for words, numbers for numbers.
+    """Arguments ``name=value`` of a backbone's ``load``, with the types of its defaults.
 
-    Raises: UserError for a name that its ``load`` does not have, or a value of another type.
+    Raises:
+        UserError: ``load`` has no such argument, or its value is of another type.
     """
     from cnext import backbones
     from cnext.backbones.base import Backbone
@@ -262,7 +302,7 @@ def loading_options(backbone: str, given: Sequence[str]) -> dict[str, Any]:
 
 
 def _recipe(config: RunConfig, recipe: Recipe) -> Recipe:
-    """The budget's recipe with what the flags override, for every task."""
+    """The preset's recipe with what the configuration overrides, for every task."""
     from cnext.config.schedules import SCHEDULES
 
     if config.learning_rate is not None and not 0 < config.learning_rate < float("inf"):
@@ -276,7 +316,7 @@ def _recipe(config: RunConfig, recipe: Recipe) -> Recipe:
 
 
 def _check_task(task: Task) -> None:
-    """Raises UserError where a manifest names a format, a scorer or a modality that is not there."""
+    """Raises UserError for a format, a scorer or a modality that does not exist."""
     from cnext.adapters import roles_of
     from cnext.scoring import make_scorers
 

@@ -1,4 +1,4 @@
-"""Several processes: collectives, process groups, and sharded models (FSDP2, DeepSpeed ZeRO).
+"""Runs in several processes: collectives, the process group, and sharded models (FSDP2, DeepSpeed ZeRO).
 
-Without a launcher every function is the identity. Which steps a process takes is decided in `training`.
+In a single process every collective is the identity. How batches and samples are sharded is up to `training`.
 """

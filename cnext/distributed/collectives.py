@@ -1,7 +1,4 @@
-"""The processes of a run that is spread over several: what they share out, and what they add up.
-
-Without `torch.distributed` there is one, and every function here gives back what it was given.
-"""
+"""Collective operations over the default process group of `torch.distributed`; the identity in a single process."""
 
 from __future__ import annotations
 
@@ -14,27 +11,28 @@ from torch import Tensor, distributed
 T = TypeVar("T")
 
 
-def _several() -> bool:
+def _initialized() -> bool:
+    """Whether there is a process group of more than one process."""
     return distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
 
 
 def world_size() -> int:
-    """The number of processes."""
-    return distributed.get_world_size() if _several() else 1
+    """Number of processes in the group; 1 without a group."""
+    return distributed.get_world_size() if _initialized() else 1
 
 
 def rank() -> int:
-    """This process's number, from 0."""
-    return distributed.get_rank() if _several() else 0
+    """Rank of this process in the group, from 0; 0 without a group."""
+    return distributed.get_rank() if _initialized() else 0
 
 
 def shard(items: Sequence[T]) -> list[T]:
-    """Every count-th item, from this process's number on."""
+    """This rank's part of a sequence that all ranks have: items rank, rank + world_size, rank + 2 * world_size, ..."""
     return list(items[rank() :: world_size()])
 
 
 def unshard(parts: Sequence[Sequence[T]]) -> list[T]:
-    """The items whose shares, by process, these are."""
+    """The sequence of which these are the `shard`s, in the order of ranks."""
     whole: list[Any] = [None] * sum(map(len, parts))
     for index, part in enumerate(parts):
         whole[index :: len(parts)] = part
@@ -42,8 +40,11 @@ def unshard(parts: Sequence[Sequence[T]]) -> list[T]:
 
 
 def all_reduce_(tensors: Sequence[Tensor]) -> None:
-    """Replaces each tensor by its sum over all processes, the same bits in each. One message for each dtype."""
-    if not _several():
+    """Sums each tensor over all ranks, in place, as ``torch.distributed.all_reduce``: one call per dtype and device.
+
+    Every rank passes tensors of the same shapes and dtypes, and gets the same bits.
+    """
+    if not _initialized():
         return
     kinds: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
     for tensor in tensors:
@@ -56,8 +57,8 @@ def all_reduce_(tensors: Sequence[Tensor]) -> None:
 
 
 def all_reduce(*values: float, device: torch.device | str = "cpu") -> tuple[float, ...]:
-    """Sums over all processes, added in float64."""
-    if not _several():
+    """Sums of numbers over all ranks, in float64. device: one that the group's backend can send from."""
+    if not _initialized():
         return values
     sums = torch.tensor(values, dtype=torch.float64, device=device)
     distributed.all_reduce(sums)
@@ -65,8 +66,8 @@ def all_reduce(*values: float, device: torch.device | str = "cpu") -> tuple[floa
 
 
 def all_gather(rows: Tensor) -> Tensor:
-    """(N, ...) of this process to the rows of all, in the order of the processes. N may differ from one to another."""
-    if not _several():
+    """Concatenates the (N, ...) tensors of all ranks along dimension 0, in the order of ranks. N may differ by rank."""
+    if not _initialized():
         return rows
     sizes = torch.zeros(world_size(), dtype=torch.int64, device=rows.device)
     sizes[rank()] = len(rows)
@@ -80,8 +81,8 @@ def all_gather(rows: Tensor) -> Tensor:
 
 
 def gather_shards(items: list[T]) -> list[T]:
-    """What `share` parted, together again in every process."""
-    if not _several():
+    """The inverse of `shard`: every rank passes its part and gets the whole sequence. Items are pickled."""
+    if not _initialized():
         return items
     parts: list[Any] = [None] * world_size()
     distributed.all_gather_object(parts, items)
@@ -89,8 +90,8 @@ def gather_shards(items: list[T]) -> list[T]:
 
 
 def broadcast_object(value: T) -> T:
-    """The first process's value, in every process."""
-    if not _several():
+    """Rank 0's value on every rank, as ``torch.distributed.broadcast_object_list``: pickled."""
+    if not _initialized():
         return value
     box: list[Any] = [value]
     distributed.broadcast_object_list(box)

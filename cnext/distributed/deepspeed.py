@@ -1,13 +1,13 @@
-"""DeepSpeed's ZeRO as ``accelerate launch`` asks for it: what of its configuration there is to obey, and the optimizer.
+"""Read a DeepSpeed ZeRO configuration of ``accelerate launch``, and make the optimizer that it implies.
 
-What a method trains is a few percent of the model and whole in every process, for methods read summed gradients and
-change parameters between steps. So the stages mean, each with those before it:
+Trained parameters are a few percent of the model and replicated, because methods read reduced gradients and change
+parameters between steps. The stages, each including those before it:
 
-* 1: the optimizer's moments are divided over the processes
-* 2: gradients are whole until a method has read them, so that there is no more to divide
-* 3: the frozen model is divided, by DeepSpeed's own engine (`zero_blocks.py`)
+* 1: the optimizer's moments are partitioned
+* 2: nothing more, because gradients are replicated until a method has read them
+* 3: the frozen model is partitioned, by DeepSpeed's own engine (`deepspeed_blocks`)
 
-Everything else that a configuration asks for is refused by its name, for nothing would come of it.
+Any other setting is an error that names it, because it would have no effect.
 """
 
 from __future__ import annotations
@@ -34,15 +34,15 @@ ENGINE = (
     "stage3_param_persistence_threshold stage3_model_persistence_threshold stage3_use_all_reduce_for_fetch_params "
     "stage3_allgather_sequential memory_efficient_linear log_trace_cache_warnings enable_sanity_checks"
 ).split()
-"""Settings of DeepSpeed's parameter partitioning, which stage 3 obeys, beside offload_param."""
+"""Settings of DeepSpeed's parameter partitioning that stage 3 supports, beside offload_param."""
 RECIPE = "train_batch_size train_micro_batch_size_per_gpu gradient_accumulation_steps gradient_clipping".split()
-"""What the run's own settings decide: a configuration may repeat it."""
+"""Settings of the recipe, which a configuration may repeat."""
 PRECISIONS = {"bf16": "bfloat16", "fp16": "float16"}
 
 
 @dataclass(frozen=True)
 class Zero:
-    """What is asked for. source: by what.  engine: settings of stage 3.  repeated: what the recipe has to be."""
+    """A ZeRO configuration. source: in words.  engine: settings of stage 3.  repeated: values the recipe must have."""
 
     source: str
     stage: int
@@ -50,7 +50,7 @@ class Zero:
     repeated: dict[str, Any]
 
     def check(self, recipe: Any) -> None:
-        """Raises UserError where the recipe is another one than the configuration says."""
+        """Raises UserError where the recipe differs from the configuration."""
         share = recipe.batch_size // collectives.world_size()
         micro = recipe.micro_batch_size or share
         values = (recipe.batch_size, micro, -(-share // micro), recipe.max_grad_norm)
@@ -60,15 +60,16 @@ class Zero:
         wrong = [f"{name} {value}, here {own[name]}" for name, value in self.repeated.items() if value != own[name]]
         if wrong:
             raise UserError(
-                f"{self.source} is for another run: {'; '.join(wrong)}\n"
+                f"{self.source} does not match the run: {'; '.join(wrong)}\n"
                 'give "auto" there, or the same by --batch-size, --micro-batch-size and --precision'
             )
 
 
 def asked() -> Zero | None:
-    """What accelerate has been asked for, where it has been asked for DeepSpeed.
+    """The configuration that ``accelerate launch`` set in the environment; None without DeepSpeed.
 
-    Raises: UserError for a configuration that cannot be read or obeyed, and where DeepSpeed is not installed.
+    Raises:
+        UserError: it cannot be read or is not supported, or DeepSpeed is not installed.
     """
     if os.environ.get("ACCELERATE_USE_DEEPSPEED") != "true":
         return None
@@ -90,23 +91,23 @@ def asked() -> Zero | None:
     repeated = {name: config.pop(name) for name in RECIPE if name in config}
     for name in PRECISIONS:
         if isinstance(config.get(name), dict):
-            # How float16 would be scaled says nothing where it is off, and on is refused for the recipe's precision.
+            # The loss scale of fp16 has no effect if it is off, and on never matches the recipe.
             precision = config.pop(name) if name == "fp16" else config[name]
             repeated[f"{name}.enabled"] = precision.pop("enabled", "auto")
     left = [*(name for name in config if _asks(config[name]))]
     left += [f"{SECTION}.{name}" for name in section if _asks(section[name])]
     if left:
         raise UserError(
-            f"{source} asks for what cnext cannot give: {', '.join(left)}\n"
-            'take it out, or give "auto": the optimizer, its schedule and the sums of gradients are cnext\'s own; of '
-            f"{SECTION} it obeys stage and, at stage 3, offload_param to the CPU, {', '.join(ENGINE)}"
+            f"{source} asks for settings that cnext does not support: {', '.join(left)}\n"
+            'remove them or use "auto": optimizer, schedule and gradient reduction are cnext\'s own; of '
+            f"{SECTION} it supports stage and, at stage 3, offload_param to the CPU, {', '.join(ENGINE)}"
         )
     given = {name: value for name, value in repeated.items() if value != "auto"}
     return Zero(source, stage, {name: value for name, value in engine.items() if value != "auto"}, given)
 
 
 def _configuration() -> tuple[str, dict[str, Any]]:
-    """Where the configuration is from, and what is in it: DeepSpeed's own file, or else accelerate's settings."""
+    """Source and content of the configuration: DeepSpeed's own file, or else accelerate's settings."""
     given = {
         name.removeprefix(ACCELERATE).lower(): value
         for name, value in os.environ.items()
@@ -123,7 +124,7 @@ def _configuration() -> tuple[str, dict[str, Any]]:
             raise UserError(f"the DeepSpeed configuration {file}: expected an object with {SECTION}")
         config[SECTION] = dict(config[SECTION]) if isinstance(config[SECTION], dict) else config[SECTION]
     else:
-        # As accelerate does, which takes stage 2 where none is given.
+        # accelerate's default is stage 2.
         stage = given.pop("zero_stage", "2")
         section = {"stage": int(stage) if stage.isdecimal() else stage}
         config = {SECTION: section | {"offload_param": {"device": given.pop("offload_param_device", "none")}}}
@@ -135,16 +136,17 @@ def _configuration() -> tuple[str, dict[str, Any]]:
 
 
 def _asks(value: Any) -> bool:
-    """Whether a setting asks for anything: no, where it is off, empty, or left to the program."""
+    """Whether a setting has an effect: it is not off, empty, or "auto"."""
     if isinstance(value, dict):
         return value.get("enabled") is not False and value.get("device") != "none" and any(map(_asks, value.values()))
     return value is not None and value is not False and value not in ("auto", [])
 
 
 def adamw(parameters: Sequence[nn.Parameter], **settings: Any) -> torch.optim.Optimizer:
-    """AdamW. From stage 1 on a process holds the moments of its share of the parameters, and tells the others what
-    has become of them: by PyTorch's ZeroRedundancyOptimizer, for DeepSpeed's own would step from copies that it keeps
-    of the parameters, and forget what a method has changed in them."""
+    """AdamW; from ZeRO stage 1 on as PyTorch's ZeroRedundancyOptimizer, which partitions the moments.
+
+    DeepSpeed's own optimizer steps from copies of the parameters, and would lose what a method changes in them.
+    """
     zero = asked()
     if zero is None or zero.stage == 0 or collectives.world_size() == 1:
         return torch.optim.AdamW(parameters, **settings)
@@ -154,7 +156,7 @@ def adamw(parameters: Sequence[nn.Parameter], **settings: Any) -> torch.optim.Op
 
 
 def moments(optimizer: torch.optim.Optimizer, parameters: Iterable[nn.Parameter]) -> list[dict[str, Tensor]]:
-    """What the optimizer keeps of each parameter: of divided ones in the first process alone, which writes them."""
+    """The optimizer's state of each parameter; of partitioned ones on rank 0 only, {} on other ranks."""
     if isinstance(optimizer, torch.optim.AdamW):
         return [optimizer.state[parameter] for parameter in parameters]
     optimizer.consolidate_state_dict(to=0)  # type: ignore[attr-defined]
@@ -162,6 +164,6 @@ def moments(optimizer: torch.optim.Optimizer, parameters: Iterable[nn.Parameter]
     return [found.get(index, {}) for index, _ in enumerate(parameters)]
 
 
-def held(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
-    """The optimizer of this process's own share."""
+def local_optimizer(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+    """The AdamW of this rank's partition of the parameters."""
     return optimizer if isinstance(optimizer, torch.optim.AdamW) else optimizer.optim  # type: ignore[attr-defined]

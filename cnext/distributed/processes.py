@@ -1,8 +1,8 @@
-"""A run in several processes, as torchrun or ``accelerate launch`` start them: joined, on their devices, sharded.
+"""Set up a run in several processes, as torchrun or ``accelerate launch`` start them: process group, device, sharding.
 
-Each process has its share of every batch and of every task's test items, the same adapters, and the same random draws.
-Gradients are added up before a method sees them, so that averages and Fisher information are the same in all. The
-first process alone writes the run's folder.
+Data parallel: each rank has its shard of every batch and of every task's test samples, and the same adapters. Gradients
+are reduced before a method sees them, so averages and Fisher information are the same on all ranks. Only rank 0 writes
+the run folder.
 """
 
 from __future__ import annotations
@@ -20,21 +20,21 @@ from torch import distributed, nn
 
 from cnext.distributed import collectives
 from cnext.distributed.deepspeed import asked
-from cnext.errors import GO_ON, UserError
+from cnext.errors import RESUME, UserError
 
-PATIENCE = timedelta(minutes=30)
-"""How long a process waits for another, which may be scoring the answers of a task meanwhile."""
+TIMEOUT = timedelta(minutes=30)
+"""Of a collective: rank 0 may be scoring the answers of a task while the others wait."""
 ROLL_CALL = (3.0, 30.0)
-"""Seconds that those who are left have to say so when one is lost: at least, and at most while more than one is silent,
-as on a loaded machine some hear of it late."""
+"""Seconds, at least and at most, that surviving ranks have to report after one is lost. The longest is for loaded
+machines, where some learn of it late."""
 LAUNCHED = ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-"""What a launcher tells every process, beside how many there are."""
-CUT_OFF = ("gloo", "Connection closed by peer", "Connection reset by peer")
-"""Signs of an error of sending or receiving; gloo raises plain RuntimeErrors."""
+"""Variables that a launcher sets beside WORLD_SIZE."""
+CONNECTION_ERRORS = ("gloo", "Connection closed by peer", "Connection reset by peer")
+"""Words of errors of sending or receiving, which gloo raises as plain RuntimeErrors."""
 
 
 def launched() -> int:
-    """How many processes the launcher has started, by its environment; 1 without one."""
+    """The number of processes that a launcher has started, from WORLD_SIZE; 1 without a launcher."""
     given = os.environ.get("WORLD_SIZE", "1")
     if not (given.isdecimal() and int(given)):
         raise UserError(f"WORLD_SIZE, which a launcher sets, must be a number of processes, got {given!r}; unset it")
@@ -43,9 +43,16 @@ def launched() -> int:
 
 @contextmanager
 def joined(device: str) -> Iterator[str]:
-    """Inside, the launcher's processes work together. Gives the device of this one. One process: nothing happens.
+    """Context with a process group of the launcher's processes. Yields this rank's device.
 
-    Raises: UserError where the launcher asks for an engine that cnext has no use for, or for more GPUs than there are.
+    Without a launcher there is no group.
+
+    Args:
+        device: "cpu", or "cuda" for the GPU of each local rank.
+
+    Raises:
+        UserError: the launcher's environment is incomplete, there are too few GPUs, the DeepSpeed configuration is not
+            supported, or a process of the group was lost.
     """
     if launched() == 1 or collectives.world_size() > 1:
         yield own_device(device)
@@ -62,17 +69,17 @@ def joined(device: str) -> Iterator[str]:
             f"the environment says WORLD_SIZE={launched()} without {', '.join(missing)}: "
             "start by torchrun or accelerate launch, or unset it"
         )
-    PartialState(cpu=device == "cpu", timeout=PATIENCE)
+    PartialState(cpu=device == "cpu", timeout=TIMEOUT)
     try:
         yield own_device(device)
-        # Nobody leaves while another still sends.
+        # No rank leaves while another still sends.
         distributed.barrier()
     except RuntimeError as error:
-        if not (isinstance(error, distributed.DistError) or any(sign in str(error) for sign in CUT_OFF)):
+        if not (isinstance(error, distributed.DistError) or any(sign in str(error) for sign in CONNECTION_ERRORS)):
             raise
         raise UserError(
-            f"{_missing()} was lost (killed, out of memory, or ended by an error that it tells of itself): "
-            f"all finished blocks are saved; {GO_ON}"
+            f"{_lost_ranks()} was lost (killed, out of memory, or ended by an error that it shows itself): "
+            f"everything up to the last checkpoint is saved; {RESUME}"
         ) from error
     finally:
         if distributed.is_initialized():
@@ -80,41 +87,44 @@ def joined(device: str) -> Iterator[str]:
         PartialState._reset_state()
 
 
-def _missing() -> str:
-    """Which process does not answer any more, in words. Leaves the group, so that none waits for this one."""
+def _lost_ranks() -> str:
+    """The ranks that do not respond, in words. Leaves the group, so that no rank waits for this one.
+
+    Every surviving rank reports in the group's store, and looks there for the others.
+    """
     store: Any = distributed.distributed_c10d._get_default_store()
-    count, number = distributed.get_world_size(), distributed.get_rank()
+    size, rank = distributed.get_world_size(), distributed.get_rank()
     distributed.destroy_process_group()
     try:
-        begun = time.monotonic()
+        started = time.monotonic()
 
         def passed(least: float) -> bool:
-            return time.monotonic() - begun > least
+            return time.monotonic() - started > least
 
         def silent(word: str) -> list[int]:
-            return [other for other in range(count) if not store.check([f"cnext/{word}/{other}"])]
+            return [other for other in range(size) if not store.check([f"cnext/{word}/{other}"])]
 
-        store.set(f"cnext/here/{number}", "")
+        store.set(f"cnext/here/{rank}", "")
         while not passed(ROLL_CALL[0]) or (len(silent("here")) > 1 and not passed(ROLL_CALL[1])):
             time.sleep(0.1)
-        gone = silent("here")
-        store.set(f"cnext/seen/{number}", "")
-        # The first has the store where no launcher's agent keeps it, and leaves when all have looked.
-        while number == 0 and silent("seen") != gone and not passed(2 * ROLL_CALL[1]):
+        lost = silent("here")
+        store.set(f"cnext/seen/{rank}", "")
+        # Unless a launcher's agent keeps the store, rank 0 does, and leaves when all have looked.
+        while rank == 0 and silent("seen") != lost and not passed(2 * ROLL_CALL[1]):
             time.sleep(0.1)
     except RuntimeError:
-        # The store is gone with the process that has it, the first one where no launcher's agent keeps it.
-        gone = [0]
-    return f"process {', '.join(map(str, gone)) or 'unknown'} of {count} (counted from 0)"
+        # The store was lost with rank 0.
+        lost = [0]
+    return f"rank {', '.join(map(str, lost)) or 'unknown'} of {size}"
 
 
 def own_device(device: str) -> str:
-    """The device of this process: of "cuda" the one with its number."""
+    """The device of this rank: "cuda" is the GPU of its local rank."""
     return f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if device == "cuda" and collectives.world_size() > 1 else device
 
 
 def check(recipes: Iterable[Any]) -> None:
-    """Raises UserError where the processes cannot share a batch, or the launcher's configuration has another recipe."""
+    """Raises UserError where a batch size is no multiple of the world size, or a DeepSpeed configuration differs."""
     zero = asked()
     for recipe in recipes:
         if recipe.batch_size % collectives.world_size():
@@ -127,37 +137,40 @@ def check(recipes: Iterable[Any]) -> None:
 
 
 def sharded(model: nn.Module, trained: Iterable[nn.Parameter]) -> Callable[[], AbstractContextManager[None]]:
-    """Divides the frozen parameters of a language model over the processes, where the launcher asks for it.
+    """Shards the frozen parameters of a language model over all ranks, if the launcher is configured for it.
 
-    By PyTorch's fully_shard (FSDP2) or DeepSpeed's ZeRO stage 3, block by block: a block's parameters are together
-    while it computes, and a process holds its share at other times. Whole in every process are what is trained, a few
-    percent at most, so that methods see plain tensors, and what is outside of the blocks: backbones look words up
-    without a forward pass.
+    By PyTorch's fully_shard (FSDP2) or DeepSpeed's ZeRO stage 3, one unit per transformer block, whose parameters are
+    gathered while it computes. Replicated are trained parameters, a few percent, so that methods see plain tensors, and
+    parameters outside the blocks, because backbones embed tokens without a forward pass.
 
-    Returns: what to enter where processes may call the model unequally often, as when they write answers.
+    Args:
+        trained: parameters to replicate.
+
+    Returns:
+        A context in which ranks may call the model a different number of times, as in generation.
     """
     zero = asked()
     fsdp = os.environ.get("ACCELERATE_USE_FSDP") == "true"
     if collectives.world_size() == 1 or not (fsdp or (zero and zero.stage == 3)):
         return nullcontext
-    whole = set(trained)
+    replicated = set(trained)
     blocks: list[Any] = list(max((m for m in model.modules() if isinstance(m, nn.ModuleList)), key=len, default=()))
     if zero:
         from cnext.distributed.deepspeed_blocks import Blocks
 
-        return _unevenly(model, Blocks(model, blocks, whole, zero.engine).take_part)
+        return _uneven(model, Blocks(model, blocks, replicated, zero.engine).take_part)
     if os.environ.get("FSDP_VERSION", "2") != "2":
         raise UserError(
-            "accelerate launch asks for FSDP 1, which cannot hold frozen and trained parameters in one block; "
-            "give --fsdp_version 2"
+            "accelerate launch is configured for FSDP 1, which cannot have frozen and trained parameters in one block; "
+            "use --fsdp_version 2"
         )
     from torch.distributed.fsdp import fully_shard
 
-    # What a language model returns is changed in place by nobody.
+    # Nothing changes the output of a language model in place.
     warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor", UserWarning)
     for block in blocks:
-        fully_shard(block, ignored_params=whole)
-    # The root of them all, with no share of its own: a block that is a root stays together for good after it computes.
+        fully_shard(block, ignored_params=replicated)
+    # The root shards nothing itself. A block that is a root would not be resharded after its forward pass.
     fully_shard(model, ignored_params=set(model.parameters()))
 
     def take_part() -> None:
@@ -165,11 +178,11 @@ def sharded(model: nn.Module, trained: Iterable[nn.Parameter]) -> Callable[[], A
             block.unshard()
             block.reshard()
 
-    return _unevenly(model, take_part)
+    return _uneven(model, take_part)
 
 
-def _unevenly(model: nn.Module, take_part: Callable[[], None]) -> Callable[[], AbstractContextManager[None]]:
-    """A context of which a process leaves when all are done; until then it takes part in the others' forward passes."""
+def _uneven(model: nn.Module, take_part: Callable[[], None]) -> Callable[[], AbstractContextManager[None]]:
+    """Context at whose end a rank takes part in the forward passes of the others, until all are done."""
     device = next(model.parameters()).device
 
     def announce(*_: object) -> None:

@@ -1,4 +1,4 @@
-"""`cnext doctor`: checks whether a run can start here, and says what to do where it cannot.
+"""`cnext doctor`: checks whether a run can start on this machine, and how to fix what prevents it.
 
-It changes nothing. Which packages are installed is looked up in `cnext.packages`.
+It changes and downloads nothing. Checks of installed packages are in `cnext.packages`, which runs use as well.
 """

@@ -1,12 +1,14 @@
-"""``cnext doctor``: whether a run can start here, what is in its way, and what to do about it.
+"""``cnext doctor``: check whether a run can start on this machine, and how to fix what prevents it.
 
-Things are tried and not guessed: packages are imported, kernels and a CLIP given by path are loaded, folders are looked
-into. Nothing is downloaded, and of a backbone's weights only the names and sizes of their files are read.
+Packages are imported, kernels and a CLIP given by its path are loaded, data folders are listed. Nothing is downloaded;
+of a backbone's weights only names and sizes of files are read.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
+import json
 import os
 import shutil
 from dataclasses import dataclass
@@ -14,24 +16,24 @@ from pathlib import Path
 
 from cnext import packages
 from cnext.errors import UserError, unknown
-from cnext.packages import BAD, NOTE, OK, Finding
+from cnext.packages import ERROR, NOTE, OK, Check
 from cnext.tasks.base import DataError, Suite
 
 NEEDED_BY = {"seed-x": ("diffusers", "sentencepiece")}
-"""Packages of some runs that a backbone cannot do without."""
-MEMORY, DISK = {"tiny": 1.1e9}, {"tiny": 3e7}
-"""Bytes that a run takes at its peak, and leaves on the disk, where that has been measured."""
-KEEP = (
-    "where no GPU is wanted, a CPU build of torch takes 5 GB less: in a new environment install torch and torchvision "
-    "from the index of CPU builds, and then cnext, which keeps both"
+"""Packages of ``SOME_RUNS`` that a backbone cannot do without."""
+DISK = {"tiny": 3e7}
+"""Bytes that a run writes, by backbone, where it has been measured."""
+CPU_BUILD = (
+    "if you need no GPU, a CPU build of torch takes 5 GB less: in a new environment install torch and torchvision "
+    "from the index of CPU builds, then cnext, which keeps both"
 )
-OPENAI = "40d365715913c9da98579312b702a82c18be219cc2a73407c4526f58eba950af"
-"""SHA-256 of ViT-B-32.pt as OpenAI publishes it."""
+VIT_B_32_SHA256 = "40d365715913c9da98579312b702a82c18be219cc2a73407c4526f58eba950af"
+"""SHA-256 of ViT-B-32.pt as published by OpenAI."""
 
 
 @dataclass(frozen=True)
-class Wanted:
-    """The run that is asked about; fields as in ``cnext.config.run_config.Options``."""
+class RunOptions:
+    """The run to check for; fields as in ``cnext.config.run_config.Options``."""
 
     backbone: str = "tiny"
     suite: str = "next-tiny"
@@ -41,46 +43,60 @@ class Wanted:
     out: Path = Path("runs")
 
 
-def examine(wanted: Wanted) -> list[Finding]:
-    """Everything that a run asks of this machine. Raises UserError for a backbone or a suite that is not known."""
+def main(run: RunOptions, as_json: bool) -> int:
+    """Prints the checks as text or as JSON. Returns 0 if the run can start, else 1."""
+    from cnext.runs import environment
+
+    checks = check_run(run)
+    ready = not failed(checks)
+    if as_json:
+        rows = [dataclasses.asdict(check) for check in checks]
+        print(json.dumps({"ready": ready, "checks": rows, "versions": environment.versions()}, indent=2))
+    else:
+        print(report(checks))
+    return 0 if ready else 1
+
+
+def check_run(run: RunOptions) -> list[Check]:
+    """All checks for a run on this machine. Raises UserError for an unknown backbone or suite."""
     from cnext import backbones as known
     from cnext.tasks import suites
 
-    if wanted.backbone not in known.modules():
-        raise unknown("backbone", wanted.backbone, sorted(known.modules()))
-    suite = suites.load(wanted.suite)
-    found = packages.packages(NEEDED_BY.get(wanted.backbone, ()))
-    bad = {finding.name for finding in found if finding.state == BAD}
-    if {"torch", "numpy"} & bad:
-        return [*found, *data(suite, wanted.data)]
-    drawn = any("image" in task.writes for task in suite.tasks)
-    found += [*devices(), *kernels(), *backbones(wanted, drawn), *data(suite, wanted.data)]
-    if not {"torchvision", "open_clip_torch", "pillow"} & bad:
-        found += scorers(suite, wanted.clip)
-    return found + room(wanted)
+    if run.backbone not in known.modules():
+        raise unknown("backbone", run.backbone, sorted(known.modules()))
+    suite = suites.load(run.suite)
+    checks = packages.check_packages(NEEDED_BY.get(run.backbone, ()))
+    broken = {check.name for check in failed(checks)}
+    if {"torch", "numpy"} & broken:
+        return [*checks, *data(suite, run.data)]
+    writes_images = any("image" in task.writes for task in suite.tasks)
+    checks += [*devices(), *kernels(), *backbones(run, writes_images), *data(suite, run.data)]
+    if not {"torchvision", "open_clip_torch", "pillow"} & broken:
+        checks += scorers(suite, run.clip)
+    return checks + memory_and_disk(run)
 
 
-def devices() -> list[Finding]:
-    """The processor's cores and the CUDA devices."""
+def devices() -> list[Check]:
+    """CPU cores and CUDA devices."""
     import torch
 
-    from cnext.studies import resources
+    from cnext.studies.resources import available_cores
 
-    found = [Finding("devices", "cpu", OK, f"{resources.cores():g} cores, {torch.backends.cpu.get_cpu_capability()}")]
+    found = [Check("devices", "cpu", OK, f"{available_cores():g} cores, {torch.backends.cpu.get_cpu_capability()}")]
     for index in range(torch.cuda.device_count()):
         device = torch.cuda.get_device_properties(index)
         text = f"{device.name}, sm_{device.major}{device.minor}, {device.total_memory / 1e9:.0f} GB"
-        found.append(Finding("devices", f"cuda:{index}", OK, text))
+        found.append(Check("devices", f"cuda:{index}", OK, text))
     if not torch.cuda.is_available():
         built = torch.version.cuda
         why = "torch is built without CUDA" if built is None else f"torch is built for CUDA {built} and sees no device"
-        cure = "" if built is None else KEEP
-        found.append(Finding("devices", "cuda", NOTE, f"{why}; runs are on the processor", cure))
+        fix = "" if built is None else CPU_BUILD
+        found.append(Check("devices", "cuda", NOTE, f"{why}; runs use the CPU", fix))
     return found
 
 
-def kernels() -> list[Finding]:
-    """What computes the ops on each kind of device, and why it is nothing faster."""
+def kernels() -> list[Check]:
+    """The implementation of the ops on each type of device, and why a faster one is missing."""
     import torch
 
     from cnext.ops import dispatch
@@ -89,49 +105,50 @@ def kernels() -> list[Finding]:
     for device, impls in dispatch.BEST.items():
         if device == "cuda" and not torch.cuda.is_available():
             reasons = [f"{impl}: {dispatch.missing(impl, device) or 'ready for a device'}" for impl in impls]
-            found.append(Finding("kernels", device, NOTE, "; ".join(reasons)))
+            found.append(Check("kernels", device, NOTE, "; ".join(reasons)))
             continue
         lacking = [f"no {impl}: {why}" for impl in impls if (why := dispatch.missing(impl, device))]
         best = next((impl for impl in impls if not dispatch.missing(impl, device)), "")
         if best:
             part = "dropout and the products fused with it" if best == "triton" else "dropout"
             text = f"{best} for averaging and the branches' {part}; torch for the rest"
-            found.append(Finding("kernels", device, OK, "; ".join([text, *lacking])))
+            found.append(Check("kernels", device, OK, "; ".join([text, *lacking])))
         else:
-            found.append(Finding("kernels", device, NOTE, "; ".join([f"plain torch, {dispatch.SLOWER}", *lacking])))
+            found.append(Check("kernels", device, NOTE, "; ".join([f"plain torch, {dispatch.SLOWER}", *lacking])))
     return found
 
 
-def backbones(wanted: Wanted, drawn: bool = False) -> list[Finding]:
-    """Whether a backbone's weights are there: of the one that is asked about, and of those that need none.
+def backbones(run: RunOptions, writes_images: bool = False) -> list[Check]:
+    """Whether the weights of the run's backbone are found, and which other backbones need none.
 
-    drawn: whether the run draws, and the one asked about needs what turns features into pixels as well.
+    Args:
+        writes_images: whether tasks of the run write images, for which a backbone may need further weights.
     """
     from cnext import backbones as known
 
     found = []
     for name in sorted(known.modules()):
-        asked = name == wanted.backbone
+        selected = name == run.backbone
         try:
-            files = known.load(name).check(wanted.weights if asked else None)
+            files = known.load(name).check(run.weights if selected else None)
             size = sum(file.stat().st_size for file in files)
-            found.append(Finding("backbones", name, OK, f"{size / 1e6:,.0f} MB of weights" if files else "ready"))
-            if asked and drawn and (missing := known.load(name).missing_to_draw(wanted.weights)):
-                found.append(Finding("backbones", f"{name} drawing", BAD, missing))
+            found.append(Check("backbones", name, OK, f"{size / 1e6:,.0f} MB of weights" if files else "ready"))
+            if selected and writes_images and (missing := known.load(name).missing_to_draw(run.weights)):
+                found.append(Check("backbones", f"{name} images", ERROR, missing))
         except (UserError, OSError) as error:
-            found.append(Finding("backbones", name, BAD if asked else NOTE, str(error)))
+            found.append(Check("backbones", name, ERROR if selected else NOTE, str(error)))
     return found
 
 
-def data(suite: Suite, folder: Path | None) -> list[Finding]:
-    """Whether every task's files and image folders are where they are looked for. No file is opened."""
+def data(suite: Suite, folder: Path | None) -> list[Check]:
+    """Whether the files and image folders of every task exist. Opens no file."""
     from cnext.tasks.rows import files
 
     if folder is None:
         if suite.synthetic:
-            return [Finding("data", suite.name, OK, "drawn when it is first needed")]
-        cure = f"--data FOLDER; `cnext list {suite.name}` shows what belongs there"
-        return [Finding("data", suite.name, BAD, "needs a folder with its files", cure)]
+            return [Check("data", suite.name, OK, "generated by the first run")]
+        fix = f"--data FOLDER; `cnext list {suite.name}` shows the files"
+        return [Check("data", suite.name, ERROR, "needs a folder with its files", fix)]
     found = []
     for task in suite.tasks:
         missing, count = [], 0
@@ -144,97 +161,91 @@ def data(suite: Suite, folder: Path | None) -> list[Finding]:
             if not root.is_dir():
                 missing.append(f"no image folder {root}")
         text = "; ".join(dict.fromkeys(missing)) or f"{count} files; `cnext data check` reads them"
-        found.append(Finding("data", f"{suite.name} {task.name}", BAD if missing else OK, text))
+        found.append(Check("data", f"{suite.name} {task.name}", ERROR if missing else OK, text))
     return found
 
 
-def scorers(suite: Suite, clip: str | None) -> list[Finding]:
-    """Whether the CLIP that scores the suite's pictures loads; one that would be downloaded is not asked for."""
+def scorers(suite: Suite, clip: str | None) -> list[Check]:
+    """Whether the CLIP that scores the suite's images can be loaded; one that would be downloaded is not tried."""
     name = clip or suite.clip
     if not any("image" in task.writes for task in suite.tasks):
-        return [Finding("scorers", "rules", OK, "no task of the suite draws")]
+        return [Check("scorers", "rules", OK, "no task of the suite writes images")]
     if name == "tiny":
-        return [Finding("scorers", "CLIP", OK, "tiny, which is installed with cnext")]
+        return [Check("scorers", "CLIP", OK, "tiny, installed with cnext")]
     if not Path(name).exists() and clip is None:
-        text = f"{name} comes from open_clip's cache, or from the network when the first run starts"
-        return [Finding("scorers", "CLIP", NOTE, text, "--clip ViT-B-32.pt takes a file instead")]
+        text = f"{name} is loaded from open_clip's cache, or downloaded by the first run"
+        return [Check("scorers", "CLIP", NOTE, text, "--clip ViT-B-32.pt loads a file instead")]
     from cnext.scoring.clip import load_clip
 
     try:
         model = load_clip(name, "cpu").model
     except UserError as error:
-        return [Finding("scorers", "CLIP", BAD, str(error))]
+        return [Check("scorers", "CLIP", ERROR, str(error))]
     text = f"{name}, {sum(parameter.numel() for parameter in model.parameters()) / 1e6:.1f} M parameters"
     if Path(name).name == "ViT-B-32.pt":
-        same = hashlib.sha256(Path(name).read_bytes()).hexdigest() == OPENAI
-        text += ", the file that OpenAI publishes" if same else ", which is not the file that OpenAI publishes"
-    return [Finding("scorers", "CLIP", OK, text)]
+        same = hashlib.sha256(Path(name).read_bytes()).hexdigest() == VIT_B_32_SHA256
+        text += f", {'' if same else 'not '}the file published by OpenAI"
+    return [Check("scorers", "CLIP", OK, text)]
 
 
-def room(wanted: Wanted) -> list[Finding]:
-    """Memory and disk, against what a run takes: measured, or at least what the weights take."""
+def memory_and_disk(run: RunOptions) -> list[Check]:
+    """Free memory, compared with the measured peak of a run or else the size of its weights, and free disk."""
     import torch
 
     from cnext.config.run_config import cache
     from cnext.studies import resources
 
-    least, why = _memory(wanted)
-    needed = f"; {why} {least / 1e9:.1f} GB" if least else ""
-    places = {f"cuda:{index}": float(torch.cuda.mem_get_info(index)[0]) for index in range(torch.cuda.device_count())}
-    # With devices the weights only pass through the processor's memory, a file at a time.
-    places = places or {"memory": resources.memory()}
-    enough = sum(places.values()) > least
-    found = [
-        Finding("room", place, OK if enough else BAD, f"{free / 1e9:.1f} GB free{needed}")
-        for place, free in places.items()
-    ]
-    for label, path in (("runs", wanted.out), ("cache", cache())):
-        there = next(folder for folder in (path.absolute(), *path.absolute().parents) if folder.is_dir())
-        free = shutil.disk_usage(there).free
-        text = f"{free / 1e9:.1f} GB free for {path}"
-        if label == "runs":
-            leaves = DISK.get(wanted.backbone)
-            text += (
-                f"; a run leaves {leaves / 1e6:.0f} MB" if leaves else "; `cnext-run --dry-run` says what a run leaves"
-            )
-        if not os.access(there, os.W_OK):
-            text += f"; {there} cannot be written to"
-        fits = os.access(there, os.W_OK) and free > DISK.get(wanted.backbone, 0.0)
-        found.append(Finding("room", label, OK if fits else BAD, text))
-    return found
+    needed, source = _needed_memory(run)
+    free = {f"cuda:{index}": float(torch.cuda.mem_get_info(index)[0]) for index in range(torch.cuda.device_count())}
+    # With GPUs, weights pass through the machine's memory one file at a time.
+    free = free or {"memory": resources.available_memory()}
+    state = OK if sum(free.values()) > needed else ERROR
+    suffix = f"; {source} {needed / 1e9:.1f} GB" if needed else ""
+    checks = [Check("memory and disk", name, state, f"{size / 1e9:.1f} GB free{suffix}") for name, size in free.items()]
+    written = DISK.get(run.backbone, 0.0)
+    suffix = (
+        f"; a run writes {written / 1e6:.0f} MB" if written else "; `cnext-run --dry-run` estimates what a run writes"
+    )
+    for name, path in (("runs", run.out), ("cache", cache())):
+        existing = next(folder for folder in (path.absolute(), *path.absolute().parents) if folder.is_dir())
+        space, writable = shutil.disk_usage(existing).free, os.access(existing, os.W_OK)
+        text = f"{space / 1e9:.1f} GB free for {path}{suffix if name == 'runs' else ''}"
+        text += "" if writable else f"; {existing} is not writable"
+        checks.append(Check("memory and disk", name, OK if writable and space > written else ERROR, text))
+    return checks
 
 
-def _memory(wanted: Wanted) -> tuple[float, str]:
-    """Bytes that a run takes at least, and where that is known from; 0 where it is not."""
+def _needed_memory(run: RunOptions) -> tuple[float, str]:
+    """Bytes that a run needs at least, and where the figure comes from; 0 if it is not known."""
     from cnext import backbones as known
+    from cnext.studies.resources import PEAK_MEMORY
 
-    if wanted.backbone in MEMORY:
-        return MEMORY[wanted.backbone], "a run has taken"
+    if run.backbone in PEAK_MEMORY:
+        return PEAK_MEMORY[run.backbone], "measured peak of a run:"
     try:
-        files = known.load(wanted.backbone).check(wanted.weights)
-        return float(sum(file.stat().st_size for file in files)), "the weights alone take"
+        files = known.load(run.backbone).check(run.weights)
+        return float(sum(file.stat().st_size for file in files)), "size of the weights:"
     except (UserError, OSError):
         return 0.0, ""
 
 
-def problems(findings: list[Finding]) -> list[Finding]:
-    """Those that are in the way of a run."""
-    return [finding for finding in findings if finding.state == BAD]
+def failed(checks: list[Check]) -> list[Check]:
+    """The checks that prevent a run."""
+    return [check for check in checks if check.state == ERROR]
 
 
-def report(findings: list[Finding]) -> str:
-    """The findings section by section, each problem with its cure, and the verdict."""
-    marks = {OK: "  ", NOTE: "- ", BAD: "! "}
+def report(checks: list[Check]) -> str:
+    """The checks by section with the fix of each failed one, and a line that says whether a run can start."""
+    marks = {OK: "  ", NOTE: "- ", ERROR: "! "}
     lines, section = [], ""
-    width = max(len(finding.name) for finding in findings)
-    for finding in findings:
-        if finding.section != section:
-            section = finding.section
+    width = max(len(check.name) for check in checks)
+    for check in checks:
+        if check.section != section:
+            section = check.section
             lines += ["", section] if lines else [section]
-        first, *more = finding.text.splitlines() or [""]
-        lines.append(f"  {marks[finding.state]}{finding.name:<{width}}  {first}")
+        first, *more = check.text.splitlines() or [""]
+        lines.append(f"  {marks[check.state]}{check.name:<{width}}  {first}")
         lines += [f"    {'':<{width}}  {line}" for line in more]
-        lines += [f"    {'':<{width}}  -> {finding.cure}"] if finding.cure else []
-    named = [f"{finding.section}: {finding.name}" for finding in problems(findings)]
-    verdict = f"in the way of a run: {', '.join(named)}" if named else "ready: nothing is in the way of a run"
-    return "\n".join([*lines, "", verdict])
+        lines += [f"    {'':<{width}}  -> {check.fix}"] if check.fix else []
+    names = ", ".join(f"{check.section}: {check.name}" for check in failed(checks))
+    return "\n".join([*lines, "", f"failed: {names}" if names else "ready: a run can start"])

@@ -1,4 +1,4 @@
-"""cnext export: a run's adapters for other tools, with a card and a checksum of what the model answers."""
+"""``cnext export``: write a run's adapters in formats of other tools, with a model card and reference logits."""
 
 from __future__ import annotations
 
@@ -12,14 +12,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from msgspec import to_builtins
 from torch import Tensor, nn
 
 from cnext import backbones, methods, packages
 from cnext.adapters import exchange, exchange_authors, exchange_peft
 from cnext.backbones.base import Backbone
-from cnext.errors import UserError, unknown
+from cnext.errors import UserError, listed, unknown
 from cnext.exchange.logit_check import reference
-from cnext.exchange.model_card import card
+from cnext.exchange.model_card import FinalResults, RestorableConfig, card
 from cnext.methods.base import Method
 from cnext.runs import checkpoint, schemas
 from cnext.tasks.base import Task
@@ -31,19 +32,20 @@ WITH_A_MODEL = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "preprocessor_config.json"),
     *("processor_config.json", "chat_template.json", "chat_template.jinja"),
 )
-"""What transformers loads from a model's folder beside its weights."""
+"""Files that transformers loads from a model's folder beside its weights."""
 
 
 @dataclass
 class Restored:
-    """A run's model as it stood at a checkpoint between tasks.
+    """The model of a run at a checkpoint between tasks.
 
-    model: the transformers model around the language model.  stages: tasks learnt.  last: whether that is all.
-    extras: trained tensors beside the branches, by kind: of a run that trains such, or of an imported adapter.
+    label: name of the checkpoint.  stages: tasks learnt.  last: whether these are all tasks.
+    model: the transformers model around the language model.
+    extras: trained tensors other than the branches, kind to name to tensor; an imported adapter may have some as well.
     """
 
-    config: dict[str, Any]
-    results: dict[str, Any] | None
+    config: RestorableConfig
+    results: FinalResults | None
     label: str
     stages: int
     last: bool
@@ -53,65 +55,72 @@ class Restored:
 
 
 def outer_model(backbone: Backbone) -> nn.Module:
-    """The outermost transformers model that the language model is part of: what other tools load."""
+    """The outermost transformers model that contains the language model, which other tools load.
+
+    Raises: UserError where there is none.
+    """
     from transformers import PreTrainedModel
 
     for module in backbone.modules():
         if isinstance(module, PreTrainedModel) and any(m is backbone.language_model for m in module.modules()):
             return module
-    raise UserError(f"backbone {backbone.name}: its language model is in no transformers model, which exports need")
+    raise UserError(
+        f"backbone {backbone.name}: its language model is in no transformers model, and only such can be exported"
+    )
 
 
 def _checkpoint(run: Path, label: str | None) -> Path:
-    """The named checkpoint, or the last one between tasks."""
+    """The folder of the named checkpoint; None: of the last one between tasks."""
     found = [path.parent for path in sorted((run / "checkpoints").glob(f"[!.]*/{checkpoint.MANIFEST}"))]
     between = {path.name: path for path in found if not checkpoint.manifest(path)["step"]}
     if not between:
-        raise UserError(f"{run} has no checkpoint of a finished task; let cnext-run finish one")
+        raise UserError(f"{run} has no checkpoint of a finished task; run cnext-run until one is finished")
     if label is not None and label not in between:
         raise unknown("checkpoint (of those between tasks)", label, list(between))
     return between[label] if label else max(between.values(), key=lambda p: checkpoint.manifest(p)["tasks_done"])
 
 
 def stand_in(name: str) -> Task:
-    """A task of this name and nothing else: methods attach their branches by tasks' number and names alone."""
+    """A task with a name and nothing else: methods attach branches by the number and names of tasks."""
     return Task(name, (), (), format="", scorer="", train="", test="", train_images="", test_images="")
 
 
-def _method(config: dict[str, Any]) -> Method:
+def _method(config: RestorableConfig) -> Method:
     """The method of a configuration. Raises UserError for hyperparameters that it does not have."""
-    kind, given = methods.load(config["method"]), config["hyperparameters"]
+    kind, given = methods.load(config.method), config.hyperparameters
     defaults = dataclasses.asdict(kind())
     for name, value in given.items():
         if name not in defaults:
-            raise unknown(f"hyperparameter of {config['method']}", name, list(defaults))
-        expected = {int: int, float: float, bool: bool, str: str}.get(type(defaults[name]), object)
-        schemas.checked(value, expected, f"hyperparameter {name} in config.json")
+            raise unknown(f"hyperparameter of {config.method}", name, list(defaults))
+        expected = {int: int, float: float, bool: bool, str: str}.get(type(defaults[name]), Any)
+        schemas.convert(value, expected, f"hyperparameter {name} in config.json")
     return kind(**given)
 
 
 def restore(run: Path, label: str | None = None) -> Restored:
-    """Loads a run's backbone and adapters on the CPU, as they stood at a checkpoint between tasks.
+    """Loads a run's backbone and adapters on the CPU, as of a checkpoint between tasks.
+
+    Args:
+        label: name of the checkpoint; None: the last one.
 
     Raises:
-        UserError: no run folder, no such checkpoint, a damaged one, or one that does not fit the method of today.
+        UserError: no run folder, no such checkpoint, a damaged one, or one that does not fit the installed method.
     """
     if not (run / "config.json").is_file():
         raise UserError(f"expected the folder of a run, such as runs/mage/paper/seed-0, found no config.json in {run}")
-    config = schemas.read(run / "config.json", schemas.RESTORED)
+    config = schemas.read(run / "config.json", RestorableConfig)
     folder = _checkpoint(run, label)
     file = run / "results.json"
-    results = schemas.checked(schemas.read_results(file), schemas.CARD, str(file)) if file.is_file() else None
+    results = schemas.read(file, FinalResults) if file.is_file() else None
     tensors, values = checkpoint.load(folder)
-    weights = config.get("weights")
     packages.require(*packages.MODELS)
-    backbone = backbones.load(config["backbone"]).load("cpu", None if weights is None else Path(weights))
+    backbone = backbones.load(config.backbone).load("cpu", config.weights and Path(config.weights))
     method = _method(config)
-    method.setup(backbone, [stand_in(name) for name in config["tasks"]], torch.Generator().manual_seed(0))
-    beside = trained_beside(backbone, config.get("recipe", {}).get("trainable", "branches"))
-    held = method.held() | beside
+    method.setup(backbone, [stand_in(name) for name in config.tasks], torch.Generator().manual_seed(0))
+    beside = trained_beside(backbone, config.recipe.trainable)
+    held = method.adapter_parameters() | beside
     if changed := sorted(held.keys() ^ tensors["adapters"].keys()):
-        raise UserError(f"{folder} does not fit {config['method']} of this version: {exchange.listed(changed)}")
+        raise UserError(f"{folder} does not fit {config.method} of this version: {listed(changed)}")
     with torch.no_grad():
         for name, parameter in held.items():
             parameter.copy_(tensors["adapters"][name])
@@ -121,7 +130,7 @@ def restore(run: Path, label: str | None = None) -> Restored:
         kind, _, name = key.partition(".")
         extras.setdefault(kind, {})[name] = tensor
     stages = values["tasks_done"]
-    last = stages == len(config["tasks"])
+    last = stages == len(config.tasks)
     backbone.eval()
     return Restored(config, results, folder.name, stages, last, method, outer_model(backbone), extras)
 
@@ -145,10 +154,10 @@ def _by_kind(model: Any, parameters: dict[str, nn.Parameter]) -> dict[str, dict[
 
 
 @contextmanager
-def whole(folder: Path) -> Iterator[Path]:
-    """A folder to write into that becomes ``folder`` when all is written. Raises UserError where that is not empty."""
+def new_folder(folder: Path) -> Iterator[Path]:
+    """A temporary folder that becomes ``folder`` at the end of the block. Raises UserError where that is not empty."""
     if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
-        raise UserError(f"{folder} is there already and not empty; give another --to or delete it")
+        raise UserError(f"{folder} exists and is not empty; give another --to or delete it")
     folder = folder.absolute()
     unfinished = folder.with_name(f".{folder.name}.unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)
@@ -161,40 +170,40 @@ def whole(folder: Path) -> Iterator[Path]:
 
 
 def export(run: Path, to: Path, format: str, label: str | None = None, branches_only: bool = False) -> list[Path]:
-    """Writes a run's adapters into a folder that is not there yet. Returns the files.
+    """Writes a run's adapters into a new folder. Returns the files.
 
     Args:
         format: "peft" (an adapter for each active branch), "peft-merged-rank" (one of their total rank), "authors"
             (pytorch_model.bin as released) or "merged" (the transformers model with the branches in its weights).
         label: the checkpoint's name; None: the last one between tasks.
-        branches_only: leaves out tensors beside the branches, which an imported adapter may have.
+        branches_only: leaves out trained tensors other than the branches.
 
     Raises:
-        UserError: what was trained cannot be said in that format, or something is there at ``to``.
+        UserError: the format cannot hold what was trained, or ``to`` exists and is not empty.
     """
     if format not in FORMATS:
         raise unknown("format", format, FORMATS)
-    with whole(to) as folder:
+    with new_folder(to) as folder:
         restored = restore(run, label)
-        name = restored.config["method"]
+        name = restored.config.method
         if type(restored.method).answer is not Method.answer:
-            raise UserError(f"{name} chooses by the question what takes part; no adapter can say that")
+            raise UserError(f"{name} selects parameters by the question, which no adapter format can express")
         extras = {} if branches_only else restored.extras
         notes = []
         if branches_only and restored.extras:
             notes.append(f"Left out, though trained with the branches: {_counted(restored.extras)}.")
         if extras and format.startswith("peft"):
             raise UserError(
-                f"--format {format} holds branches alone, and the run also has {_counted(extras)}; "
-                "--format authors and merged take them, --branches-only leaves them out"
+                f"--format {format} holds branches only, and the run also has {_counted(extras)}; "
+                "--format authors and merged hold these, --branches-only leaves them out"
             )
         exchange_authors.put_extras(restored.model, extras)
         with restored.method.for_eval():
             branches = exchange.branches_of(restored.model)
             notes += _write(restored, folder, format, extras)
             kept = reference(restored.model)
-        checkpoint.write_json(folder / REFERENCE, kept)
-        told = {
+        checkpoint.write_json(folder / REFERENCE, to_builtins(kept))
+        facts = {
             "checkpoint": restored.label,
             "stages": restored.stages,
             "last": restored.last,
@@ -203,7 +212,7 @@ def export(run: Path, to: Path, format: str, label: str | None = None, branches_
             "model": type(restored.model).__name__,
             "notes": notes,
         }
-        checkpoint.write_text(folder / "README.md", card(format, restored.config, restored.results, told, kept))
+        checkpoint.write_text(folder / "README.md", card(format, restored.config, restored.results, facts, kept))
         names = sorted(path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
     return [to / name for name in names]
 
@@ -213,7 +222,7 @@ def _counted(extras: dict[str, dict[str, Tensor]]) -> str:
 
 
 def _write(restored: Restored, folder: Path, format: str, extras: dict[str, dict[str, Tensor]]) -> list[str]:
-    """Writes the weights. Returns what a reader of the card should know."""
+    """Writes the weights. Returns notes for the model card."""
     from safetensors.torch import save_file
 
     model: Any = restored.model
@@ -226,7 +235,7 @@ def _write(restored: Restored, folder: Path, format: str, extras: dict[str, dict
         return []
     with exchange.merged(model):
         model.save_pretrained(str(folder))
-    if (weights := restored.config.get("weights")) is not None:
+    if (weights := restored.config.weights) is not None:
         for name in WITH_A_MODEL:
             if (Path(weights) / name).is_file():
                 shutil.copyfile(Path(weights) / name, folder / name)

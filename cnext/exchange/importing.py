@@ -1,4 +1,4 @@
-"""cnext import: an adapter from elsewhere as the folder of a run that ends with it, which `cnext export` takes."""
+"""``cnext import``: write an adapter from elsewhere as a run folder, which ``cnext export`` reads."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from cnext.adapters import exchange, exchange_authors, exchange_peft
 from cnext.adapters.exchange_authors import BESIDE, KINDS, LANGUAGE_MODEL, ROLES, Released
 from cnext.backbones.base import Backbone
 from cnext.errors import UserError, unknown
-from cnext.exchange.export import EXTRAS, REFERENCE, outer_model, whole
-from cnext.exchange.logit_check import agrees
+from cnext.exchange.export import EXTRAS, REFERENCE, new_folder, outer_model
+from cnext.exchange.logit_check import Reference, agrees
 from cnext.runs import checkpoint, schemas
 from cnext.tensor_files import read_tensors
 
@@ -26,23 +26,23 @@ FILES = ("pytorch_model.bin", "pytorch_model.bin/pytorch_model.bin", "model.safe
 def import_adapter(
     path: Path, to: Path, backbone: str = "tiny", method: str | None = None, weights: Path | None = None
 ) -> str:
-    """Reads a PEFT adapter, a folder of several, or a released file, and writes it as a run folder. Returns a summary.
+    """Writes a PEFT adapter, a folder of several, or a released checkpoint as a run folder. Returns a summary.
 
     Args:
-        path: a file, or a folder.
-        to: a folder that is not there yet.
-        backbone: the model that the adapter is for.
-        method: "mage", "moelora" or "lora". None: mage where PEFT adapters have its branches' names, else lora; a
-            released file of several branches needs it said.
+        path: a file or folder.
+        to: a new folder.
+        backbone: the model that the adapter was trained for.
+        method: "mage", "moelora" or "lora". None: mage where PEFT adapters have its branches' names, else lora;
+            required for a released file of several branches.
         weights: folder of the backbone's weights; None where they come with the package.
 
     Raises:
-        UserError: the file is not what was expected, does not fit the backbone, or gives other reference logits than
-            those that were exported with it.
+        UserError: there is no adapter, it does not fit the backbone, or the model's logits differ from the reference
+            logits that were exported with the adapter.
     """
     if method is not None and method not in KINDS:
         raise unknown("method of an adapter to import", method, KINDS)
-    with whole(to) as folder:
+    with new_folder(to) as folder:
         packages.require(*packages.MODELS)
         model = backbones.load(backbone).load("cpu", weights)
         connections = {name.partition(".")[0] for name in model.connections()}
@@ -63,13 +63,13 @@ def import_adapter(
         checked = _check(path, outer, backbone)
         config = _config(path, backbone, method, made, weights)
         extras = {f"{kind}.{name}": tensor for kind, part in found.extras.items() for name, tensor in part.items()}
-        tensors = {"adapters": made.held(), "method": made.state_dict(), "optimizer": {}, EXTRAS: extras}
+        tensors = {"adapters": made.adapter_parameters(), "method": made.state_dict(), "optimizer": {}, EXTRAS: extras}
         checkpoint.write_json(folder / "config.json", config)
         checkpoint.save(folder / "checkpoints" / "0_imported", tensors, {"tasks_done": 0, "step": 0})
     counted = ", ".join(f"{name} (rank {rank})" for name, rank in own.items())
     lines = [f"{to}: {method} on {backbone}, {len(found.branches.pairs)} layers, branches {counted}"]
     lines += [f"scale {found.branches.scale:g}; reference logits {checked}"]
-    lines += [f"also kept: {kind}, {len(part)} tensors" for kind, part in found.extras.items()]
+    lines += [f"also imported: {kind}, {len(part)} tensors" for kind, part in found.extras.items()]
     lines += [f"ignored: {kind}, {number} tensors" for kind, number in found.ignored.items()]
     return "\n".join(lines)
 
@@ -86,7 +86,7 @@ def _read(path: Path, method: str | None, beside: Collection[str]) -> tuple[Rele
         raise UserError(f"expected a file, or a folder with one of {looked}, at {path}; found none")
     state = read_tensors(file)
     if method is None and any(".loraA." in name for name in state):
-        raise UserError(f"{file} has several branches; say what they are: --method mage or --method moelora")
+        raise UserError(f"{file} has several branches; give --method mage or --method moelora")
     try:
         return exchange_authors.from_released(state, method or "lora", beside=beside), method or "lora"
     except UserError as error:
@@ -94,21 +94,21 @@ def _read(path: Path, method: str | None, beside: Collection[str]) -> tuple[Rele
 
 
 def _check(path: Path, model: torch.nn.Module, backbone: str) -> str:
-    """Compares with the reference logits that an export put beside the adapter."""
+    """Compares with the reference logits of an export. Returns the outcome; raises UserError where they differ."""
     file = (path if path.is_dir() else path.parent) / REFERENCE
     if not file.is_file():
-        return f"not compared: no {REFERENCE} beside it"
-    if not agrees(model, schemas.read(file, schemas.REFERENCE)):
+        return f"not compared: there is no {REFERENCE}"
+    if not agrees(model, schemas.read(file, Reference)):
         raise UserError(
-            f"with this adapter {backbone} gives other logits than {file} says; is it of another backbone, or changed "
-            f"since? Delete {REFERENCE} to import it all the same"
+            f"{backbone} with this adapter gives other logits than {file} has: the adapter is for another backbone, or "
+            f"was changed; delete {REFERENCE} to import it anyway"
         )
     return "as exported"
 
 
 @torch.no_grad()
 def _put_connections(model: Backbone, extras: Mapping[str, Mapping[str, Tensor]]) -> None:
-    """Copies connection layers into a backbone that has such. Another keeps them for the next export, and no more."""
+    """Copies connection layers into the backbone; where it has none of them, they are kept for the next export only."""
     own = model.connections()
     given = {name: t for kind, part in extras.items() if kind not in LANGUAGE_MODEL for name, t in part.items()}
     if not given.keys() & own.keys():

@@ -1,5 +1,4 @@
-"""Error types of wrong answers: by rules, then by a model that answers two yes/no questions.
+"""Error types of wrong answers (hallucination, instruction unfollowing, other) by rules or by a judge model.
 
-A model is asked only about answers that no rule decides, and the error type is derived here from its two booleans.
-The rules that every evaluation applies are in `scoring.errors`.
+A model is asked two yes/no questions about answers that no rule decides. The rules are in ``cnext.scoring.errors``.
 """

@@ -1,4 +1,4 @@
-"""Verdicts kept in an append-only file, a JSON object a line, each under the hash of prompts, model and input."""
+"""An append-only JSONL file of verdicts, each under the hash of prompts, model and input."""
 
 from __future__ import annotations
 
@@ -7,93 +7,93 @@ import json
 import os
 from pathlib import Path
 from threading import Lock
-from typing import IO, Any
+from typing import IO
+
+from msgspec.structs import asdict
 
 from cnext.errors import UserError
-from cnext.judging.requests import Prompts, key
-from cnext.judging.verdict import QUESTIONS, error_type
+from cnext.judging.requests import Prompts, error_type, verdict_key
+from cnext.records import Record
+from cnext.runs.schemas import read_rows
 
 
-def read_rows(path: Path, needed: tuple[str, ...]) -> list[dict[str, Any]]:
-    """The objects of a JSONL file, without a last line that an interruption cut short.
+class Verdict(Record):
+    """A line of the file: a model's answers to the two questions about one input.
 
-    Raises:
-        UserError: a line is no object or lacks a key; names file and line.
+    key: as `verdict_key`.  input_sha256: as `requests.input_hash`.  stage, task, index, id: the case that was asked
+    about first.  served: the model as the server names it.  tokens: of request and reply.
     """
-    lines = path.read_bytes().split(b"\n")[:-1]
-    found = []
-    for number, line in enumerate(lines, 1):
-        try:
-            row = json.loads(line)
-        except ValueError as error:
-            raise UserError(f"{path}:{number}: expected a JSON object, got something else ({error})") from error
-        missing = [name for name in needed if not isinstance(row, dict) or name not in row]
-        if missing:
-            raise UserError(f"{path}:{number}: expected a JSON object with {', '.join(needed)}; lacks {missing}")
-        found.append(row)
-    return found
+
+    key: str
+    input_sha256: str
+    stage: int
+    task: str
+    index: int
+    id: str
+    follows_instruction: bool
+    consistent: bool
+    served: str
+    tokens: dict[str, int]
+    model: str
+    prompts: str
+    prompts_sha256: str
 
 
 class Verdicts:
     """The verdicts of one model under one version of the prompts.
 
     Args:
-        path: the file; it need not be there yet unless ``model`` is None.
-        model: the judge's name, or None for that of the file, which is then only read.
+        path: the file; it may be missing unless ``model`` is None.
+        model: the judge's name; None: that of the file, which is then only read.
 
     Raises:
-        UserError: the file holds verdicts of other prompts or of another model, or something else altogether.
+        UserError: the file holds verdicts of other prompts or of another model, or is no file of verdicts.
     """
 
     def __init__(self, path: Path, prompts: Prompts, model: str | None) -> None:
         self.path, self.prompts = path, prompts
-        # What helps where a file is another judge's; one to replay is given by its name.
-        self._cure = "give another --name, or move the file" if model else "judge again, or replay another file"
+        # The advice for a file of another judge; a file to replay is given by its name.
+        self._advice = "give another --name, or move the file" if model else "judge again, or replay another file"
         self._file: IO[bytes] | None = None
         self._lock = Lock()
         if model is None and not path.is_file():
             raise UserError(f"{path}: expected a file of verdicts to replay, found none")
-        needed = ("key", "model", "prompts", "prompts_sha256", *QUESTIONS)
-        rows = read_rows(path, needed) if path.is_file() else []
+        rows = read_rows(path, Verdict, self._advice)
         if model is None and not rows:
             raise UserError(f"{path}: expected verdicts to replay, the file has none")
-        self.model = rows[0]["model"] if model is None else model
+        self.model = rows[0].model if model is None else model
         for row in rows:
             self._check(row)
-        self._rows = {row["key"]: row for row in rows}
+        self._rows = {row.key: row for row in rows}
 
-    def _check(self, row: dict[str, Any]) -> None:
-        ours, theirs = (self.prompts.version, self.prompts.sha256), (row["prompts"], row["prompts_sha256"])
-        if ours != theirs:
-            raise UserError(
-                f"{self.path} holds verdicts of prompts {theirs[0]} ({theirs[1][:12]}), asked for are prompts "
-                f"{ours[0]} ({ours[1][:12]}), and one table may not mix them; {self._cure}"
-            )
-        if row["model"] != self.model:
-            raise UserError(
-                f"{self.path} holds verdicts of {row['model']}, asked for are those of {self.model}, and one table may "
-                f"not mix them; {self._cure}"
-            )
-        if any(type(row[question]) is not bool for question in QUESTIONS):
-            raise UserError(f"{self.path}: expected true or false for {' and '.join(QUESTIONS)}, got {row}")
+    def _check(self, row: Verdict) -> None:
+        ours = f"prompts {self.prompts.version} ({self.prompts.sha256[:12]})", self.model
+        theirs = f"prompts {row.prompts} ({row.prompts_sha256[:12]})", row.model
+        same = (row.prompts, row.prompts_sha256) == (self.prompts.version, self.prompts.sha256), row.model == self.model
+        for mine, other, equal in zip(ours, theirs, same, strict=True):
+            if not equal:
+                raise UserError(
+                    f"{self.path} holds verdicts of {other}, expected those of {mine}: one table may not mix them; "
+                    f"{self._advice}"
+                )
 
     def key(self, case_sha256: str) -> str:
-        return key(self.prompts.sha256, self.model, case_sha256)
+        """The key of this judge's verdict on an input."""
+        return verdict_key(self.prompts.sha256, self.model, case_sha256)
 
-    def error_type(self, name: str) -> str | None:
+    def error_type(self, key: str) -> str | None:
         """The error type of the verdict under this key; None where there is no verdict."""
-        row = self._rows.get(name)
-        return error_type(*(row[question] for question in QUESTIONS)) if row else None
+        row = self._rows.get(key)
+        return error_type(row.follows_instruction, row.consistent) if row else None
 
-    def add(self, row: dict[str, Any]) -> None:
-        """Keeps a verdict: on the disk when this returns. Any thread may call it."""
-        head = {"model": self.model, "prompts": self.prompts.version, "prompts_sha256": self.prompts.sha256}
+    def add(self, row: Verdict) -> None:
+        """Appends a verdict, on the disk when this returns. Thread-safe. Raises UserError if another process writes."""
         with self._lock:
             file = self._opened()
-            file.write(json.dumps({**row, **head}).encode() + b"\n")
+            file.write(json.dumps(asdict(row)).encode() + b"\n")
             file.flush()
             os.fsync(file.fileno())
-            self._rows[row["key"]] = row
+            self._rows[row.key] = row
 
     def _opened(self) -> IO[bytes]:
         if self._file is None:
@@ -112,6 +112,7 @@ class Verdicts:
         return self._file
 
     def close(self) -> None:
+        """Closes the file, which releases its lock."""
         if self._file is not None:
             self._file.close()
             self._file = None

@@ -1,4 +1,4 @@
-"""A case: one answer that fell short, with all that a judge may know of it, and what the rules say of it."""
+"""A wrong answer as a judge sees it, and its error type by rules."""
 
 from __future__ import annotations
 
@@ -13,19 +13,20 @@ from cnext.scoring.boxes import parse_box
 from cnext.scoring.errors import box_error, image_error, text_error
 
 KINDS = ("text", "box", "draw", "edit")
-READ_FROM_IMAGE = "ocr_answer"
+"""Kinds of tasks, each with a prompt of its own: short answers, bounding boxes, text to image, image editing."""
+OCR = "ocr_answer"
 """The scorer of answers that are read letter by letter and need not be words."""
-_DRAWN = numpy.zeros((1, 1, 3), numpy.uint8)
-SHORT_ANSWERS = ("short_answer", READ_FROM_IMAGE, "exact_answer", "contained_answer")
+SHORT_ANSWERS = ("short_answer", OCR, "exact_answer", "contained_answer")
+_ANY_IMAGE = numpy.zeros((1, 1, 3), numpy.uint8)
 
 
 @dataclass(frozen=True)
 class Case:
-    """One answer that fell short. The judge sees nothing of stage, method or score.
+    """One answer with a score below 100. The judge does not see stage, method or score.
 
-    index: its place in the file of answers.  kind: one of ``KINDS``.  expected: "" where a picture is asked.
-    drawn: the picture drawn, or None.  source, target: those that were read and that would have been right, or None.
-    by_rule: the error type as the rules have it; a malformed answer is malformed beyond doubt, the rest is not.
+    index: its line in the file of answers, from 0.  kind: one of ``KINDS``.  expected: "" where an image is asked for.
+    generated: the model's image, or None.  source, target: the data set's input and reference images, or None.
+    by_rule: the error type by rules; it is final for instruction unfollowing, the rest a judge may decide.
     """
 
     stage: int
@@ -36,26 +37,26 @@ class Case:
     instruction: str
     expected: str
     answer: str
-    drawn: Path | None
+    generated: Path | None
     source: Path | None
     target: Path | None
     by_rule: str
 
     @property
     def decided(self) -> bool:
-        """Whether no model need be asked."""
+        """Whether the rules decide, so that no model need be asked."""
         return self.by_rule == "instruction_unfollowing"
 
     @property
     def images(self) -> list[tuple[str, Path]]:
-        """The pictures that the judge sees, each with what it is, in the order of the prompts."""
+        """The images that the judge sees, (title, path), in the order that the prompt gives."""
         shown = {
             "text": [("What the model was shown", self.source)],
             "box": [("What the model was shown", self.source)],
-            "draw": [("What the model drew", self.drawn)],
+            "draw": [("What the model drew", self.generated)],
             "edit": [
                 ("The source", self.source),
-                ("What the model drew", self.drawn),
+                ("What the model drew", self.generated),
                 ("A picture that would have been right", self.target),
             ],
         }
@@ -63,19 +64,20 @@ class Case:
 
 
 def rule(
-    scorer: str, text: str, drawn: bool, expected: str, instruction: str, known: Collection[str], scored: str
+    scorer: str, text: str, generated: bool, expected: str, instruction: str, known: Collection[str], scored: str
 ) -> str:
-    """The error type of an answer that fell short, by rules alone.
+    """The error type of a wrong answer by rules.
 
     Args:
         scorer: a name that ``cnext.scoring.make_scorers`` gives.
+        generated: whether the answer has an image.
         known: the words of the task's questions and references.
-        scored: the error type that the scorer gave, which stands where the scorer is of another sort than these.
+        scored: the error type that the scorer gave; it is returned for scorers without rules here.
     """
-    # The rules ask of a picture only whether there is one.
-    prediction = Prediction(text, image=_DRAWN if drawn else None)
+    # The rules ask only whether there is an image.
+    prediction = Prediction(text, image=_ANY_IMAGE if generated else None)
     if scorer in SHORT_ANSWERS:
-        return text_error(prediction, expected, instruction, None if scorer == READ_FROM_IMAGE else known)
+        return text_error(prediction, expected, instruction, None if scorer == OCR else known)
     if scorer == "box":
         return box_error(prediction, parsable=parse_box(text) is not None)
     if scorer in ("clip_text", "clip_image"):

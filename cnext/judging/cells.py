@@ -1,4 +1,4 @@
-"""The answers of a run, stage x task, as a judge sees them, and the shares of each error type that its labels make."""
+"""The errors of a run by stage and task, and the table of their types after judging."""
 
 from __future__ import annotations
 
@@ -9,21 +9,31 @@ from math import fsum, isclose
 from pathlib import Path
 from typing import Any
 
+from msgspec.structs import replace
+
 from cnext.errors import UserError
 from cnext.judging.cases import Case, rule
-from cnext.judging.sampling import wilson
+from cnext.judging.statistics import wilson
+from cnext.records import Record
 from cnext.runs import schemas
+from cnext.runs.schemas import Answer, StageScore
 from cnext.scoring.base import ERROR_TYPES
 from cnext.scoring.kinds import known_words
 from cnext.scoring.matrix import IDENTITY_TOLERANCE, ScoreMatrix, metrics
 
-SHOWN = ("forgetting", "avg_hal", "avg_iuf", "avg_oth")
-_SCORED = {key: schemas.SCORED[key] for key in ("stage", "trained", "task", "scorer", "strict")}
+METRICS = {"forgetting": "Forgetting", "avg_hal": "Avg.HAL", "avg_iuf": "Avg.IUF", "avg_oth": "Avg.OTH"}
+
+
+class Modalities(Record):
+    """What is read of results.json."""
+
+    tasks: list[str]
+    writes: dict[str, list[str]]
 
 
 @dataclass(frozen=True)
 class Cell:
-    """The answers to one task after one stage. errors: those that fell short, each with its shortfall in percent."""
+    """The answers to one task after one stage. errors: those with a score below 100, each with the points it lacks."""
 
     stage: int
     trained: str
@@ -35,7 +45,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class JudgedRun:
-    """What a run answered. tasks: in training order."""
+    """The answers of a run. tasks: in training order."""
 
     tasks: list[str]
     cells: list[Cell]
@@ -45,7 +55,7 @@ class JudgedRun:
         """Reads results.json, scores.jsonl and predictions/.
 
         Raises:
-            UserError: one of them is missing or is not what it should be; names it.
+            UserError: one of them is missing or invalid; the message names it.
         """
         file, scores = run / "results.json", run / "scores.jsonl"
         for path in (file, scores):
@@ -54,12 +64,12 @@ class JudgedRun:
                     f"{path} is not there: a judge needs a whole run folder, with {file.name}, {scores.name} and "
                     "predictions/; give one, or run cnext-run again"
                 )
-        results = schemas.read(file, {"tasks": [str], "writes": {str: [str]}})
-        tasks = results["tasks"]
-        rows = {(row["stage"], row["task"]): row for row in schemas.read_rows(scores, _SCORED)}
+        results = schemas.read(file, Modalities)
+        tasks = results.tasks
+        rows = {(row.stage, row.task): row for row in schemas.read_rows(scores, StageScore)}
         if strange := [key for key in rows if not 0 <= key[0] <= len(tasks) or key[1] not in tasks]:
             raise UserError(f"{scores}: expected the stages and tasks of {file.name}, got {strange[0]}")
-        cells = [_cell(run, row, rows.get((0, row["task"])), results["writes"]) for row in rows.values()]
+        cells = [_cell(run, row, rows.get((0, row.task)), results.writes) for row in rows.values()]
         return cls(tasks, cells)
 
     def matrix(self) -> ScoreMatrix:
@@ -71,65 +81,61 @@ class JudgedRun:
         return found
 
     def decisive(self) -> list[Cell]:
-        """The cells that the averages are made of: each task when it is learnt, and all of them at the last stage."""
+        """The cells that the averages need: each task after its own stage, and all tasks after the last."""
         last = self.matrix().stages_done
         return [c for c in self.cells if c.stage and c.stage in (self.tasks.index(c.task) + 1, last)]
 
 
-def _cell(run: Path, row: dict[str, Any], zero_shot: dict[str, Any] | None, writes: dict[str, list[str]]) -> Cell:
-    stage, trained, task = row["stage"], row["trained"], row["task"]
+def _cell(run: Path, row: StageScore, zero_shot: StageScore | None, writes: dict[str, list[str]]) -> Cell:
+    stage, trained, task = row.stage, row.trained, row.task
     path = run / "predictions" / f"{stage}_{trained}" / f"{task}.jsonl"
-    if not path.is_file() and zero_shot and {**zero_shot, "stage": stage, "trained": trained} == row:
-        # A method that trains nothing answers as before; the answers were written once.
-        path = run / "predictions" / f"0_{zero_shot['trained']}" / f"{task}.jsonl"
+    if not path.is_file() and zero_shot and replace(zero_shot, stage=stage, trained=trained) == row:
+        # The answers of a method that trains nothing are the zero-shot ones, which are written once.
+        path = run / "predictions" / f"0_{zero_shot.trained}" / f"{task}.jsonl"
     if not path.is_file():
-        raise UserError(f"{path}: a judge needs a run's predictions, found none there; run cnext-run again")
-    answers = schemas.read_rows(path, schemas.ANSWER)
-    score = fsum(answer["strict"] for answer in answers) / len(answers) if answers else -1.0
-    if not isclose(score, row["strict"], abs_tol=IDENTITY_TOLERANCE):
+        raise UserError(f"{path}: a judge needs a run's predictions, found none; run cnext-run again")
+    answers = schemas.read_rows(path, Answer)
+    score = fsum(answer.strict for answer in answers) / len(answers) if answers else -1.0
+    if not isclose(score, row.strict, abs_tol=IDENTITY_TOLERANCE):
         raise UserError(
-            f"{path}: expected answers with a mean score of {row['strict']}, as scores.jsonl has it, got "
-            f"{len(answers)} with {score}; they are not of one run"
+            f"{path}: expected answers with a mean score of {row.strict}, as in scores.jsonl, got "
+            f"{len(answers)} with a mean of {score}; the files are of different runs"
         )
-    known = known_words(text for answer in answers for text in (answer["instruction"], answer["answer"]))
+    known = known_words(text for answer in answers for text in (answer.instruction, answer.answer))
     errors = {}
     for index, answer in enumerate(answers):
-        if answer["strict"] < 100.0:
+        if answer.strict < 100.0:
             case = _case(run, row, answer, index, known, "image" in writes.get(task, ()))
-            errors[case] = 100.0 - answer["strict"]
+            errors[case] = 100.0 - answer.strict
     return Cell(stage, trained, task, len(answers), score, errors)
 
 
-def _case(
-    run: Path, row: dict[str, Any], answer: dict[str, Any], index: int, known: frozenset[str], draws: bool
-) -> Case:
-    source, target = (answer[name] and Path(answer[name]) for name in ("source_image", "target_image"))
-    kind = ("edit" if source else "draw") if draws else "box" if row["scorer"] == "box" else "text"
-    drawn, expected = answer["image"] and run / answer["image"], "" if draws else answer["answer"]
-    by_rule = rule(
-        row["scorer"], answer["text"], bool(drawn), expected, answer["instruction"], known, answer["error"] or "other"
-    )
-    asked = (kind, answer["instruction"], expected, answer["text"])
-    return Case(row["stage"], row["task"], index, answer["id"], *asked, drawn or None, source, target, by_rule)
+def _case(run: Path, row: StageScore, answer: Answer, index: int, known: frozenset[str], draws: bool) -> Case:
+    source, target = (Path(path) if path else None for path in (answer.source_image, answer.target_image))
+    kind = ("edit" if source else "draw") if draws else "box" if row.scorer == "box" else "text"
+    drawn, expected = run / answer.image if answer.image else None, "" if draws else answer.answer
+    by_rule = rule(row.scorer, answer.text, bool(drawn), expected, answer.instruction, known, answer.error or "other")
+    asked = (kind, answer.instruction, expected, answer.text)
+    return Case(row.stage, row.task, index, answer.id, *asked, drawn, source, target, by_rule)
 
 
-def booked(run: JudgedRun, cells: Sequence[Cell], labels: Mapping[Case, str | None]) -> dict[str, Any]:
-    """Shares per stage x task, E_c = (1/n) Σ_{s of type c} (100 - score_s), and the averages where all is judged.
+def table(run: JudgedRun, cells: Sequence[Cell], labels: Mapping[Case, str | None]) -> dict[str, Any]:
+    """Shares of the error types by stage and task, E_c = (1/n) Σ_{s of type c} (100 - score_s), and their averages.
 
     Args:
-        labels: the error type of each case, None or absent where it was not judged.
+        labels: the error type of each case; None or missing where it was not judged.
 
     Returns:
-        complete, unjudged (a count), cells (each with shares, its own counts and, where only some were judged, 95%
-        intervals of the types among those that no rule decides), metrics (``SHOWN``; None where incomplete).
+        complete, unjudged (a count), tasks, profile, metrics (``METRICS``; None where incomplete) and cells. A cell has
+        its shares and counts and, where only some errors were judged, 95% intervals of the types of the others.
     """
-    rows = [_booked_cell(cell, labels) for cell in cells]
+    rows = [_row(cell, labels) for cell in cells]
     matrices = {kind: ScoreMatrix(len(run.tasks)) for kind in ERROR_TYPES}
     for row in rows:
         if row["stage"] and not row["unjudged"]:
             for kind, matrix in matrices.items():
                 matrix.set(row["stage"] - 1, run.tasks.index(row["task"]), row["shares"][kind])
-    # Also checks that the shares of a cell add up to its shortfall, and the averages to Forgetting.
+    # This also checks that shares add up to 100 - score, and averages to Forgetting.
     found = metrics(run.matrix(), error_matrices=matrices)
     unjudged = sum(row["unjudged"] for row in rows)
     return {
@@ -137,15 +143,15 @@ def booked(run: JudgedRun, cells: Sequence[Cell], labels: Mapping[Case, str | No
         "unjudged": unjudged,
         "tasks": run.tasks,
         "profile": "strict",
-        "metrics": {name: found[name] for name in SHOWN},
+        "metrics": {name: found[name] for name in METRICS},
         "cells": rows,
     }
 
 
-def _booked_cell(cell: Cell, labels: Mapping[Case, str | None]) -> dict[str, Any]:
+def _row(cell: Cell, labels: Mapping[Case, str | None]) -> dict[str, Any]:
     lost: dict[str | None, list[float]] = {kind: [] for kind in (*ERROR_TYPES, None)}
-    for case, shortfall in cell.errors.items():
-        lost[labels.get(case)].append(shortfall)
+    for case, points in cell.errors.items():
+        lost[labels.get(case)].append(points)
     shares = {kind: fsum(parts) / cell.samples for kind, parts in lost.items()}
     row = {
         **{name: getattr(cell, name) for name in ("stage", "trained", "task", "samples", "score")},
@@ -170,11 +176,11 @@ def _booked_cell(cell: Cell, labels: Mapping[Case, str | None]) -> dict[str, Any
 
 
 def text(table: dict[str, Any]) -> str:
-    """A booked table in lines of text."""
+    """A table as text."""
     width = max([4, *(len(f"{row['stage']} {row['trained']}") for row in table["cells"])])
     wide = max([4, *(len(row["task"]) for row in table["cells"])])
     lines = [
-        "What each score lacks to 100: hallucination (HAL), instruction unfollowing (IUF), other (OTH)",
+        "Points missing from 100 by error type: hallucination (HAL), instruction unfollowing (IUF), other (OTH)",
         f"{'stage':<{width}}  {'task':<{wide}}   score     HAL     IUF     OTH  unjudged",
     ]
     for row in table["cells"]:
@@ -182,13 +188,11 @@ def text(table: dict[str, Any]) -> str:
         left = f"{row['unjudged']} of {row['errors']} ({row['unjudged_share']:.2f})" if row["unjudged"] else "0"
         stage = f"{row['stage']} {row['trained']}"
         lines.append(f"{stage:<{width}}  {row['task']:<{wide}}{row['score']:8.2f}{shares}  {left}")
-    names = {"forgetting": "Forgetting", "avg_hal": "Avg.HAL", "avg_iuf": "Avg.IUF", "avg_oth": "Avg.OTH"}
-    values = [(label, table["metrics"][name]) for name, label in names.items()]
+    values = [(label, table["metrics"][name]) for name, label in METRICS.items()]
     lines.append("  ".join(f"{label} {'not known' if value is None else f'{value:.2f}'}" for label, value in values))
-    if guessed := table.get("estimates"):
-        ends = [(names[name], *(of[end] for end in ("estimate", "low", "high"))) for name, of in guessed.items()]
-        told = "  ".join(f"{name} {estimate:.2f} [{low:.2f}, {high:.2f}]" for name, estimate, low, high in ends)
-        lines.append(f"Estimated from those judged, with 95% intervals: {told}")
+    if estimates := table.get("estimates"):
+        parts = [f"{METRICS[k]} {e['estimate']:.2f} [{e['low']:.2f}, {e['high']:.2f}]" for k, e in estimates.items()]
+        lines.append(f"Estimates from the judged errors, with 95% intervals: {'  '.join(parts)}")
     if not table["complete"]:
-        lines.append(f"INCOMPLETE: {table['unjudged']} errors are not judged; their share is booked to no type")
+        lines.append(f"INCOMPLETE: {table['unjudged']} errors are not judged; their share counts for no type")
     return "\n".join(lines)

@@ -1,39 +1,44 @@
-"""A model behind an OpenAI-compatible server: one request, tried again where that may help, with a reason if not."""
+"""Client of an OpenAI-compatible server: requests with retries, and many cases in parallel."""
 
 from __future__ import annotations
 
 import json
 import os
 import random
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
-from threading import Event
+from threading import Event, Lock
 from types import TracebackType
 from typing import Any
 from urllib.parse import urlsplit
 
 from cnext.errors import UserError
-from cnext.judging.requests import PARAMETERS
-from cnext.judging.verdict import Malformed
+from cnext.judging.cache import Verdict, Verdicts
+from cnext.judging.cases import Case
+from cnext.judging.requests import PARAMETERS, Malformed, Prompts, input_hash, parse
 
 DEFAULT_MODEL = "Qwen/Qwen3-VL-30B-A3B-Instruct"
 KEY_VARIABLE = "OPENAI_API_KEY"
-LONGEST_WAIT = 60.0
-"""The longest wait in seconds before a request is tried again, unless the server names a longer one."""
-OF_ONE = (400, 413, 422)
-"""Refusals that may be of one request alone: too long, or a picture of a shape that the model does not take."""
+MAX_WAIT = 60.0
+"""The longest wait in seconds before a retry, unless the server names a longer one."""
+ONE_REQUEST = (400, 413, 422)
+"""Status codes that may concern one request only: too long, or an image size that the model does not take."""
+MAX_SILENT = 10
+"""Requests in a row without a reply after which judging ends: the server is down."""
 
 
 class Unavailable(UserError):
-    """No answer can be had from this server as it is: every further request would fare the same."""
+    """The server cannot be used as it is: every further request would fail too."""
 
 
 class NoReply(Exception):
-    """One request got no reply in all its tries; others may."""
+    """One request got no reply in all its tries; others may get one."""
 
 
 @dataclass(frozen=True)
-class Reply:
-    """What a server said. content: the message. tokens: of request and reply, as the server counts them."""
+class Completion:
+    """A chat completion: its message, the model as the server names it, and the tokens that it counts."""
 
     content: str
     served: str
@@ -42,11 +47,11 @@ class Reply:
 
 @dataclass
 class Client:
-    """One server and one model. Any number of threads may ``ask``.
+    """One server and one model; thread-safe.
 
-    url: for example http://localhost:8000/v1.  timeout: seconds that the server may be silent.
-    tries: of one request, while the server is overloaded, fails or is silent.  wait: seconds before the second try;
-    doubled for each further one, and shortened by up to a half at random.
+    url: for example http://localhost:8000/v1.  timeout: seconds without data after which a request fails.
+    tries: of one request, while the server is overloaded, fails or is silent.  wait: seconds before the second try,
+    doubled for each further one, with a random factor between 0.5 and 1.
     """
 
     url: str
@@ -55,7 +60,7 @@ class Client:
     tries: int = 5
     wait: float = 1.0
     stopped: Event = field(default_factory=Event)
-    """Set to end every wait at once."""
+    """Set to end all waits."""
 
     def __post_init__(self) -> None:
         parts = urlsplit(self.url)
@@ -64,13 +69,13 @@ class Client:
                 f"expected openai:URL with http:// or https://, got {self.url!r}; try http://localhost:8000/v1"
             )
         if parts.username or parts.password:
-            raise UserError(f"the URL of the judge holds a name or password; put the key into {KEY_VARIABLE} instead")
+            raise UserError(f"the URL of the judge has a user name or password; set {KEY_VARIABLE} instead")
         try:
             import openai
         except ImportError as error:
             raise UserError("a judge behind a server needs the openai client: pip install 'cnext[judge]'") from error
         self._openai = openai
-        # Local servers want some key, whatever it is. Retries are ours, so that waits can be ended.
+        # Local servers accept any key, but want one. Retries are done here, so that waits can be ended.
         key = os.environ.get(KEY_VARIABLE) or "none"
         self._client = openai.OpenAI(base_url=self.url, api_key=key, timeout=self.timeout, max_retries=0)
 
@@ -80,12 +85,12 @@ class Client:
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._client.close()
 
-    def ask(self, messages: list[Any]) -> Reply:
-        """The reply to some messages.
+    def ask(self, messages: list[Any]) -> Completion:
+        """The completion of messages.
 
         Raises:
             Malformed: the reply is cut off, or no chat completion.
-            NoReply: the server was overloaded, failed or was silent at every try, or refuses this request.
+            NoReply: the server was overloaded, failed or timed out at every try, or refuses this request.
             Unavailable: it cannot be reached, or refuses the key or the model.
         """
         openai = self._openai
@@ -102,19 +107,19 @@ class Client:
             except openai.APIConnectionError as error:
                 reason = f"{error.__cause__ or error}"
                 failure, cause = (
-                    Unavailable(f"the judge at {self.url} cannot be reached ({reason}); start it, or mend the URL"),
+                    Unavailable(f"the judge at {self.url} cannot be reached ({reason}); start it, or correct the URL"),
                     error,
                 )
             except openai.APIStatusError as error:
-                if error.status_code in OF_ONE:
-                    raise NoReply(f"refused with status {error.status_code}: {_said(error)}") from error
+                if error.status_code in ONE_REQUEST:
+                    raise NoReply(f"refused with status {error.status_code}: {_message(error)}") from error
                 if error.status_code != 429 and error.status_code < 500:
                     raise self._refusal(error) from error
                 failure, cause = NoReply(f"status {error.status_code}"), error
                 asked_wait = _seconds(error.response.headers.get("retry-after", ""))
             if attempt + 1 == self.tries:
                 raise failure from cause
-            backoff = min(self.wait * 2**attempt, LONGEST_WAIT) * random.uniform(0.5, 1.0)
+            backoff = min(self.wait * 2**attempt, MAX_WAIT) * random.uniform(0.5, 1.0)
             if self.stopped.wait(max(backoff, asked_wait)):
                 raise NoReply("stopped") from cause
         raise AssertionError("tries must be at least 1")
@@ -129,15 +134,15 @@ class Client:
             )
             return Unavailable(f"the judge at {self.url} {given} (status {status})")
         return Unavailable(
-            f"the judge at {self.url} refuses a request for {self.model} (status {status}): {_said(error)}"
+            f"the judge at {self.url} refuses a request for {self.model} (status {status}): {_message(error)}"
         )
 
 
-def _said(error: Any) -> str:
+def _message(error: Any) -> str:
     return " ".join(str(error.message).split())[:200]
 
 
-def _read(body: str) -> Reply:
+def _read(body: str) -> Completion:
     try:
         value = json.loads(body)
         choice, usage = value["choices"][0], value.get("usage") or {}
@@ -147,12 +152,92 @@ def _read(body: str) -> Reply:
         raise Malformed(f"no chat completion: {body[:80]!r}") from error
     if ended == "length":
         raise Malformed(f"cut off: {str(content)[:80]!r}")
-    return Reply(str(content or ""), str(value.get("model") or ""), tokens)
+    return Completion(str(content or ""), str(value.get("model") or ""), tokens)
 
 
 def _seconds(header: str) -> float:
-    """Seconds in a Retry-After header; 0 for a date, which our own waits serve as well."""
+    """The seconds of a Retry-After header; 0 where it has a date, for which the usual wait is used."""
     try:
-        return min(max(float(header), 0.0), 10 * LONGEST_WAIT)
+        return min(max(float(header), 0.0), 10 * MAX_WAIT)
     except ValueError:
         return 0.0
+
+
+def keys(cases: Sequence[Case], verdicts: Verdicts) -> dict[Case, tuple[str, str]]:
+    """The key of each case's verdict, and the hash of its input."""
+    return {case: (verdicts.key(digest := input_hash(case)), digest) for case in cases}
+
+
+def judge(
+    keyed: dict[Case, tuple[str, str]],
+    verdicts: Verdicts,
+    client: Client,
+    prompts: Prompts,
+    concurrency: int = 8,
+    advance: Callable[[], None] = lambda: None,
+) -> dict[str, str]:
+    """Asks about the cases without a verdict, once for cases of equal input, and saves each verdict as it arrives.
+
+    Args:
+        keyed: cases as ``keys`` gives them.
+        concurrency: requests at a time.
+        advance: called after each request, in the calling thread.
+
+    Returns:
+        Why there is no verdict, by the key of those that stay without one.
+
+    Raises:
+        Unavailable: the server cannot be used; verdicts so far are saved.
+    """
+    silent, lock = 0, Lock()
+    waiting = {key: (case, digest) for case, (key, digest) in keyed.items() if verdicts.error_type(key) is None}
+
+    def one(key: str) -> tuple[str, str]:
+        """The key, and why there is no verdict: "" where there is one."""
+        nonlocal silent
+        case, digest = waiting[key]
+        for again in (False, True):
+            if client.stopped.is_set():
+                return key, "stopped"
+            try:
+                completion = client.ask(prompts.messages(case, again))
+                reply = parse(completion.content)
+                silent = 0
+            except Malformed as error:
+                silent = 0
+                reason = f"malformed reply, {str(error).split(':')[0]}"
+                continue
+            except NoReply as error:
+                with lock:
+                    silent += 1
+                if silent >= MAX_SILENT:
+                    client.stopped.set()
+                    raise Unavailable(
+                        f"the judge at {client.url} gave no reply to {silent} requests in a row ({error})"
+                    ) from error
+                return key, str(error)
+            except Unavailable:
+                client.stopped.set()
+                raise
+            verdicts.add(
+                Verdict(
+                    *(key, digest, case.stage, case.task, case.index, case.id),
+                    *(reply.follows_instruction, reply.consistent, completion.served, completion.tokens),
+                    *(verdicts.model, prompts.version, prompts.sha256),
+                )
+            )
+            return key, ""
+        return key, reason
+
+    reasons: dict[str, str] = {}
+    pool = ThreadPoolExecutor(concurrency, thread_name_prefix="judge")
+    try:
+        for future in as_completed([pool.submit(one, key) for key in waiting]):
+            key, reason = future.result()
+            advance()
+            if reason:
+                reasons[key] = reason
+    finally:
+        client.stopped.set()
+        pool.shutdown(cancel_futures=True)
+    return reasons

@@ -1,4 +1,4 @@
-"""What a part of the errors, judged, says of the averages: estimates with intervals, beside an incomplete table."""
+"""Estimates of the averages, with 95% confidence intervals, from a judged sample of the errors."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from math import fsum, sqrt
 
 from cnext.judging.cases import Case
 from cnext.judging.cells import Cell, JudgedRun
-from cnext.judging.sampling import wilson
+from cnext.judging.statistics import wilson
 from cnext.scoring.base import ERROR_TYPES
 
 AVERAGES = dict(zip(("avg_hal", "avg_iuf", "avg_oth"), ERROR_TYPES, strict=True))
@@ -16,12 +16,15 @@ Interval = tuple[float, float, float]
 
 
 def estimates(run: JudgedRun, labels: Mapping[Case, str | None]) -> dict[str, dict[str, float]] | None:
-    """The averages of each error type, where of every cell's errors a part was drawn and all that was drawn was judged.
+    """Avg.HAL, Avg.IUF and Avg.OTH, estimated from a judged sample of every cell's errors.
 
-    A cell's share of type c is E_c = R_c + S p_c: R_c what rules book to c, S what is lost by errors that no rule
-    decides, p_c the part of c in what is lost by those of them that were judged. The estimates add up to Forgetting.
+    A cell's share of type c is E_c = R_c + S p_c: R_c the points lost by errors that rules classify as c, S those lost
+    by errors that no rule decides, p_c the proportion of c in the points lost by the judged ones among these. The
+    estimates add up to Forgetting.
 
-    Returns: estimate, low and high by average, in points; None where a cell has such errors and none was judged.
+    Returns:
+        estimate, low and high by metric, in points; None where a cell has undecided errors and none was judged.
+
     Reference: Zou and Donner 2008, "Construction of confidence limits about effect measures", for sums.
     """
     last = run.matrix().stages_done
@@ -43,7 +46,7 @@ def estimates(run: JudgedRun, labels: Mapping[Case, str | None]) -> dict[str, di
 
 
 def _sum(terms: list[Interval]) -> Interval:
-    """The sum of independent estimates: its ends are as far away as the root of the sum of the squared distances."""
+    """The sum of independent estimates; distances to the interval's ends add up in squares."""
     total = fsum(estimate for estimate, _, _ in terms)
     below = sqrt(fsum((estimate - low) ** 2 for estimate, low, _ in terms))
     above = sqrt(fsum((high - estimate) ** 2 for estimate, _, high in terms))
@@ -51,10 +54,10 @@ def _sum(terms: list[Interval]) -> Interval:
 
 
 def _share(cell: Cell, kind: str, labels: Mapping[Case, str | None]) -> Interval | None:
-    """The share of one type in percent of a cell's samples; None where nothing tells.
+    """The share of one type in percent of a cell's samples; None where no undecided error was judged.
 
-    The interval of p_c is Wilson's. Judged errors that lose unequally count as (Σ w)² / Σ w², and the more of all
-    errors are judged the more they count: times (N - 1) / (N - n) for n of N.
+    The interval of p_c is Wilson's, for the effective sample size (Σ w)² / Σ w² of errors that lose w points each,
+    times the finite population correction (N - 1) / (N - n) for n judged of N.
     """
     ruled = fsum(lost for case, lost in cell.errors.items() if case.decided and case.by_rule == kind)
     undecided = {case: lost for case, lost in cell.errors.items() if not case.decided}

@@ -1,4 +1,4 @@
-"""What a judge is sent: a prompt, the pictures, and the answer in a data block that it cannot break out of."""
+"""What a judge is asked: the prompt, the images, the answer as data, the JSON reply, and the hashes that name them."""
 
 from __future__ import annotations
 
@@ -11,12 +11,20 @@ from math import ceil
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from cnext.errors import UserError
 from cnext.judging.cases import KINDS, Case
-from cnext.judging.verdict import SCHEMA
 
 FOLDER = Path(__file__).parent / "prompts"
 VERSION = "v1"
+QUESTIONS = ("follows_instruction", "consistent")
+SCHEMA: dict[str, Any] = {
+    "type": "object",
+    "properties": {question: {"type": "boolean"} for question in QUESTIONS},
+    "required": list(QUESTIONS),
+    "additionalProperties": False,
+}
 PARAMETERS: dict[str, Any] = {
     "temperature": 0,
     "top_p": 1,
@@ -28,8 +36,35 @@ CHARACTERS_PER_TOKEN, PIXELS_PER_TOKEN = 4, 32
 """For estimates: English text, and the side of the square that is one token in Qwen3-VL."""
 REPLY_TOKENS = 20
 _SIGNATURES = ((b"\x89PNG", "png"), (b"\xff\xd8", "jpeg"), (b"RIFF", "webp"), (b"GIF8", "gif"))
-# Marks of chat templates and of lines end a block for some servers; in JSON they can be written without themselves.
+# Special tokens of chat templates and line separators, which JSON can write by their code points.
 _ESCAPES = {ord(c): f"\\u{ord(c):04x}" for c in "<>\x7f\x85\u2028\u2029"}
+
+
+class Malformed(ValueError):
+    """A reply that is not the JSON object asked for."""
+
+
+class Reply(msgspec.Struct, forbid_unknown_fields=True):
+    """The JSON object that a judge must reply with: its answers to `QUESTIONS`."""
+
+    follows_instruction: bool
+    consistent: bool
+
+
+def parse(content: str | None) -> Reply:
+    """The two answers of a reply. Raises Malformed where it is anything but one JSON object with these booleans."""
+    try:
+        return msgspec.json.decode(content or "", type=Reply)
+    except (msgspec.MsgspecError, ValueError, RecursionError) as error:
+        kind = "not the two booleans asked for" if isinstance(error, msgspec.ValidationError) else "not JSON"
+        raise Malformed(f"{kind}: {(content or '')[:80]!r}") from error
+
+
+def error_type(follows_instruction: bool, consistent: bool) -> str:
+    """The error type of a verdict: instruction unfollowing, else hallucination, else other where both are true."""
+    if not follows_instruction:
+        return "instruction_unfollowing"
+    return "other" if consistent else "hallucination"
 
 
 @dataclass(frozen=True)
@@ -40,6 +75,7 @@ class Prompts:
 
     @cached_property
     def texts(self) -> dict[str, str]:
+        """The system prompt of each of `KINDS`, and the reminder after a malformed reply."""
         return {name: (FOLDER / self.version / f"{name}.txt").read_text("utf-8") for name in (*KINDS, "reminder")}
 
     @cached_property
@@ -47,7 +83,7 @@ class Prompts:
         return _digest({"texts": self.texts, "parameters": PARAMETERS})
 
     def messages(self, case: Case, again: bool = False) -> list[dict[str, Any]]:
-        """The messages of one request. again: with a reminder, after a reply that was malformed."""
+        """The messages of one request in OpenAI's format. again: with a reminder, after a malformed reply."""
         shown: list[dict[str, Any]] = []
         for title, path in case.images:
             shown += [{"type": "text", "text": f"{title}:"}, {"type": "image_url", "image_url": {"url": _url(path)}}]
@@ -55,8 +91,8 @@ class Prompts:
         user = [*shown, {"type": "text", "text": data_block(case)}]
         return [{"role": "system", "content": system}, {"role": "user", "content": user}]
 
-    def tokens(self, case: Case) -> tuple[int, int]:
-        """Estimated tokens of a request and of its reply."""
+    def tokens(self, case: Case) -> int:
+        """The estimated tokens of a request. Raises UserError for an image that cannot be read."""
         from PIL import Image
 
         count = ceil((len(self.texts[case.kind]) + len(data_block(case))) / CHARACTERS_PER_TOKEN)
@@ -65,29 +101,29 @@ class Prompts:
                 with Image.open(path) as image:
                     count += ceil(image.width / PIXELS_PER_TOKEN) * ceil(image.height / PIXELS_PER_TOKEN)
             except OSError as error:
-                raise _missing(path, error) from error
-        return count, REPLY_TOKENS
+                raise _unreadable(path, error) from error
+        return count
 
 
 def data_block(case: Case) -> str:
-    """The texts of a case as one line of JSON between two marks, which hold a hash of what stands between them."""
+    """The texts of a case as one line of JSON between two marks with a hash of the line, which it cannot forge."""
     fields = {"instruction": case.instruction, "expected": case.expected, "answer": case.answer}
     if case.kind in ("draw", "edit"):
         del fields["expected"]
-    # Half a surrogate pair, which a model may well say, cannot be sent.
+    # A lone surrogate, which a model may emit, cannot be sent.
     line = json.dumps(fields, ensure_ascii=False).translate(_ESCAPES).encode("utf-8", "replace").decode()
     mark = hashlib.sha256(line.encode()).hexdigest()[:16]
     return f"DATA-{mark} {line} DATA-{mark}"
 
 
 def input_hash(case: Case) -> str:
-    """sha256 of all that a judge is shown of a case: its texts and the bytes of its pictures."""
+    """SHA-256 of all that a judge is shown of a case: its texts and the bytes of its images."""
     pictures = [(title, hashlib.sha256(_bytes(path)).hexdigest()) for title, path in case.images]
     return _digest([case.kind, case.instruction, case.expected, case.answer, pictures])
 
 
-def key(prompts_sha256: str, model: str, case_sha256: str) -> str:
-    """The name of a verdict: of these prompts, by this model, on this input."""
+def verdict_key(prompts_sha256: str, model: str, case_sha256: str) -> str:
+    """The key of the verdict that a model gives under these prompts on this input."""
     return _digest([prompts_sha256, model, case_sha256])
 
 
@@ -99,7 +135,7 @@ def _url(path: Path) -> str:
     content = _bytes(path)
     kind = next((kind for signature, kind in _SIGNATURES if content.startswith(signature)), "")
     if not kind:
-        raise UserError(f"{path}: expected a PNG, JPEG, WebP or GIF picture, got something else; mend the file")
+        raise UserError(f"{path}: expected a PNG, JPEG, WebP or GIF image, got something else; replace the file")
     return f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
 
 
@@ -107,11 +143,11 @@ def _bytes(path: Path) -> bytes:
     try:
         return path.read_bytes()
     except OSError as error:
-        raise _missing(path, error) from error
+        raise _unreadable(path, error) from error
 
 
-def _missing(path: Path, error: OSError) -> UserError:
+def _unreadable(path: Path, error: OSError) -> UserError:
     return UserError(
-        f"{path}: a judge needs this picture, which cannot be read ({error.strerror or error}); put the data folder "
+        f"{path}: a judge needs this image, which cannot be read ({error.strerror or error}); put the data folder "
         "back where the run found it, or use --judge rules"
     )

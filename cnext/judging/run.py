@@ -1,4 +1,4 @@
-"""``cnext judge``: books what a run's answers fell short of to hallucination, instruction unfollowing or other."""
+"""``cnext judge``: classifies the errors of runs as hallucination, instruction unfollowing or other."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from cnext.errors import UserError, unknown
-from cnext.judging import asking, cells, client, estimates, sampling
+from cnext.judging import cells, client, statistics
 from cnext.judging.cache import Verdicts
 from cnext.judging.cases import Case
+from cnext.judging.estimates import estimates
 from cnext.judging.requests import REPLY_TOKENS, Prompts
 from cnext.runs.checkpoint import write_json, write_text
 from cnext.tables import aggregate
@@ -25,12 +26,16 @@ BEYOND = "beyond the limit"
 
 @dataclass(frozen=True)
 class JudgeConfig:
-    """Who judges, and how much.
+    """The judge, and what it judges.
 
-    judge: "rules" (free, offline), "openai:URL" (a model behind an OpenAI-compatible server, for all that no rule
-    decides) or "replay:FILE" (the verdicts of such a file alone).
-    model: the judge behind the URL.  name: of the files written.  limit: judge at most so many answers, as many of
-    every stage and task (0: all).  every_stage: not only the cells that Avg.HAL, IUF and OTH are made of.
+    judge: "rules" (free, offline), "openai:URL" (a model behind an OpenAI-compatible server, asked about errors that no
+    rule decides) or "replay:FILE" (the verdicts in a file).  model: the judge behind the URL.
+    name: of the files written.  limit: ask about at most so many errors, stratified by stage and task (0: all).
+    every_stage: not only the stages that Avg.HAL, Avg.IUF and Avg.OTH need.  concurrency: requests at a time.
+    timeout: seconds without data after which a request fails.  tries: of each request.
+    dry_run: print the number of requests and tokens, and stop.
+
+    Raises: UserError for an unknown judge and values out of range.
     """
 
     judge: str = "rules"
@@ -70,7 +75,7 @@ class JudgeConfig:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What was judged. labels: by case.  reasons: why some are not.  stopped: why the judging ended early, or None."""
+    """Labels by case, None where not judged; counts of the reasons for None; why judging ended early, or None."""
 
     labels: dict[Case, str | None]
     reasons: Counter[str]
@@ -79,9 +84,10 @@ class Outcome:
 
 
 def judge_runs(given: Sequence[Path], config: JudgeConfig) -> None:
-    """Judges the run folders given and those inside other folders given, one after another; of several says which.
+    """Judges runs one after another. given: run folders, or folders that hold some.
 
-    Raises: UserError as ``judge_run``, at the first run of which it holds.
+    Raises:
+        UserError: as ``judge_run``, at the first run that fails.
     """
     runs = aggregate.find(given)
     for run in runs:
@@ -91,10 +97,14 @@ def judge_runs(given: Sequence[Path], config: JudgeConfig) -> None:
 
 
 def judge_run(run: Path, config: JudgeConfig) -> dict[str, Any] | None:
-    """Judges a run and writes ``judge/<name>.json`` (the table) and ``judge/<name>.jsonl`` (the verdicts).
+    """Judges a run and writes ``judge/<name>.json`` (the table) and ``judge/<name>.jsonl`` (the verdicts) into it.
 
-    Returns: the table; None after a dry run, which writes nothing.
-    Raises: UserError, also where the judging ended early, after what was judged has been written.
+    Returns:
+        The table, see ``cells.table``; None after a dry run, which writes nothing.
+
+    Raises:
+        UserError: the run's files are missing or invalid, as ``judge_cases``, or judging ended early; what was judged
+            is written first.
     """
     answers = cells.JudgedRun.read(run)
     judged = answers.cells if config.kind == "rules" or config.every_stage else answers.decisive()
@@ -102,9 +112,9 @@ def judge_run(run: Path, config: JudgeConfig) -> dict[str, Any] | None:
     outcome = judge_cases(cases, config, run / "judge")
     if outcome is None:
         return None
-    table = {**outcome.judge, **cells.booked(answers, judged, outcome.labels), "reasons": dict(outcome.reasons)}
+    table = {**outcome.judge, **cells.table(answers, judged, outcome.labels), "reasons": dict(outcome.reasons)}
     if table["metrics"]["avg_hal"] is None and set(outcome.reasons) == {BEYOND}:
-        table["estimates"] = estimates.estimates(answers, outcome.labels)
+        table["estimates"] = estimates(answers, outcome.labels)
     (run / "judge").mkdir(exist_ok=True)
     file = run / "judge" / f"{config.file_name}.json"
     if config.kind == "rules":
@@ -115,9 +125,7 @@ def judge_run(run: Path, config: JudgeConfig) -> dict[str, Any] | None:
         write_text(file.with_suffix(".jsonl"), "".join(json.dumps(row) + "\n" for row in rows))
     write_json(file, table)
     if outcome.stopped is not None:
-        raise UserError(
-            f"{outcome.stopped}; what was judged is kept, {file} is marked incomplete, and the same command goes on"
-        )
+        raise UserError(f"{outcome.stopped}; verdicts so far are saved, {file} is incomplete: run the command again")
     print(cells.text(table))
     for reason, count in outcome.reasons.items():
         print(f"not judged: {count}, {reason}")
@@ -126,9 +134,13 @@ def judge_run(run: Path, config: JudgeConfig) -> dict[str, Any] | None:
 
 
 def judge_cases(cases: Sequence[Case], config: JudgeConfig, folder: Path) -> Outcome | None:
-    """Labels for the cases: by rule where one decides, by the judge elsewhere. None after a dry run.
+    """Labels cases: by rules where these decide, else by the judge. Returns None after a dry run.
 
-    Args: folder: where the verdicts of a model are kept, as ``<name>.jsonl``.
+    Args:
+        folder: keeps the verdicts of a model, as ``<name>.jsonl``.
+
+    Raises:
+        UserError: the file of verdicts is invalid or of another judge, or an image cannot be read.
     """
     if config.kind == "rules":
         if config.dry_run:
@@ -136,48 +148,42 @@ def judge_cases(cases: Sequence[Case], config: JudgeConfig, folder: Path) -> Out
             return None
         return Outcome({case: case.by_rule for case in cases}, Counter(), {"judge": "rules"})
     prompts = Prompts()
-    open_cases = [case for case in cases if not case.decided]
-    chosen = sampling.stratified(open_cases, config.limit) if config.limit else open_cases
+    undecided = [case for case in cases if not case.decided]
+    chosen = statistics.stratified(undecided, config.limit) if config.limit else undecided
     labels: dict[Case, str | None] = {case: case.by_rule for case in cases if case.decided}
     replayed = config.kind == "replay"
     path = Path(config.where) if replayed else folder / f"{config.file_name}.jsonl"
     with closing(Verdicts(path, prompts, None if replayed else config.model)) as verdicts:
-        named = asking.keys(chosen, verdicts)
-        asked = {name: case for case, (name, _) in named.items() if verdicts.error_type(name) is None}
-        _estimate(len(cases), len(labels), len(chosen), list(asked.values()), replayed, prompts)
+        keyed = client.keys(chosen, verdicts)
+        to_ask = {key: case for case, (key, _) in keyed.items() if verdicts.error_type(key) is None}
+        counts = f"{len(cases)} errors: {len(labels)} judged by rules, {len(chosen)} for the judge"
+        if replayed:
+            print(f"{counts}, of which {len(to_ask)} are not in the file")
+        else:
+            tokens = sum(map(prompts.tokens, to_ask.values()))
+            written = REPLY_TOKENS * len(to_ask)
+            print(f"{counts}; {len(to_ask)} requests, about {tokens:,} tokens in and {written:,} out", flush=True)
         if config.dry_run:
             return None
         stopped, why = None, {}
-        if not replayed and asked:
+        if not replayed and to_ask:
             try:
-                why = _ask(named, verdicts, config, prompts, len(asked))
+                why = _ask(keyed, verdicts, config, prompts, len(to_ask))
             except client.Unavailable as error:
                 stopped = error
-        labels |= {case: verdicts.error_type(name) for case, (name, _) in named.items()}
-    default = "no verdict in the file" if replayed else "the judging ended early"
-    reasons = Counter(why.get(name, default) for case, (name, _) in named.items() if labels[case] is None)
-    reasons += Counter({BEYOND: len(open_cases) - len(chosen)})
-    who = {"judge": config.kind, "model": verdicts.model, "prompts": prompts.version, "prompts_sha256": prompts.sha256}
-    return Outcome(labels, reasons, who, stopped)
-
-
-def _estimate(errors: int, ruled: int, chosen: int, asked: Sequence[Case], replayed: bool, prompts: Prompts) -> None:
-    kept = f"{errors} errors: {ruled} judged by rules, {chosen} for the judge"
-    if replayed:
-        print(f"{kept}, of which {len(asked)} are not in the file")
-        return
-    counts = [prompts.tokens(case) for case in asked]
-    total = sum(request for request, _ in counts)
-    print(
-        f"{kept}, {len(asked)} requests to make: about {total:,} tokens to read and {REPLY_TOKENS * len(asked):,} to "
-        "write, by estimate",
-        flush=True,
-    )
+        labels |= {case: verdicts.error_type(key) for case, (key, _) in keyed.items()}
+    default = "no verdict in the file" if replayed else "judging ended early"
+    reasons = Counter(why.get(key, default) for case, (key, _) in keyed.items() if labels[case] is None)
+    reasons += Counter({BEYOND: len(undecided) - len(chosen)})
+    judge = {"judge": config.kind, "model": verdicts.model}
+    judge |= {"prompts": prompts.version, "prompts_sha256": prompts.sha256}
+    return Outcome(labels, reasons, judge, stopped)
 
 
 def _ask(
-    named: dict[Case, tuple[str, str]], verdicts: Verdicts, config: JudgeConfig, prompts: Prompts, total: int
+    keyed: dict[Case, tuple[str, str]], verdicts: Verdicts, config: JudgeConfig, prompts: Prompts, total: int
 ) -> dict[str, str]:
+    """``client.judge`` with a progress bar."""
     from rich.console import Console
     from rich.progress import Progress
 
@@ -185,4 +191,4 @@ def _ask(
     server = client.Client(config.where, config.model, config.timeout, config.tries)
     with server, Progress(console=console, disable=not console.is_terminal) as bars:
         bar = bars.add_task("judging", total=total)
-        return asking.ask(named, verdicts, server, prompts, config.concurrency, lambda: bars.advance(bar))
+        return client.judge(keyed, verdicts, server, prompts, config.concurrency, lambda: bars.advance(bar))

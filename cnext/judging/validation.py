@@ -1,4 +1,4 @@
-"""``cnext judge validate``: how far a judge agrees with errors whose type is known from how they were made."""
+"""``cnext judge validate``: agreement of a judge with 200 synthetic errors of known type."""
 
 from __future__ import annotations
 
@@ -7,29 +7,33 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from cnext import judging
-from cnext.judging.agreement import agreement
 from cnext.judging.cases import Case, rule
 from cnext.judging.run import JudgeConfig, judge_cases
+from cnext.judging.statistics import agreement
 from cnext.runs.checkpoint import write_json
 from cnext.scoring.base import ERROR_TYPES
 from cnext.scoring.kinds import known_words
 from cnext.scoring.matrix_file import read_json
 from cnext.tasks import scenes, suites, synthetic
 
-LABELLED = Path(judging.__file__).parent / "labelled.json"
+LABELLED = Path(__file__).with_name("labelled.json")
 
 
 def validate(config: JudgeConfig, folder: Path) -> dict[str, Any] | None:
-    """Judges the labelled errors; prints and returns accuracy, kappa and confusion.
+    """Judges the labelled errors; prints, saves and returns accuracy, kappa and confusion matrix.
 
-    Args: folder: where verdicts and the outcome are kept, as ``<name>.jsonl`` and ``<name>.json``.
-    Returns: None after a dry run.
-    Raises: UserError, also where the judging ended early; the verdicts that were given are kept.
+    Args:
+        folder: gets the verdicts, as ``<name>.jsonl``, and the result, as ``<name>.json``.
+
+    Returns:
+        As `statistics.agreement`, with the judge; None after a dry run.
+
+    Raises:
+        UserError: as `judge_cases`, or judging ended early; verdicts so far are saved.
     """
     labelled = read_json(LABELLED)
     with tempfile.TemporaryDirectory() as pictures:
-        cases = _cases(labelled, Path(pictures), drawn=config.kind != "rules")
+        cases = _cases(labelled, Path(pictures), draw=config.kind != "rules")
         outcome = judge_cases(cases, config, folder)
     if outcome is None:
         return None
@@ -45,7 +49,7 @@ def validate(config: JudgeConfig, folder: Path) -> dict[str, Any] | None:
 
 
 def text(found: dict[str, Any]) -> str:
-    """An agreement in lines of text."""
+    """The result of `validate` as text."""
     values = [
         f"{name} {'undefined' if found[name] is None else f'{found[name]:.3f}'}" for name in ("accuracy", "kappa")
     ]
@@ -56,8 +60,8 @@ def text(found: dict[str, Any]) -> str:
     return "\n".join([*lines, *(f"not judged: {count}, {reason}" for reason, count in found["reasons"].items())])
 
 
-def _cases(labelled: list[dict[str, Any]], folder: Path, drawn: bool) -> list[Case]:
-    """The labelled errors as a judge sees them. drawn: whether their pictures are drawn, which rules do not need."""
+def _cases(labelled: list[dict[str, Any]], folder: Path, draw: bool) -> list[Case]:
+    """The labelled errors as a judge sees them. draw: whether to write their images, which rules do not need."""
     suite = suites.load("next-tiny")
     cases = {}
     for task in suite.tasks:
@@ -68,7 +72,7 @@ def _cases(labelled: list[dict[str, Any]], folder: Path, drawn: bool) -> list[Ca
 
         def picture(index: int, name: str, task: str = task.name, examples: list = examples) -> Path:
             path = folder / f"{task}-{index}-{name}.png"
-            if drawn and not path.exists():
+            if draw and not path.exists():
                 _save(scenes.draw(getattr(examples[index], name)), path)
             return path
 

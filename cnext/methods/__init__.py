@@ -1,33 +1,32 @@
-"""Methods, one file each. The file is the registration: ``zero_shot.py`` holds the method ``zero-shot``.
+"""Continual-learning methods, one module each: ``zero_shot.py`` defines the method ``zero-shot``.
 
-A package elsewhere adds one by an entry point of the group ``cnext.methods``: ``name = "module"``.
+A package elsewhere adds one by an entry point of the group ``cnext.methods``: ``name = "module"``. `base` has the
+interface, `parts` what methods are composed of. Training itself is not here.
 """
 
 from __future__ import annotations
 
 import ast
-import contextlib
 import dataclasses
+import difflib
 import importlib
 import importlib.metadata
 import importlib.util
 import inspect
-import itertools
-import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 from cnext.errors import UserError, unknown
 
 GROUP = "cnext.methods"
-ALIASES = {"ew+ga": "ew-ga", "4-split": "ew-ga", "2-split": "two-split", "joint": "upper-bound"}
-"""Names that the paper writes, to names of methods."""
+PAPER_NAMES = {"4-split": "ew-ga", "2-split": "two-split", "joint": "upper-bound"}
+"""What the literature calls a method, where that is another word: suggested for an unknown name."""
 
 
 def modules() -> dict[str, str]:
-    """Method names and the modules that hold them. Imports none of them.
+    """Method names to the modules that define them, which are not imported.
 
-    Raises UserError where another package's method has the name of one of ours.
+    Raises: UserError where another package's method has the name of one of ours.
     """
     own = {
         path.stem.replace("_", "-"): f"{__name__}.{path.stem}"
@@ -40,36 +39,29 @@ def modules() -> dict[str, str]:
     return own | others
 
 
-def canonical(name: str) -> str:
-    """The name of a method that goes by this one too: an alias, or another case. A name not known is left as it is."""
-    known = modules()
-    for other in (name, ALIASES.get(name.lower(), name.lower())):
-        if other in known:
-            return other
-    return name
-
-
 def summary(name: str) -> str:
-    """The first line of a method's docstring, read without importing it (torch would take a second)."""
+    """The first line of a method's docstring, read without importing it (importing torch takes a second)."""
     try:
         text = ast.get_docstring(_source(modules()[name])) or ""
-    except _Unclear:
+    except ValueError:
         return f"registered by a package, but there is no module {modules()[name]}"
     return " ".join(text.partition("\n\n")[0].split()).partition(": ")[2]
 
 
 def load(name: str) -> type:
-    """The class of a method, by its name or another that it goes by. Raises UserError with the valid names."""
+    """The class of a method. Raises UserError with the valid names, or why it cannot be imported."""
     from cnext.methods.base import Method
 
-    known, found = modules(), canonical(name)
-    if found not in known:
-        raise unknown("method", name, sorted(known))
+    known = modules()
+    if name not in known:
+        near = [PAPER_NAMES.get(name.lower()), *difflib.get_close_matches(name.lower(), known, 1)]
+        hint = next((f"; perhaps you meant {other}" for other in near if other), "")
+        raise UserError(f"{unknown('method', name, sorted(known))}{hint}")
     try:
-        module = importlib.import_module(known[found])
-    except ImportError as error:
+        module = importlib.import_module(known[name])
+    except (ImportError, SyntaxError) as error:
         raise UserError(
-            f"the method {found} cannot be imported from {known[found]}: {error}; install the package again"
+            f"the method {name} cannot be imported from {known[name]}: {error}; install the package again"
         ) from error
     classes = [
         value
@@ -81,100 +73,85 @@ def load(name: str) -> type:
     return classes[0]
 
 
-def described_fields(kind: type) -> dict[str, str]:
-    """A method's hyperparameters and what the string under each says it means, its base classes' included."""
-    found: dict[str, str] = {}
-    for one in [base for base in reversed(kind.__mro__) if dataclasses.is_dataclass(base)]:
-        (node,) = [node for node in ast.parse(inspect.getsource(one)).body if isinstance(node, ast.ClassDef)]
-        found |= {ast.unparse(field.target): text for field, text in _annotated(node)}
-    return {field.name: found.get(field.name, "") for field in dataclasses.fields(kind) if field.init}
+def declared(name: str) -> type:
+    """A dataclass with a method's hyperparameters, whose fields' metadata have their descriptions as "help".
+
+    A field ``lr: Annotated[float, "Learning rate."] = 0.1`` is read from the source, without importing torch. The
+    method is imported if one of its fields has another form; a field without Annotated has the description "".
+
+    Raises: UserError as `load`.
+    """
+    try:
+        title, text, fields = _read(modules().get(name, ""))
+    except ValueError:
+        kind = load(name)
+        title, text, hints = kind.__name__, kind.__doc__, get_type_hints(kind, include_extras=True)
+        fields = [_field(hints[f.name], f) for f in dataclasses.fields(kind) if f.init]
+    return dataclasses.make_dataclass(title, fields, namespace={"__doc__": text})
 
 
-def _annotated(node: ast.ClassDef) -> list[tuple[ast.AnnAssign, str]]:
-    """The annotated names of a class, each with the string under it or ""."""
-    found = []
-    for first, second in itertools.pairwise([*node.body, ast.Pass()]):
-        if isinstance(first, ast.AnnAssign):
-            said = second.value if isinstance(second, ast.Expr) else None
-            text = str(said.value) if isinstance(said, ast.Constant) else ""
-            found.append((first, " ".join(text.split())))
+def _field(hint: Any, declared: dataclasses.Field) -> tuple[str, Any, Any]:
+    """A field as `dataclasses.make_dataclass` takes it, with its Annotated description in the metadata."""
+    text = next((item for item in getattr(hint, "__metadata__", ()) if isinstance(item, str)), "")
+    kind = getattr(hint, "__origin__", hint) if hasattr(hint, "__metadata__") else hint
+    defaults = {"default": declared.default, "default_factory": declared.default_factory}
+    return declared.name, kind, dataclasses.field(metadata={"help": text}, **defaults)
+
+
+_TYPES: dict[str, type] = {"bool": bool, "int": int, "float": float, "str": str}
+
+
+def _read(module: str) -> tuple[str, str | None, list[tuple[str, Any, Any]]]:
+    """Name, docstring and fields of the one dataclass that a module defines. Raises ValueError: it must be imported."""
+    [node] = [node for node in _source(module).body if isinstance(node, ast.ClassDef) and node.decorator_list]
+    return node.name, ast.get_docstring(node), list(_fields(module, node.name).values())
+
+
+def _fields(module: str, name: str) -> dict[str, tuple[str, Any, Any]]:
+    """The dataclass fields of a class and its bases, as `_field` returns them. Raises ValueError: see `_read`."""
+    if module == f"{__name__}.base":  # Method has none
+        return {}
+    body = _source(module).body
+    places = {
+        alias.asname or alias.name: (node.module or "", alias.name)
+        for node in body
+        if isinstance(node, ast.ImportFrom) and not node.level
+        for alias in node.names
+    }
+    [node] = [node for node in body if isinstance(node, ast.ClassDef) and node.name == name]
+    found: dict[str, tuple[str, Any, Any]] = {}
+    for base in reversed(node.bases):
+        found |= _fields(*places.get(ast.unparse(base), (module, ast.unparse(base))))
+    if not node.decorator_list:
+        return found
+    for statement in node.body:
+        match statement:
+            case ast.AnnAssign(
+                ast.Name(label),
+                ast.Subscript(ast.Name("Annotated"), ast.Tuple([ast.Name(kind), ast.Constant(str(text))])),
+                ast.expr() as default,
+            ) if kind in _TYPES:
+                value = dataclasses.field(default=ast.literal_eval(default), metadata={"help": text})
+                found[label] = (label, _TYPES[kind], value)
+            case ast.AnnAssign(annotation=ast.Subscript(ast.Name("ClassVar"))):
+                pass
+            case ast.AnnAssign():
+                raise ValueError(f"{ast.unparse(statement)} of {module} is read by importing it")
     return found
 
 
-class _Unclear(Exception):
-    """The source alone does not say what a class's fields are."""
-
-
-def declared(name: str) -> type:
-    """A dataclass with the fields, defaults and docstring of a method, and nothing else of it.
-
-    Made from the method's source without importing it, as torch would take a second; each field's metadata has what it
-    means as "help". The method's class itself, where a field's type or default is more than a plain literal.
-
-    Raises: UserError with the valid names.
-    """
-    module = modules().get(canonical(name))
-    if module is not None:
-        with contextlib.suppress(_Unclear):
-            nodes = [node for node in _source(module).body if isinstance(node, ast.ClassDef) and node.decorator_list]
-            outlines = [_outline(module, node.name) for node in nodes]
-            methods = [one for one in outlines if ("cnext.methods.base", "Method") in map(_place, one.__mro__)]
-            if len(methods) == 1:
-                return methods[0]
-    return load(name)
-
-
-def _place(kind: type) -> tuple[str, str]:
-    return kind.__module__, kind.__name__
-
-
 def _source(module: str) -> ast.Module:
+    """The syntax tree of a module that is not imported. Raises ValueError where there is no source of it."""
     try:
         spec = importlib.util.find_spec(module)
     except ModuleNotFoundError:  # of the package around it
         spec = None
     if spec is None or spec.origin is None or not spec.origin.endswith(".py"):
-        raise _Unclear
-    return ast.parse(Path(spec.origin).read_text(encoding="utf-8"))
-
-
-def _outline(module: str, name: str) -> type:
-    """A class of a module, or one that it imports, with its bases, fields and docstring."""
-    if module.partition(".")[0] in sys.stdlib_module_names:  # no class of these has fields
-        return type(name, (), {})
-    for node in _source(module).body:
-        if isinstance(node, ast.ImportFrom) and node.module and not node.level:
-            for alias in node.names:
-                if (alias.asname or alias.name) == name:
-                    return _outline(node.module, alias.name)
-        if isinstance(node, ast.ClassDef) and node.name == name:
-            break
-    else:
-        raise _Unclear
-    bases = [base.id for base in node.bases if isinstance(base, ast.Name)]
-    if len(bases) < len(node.bases):
-        raise _Unclear
-    body: dict[str, Any] = {"__module__": module, "__doc__": ast.get_docstring(node), "__annotations__": {}}
-    decorators = [ast.unparse(one) for one in node.decorator_list]
-    if decorators not in ([], ["dataclass"]):
-        raise _Unclear
-    for field, text in _annotated(node) if decorators else ():
-        kind = ast.unparse(field.annotation)
-        if kind.startswith("ClassVar"):
-            continue
-        if kind not in _TYPES or field.value is None:
-            raise _Unclear
-        label = ast.unparse(field.target)
-        body["__annotations__"][label] = _TYPES[kind]
-        try:
-            body[label] = dataclasses.field(default=ast.literal_eval(field.value), metadata={"help": text})
-        except ValueError as error:
-            raise _Unclear from error
-    kind = type(name, tuple(_outline(module, base) for base in bases), body)
-    return dataclasses.dataclass(kind) if decorators else kind
-
-
-_TYPES: dict[str, type] = {"bool": bool, "int": int, "float": float, "str": str}
+        raise ValueError(f"no source of module {module!r}")
+    try:
+        return ast.parse(Path(spec.origin).read_text(encoding="utf-8"))
+    except SyntaxError as error:
+        raise ValueError(f"module {module!r} has a syntax error") from error
 
 
 def describe(name: str, extra_bytes: str) -> str:
@@ -183,19 +160,20 @@ def describe(name: str, extra_bytes: str) -> str:
     extra_bytes: how many bytes it keeps, and where, for they depend on a backbone.
     """
     kind = load(name)
-    method, canon = kind(), canonical(name)
+    method = kind()
     card = method.card
-    lines = [inspect.getdoc(importlib.import_module(kind.__module__)) or "", ""]
-    lines.append(f"paper               {card.paper}")
     rehearsal = f"{card.rehearsal} training samples of every task are kept" if card.rehearsal else "none"
-    rehearsal = "every training sample of every task is there at once" if method.joint else rehearsal
-    lines.append(f"rehearsal           {rehearsal}")
-    lines.append(f"task id at test     {'needed' if card.task_id_at_test else 'not needed'}")
-    lines.append(f"keeps between tasks {card.keeps}")
-    lines.append(f"extra bytes         {extra_bytes}")
-    lines.append(
-        "learns              " + ("all tasks at once, as a reference" if method.joint else "one task after another")
-    )
-    for field, text in described_fields(kind).items():
-        lines.append(f"--{canon}.{field.replace('_', '-')} (default {getattr(method, field)})\n    {text}")
+    rows = {
+        "paper": card.paper,
+        "rehearsal": "every training sample of every task is there at once" if method.joint else rehearsal,
+        "task id at test": "needed" if card.task_id_at_test else "not needed",
+        "keeps between tasks": card.keeps,
+        "extra bytes": extra_bytes,
+        "learns": "all tasks at once, as a reference" if method.joint else "one task after another",
+    }
+    lines = [inspect.getdoc(importlib.import_module(kind.__module__)) or "", ""]
+    lines += [f"{label:<19} {value}" for label, value in rows.items()]
+    for field in dataclasses.fields(declared(name)):
+        lines.append(f"--{name}.{field.name.replace('_', '-')} (default {getattr(method, field.name)})")
+        lines.append(f"    {field.metadata['help']}")
     return "\n".join(lines)

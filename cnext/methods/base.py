@@ -1,14 +1,9 @@
-"""The interface of a continual-learning method: one dataclass of hyperparameters with hooks around training.
-
-Once: ``attach``. For every task: ``trainable`` and ``before_task``; per step ``before_step``, the backward pass of the
-task loss, ``transform_gradients``, the gradients of ``extra_loss`` added, clipping, the optimizer, ``after_step``; then
-``after_task``. Evaluation is inside ``for_eval``, by ``answer``. A hook that a method does not need is not written.
-"""
+"""The interface of a continual-learning method: a dataclass of hyperparameters with hooks around training."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -23,16 +18,18 @@ from cnext.scoring.base import Prediction
 from cnext.tasks.base import Sample, Task
 
 Memory = Mapping[str, Sequence[Sample]]
-"""Training samples kept of each task learnt so far and of the present one, in the order learnt."""
+"""Training samples kept for rehearsal: task name to samples, earlier tasks and the current one, in training order."""
 
 
 @dataclass(frozen=True)
 class Card:
-    """What a method needs. The runner gives it that and no more, and the contract test holds it to the rest.
+    """What a method needs. The runner gives it that and no more.
 
-    paper: where it comes from.  keeps: what it stores between tasks besides the adapter that it trains.
-    rehearsal: training samples that it keeps of every task (0: rehearsal-free).
-    task_id_at_test: whether it is told which task a question belongs to.
+    Attributes:
+        paper: where the method comes from.
+        keeps: what it stores between tasks besides the adapter that it trains.
+        rehearsal: training samples kept of every task; 0 for a rehearsal-free method.
+        task_id_at_test: whether it is given the task of a test question.
     """
 
     paper: str
@@ -41,153 +38,194 @@ class Card:
     task_id_at_test: bool = False
 
 
-class Method(ABC):
-    """A subclass is a dataclass whose fields are its hyperparameters; each becomes a flag of ``cnext-run``.
+@dataclass(frozen=True)
+class Phase:
+    """Additional training after a task's last step, run by the trainer: AdamW, constant rate, no weight decay.
 
-    ``backbone`` is the model, ``model`` its language model, which carries the adapters.
+    Attributes:
+        parameters: the parameters to train.
+        steps: optimizer steps.
+        learning_rate: of every step.
+        loss: maps the step's number, from 0, to a scalar loss. Under data parallelism every process computes the same.
     """
 
-    joint: ClassVar[bool] = False
-    """Whether all tasks are learnt at once, as a reference, and not one after another."""
+    parameters: Sequence[nn.Parameter]
+    steps: int
+    learning_rate: float
+    loss: Callable[[int], Tensor]
+
+
+class Method(ABC):
+    """Base class of methods. A subclass is a dataclass; each of its fields is a hyperparameter and a command-line flag.
+
+    The trainer calls the hooks in this order::
+
+        method.setup(backbone, tasks, generator)              # once; calls attach
+        for task in tasks:
+            parameters = method.trainable(task)
+            method.before_task(parameters, steps, memory)
+            for step in range(steps):
+                for batch in micro_batches:
+                    method.before_step(batch)
+                    backbone.loss(batch).total.backward()
+                    penalty = method.extra_loss(batch)        # its gradient is kept apart until transform_gradients
+                method.transform_gradients(parameters)
+                optimizer.step()                              # after adding the penalty's gradient, and clipping
+                method.after_step()
+            for phase in method.phases(): train(phase)
+            method.after_task()
+            with method.for_eval():
+                predictions = method.answer(questions, max_new_tokens, None)
+
+    A moving average of the parameters (``rule``) and a penalty on them (``regularizer``), set in ``__post_init__``, are
+    run by the default hooks; a method that overrides one of these hooks calls ``super()``. A method is a few lines::
+
+        @dataclass
+        class LoraEma(Lora):
+            retention: Annotated[float, "Weight of a task's starting values at its end."] = 0.13
+
+            card = Card("arXiv 2106.09685, with an exponential moving average")
+
+            def __post_init__(self):
+                super().__post_init__()
+                self.rule = Constant(self.retention)
+
+    ``self.backbone`` is the model and ``self.model`` its language model, which carries the adapters.
+    """
 
     card: ClassVar[Card]
     """What the method needs."""
 
+    joint: ClassVar[bool] = False
+    """Whether all tasks are trained at once, as a reference, instead of one after another."""
+
+    rule: MovingAverage | None = None
+    """Moving average of the trained parameters: opened before each task, updated at each step, applied at its end."""
+
+    regularizer: Callable[[], Tensor | None] | None = None
+    """Penalty on the trained parameters, a scalar that every step adds to the task loss; None in a step without one."""
+
     def setup(self, backbone: Backbone, tasks: Sequence[Task], generator: torch.Generator) -> None:
-        """Binds the method to a backbone. Called once, before the first task."""
+        """Binds the method to a backbone. Called once, before the first task. Arguments: see `attach`."""
         self.backbone, self.model = backbone, backbone.language_model
         self.attach(tasks, generator)
 
     @abstractmethod
     def attach(self, tasks: Sequence[Task], generator: torch.Generator) -> None:
-        """Attaches adapters to ``self.model``. tasks: those to come, in order; only their number and names count."""
+        """Attaches adapters to ``self.model`` and freezes everything else.
+
+        Args:
+            tasks: the tasks to come, in training order. A method may use their number and names only.
+            generator: CPU generator of the initial values.
+        """
 
     @abstractmethod
     def trainable(self, task: Task) -> dict[str, nn.Parameter]:
-        """Makes exactly this task's parameters trainable and returns them by name; empty: the task is not trained."""
+        """Unfreezes the parameters that a task trains, freezes all others, and returns the former by name.
 
-    def held(self) -> dict[str, nn.Parameter]:
-        """Every parameter that the method has put into the model, by name: what a checkpoint holds."""
+        Called once per task, before `before_task`. An empty result means that the task is not trained.
+        """
+
+    def adapter_parameters(self) -> dict[str, nn.Parameter]:
+        """All parameters that the method added to the model, trained or frozen, by name. Checkpoints store them."""
         return adapters.adapter_parameters(self.model)
 
     def before_task(self, parameters: dict[str, nn.Parameter], steps: int, memory: Memory) -> None:
-        """The task's parameters are about to be trained for ``steps`` optimizer steps.
+        """Called before a task's first step, and again with the same arguments when a run resumes within the task.
 
-        memory: as many samples of each task as the card asks for; empty for a rehearsal-free method.
+        Args:
+            parameters: what `trainable` returned.
+            steps: optimizer steps of the task.
+            memory: as many samples of each task as the card asks for; empty for a rehearsal-free method.
         """
+        if self.rule:
+            self.rule.begin_task(parameters, steps)
 
     def before_step(self, batch: Sequence[Any]) -> None:
-        """The encoded samples are about to go through the model."""
+        """Called before each forward pass of training. batch: encoded samples, as ``backbone.output`` takes them."""
 
     def transform_gradients(self, parameters: dict[str, nn.Parameter]) -> None:
-        """Reads or changes ``.grad``, which holds the task loss's gradient: not clipped, no penalty in it."""
+        """Reads or changes ``.grad``, which holds the gradient of the task loss: before clipping, without penalties.
+
+        Called once per optimizer step, after gradients are summed over micro-batches and processes.
+        """
+        if self.rule:
+            self.rule.update()
 
     def extra_loss(self, batch: Sequence[Any]) -> Tensor | None:
-        """A penalty to add to the task loss, or None. batch: the step's encoded samples."""
-        return None
+        """A penalty to add to the task loss: a scalar, or None. batch: the encoded samples of the forward pass."""
+        return self.regularizer() if self.regularizer else None
 
     def after_step(self) -> None:
-        """The optimizer has stepped."""
+        """Called after each optimizer step."""
+
+    def phases(self) -> Iterable[Phase]:
+        """Additional training after the task's last step, in evaluation mode.
+
+        As a generator, what it sets up before a ``yield`` is in place while the trainer runs that phase.
+        """
+        return ()
 
     def after_task(self) -> dict[str, Any] | None:
-        """The task's last step is done. Returns statistics for the results, or None."""
-        return None
+        """Called after a task's last step and `phases`. Returns statistics for results.json by branch, or None."""
+        if self.rule:
+            self.rule.end_task()
 
     @contextmanager
     def for_eval(self) -> Iterator[None]:
-        """The model inside is the one to evaluate."""
+        """Context in which the model is the one to evaluate."""
         yield
 
     def answer(self, questions: Sequence[Sample], max_new_tokens: int, task: Task | None) -> list[Prediction]:
-        """Answers questions, which hold an instruction and perhaps an image. task: None unless the card asks for it."""
+        """Generates an answer to each question, greedily.
+
+        Args:
+            questions: samples with an instruction and perhaps an image; no answer, no id.
+            max_new_tokens: most tokens of an answer.
+            task: the questions' task; None unless the card asks for it.
+        """
         return self.backbone.generate(questions, max_new_tokens)
 
-    def answer_with(
+    def answer_with_branches(
         self, branches: Sequence[tuple[str, ...]], questions: Sequence[Sample], max_new_tokens: int
     ) -> list[Prediction]:
-        """Answers each question with exactly its branches active, questions of the same branches together."""
+        """`answer` with only the given branches active, which may differ by question. branches: one tuple per question.
 
-        def told(active: tuple[str, ...], places: list[int]) -> list[Prediction]:
+        Questions with the same branches are answered in one call of ``backbone.generate``.
+        """
+
+        def generate(active: tuple[str, ...], indices: list[int]) -> list[Prediction]:
             with adapters.activated(self.model, active):
-                return self.backbone.generate([questions[place] for place in places], max_new_tokens)
+                return self.backbone.generate([questions[index] for index in indices], max_new_tokens)
 
-        return answered_in_groups(branches, told)
+        return answer_in_groups(branches, generate)
 
     def extra_bytes(self, tasks: int) -> int:
-        """An upper bound of what is kept after ``tasks`` tasks beyond one adapter of rank 32, samples aside."""
-        return 0
+        """Upper bound of the bytes stored after ``tasks`` tasks beyond one adapter of rank 32, samples not counted."""
+        kept = self.rule.persistent_statistics if self.rule else 0
+        return 4 * kept * sum(parameter.numel() for parameter in self.adapter_parameters().values())
 
     def state_dict(self) -> dict[str, Tensor]:
-        """What the method needs to go on after an interruption, besides the parameters `held`."""
-        return {}
+        """Tensors that a resumed run needs besides `adapter_parameters` and the optimizer's state."""
+        return self.rule.state_dict() if self.rule else {}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        assert not state, f"{type(self).__name__} has no state, got {sorted(state)}"
+        """Restores `state_dict`. Within a task it is called after `before_task`."""
+        if self.rule:
+            self.rule.load_state_dict(state)
 
 
-def answered_in_groups(
-    keys: Sequence[Hashable], answer: Callable[[Any, list[int]], list[Prediction]]
+def answer_in_groups(
+    keys: Sequence[Hashable], generate: Callable[[Any, list[int]], list[Prediction]]
 ) -> list[Prediction]:
-    """One answer for each key, in their order. answer: gives those of a key's places, asked for together."""
+    """One answer per key, in the order of the keys.
+
+    Args:
+        keys: what the questions are grouped by.
+        generate: called once per distinct key with the key and the indices of its questions; returns their answers.
+    """
     answers: dict[int, Prediction] = {}
     for key in dict.fromkeys(keys):
-        places = [place for place, other in enumerate(keys) if other == key]
-        answers |= zip(places, answer(key, places), strict=True)
-    return [answers[place] for place in range(len(keys))]
-
-
-class Averaged(Method):
-    """A method whose trained parameters go through a moving average, ``rule``, which the subclass makes."""
-
-    rule: MovingAverage
-
-    def before_task(self, parameters: dict[str, nn.Parameter], steps: int, memory: Memory) -> None:
-        self.rule.begin_task(parameters, steps)
-
-    def transform_gradients(self, parameters: dict[str, nn.Parameter]) -> None:
-        self.rule.update()
-
-    def after_task(self) -> dict[str, Any] | None:
-        self.rule.end_task()
-
-    def state_dict(self) -> dict[str, Tensor]:
-        return self.rule.state_dict()
-
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        self.rule.load_state_dict(state)
-
-
-class TaskBranches(Method):
-    """One branch for every task, before `Lora` among the bases: the present one is trained, those learnt are frozen.
-
-    The learnt ones add to y like a W into which each had been merged at its task's end, and W stays as it is. Those of
-    later tasks are off. After a ``load_state_dict`` as many are on as when the state was saved.
-    """
-
-    rank: int
-    attach_branches: Callable[[dict[str, int], torch.Generator], None]
-
-    def attach(self, tasks: Sequence[Task], generator: torch.Generator) -> None:
-        self.branches = {task.name: f"task-{number}" for number, task in enumerate(tasks, 1)}
-        self.attach_branches(dict.fromkeys(self.branches.values(), self.rank), generator)
-        self.activate(0)
-
-    def activate(self, count: int) -> None:
-        """Lets the first ``count`` branches take part."""
-        self.active = list(self.branches.values())[:count]
-        adapters.activate(self.model, self.active)
-
-    def trainable(self, task: Task) -> dict[str, nn.Parameter]:
-        self.activate(list(self.branches).index(task.name) + 1)
-        return adapters.set_trainable(self.model, self.active[-1:])
-
-    def extra_bytes(self, tasks: int) -> int:
-        """All branches but one, and their count."""
-        one = adapters.branch_parameters(self.model, [*self.branches.values()][:1])
-        return sum(4 * p.numel() for p in self.held().values()) - sum(4 * p.numel() for p in one.values()) + 8
-
-    def state_dict(self) -> dict[str, Tensor]:
-        return {"active": torch.tensor(len(self.active))}
-
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        self.activate(int(state["active"]))
+        indices = [index for index, other in enumerate(keys) if other == key]
+        answers |= zip(indices, generate(key, indices), strict=True)
+    return [answers[index] for index in range(len(keys))]

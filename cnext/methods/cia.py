@@ -1,11 +1,11 @@
-"""CIA: LoRA under the released DEMA rule, a moving average whose weight follows the gradients of every step.
+"""CIA: LoRA with the released DEMA rule, a moving average whose weight follows the gradients of every step.
 
     theta* <- (1 - alpha) theta* + alpha theta,    alpha = 2 (1 + |g|) / (|theta - theta*| |g - g_before|)
 
-|.| sums absolute values over a tensor; alpha is 0.01 where it would not be in (0, 1). A task starts with theta* = theta
-and ends with theta = theta*, see `cnext.averaging.Dema`. theta is where g was taken; the release reads it one step
-later, after the optimizer, and starts theta* after the first step. CIA also chooses between old and new adapters by how
-similar instructions are; that is left out, as in Continual-NExT.
+|.| is the sum of absolute values over a tensor; alpha is 0.01 where the formula is not in (0, 1). A task starts with
+theta* = theta and ends with theta = theta*, see `cnext.averaging.Dema`. theta is where g was computed; the released
+code reads it one step later, after the optimizer, and starts theta* after the first step. CIA also chooses between old
+and new adapters by the similarity of instructions; as in Continual-NExT, this part is left out.
 
 Reference: Qiao et al., Large Continual Instruction Assistant, arXiv 2410.10868.
 """
@@ -14,21 +14,20 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Annotated
 
 from cnext.averaging import Dema
 from cnext.errors import UserError
-from cnext.methods.base import Averaged, Card
+from cnext.methods.base import Card
 from cnext.methods.lora import Lora
 
 
 @dataclass
-class Cia(Averaged, Lora):
+class Cia(Lora):
     """y = W x + scale B A x."""
 
-    factor: float = 2.0
-    """Factor of alpha; a later variant of its authors has 0.01."""
-    fallback: float = 0.01
-    """alpha where the formula gives none in (0, 1); a later variant has 0.001."""
+    factor: Annotated[float, "Factor of alpha; a later variant by its authors uses 0.01."] = 2.0
+    fallback: Annotated[float, "alpha where the formula is not in (0, 1); a later variant uses 0.001."] = 0.01
 
     card = Card("arXiv 2410.10868")
 

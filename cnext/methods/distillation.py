@@ -1,11 +1,11 @@
-"""Distillation: LoRA of rank 32 that keeps answering the new task's questions as it did before it (LwF).
+"""Distillation: LoRA of rank 32, regularized to predict as it did before the task (Learning without Forgetting).
 
-The teacher is the model as the task found it. From the second task on, over the batch's supervised positions,
+The teacher is the model at the start of the task. From the second task on, over the batch's supervised positions,
 
     L = L_task + weight (T^2 KL(softmax(z_teacher / T) || softmax(z / T)) + image_loss_weight MSE(v_teacher, v)),
 
-z the logits of the text and v the features drawn of a picture, both means as in the task loss. T^2 keeps the gradient's
-size, which is proportional to 1 / T^2. Where the student is the teacher, the added gradient is zero.
+with z the text logits and v the predicted image features, both as means like those of the task loss. T^2 makes the
+gradient's size independent of T. Where the student equals the teacher, the added gradient is zero.
 
 Reference: Li and Hoiem, Learning without Forgetting, arXiv 1606.09282; Hinton et al., arXiv 1503.02531.
 """
@@ -14,27 +14,25 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from cnext import adapters
-from cnext.backbones.base import Output, image_distance
+from cnext.backbones.base import Output
 from cnext.errors import UserError
 from cnext.methods.base import Card, Memory
 from cnext.methods.lora import Lora
+from cnext.methods.parts.penalties import distillation_loss
 
 
 @dataclass
 class Distillation(Lora):
-    """L = L_task + weight (distillation of text and pictures from the model before the task)."""
+    """L = L_task + weight (distillation of text and images from the model before the task)."""
 
-    weight: float = 0.3
-    """Weight of the distillation beside the task loss."""
-    temperature: float = 2.0
-    """Softens both distributions over the vocabulary."""
+    weight: Annotated[float, "Weight of the distillation loss."] = 0.3
+    temperature: Annotated[float, "Temperature T of both distributions over the vocabulary."] = 2.0
 
     card = Card("arXiv 1606.09282", keeps="within a task the parameters that it started from")
 
@@ -58,10 +56,8 @@ class Distillation(Lora):
         return self.weight * self.distance(wanted, self.backbone.train(training).output(batch))
 
     def distance(self, teacher: Output, student: Output) -> Tensor:
-        """How far a student's output is from a teacher's on the same batch: a scalar, 0 where they are the same."""
-        wanted, given = (F.log_softmax(output.logits / self.temperature, -1) for output in (teacher, student))
-        text = self.temperature**2 * F.kl_div(given, wanted, reduction="batchmean", log_target=True)
-        return text + self.backbone.image_loss_weight * image_distance(student, teacher)
+        """Distillation loss between two outputs for the same batch: a scalar, 0 where they are equal."""
+        return distillation_loss(student, teacher, self.backbone.image_loss_weight, self.temperature)
 
     def after_task(self) -> None:
         self.tasks, self.teacher = self.tasks + 1, {}

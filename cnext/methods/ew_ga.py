@@ -1,6 +1,6 @@
 """EW+GA: MAGE without its average; four branches by modality role, only the task's own trained (4-split LoRA).
 
-General branches are trained where their modality is read, experts where it is written.
+General branches are trained on tasks that read their modality, experts on tasks that write it.
 
 Reference: Continual-NExT, arXiv 2602.18055, Table 4 (EW+GA) and section 4 (4-Split LoRA).
 """
@@ -8,16 +8,16 @@ Reference: Continual-NExT, arXiv 2602.18055, Table 4 (EW+GA) and section 4 (4-Sp
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Annotated
 
 from cnext.methods.base import Card
-from cnext.methods.mage import Mage
+from cnext.methods.parts.branches import RoleBranches
 
 
 @dataclass
-class EwGa(Mage):
+class EwGa(RoleBranches):
     """y = W x + scale * sum over the four roles of B_i A_i x."""
 
-    average: str = "none"
-    """Averaging rule, as of mage."""
+    average: Annotated[str, "Averaging rule, see mage."] = "none"
 
     card = Card("arXiv 2602.18055, Table 4", keeps="nothing; with an average, the rule's state")

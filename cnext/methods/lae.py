@@ -1,11 +1,11 @@
-"""LAE: LoRA trained online, and a slow offline copy of it that answers.
+"""LAE: LoRA trained online, and a slow exponential moving average of it, the offline copy, that answers.
 
 theta_off <- decay theta_off + (1 - decay) theta_on after every step from the second task on. The offline copy is made
-when the first task is done and goes on through all the tasks after it, as does the online adapter.
+at the end of the first task; neither it nor the online adapter is reset between tasks.
 
-The official code (decay 0.9999) also freezes the online adapter for the first epochs of a task, and answers with the
-larger of both adapters' class probabilities. An epoch counts for nothing where tasks are trained for steps, and a
-maximum over classes has no counterpart for generated text; Continual-NExT keeps the average alone, with 0.99.
+The official code (decay 0.9999) also freezes the online adapter for the first epochs of a task and answers with the
+maximum of both adapters' class probabilities. Here tasks are trained for steps, not epochs, and a maximum over classes
+has no counterpart for generated text. As in Continual-NExT, only the average is used, with decay 0.99.
 
 Reference: Gao et al., A Unified Continual Learning Framework with General Parameter-Efficient Tuning, arXiv 2303.10070.
 """
@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor
@@ -31,8 +31,7 @@ from cnext.methods.lora import Lora
 class Lae(Lora):
     """y = W x + scale B A x."""
 
-    decay: float = 0.99
-    """Weight of the old in a step of the offline copy: after n steps it has decay^n of it left."""
+    decay: Annotated[float, "Decay of the average per step: after n steps the old value has weight decay^n."] = 0.99
 
     card = Card("arXiv 2303.10070", keeps="the offline copy of the adapter")
 
@@ -43,25 +42,26 @@ class Lae(Lora):
         self.offline: dict[str, Tensor] = {}
 
     def after_step(self) -> None:
-        online = self.held()
+        online = self.adapter_parameters()
         for names in by_kind(self.offline):
             ops.ema_step_([online[name] for name in names], [self.offline[name] for name in names], beta=self.decay)
 
     def after_task(self) -> dict[str, Any] | None:
         if not self.offline:
-            self.offline = {name: p.detach().to(torch.float32, copy=True) for name, p in self.held().items()}
+            online = self.adapter_parameters()
+            self.offline = {name: p.detach().to(torch.float32, copy=True) for name, p in online.items()}
 
     @contextmanager
     def for_eval(self) -> Iterator[None]:
-        with adapters.holding(self.held(), self.offline):
+        with adapters.holding(self.adapter_parameters(), self.offline):
             yield
 
     def extra_bytes(self, tasks: int) -> int:
-        return sum(4 * parameter.numel() for parameter in self.held().values())
+        return sum(4 * parameter.numel() for parameter in self.adapter_parameters().values())
 
     def state_dict(self) -> dict[str, Tensor]:
         return dict(self.offline)
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        held = self.held()
-        self.offline = {name: tensor.to(held[name].device, copy=True) for name, tensor in state.items()}
+        online = self.adapter_parameters()
+        self.offline = {name: tensor.to(online[name].device, copy=True) for name, tensor in state.items()}

@@ -5,8 +5,9 @@ Reference: Hu et al., LoRA, arXiv 2106.09685.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 from torch import nn
@@ -21,12 +22,12 @@ from cnext.tasks.base import Task
 class Lora(Method):
     """y = W x + scale B A x."""
 
-    rank: int = 32
-    """Rank of the branch."""
-    scale: float = 1.0
-    """Factor of the branch (alpha / rank)."""
-    dropout: float = 0.0
-    """Dropout on the branch's input while training."""
+    # The base class of all methods with low-rank branches, which differ in what they compose: the branches attached,
+    # the branches that a task trains, the moving average (`rule`) and the penalty (`regularizer`).
+
+    rank: Annotated[int, "Rank of the branch."] = 32
+    scale: Annotated[float, "Scaling factor of the branches' output (alpha / rank)."] = 1.0
+    dropout: Annotated[float, "Dropout probability on the branches' input during training."] = 0.0
 
     card = Card("arXiv 2106.09685")
 
@@ -35,13 +36,21 @@ class Lora(Method):
             raise UserError(f"rank must be at least 1, got {self.rank}")
         adapters.check_ranges({}, self.scale, self.dropout)
 
-    def attach(self, tasks: Sequence[Task], generator: torch.Generator) -> None:
-        self.attach_branches({"lora": self.rank}, generator)
+    def targets(self) -> Sequence[str]:
+        """Name suffixes of the linear layers that carry the branches."""
+        return self.backbone.targets
 
-    def attach_branches(self, ranks: dict[str, int], generator: torch.Generator) -> None:
-        """Attaches branches of these names and ranks to the backbone's targets, with the method's scale and dropout."""
+    def branches(self, tasks: Sequence[Task]) -> dict[str, int]:
+        """The branches to attach: name to rank."""
+        return {"lora": self.rank}
+
+    def trained_branches(self, task: Task) -> Iterable[str]:
+        """Names of the branches that a task trains."""
+        return ["lora"]
+
+    def attach(self, tasks: Sequence[Task], generator: torch.Generator) -> None:
         options = {"scale": self.scale, "dropout": self.dropout, "generator": generator}
-        adapters.attach(self.model, self.backbone.targets, ranks, **options)
+        adapters.attach(self.model, self.targets(), self.branches(tasks), **options)
 
     def trainable(self, task: Task) -> dict[str, nn.Parameter]:
-        return adapters.set_trainable(self.model, ["lora"])
+        return adapters.set_trainable(self.model, self.trained_branches(task))

@@ -1,10 +1,10 @@
-"""MAGE-slow: MAGE whose general branches, trained by nearly every task, move in small steps, the experts freely.
+"""MAGE-slow: MAGE with a smaller learning rate for the general branches, which nearly every task trains.
 
-Derivation. Of the six tasks of the paper all train text-general and five image-general, so these are rewritten most
-often. AdamW divides the gradient by its own size, so a factor on the gradient would change nothing; the step is scaled:
-theta <- theta_before + slow (theta - theta_before), which is to the letter a learning rate of slow times the recipe's
-for these branches, weight decay included. slow = 1 is mage, slow = 0 leaves the general branches as they start, and
-since B starts at zero, out.
+Derivation. Of the six tasks of the paper all train text-general and five image-general, so these two are overwritten
+most often. AdamW divides the gradient by its own magnitude, so scaling the gradient would change nothing. Instead the
+step is scaled, theta <- theta_before + slow (theta - theta_before), which equals a learning rate of slow times the
+recipe's for these branches, weight decay included. slow = 1 is mage; slow = 0 leaves the general branches at their
+initial values, where B = 0, so that they contribute nothing.
 
 Reference: the project's own, after Continual-NExT, arXiv 2602.18055, section 4.
 """
@@ -13,25 +13,23 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from torch import nn
 
 from cnext import adapters
-from cnext.adapters import BRANCH_ROLES
 from cnext.errors import UserError
 from cnext.methods.base import Card
-from cnext.methods.mage import Mage
+from cnext.methods.parts.branches import GENERAL_ROLES, RoleBranches
 from cnext.tasks.base import Task
 
 
 @dataclass
-class MageSlow(Mage):
+class MageSlow(RoleBranches):
     """MAGE whose general branches take ``slow`` times the optimizer's step."""
 
-    slow: float = 0.5
-    """Factor on the steps of the general branches."""
+    slow: Annotated[float, "Factor of the general branches' learning rate, from 0 to 1."] = 0.5
 
     card = Card("own; arXiv 2602.18055", keeps="the averaging rule's state; of pema the summed Fisher information")
 
@@ -42,7 +40,7 @@ class MageSlow(Mage):
 
     def trainable(self, task: Task) -> dict[str, nn.Parameter]:
         parameters = super().trainable(task)
-        general = [role.name for role in BRANCH_ROLES if role.side == "general" and role.name in self.groups]
+        general = [role.name for role in GENERAL_ROLES if role.name in self.groups]
         self.general: list[torch.Tensor] = list(adapters.branch_parameters(self.model, general).values())
         return parameters
 

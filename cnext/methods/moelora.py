@@ -1,7 +1,7 @@
 """MoELoRA: four experts of rank 8 and a softmax router over them in every layer, all trained on every task.
 
-The branches have as many parameters as a LoRA of rank 32. The routers, in_features x experts in every layer, come on
-top (5.7% on the tiny backbone), as in the paper.
+The experts have as many parameters as a LoRA of rank 32. The routers, in_features x experts in every layer, are
+additional (5.7% on the tiny backbone), as in the paper.
 
 Reference: Liu et al., arXiv 2310.18339; Chen et al., CoIN, arXiv 2403.08350; Continual-NExT, arXiv 2602.18055, Table 1.
 """
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Annotated, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +23,7 @@ from cnext.tasks.base import Task
 
 
 class Router(nn.Module):
-    """w = softmax(R x) for every token. weight: R, (experts, in_features), drawn as nn.Linear draws its own."""
+    """w = softmax(R x) for every token. weight: R, (experts, in_features), initialized like nn.Linear's."""
 
     def __init__(self, experts: int, layer: adapters.AdapterLinear, generator: torch.Generator) -> None:
         super().__init__()
@@ -39,13 +40,13 @@ class Router(nn.Module):
 class MoeLora(Lora):
     """y = W x + scale * sum over experts of w_e(x) B_e A_e x, w(x) = softmax(R x)."""
 
-    rank: int = 8
-    """Rank of each expert."""
-    scale: float = 2.0
-    """Factor of the experts' weighted mean (1.0 in the paper; 2 did better on validation items)."""
-    experts: int = 4
-    """Number of experts."""
+    rank: Annotated[int, "Rank of each expert."] = 8
+    scale: Annotated[
+        float, "Scaling factor of the experts' weighted mean (1.0 in the paper; 2.0 was better on validation items)."
+    ] = 2.0
+    experts: Annotated[int, "Number of experts."] = 4
 
+    router: ClassVar[type[Router]] = Router
     card = Card("arXiv 2310.18339")
 
     def __post_init__(self) -> None:
@@ -53,16 +54,19 @@ class MoeLora(Lora):
         if self.experts < 1:
             raise UserError(f"experts must be at least 1, got {self.experts}")
 
+    def branches(self, tasks: Sequence[Task]) -> dict[str, int]:
+        return {f"expert-{index}": self.rank for index in range(self.experts)}
+
     def attach(self, tasks: Sequence[Task], generator: torch.Generator) -> None:
-        self.attach_branches({f"expert-{index}": self.rank for index in range(self.experts)}, generator)
+        super().attach(tasks, generator)
         for layer in adapters.layers(self.model).values():
-            layer.router = Router(self.experts, layer, generator)
+            layer.router = self.router(self.experts, layer, generator)
 
     def trainable(self, task: Task) -> dict[str, nn.Parameter]:
-        return self.unfreeze(self.held())
+        return self.unfreeze(self.adapter_parameters())
 
     def unfreeze(self, parameters: dict[str, nn.Parameter]) -> dict[str, nn.Parameter]:
-        """Makes exactly these trainable."""
+        """Makes exactly these parameters trainable and returns them."""
         self.model.requires_grad_(False)
         for parameter in parameters.values():
             parameter.requires_grad_(True)
@@ -70,4 +74,4 @@ class MoeLora(Lora):
         return parameters
 
     def extra_bytes(self, tasks: int) -> int:
-        return sum(4 * parameter.numel() for name, parameter in self.held().items() if ".router." in name)
+        return sum(4 * p.numel() for name, p in self.adapter_parameters().items() if ".router." in name)

@@ -1,10 +1,10 @@
-"""O-LoRA: one branch per task, trained towards being orthogonal to the branches learnt before it.
+"""O-LoRA: one branch per task, trained to be orthogonal to the branches of earlier tasks.
 
-L = L_task + penalty * sum over layers and tasks i learnt of || A_i A^T ||^2
+    L = L_task + penalty * sum over layers and earlier tasks i of || A_i A^T ||^2
 
-The rows of A_i span what branch i reads of x; where A A_i^T = 0 the new branch reads nothing of it. B is free. This is
-the paper's loss; the released code sums absolute values in place of squares. The branches of all tasks add up.
-Orthogonal rows run out: with tasks * rank beyond a layer's width, the penalty only pulls A towards 0.
+The rows of A_i span what branch i reads of x; where A A_i^T = 0 the new branch reads none of it. B is unconstrained.
+This is the paper's loss; the released code sums absolute values instead of squares. The branches of all tasks add up.
+The number of orthogonal rows is limited: with tasks * rank above a layer's width, the penalty only shrinks A.
 
 Reference: Wang et al., Orthogonal Subspace Learning for Language Model Continual Learning, arXiv 2310.14152.
 """
@@ -14,23 +14,22 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor, nn
 
 from cnext import adapters
 from cnext.errors import UserError
-from cnext.methods.base import Card, Memory, TaskBranches
-from cnext.methods.lora import Lora
+from cnext.methods.base import Card, Memory
+from cnext.methods.parts.branches import TaskBranches
 
 
 @dataclass
-class OLora(TaskBranches, Lora):
-    """y = W x + scale * sum over the tasks so far of B_i A_i x; rank is that of each branch."""
+class OLora(TaskBranches):
+    """y = W x + scale * sum over the tasks so far of B_i A_i x."""
 
-    penalty: float = 0.05
-    """Weight of the orthogonality penalty."""
+    penalty: Annotated[float, "Weight of the orthogonality penalty."] = 0.05
 
     card = Card("arXiv 2310.14152", keeps="a branch for every task")
 
@@ -40,13 +39,13 @@ class OLora(TaskBranches, Lora):
             raise UserError(f"o-lora: expected a finite penalty of at least 0, got {self.penalty}")
 
     def before_task(self, parameters: dict[str, nn.Parameter], steps: int, memory: Memory) -> None:
-        *learnt, present = self.active
+        *earlier, current = self.active
         layers = adapters.layers(self.model).values()
-        self.present = [layer.branches[present].A for layer in layers]
-        self.learnt = [torch.cat([layer.branches[name].A.detach() for name in learnt]) for layer in layers if learnt]
+        self.current = [layer.branches[current].A for layer in layers]
+        self.earlier = [torch.cat([layer.branches[name].A.detach() for name in earlier]) for layer in layers if earlier]
 
     def extra_loss(self, batch: Sequence[Any]) -> Tensor | None:
-        if not self.learnt:
+        if not self.earlier:
             return None
-        overlaps = ((a @ b.T).square().sum() for a, b in zip(self.learnt, self.present, strict=True))
-        return self.penalty * sum(overlaps, self.learnt[0].new_zeros(()))
+        overlaps = ((a @ b.T).square().sum() for a, b in zip(self.earlier, self.current, strict=True))
+        return self.penalty * sum(overlaps, self.earlier[0].new_zeros(()))

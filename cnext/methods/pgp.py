@@ -1,20 +1,22 @@
-"""PGP: LoRA whose A moves only at right angles to what the layer read in earlier tasks.
+"""PGP: LoRA whose A is updated only orthogonally to the subspace of the layer's inputs in earlier tasks.
 
-Where dA x = 0, A gives for x what it gave before. With U (in, k) an orthonormal basis of what mattered of the inputs so
+Where dA x = 0, A maps x to what it did before. With U (in, k) an orthonormal basis of the important input directions so
 far and P = I - U U^T, the gradient G of A and then the step itself are projected, so that dA U = 0:
 
     G <- G P,    and after the optimizer    A <- A_before + (A - A_before) P
 
-G alone is not enough: Adam rescales it element by element, out of the subspace, and weight decay was never in it.
-After a task, with R = sum of x x^T over its last steps, U takes in leading eigenvectors of P R P until trace(U^T R U)
->= epsilon trace(R). B is free. The official code projects prompts; this form is ours, after Qiao et al., ICLR 2024.
+Projecting G alone is not enough: Adam rescales it element by element, out of the subspace, and weight decay is not part
+of it. After a task, with R = sum of x x^T over its last steps, U is extended by leading eigenvectors of P R P until
+trace(U^T R U) >= epsilon trace(R). B is unconstrained. The official code projects prompts instead of A.
+
+Reference: Qiao et al., Prompt Gradient Projection for Continual Learning, ICLR 2024.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor, nn
@@ -23,16 +25,15 @@ from cnext.adapters.subspace import InputSubspaces
 from cnext.errors import UserError
 from cnext.methods.base import Card, Memory
 from cnext.methods.lora import Lora
+from cnext.tasks.base import Task
 
 
 @dataclass
 class Pgp(Lora):
     """y = W x + scale B A x."""
 
-    epsilon: float = 0.9
-    """Share of the inputs' squared length that is protected."""
-    batches: int = 16
-    """Steps at the end of a task whose inputs count."""
+    epsilon: Annotated[float, "Share of the inputs' squared norm that the protected subspace contains."] = 0.9
+    batches: Annotated[int, "Steps at the end of a task whose inputs are counted."] = 16
 
     card = Card("ICLR 2024, Prompt Gradient Projection", keeps="a basis of each layer's protected inputs")
 
@@ -42,8 +43,8 @@ class Pgp(Lora):
             raise UserError(f"pgp: expected 0 <= epsilon <= 1 <= batches, got {self.epsilon} and {self.batches}")
         self.step = 0
 
-    def attach_branches(self, ranks: dict[str, int], generator: torch.Generator) -> None:
-        super().attach_branches(ranks, generator)
+    def attach(self, tasks: Sequence[Task], generator: torch.Generator) -> None:
+        super().attach(tasks, generator)
         self.inputs = InputSubspaces(self.model)
 
     def before_task(self, parameters: dict[str, nn.Parameter], steps: int, memory: Memory) -> None:

@@ -1,8 +1,9 @@
-"""Prompt pool: learnt vectors before the question, of those prompts whose keys are nearest to it (L2P). No LoRA.
+"""Prompt pool: soft prompts before the question, selected by the similarity of their keys to it (L2P). No LoRA.
 
-With q the frozen model's features at the end of a question, the top_k prompts by cos(q, key) go before its input, in
-the pool's order, and L = L_task + pull * mean over the batch of the sum over the chosen of 1 - cos(q, key): prompts
-learn from the task, keys from the questions. The pool is the largest with no more parameters than LoRA of rank 32.
+With q the frozen model's features at the end of a question, the top_k prompts by cos(q, key) are prepended to its
+input, in the pool's order, and L = L_task + pull * mean over the batch of the sum over selected prompts of
+1 - cos(q, key): prompts learn from the task, keys from the questions. The pool is the largest with at most the
+parameters of LoRA of rank 32.
 
 Reference: Wang et al., Learning to Prompt for Continual Learning, arXiv 2112.08654.
 """
@@ -11,14 +12,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor, nn
 
 from cnext.adapters.prompts import Prompts
 from cnext.errors import UserError
-from cnext.methods.base import Card, Method, answered_in_groups
+from cnext.methods.base import Card, Method, answer_in_groups
+from cnext.methods.parts.branches import total_width
 from cnext.scoring.base import Prediction
 from cnext.tasks.base import Sample, Task
 
@@ -27,51 +29,50 @@ from cnext.tasks.base import Sample, Task
 class PromptPool(Method):
     """y = model(prompts nearest to the question, question)."""
 
-    length: int = 8
-    """Vectors in a prompt."""
-    top_k: int = 2
-    """Prompts that a question gets."""
-    pull: float = 0.5
-    """Weight of the chosen keys' pull towards the questions."""
-    scale: float = 100.0
-    """Prompts are this times their parameters: the published learning rate, 0.03, at the suite's of 0.001."""
+    length: Annotated[int, "Vectors per prompt."] = 8
+    top_k: Annotated[int, "Prompts selected per question."] = 2
+    pull: Annotated[float, "Weight of the loss that pulls the selected keys towards the questions."] = 0.5
+    scale: Annotated[
+        float, "Factor of the prompts over their parameters: the published learning rate is 0.03, the suite's 0.001."
+    ] = 100.0
 
     card = Card("arXiv 2112.08654")
 
     def __post_init__(self) -> None:
         if min(self.length, self.top_k) < 1 or not 0 < self.scale < float("inf") or not 0 <= self.pull < float("inf"):
-            raise UserError(f"expected length and top_k from 1, finite scale above 0 and pull from 0, got {self}")
+            raise UserError(
+                f"expected length and top_k of at least 1, a finite scale above 0 and a finite pull from 0, got {self}"
+            )
         self.trained = torch.tensor(False)
 
     def attach(self, tasks: Sequence[Task], generator: torch.Generator) -> None:
-        linears: list[Any] = [m for n, m in self.model.named_modules() if n.rpartition(".")[2] in self.backbone.targets]
-        budget = 32 * sum(linear.in_features + linear.out_features for linear in linears)
+        budget = 32 * total_width(self.model, self.backbone.targets)
         self.backbone.requires_grad_(False)
         self.pool = Prompts(self.model, budget, self.length, self.top_k, self.scale, generator)
 
-    def held(self) -> dict[str, nn.Parameter]:
+    def adapter_parameters(self) -> dict[str, nn.Parameter]:
         return dict(self.pool.named_parameters())
 
     def trainable(self, task: Task) -> dict[str, nn.Parameter]:
         self.trained = torch.tensor(True)
-        return self.held()
+        return self.adapter_parameters()
 
     def before_step(self, batch: Sequence[Any]) -> None:
         self.pool.chosen, self.cosines = self.pool.nearest(self.backbone.question_features(batch))
 
     def extra_loss(self, batch: Sequence[Any]) -> Tensor:
-        self.pool.chosen = None  # the batch is through
+        self.pool.chosen = None  # the batch's forward pass is done
         return self.pull * (1 - self.cosines).sum(1).mean()
 
     def answer(self, questions: Sequence[Sample], max_new_tokens: int, task: Task | None) -> list[Prediction]:
-        def told(chosen: tuple[int, ...], places: list[int]) -> list[Prediction]:
+        def generate(chosen: tuple[int, ...], indices: list[int]) -> list[Prediction]:
             with self.pool.before(torch.tensor([chosen])):
-                return self.backbone.generate([questions[place] for place in places], max_new_tokens)
+                return self.backbone.generate([questions[index] for index in indices], max_new_tokens)
 
         if not self.trained:
             return super().answer(questions, max_new_tokens, task)
         chosen, _ = self.pool.nearest(self.backbone.question_features(self.backbone.encode(questions)))
-        return answered_in_groups(list(map(tuple, chosen.tolist())), told)
+        return answer_in_groups(list(map(tuple, chosen.tolist())), generate)
 
     def state_dict(self) -> dict[str, Tensor]:
         return {"trained": self.trained}

@@ -1,12 +1,14 @@
-"""RegLoRA: one branch per task, kept away from the largest entries of the updates learnt before it (SEFE).
+"""RegLoRA: one branch per task, with a penalty on the entries where earlier tasks' updates are largest (SEFE).
 
-L = L_task + penalty * mean over layers of mean over (i, j) in I of |(B A)_ij|
+    L = L_task + penalty * mean over layers of mean over (i, j) in I of |(B A)_ij|
 
-After every task the largest 2% of the entries of |B A| of each layer join its I, which keeps duplicates. The release
-merges the branch into W and starts another; here the branches learnt are frozen and add up, which is the same function.
+After every task the largest 2% of the entries of |B A| of each layer are added to its I, duplicates included. The
+released code merges the branch into W and starts another; here the earlier branches are frozen and add up, which is the
+same function.
 
-The release has penalty 2500, for rank 128 and a learning rate of 2e-4. On the tiny backbone at 1e-3 that makes the
-penalty's gradient about six times as large as the task's; 25, which validation items chose, makes it a twentieth of it.
+The released code has penalty 2500, for rank 128 and a learning rate of 2e-4. On the tiny backbone at 1e-3 that makes
+the penalty's gradient about six times as large as the task's. The default of 25, chosen on validation items, makes it a
+twentieth.
 
 Reference: Chen et al., SEFE: Superficial and Essential Forgetting Eliminator, arXiv 2505.02486.
 """
@@ -16,25 +18,23 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor
 
 from cnext import adapters
 from cnext.errors import UserError
-from cnext.methods.base import Card, TaskBranches
-from cnext.methods.lora import Lora
+from cnext.methods.base import Card
+from cnext.methods.parts.branches import TaskBranches
 
 
 @dataclass
-class Reglora(TaskBranches, Lora):
-    """y = W x + scale * sum over the tasks so far of B_i A_i x; rank is that of each branch."""
+class Reglora(TaskBranches):
+    """y = W x + scale * sum over the tasks so far of B_i A_i x."""
 
-    penalty: float = 25.0
-    """Weight of the penalty."""
-    share: float = 0.02
-    """Share of each layer's entries that a task adds to those protected."""
+    penalty: Annotated[float, "Weight of the penalty."] = 25.0
+    share: Annotated[float, "Share of each layer's entries that a task adds to the protected ones."] = 0.02
 
     card = Card("arXiv 2505.02486", keeps="a branch for every task, and the places of the entries protected")
 
@@ -46,7 +46,7 @@ class Reglora(TaskBranches, Lora):
         self.protected: dict[str, Tensor] = {}
 
     def updates(self) -> Iterable[tuple[str, Tensor]]:
-        """Name and B A of every layer, flat, of the present task's branch."""
+        """Name and flattened B A of every layer, of the current task's branch."""
         for name, layer in adapters.layers(self.model).items():
             branch = layer.branches[self.active[-1]]
             yield name, (branch.B @ branch.A).flatten()
@@ -72,5 +72,5 @@ class Reglora(TaskBranches, Lora):
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         super().load_state_dict(state)
-        device = next(iter(self.held().values())).device
+        device = next(iter(self.adapter_parameters().values())).device
         self.protected = {name: tensor.to(device) for name, tensor in state.items() if name != "active"}

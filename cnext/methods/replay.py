@@ -1,9 +1,9 @@
-"""Experience replay: LoRA of rank 32 that goes on training on a few kept samples of every earlier task.
+"""Experience replay: LoRA of rank 32, also trained on a few kept samples of every earlier task.
 
     L = L_task(batch) + weight L_task(memory batch)
 
-The memory batch is as large as the task's and drawn uniformly over all samples kept of earlier tasks, none twice in a
-step. The trainer seeds torch's generator anew for every step, so the draws repeat where a run is resumed.
+The memory batch is as large as the task's and drawn uniformly, without replacement, from all samples kept of earlier
+tasks. The trainer seeds torch's generator at every step, so a resumed run draws the same samples.
 
 Reference: Chaudhry et al., On Tiny Episodic Memories in Continual Learning, arXiv 1902.10486.
 """
@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor, nn
@@ -27,24 +27,22 @@ from cnext.methods.lora import Lora
 class Replay(Lora):
     """L = L_task(batch) + weight L_task(memory batch)."""
 
-    samples: int = 20
-    """Training samples kept of every task."""
-    weight: float = 1.0
-    """Weight of the memory batch's loss."""
+    samples: Annotated[int, "Training samples kept of every task."] = 20
+    weight: Annotated[float, "Weight of the memory batch's loss."] = 1.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.samples < 1:
-            raise UserError(f"replay: samples must be at least 1, got {self.samples}; without a memory it is lora")
+            raise UserError(f"replay: samples must be at least 1, got {self.samples}; without a memory, use lora")
         if not 0 < self.weight < float("inf"):
-            raise UserError(f"replay: weight must be above 0 and finite, got {self.weight}; without it replay is lora")
+            raise UserError(f"replay: weight must be above 0 and finite, got {self.weight}; with weight 0, use lora")
 
     @property
     def card(self) -> Card:
         return Card("arXiv 1902.10486", rehearsal=self.samples)
 
     def before_task(self, parameters: dict[str, nn.Parameter], steps: int, memory: Memory) -> None:
-        *earlier, _present = memory.values()
+        *earlier, _current = memory.values()
         self.memory = self.backbone.encode([sample for kept in earlier for sample in kept])
 
     def extra_loss(self, batch: Sequence[Any]) -> Tensor | None:
@@ -56,7 +54,7 @@ class Replay(Lora):
         mine = [self.memory[index] for index in collectives.shard(drawn)]
         if collectives.world_size() == 1:
             return self.weight * self.backbone.loss(mine).total
-        # Penalties of processes are averaged. One without a sample takes part with one that does not count.
+        # The trainer averages penalties over processes. A process without a sample contributes one of weight 0.
         whole = collectives.all_reduce(*self.backbone.supervised(mine), device=self.backbone.device)
         weight = self.weight * collectives.world_size() if mine else 0.0
         return weight * self.backbone.loss(mine or self.memory[:1], whole).total

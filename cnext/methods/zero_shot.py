@@ -1,4 +1,4 @@
-"""Zero-shot: the pretrained model as it is. Nothing is trained."""
+"""Zero-shot: the pretrained model, without any training."""
 
 from __future__ import annotations
 

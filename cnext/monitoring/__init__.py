@@ -1,4 +1,4 @@
-"""What a run shows while it goes on: progress, time left, heartbeat and status; signals and resource errors.
+"""Monitoring: progress bars, time left, heartbeat, ``cnext status``, signals, and out-of-memory or disk-full errors.
 
-Nothing here decides a number of the results.
+Nothing here affects results.
 """

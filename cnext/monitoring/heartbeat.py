@@ -1,9 +1,8 @@
-"""What a run tells of itself in its folder while it goes on: a heartbeat, and a log that outlives the terminal."""
+"""The heartbeat file and the log of a run, by which `cnext status` and studies see how far it is."""
 
 from __future__ import annotations
 
 import json
-import math
 import os
 import re
 import socket
@@ -12,114 +11,122 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from cnext.errors import UserError, parse_json
+import msgspec
+
+from cnext import records
+from cnext.records import Count, Finite, Record
 
 LOG, FILE = "run.log", ".heartbeat.json"
 EVERY = 1.0
-"""Seconds between two heartbeats, at least."""
+"""Least seconds between two heartbeats."""
 PATIENCE = 120.0
-"""Seconds without a heartbeat after which a run on another machine counts as gone; ten of its steps where those take
-longer."""
+"""Seconds without a heartbeat after which a run on another machine counts as gone, or ten steps if they take longer."""
 RUNNING, FINISHED, STOPPED, FAILED = "running", "finished", "stopped", "failed"
 _WARNING = re.compile(r"^\S.*:\d+: \w*Warning: .*\n?(?:[ \t]+\S.*\n?)?", re.MULTILINE)
-"""As Python prints one: file, line, kind and text; below it the line of code, indented."""
-KEYS = {"pid": int, "host": str, "time": int | float, "state": str, "why": str, "doing": str}
+"""A warning as Python prints it: file, line, category and text, and below them the line of code, indented."""
 
 
-def born(pid: int) -> str | None:
-    """When a process began, in the system's own count, which tells it from a later one of the same number; "" where
-    the system does not say; None where there is no such process."""
+class Beat(Record, kw_only=True):
+    """The content of the heartbeat file.
+
+    pid, start_time, host: of the process.  time: of the heartbeat, seconds since the epoch.  why: it stopped or failed.
+    doing: in words.  stage, task, step: as in train.jsonl.  steps: of the task.  share, left, whole: as in `Estimate`.
+    """
+
+    pid: Count
+    start_time: Finite | None = None
+    host: str
+    time: Finite
+    state: str
+    why: str
+    doing: str
+    stage: int | None = None
+    task: str | None = None
+    step: int | None = None
+    steps: int | None = None
+    share: Finite | None = None
+    seconds_per_step: Finite | None = None
+    left: Finite | None = None
+    whole: Finite | None = None
+
+
+def start_time(pid: int) -> float | None:
+    """Seconds from the system's boot to the start of a process; None where there is no such process, or a zombie.
+
+    Tells a process from a later one with the same pid, also after the system's clock has been set.
+    """
+    import psutil
+
     try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-        return None if fields[0] in "ZX" else fields[19]
-    except FileNotFoundError:
-        if Path("/proc/self/stat").exists():
+        process = psutil.Process(pid)
+        if process.status() in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD):
             return None
-    except ProcessLookupError:
+        return round(process.create_time() - psutil.boot_time(), 2)
+    except psutil.Error:
         return None
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return None
-    except PermissionError:
-        return ""
-    return ""
 
 
 class Heartbeat:
-    """Writes a run's heartbeat. One that cannot be written is no reason for the run to stop."""
+    """Writes a run's heartbeat file. Errors of writing are ignored, so that they do not stop the run."""
 
     def __init__(self, folder: Path) -> None:
         self.path = folder / FILE
-        self.values: dict[str, Any] = {
-            "pid": os.getpid(),
-            "born": born(os.getpid()),
-            "host": socket.gethostname(),
-            "state": RUNNING,
-            "why": "",
-            "doing": "loading",
-        }
+        pid, host = os.getpid(), socket.gethostname()
+        self.beat = Beat(
+            pid=pid, start_time=start_time(pid), host=host, time=time.time(), state=RUNNING, why="", doing="loading"
+        )
         self._last = 0.0
         self._write()
 
-    def beat(self, **values: Any) -> None:
-        """Says how far the run is, unless it has said so a moment ago."""
-        self.values |= values
+    def update(self, **values: Any) -> None:
+        """Sets fields of `Beat`; writes the file unless that was less than `EVERY` ago."""
+        self.beat = msgspec.structs.replace(self.beat, **values)
         if time.monotonic() - self._last >= EVERY:
             self._write()
 
     def end(self, state: str, why: str = "") -> None:
-        """The last that is heard of the run."""
-        self.values |= {"state": state, "why": why}
+        """Writes the last heartbeat."""
+        self.beat = msgspec.structs.replace(self.beat, state=state, why=why)
         self._write()
 
     def _write(self) -> None:
         self._last = time.monotonic()
+        self.beat = msgspec.structs.replace(self.beat, time=time.time())
         unfinished = self.path.with_name(f"{FILE}.unfinished")
         with suppress(OSError):
-            unfinished.write_text(json.dumps(self.values | {"time": time.time()}), encoding="utf-8")
+            unfinished.write_text(json.dumps(msgspec.structs.asdict(self.beat)), encoding="utf-8")
             os.replace(unfinished, self.path)
 
 
-def read(folder: Path) -> dict[str, Any] | None:
-    """The last heartbeat; None where there never was one. Raises UserError where the file is something else."""
+def read(folder: Path) -> Beat | None:
+    """The last heartbeat, or None if there is none. Raises UserError where the file is something else."""
     path = folder / FILE
-    try:
-        values = parse_json(path.read_bytes())
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: expected a run's heartbeat, cannot read it: {error}") from error
-    typed = isinstance(values, dict) and all(isinstance(values.get(key), kind) for key, kind in KEYS.items())
-    if not typed or not math.isfinite(values["time"]):
-        raise UserError(f"{path}: expected a run's heartbeat, found something else; delete it")
-    return values
+    return records.read(path, Beat, "delete it") if path.exists() else None
 
 
-def alive(values: dict[str, Any], now: float) -> bool:
-    """Whether the process of a heartbeat is there; of one on another machine, whether it was heard of lately."""
-    if values["state"] != RUNNING:
+def alive(beat: Beat, now: float) -> bool:
+    """Whether the process of a heartbeat exists; on another machine, whether the heartbeat is recent."""
+    if beat.state != RUNNING:
         return False
-    if values["host"] != socket.gethostname():
-        step = values.get("seconds_per_step")
-        return now - values["time"] < max(PATIENCE, 10 * step if isinstance(step, int | float) else 0)
-    found = born(values["pid"])
-    return found is not None and found == values.get("born")
+    if beat.host != socket.gethostname():
+        return now - beat.time < max(PATIENCE, 10 * (beat.seconds_per_step or 0))
+    found = start_time(beat.pid)
+    return found is not None and found == beat.start_time
 
 
 def log(folder: Path, text: str) -> None:
-    """Adds a line with the time to the run's log. A full disk is found out by what matters more than a log."""
+    """Appends a line with the time to the run's log. Errors are ignored: a full disk fails at the next checkpoint."""
     with suppress(OSError), open(folder / LOG, "a", encoding="utf-8") as file:
         file.write(stamped(text) + "\n")
 
 
 def stamped(text: str) -> str:
+    """The text with the time before it."""
     return f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}"
 
 
 def last_line(folder: Path) -> str:
-    """The last line of the run's log, "" where there is none. Warnings of libraries do not count: they hide the run's
-    own words."""
+    """The last line of the run's log, except warnings of libraries; "" where there is none."""
     path = folder / LOG
     if not path.is_file():
         return ""

@@ -1,33 +1,47 @@
-"""What a run, or a study of several side by side, shows while it goes on: bars on a terminal, plain lines elsewhere."""
+"""Progress of a run or a study: bars on a terminal, plain lines elsewhere, and the heartbeat in the run folder."""
 
 from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from cnext import methods
 from cnext.config.run_config import Plan
 from cnext.monitoring import heartbeat
-from cnext.monitoring.eta import RunPace, StudyPace, time_left
+from cnext.monitoring.eta import Estimate, RunEta, StudyEta, time_left
 from cnext.monitoring.heartbeat import Heartbeat
 from cnext.tables.aggregate import METRICS
 
 
-def shown_metrics(values: dict[str, float | None]) -> str:
+@dataclass(frozen=True)
+class Event:
+    """How far a run is, for the process of its study. line: whether it is worth a line where there are no bars."""
+
+    doing: str
+    estimate: Estimate
+    line: bool = False
+
+
+def shown_metrics(values: Mapping[str, float | None]) -> str:
+    """The metrics of a finished run in one line."""
     return "  ".join(f"{label} {values[key]:.2f}" for key, label in METRICS.items() if values[key] is not None)
 
 
 class Progress:
-    """Shows a run: bars on standard error, results on standard output. ``with`` starts and stops the bars.
+    """Shows a run: bars on standard error, which the context starts and stops, and results on standard output.
 
-    Args: name, study: the run's name in the study that it is one of, and the study's pace.  quiet: shows nothing.
+    Args:
+        name: of the run in its study.
+        study: of which the run is one, for its time left.
+        quiet: show nothing.
     """
 
-    def __init__(self, name: str = "", study: StudyPace | None = None, quiet: bool = False) -> None:
+    def __init__(self, name: str = "", study: StudyEta | None = None, quiet: bool = False) -> None:
         from rich.console import Console
         from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
         from rich.progress import Progress as Bars
@@ -49,7 +63,7 @@ class Progress:
         self.ids: dict[str, Any] = {}
         self.first_step, self.started = 0, 0.0
         self.doing = "loading"
-        self.pace = RunPace([], False, 0, 0)
+        self.eta = RunEta([], False, 0, 0)
         self.folder: Path | None = None
         self.heartbeat: Heartbeat | None = None
 
@@ -61,7 +75,7 @@ class Progress:
         self.bars.stop()
 
     def kept_in(self, folder: Path) -> ExitStack:
-        """Inside, the run's folder has a heartbeat and a log of what is said here; at the end, how the run ended."""
+        """Context that keeps a heartbeat and a log in the run folder, and writes there how the run ended."""
         self.folder, self.heartbeat = folder, Heartbeat(folder)
         stack = ExitStack()
         stack.push(self._ended)
@@ -78,6 +92,7 @@ class Progress:
         self._log(why if stopped else f"error: {why}")
 
     def say(self, text: str) -> None:
+        """Shows a line, and logs it."""
         self.console.print(text, markup=False, soft_wrap=True)
         self._log(text)
 
@@ -85,67 +100,68 @@ class Progress:
         if self.folder is not None:
             heartbeat.log(self.folder, text)
 
-    def _tell(self, doing: str, line: bool = False, **values: Any) -> None:
-        """Says how far the run is to whoever looks into its folder. line: whether this is worth a line in a study."""
-        self.doing = doing
-        reckoned = self.pace.reckoned()
+    def _report(self, doing: str, line: bool = False, **values: Any) -> None:
+        """Updates the heartbeat and the study's time left. line: as in `Event`.  values: fields of `Beat`."""
+        self.doing, estimate = doing, self.eta.estimate()
         if self.heartbeat is not None:
-            self.heartbeat.beat(doing=doing, seconds_per_step=self.pace.steps.cost(1), **reckoned, **values)
+            values |= {"seconds_per_step": self.eta.steps.cost(1), **asdict(estimate)}
+            self.heartbeat.update(doing=doing, **values)
         if self.study is not None:
-            self.study.update(self.name, reckoned)
+            self.study.update(self.name, estimate)
             self.bars.update(self.ids["study"], completed=self.study.ended, shown=time_left(self.study.left()))
 
     def plan(self, planned: Plan, tasks_done: int, step: int) -> None:
-        """The overall bar: all optimizer steps of the run, those of an earlier process counted in."""
+        """Starts the bar of all optimizer steps of the run. tasks_done, step: where the run starts or resumes."""
         steps = [planned.recipe.steps[name] for name in planned.order]
-        self.pace = RunPace(steps, methods.load(planned.config.method).joint, tasks_done, step)
+        self.eta = RunEta(steps, methods.load(planned.config.method).joint, tasks_done, step)
         if self.study is not None:
             self.ids["study"] = self.bars.add_task("all runs", total=self.study.total, shown="")
-        self.ids["all"] = self.bars.add_task("all tasks", total=sum(steps), completed=self.pace.steps.done, shown="")
-        self._tell("starting")
+        self.ids["all"] = self.bars.add_task("all tasks", total=sum(steps), completed=self.eta.steps.done, shown="")
+        self._report("starting")
 
-    def step(self, stage: int, name: str, row: dict[str, Any], steps: int) -> None:
-        self.pace.step()
+    def step(self, stage: int, name: str, step: int, steps: int, loss: float) -> None:
+        """An optimizer step of a task, counted from 1, is done."""
+        self.eta.step()
         if name not in self.ids:
-            self.ids[name] = self.bars.add_task(f"{stage} {name}", total=steps, completed=row["step"] - 1, shown="")
-            self.first_step, self.started = row["step"], time.perf_counter()
-        done, seconds = row["step"] - self.first_step, time.perf_counter() - self.started
+            self.ids[name] = self.bars.add_task(f"{stage} {name}", total=steps, completed=step - 1, shown="")
+            self.first_step, self.started = step, time.perf_counter()
+        done, seconds = step - self.first_step, time.perf_counter() - self.started
         rate = f"{done / seconds:5.1f} steps/s" if done else ""
-        self.bars.update(self.ids[name], completed=row["step"], shown=f"loss {row['loss']:.3f} {rate}")
+        self.bars.update(self.ids[name], completed=step, shown=f"loss {loss:.3f} {rate}")
         self.bars.advance(self.ids["all"])
-        doing = f"stage {stage} {name}: step {row['step']} of {steps}, loss {row['loss']:.3f}"
-        self._tell(doing, stage=stage, task=name, step=row["step"], steps=steps)
+        doing = f"stage {stage} {name}: step {step} of {steps}, loss {loss:.3f}"
+        self._report(doing, stage=stage, task=name, step=step, steps=steps)
 
     @contextmanager
     def evaluating(self, stage: int, trained: str, name: str, samples: int) -> Iterator[None]:
+        """Context in which a task is evaluated after a stage. trained: name of the stage."""
         shown = self.bars.add_task(f"  {name}", total=None, shown=f"evaluating {samples} samples")
-        self._tell(f"after {stage} {trained}: answering {name}", stage=stage, task=trained)
+        self._report(f"after {stage} {trained}: answering {name}", stage=stage, task=trained)
         try:
-            with self.pace.evaluation():
+            with self.eta.evaluation():
                 yield
         finally:
             self.bars.remove_task(shown)
 
-    def stage(self, stage: int, trained: str, rows: list[dict[str, Any]]) -> None:
-        scores = "  ".join(f"{row['task']} {row['strict']:.1f}" for row in rows)
-        mean = sum(row["strict"] for row in rows) / len(rows)
-        self.say(f"after {stage} {trained}: {scores}  (mean {mean:.1f})")
-        self._tell(f"after {stage} {trained}: mean {mean:.1f}", line=True, stage=stage, task=trained)
+    def stage(self, stage: int, trained: str, scores: Mapping[str, float]) -> None:
+        """A stage is evaluated. scores: in percent, by task."""
+        mean = sum(scores.values()) / len(scores)
+        listed = "  ".join(f"{task} {score:.1f}" for task, score in scores.items())
+        self.say(f"after {stage} {trained}: {listed}  (mean {mean:.1f})")
+        self._report(f"after {stage} {trained}: mean {mean:.1f}", line=True, stage=stage, task=trained)
 
-    def finished(self, outcome: dict[str, Any], report: Path) -> None:
+    def finished(self, metrics: Mapping[str, float | None], report: Path) -> None:
+        """The run is finished. report: path of its report."""
         self.bars.stop()
-        for text in (shown_metrics(outcome["metrics"]), f"report: {report}"):
+        for text in (shown_metrics(metrics), f"report: {report}"):
             self.output.print(text, markup=False, soft_wrap=True)
             self._log(text)
 
 
 class ForwardedProgress(Progress):
-    """For a run in a process of its own, whose output is its log: how far it is goes to the study's process as well.
+    """Progress of a run in a subprocess, whose output is the run's log. send: called with each event."""
 
-    send: takes {"doing": words, "line": whether this is worth a line} and what `RunPace.reckoned` says.
-    """
-
-    def __init__(self, send: Callable[[dict[str, Any]], None]) -> None:
+    def __init__(self, send: Callable[[Event], None]) -> None:
         super().__init__()
         self.send = send
 
@@ -153,15 +169,15 @@ class ForwardedProgress(Progress):
         self.console.print(heartbeat.stamped(text), markup=False, soft_wrap=True)
 
     def _log(self, text: str) -> None:
-        """Nothing: what is printed is the log."""
+        """Nothing, since the output is the log."""
 
-    def _tell(self, doing: str, line: bool = False, **values: Any) -> None:
-        super()._tell(doing, line, **values)
-        self.send({"doing": doing, **self.pace.reckoned(), "line": line})
+    def _report(self, doing: str, line: bool = False, **values: Any) -> None:
+        super()._report(doing, line, **values)
+        self.send(Event(doing, self.eta.estimate(), line))
 
 
 class StudyProgress:
-    """Shows the runs under way, a bar or lines for each, and the study as a whole with the time left."""
+    """Shows each run of a study that is under way, by a bar or lines, and the time left of them all."""
 
     def __init__(self, total: int, jobs: int) -> None:
         from rich.console import Console
@@ -178,7 +194,7 @@ class StudyProgress:
             refresh_per_second=4,
             disable=not self.console.is_terminal,
         )
-        self.pace = StudyPace(total, jobs)
+        self.eta = StudyEta(total, jobs)
         self.all = self.bars.add_task("all runs", total=float(total), left="", doing="")
         self.ids: dict[str, Any] = {}
 
@@ -193,25 +209,25 @@ class StudyProgress:
         self.console.print(text, markup=False, soft_wrap=True)
 
     def start(self, name: str) -> None:
-        self.pace.start(name)
+        self.eta.start(name)
         self.ids[name] = self.bars.add_task(name, total=1.0, left="", doing="loading")
 
-    def update(self, name: str, event: dict[str, Any]) -> None:
-        """What a run's ForwardedProgress has sent."""
-        self.pace.update(name, event)
-        left = time_left(event["left"])
-        self.bars.update(self.ids[name], completed=event["share"], left=left, doing=event["doing"])
+    def update(self, name: str, event: Event) -> None:
+        """Shows an event of a run's `ForwardedProgress`."""
+        self.eta.update(name, event.estimate)
+        left = time_left(event.estimate.left)
+        self.bars.update(self.ids[name], completed=event.estimate.share, left=left, doing=event.doing)
         self._show_all()
-        if event["line"] and not self.console.is_terminal:
-            self.say(f"{name}: {event['doing']}; {left}; all runs: {time_left(self.pace.left())}")
+        if event.line and not self.console.is_terminal:
+            self.say(f"{name}: {event.doing}; {left}; all runs: {time_left(self.eta.left())}")
 
     def end(self, name: str, result: str, failed: bool = False) -> None:
         self.bars.remove_task(self.ids.pop(name))
-        self.pace.end(name, failed)
+        self.eta.end(name, failed)
         self._show_all()
-        self.say(f"{name}: {result}  ({self.pace})")
+        self.say(f"{name}: {result}  ({self.eta})")
 
     def _show_all(self) -> None:
-        done = self.pace.ended + sum(event["share"] for event in self.pace.latest.values())
-        doing = f"{self.pace.ended} of {self.pace.total} runs"
-        self.bars.update(self.all, completed=done, left=time_left(self.pace.left()), doing=doing)
+        done = self.eta.ended + sum(estimate.share for estimate in self.eta.latest.values())
+        doing = f"{self.eta.ended} of {self.eta.total} runs"
+        self.bars.update(self.all, completed=done, left=time_left(self.eta.left()), doing=doing)

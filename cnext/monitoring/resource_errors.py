@@ -1,4 +1,4 @@
-"""What a machine runs out of: memory, and room on the disk. Each is one message that says what to do."""
+"""Convert out-of-memory and disk-full errors to UserError."""
 
 from __future__ import annotations
 
@@ -9,24 +9,28 @@ from pathlib import Path
 
 import torch
 
-from cnext.errors import GO_ON, UserError
+from cnext.errors import RESUME, UserError
 
 FULL = (errno.ENOSPC, errno.EDQUOT)
 SIGNS = ("can't allocate memory", "not enough memory", "out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
-"""How the errors of torch's allocators are worded that are plain RuntimeErrors."""
+"""Words of the plain RuntimeErrors that torch's allocators raise."""
 
 
 def out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that there is no memory left."""
+    """Whether an error means that no memory is left."""
     return isinstance(error, MemoryError | torch.OutOfMemoryError) or any(sign in str(error) for sign in SIGNS)
 
 
 @contextmanager
-def explained(folder: Path, doing: Callable[[], str], batch_size: int) -> Iterator[None]:
-    """Inside, running out of memory or of disk is a UserError. doing: what is under way, in words.
+def as_user_errors(folder: Path, doing: Callable[[], str], batch_size: int) -> Iterator[None]:
+    """Context in which out-of-memory and disk-full errors become a UserError that says what to do.
 
-    Every file is written whole or not at all and parameters are not saved inside a step, so that whatever has been
-    saved is good.
+    Files are written atomically, so everything saved before is good.
+
+    Args:
+        folder: the run folder.
+        doing: returns what is under way, in words.
+        batch_size: of the run, which the advice names.
     """
     try:
         yield
@@ -34,8 +38,7 @@ def explained(folder: Path, doing: Callable[[], str], batch_size: int) -> Iterat
         if error.errno not in FULL:
             raise
         raise UserError(
-            f"no space left on the disk ({doing()}): {error.filename or folder}\n"
-            f"what was saved is whole; make room, and {GO_ON}"
+            f"no space left on the disk ({doing()}): {error.filename or folder}\nfree some space, then {RESUME}"
         ) from error
     except (RuntimeError, MemoryError) as error:
         if not out_of_memory(error):
@@ -43,7 +46,7 @@ def explained(folder: Path, doing: Callable[[], str], batch_size: int) -> Iterat
         reason = str(error).partition("\n")[0] or type(error).__name__
         raise UserError(
             f"out of memory ({doing()}): {reason}\n"
-            f"the last checkpoint is whole; with more memory (fewer --jobs, other programs ended) {GO_ON}; "
-            f"a --micro-batch-size below {batch_size}, --checkpointing True or a lower --batch-size needs less, "
-            "and another --out"
+            f"with more memory (fewer --jobs, other programs closed) {RESUME}; "
+            f"a --micro-batch-size below {batch_size}, --checkpointing True or a lower --batch-size needs less memory, "
+            "but another --out"
         ) from error

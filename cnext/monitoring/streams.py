@@ -9,8 +9,8 @@ from contextlib import contextmanager
 from typing import Any, TextIO
 
 
-class Outliving:
-    """A standard stream that outlives its reader: what is written when nobody reads any more goes nowhere."""
+class TolerantStream:
+    """A standard stream whose output is discarded once its reader has closed the pipe."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
@@ -27,7 +27,7 @@ class Outliving:
     def flush(self) -> None:
         with self._may_fail():
             self._stream.flush()
-        if self._error is not None:  # of a write, after which argparse goes on
+        if self._error is not None:  # argparse ignores that of a write
             raise self._error
 
     @contextmanager
@@ -35,21 +35,21 @@ class Outliving:
         try:
             yield
         except OSError as error:
-            # What waits in the buffer would fail again when the interpreter exits, which then complains of it.
-            nowhere = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(nowhere, self._stream.fileno())
-            os.close(nowhere)
+            # What is left in the buffer would fail again when the interpreter exits.
+            null = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(null, self._stream.fileno())
+            os.close(null)
             if not isinstance(error, BrokenPipeError):
                 self._error = error
                 raise
 
 
 @contextmanager
-def outliving_readers() -> Iterator[None]:
-    """Inside, standard output and error outlive their readers: a verb, or a run of hours, does its work to the end."""
+def tolerate_closed_pipes() -> Iterator[None]:
+    """Context in which a closed pipe at standard output or error does not end the program."""
     before = sys.stdout, sys.stderr
     # A stream that was closed when Python started is None.
-    sys.stdout, sys.stderr = (stream and Outliving(stream) for stream in before)  # pyright: ignore[reportAttributeAccessIssue]
+    sys.stdout, sys.stderr = (stream and TolerantStream(stream) for stream in before)  # pyright: ignore[reportAttributeAccessIssue]
     try:
         yield
     finally:

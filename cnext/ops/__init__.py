@@ -1,4 +1,8 @@
-"""Public ops. Each has a reference in plain torch, and all but one have kernels; see `cnext.ops.dispatch`."""
+"""Public ops on tensors: moving averages, and linear layers with low-rank branches.
+
+Each has a reference in plain torch, and all but `pema_released_` have kernels (csrc, kernels/triton). Modules, and all
+that knows of tasks, are in cnext.adapters and cnext.averaging.
+"""
 
 from cnext.ops.averaging import (
     adamw_pema_step_,
@@ -12,13 +16,18 @@ from cnext.ops.averaging import (
     prepare,
     sums,
 )
+from cnext.ops.averaging_table import GUARDS, Guard
 from cnext.ops.branches import dropout_mask, lora_branches, lora_branches_grouped
-from cnext.ops.dispatch import last_path
+from cnext.ops.dispatch import BRANCH_IMPLS, IMPLS, BranchImpl, Impl, last_path
 from cnext.ops.foreach import Prepared
-from cnext.ops.rules import GUARDS
 
 __all__ = [
+    "BRANCH_IMPLS",
     "GUARDS",
+    "IMPLS",
+    "BranchImpl",
+    "Guard",
+    "Impl",
     "Prepared",
     "adamw_pema_step_",
     "dema_step_",

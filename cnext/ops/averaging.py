@@ -1,43 +1,54 @@
-"""The ops of moving averages: Fisher accumulation and the averaging steps, over lists of tensors, in place.
+"""Averaging ops: Fisher accumulation and averaging steps over lists of tensors, in place.
 
-Every list holds tensors of one device; the tensors of an index have one shape and one dense layout. State is float32;
-parameters and gradients are float32, bfloat16 or float16, and so is an ``ema``, with one 16-bit dtype in a call. What
-is written may share memory with nothing else. Every op takes ``impl``: "cpp", "cuda", "triton" or "reference"; None
-for the device's best. An op raises `cnext.errors.UserError` where a tensor's dtype, shape, device or layout is wrong,
-memory is shared, or ``impl`` is missing. Gradients and parameters that are not finite are skipped element by element:
-they never reach a state.
+A list holds tensors of one device; tensors of the same index have one shape and the same dense strides. State is
+float32; parameters and gradients are float32, bfloat16 or float16, and so is an ``ema``, with one 16-bit dtype in a
+call. What is written shares memory with nothing else. Elements whose parameter or squared gradient is not finite are
+skipped and never reach a state. No op allocates more than its statistics, except where it says so; empty lists are
+allowed.
+
+impl: "cpp", "cuda", "triton" or "reference"; None for the fastest on the device, see `cnext.ops.dispatch`.
+
+Every op raises `cnext.errors.UserError` where a tensor's dtype, shape, device or strides do not fit, where memory is
+shared, and where ``impl`` is unknown or cannot run. The error names the tensor.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from cnext.errors import UserError, unknown
+from cnext.ops.averaging_table import OPS, Guard, adamw_scalars, literal_scalars
+from cnext.ops.dispatch import Impl
 from cnext.ops.foreach import Prepared
-from cnext.ops.rules import OPS, adamw_numbers, literal_numbers
 
 for _op in OPS.values():
     _op.register()
 
 
-def prepare(op: str, *lists: list[Tensor] | None, impl: str | None = None) -> Prepared:
-    """An op whose lists of tensors are checked once, to be called at every step with little work of the host.
-
-        step = ops.prepare("pema_step_", theta, None, fisher, ema)
-        step(level, grad=[parameter.grad for parameter in parameters])
+def prepare(op: str, *lists: list[Tensor] | None, impl: Impl | None = None) -> Prepared:
+    """An op whose lists of tensors are checked once, to be called at every step with little work on the host.
 
     Args:
-        op: name of a function of this module that works on lists, such as "pema_step_".
-        lists: its lists of tensors, in its order, none of them empty; None in place of one that is only read and that
-            every call gives anew.
+        op: name of an op on lists in `cnext.ops`, such as "pema_step_".
+        lists: its lists of tensors, in its order, none of them empty. None: a list that is only read is given per call.
         impl: as the op's.
 
     Returns:
-        A `cnext.ops.foreach.Prepared`, called with the rest of the op's arguments; its result is the op's.
+        A `Prepared`, called with the op's other arguments; its result is the op's.
 
     Raises:
-        UserError: as the op; ``op`` is not known.
+        UserError: as the op; ``op`` is unknown, or takes another number of lists.
+
+    Example:
+        >>> theta, fisher, ema = [torch.ones(2)], [torch.zeros(2)], [torch.zeros(2)]
+        >>> step, level = prepare("pema_step_", theta, None, fisher, ema), torch.ones(1, dtype=torch.float64)
+        >>> step(level, grad=[torch.ones(2)]).tolist()
+        [[2.0, 2.0, 1.0, 0.5]]
+        >>> ema[0]
+        tensor([0.5000, 0.5000])
     """
     if op not in OPS:
         raise unknown("op", op, list(OPS))
@@ -49,27 +60,48 @@ def prepare(op: str, *lists: list[Tensor] | None, impl: str | None = None) -> Pr
     return Prepared(OPS[op], dict(zip(roles, lists, strict=True)), impl)
 
 
+def _call(op: str, lists: tuple[list[Tensor], ...], *rows: Tensor, impl: Impl | None, **scalars: float) -> Any:
+    """Runs a registered op; on empty lists it does nothing."""
+    if not any(lists):
+        return torch.empty((0, OPS[op].columns), dtype=torch.float64)
+    return getattr(torch.ops.cnext, op)(*lists, *rows, **scalars, impl=impl)
+
+
 def fisher_accumulate_(
-    fisher: list[Tensor], grad: list[Tensor], *, scale: float = 1.0, impl: str | None = None
+    fisher: list[Tensor], grad: list[Tensor], *, scale: float = 1.0, impl: Impl | None = None
 ) -> None:
-    """fisher += scale * grad^2, in place, in one pass.
+    """fisher <- fisher + scale grad^2, in place, in one pass.
 
     Args:
         fisher: float32, written.
         grad: float32, bfloat16 or float16.
         scale: factor of the square.
 
+    Example:
+        >>> fisher = [torch.zeros(2)]
+        >>> fisher_accumulate_(fisher, [torch.tensor([1.0, 2.0])], scale=0.5)
+        >>> fisher[0]
+        tensor([0.5000, 2.0000])
+
     Reference: Continual-NExT, arXiv 2602.18055, Eq. 2.
     """
-    if fisher or grad:
-        torch.ops.cnext.fisher_accumulate_(fisher, grad, scale=scale, impl=impl)
+    _call("fisher_accumulate_", (fisher, grad), scale=scale, impl=impl)
 
 
-def sums(tensors: list[Tensor], *, impl: str | None = None) -> Tensor:
-    """The sum of each float32 tensor, (tensors,) float64; compiled, the same for any number of threads."""
-    if not tensors:
-        return torch.empty(0, dtype=torch.float64)
-    return torch.ops.cnext.sums(tensors, impl=impl).view(-1)
+def sums(tensors: list[Tensor], *, impl: Impl | None = None) -> Tensor:
+    """The sum of each tensor in float64. Compiled, the same bits for any number of threads.
+
+    Args:
+        tensors: float32, of any shapes.
+
+    Returns:
+        (tensors,) float64.
+
+    Example:
+        >>> sums([torch.ones(2, 3), torch.arange(3.0)]).tolist()
+        [6.0, 3.0]
+    """
+    return _call("sums", (tensors,), impl=impl).view(-1)
 
 
 def pema_merge_(
@@ -81,13 +113,13 @@ def pema_merge_(
     new_scale: float,
     c: float = 5.0,
     damping: float = 1e-5,
-    impl: str | None = None,
+    impl: Impl | None = None,
 ) -> Tensor:
-    """The damped-inverse merge at the end of a task, in place, in one pass.
+    """Merges parameters with their values from before a task, weighted by Fisher information; in place, in one pass.
 
     theta <- beta theta_old + (1 - beta) theta,  beta = mu / (f + mu + damping),  mu = fisher_old / c,
     f = new_scale * fisher_new;  then fisher_old <- fisher_old + f. Where fisher_old is 0, beta is 0 and theta stays.
-    beta minimises f/2 (x - theta)^2 + mu/2 (x - theta_old)^2, the two tasks' losses to second order. A theta that is
+    beta minimizes f/2 (x - theta)^2 + mu/2 (x - theta_old)^2, the two tasks' losses to second order. A theta that is
     not finite stays so: it is the model itself, not a state.
 
     Args:
@@ -95,31 +127,41 @@ def pema_merge_(
         theta_old: the same before the task.
         fisher_new: float32, the task's Fisher information in any unit.
         fisher_old: float32, the sum over earlier tasks, written.
-        new_scale: brings ``fisher_new`` to the unit of ``fisher_old``.
-        c: plasticity; larger keeps less of the old.
-        damping: lambda of Eq. 3.
+        new_scale: converts ``fisher_new`` to the unit of ``fisher_old``.
+        c: plasticity, positive; larger keeps less of the old.
+        damping: lambda of Eq. 3, in the unit of ``fisher_old``.
 
     Returns:
-        (tensors, 5) float64: number, sum, sum of squares, least and most of beta, per tensor.
+        (tensors, 5) float64: count, sum, sum of squares, minimum and maximum of beta, per tensor.
+
+    Example:
+        >>> theta, fisher_old = [torch.tensor([1.0, 1.0])], [torch.tensor([0.0, 1.0])]
+        >>> new = [torch.tensor([1.0, 1.0])]
+        >>> rows = pema_merge_(theta, [torch.tensor([3.0, 3.0])], new, fisher_old, new_scale=1.0, c=1.0, damping=0.0)
+        >>> theta[0], fisher_old[0], rows.tolist()
+        (tensor([1., 2.]), tensor([1., 2.]), [[2.0, 0.5, 0.25, 0.0, 0.5]])
 
     Reference: Continual-NExT, arXiv 2602.18055, Eq. 3 and 4, with the damping given per parameter.
     """
-    if not theta:
-        return torch.empty((0, 5), dtype=torch.float64)
-    return torch.ops.cnext.pema_merge_(
-        theta, theta_old, fisher_new, fisher_old, new_scale=new_scale, c=c, damping=damping, impl=impl
-    )
+    lists = (theta, theta_old, fisher_new, fisher_old)
+    return _call("pema_merge_", lists, new_scale=new_scale, c=c, damping=damping, impl=impl)
 
 
-def ema_step_(theta: list[Tensor], ema: list[Tensor], *, beta: float, impl: str | None = None) -> None:
+def ema_step_(theta: list[Tensor], ema: list[Tensor], *, beta: float, impl: Impl | None = None) -> None:
     """ema <- beta ema + (1 - beta) theta, in place, in one pass.
 
     Args:
         theta: float32, bfloat16 or float16.
         ema: float32, bfloat16 or float16, written.
+        beta: weight of the old average.
+
+    Example:
+        >>> ema = [torch.zeros(2)]
+        >>> ema_step_([torch.ones(2)], ema, beta=0.75)
+        >>> ema[0]
+        tensor([0.2500, 0.2500])
     """
-    if theta or ema:
-        torch.ops.cnext.ema_step_(theta, ema, beta=beta, impl=impl)
+    _call("ema_step_", (theta, ema), beta=beta, impl=impl)
 
 
 def pema_step_(
@@ -131,9 +173,9 @@ def pema_step_(
     *,
     decay: float = 1.0,
     scale: float = 1.0,
-    impl: str | None = None,
+    impl: Impl | None = None,
 ) -> Tensor:
-    """Fisher accumulation and the per-step average, in place, in one pass.
+    """Fisher accumulation and a moving-average step that it weights, in place, in one pass.
 
     fisher <- decay fisher + scale grad^2,  beta = level / (fisher + level), 1 where both are 0,
     ema <- beta ema + (1 - beta) theta.
@@ -143,13 +185,20 @@ def pema_step_(
         fisher: float32, written.
         ema: float32, bfloat16 or float16, written.
         level: (tensors,) float64 on the same device, at least 0: the damping lambda of each tensor.
+        decay: factor of the old ``fisher``.
+        scale: factor of the squared gradient.
 
     Returns:
         (tensors, 4) float64: elements used, sum of the new fisher, sum of beta, sum of beta^2.
+
+    Example:
+        >>> fisher, ema, level = [torch.zeros(2)], [torch.zeros(2)], torch.ones(1, dtype=torch.float64)
+        >>> pema_step_([torch.ones(2)], [torch.tensor([0.0, 1.0])], fisher, ema, level).tolist()
+        [[2.0, 1.0, 1.5, 1.25]]
+        >>> ema[0]
+        tensor([0.0000, 0.5000])
     """
-    if not theta:
-        return torch.empty((0, 4), dtype=torch.float64)
-    return torch.ops.cnext.pema_step_(theta, grad, fisher, ema, level, decay=decay, scale=scale, impl=impl)
+    return _call("pema_step_", (theta, grad, fisher, ema), level, decay=decay, scale=scale, impl=impl)
 
 
 def pema_literal_(
@@ -161,30 +210,43 @@ def pema_literal_(
     decay: float = 0.0,
     scale: float = 1.0,
     damping: float = 1e-5,
-    guard: str = "fallback",
+    guard: Guard = "fallback",
     fallback: float = 0.99,
-    impl: str | None = None,
+    impl: Impl | None = None,
 ) -> Tensor:
-    """The paper's equation element by element, in place, in one pass.
+    """A moving-average step by the paper's equation, element by element, in place, in one pass.
 
     fisher <- decay fisher + scale grad^2,  beta = (grad + 1) / ((theta - ema) fisher + damping),
     ema <- beta ema + (1 - beta) theta. Where beta is not inside (0, 1), guard "fallback" takes the constant
-    ``fallback`` instead, and "clamp" the nearer end.
+    ``fallback`` instead, and "clamp" the nearer of 0 and 1.
 
     Args:
         theta, grad: float32, bfloat16 or float16.
         fisher: float32, written.
         ema: float32, bfloat16 or float16, written.
+        decay, scale: as `pema_step_`.
+        damping: lambda of the equation.
+        guard: "fallback" or "clamp".
+        fallback: beta of the guard "fallback".
 
     Returns:
         (tensors, 4) float64: elements used, beta inside (0, 1), beta at or below 0, beta at or above 1.
 
+    Raises:
+        UserError: also for an unknown guard.
+
+    Example:
+        >>> ema = [torch.zeros(2)]
+        >>> grad = [torch.tensor([1.0, -1.0])]
+        >>> pema_literal_([torch.ones(2)], grad, [torch.zeros(2)], ema, damping=3.0, fallback=0.75).tolist()
+        [[2.0, 1.0, 1.0, 0.0]]
+        >>> ema[0]
+        tensor([0.5000, 0.2500])
+
     Reference: Continual-NExT, arXiv 2602.18055, Eq. 4 and its released code.
     """
-    _, numbers = literal_numbers(guard=guard, decay=decay, scale=scale, damping=damping, fallback=fallback)
-    if not theta:
-        return torch.empty((0, 4), dtype=torch.float64)
-    return torch.ops.cnext.pema_literal_(theta, grad, fisher, ema, **numbers, impl=impl)
+    _, scalars = literal_scalars(guard=guard, decay=decay, scale=scale, damping=damping, fallback=fallback)
+    return _call("pema_literal_", (theta, grad, fisher, ema), **scalars, impl=impl)
 
 
 def dema_step_(
@@ -195,27 +257,34 @@ def dema_step_(
     *,
     factor: float = 2.0,
     fallback: float = 0.01,
-    impl: str | None = None,
+    impl: Impl | None = None,
 ) -> Tensor:
-    """CIA's dynamic average, one weight per tensor, in place, in two passes and without waiting for the device.
+    """CIA's dynamic moving average, one weight per tensor, in place, in two passes and without synchronizing.
 
     a = |theta - ema|_1,  b = |grad|_1,  c = |grad - grad_prev|_1,  alpha = factor (1 + b) / (a c), or ``fallback``
-    where that is not inside (0, 1);  ema <- (1 - alpha) ema + alpha theta;  grad_prev <- grad. A gradient that is not
-    finite makes its tensor take the fallback.
+    where that is not inside (0, 1);  ema <- (1 - alpha) ema + alpha theta;  grad_prev <- grad. A tensor with a gradient
+    that is not finite takes the fallback.
 
     Args:
         theta, grad: float32, bfloat16 or float16.
         ema: float32, bfloat16 or float16, written.
         grad_prev: the last step's gradient, of the dtype of ``grad``, written.
+        factor: of alpha.
+        fallback: alpha where the formula leaves (0, 1).
 
     Returns:
         (tensors, 3) float64: a, b, c.
 
+    Example:
+        >>> ema, grad_prev = [torch.zeros(1)], [torch.ones(1)]
+        >>> dema_step_([torch.tensor([4.0])], [torch.tensor([3.0])], ema, grad_prev, factor=1.0).tolist()
+        [[4.0, 3.0, 2.0]]
+        >>> ema[0], grad_prev[0]  # alpha = 1 (1 + 3) / (4 * 2)
+        (tensor([2.]), tensor([3.]))
+
     Reference: Qiao et al., CIA, ICML 2025, as released.
     """
-    if not theta:
-        return torch.empty((0, 3), dtype=torch.float64)
-    return torch.ops.cnext.dema_step_(theta, grad, ema, grad_prev, factor=factor, fallback=fallback, impl=impl)
+    return _call("dema_step_", (theta, grad, ema, grad_prev), factor=factor, fallback=fallback, impl=impl)
 
 
 def pema_released_(
@@ -225,25 +294,35 @@ def pema_released_(
     *,
     damping: float = 1e-5,
     fallback: float = 0.99,
-    impl: str | None = None,
+    impl: Impl | None = None,
 ) -> None:
-    """The formula of the released loop on matrices (p, q), in place, through its exact low-rank identity.
+    """A moving-average step by the matrix formula of the released loop, in place. It diverges; for comparison only.
 
     alpha = (G + 1) (D^T F + damping I)^-1,  D = theta - ema,  F = G o G;  ema <- alpha o ema + (1 - alpha) o theta.
     For p < q the q x q inverse is never formed: alpha = ((G + 1) - (G + 1) D^T (damping I + F D^T)^-1 F) / damping.
-    A singular matrix takes ``fallback``. The rule diverges, in float32 too; it is here to be compared with.
+    A singular matrix takes ``fallback``. Plain torch only; allocates a few copies of each matrix.
 
     Args:
-        theta, grad: float32, bfloat16 or float16, two-dimensional.
-        ema: float32, bfloat16 or float16, written.
+        theta, grad: float32, bfloat16 or float16, (p, q).
+        ema: float32, bfloat16 or float16, (p, q), written.
+        damping: lambda of the formula.
+        fallback: alpha of a singular matrix.
+
+    Raises:
+        UserError: also for a tensor that is not two-dimensional.
+
+    Example:
+        >>> theta, grad, ema = [torch.ones(1, 1)], [torch.ones(1, 1)], [torch.zeros(1, 1)]
+        >>> pema_released_(theta, grad, ema, damping=3.0)
+        >>> ema[0].item()  # alpha = 2 / (1 + 3)
+        0.5
 
     Reference: the code released with Continual-NExT, arXiv 2602.18055; Woodbury, 1950.
     """
     for i, tensor in enumerate(theta):
         if tensor.ndim != 2:
             raise UserError(f"pema_released_: theta[{i}] has shape {tuple(tensor.shape)}; expected a matrix")
-    if theta:
-        torch.ops.cnext.pema_released_(theta, grad, ema, damping=damping, fallback=fallback, impl=impl)
+    _call("pema_released_", (theta, grad, ema), damping=damping, fallback=fallback, impl=impl)
 
 
 def adamw_pema_step_(
@@ -262,29 +341,36 @@ def adamw_pema_step_(
     weight_decay: float = 0.0,
     decay: float = 1.0,
     scale: float = 1.0,
-    impl: str | None = None,
+    impl: Impl | None = None,
 ) -> Tensor:
-    """One step of AdamW and then `pema_step_` on its result, in place, in one pass.
+    """One step of torch.optim.AdamW, then `pema_step_` on its result; in place, in one pass.
 
     Args:
         theta, grad: float32, bfloat16 or float16; theta is written.
         exp_avg, exp_avg_sq: float32 moments, written.
-        fisher: float32, written; None takes ``exp_avg_sq`` as the Fisher information and so needs no state for it.
+        fisher: float32, written; None takes ``exp_avg_sq`` as the Fisher information, and no memory for it.
         ema: float32, bfloat16 or float16, written.
         level: as `pema_step_`.
-        step: number of this step, from 1; 0-d tensors on the device for ``step`` and ``lr`` make it capturable.
+        step: number of this step, from 1; 0-d tensors on the device for ``step`` and ``lr`` allow CUDA graph capture.
         lr, betas, eps, weight_decay: as torch.optim.AdamW.
+        decay, scale: as `pema_step_`; not used where ``fisher`` is None.
 
     Returns:
         As `pema_step_`.
+
+    Example:
+        >>> theta, grad = [torch.ones(2)], [torch.ones(2)]
+        >>> exp_avg, exp_avg_sq, fisher, ema = ([torch.zeros(2)] for _ in range(4))
+        >>> level = torch.ones(1, dtype=torch.float64)
+        >>> rows = adamw_pema_step_(theta, grad, exp_avg, exp_avg_sq, fisher, ema, level, step=1, lr=0.5)
+        >>> theta[0], ema[0]
+        (tensor([0.5000, 0.5000]), tensor([0.2500, 0.2500]))
+
+    Reference: Loshchilov and Hutter, arXiv 1711.05101.
     """
-    if not theta:
-        return torch.empty((0, 4), dtype=torch.float64)
-    (rows,), scalars = adamw_numbers(level, step=step, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
+    rows, scalars = adamw_scalars(level, step=step, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
     if fisher is None:
-        return torch.ops.cnext.adamw_pema_step_shared_(
-            theta, grad, exp_avg, exp_avg_sq, ema, rows, **scalars, impl=impl
-        )
-    return torch.ops.cnext.adamw_pema_step_(
-        theta, grad, exp_avg, exp_avg_sq, fisher, ema, rows, **scalars, decay=decay, scale=scale, impl=impl
-    )
+        lists = (theta, grad, exp_avg, exp_avg_sq, ema)
+        return _call("adamw_pema_step_shared_", lists, *rows, **scalars, impl=impl)
+    lists = (theta, grad, exp_avg, exp_avg_sq, fisher, ema)
+    return _call("adamw_pema_step_", lists, *rows, **scalars, decay=decay, scale=scale, impl=impl)

@@ -1,10 +1,9 @@
-"""Linear layers with low-rank branches: y = x W^T + b + scale * sum over branches of drop(x) A_i^T B_i^T, W frozen.
+"""Fused linear layers with low-rank branches (LoRA): autograd function and registration with torch.library.
 
-The branches are packed into one of rank sum(r_i) and computed first: scale h B^T is written into y, and the frozen
-product is added on top in the library's own accumulation; likewise drop'(dh A) into dX, and dY W on top. The frozen
-products are the vendor's through torch; the passes of the branches are those of `cnext.ops.low_rank`. A frozen branch
-adds to y and costs no gradient. Kept for the backward pass are x and h = drop(x) A^T, each only where a live branch
-needs it; the dropout mask is made again from its seed.
+The branches are packed into one of rank sum(r_i) and computed first, by `cnext.ops.low_rank`: scale h B^T is written
+into y, and torch accumulates the frozen product on top; likewise drop'(dh A) into dX, and dY W on top. A frozen branch
+adds to y and costs no gradient. Saved for the backward pass are x and h = drop(x) A^T, each only where a trained branch
+needs it; the dropout mask is recomputed from its seed.
 """
 
 from __future__ import annotations
@@ -18,6 +17,7 @@ from torch import Tensor
 
 from cnext.errors import UserError
 from cnext.ops import branches_reference, dispatch, low_rank
+from cnext.ops.dispatch import BRANCH_IMPLS, BranchImpl, Impl
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 NAME = "lora_branches"
@@ -46,31 +46,34 @@ def lora_branches(
     seed: Tensor | None = None,
     independent: bool = False,
     routing: Tensor | None = None,
-    impl: str | None = None,
+    impl: BranchImpl | None = None,
 ) -> Tensor:
-    """y = x W^T + bias + scale * sum over i of w_i * (drop(x) A_i^T) B_i^T, with gradients for x, A, B and w.
+    """A frozen linear layer plus low-rank branches: y = x W^T + bias + scale * sum_i w_i * (drop(x) A_i^T) B_i^T.
+
+    Differentiable in x, A_i, B_i and w, once; under autocast it computes in the autocast dtype. Memory for the backward
+    pass: x, and h = drop(x) A^T of (..., sum of r_i); no mask and no dropped copy of x.
 
     Args:
         x: (..., in) float32, bfloat16, float16 or float64 (no float64 with dropout on a GPU).
         weight, bias: (out, in) and (out,) or None, frozen, in the dtype of x.
-        a, b: (r_i, in) and (out, r_i) per branch, of any floating dtype; computed in that of x. Whatever does not
-            require a gradient gets none, and still adds to y.
-        scale: factor of the branches.
-        dropout: probability of dropping an element of x on the way into the branches, in steps of 2^-16.
-        seed: (1,) int64 on the device of x; the same seed drops the same elements. None draws one from torch's own
-            generator, which is what makes activation checkpointing and a resumed run repeat the mask.
+        a, b: (r_i, in) and (out, r_i) per branch, of any floating dtype; computed in that of x. A branch that requires
+            no gradient gets none, and still adds to y.
+        scale: factor of the branches, alpha / rank in LoRA.
+        dropout: probability of dropping an element of x before the branches, in steps of 2^-16.
+        seed: (1,) int64 on the device of x; the same seed drops the same elements. None draws one from torch's default
+            generator, so that activation checkpointing and a resumed run repeat the mask.
         independent: a mask for every branch, as released, in place of one that they share.
         routing: (..., branches) weight w of every branch for every token, as in MoELoRA; None: all are 1.
-        impl: "cpp", "cuda" or "triton" for the passes of `cnext.ops.low_rank`; "torch" for the same in plain torch;
-            "reference" for the definition, branch after branch, the only one that has second derivatives. None takes
-            what is fastest on the device, see `cnext.ops.dispatch`.
+        impl: "cpp", "cuda" or "triton" for the kernels of `cnext.ops.low_rank`; "torch" for the same in plain torch;
+            "reference" for the definition, branch after branch, the only one with second derivatives. None takes the
+            fastest on the device, see `cnext.ops.dispatch`.
 
     Returns:
         (..., out), of the dtype of x.
 
     Raises:
-        UserError: a shape, dtype or device is wrong, the weight is not frozen, ``impl`` is missing, or its gradient is
-            differentiated (by any but the reference).
+        UserError: a shape, dtype or device does not fit, the weight is not frozen, ``impl`` is unknown or cannot run,
+            or the gradient is differentiated (by any but the reference).
 
     Example:
         >>> x, weight, a, b = torch.randn(5, 16), torch.randn(8, 16), torch.randn(4, 16), torch.zeros(8, 4)
@@ -106,15 +109,27 @@ def lora_branches_grouped(
     seed: Tensor | None = None,
     independent: bool = False,
     routing: Tensor | None = None,
-    impl: str | None = None,
+    impl: BranchImpl | None = None,
 ) -> Sequence[Tensor]:
-    """`lora_branches` for linear layers that read the same x, such as q, k and v: one pass over x, one chain for dX.
+    """`lora_branches` for linear layers that read the same x, such as q, k and v: one pass over x, and one over dX.
 
     Args:
-        weights, biases, a, b: one entry per linear layer. All have the same ranks in the same order and share the mask.
+        x: (..., in).
+        weights, biases, a, b: one entry per linear layer, each as `lora_branches` takes it. All layers have the same
+            ranks in the same order and share the dropout mask; their ``out`` may differ.
+        scale, dropout, seed, independent, routing, impl: as `lora_branches`.
 
     Returns:
         One (..., out) per linear layer.
+
+    Raises:
+        UserError: as `lora_branches`; the layers' ranks differ.
+
+    Example:
+        >>> x, weights = torch.randn(5, 16), [torch.randn(8, 16), torch.randn(4, 16)]
+        >>> a, b = [[torch.randn(2, 16)], [torch.randn(2, 16)]], [[torch.zeros(8, 2)], [torch.zeros(4, 2)]]
+        >>> [tuple(y.shape) for y in lora_branches_grouped(x, weights, [None, None], a, b)]
+        [(5, 8), (5, 4)]
     """
     kind = x.device.type
     if kind != "meta" and torch.is_autocast_enabled(kind) and x.dtype != torch.float64:
@@ -137,26 +152,43 @@ def lora_branches_grouped(
 
 
 def dropout_mask(
-    seed: Tensor, rows: int, columns: int, dropout: float, *, branch: int = 0, impl: str | None = None
+    seed: Tensor, rows: int, columns: int, dropout: float, *, branch: int = 0, impl: Impl | None = None
 ) -> Tensor:
-    """The mask that `lora_branches` applies to x, flattened to (rows, columns): True where an element is kept.
+    """The dropout mask of `lora_branches`, from the counter-based generator Philox 4x32-7.
+
+    Every implementation and device gives the same mask.
 
     Args:
-        seed: (1,) int64.
+        seed: (1,) int64, on the device that computes the mask.
+        rows, columns: of x, flattened to two dimensions.
+        dropout: probability of dropping an element, in steps of 2^-16.
         branch: 0 for the shared mask; with ``independent`` the branch's number.
-        impl: "cpp", "cuda", "triton" or "reference"; None takes the device's best.
+        impl: "cpp", "cuda", "triton" or "reference"; None for the fastest on the device.
+
+    Returns:
+        (rows, columns) bool, True where an element is kept. Elements that are kept are divided by 1 - dropout.
+
+    Raises:
+        UserError: ``impl`` is unknown or cannot run.
+
+    Example:
+        >>> keep = dropout_mask(torch.tensor([7]), 1000, 8, 0.5)
+        >>> keep.shape, round(keep.float().mean().item(), 1)
+        (torch.Size([1000, 8]), 0.5)
+
+    Reference: Salmon et al., Parallel random numbers: as easy as 1, 2, 3, SC 2011.
     """
     return torch.ops.cnext.dropout_mask(seed, rows, columns, dropout, branch, impl=impl)
 
 
 def _stacked(parts: tuple[Tensor, ...] | list[Tensor], dtype: torch.dtype) -> Tensor:
-    """The parts one below the other: where they lie so in memory already, as one view of it."""
+    """The parts concatenated along dimension 0; a view where they are adjacent in one storage."""
     first = parts[0]
     if len(parts) == 1:
         return first.to(dtype).contiguous()  # kernels read it along its rows
     if torch.compiler.is_compiling():
         return torch.cat(parts).to(dtype)
-    # Parts that lie end to end inside the first one's storage are one matrix.
+    # Adjacent parts inside the first one's storage are one matrix.
     width, size = first.shape[1], first.element_size()
     place, rows = first.data_ptr(), 0
     for part in parts:
@@ -171,20 +203,20 @@ def _stacked(parts: tuple[Tensor, ...] | list[Tensor], dtype: torch.dtype) -> Te
 
 
 def _transposed(parts: tuple[Tensor, ...] | list[Tensor], linears: int, dtype: torch.dtype) -> list[Tensor]:
-    """Every linear layer's parts, transposed, one below the other."""
+    """For every linear layer its parts, transposed and concatenated along dimension 0."""
     count = len(parts) // linears
     packed = [torch.cat([part.T for part in parts[i : i + count]]) for i in range(0, len(parts), count)]
     return [part if part.dtype == dtype else part.to(dtype) for part in packed]
 
 
 def _live(needed: Sequence[bool], branches: int) -> tuple[int, int]:
-    """The first branch that any of the layers wants a gradient of, and the one behind the last; (0, 0): none."""
+    """The first branch for which any layer needs a gradient, and one past the last; (0, 0): none."""
     live = [i % branches for i, need in enumerate(needed) if need]
     return (min(live), max(live) + 1) if live else (0, 0)
 
 
 class _LoraBranches(torch.autograd.Function):
-    """Forward and backward by the two ops; arguments after ``routing``: weights, biases, every A, every B."""
+    """Forward and backward by the two ops. Arguments after ``routing``: weights, biases, every A, every B."""
 
     @staticmethod
     def forward(
@@ -243,7 +275,7 @@ class _LoraBranches(torch.autograd.Function):
 
 
 class _Final(torch.autograd.Function):
-    """Gradients as they are, and an error that says what to do where they are differentiated."""
+    """The identity on gradients, whose backward raises: the fused backward pass is not differentiable."""
 
     @staticmethod
     def forward(ctx: Any, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -252,8 +284,8 @@ class _Final(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         raise UserError(
-            "lora_branches: the gradient of a gradient was asked for, and the fused backward pass has none; "
-            "impl='reference' has, or take first gradients only (create_graph=False)"
+            "lora_branches: its gradient was differentiated, which the fused backward pass does not support; "
+            "take impl='reference', or first gradients only (create_graph=False)"
         )
 
 
@@ -267,7 +299,7 @@ def _check(
     seed: Tensor | None,
     routing: Tensor | None,
 ) -> list[int]:
-    """The ranks, once everything is seen to fit."""
+    """Checks all operands; returns the ranks."""
 
     def bad(what: str, expected: str, tensor: Tensor) -> UserError:
         came = f"{tuple(tensor.shape)} {tensor.dtype} on {tensor.device}"
@@ -285,7 +317,9 @@ def _check(
         if weight.shape != (out, width) or weight.dtype != x.dtype or weight.device != device:
             raise bad("weight", f"(out, {width}) {x.dtype} on {device}", weight)
         if weight.requires_grad or (bias is not None and bias.requires_grad):
-            raise UserError("lora_branches: weight or bias requires a gradient; freeze them with requires_grad_(False)")
+            raise UserError(
+                "lora_branches: weight or bias requires a gradient; expected both frozen, see requires_grad_(False)"
+            )
         if bias is not None and (bias.shape != (out,) or bias.dtype != x.dtype or bias.device != device):
             raise bad("bias", f"({out},) {x.dtype} on {device}", bias)
         if not len(downs) == len(ups) == len(ranks) > 0:
@@ -310,18 +344,18 @@ def _flat(x: Tensor) -> Tensor:
 
 
 def _of(linear: int, h: Tensor, rank: int, live: Sequence[int] = (0, 0)) -> Tensor:
-    """A linear layer's columns of h (rows, linears x rank), all or the live ones."""
+    """A linear layer's columns of h (rows, linears x rank), all or those from live[0] to live[1]."""
     return h[:, linear * rank + live[0] : linear * rank + (live[1] or rank)]
 
 
 def _clipped(ranks: Sequence[int], live: Sequence[int]) -> list[int]:
-    """The ranks as far as they lie within the live columns."""
+    """How much of every branch's rank lies within the columns from live[0] to live[1]."""
     ends = list(accumulate(ranks))
     return [max(0, min(end, live[1]) - max(end - r, live[0])) for end, r in zip(ends, ranks, strict=True)]
 
 
 def _routed(h: Tensor, routing: Tensor | None, ranks: Sequence[int], linears: int) -> Tensor:
-    """h with every branch's columns times the token's weight of that branch."""
+    """h with every branch's columns scaled by the token's weight of that branch."""
     if routing is None:
         return h
     per_branch = routing.reshape(-1, len(ranks)).to(h.dtype)
@@ -344,13 +378,13 @@ def _run_forward(
     impl: str | None = None,
 ) -> list[Tensor]:
     flat, rank = _flat(x), sum(ranks)
-    path = dispatch.choose(NAME, x.device.type, impl, plain="torch", rows=flat.shape[0])
+    path = dispatch.choose(NAME, x.device.type, impl, valid=BRANCH_IMPLS, rows=flat.shape[0])
     random = low_rank.Dropout(seed, dropout, independent, path)
     h = low_rank.project(flat, a, ranks, len(weight), random)
     routed = _routed(h, routing, ranks, len(weight))
     outputs = []
     for g, (w, offset, up) in enumerate(zip(weight, bias, b, strict=True)):
-        y = low_rank.write(_of(g, routed, rank), up, offset, scale, random).addmm_(flat, w.T)
+        y = low_rank.expand(_of(g, routed, rank), up, offset, scale, random).addmm_(flat, w.T)
         outputs.append(y if x.ndim == 2 else y.view(*x.shape[:-1], w.shape[0]))
     outputs.append(h)
     dispatch.ran(NAME, random.ran)
@@ -383,34 +417,34 @@ def _run_backward(
     independent: bool,
     impl: str | None = None,
 ) -> list[Tensor]:
-    """dX, dA, each dB and d routing, as far as wanted, in this order.
+    """dX, dA, each dB and d routing, in this order, those that are needed.
 
-    live_a, live_b: the first column of rank whose gradient is wanted and the one behind the last, [0, 0]: none. dA is
-    (linears x live rank, in), dB (out, live rank). x is needed for dA alone, h for dB and d routing.
+    live_a, live_b: the first column of the rank whose gradient is needed and one past the last; [0, 0]: none. dA is
+    (linears x live rank, in), dB (out, live rank). x is needed for dA only, h for dB and d routing.
     """
     grads, linears, rank = [_flat(g) for g in grad], len(grad), sum(ranks)
     rows = grads[0].shape[0]
-    path = dispatch.choose(f"{NAME}_backward", grad[0].device.type, impl, plain="torch", rows=rows)
+    path = dispatch.choose(f"{NAME}_backward", grad[0].device.type, impl, valid=BRANCH_IMPLS, rows=rows)
     random = low_rank.Dropout(seed, dropout, independent, path)
     unrouted = grads[0].new_empty(rows, linears * rank) if needs_x or live_a[1] or needs_routing else None
     routed_h = _routed(h, routing, ranks, linears) if live_b[1] and h is not None else None
     d_ups: list[Tensor] = []
     for g, (dy, up) in enumerate(zip(grads, b, strict=True)):
         kept = None if routed_h is None else _of(g, routed_h, rank, live_b)
-        d_up = low_rank.gather(dy, up, kept, None if unrouted is None else _of(g, unrouted, rank), scale, random)
+        d_up = low_rank.grad_h_and_b(dy, up, kept, None if unrouted is None else _of(g, unrouted, rank), scale, random)
         d_ups += [] if d_up is None else [d_up]
     outputs: list[Tensor] = []
     if unrouted is not None:
         dh = _routed(unrouted, routing, ranks, linears)
         if needs_x:
-            dx = low_rank.spread(dh, a, ranks, linears, random)
+            dx = low_rank.grad_x(dh, a, ranks, linears, random)
             for dy, w in zip(grads, weight, strict=True):
                 dx.addmm_(dy, w)
             outputs.append(dx if grad[0].ndim == 2 else dx.view(*grad[0].shape[:-1], dx.shape[1]))
         if live_a[1]:
             assert x is not None, "saved where the gradient of A is wanted"
             live = dh if linears == 1 and live_a[1] - live_a[0] == rank else _alive(dh, live_a, linears)
-            outputs.append(low_rank.weigh(live, _flat(x), _clipped(ranks, live_a), linears, random))
+            outputs.append(low_rank.grad_a(live, _flat(x), _clipped(ranks, live_a), linears, random))
     outputs += d_ups
     if needs_routing:
         assert h is not None, "saved where the gradient of the routing is wanted"
@@ -424,7 +458,7 @@ def _run_backward(
 
 
 def _alive(dh: Tensor, live: Sequence[int], linears: int) -> Tensor:
-    """The columns of each linear layer's live rank, side by side."""
+    """The columns of each linear layer's rank from live[0] to live[1], concatenated."""
     return dh.unflatten(1, (linears, -1))[..., live[0] : live[1]].flatten(1)
 
 

@@ -1,4 +1,4 @@
-"""The branches op in plain torch, one branch after another: the ground truth."""
+"""Reference implementation of `lora_branches` and its dropout mask in plain torch."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ _LOW = 0xFFFFFFFF
 
 
 def threshold(dropout: float) -> int:
-    """Dropout in units of 2^-16: an element is dropped where its 16 random bits are below this."""
+    """The dropout probability in units of 2^-16: an element is dropped where its 16 random bits are below it."""
     return round(dropout * 65536)
 
 
 def philox(counter: Sequence[Tensor], seed: Tensor) -> list[Tensor]:
-    """Philox 4x32 with 7 rounds.
+    """The counter-based random generator Philox 4x32 with 7 rounds.
 
     Args:
         counter: four int64 tensors that broadcast, each value below 2^32.
-        seed: (1,) int64, the 64 bits of the key.
+        seed: (1,) int64, the 64-bit key.
 
     Returns:
         Four int64 tensors of 32 random bits each.
@@ -43,7 +43,7 @@ def philox(counter: Sequence[Tensor], seed: Tensor) -> list[Tensor]:
 
 
 def _product(multiplier: int, word: Tensor) -> tuple[Tensor, Tensor]:
-    """Low and high 32 bits of a product, from halves: int64 has no room for its top bit."""
+    """Low and high 32 bits of a product, from 16-bit halves: the whole product overflows int64."""
     upper, lower = (multiplier >> 16) * word, (multiplier & 0xFFFF) * word
     middle = (upper & 0xFFFF) + (lower >> 16)
     return ((middle & 0xFFFF) << 16) | (lower & 0xFFFF), (upper >> 16) + (middle >> 16)
@@ -59,7 +59,7 @@ def dropout_mask(
     first_row: int = 0,
     first_column: int = 0,
 ) -> Tensor:
-    """Which elements are kept, (rows, columns) bool.
+    """(rows, columns) bool, True where an element is kept.
 
     Row m takes its bits from the counters (16 tile + lane, m, branch, 0), tile = column // 128: column 32 w + 16 t +
     lane of the tile has the lower (t = 0) or upper (t = 1) half of word w, so that lanes of a vector are neighbours.
@@ -67,7 +67,7 @@ def dropout_mask(
     Args:
         seed: (1,) int64.
         branch: 0 where the mask is shared, else the branch's number.
-        first_row, first_column: where in a larger matrix these elements begin; the column is a multiple of 128.
+        first_row, first_column: position of these elements in a larger matrix; the column is a multiple of 128.
     """
     tiles = -(-columns // TILE)
     lane = first_column // TILE * LANES + torch.arange(tiles * LANES, device=seed.device).view(1, tiles, LANES)
@@ -79,10 +79,10 @@ def dropout_mask(
 
 
 def dropped(x: Tensor, dropout: float, seed: Tensor | None, branch: int) -> Tensor:
-    """drop(x) for x (rows, columns), and what leads a gradient back through it."""
+    """drop(x) for x (rows, columns), differentiable."""
     if not dropout:
         return x
-    assert seed is not None, "drawn where there is dropout"
+    assert seed is not None, "lora_branches_grouped draws one"
     rows, columns = x.shape
     keep = dropout_mask(seed, rows, columns, dropout, branch)
     return torch.where(keep, x * (65536 / (65536 - threshold(dropout))), 0.0)
@@ -101,7 +101,7 @@ def lora_branches(
     independent: bool = False,
     routing: Tensor | None = None,
 ) -> list[Tensor]:
-    """See `cnext.ops.lora_branches_grouped`. Its gradients, of any order, are autograd's."""
+    """See `cnext.ops.lora_branches_grouped`. Gradients of any order, by autograd."""
     outputs = []
     flat = x.reshape(-1, x.shape[-1])
     for weight, bias, downs, ups in zip(weights, biases, a, b, strict=True):

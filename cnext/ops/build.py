@@ -1,4 +1,4 @@
-"""Why a part of the compiled core is missing, and how to get it."""
+"""Reasons why a part of the compiled core is missing, and the remedy."""
 
 from __future__ import annotations
 
@@ -7,24 +7,24 @@ import json
 from pathlib import Path
 
 PACKAGE = Path(__file__).resolve().parents[1]
-CURES = {
-    "cpp": "install cnext again where a C++17 compiler is at hand",
-    "cuda": "install cnext again with CNEXT_CUDA=1 where a CUDA toolkit from 12.1 on is at hand",
+REMEDIES = {
+    "cpp": "install a C++17 compiler, then cnext again",
+    "cuda": "install a CUDA toolkit of version 12.1 or newer, then cnext again with CNEXT_CUDA=1",
     "triton": "install cnext again",
 }
 
 
 def without(part: str) -> str:
-    """Why a part ("cpp", "cuda", "triton") is not there, and the cure."""
+    """Why a part ("cpp", "cuda", "triton") is missing, and the remedy."""
     record = PACKAGE / "_build.json"
     if record.is_file():  # by setup.py
         left_out = json.loads(record.read_text(encoding="utf-8"))["left_out"]
         why = left_out.get(part, "its module is gone, or is one for another Python")
-        return f"cnext was built without it: {why}; {CURES[part]}"
+        return f"cnext was built without it: {why}; {REMEDIES[part]}"
     tree = PACKAGE.parent
     if not (tree / "csrc").is_dir():
-        return f"cnext was built without it; {CURES[part]}"
-    found = f"this is the source tree in {tree}, imported as it lies there, and nothing in it is compiled"
+        return f"cnext was built without it; {REMEDIES[part]}"
+    found = f"this is the source tree in {tree}, imported without being installed, and nothing in it is compiled"
     compiles = f"pip install -e {tree}"
     if (other := installed()) is None:
         return f"{found}; `{compiles}` compiles it"
@@ -32,7 +32,7 @@ def without(part: str) -> str:
 
 
 def installed() -> Path | None:
-    """Where another cnext than this one is installed; None where there is no other."""
+    """The folder of another installed cnext than this one; None where there is none."""
     for distribution in importlib.metadata.distributions(name="cnext"):
         package = Path(str(distribution.locate_file("cnext")))
         if (package / "__init__.py").is_file() and package.resolve() != PACKAGE:

@@ -1,4 +1,4 @@
-"""The checks of ops over lists of tensors: dtype, shape, device, layout, aliasing. Errors name the tensor at fault."""
+"""Checks of lists of tensors: dtype, shape, device, strides, shared memory. Errors name the tensor."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from cnext.ops import dispatch
 STATE = (torch.float32,)
 PARAM = (torch.float32, torch.bfloat16, torch.float16)
 ADDRESS, ELEMENTS, KIND, LAYOUT = range(4)
-"""Columns of a `table`."""
+"""Columns of `table`."""
 
 
 @cache
@@ -27,32 +27,32 @@ def _exchange() -> tuple[Any, Any] | None:
         return None
     try:
         core.describe(api, [])
-    except (TypeError, ValueError):  # of another version: the checks in Python say the same, and take longer
+    except (TypeError, ValueError):  # another version: the checks in Python are equivalent and slower
         return None
     return core, api
 
 
 @cache
 def _require_memory(kind: type) -> None:
-    """Refuses a class whose objects are no tensors, or that dispatches by itself as wrappers around tensors do."""
+    """Refuses a class that is no tensor, or a tensor subclass with a __torch_dispatch__: a wrapper without storage."""
     if kind is type(None):
         return
     if not issubclass(kind, Tensor):
         raise UserError(f"a list of tensors holds a {kind.__name__}; expected tensors")
     if any("__torch_dispatch__" in vars(one) for one in kind.__mro__[: kind.__mro__.index(Tensor)]):
         raise UserError(
-            f"a {kind.__name__} has no memory that a kernel could work on; expected plain tensors, such as "
-            "DTensor.to_local() gives"
+            f"a {kind.__name__} has no storage that a kernel could read; expected plain tensors, as "
+            "DTensor.to_local() returns"
         )
 
 
 def table(tensors: Sequence[Tensor | None]) -> numpy.ndarray:
-    """(tensors, 4) int64: address, elements, a number for dtype and device, and one for shape and strides.
+    """(tensors, 4) int64: address, elements, a hash of dtype and device, and one of shape and strides.
 
-    A row of -1 is no dense strided tensor, None among them. Numbers of one process are comparable, no others.
+    What is no dense strided tensor, such as None, has a row of -1. Hashes are comparable within a process only.
 
     Raises:
-        UserError: something is no tensor, or a wrapper around others, such as a DTensor, without memory of its own.
+        UserError: something is no tensor, or a wrapper without storage of its own, such as a DTensor.
     """
     for kind in set(map(type, tensors)):
         _require_memory(kind)
@@ -70,7 +70,7 @@ def _row(tensor: Tensor) -> tuple[int, int, int, int]:
 
 
 def _dense(tensor: Tensor) -> bool:
-    """Whether the elements fill one run of memory without gaps, in whatever order of dimensions."""
+    """Whether the elements fill a contiguous range of memory, in any order of dimensions."""
     if tensor.layout != torch.strided:
         return False
     expected = 1
@@ -82,10 +82,10 @@ def _dense(tensor: Tensor) -> bool:
 
 
 def tables(op: str, lists: Mapping[str, Sequence[Tensor]], roles: Mapping[str, str]) -> dict[str, numpy.ndarray]:
-    """The `table` of every list, once dtypes, shapes, devices and layouts are seen to fit.
+    """The `table` of every list, after checks of dtypes, shapes, devices and strides.
 
     Raises:
-        UserError: as `metadata` and `layout`.
+        UserError: as `require_metadata` and `require_layout`.
     """
     found = {name: table(tensors) for name, tensors in lists.items()}
     base, *_ = found.values()
@@ -96,15 +96,15 @@ def tables(op: str, lists: Mapping[str, Sequence[Tensor]], roles: Mapping[str, s
         and (rows[:, LAYOUT] != -1).all()
         for rows in found.values()
     )
-    # Numbers tell that all are alike; which one is not, and whether what all share is allowed, the tensors tell.
+    # Equal hashes show that all are alike; the slower checks find which one is not, and whether the dtype is allowed.
     ends = lists if not same else {name: tensors[:1] for name, tensors in lists.items()}
-    metadata(op, ends, roles)
+    require_metadata(op, ends, roles)
     if not same:
-        layout(op, lists)
+        require_layout(op, lists)
     return found
 
 
-def metadata(op: str, lists: Mapping[str, Sequence[Tensor]], roles: Mapping[str, str]) -> None:
+def require_metadata(op: str, lists: Mapping[str, Sequence[Tensor]], roles: Mapping[str, str]) -> None:
     """Checks lengths, shapes, dtypes and devices against the first list.
 
     Args:
@@ -113,7 +113,7 @@ def metadata(op: str, lists: Mapping[str, Sequence[Tensor]], roles: Mapping[str,
             letter, and one 16-bit dtype among them.
 
     Raises:
-        UserError: names the first tensor at fault, what was expected and what came.
+        UserError: names the first tensor that does not fit, what was expected and what came.
     """
     (first, base), *_ = lists.items()
     shapes = [tensor.shape for tensor in base]
@@ -133,13 +133,13 @@ def metadata(op: str, lists: Mapping[str, Sequence[Tensor]], roles: Mapping[str,
         ):
             continue
         for i, tensor in enumerate(tensors):
-            what, fellow = f"{op}: {name}[{i}]", f"that of {first}"
-            require(what, tensor, (dtype,) if dtype in allowed else allowed, shapes[i], device, fellow, i)
-    one_narrow(op, {name: dtypes[roles[name]] for name in lists})
+            what, peer = f"{op}: {name}[{i}]", f"that of {first}"
+            require_tensor(what, tensor, (dtype,) if dtype in allowed else allowed, shapes[i], device, peer, i)
+    require_one_16_bit_dtype(op, {name: dtypes[roles[name]] for name in lists})
 
 
-def one_narrow(op: str, dtypes: Mapping[str, torch.dtype]) -> None:
-    """Checks that the lists' 16-bit dtypes are one: no kernel mixes them.
+def require_one_16_bit_dtype(op: str, dtypes: Mapping[str, torch.dtype]) -> None:
+    """Checks that the lists have at most one 16-bit dtype: no kernel mixes them.
 
     Raises:
         UserError: one list is bfloat16, and another float16.
@@ -153,33 +153,33 @@ def one_narrow(op: str, dtypes: Mapping[str, torch.dtype]) -> None:
         raise UserError(f"{op}: {found} has dtype {other}; expected torch.float32 or {dtype}, that of {name}")
 
 
-def require(
+def require_tensor(
     what: str,
     tensor: Tensor,
     dtypes: Sequence[torch.dtype],
     shape: torch.Size,
     device: torch.device,
-    fellow: str,
+    peer: str,
     index: int,
 ) -> None:
     """Checks one tensor.
 
     Raises:
-        UserError: its dtype is none of ``dtypes``, or its shape or device is another.
+        UserError: its dtype is none of ``dtypes``, or its shape or device differs.
     """
     if tensor.dtype not in dtypes:
         raise UserError(f"{what} has dtype {tensor.dtype}; expected {' or '.join(map(str, dtypes))}")
     if tensor.shape != shape:
-        raise UserError(f"{what} has shape {tuple(tensor.shape)}; expected {tuple(shape)}, {fellow}[{index}]")
+        raise UserError(f"{what} has shape {tuple(tensor.shape)}; expected {tuple(shape)}, {peer}[{index}]")
     if tensor.device != device:
-        raise UserError(f"{what} has device {tensor.device}; expected {device}, {fellow}[0]")
+        raise UserError(f"{what} has device {tensor.device}; expected {device}, {peer}[0]")
 
 
-def layout(op: str, lists: Mapping[str, Sequence[Tensor]]) -> None:
-    """Checks that element k of every operand lies at place k of its memory.
+def require_layout(op: str, lists: Mapping[str, Sequence[Tensor]]) -> None:
+    """Checks that tensors of one index have the same dense strides.
 
     Raises:
-        UserError: a tensor has gaps, or its strides differ from those of its fellows.
+        UserError: a tensor has gaps, or its strides differ from those of the others of its index.
     """
     if all(tensor.is_contiguous() for tensors in lists.values() for tensor in tensors):
         return
@@ -198,14 +198,14 @@ def layout(op: str, lists: Mapping[str, Sequence[Tensor]]) -> None:
 
 
 def spans(rows: numpy.ndarray, itemsize: int) -> numpy.ndarray:
-    """(tensors, 2) int64: the first byte of each tensor, and the one behind its last."""
+    """(tensors, 2) int64: address of each tensor's first byte, and of the one after its last."""
     return numpy.stack([rows[:, ADDRESS], rows[:, ADDRESS] + itemsize * rows[:, ELEMENTS]], 1)
 
 
-def alone(
+def require_disjoint(
     op: str, lists: Mapping[str, Sequence[Tensor]], found: Mapping[str, numpy.ndarray], written: Sequence[str]
 ) -> numpy.ndarray:
-    """The `spans` of what is written, sorted, once none of it overlaps anything else.
+    """The sorted `spans` of what is written, after a check that none of it overlaps anything else.
 
     Raises:
         UserError: two tensors share memory and the op writes at least one of them.
@@ -221,25 +221,27 @@ def alone(
     clash = (start[1:] < written_reach) | (write[1:] & (start[1:] < reach))
     if clash.any():
         name, tensor = divmod(int(order[1:][clash][0]), count)
-        raise _shared(op, list(lists)[name], tensor, written)
+        raise _overlap(op, list(lists)[name], tensor, written)
     return places[order][write]
 
 
-def apart(op: str, name: str, mine: numpy.ndarray, theirs: numpy.ndarray, written: Sequence[str]) -> None:
-    """Checks that no span of the list ``name`` overlaps one of ``theirs``, which are sorted and apart.
+def require_disjoint_from(
+    op: str, name: str, own: numpy.ndarray, others: numpy.ndarray, written: Sequence[str]
+) -> None:
+    """Checks that no span of the list ``name`` overlaps one of ``others``, which are sorted and disjoint.
 
     Raises:
         UserError: one does.
     """
-    if len(theirs):
-        last = numpy.searchsorted(theirs[:, 0], mine[:, 1]) - 1  # the last of theirs that begins before mine ends
-        clash = (last >= 0) & (theirs[last, 1] > mine[:, 0]) & (mine[:, 0] < mine[:, 1])
+    if len(others):
+        last = numpy.searchsorted(others[:, 0], own[:, 1]) - 1  # the last of the others that begins before this ends
+        clash = (last >= 0) & (others[last, 1] > own[:, 0]) & (own[:, 0] < own[:, 1])
         if clash.any():
-            raise _shared(op, name, int(clash.argmax()), written)
+            raise _overlap(op, name, int(clash.argmax()), written)
 
 
-def _shared(op: str, name: str, tensor: int, written: Sequence[str]) -> UserError:
+def _overlap(op: str, name: str, tensor: int, written: Sequence[str]) -> UserError:
     return UserError(
         f"{op}: {name}[{tensor}] shares memory with another argument; "
-        f"{', '.join(written)} are written in place and must stand alone"
+        f"{', '.join(written)} are written in place; pass tensors with memory of their own, see clone()"
     )

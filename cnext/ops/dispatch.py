@@ -1,14 +1,14 @@
-"""Which implementation of an op runs: the compiled core (C++, CUDA), Triton, or plain torch.
+"""Choice of an op's implementation: the compiled core (C++, CUDA), Triton or plain torch.
 
-``impl=None`` takes the device's best. An explicit ``impl`` is exact, and raises where it is missing. `last_path` names
-what an op last ran, by one rule:
+``impl=None`` takes the fastest on the device. An explicit ``impl`` is used or raises. `last_path` names what an op last
+ran:
 
-- "cpp", "cuda", "triton": a kernel of ours was launched. It need not have done everything: the frozen products of
-  `lora_branches` are torch's, and the others as far as `cnext.ops.low_rank` says.
-- "reference": the op's definition in plain torch ran, `cnext.ops.reference` or `cnext.ops.branches_reference`.
-- "torch": torch's kernels alone ran, and not the definition. That is `lora_branches` and its backward with "cpp" and no
-  dropout, where the C++ products do not take the operands; with ``impl="torch"``; and where no kernels of ours are
-  there. The plain torch of every other op is its reference.
+- "cpp", "cuda", "triton": a kernel of cnext was launched. It need not have done everything: the frozen products of
+  `lora_branches` are torch's, and so are those that `cnext.ops.low_rank` leaves to torch.
+- "reference": the op's definition in plain torch, `cnext.ops.averaging_reference` or `cnext.ops.branches_reference`.
+- "torch": torch's kernels alone, but not the definition: `lora_branches` and its backward with ``impl="torch"``, where
+  cnext's kernels are missing, and with "cpp" and no dropout where the C++ products do not take the operands. In plain
+  torch every other op runs its reference.
 """
 
 from __future__ import annotations
@@ -16,20 +16,28 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import warnings
+from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from types import ModuleType
+from typing import Literal, get_args
+
+import torch
 
 from cnext.errors import UserError, unknown
 from cnext.ops import build
 
-IMPLS = ("cpp", "cuda", "triton", "reference")
+Impl = Literal["cpp", "cuda", "triton", "reference"]
+"""Implementations of every op."""
+BranchImpl = Literal[Impl, "torch"]
+"""Implementations of `cnext.ops.lora_branches`."""
+IMPLS: tuple[Impl, ...] = get_args(Impl)
+BRANCH_IMPLS: tuple[BranchImpl, ...] = get_args(BranchImpl)
 BEST = {"cpu": ("cpp",), "cuda": ("cuda", "triton")}
 """What is faster than plain torch on a device type, the best first."""
 TRITON_FROM_ROWS = 4096
-"""From how many rows of x on the branches take Triton on a GPU: the faster one in what was last measured, on an H200
+"""Rows of x from which the branches take Triton on a GPU: the faster one in the last measurement, on an H200
 (bench/results): CUDA at 64 and 880 rows, Triton at 14,080."""
 SLOWER = "many times slower in averaging and dropout"
-_PLAIN = ("this op is plain torch only", "")
 _last: dict[str, str] = {}
 
 
@@ -40,6 +48,11 @@ def core(name: str) -> ModuleType | None:
     return importlib.import_module(module) if importlib.util.find_spec(module) else None
 
 
+def on(device: torch.device) -> AbstractContextManager[object]:
+    """A context in which a GPU is the current device; on a CPU it does nothing."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
 def _nothing() -> None: ...
 
 
@@ -47,7 +60,7 @@ def _nothing() -> None: ...
 def _triton_interprets() -> bool:
     import triton
 
-    # What triton makes of a function tells it in every version; where the setting is kept has moved.
+    # The type of a jitted function shows it in every version; where the setting is kept has changed.
     return not isinstance(triton.jit(_nothing), triton.JITFunction)
 
 
@@ -58,7 +71,7 @@ def missing(impl: str, device: str) -> str:
     if impl == "triton":
         if importlib.util.find_spec("triton") is None:
             return "triton is not installed"
-        if importlib.util.find_spec("cnext.kernels") is None:  # which installing puts there, from kernels/triton
+        if importlib.util.find_spec("cnext.kernels") is None:  # installed from kernels/triton
             return build.without(impl)
         if device == "cuda" or _triton_interprets():
             return ""
@@ -85,7 +98,7 @@ def best(device: str) -> str:
 
 @cache
 def _ready(impl: str, device: str) -> bool:
-    """Looking for modules takes longer than a launch."""
+    """`missing`, cached: looking for modules takes longer than a launch."""
     return not missing(impl, device)
 
 
@@ -94,36 +107,51 @@ def choose(
     device: str,
     impl: str | None,
     compiled: bool = True,
-    plain: str = "reference",
+    valid: tuple[str, ...] = IMPLS,
     rows: int | None = None,
 ) -> str:
-    """The implementation of ``op`` to run on a device type, remembered for `last_path`.
+    """The implementation of ``op`` to run on a device type, recorded for `last_path`.
 
     Args:
-        compiled: whether the op has any other implementation than plain torch.
-        plain: what runs where there are no kernels: "torch" for an op whose reference is not meant to be fast.
-        rows: of x, for the branches, of which it decides what is fastest.
+        compiled: whether the op has kernels; where it has none, ``impl`` may only be "reference".
+        valid: the op's implementations. Where "torch" is one, it runs in place of missing kernels, else the reference.
+        rows: of x, for the branches: the fastest implementation depends on it.
 
     Raises:
-        UserError: ``impl`` is not known, or cannot run here.
+        UserError: ``impl`` is unknown, or cannot run here.
     """
-    valid = IMPLS if plain in IMPLS else (*IMPLS[:-1], plain, IMPLS[-1])
     if impl is not None and impl not in valid:
         raise unknown("impl", impl, valid)
-    if impl is not None and (reason := missing(impl, device) if compiled else _PLAIN[impl == "reference"]):
-        raise UserError(f"{op}: impl={impl!r} is missing: {reason}")
+    if impl is not None and compiled and (reason := missing(impl, device)):
+        raise UserError(f"{op}: impl={impl!r} is not available: {reason}")
+    if impl not in (None, "reference") and not compiled:
+        raise UserError(f"{op}: impl={impl!r} is not available: this op is plain torch only; expected 'reference'")
     fastest = best(device) if impl is None and compiled else "reference"
     if fastest == "cuda" and rows is not None and rows >= TRITON_FROM_ROWS and _ready("triton", device):
         fastest = "triton"
+    plain = "torch" if "torch" in valid else "reference"
     _last[op] = impl or (plain if fastest == "reference" else fastest)
     return _last[op]
 
 
 def ran(op: str, path: str) -> None:
-    """For `last_path`, from an op that knows only afterwards whether it launched anything."""
+    """Records what ran for `last_path`, by an op that knows it only afterwards."""
     _last[op] = path
 
 
 def last_path(op: str) -> str | None:
-    """What ``op`` last ran: "cpp", "cuda", "triton", "torch" or "reference", as said above; None: it has not run."""
+    """What an op last ran on: for tests and benchmarks that must know which kernel they ran.
+
+    Args:
+        op: name of the op, such as "pema_step_" or "lora_branches_backward".
+
+    Returns:
+        "cpp", "cuda", "triton", "torch" or "reference", see `cnext.ops.dispatch`; None where it has not run.
+
+    Example:
+        >>> from cnext import ops
+        >>> total = ops.sums([torch.ones(3)], impl="reference")
+        >>> ops.last_path("sums")
+        'reference'
+    """
     return _last.get(op)

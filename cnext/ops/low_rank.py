@@ -1,15 +1,15 @@
-"""The products of the branches' rank, each in one pass over its large matrix: x and dY are read, y and dX written.
+"""Low-rank products of the branches with fused dropout, each in one pass over its large matrix (x, y, dX or dY).
 
-`project`, `spread` and `weigh` see dropout. C++ (float32 of `FEWEST_ROWS` or more), CUDA (bfloat16 and float16) and
-Triton drop on the way, and `gather` takes both of its products from one reading of dY. Plain torch, and C++ and CUDA
-for what their kernels do not take, drop a block of at most `BLOCK_BYTES` at a time and leave the product to torch. No
-dropped matrix is kept. Without dropout a GPU's products are torch's, but for `write` and `gather`.
+`project`, `grad_x` and `grad_a` apply dropout. C++ (float32, from `FEWEST_ROWS` rows on), CUDA (bfloat16 and float16)
+and Triton fuse it into the product, and `grad_h_and_b` computes both of its products from one read of dY. Plain torch,
+and C++ and CUDA for operands that their kernels do not take, drop blocks of at most `BLOCK_BYTES` and leave the
+products to torch. No dropped matrix is stored. Without dropout a GPU's products are torch's, but for `expand` and
+`grad_h_and_b`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
@@ -22,21 +22,23 @@ from cnext.ops import branches_reference, dispatch
 from cnext.ops.branches_reference import threshold
 
 BLOCK_BYTES = {"cpu": 2**22, "cuda": 2**25}
-"""A dropped block stays in a cache: of a CPU the last, of a GPU the second."""
+"""Size of a dropped block: it stays in the last-level cache of a CPU, or in L2 of a GPU."""
 TILE = branches_reference.TILE
 MOST_RANK = 128
-"""What one launch of a C++ or CUDA kernel takes; a larger rank takes several."""
+"""Largest rank of one launch of a C++ or CUDA kernel; a larger rank takes several."""
 ONE_PASS = 32
-"""Up to what rank `gather` reads dY once on a GPU: above, the float32 parts of dh move more than reading it again."""
+"""Largest rank up to which `grad_h_and_b` reads dY once on a GPU: above it the partial sums of dh move more bytes."""
 FEWEST_ROWS = 64
-"""Of x, from which on the C++ kernels are faster than torch: they pack the small matrix first."""
+"""Rows of x from which the C++ kernels, which pack the small matrix first, are faster than torch."""
 _LETTER = {torch.float32: "f", torch.bfloat16: "b", torch.float16: "h", torch.float64: "d"}
 
 
 @dataclass
 class Dropout:
-    """Seed, probability, whether every branch has a mask of its own, and the implementation: of kernels, or "torch".
+    """Dropout of a call, and its implementation.
 
+    independent: whether every branch has its own mask.
+    impl: of kernels, or "torch".
     launched: whether a kernel of the implementation has been launched.
     """
 
@@ -52,7 +54,7 @@ class Dropout:
         return self.impl if self.launched else "torch"
 
     def masks(self, ranks: Sequence[int], linears: int) -> Iterator[tuple[int, list[slice]]]:
-        """Each mask's number, and the columns of h that it belongs to: all of them, or a branch's in every layer."""
+        """The number of each mask, and its columns of h: all of them, or those of a branch in every layer."""
         rank = sum(ranks)
         if not self.independent or not self.probability:
             yield 0, [slice(0, linears * rank)]
@@ -82,8 +84,8 @@ def project(x: Tensor, a: Tensor, ranks: Sequence[int], linears: int, dropout: D
     return h
 
 
-def spread(dh: Tensor, a: Tensor, ranks: Sequence[int], linears: int, dropout: Dropout) -> Tensor:
-    """The branches' part of dX: drop'(dh A), (rows, in)."""
+def grad_x(dh: Tensor, a: Tensor, ranks: Sequence[int], linears: int, dropout: Dropout) -> Tensor:
+    """The branches' part of dX: drop'(dh A). dh: (rows, linears x rank); a: (linears x rank, in); dX: (rows, in)."""
     out = dh.new_empty(dh.shape[0], a.shape[1])
     fused, first = _fused(dropout, out, a), True
     if not fused and not dropout.probability:
@@ -91,7 +93,7 @@ def spread(dh: Tensor, a: Tensor, ranks: Sequence[int], linears: int, dropout: D
     for branch, parts in dropout.masks(ranks, linears):
         for columns in parts:
             if fused:
-                _launch("spread", dropout, branch, dh[:, columns], a[columns], out, first)
+                _launch("expand", dropout, branch, dh[:, columns], a[columns], out, first)
             for rows, block in () if fused else _row_blocks(out):
                 product(dh[rows, columns], a[columns], block)
                 _drop(block, out[rows], dropout, branch, first_row=rows.start, add=not first)
@@ -99,11 +101,8 @@ def spread(dh: Tensor, a: Tensor, ranks: Sequence[int], linears: int, dropout: D
     return out
 
 
-def write(h: Tensor, b: Tensor, bias: Tensor | None, scale: float, dropout: Dropout) -> Tensor:
-    """The branches' part of y: scale * h B^T + bias, (rows, out).
-
-    h: (rows, rank). b: (rank, out), B transposed.
-    """
+def expand(h: Tensor, b: Tensor, bias: Tensor | None, scale: float, dropout: Dropout) -> Tensor:
+    """The branches' part of y: scale * h B^T + bias. h: (rows, rank); b: B^T, (rank, out); y: (rows, out)."""
     rows, (rank, columns) = h.shape[0], b.shape
     out = h.new_empty(rows, columns)
     if not out.numel() or rank > MOST_RANK or not _fused(dropout, out, b, plain=True):
@@ -111,25 +110,25 @@ def write(h: Tensor, b: Tensor, bias: Tensor | None, scale: float, dropout: Drop
     if dropout.impl == "triton":
         from cnext.kernels import branches  # pyright: ignore[reportMissingImports]
 
-        branches.run_spread(h, b, out, None, 0, 0, scale=scale, bias=bias)
+        branches.run_expand(h, b, out, None, 0, 0, scale=scale, bias=bias)
         dropout.launched = True
         return out
     bias = None if bias is None else bias.contiguous()
     place = 0 if bias is None else bias.data_ptr()
-    _call("spread", dropout, (h, b, out), (rows, columns, rank), place, False, scale, 0, 0, 0)
+    _call("expand", dropout, (h, b, out), (rows, columns, rank), place, False, scale, 0, 0, 0)
     return out
 
 
-def weigh(dh: Tensor, x: Tensor, ranks: Sequence[int], linears: int, dropout: Dropout) -> Tensor:
-    """dA = dh^T drop(x), (linears x rank, in)."""
+def grad_a(dh: Tensor, x: Tensor, ranks: Sequence[int], linears: int, dropout: Dropout) -> Tensor:
+    """dA = dh^T drop(x). dh: (rows, linears x rank); x: (rows, in); dA: (linears x rank, in)."""
     da = x.new_empty(dh.shape[1], x.shape[1])
     fused = _fused(dropout, x, da)
     if not fused and not dropout.probability:
         return product(dh.T, x, da)
     for branch, parts in dropout.masks(ranks, linears):
         for columns in parts if fused else ():
-            _launch("weigh", dropout, branch, dh[:, columns], x, da[columns])
-        # Blocks of columns: a sum over the rows of one product is rounded once, in the operands' dtype.
+            _launch("grad_a", dropout, branch, dh[:, columns], x, da[columns])
+        # Blocks of columns, so that each sum over rows is within one product and rounded to the dtype once.
         for place, block in () if fused else _column_blocks(x):
             _drop(x[:, place], block, dropout, branch, first_column=place.start)
             for columns in parts:
@@ -137,11 +136,13 @@ def weigh(dh: Tensor, x: Tensor, ranks: Sequence[int], linears: int, dropout: Dr
     return da
 
 
-def gather(dy: Tensor, b: Tensor, h: Tensor | None, dh: Tensor | None, scale: float, dropout: Dropout) -> Tensor | None:
-    """dh = scale * dY B, in place, and dB = scale * dY^T h, of one linear layer; either may be None.
+def grad_h_and_b(
+    dy: Tensor, b: Tensor, h: Tensor | None, dh: Tensor | None, scale: float, dropout: Dropout
+) -> Tensor | None:
+    """dh = scale * dY B, written in place, and dB = scale * dY^T h, of one linear layer; either may be None.
 
     Args:
-        dy: (rows, out). b: (rank, out), B transposed. h: (rows, live rank). dh: (rows, rank).
+        dy: (rows, out). b: B^T, (rank, out). h: (rows, live rank). dh: (rows, rank).
 
     Returns:
         dB, (out, live rank).
@@ -149,7 +150,7 @@ def gather(dy: Tensor, b: Tensor, h: Tensor | None, dh: Tensor | None, scale: fl
     db = None if h is None else dy.new_empty(dy.shape[1], h.shape[1])
     fits = b.shape[0] <= (MOST_RANK if dropout.impl == "cpp" else ONE_PASS)
     if h is not None and dh is not None and db is not None and fits and _fused(dropout, dy, b, plain=True):
-        _launch_gather(dy, b, h, dh, db, scale, dropout)
+        _launch_grad_b(dy, b, h, dh, db, scale, dropout)
         return db
     if dh is not None:
         product(dy, b.T, dh, scale)
@@ -159,9 +160,11 @@ def gather(dy: Tensor, b: Tensor, h: Tensor | None, dh: Tensor | None, scale: fl
 
 
 def _fused(dropout: Dropout, large: Tensor, beside: Tensor, plain: bool = False) -> bool:
-    """Whether kernels take these: in CUDA what is moved 16 bytes at a time, save float32, for want of tensor cores.
+    """Whether the implementation's kernels take these operands.
 
-    plain: whether those of a GPU take them without dropout too.
+    CUDA's take 16-bit dtypes, for tensor cores, with rows that allow accesses of 16 bytes.
+
+    plain: whether a GPU's kernels also run without dropout.
     """
     impl = dropout.impl
     if impl == "cpp":
@@ -190,7 +193,7 @@ def _row_blocks(x: Tensor) -> Iterator[tuple[slice, Tensor]]:
 
 
 def _column_blocks(x: Tensor) -> Iterator[tuple[slice, Tensor]]:
-    """Blocks of x's columns, with a buffer of their size; they begin where a tile of the mask does."""
+    """Blocks of x's columns, aligned to tiles of the mask, with a buffer of their size."""
     rows, columns = x.shape
     width = max(1, BLOCK_BYTES.get(x.device.type, 2**22) // max(1, rows * x.element_size()) // TILE) * TILE
     buffer = x.new_empty(rows * min(columns, width))
@@ -210,9 +213,9 @@ def _drop(
     first_column: int = 0,
     add: bool = False,
 ) -> None:
-    """out = drop(x), or out += drop(x), of a block whose mask begins at a row and a column."""
+    """out = drop(x), or out += drop(x), of a block at a row and a column of the mask."""
     seed, path, limit = dropout.seed, dropout.impl, threshold(dropout.probability)
-    assert seed is not None, "there is dropout"
+    assert seed is not None, "dropout has a seed"
     rows, columns = x.shape
     if path == "torch":
         place = {"first_row": first_row, "first_column": first_column}
@@ -221,11 +224,11 @@ def _drop(
         out.add_(term) if add else out.copy_(term)
         return
     if path != "cpp" and x.dtype == torch.float64:
-        raise UserError(f"lora_branches: impl={path!r} has no float64 with dropout; take impl='torch'")
+        raise UserError(f"lora_branches: impl={path!r} does not support float64 with dropout; take impl='torch'")
     if not x.numel():
         return
     module: Any = dispatch.core(path)
-    with torch.cuda.device(x.device) if path == "cuda" else nullcontext():
+    with dispatch.on(x.device):
         module.dropout(
             _LETTER[x.dtype],
             add,
@@ -254,9 +257,9 @@ def _launch(
     out: Tensor,
     first: bool = True,
 ) -> None:
-    """A pass by a kernel: "project" (x, A to h), "spread" (dh, A to dX) or "weigh" (dh, x to dA).
+    """Launches a product: "project" (x, A to h), "expand" (dh, A to dX) or "grad_a" (dh, x to dA).
 
-    first: whether dX is written; it is added to where it is not.
+    first: whether dX is overwritten; otherwise the product is added to it.
     """
     limit, seed = threshold(dropout.probability), dropout.seed
     if not out.numel() or not one.numel():
@@ -266,29 +269,29 @@ def _launch(
     if dropout.impl == "triton":
         from cnext.kernels import branches  # pyright: ignore[reportMissingImports]
 
-        assert seed is not None, "there is dropout"
-        more = {"add": not first} if what == "spread" else {}
+        assert seed is not None, "dropout has a seed"
+        more = {"add": not first} if what == "expand" else {}
         getattr(branches, f"run_{what}")(one, two, out, seed, limit, branch, **more)
         dropout.launched = True
         return
-    rank, columns = {"project": two, "spread": two, "weigh": out}[what].shape
+    rank, columns = {"project": two, "expand": two, "grad_a": out}[what].shape
     for begin in range(0, rank, MOST_RANK):
         part = slice(begin, begin + MOST_RANK)
         mask = 0 if seed is None else seed.data_ptr(), limit, branch
         sizes = one.shape[0], columns, min(rank - begin, MOST_RANK)
         if what == "project":
             _call(what, dropout, (one, two[part], out[:, part]), sizes, *mask)
-        elif what == "weigh":
+        elif what == "grad_a":
             _call(what, dropout, (one[:, part], two, out[part]), sizes, *mask)
         else:
             _call(what, dropout, (one[:, part], two[part], out), sizes, 0, begin > 0 or not first, 1.0, *mask)
 
 
 def _call(what: str, dropout: Dropout, operands: Sequence[Tensor], sizes: Sequence[int], *numbers: float) -> None:
-    """A kernel of the C++ or CUDA layer by its addresses: operands, sizes, row strides, numbers, workspace, stream."""
+    """Calls a C++ or CUDA kernel: addresses of the operands, sizes, row strides, numbers, workspace, stream."""
     core: Any = dispatch.core(dropout.impl)
     on_gpu, like = dropout.impl == "cuda", operands[0]
-    with torch.cuda.device(like.device) if on_gpu else nullcontext():
+    with dispatch.on(like.device):
         bytes_needed = core.workspace(what, *sizes[:3], sizes[3] if len(sizes) > 3 else 0)
         workspace = torch.empty(bytes_needed, dtype=torch.uint8, device=like.device)
         getattr(core, what)(
@@ -303,21 +306,21 @@ def _call(what: str, dropout: Dropout, operands: Sequence[Tensor], sizes: Sequen
     dropout.launched = True
 
 
-def _launch_gather(dy: Tensor, b: Tensor, h: Tensor, dh: Tensor, db: Tensor, scale: float, dropout: Dropout) -> None:
+def _launch_grad_b(dy: Tensor, b: Tensor, h: Tensor, dh: Tensor, db: Tensor, scale: float, dropout: Dropout) -> None:
     if not dy.numel():
         dh.zero_()
         db.zero_()
     elif dropout.impl == "triton":
         from cnext.kernels import branches  # pyright: ignore[reportMissingImports]
 
-        branches.run_gather(dy, b, h, dh, db, scale)
+        branches.run_grad_b(dy, b, h, dh, db, scale)
         dropout.launched = True
     else:
-        _call("gather", dropout, (dy, b, h, dh, db), (*dy.shape, b.shape[0], h.shape[1]), scale)
+        _call("grad_b", dropout, (dy, b, h, dh, db), (*dy.shape, b.shape[0], h.shape[1]), scale)
 
 
 def mask(seed: Tensor, rows: int, columns: int, probability: float, branch: int, impl: str) -> tuple[Tensor, str]:
-    """Which elements of (rows, columns) are kept, and what computed it."""
+    """Which elements of (rows, columns) are kept, and the implementation that computed it."""
     if impl == "reference":
         return branches_reference.dropout_mask(seed, rows, columns, probability, branch), impl
     dropout = Dropout(seed, probability, False, impl)

@@ -1,4 +1,4 @@
-"""What the tiny backbone is pretrained on: pictures of the `pretrain` split, and instructions about them.
+"""Pretraining corpus of the tiny backbone: generated images of the `pretrain` split, and instructions about them.
 
 The decoder's corpus has two parts: skills in templates of its own, and the benchmark's templates on narrower data.
 """
@@ -7,41 +7,47 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from random import Random
-from typing import Any
+from typing import TypeVar
 
 from cnext.tasks import scenes, synthetic
 from cnext.tasks.scenes import COLORS, ICONS, SHAPES, Icon, Lettering, Scene
 from cnext.tasks.synthetic import Example
 
-SAYABLE = [*COLORS, *SHAPES, *ICONS]
+WORDS = [*COLORS, *SHAPES, *ICONS]
+T = TypeVar("T")
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 
 
-def _kept(make: Callable[[], Any], content: Callable[[Any], str]) -> Any:
-    """The first thing made that belongs to the `pretrain` split."""
+def _of_split(sample: Callable[[], T], key: Callable[[T], str]) -> T:
+    """Samples until the result belongs to the `pretrain` split."""
     while True:
-        made = make()
-        if scenes.split_of(content(made)) == "pretrain":
-            return made
+        value = sample()
+        if scenes.split_of(key(value)) == "pretrain":
+            return value
 
 
 def new_scene(rng: Random, fewest: int = 1, most: int = 3) -> Scene:
-    return _kept(lambda: scenes.random_scene(rng, fewest, most), scenes.key)
+    """A random scene of ``fewest`` to ``most`` shapes, of the `pretrain` split."""
+    return _of_split(lambda: scenes.random_scene(rng, fewest, most), scenes.key)
 
 
 def new_letters(rng: Random, fewest: int = 3, most: int = 3) -> Lettering:
+    """A random string of ``fewest`` to ``most`` letters as an image, of the `pretrain` split."""
+
     def make() -> Lettering:
         return scenes.random_lettering(rng, "".join(rng.choices(LETTERS, k=rng.randint(fewest, most))))
 
-    return _kept(make, scenes.key)
+    return _of_split(make, scenes.key)
 
 
 def new_icon(rng: Random) -> Icon:
-    return _kept(lambda: scenes.random_icon(rng), scenes.key)
+    """A random icon, of the `pretrain` split."""
+    return _of_split(lambda: scenes.random_icon(rng), scenes.key)
 
 
-Item = tuple[str, str, Any, Any]
-"""Instruction, answer, picture read or None, picture written or None."""
+Picture = Scene | Icon | Lettering
+Item = tuple[str, str, Picture | None, Picture | None]
+"""Instruction, answer, input image and output image."""
 
 
 def _caption(rng: Random) -> Item:
@@ -91,11 +97,11 @@ def _edit(rng: Random) -> Item:
         kind = rng.choice(("color", "shape", "remove", "add"))
         return kind, synthetic.editing(rng, (kind,))
 
-    kind, example = _kept(make, lambda made: made[1].content)
-    # The same edit in words of the corpus's own, so that the benchmark's phrasing stays to be learnt.
+    kind, example = _of_split(make, lambda made: made[1].content)
+    # Phrased otherwise than in the benchmark, whose phrasing is left to be learned.
     words = [word for word in example.instruction.lower().rstrip(".").split() if word in {*COLORS, *SHAPES}]
     verb = {"color": "recolor", "shape": "morph", "remove": "erase", "add": "paint"}[kind]
-    place = f" {example.target.things[-1].place}" if kind == "add" else ""
+    place = f" {example.target.things[-1].place}" if kind == "add" and example.target else ""
     return f"{verb} {' '.join(words)}{place}", "", example.picture, example.target
 
 
@@ -105,8 +111,8 @@ def _copy(rng: Random) -> Item:
 
 
 def _saying(rng: Random) -> Item:
-    """Words repeated. A word that was never written in pretraining could not be told from the others of its kind."""
-    words = " ".join(rng.sample(SAYABLE, rng.randint(1, 4)))
+    """Repeats words: a word that pretraining never writes could not be distinguished from others of its kind."""
+    words = " ".join(rng.sample(WORDS, rng.randint(1, 4)))
     return f"Say: {words}", words, None, None
 
 
@@ -138,20 +144,20 @@ NARROW: tuple[Callable[[Random], Example], ...] = (
 )
 
 
-def _official(rng: Random) -> Item:
-    """The benchmark's template on narrower data than the benchmark's."""
+def _benchmark(rng: Random) -> Item:
+    """A template of the benchmark on narrower data."""
     make = rng.choice(NARROW)
-    example = _kept(lambda: make(rng), lambda made: made.content)
+    example = _of_split(lambda: make(rng), lambda made: made.content)
     if example.instruction == synthetic.DRAW:
         return f"{example.instruction} {example.answer}", "", None, example.picture
     return example.instruction, example.answer, example.picture, example.target
 
 
-def corpus(seed: int, official_share: float) -> Iterator[Item]:
-    """The decoder's endless pretraining corpus; ``official_share`` of it in the benchmark's own templates."""
-    rng = Random(f"pretrain/{seed}/{official_share}")
+def corpus(seed: int, benchmark_share: float) -> Iterator[Item]:
+    """Endless pretraining corpus of the decoder; ``benchmark_share`` of it in the benchmark's templates."""
+    rng = Random(f"pretrain/{seed}/{benchmark_share}")
     while True:
-        if rng.random() < official_share:
-            yield _official(rng)
+        if rng.random() < benchmark_share:
+            yield _benchmark(rng)
         else:
             yield rng.choices(list(CORPUS), list(CORPUS.values()))[0](rng)

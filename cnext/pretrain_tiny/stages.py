@@ -1,4 +1,4 @@
-"""The stages of pretraining the tiny backbone: the visual encoder with its detokenizer, the decoder, the CLIP."""
+"""Pretraining stages of the tiny backbone: visual encoder and detokenizer, decoder, CLIP."""
 
 from __future__ import annotations
 
@@ -13,40 +13,37 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from cnext.backbones.tiny.model import Encoded, TinyBackbone
+from cnext.backbones.tiny.model import TinyBackbone, TinyInputs
 from cnext.backbones.tiny.vision import WIDTH, to_input
-from cnext.pretrain_tiny.corpus import LETTERS, Item, corpus, new_icon, new_letters, new_scene
+from cnext.pretrain_tiny.corpus import LETTERS, Item, Picture, corpus, new_icon, new_letters, new_scene
 from cnext.scoring.clip import build_tiny_clip
 from cnext.tasks import scenes, synthetic
 from cnext.tasks.base import Sample, Turn
 from cnext.tasks.scenes import COLORS, ICONS, PLACES, SHAPES, Scene
 
 PICTURE = Path("picture")
-"""Stands for "a picture is read (or written)" in samples that exist in memory only."""
+"""Placeholder path in samples whose images are in memory only."""
 
 
-def _encode(model: TinyBackbone, items: list[Item]) -> list[Encoded]:
-    def features(column: int) -> list[Tensor | None]:
-        shown: list[Any] = [item[column] for item in items if item[column] is not None]
-        pixels = [scenes.draw(picture) for picture in shown]
+def _encode(model: TinyBackbone, items: list[Item]) -> list[TinyInputs]:
+    def features(pictures: list[Picture | None]) -> list[Tensor | None]:
+        pixels = [scenes.draw(picture) for picture in pictures if picture is not None]
         if not pixels:
-            return [None] * len(items)
+            return [None] * len(pictures)
         with torch.no_grad():
             encoded = iter(model.encoder(to_input(torch.from_numpy(numpy.stack(pixels)))))
-        return [next(encoded) if item[column] is not None else None for item in items]
+        return [None if picture is None else next(encoded) for picture in pictures]
 
     return [
-        model.assemble(
-            Sample("", (Turn(item[0], item[1]),), PICTURE if item[2] else None, PICTURE if item[3] else None),
-            read,
-            written,
+        model.assemble(Sample("", (Turn(item[0], item[1]),), item[2] and PICTURE, item[3] and PICTURE), read, written)
+        for item, read, written in zip(
+            items, features([item[2] for item in items]), features([item[3] for item in items]), strict=True
         )
-        for item, read, written in zip(items, features(2), features(3), strict=True)
     ]
 
 
-class _Descent:
-    """AdamW on a one-cycle schedule with clipping, and a log line now and then."""
+class _Optimizer:
+    """AdamW with a one-cycle schedule, gradient clipping and a log line every 100 steps."""
 
     def __init__(self, modules: list[nn.Module], learning_rate: float, steps: int, log: Callable[[str], None]) -> None:
         self.parameters = [p for module in modules for p in module.parameters() if p.requires_grad]
@@ -67,7 +64,7 @@ class _Descent:
 
 
 def pretrain_vision(model: TinyBackbone, steps: int, seed: int, log: Callable[[str], None]) -> dict[str, float]:
-    """Autoencoder with semantic heads, which stand for the semantics of a pretrained encoder.
+    """Pretrains encoder and detokenizer as an autoencoder, with classification heads that give features semantics.
 
     Loss: 4 x pixel MSE + 0.1 x (shape CE + color CE, per quadrant) + 0.1 x icon CE + 0.2 x letter CE, with noise of 0.1
     on the features. Returns: the final pixel error and the heads' accuracies.
@@ -83,7 +80,7 @@ def pretrain_vision(model: TinyBackbone, steps: int, seed: int, log: Callable[[s
         }
     )
     weights = {"shape": 0.1, "color": 0.1, "icon": 0.1, "letter": 0.2}
-    descent = _Descent([model.encoder, model.detokenizer, heads], 2e-3, steps, log)
+    optimizer = _Optimizer([model.encoder, model.detokenizer, heads], 2e-3, steps, log)
     shown: dict[str, Tensor] = {}
     for _ in range(steps):
         drawn, icons, words = (
@@ -117,25 +114,28 @@ def pretrain_vision(model: TinyBackbone, steps: int, seed: int, log: Callable[[s
         for name, (guess, wanted) in guesses.items():
             loss = loss + weights[name] * F.cross_entropy(guess.flatten(0, -2), wanted.flatten())
             shown[f"{name}_accuracy"] = (guess.argmax(-1) == wanted).float().mean()
-        descent.step(loss, **shown)
+        optimizer.step(loss, **shown)
     return {name: round(value.item(), 4) for name, value in shown.items()}
 
 
 def pretrain_decoder(
     model: TinyBackbone, phases: tuple[int, int], seed: int, log: Callable[[str], None]
 ) -> dict[str, float]:
-    """Both phases of the decoder: AdamW, batches of 32, CE + 6 MSE. Returns: the last 100 steps' mean losses."""
+    """Pretrains the decoder in both phases: AdamW, batches of 32, CE + 6 MSE.
+
+    Returns: the mean losses of the last 100 steps of each phase.
+    """
     torch.manual_seed(seed)
     model.encoder.requires_grad_(False)
     model.detokenizer.requires_grad_(False)
     final: dict[str, float] = {}
     for phase, (steps, share, rate) in enumerate(zip(phases, (0.0, 0.3), (2.5e-3, 2e-3), strict=True), 1):
-        descent = _Descent([model], rate, steps, log)
+        optimizer = _Optimizer([model], rate, steps, log)
         stream = corpus(seed, share)
         recent: list[tuple[Tensor, Tensor]] = []
         for _ in range(steps):
             loss = model.loss(_encode(model, [next(stream) for _ in range(32)]))
-            descent.step(loss.total, text=loss.text, image=loss.image)
+            optimizer.step(loss.total, text=loss.text, image=loss.image)
             recent = [*recent[-99:], (loss.text, loss.image)]
         text, image = torch.tensor(recent).mean(0).tolist()
         final |= {f"phase_{phase}_text_loss": round(text, 4), f"phase_{phase}_image_mse": round(image, 4)}
@@ -143,14 +143,14 @@ def pretrain_decoder(
 
 
 def clip_vocabulary() -> list[str]:
-    """Pad, unknown, every word of the captions and of the instruction before them, end of text."""
+    """Tokens of the CLIP: pad, unknown, the words of captions and of their instruction, end of text."""
     words = {*COLORS, *SHAPES, *["a", "an", "in", "the", "and", "please", "generate", "image"]}
     words |= {word for place in PLACES for word in place.split()}
     return ["<pad>", "<unknown>", *sorted(words), "<end>"]
 
 
 def _pictured_caption(rng: Random, scene: Scene) -> str:
-    """The scene's caption, its shapes in any order, now and then with the benchmark's instruction before it."""
+    """A scene's caption with its shapes in random order, in 30% of cases after the benchmark's instruction."""
     caption = Scene(tuple(rng.sample(scene.things, len(scene.things))), scene.background).caption
     return f"{synthetic.DRAW} {caption}" if rng.random() < 0.3 else caption
 
@@ -158,10 +158,11 @@ def _pictured_caption(rng: Random, scene: Scene) -> str:
 def pretrain_clip(
     model: TinyBackbone, steps: int, seed: int, log: Callable[[str], None]
 ) -> tuple[nn.Module, dict[str, float]]:
-    """The CLIP that scores pictures: symmetric contrastive loss at a fixed temperature, batches of 96 scenes.
+    """Pretrains the CLIP that scores images: symmetric contrastive loss, fixed temperature, batches of 96 scenes.
 
-    Half of the pictures pass through the autoencoder first, so that the detokenizer's blur is not held against it.
-    Returns: the model and its final loss, in-batch accuracy, and cosines of matched and of other pairs.
+    Half of the images pass through the autoencoder first, so that the detokenizer's blur does not lower scores.
+
+    Returns: the model, and its final loss, in-batch accuracy, and mean cosines of matching and other pairs.
     """
     torch.manual_seed(seed)
     rng = Random(f"clip/{seed}")
@@ -169,7 +170,7 @@ def pretrain_clip(
     clip, _, tokenizer = build_tiny_clip(clip_vocabulary())
     clip.logit_scale.requires_grad_(False)
     clip.train()
-    descent = _Descent([clip], 1e-3, steps, log)
+    optimizer = _Optimizer([clip], 1e-3, steps, log)
     shown: dict[str, Tensor] = {}
     for _ in range(steps):
         drawn = [new_scene(rng, 1, 3) for _ in range(96)]
@@ -188,5 +189,5 @@ def pretrain_clip(
             "matched_cosine": cosines.diagonal().mean(),
             "other_cosine": (cosines.sum() - cosines.trace()) / (cosines.numel() - len(drawn)),
         }
-        descent.step(loss, **shown)
+        optimizer.step(loss, **shown)
     return clip.eval(), {name: round(value.item(), 4) for name, value in shown.items()}

@@ -1,66 +1,64 @@
-"""Sections as one HTML file, which needs nothing from elsewhere and lets nothing in, and as Markdown."""
+"""Render sections as one self-contained HTML file or as Markdown, by the Jinja templates in ``templates/``."""
 
 from __future__ import annotations
 
 import base64
+import functools
 import hashlib
 from pathlib import Path
+from typing import Any
 
 from cnext.report import plots
-from cnext.report.blocks import FILES, Section, escape
+from cnext.report.blocks import Section
 from cnext.tables.formats import mark
 
-COLOURS = (
-    "Colours: Okabe and Ito's palette, darkened for contrast; heat maps from vermilion (less) to blue (more). What "
-    "they tell also stands in figures or words. Tables sort by their heads and can be copied where scripts may run."
-)
+FILES = "report_files"
+"""The folder of the Markdown's pictures."""
+LIGHT = {"ink": plots.INK, "muted": plots.MUTED, "faint": plots.FAINT, "paper": plots.PAPER}
+DARK = {name: plots.DARK[colour] for name, colour in LIGHT.items()}
 
 
-def _file(name: str) -> str:
-    return Path(__file__).with_name(name).read_text(encoding="utf-8")
+@functools.cache
+def environment(folder: Path) -> Any:
+    """The Jinja environment of a folder of templates: values are escaped as HTML in .html.j2, by ``mark`` in .md.j2."""
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    made = Environment(
+        loader=FileSystemLoader(folder),
+        autoescape=lambda name: str(name).endswith(".html.j2"),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    made.filters |= {"mark": mark, "kind": lambda block: type(block).__name__}
+    return made
+
+
+def _render(template: str, **values: Any) -> str:
+    return environment(Path(__file__).with_name("templates")).get_template(template).render(**values)
 
 
 def html(sections: list[Section]) -> str:
-    """The page; its first section is the head. A content policy keeps it from loading or running anything else."""
-    names = ("ink", "muted", "faint", "paper")
-    light = (plots.INK, plots.MUTED, plots.FAINT, plots.PAPER)
-    bright, dark = (
-        ":root{" + "".join(f"--{name}:{colour};" for name, colour in zip(names, colours, strict=True)) + "}"
-        for colours in (light, [plots.DARK[colour] for colour in light])
+    """The page, the first section as its head. Its content security policy lets it load nothing and run one script."""
+    style, script = (
+        Path(__file__).with_name("templates").joinpath(name).read_text(encoding="utf-8")
+        for name in ("style.css", "page.js")
     )
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     head, *rest = sections
-    script = _file("page.js")
-    known = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    policy = f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{known}'"
-    body = "".join(
-        f'<section><h2 id="s{number}">{escape(section.title)}</h2>'
-        f"{''.join(block.html() for block in section.blocks)}</section>"
-        for number, section in enumerate(rest, 1)
-    )
-    contents = " ".join(f'<a href="#s{number}">{escape(section.title)}</a>' for number, section in enumerate(rest, 1))
-    return (
-        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
-        f'<meta http-equiv="Content-Security-Policy" content="{policy}">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        '<meta name="color-scheme" content="light dark">'
-        f"<title>{escape(head.title)}</title>"
-        f"<style>{bright}@media screen and (prefers-color-scheme:dark){{{dark}}}{_file('style.css')}</style></head>"
-        f"<body><main><header><h1>{escape(head.title)}</h1>{''.join(block.html() for block in head.blocks)}</header>"
-        f'<nav aria-label="Sections">{contents}</nav>'
-        f"{body}<footer><p>{escape(COLOURS)}</p></footer></main><script>{script}</script></body></html>\n"
+    return _render(
+        "report.html.j2", head=head, sections=rest, light=LIGHT, dark=DARK, style=style, script=script, digest=digest
     )
 
 
 def markdown(sections: list[Section]) -> str:
-    """The same as Markdown, whose pictures are files."""
-    parts = []
-    for level, section in zip(["#", *["##"] * len(sections)], sections, strict=False):
-        parts += [f"{level} {mark(section.title)}", *(block.markdown() for block in section.blocks)]
-    return "\n\n".join(parts) + "\n"
+    """The same as Markdown; its pictures are files in ``FILES``."""
+    return _render("report.md.j2", sections=sections, files=FILES)
 
 
 def write_pictures(sections: list[Section], folder: Path) -> None:
-    """Writes the pictures that the Markdown names."""
+    """Writes the pictures that the Markdown shows."""
     (folder / FILES).mkdir(exist_ok=True)
     for section in sections:
         for picture in section.pictures():

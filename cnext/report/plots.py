@@ -1,4 +1,4 @@
-"""The report's plots, as SVG files that carry their own dark colours and are drawn without global state."""
+"""Matplotlib plots of one run as SVG with light and dark colours; matplotlib's global state is left alone."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import io
 import re
 import textwrap
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -25,9 +26,15 @@ SCORE_COLOUR = TASK_COLOURS[0]
 # Apart in lightness, so that they stay apart without hue.
 ERROR_COLOURS = {"hallucination": "#9c3a1c", "instruction_unfollowing": "#d98a55", "other": "#a9a59c"}
 ON_ERROR_COLOURS = {"hallucination": "#ffffff", "instruction_unfollowing": "#000000", "other": "#000000"}
+MORE, LESS = TASK_COLOURS[:2]
+"""Heat maps: colours of positive and negative values, distinct for every kind of colour vision."""
+TITLE = 34
+"""Letters in a line of a heat map's title."""
+DEEPEST = 0.6
+"""Opacity of the largest value of a heat map, so that text stays readable on it."""
 CENTRED: dict[Any, Any] = {"ha": "center", "va": "center"}
 CLEAR: dict[str, Any] = {"bbox": {"fc": PAPER, "ec": "none", "pad": 0.6, "alpha": 0.8}}
-"""A label that lines may pass behind."""
+"""A label in front of lines."""
 
 STYLE: dict[Any, Any] = {
     "font.size": 8,
@@ -36,6 +43,7 @@ STYLE: dict[Any, Any] = {
     "text.color": INK,
     "axes.facecolor": "none",
     "axes.edgecolor": FAINT,
+    "axes.labelcolor": INK,
     "axes.linewidth": 0.6,
     "axes.spines.top": False,
     "axes.spines.right": False,
@@ -49,6 +57,7 @@ STYLE: dict[Any, Any] = {
     "xtick.major.size": 0,
     "ytick.major.size": 0,
     "svg.fonttype": "none",
+    "savefig.pad_inches": 0.02,
 }
 
 
@@ -57,16 +66,21 @@ def task_colour(index: int) -> str:
     return TASK_COLOURS[index % len(TASK_COLOURS)]
 
 
-def svg(draw: Callable[..., Figure]) -> Callable[..., bytes]:
-    """Turns a function that draws a figure into one that returns it as SVG, the same bytes for the same arguments."""
+def svg(draw: Callable[..., Figure], crop: bool = False) -> Callable[..., bytes]:
+    """Turns a function that draws a figure into one that returns it as SVG, the same bytes for the same arguments.
+
+    crop: whether the picture ends where the drawing does, even outside of the figure.
+    """
 
     @functools.wraps(draw)
-    def drawn(*args: object) -> bytes:
+    def drawn(*args: object, **options: object) -> bytes:
         import matplotlib
 
         buffer = io.BytesIO()
-        with matplotlib.rc_context({**STYLE, "svg.hashsalt": draw.__name__}):
-            draw(*args).savefig(buffer, format="svg", facecolor=PAPER, metadata={"Date": None, "Creator": None})
+        style: dict[Any, Any] = STYLE | {"svg.hashsalt": draw.__name__, "savefig.bbox": "tight" if crop else None}
+        with matplotlib.rc_context(style):
+            figure = draw(*args, **options)
+            figure.savefig(buffer, format="svg", facecolor=PAPER, metadata={"Date": None, "Creator": None})
         head, mark, body = buffer.getvalue().partition(b"<defs>")
         return head + _stylesheet().encode() + mark + body
 
@@ -74,7 +88,7 @@ def svg(draw: Callable[..., Figure]) -> Callable[..., bytes]:
 
 
 def _stylesheet() -> str:
-    """Dark colours by what is written in place, so that a viewer without style sheets still shows the light ones."""
+    """Rules that replace the light colours by the dark ones; a viewer without style sheets shows the light ones."""
     dark = "".join(
         f'[style*="{part}: {light}"]{{{part}:{colour}!important}}'
         for light, colour in DARK.items()
@@ -85,7 +99,7 @@ def _stylesheet() -> str:
 
 
 def on_lines(name: str, width: int) -> list[str]:
-    """A name on lines of at most so many letters, broken where it has blanks, hyphens or commas; none of no name."""
+    """A name in lines of at most ``width`` letters, broken at blanks, hyphens and commas; [] for an empty name."""
     return textwrap.wrap(re.sub(r",\s*", ", ", name), width)
 
 
@@ -143,7 +157,7 @@ def score_matrix(scores: np.ndarray, stages: Sequence[str], tasks: Sequence[str]
 
 @svg
 def accuracy(scores: np.ndarray, task: int | None, title: str) -> Figure:
-    """One task over the stages before a ghost of all others; None: the stage average."""
+    """Score of one task over the stages, the others in grey; None: the stage average."""
     lines = np.where(np.arange(len(scores))[:, None] > np.arange(scores.shape[1]), scores, np.nan)
     last = int(np.flatnonzero(np.isfinite(lines).any(1)).max(initial=0))
     figure, axes = panel(title)
@@ -188,7 +202,7 @@ def errors(shares: dict[str, dict[str, float]], title: str) -> Figure:
 
 @svg
 def loss(values: np.ndarray, task: int, title: str) -> Figure:
-    """Training loss: mean of at most 60 bins of steps, and the band from their least to their greatest."""
+    """Training loss of (steps,) values: mean of at most 60 bins of steps, and the band from minimum to maximum."""
     finite = values[np.isfinite(values)]
     figure, axes = panel(title)
     if len(finite):
@@ -206,7 +220,7 @@ def loss(values: np.ndarray, task: int, title: str) -> Figure:
 
 @svg
 def retention(branch: dict[int, tuple[float, float]], count: int, title: str) -> Figure:
-    """Beta, the share of its old value that a parameter keeps, of one branch over the stages: {stage: (mean, std)}."""
+    """Beta, the weight of a parameter's old average, of one branch over the stages: {stage: (mean, std)}."""
     stages, means, spreads = list(branch), *zip(*branch.values(), strict=True)
     figure, axes = panel(title)
     axes.errorbar(stages, means, spreads, color=MUTED, lw=0, elinewidth=0.8)
@@ -216,4 +230,58 @@ def retention(branch: dict[int, tuple[float, float]], count: int, title: str) ->
     axes.set(xlim=(0.5, count + 0.5), ylim=(-0.04, 1.15), xticks=range(1, count + 1), yticks=(0, 0.5, 1))
     axes.set_yticklabels(("0", ".5", "1"))
     axes.grid(axis="y", color=FAINT, lw=0.4)
+    return figure
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One heat map: (rows, columns) float64 values, NaN for an empty cell, and labels of rows and columns, if any."""
+
+    title: str
+    values: np.ndarray
+    rows: Sequence[str] = ()
+    columns: Sequence[str] = ()
+
+
+@functools.partial(svg, crop=True)
+def heat_maps(grid: Sequence[Sequence[Panel]], limit: float, values: str = "", sides: Sequence[str] = ()) -> Figure:
+    """A grid of heat maps of one shape: opacity |value| / limit, blue above zero, vermilion below, grey at zero.
+
+    Args:
+        limit: the value of the deepest colour.
+        values: format of the values written into the cells; "": none, and smaller cells.
+        sides: label of each row of panels.
+    """
+    from matplotlib.colors import to_rgb
+    from matplotlib.figure import Figure
+
+    lines, across = grid[0][0].values.shape
+    high, wide = (0.22, 0.38) if values else (0.12, 0.12)
+    figure = Figure(figsize=(wide * across * len(grid[0]), high * lines * len(grid)))
+    margins = {"left": 0, "right": 1, "bottom": 0, "top": 1, "wspace": 0.1, "hspace": 0.15}
+    places = figure.subplots(len(grid), len(grid[0]), squeeze=False, gridspec_kw=margins)
+    for (row, column), axes in np.ndenumerate(places):
+        panel = grid[row][column]
+        width = max(12, int(wide * across / 0.07)) if len(grid[0]) > 1 else TITLE
+        axes.set_title("\n".join(on_lines(panel.title, width)), loc="left", size=8.5, weight="bold")
+        depth = DEEPEST * np.minimum(1.0, abs(panel.values) / (limit or np.inf))
+        cells = np.zeros((lines, across, 4))
+        cells[..., :3] = np.where(panel.values[..., None] > 0, to_rgb(MORE), to_rgb(LESS))
+        cells[..., 3] = np.nan_to_num(depth)
+        cells[depth < 0.005] = (*to_rgb(MUTED), 0.12)
+        axes.imshow(cells, aspect="auto", interpolation="none")
+        axes.set_xticks(range(len(panel.columns)), panel.columns)
+        axes.tick_params(axis="x", top=True, labeltop=True, labelbottom=False, rotation=45 if values else 90)
+        axes.set_yticks(range(len(panel.rows)), panel.rows)
+        for label in axes.get_xticklabels() if values else ():
+            label.set(ha="left", rotation_mode="anchor")
+        if sides and not column:
+            axes.set_ylabel(sides[row], rotation=0, ha="right", va="center", weight="bold")
+        axes.vlines(np.arange(across + 1) - 0.5, -0.5, lines - 0.5, PAPER, lw=1)
+        axes.hlines(np.arange(lines + 1) - 0.5, -0.5, across - 0.5, PAPER, lw=1)
+        axes.spines[:].set_visible(False)
+        for (i, j), value in np.ndenumerate(panel.values):
+            if values and np.isfinite(value):
+                shown = format(value, values).replace("-", "\N{MINUS SIGN}")
+                axes.text(j, i, shown if set(shown) & set("123456789") else shown[1:], size=7, **CENTRED)
     return figure

@@ -1,4 +1,4 @@
-"""The report's record of the run: training, every metric under both profiles, costs, and how to run it again."""
+"""Report sections on training: loss curves, metrics under all scoring profiles, cost, and how to reproduce the run."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from cnext.analysis.run import NOTHING, Run, points
 from cnext.report import plots
 from cnext.report.blocks import Block, Code, Picture, Plots, Section, Table, Text
 from cnext.runs.command_line import command
-from cnext.scoring.matrix import FORMULAS
+from cnext.scoring.matrix import FORMULAS, without_repeats
 
 
 def training(run: Run) -> Section:
-    """Loss over the steps of each task, and what the moving average kept."""
+    """Loss over the steps of each task, and the weights of the moving average."""
     blocks: list[Block] = []
     if run.losses:
         pictures = [
@@ -25,12 +25,12 @@ def training(run: Run) -> Section:
             )
             for stage, values in sorted(run.losses.items())
         ]
-        note = "Training loss over optimizer steps: mean, and band from least to greatest. Scales differ between tasks."
+        note = "Training loss over optimizer steps: mean, and band from minimum to maximum. Scales differ by task."
         blocks += [Text(note), Plots(pictures)]
     branches: dict[str, dict[int, tuple[float, float]]] = {}
-    for merge in run.results.get("averaging") or []:
-        for branch, beta in merge["branches"].items():
-            branches.setdefault(branch, {})[run.tasks.index(merge["task"]) + 1] = (beta["mean"], beta["std"])
+    for merge in run.results.averaging or []:
+        for branch, beta in merge.branches.items():
+            branches.setdefault(branch, {})[run.tasks.index(merge.task) + 1] = (beta.mean, beta.std)
     if branches:
         pictures = [
             Picture(
@@ -41,8 +41,9 @@ def training(run: Run) -> Section:
             for number, (branch, stages) in enumerate(branches.items(), 1)
         ]
         note = (
-            "Moving average: beta, the share of its old value that a parameter keeps when a stage is merged into the "
-            "average. Dot: mean over the branch's parameters; bar: one standard deviation."
+            "Moving average: beta, the weight of the old average when a stage's parameters are merged into it: "
+            "average = beta · average + (1 - beta) · new. Dot: mean over the branch's parameters; bar: one standard "
+            "deviation."
         )
         blocks += [Text(note), Plots(pictures)]
     return Section("Training", blocks)
@@ -50,25 +51,27 @@ def training(run: Run) -> Section:
 
 def metrics(run: Run) -> Section:
     """Every metric with its formula, and every score, under all scoring profiles side by side."""
-    main, profiles = run.results.get("profile", "strict"), run.results.get("profiles") or {}
-    values = run.results.get("metrics", {})
+    main, profiles = run.results.profile, run.results.profiles or {}
+    values = run.results.metrics
     rows = []
-    for name, value in values.items():
-        others = [profile.get("metrics", {}).get(name) for profile in profiles.values()]
+    for name in without_repeats(values, values, *(profile.metrics for profile in profiles.values())):
+        value = values[name]
+        others = [profile.metrics.get(name) for profile in profiles.values()]
         if run.joint and value is None and others.count(None) == len(others):
             continue
         beside = [cell for other in others for cell in _beside(value, other)]
         rows.append([name, points(value), *beside, FORMULAS.get(name, "")])
     columns = [column for profile in profiles for column in (profile, "gap")]
     note = (
-        "R[t][i] is the score in percent on task i after stage t of T, both in training order. Strict: what each score "
-        "ought to mean. Paper: the released evaluators, bug for bug. Gap: the second less the first."
+        "R[t][i] is the score in percent on task i after stage t of T, tasks in training order. Profile strict: each "
+        "score as it is defined. Profile paper: the evaluators as the paper's authors released them, errors included. "
+        "Gap: the second minus the first."
     )
     formulas = Table(["metric", main, *columns, "formula and divisor"], rows, words=(2 + len(columns),))
     blocks: list[Block] = [Text(note), formulas]
     times = ("zero-shot", "learnt") if run.joint else ("zero-shot", "learnt", "end")
     for name, profile in profiles.items():
-        other = run.staged(profile.get("score_matrix"), profile.get("zero_shot"))
+        other = run.staged(profile.score_matrix, profile.zero_shot)
         rows = []
         for task, label in enumerate(run.tasks):
             learnt = run.learnt(task)
@@ -87,8 +90,7 @@ def _beside(value: float | None, other: float | None) -> tuple[str, str]:
 
 
 def costs(run: Run) -> Section:
-    """What the run took: parameters, storage, memory, time, energy. A column that no stage has is left out."""
-    cost = {**run.results.get("cost", {}), **run.cost}
+    """Parameters, storage, memory, time and energy, in all and by stage. Columns without values are left out."""
     known = (
         ("trainable parameters", "trainable_params", _count),
         ("stored between tasks", "stored_bytes", _size),
@@ -96,38 +98,42 @@ def costs(run: Run) -> Section:
         ("peak device memory", "peak_device_memory_bytes", _size),
         ("optimizer steps", "optimizer_steps", _count),
         ("supervised tokens", "supervised_tokens", _count),
-        ("time in all", "total_seconds", _time),
+        ("total time", "total_seconds", _time),
         ("energy", "energy_joules", _joules),
     )
-    rows = [[name, show(cost[key])] for name, key, show in known if cost.get(key) is not None]
-    blocks: list[Block] = [Table(["cost", ""], rows)] if rows else []
-    if cost.get("stages"):
+    # cost.json is measured; the counts in results.json are exact.
+    rows = [[name, show(value)] for name, key, show in known if (value := getattr(run.cost, key)) is not None]
+    blocks: list[Block] = [Table(["cost", "value"], rows)] if rows else []
+    if run.cost.stages:
         columns = (
             ("training", "train_seconds", _time),
             ("evaluation", "evaluate_seconds", _time),
             ("steps", "steps", _count),
-            ("seconds a step", "seconds_per_step", "{:.3f}".format),
-            ("tokens a second", "tokens_per_second", _count),
-            ("kept", "stored_bytes", _size),
+            ("seconds/step", "seconds_per_step", "{:.3f}".format),
+            ("tokens/s", "tokens_per_second", _count),
+            ("stored", "stored_bytes", _size),
             ("peak memory", "peak_memory_bytes", _size),
             ("peak device memory", "peak_device_memory_bytes", _size),
             ("energy", "energy_joules", _joules),
         )
-        told = [column for column in columns if any(stage.get(column[1]) is not None for stage in cost["stages"])]
-        stages = [
-            [stage["task"], *(NOTHING if stage.get(key) is None else show(stage[key]) for _, key, show in told)]
-            for stage in cost["stages"]
+        filled = [
+            column for column in columns if any(getattr(stage, column[1]) is not None for stage in run.cost.stages)
         ]
-        blocks.append(Table(["stage", *(name for name, _, _ in told)], stages))
-    return Section("Costs", blocks)
+        stages = [
+            [stage.task, *(NOTHING if (v := getattr(stage, key)) is None else show(v) for _, key, show in filled)]
+            for stage in run.cost.stages
+        ]
+        blocks.append(Table(["stage", *(name for name, _, _ in filled)], stages))
+    return Section("Cost", blocks)
 
 
 def reproduction(run: Run) -> Section:
-    """The command, the configuration, the versions and the machine."""
+    """The command that runs it again, the configuration, the versions and the machine."""
     blocks: list[Block] = []
     if run.config:
-        blocks.append(Code(command(run.config, run.options)))
-    versions = {**run.environment.get("versions", {}), **run.results.get("versions", {})}
+        note = "The command resolves to the configuration below, and gives the same scores in the same environment."
+        blocks += [Text(note), Code(command(run.config, run.options))]
+    versions = {**run.environment.get("versions", {}), **run.results.versions}
     machine = [[name, _plain(value)] for name, value in run.environment.items() if name != "versions"]
     for head, rows in (
         ("version", [[name, version or "not installed"] for name, version in versions.items()]),
@@ -135,8 +141,8 @@ def reproduction(run: Run) -> Section:
         ("configuration", [[name, _plain(value)] for name, value in run.config.items()]),
     ):
         if rows:
-            blocks.append(Table([head, ""], rows, words=(1,)))
-    return Section("To run it again", blocks)
+            blocks.append(Table([head, "value"], rows, words=(1,)))
+    return Section("Reproduction", blocks)
 
 
 def _plain(value: object) -> str:

@@ -1,10 +1,10 @@
-"""The report's findings from the scores: the headline, the score matrix, accuracy over stages, and why it forgets."""
+"""Report sections from the scores: headline, score matrix, accuracy over stages, forgetting by error type."""
 
 from __future__ import annotations
 
 import numpy as np
 
-from cnext.analysis.error_types import repeats, who
+from cnext.analysis.error_types import repeats
 from cnext.analysis.run import Run, mean_seen, points
 from cnext.analysis.transfer import in_turn
 from cnext.report import plots
@@ -15,35 +15,43 @@ _AVERAGES = ("avg_hal", "avg_iuf", "avg_oth")
 
 
 def headline(run: Run) -> Section:
-    """What was run, whether to believe it, and its four figures."""
-    results, metrics, count = run.results, run.results.get("metrics", {}), len(run.tasks)
-    samples = sorted(set(results.get("samples", {}).values()))
-    facts = [f"{key} {results[key]}" for key in ("backbone", "budget", "order", "seed", "split") if key in results]
+    """The setting of the run, warnings, and the main metrics."""
+    results, metrics, count = run.results, run.results.metrics, len(run.tasks)
+    samples = sorted(set(results.samples.values()))
+    facts = [
+        f"{key} {v}"
+        for key in ("backbone", "budget", "order", "seed", "split")
+        if (v := getattr(results, key)) not in ("", None)
+    ]
     facts += [f"{' to '.join(map(str, samples[:: max(1, len(samples) - 1)]))} samples a task"] if samples else []
     blocks: list[Block] = [Text(" · ".join(facts), "facts")]
     if not run.finished:
-        text = f"Unfinished: evaluated up to stage {run.last} of {count}. The figures hold for the stages so far; "
-        blocks.append(Text(f"{text}the same command resumes it.", "banner"))
-    if results.get("budget") == "smoke":
-        blocks.append(Text("A smoke run: it shows that everything works, and its scores mean nothing.", "banner"))
+        text = f"Unfinished: evaluated up to stage {run.last} of {count}; all metrics are of these stages. "
+        blocks.append(Text(f"{text}The same command resumes the run.", "banner"))
+    if results.budget == "smoke":
+        blocks.append(Text("Budget smoke: a test that everything works; its scores mean nothing.", "banner"))
     numbers = [
-        ("Avg.ACC", metrics.get("avg_acc"), "mean score at the end, over all tasks learnt"),
-        ("Forgetting", metrics.get("forgetting"), "points lost since a task was learnt, mean of all but the last task"),
-        ("New.ACC", metrics.get("new_acc"), "mean score of each task right after learning it"),
-        ("Zero-shot", mean_seen(run.scores[0]), "mean score before any training"),
+        ("Avg.ACC", metrics.get("avg_acc"), "mean score over all tasks after the last stage, in percent"),
+        (
+            "Forgetting",
+            metrics.get("forgetting"),
+            "mean drop since a task was learnt, all but the last, in points",
+        ),
+        ("New.ACC", metrics.get("new_acc"), "mean score of each task right after it was learnt"),
+        ("Zero-shot", mean_seen(run.scores[0]), "mean score over all tasks before training"),
     ]
     if run.joint:
-        blocks.append(Text("Joint training, a reference: all tasks were learnt at once, and none is forgotten."))
+        blocks.append(Text("Joint training, an upper bound: all tasks are trained at once, and nothing is forgotten."))
         numbers = [numbers[0], numbers[-1]]
     if _untrained(run):
-        blocks.append(Text("Without training, a reference: nothing is learnt, and nothing can be forgotten."))
+        blocks.append(Text("No training, a lower bound: nothing is learnt, and nothing can be forgotten."))
         numbers = numbers[:1]
     blocks.append(Numbers([(name, points(value), meaning) for name, value, meaning in numbers]))
-    return Section(f"{results['method']} on {results['suite']}", blocks)
+    return Section(f"{results.method} on {results.suite}", blocks)
 
 
 def _untrained(run: Run) -> bool:
-    """Whether stages went by without a step, so that all of them are as the first."""
+    """Whether no stage had an optimizer step, so that all stages are equal."""
     return run.untrained and run.last > 0
 
 
@@ -58,19 +66,20 @@ def matrix(run: Run) -> Section:
     learnt = [run.stages.index(run.learnt(task)) for task in range(len(run.tasks))]
     heat = plots.score_matrix(run.scores[run.stages], names, run.tasks, learnt)
     note = (
-        "Score in percent on each task (column) after each stage (row). Outlined: the task just learnt; the small "
-        "figures beneath are the change since then. Blank: not evaluated. Average: over the tasks learnt by that "
-        "stage, zero-shot over all."
+        "Score in percent on each task (column) after each stage (row). Outlined: the task just learnt; small figures: "
+        "the change since then. Blank: not evaluated. Average: over the tasks learnt so far, of zero-shot over all."
     )
-    samples = run.results.get("samples", {}).values()
+    samples = run.results.samples.values()
     if samples:
-        note += f" One standard error of a score is at most {points(50 / min(samples) ** 0.5)} points."
-    picture = Picture("score_matrix.svg", heat, "Heat map of the score matrix, which the table below it repeats")
-    return Section("Score matrix", [Text(note), Plots([picture], "wide plot"), Folded("The same as a table", table)])
+        note += f" The standard error of a score is at most {points(50 / min(samples) ** 0.5)} points."
+    picture = Picture("score_matrix.svg", heat, "Heat map of the score matrix; see the table below")
+    return Section(
+        "Score matrix", [Text(note), Plots([picture], "wide plot"), Folded("Score matrix as a table", table)]
+    )
 
 
 def stages(run: Run) -> Section:
-    """Accuracy over the stages, one panel a task, the stage average first."""
+    """Score over the stages: a panel for the average, then one for each task."""
     if run.joint or _untrained(run):
         return Section("", [])
     titles = ["stage average", *(run.stage(number) for number in range(1, len(run.tasks) + 1))]
@@ -82,15 +91,15 @@ def stages(run: Run) -> Section:
         alt = f"Score over stages of {title}: {spoken}"
         pictures.append(Picture(f"stages_{number}.svg", plots.accuracy(run.scores, task, title), alt))
     note = (
-        "Score in percent over the stages, numbered as in the matrix. Open dot: zero-shot. The line begins where the "
-        "task is learnt; grey lines are the other tasks. Labels: the score when learnt, and in bold the last one."
+        "Score in percent over the stages, numbered as in the matrix. Open dot: zero-shot. The line starts where the "
+        "task is learnt; grey: the other tasks. Labels: the score when learnt and, in bold, the last one."
     )
     return Section("Accuracy over stages", [Text(note), Plots(pictures)])
 
 
-def why_it_forgets(run: Run) -> Section:
-    """What the lost points went to: the shares of each error when learnt and, where that is later, at the end."""
-    matrices = run.results.get("error_matrix") or {}
+def error_types(run: Run) -> Section:
+    """The share of each error type when a task was learnt and at the end, and what forgetting consists of."""
+    matrices = run.results.error_matrix or {}
     if run.last == 0 or set(matrices) != set(ERROR_TYPES):
         return Section("", [])
     shares = {error: run.staged(matrices[error]) for error in ERROR_TYPES}
@@ -111,44 +120,43 @@ def why_it_forgets(run: Run) -> Section:
         if len(bars) > 1:
             growth = [bars["end"][error] - bars["learnt"][error] for error in ERROR_TYPES]
             rows.append([name, *(points(value, signed=True) for value in (*growth, sum(growth)))])
-    metrics = run.results.get("metrics", {})
-    sums = [metrics.get(name) for name in (*_AVERAGES, "forgetting")]
+    sums = [run.results.metrics.get(name) for name in (*_AVERAGES, "forgetting")]
     rows.append(["mean", *(points(value, signed=True) for value in sums)])
-    when = "at the end" if once else "when learnt and, if that is later, at the end"
+    when = "at the end" if once else "when the task was learnt and at the end"
     note = (
-        f"What keeps each task from 100 percent, {when}, in percent of samples: "
-        "hallucination (an answer of the right form that is wrong), instruction unfollowing (an answer of the wrong "
-        "form) and other. Told apart by the scorers' rules."
+        f"Points missing from a score of 100, {when}, by error type: hallucination (well-formed answer with wrong "
+        "content), instruction unfollowing (answer not in the form that was asked for) and other, as classified by the "
+        "scorers' rules."
     )
-    head = ["growth since learnt", "hallucination", "instruction unfollowing", "other", "sum"]
-    caption = "Last row: Avg.HAL + Avg.IUF + Avg.OTH = Forgetting, in points."
+    head = ["change since learnt", "hallucination", "instruction unfollowing", "other", "sum"]
+    caption = "In points. Last row: Avg.HAL + Avg.IUF + Avg.OTH = Forgetting."
     key = Key([(error.replace("_", " "), plots.ERROR_COLOURS[error]) for error in ERROR_TYPES])
     table = [Table(head, rows, caption)] if len(rows) > 1 else []
-    title = "What it gets wrong" if once else "Why it forgets"
+    title = "Errors by type" if once else "Forgetting by error type"
     return Section(title, [Text(note), key, Plots(pictures), *table, *_judged(run)])
 
 
 def _judged(run: Run) -> list[Block]:
-    """What each judge whose table is in judge/ books forgetting to."""
+    """Forgetting by error type, as classified by each judge with a table in judge/."""
     if not in_turn(run):
         return []
     rows, banners = [], []
     for name, table in run.judged.items():
         if repeats(run, name):
             continue
-        left, booked, guessed = table["unjudged"], table["metrics"], table.get("estimates") or {}
-        averages = [points(booked.get(metric), signed=True) for metric in (*_AVERAGES, "forgetting")]
+        left, known, estimates = table.unjudged, table.metrics, table.estimates or {}
+        averages = [points(known.get(metric), signed=True) for metric in (*_AVERAGES, "forgetting")]
         for place, metric in enumerate(_AVERAGES):
-            if of := guessed.get(metric):
-                estimate, low, high = (points(of[end], signed=True) for end in ("estimate", "low", "high"))
+            if of := estimates.get(metric):
+                estimate, low, high = (points(end, signed=True) for end in (of.estimate, of.low, of.high))
                 averages[place] = f"{estimate} [{low}, {high}]"
-        rows.append([name, who(table), *averages, f"incomplete, {left} not judged" if left else "complete"])
+        rows.append([name, table.name, *averages, f"incomplete, {left} not judged" if left else "complete"])
         if left:
-            text = f"Incomplete: judge {name} has not judged {left} errors; nothing is guessed for them."
+            text = f"Incomplete: judge {name} has not judged {left} errors; they count for no error type."
             banners.append(Text(text, "banner"))
-    head = ["judge", "who", "Avg.HAL", "Avg.IUF", "Avg.OTH", "Forgetting", "verdicts"]
+    head = ["judge", "model", "Avg.HAL", "Avg.IUF", "Avg.OTH", "Forgetting", "verdicts"]
     caption = (
-        "The same averages as told apart by each judge of cnext judge; a dash where verdicts are missing, "
-        "and an estimate with its 95% interval where a part of the errors was drawn to be judged."
+        "The same averages with error types from cnext judge: a dash where verdicts are missing, an estimate with its "
+        "95% interval where a random sample of the errors was judged."
     )
     return [*banners, Table(head, rows, caption, words=(1, 6))] if rows else []

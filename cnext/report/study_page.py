@@ -1,4 +1,4 @@
-"""The page of a study: study.html, one file that opens offline."""
+"""Report sections of a study: its methods compared over seeds and orders (study.html)."""
 
 from __future__ import annotations
 
@@ -10,22 +10,21 @@ import numpy as np
 
 from cnext.analysis import Analysis
 from cnext.analysis.error_types import TYPES
-from cnext.analysis.finding import Finding
-from cnext.analysis.groups import Study, means
+from cnext.analysis.result import ResultTable
+from cnext.analysis.groups import RunGroups, means
 from cnext.analysis.overall import BY_OUTPUT, averages, forgettings
 from cnext.analysis.transfer import changes, in_turn
-from cnext.report import comparisons, plots
-from cnext.report.analyses import table
+from cnext.report import plots, study_plots
+from cnext.report.analyses import heat_map, missing, table
 from cnext.report.blocks import Block, Code, Folded, Key, Picture, Plots, Section, Table, Text
-from cnext.report.maps import Panel, heat_maps
 from cnext.scoring.base import ERROR_TYPES
 from cnext.scoring.matrix import FORMULAS
 from cnext.tables.aggregate import METRICS
 from cnext.tables.formats import blocks as study_tables
 
 
-def sections(study: Study, analysis: Analysis, command: str) -> list[Section]:
-    """Every section that the runs allow; where files are missing, the section says so. command: makes them again."""
+def sections(study: RunGroups, analysis: Analysis, command: str) -> list[Section]:
+    """All sections that the runs have files for; a section without its files says which. command: writes it again."""
     page = Page(study, analysis)
     builders = (_head, _overview, _stages, _types, _transfer, _breaks, _orders, _ablations, _seeds, _drift, _metrics)
     return [*(section for build in builders if (section := build(page)).blocks), _again(page, command)]
@@ -33,47 +32,47 @@ def sections(study: Study, analysis: Analysis, command: str) -> list[Section]:
 
 @dataclass(frozen=True)
 class Page:
-    """A study, with what the analyses found in it."""
+    """A study and its analyses."""
 
-    study: Study
+    study: RunGroups
     analysis: Analysis
 
     @property
     def same(self) -> tuple[str, ...]:
-        """The columns that say the same in every row."""
+        """The columns that have one value in all rows."""
         return ("order",) if len({group.order for group in self.study.groups}) == 1 else ()
 
     def name(self, method: str, order: str) -> str:
         return method if self.same else f"{method}, {order}"
 
-    def section(self, what: str, title: str, show: Callable[[list[Finding]], list[Block]] | None = None) -> Section:
-        """An analysis under its title: its tables, or what ``show`` makes of it, or what it lacks."""
-        found = self.analysis.found.get(what)
+    def section(self, what: str, title: str, show: Callable[[list[ResultTable]], list[Block]] | None = None) -> Section:
+        """The section of an analysis: its tables, or what ``show`` makes of them, or a note on what it lacks."""
+        found = self.analysis.tables.get(what)
         if found is None:
-            lacks = Text(f"Not shown: {self.analysis.left_out[what]}.", "missing")
+            lacks = missing(self.analysis.left_out[what])
             return Section(title, [lacks] if any(map(in_turn, self.study.runs)) else [])
         return Section(title, show(found) if show else [self.table(one) for one in found])
 
-    def first(self, found: list[Finding]) -> list[Block]:
-        """The first table open, the others folded."""
+    def first(self, found: list[ResultTable]) -> list[Block]:
+        """The first table shown, the others folded."""
         return [self.table(found[0]), *(Folded(one.title, self.table(one)) for one in found[1:])]
 
-    def table(self, finding: Finding) -> Table:
-        return table(finding, self.same)
+    def table(self, result: ResultTable) -> Table:
+        return table(result, self.same)
 
 
 def _head(page: Page) -> Section:
-    setting = page.study.tables["setting"]
+    setting = page.study.tables.setting
     orders = list(dict.fromkeys(group.order for group in page.study.groups))
-    seeds = sorted({run.results["seed"] for run in page.study.runs})
+    seeds = sorted({run.results.seed for run in page.study.runs})
     facts = [f"{key} {setting[key]}" for key in ("backbone", "budget", "split")]
     facts += [f"order {', '.join(orders)}", f"seeds {', '.join(map(str, seeds))}", f"{len(page.study.runs)} runs"]
     blocks: list[Block] = [Text(" · ".join(facts), "facts")]
     if setting["budget"] == "smoke":
-        blocks.append(Text("A smoke study: it shows that everything works, and its scores mean nothing.", "banner"))
-    if page.study.tables["missing"]:
-        blocks.append(Text(f"Not finished and left out: {', '.join(page.study.tables['missing'])}", "banner"))
-    blocks += [Text(note, "banner") for note in page.study.tables.get("notes", [])]
+        blocks.append(Text("Budget smoke: a test that everything works; its scores mean nothing.", "banner"))
+    if page.study.tables.missing:
+        blocks.append(Text(f"Unfinished and left out: {', '.join(page.study.tables.missing)}", "banner"))
+    blocks += [Text(note, "banner") for note in page.study.tables.notes or []]
     methods = list(dict.fromkeys(group.method for group in page.study.groups))
     return Section(f"{f'{len(methods)} methods' if methods[1:] else methods[0]} on {setting['suite']}", blocks)
 
@@ -83,13 +82,14 @@ def _overview(page: Page) -> Section:
     for group in page.study.groups:
         seeds = [value for run in group.runs if (value := run.metric("avg_acc")) is not None]
         if seeds:
-            rows[page.name(group.method, group.order)] = (seeds, group.mean(lambda run: run.metric("new_acc"))["mean"])
+            rows[page.name(group.method, group.order)] = (seeds, group.mean(lambda run: run.metric("new_acc")).mean)
     rows = dict(sorted(rows.items(), key=lambda row: -np.mean(row[1][0])))
     spoken = "; ".join(f"{name} {np.mean(seeds):.1f}" for name, (seeds, _) in rows.items())
-    picture = Picture("kept.svg", comparisons.kept(rows), f"Avg.ACC of each method, best first: {spoken}")
+    picture = Picture("avg_acc.svg", study_plots.accuracy(rows), f"Avg.ACC of each method, best first: {spoken}")
     note = (
-        "Avg.ACC, the mean score at the end over all tasks: a tick for each seed, a dot for their mean. Open dot: "
-        "New.ACC, the mean score of each task right after learning it. Forgetting is T/(T-1) times the line between."
+        "Avg.ACC, the mean score over all tasks after the last stage, in percent: a tick for each seed, a dot for "
+        "their mean. Open dot: New.ACC, the mean score of each task right after it was learnt. Forgetting is T/(T-1) "
+        "times the distance between the dots."
     )
     found: list[Block] = [Text(note), Plots([picture], "fits")]
     for block in study_tables(page.study.tables):
@@ -97,7 +97,7 @@ def _overview(page: Page) -> Section:
         words = tuple(place for place, i in enumerate(keep) if i < block.words)
         cells = [[row[i] for i in keep] for row in block.rows]
         found.append(Table([block.head[i] for i in keep], cells, block.caption, words))
-    return Section("What is learnt and kept", found)
+    return Section("Results", found)
 
 
 def _stages(page: Page) -> Section:
@@ -107,21 +107,21 @@ def _stages(page: Page) -> Section:
     pictures = {}
     for kind, of in (("accuracy", averages), ("forgetting", forgettings)):
         over = [means([of(run) for run in group.runs]) for group in groups]
-        lines = np.array([[np.nan if cell["mean"] is None else cell["mean"] for cell in cells] for cells in over])
+        lines = np.array([[np.nan if cell.mean is None else cell.mean for cell in cells] for cells in over])
         low, high = np.nanmin(lines), np.nanmax(lines)
         limits = (low - 0.08 * (high - low) - 1, high + 0.08 * (high - low) + 1)
         pictures[kind] = [
             Picture(
                 f"{kind}_{number}.svg",
-                comparisons.over_stages(lines, number, page.name(group.method, group.order), limits),
+                study_plots.over_stages(lines, number, page.name(group.method, group.order), limits),
                 f"{kind} of {page.name(group.method, group.order)} over stages 1 to {lines.shape[1]}: "
                 + ", ".join("none" if np.isnan(v) else f"{v:.1f}" for v in lines[number]),
             )
             for number, group in enumerate(groups)
         ]
-    accuracy, forgetting, tasks = page.analysis.found["stages"]
+    accuracy, forgetting, tasks = page.analysis.tables["stages"]
     found: list[Block] = [
-        Text(f"{accuracy.definition}{' Grey: the others.' if len(groups) > 1 else ''}"),
+        Text(f"{accuracy.definition}{' Grey: the other methods.' if len(groups) > 1 else ''}"),
         Plots(pictures["accuracy"]),
         Text(forgetting.definition),
         Plots(pictures["forgetting"]),
@@ -131,38 +131,34 @@ def _stages(page: Page) -> Section:
 
 
 def _types(page: Page) -> Section:
-    def show(found: list[Finding]) -> list[Block]:
+    def show(found: list[ResultTable]) -> list[Block]:
         keys = dict(zip(("avg_hal", "avg_iuf", "avg_oth"), ERROR_TYPES, strict=True))
         columns = {error: found[0].head.index(TYPES[metric]) for metric, error in keys.items()}
         rows: list[Any] = list(found[0].rows)
-        shares = {page.name(*row[:2]): {error: row[i]["mean"] for error, i in columns.items()} for row in rows}
+        shares = {page.name(*row[:2]): {error: row[i].mean for error, i in columns.items()} for row in rows}
         shares = dict(sorted(shares.items(), key=lambda item: sum(item[1].values())))
         spoken = "; ".join(f"{name} {sum(parts.values()):.1f}" for name, parts in shares.items())
-        picture = Picture("types.svg", comparisons.growth(shares), f"Forgetting by error type, least first: {spoken}")
+        picture = Picture(
+            "types.svg", study_plots.error_types(shares), f"Forgetting by error type, least first: {spoken}"
+        )
         key = Key([(error.replace("_", " "), plots.ERROR_COLOURS[error]) for error in ERROR_TYPES])
         incomplete = [one.title for one in found if any(str(row[-1]).startswith("INCOMPLETE") for row in one.rows)]
-        banners = [Text(f"Incomplete: {title}. Some errors are not judged.", "banner") for title in incomplete]
-        note = Text("Forgetting in points by the type of error that grew; the dark bar is the sum of all three.")
+        banners = [Text(f"Incomplete: {title}. Some errors are not judged yet.", "banner") for title in incomplete]
+        note = Text("Forgetting in points, by the error type that became more frequent; dark bar: their sum.")
         return [note, key, Plots([picture], "fits"), *banners, *map(page.table, found)]
 
-    return page.section("types", "Why they forget", show)
+    return page.section("types", "Forgetting by error type", show)
 
 
 def _transfer(page: Page) -> Section:
-    def show(found: list[Finding]) -> list[Block]:
+    def show(found: list[ResultTable]) -> list[Block]:
         panels = []
         for group in (group for group in page.study.groups if in_turn(group.runs[0])):
             values = np.mean([changes(run)[1:, :-1] for run in group.runs], axis=0)
-            panels.append(Panel(page.name(group.method, group.order), values, group.tasks[1:], group.tasks[:-1]))
+            panels.append(plots.Panel(page.name(group.method, group.order), values, group.tasks[1:], group.tasks[:-1]))
         limit = max(float(np.nanmax(abs(panel.values))) for panel in panels)
-        pictures = []
-        for number, panel in enumerate(panels, 1):
-            alt = f"Heat map of the change of earlier tasks under {panel.title}, as in the table below"
-            pictures.append(Picture(f"transfer_{number}.svg", heat_maps([[panel]], limit, "+.0f"), alt))
-        note = (
-            "Mean change of an earlier task (column) while another is learnt (row), in points. Blue: rises; vermilion: "
-            "falls."
-        )
+        pictures = [heat_map(f"transfer_{number}.svg", one, limit, "+.0f") for number, one in enumerate(panels, 1)]
+        note = "Mean change of an earlier task (column) while another is learnt (row), in points. Blue: rise."
         folded = [Folded(f"{one.title} as a table", page.table(one)) for one in found[1:]]
         return [page.table(found[0]), Text(note), Plots(pictures, "maps"), *folded]
 
@@ -170,7 +166,7 @@ def _transfer(page: Page) -> Section:
 
 
 def _breaks(page: Page) -> Section:
-    return page.section("breaks", "Answers that broke", page.first)
+    return page.section("breaks", "Forgotten samples", page.first)
 
 
 def _orders(page: Page) -> Section:
@@ -178,26 +174,26 @@ def _orders(page: Page) -> Section:
 
 
 def _ablations(page: Page) -> Section:
-    return page.section("ablations", "Ablation") if "ablations" in page.analysis.found else Section("", [])
+    return page.section("ablations", "Ablation") if "ablations" in page.analysis.tables else Section("", [])
 
 
 def _seeds(page: Page) -> Section:
-    return page.section("seeds", "Seeds", page.first) if "seeds" in page.analysis.found else Section("", [])
+    return page.section("seeds", "Seeds", page.first) if "seeds" in page.analysis.tables else Section("", [])
 
 
 def _drift(page: Page) -> Section:
-    return page.section("drift", "Drift of the adapters", page.first)
+    return page.section("drift", "Adapter updates", page.first)
 
 
 def _metrics(_: Page) -> Section:
     names = [*METRICS, *BY_OUTPUT, *(name for name in TYPES if name not in METRICS), "forgetting_intermodal"]
     rows = [[METRICS.get(name, TYPES.get(name, name)), FORMULAS[name]] for name in names]
-    note = "R[t][i] is the score in percent on task i after stage t of T, both in training order."
+    note = "R[t][i] is the score in percent on task i after stage t of T, tasks in training order."
     return Section("Metrics", [Text(note), Table(["metric", "formula and divisor"], rows, words=(1,))])
 
 
 def _again(page: Page, command: str) -> Section:
     every = [(group, run) for group in page.study.groups for run in group.runs]
-    rows = [[page.name(group.method, group.order), str(run.results["seed"]), str(run.path)] for group, run in every]
-    runs = Folded("The runs", Table(["method", "seed", "folder"], rows, words=(2,)))
-    return Section("To make this page again", [Code(command), runs])
+    rows = [[page.name(group.method, group.order), str(run.results.seed), str(run.path)] for group, run in every]
+    runs = Folded("All runs", Table(["method", "seed", "folder"], rows, words=(2,)))
+    return Section("Reproduction", [Text("This command writes the page again."), Code(command), runs])

@@ -12,22 +12,32 @@ from typing import Any
 from torch import Tensor
 
 from cnext.errors import UserError, parse_json
-from cnext.shapes import name as file_name
-from cnext.shapes import wrong
+from cnext.records import Count, FileName, Record, convert
 
 MANIFEST = "manifest.json"
-COUNTS = ("tasks_done", "step")
+
+
+class Manifest(Record):
+    """What every checkpoint's manifest has. files: name to SHA-256.  step: 0 between tasks."""
+
+    files: dict[str, str]
+    tasks_done: Count
+    step: Count
 
 
 class Damaged(UserError):
     """A checkpoint that is not what was written."""
 
 
-def write_text(path: Path, text: str) -> None:
+def write_bytes(path: Path, content: bytes) -> None:
     """Writes a file so that a reader sees the old or the new content, never a part."""
     unfinished = path.with_name(f".{path.name}.unfinished")
-    _write_through(unfinished, text.encode())
+    _write_through(unfinished, content)
     os.replace(unfinished, path)
+
+
+def write_text(path: Path, text: str) -> None:
+    write_bytes(path, text.encode())
 
 
 def _write_through(path: Path, content: bytes) -> None:
@@ -77,11 +87,13 @@ def manifest(folder: Path) -> dict[str, Any]:
         whole = bool(sealed) and _sealed(sealed) == values
     except (OSError, ValueError) as error:
         raise Damaged(f"the {MANIFEST} of the checkpoint {folder} cannot be read: {error}") from error
-    files: Any = sealed.get("files")
-    counts = [sealed.get(name) for name in COUNTS]
-    # What is in the manifest of a folder from elsewhere must not lead out of that folder.
-    named = not wrong(files, {str: str}) and all(map(file_name, files))
-    if not (whole and named and all(type(count) is int and count >= 0 for count in counts)):
+    # A manifest from elsewhere must not lead out of its folder.
+    try:
+        found = convert(sealed, Manifest, folder / MANIFEST, "")
+        named = all(map(FileName.fits, found.files))
+    except UserError:
+        named = False
+    if not (whole and named):
         raise Damaged(f"the {MANIFEST} of the checkpoint {folder} is not what was written")
     return sealed
 

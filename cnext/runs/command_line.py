@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from cnext import methods
+from cnext.config.run_config import OVERRIDES, RunConfig, current_names
 from cnext.errors import UserError
 from cnext.runs.checkpoint import write_text
-from cnext.config.run_config import OVERRIDES, RunConfig
 from cnext.tasks import suites
 from cnext.tasks.base import PROMPTS
 
@@ -19,6 +19,8 @@ FILE = "options.json"
 """What a run was asked for. config.json has what decides its numbers, resolved: no suite's folder, no --workers."""
 FLAGS = {"seed": "seeds"}
 """Flags of ``cnext-run`` with another name than the field of `RunConfig`."""
+KEYS = {"preset": "budget"}
+"""Fields of `RunConfig` with another name in config.json, where runs of all versions have the older one."""
 
 
 def write(config: RunConfig) -> Path:
@@ -30,8 +32,8 @@ def write(config: RunConfig) -> Path:
 
 
 def read(path: str | Path) -> RunConfig:
-    """The run that ``write`` wrote."""
-    values = json.loads(Path(path).read_text(encoding="utf-8"))
+    """The configuration that `write` wrote."""
+    values = current_names(json.loads(Path(path).read_text(encoding="utf-8")))
     for field in dataclasses.fields(RunConfig):
         value, kind = values[field.name], str(field.type)
         if value is not None and kind.startswith(("Path", "tuple")):
@@ -45,9 +47,10 @@ def command(config: dict[str, Any], options: dict[str, Any]) -> str:
     Args:
         config, options: config.json and options.json of the run; {} for a folder of before the latter.
     """
+    config, options = current_names(config), current_names(options)
     # What both have is resolved in the first. A suite's name is not its folder.
     given = _from_config(config) | {
-        name: value for name, value in options.items() if name == "suite" or name not in config
+        name: value for name, value in options.items() if name == "suite" or KEYS.get(name, name) not in config
     }
     words = ["cnext-run"]
     for field in dataclasses.fields(RunConfig):
@@ -55,7 +58,7 @@ def command(config: dict[str, Any], options: dict[str, Any]) -> str:
         # A default that decides no numbers goes without saying.
         if field.name == "hyperparameters" or value in (None, [], ()):
             continue
-        if field.name in config or field.name in OVERRIDES or str(value) != str(field.default):
+        if KEYS.get(field.name, field.name) in config or field.name in OVERRIDES or str(value) != str(field.default):
             words += _flag(FLAGS.get(field.name, field.name), value)
     method = config.get("method", "")
     defaults = _defaults(method)
@@ -84,7 +87,8 @@ def _defaults(method: str) -> dict[str, Any]:
 
 def _from_config(config: dict[str, Any]) -> dict[str, Any]:
     """Options that resolve to a configuration, as far as that tells."""
-    given = {field.name: config[field.name] for field in dataclasses.fields(RunConfig) if field.name in config}
+    names = {field.name: KEYS.get(field.name, field.name) for field in dataclasses.fields(RunConfig)}
+    given = {name: config[key] for name, key in names.items() if key in config}
     recipe = config.get("recipe", {})
     # Given by a flag, a field is the same for all tasks; the same value by a flag changes nothing.
     uneven = {name for own in recipe.get("by_task", {}).values() for name in own}

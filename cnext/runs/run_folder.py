@@ -7,21 +7,26 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, TypeVar
 
+import msgspec
 from torch import Tensor
 
+from cnext.config.run_config import current_names
 from cnext.errors import UserError, parse_json
 from cnext.runs import checkpoint, schemas
 from cnext.runs.checkpoint import Damaged
+from cnext.runs.schemas import StageScore, TrainStep
 from cnext.runs.tensorboard import EventLog
-from cnext.shapes import wrong
 
-LOGS = {"train.jsonl": schemas.STEP, "scores.jsonl": schemas.SCORED}
-"""The append-only logs and their rows. A checkpoint has the length and the checksum that they had before it."""
+STEPS, SCORES = "train.jsonl", "scores.jsonl"
+LOGS = (STEPS, SCORES)
+"""The append-only logs. A checkpoint has the length and the checksum that they had before it."""
+
+T = TypeVar("T")
 
 
 def _differences(old: Any, new: Any, path: str = "") -> list[str]:
@@ -33,24 +38,21 @@ def _differences(old: Any, new: Any, path: str = "") -> list[str]:
     return [] if old == new else [f"  {path}: {json.dumps(old)} there, {json.dumps(new)} asked for"]
 
 
-def _append(path: Path, rows: Iterable[dict[str, Any]]) -> None:
+def _append(path: Path, rows: Iterable[Any]) -> None:
     with open(path, "a", encoding="utf-8") as file:
-        file.writelines(json.dumps(row) + "\n" for row in rows)
+        file.writelines(json.dumps(msgspec.to_builtins(row, enc_hook=str)) + "\n" for row in rows)
         file.flush()
         os.fsync(file.fileno())
 
 
-def _rows(path: Path) -> list[dict[str, Any]]:
-    """The rows of an append-only log up to the first that is not whole, where an interruption cut it short."""
+def _rows(path: Path, kind: type[T]) -> list[tuple[bytes, T]]:
+    """Lines and rows of an append-only log up to the first that is not whole, where an interruption cut it short."""
     rows = []
     for line in _content(path).split(b"\n")[:-1]:
         try:
-            row = parse_json(line)
+            rows.append((line, schemas.convert(parse_json(line), kind, path)))
         except ValueError:
             break
-        if wrong(row, LOGS[path.name]):
-            break
-        rows.append(row)
     return rows
 
 
@@ -73,7 +75,7 @@ def check_free(path: Path, config: dict[str, Any]) -> None:
             old = parse_json(file.read_bytes())
         except ValueError as error:
             raise UserError(f"{file} is not JSON ({error}); give another --out or delete the folder") from error
-        changed = _differences(old, config)
+        changed = _differences(current_names(old) if isinstance(old, dict) else old, config)
         if changed and (path / "scores.jsonl").exists():
             listed = "\n".join(changed)
             raise UserError(
@@ -141,7 +143,7 @@ class RunFolder:
         return None
 
     def _check_logs(self, kept: dict[str, dict[str, Any]]) -> None:
-        for name in kept.keys() & LOGS.keys():
+        for name in kept.keys() & set(LOGS):
             content = _content(self.path / name)[: kept[name]["bytes"]]
             if self._seal(content) != kept[name]:
                 raise Damaged(f"{self.path / name} is not what was written")
@@ -180,35 +182,35 @@ class RunFolder:
                 shutil.rmtree(other)
 
     def mirror(self, events: EventLog) -> None:
-        """Writes what is logged, so far and from now on, as events too."""
+        """Writes what is logged, so far and from now on, as TensorBoard events too."""
         self.events = events
-        events.steps(_rows(self.path / "train.jsonl"))
-        for row in _rows(self.path / "scores.jsonl"):
+        events.steps([row for _, row in _rows(self.path / STEPS, TrainStep)])
+        for _, row in _rows(self.path / SCORES, StageScore):
             events.score(row)
 
-    def log_steps(self, rows: list[dict[str, Any]]) -> None:
-        _append(self.path / "train.jsonl", rows)
+    def log_steps(self, rows: Sequence[TrainStep]) -> None:
+        _append(self.path / STEPS, rows)
         if self.events is not None:
             self.events.steps(rows)
 
     def cut_steps(self, stage: int, step: int) -> None:
         """Drops logged steps after the checkpoint that training goes on from: they will be done again."""
-        self._keep("train.jsonl", lambda row: (row["stage"], row["step"]) <= (stage, step))
+        self._keep(STEPS, TrainStep, lambda row: (row.stage, row.step) <= (stage, step))
 
-    def log_score(self, row: dict[str, Any]) -> None:
-        _append(self.path / "scores.jsonl", [row])
+    def log_score(self, row: StageScore) -> None:
+        _append(self.path / SCORES, [row])
         if self.events is not None:
             self.events.score(row)
 
-    def scores(self, stage: int) -> dict[tuple[int, str], dict[str, Any]]:
+    def scores(self, stage: int) -> dict[tuple[int, str], StageScore]:
         """The rows of scores.jsonl by (stage, task); drops those of later stages than this, from the file too."""
-        rows = self._keep("scores.jsonl", lambda row: row["stage"] <= stage)
-        return {(row["stage"], row["task"]): row for row in rows}
+        rows = self._keep(SCORES, StageScore, lambda row: row.stage <= stage)
+        return {(row.stage, row.task): row for row in rows}
 
-    def _keep(self, name: str, wanted: Callable[[dict[str, Any]], bool]) -> list[dict[str, Any]]:
+    def _keep(self, name: str, kind: type[T], wanted: Callable[[T], bool]) -> list[T]:
         """The wanted rows of a log; the file is written anew with them alone."""
-        rows = [row for row in _rows(self.path / name) if wanted(row)]
-        content = "".join(json.dumps(row) + "\n" for row in rows)
-        if content.encode() != _content(self.path / name):
-            checkpoint.write_text(self.path / name, content)
-        return rows
+        rows = [(line, row) for line, row in _rows(self.path / name, kind) if wanted(row)]
+        content = b"".join(line + b"\n" for line, _ in rows)
+        if content != _content(self.path / name):
+            checkpoint.write_bytes(self.path / name, content)
+        return [row for _, row in rows]

@@ -1,146 +1,269 @@
-"""The shapes of the files that a run writes: who reads a run folder finds in them what a run puts there, or refuses.
+"""Typed records of the files that a run writes.
 
-A run folder may come from elsewhere. What is in it names files inside it alone, save the pictures of the data set.
+A run folder may come from elsewhere: paths in its files lead inside it, except those of the data set's images.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, TypeVar
 
+from msgspec import Meta, field
+
+from cnext import records
 from cnext.errors import UserError, parse_json
+from cnext.records import FileName, Finite, Record, RelativePath
 from cnext.scoring.base import ERROR_TYPES, PROFILES
-from cnext.shapes import name, relative, wrong
+
+T = TypeVar("T")
+ADVICE = "run cnext-run again"
+Percent = Annotated[float, Meta(ge=-1e6, le=1e6)]
+Row = list[Percent | None]
+Matrix = list[Row | None]
+"""Scores by stage (rows) and task, None where not evaluated."""
 
 
-def percent(value: Any) -> bool:
-    """a score: a number of percent"""
-    return not wrong(value, float) and abs(value) <= 1e6
+class StageScore(Record):
+    """A row of scores.jsonl: the mean scores (percent) on a task after a stage.
+
+    stage: 0 is zero-shot, t the model after the t-th task.  trained: what the stage trained on.  samples: evaluated.
+    errors: profile to error type to the percent of the score lost to it.
+    """
+
+    stage: int
+    trained: str
+    task: str
+    scorer: str
+    samples: int
+    strict: Percent
+    paper: Percent
+    errors: dict[str, dict[str, Percent]]
+
+    def __post_init__(self) -> None:
+        for name in (self.trained, self.task):
+            if not FileName.fits(name):
+                raise ValueError(f"Expected {FileName.__doc__}, got {name!r:.60}")
+        missing = [f"{p} {e}" for p in PROFILES for e in ERROR_TYPES if e not in self.errors.get(p, ())]
+        if missing:
+            raise ValueError(f"Expected errors of every profile and type, got none of {', '.join(missing)}")
+
+    def score(self, profile: str) -> float:
+        """The score under one of `PROFILES`."""
+        return getattr(self, profile)
 
 
-def place(value: Any) -> bool:
-    """a whole number from 0 to 100,000,000"""
-    return not wrong(value, int) and 0 <= value <= 10**8
+class TrainStep(Record, kw_only=True):
+    """A row of train.jsonl: one optimizer step. tokens: supervised ones in its batch."""
+
+    stage: int
+    task: str = ""
+    step: int
+    loss: Finite
+    text_loss: float | None = None
+    image_loss: float | None = None
+    learning_rate: float | None = None
+    grad_norm: float | None = None
+    tokens: int | None = None
 
 
-SCORE = (percent, None)
-MATRIX = [([SCORE], None)]
-PROFILE = {
-    "score_matrix?": (MATRIX, None),
-    "zero_shot?": ([SCORE], None),
-    "metrics?": {str: SCORE},
-    "error_matrix?": ({str: MATRIX}, None),
-}
-MEASURED = {
-    f"{key}?": (float, None)
-    for key in (
-        *("trainable_params", "stored_bytes", "optimizer_steps", "supervised_tokens", "total_seconds"),
-        *("peak_memory_bytes", "peak_device_memory_bytes", "energy_joules", "train_seconds", "evaluate_seconds"),
-        *("steps", "tokens", "seconds_per_step", "tokens_per_second"),
-    )
-}
-COST = {**MEASURED, "stages?": [{**MEASURED, "task": str}]}
-RESULTS = {
-    **PROFILE,
-    "method": str,
-    "suite": str,
-    "tasks": [name],
-    "score_matrix": MATRIX,
-    "profiles?": ({str: PROFILE}, None),
-    "reads?": {str: [str]},
-    "writes?": {str: [str]},
-    "samples?": {str: int},
-    "averaging?": ([{"task": str, "branches": {str: {"mean": percent, "std": percent}}}], None),
-    "cost?": COST,
-    "versions?": {str: (str, None)},
-    "seed?": int,
-    "profile?": str,
-    "joint?": bool,
-    "finished?": bool,
-    "hyperparameters?": dict,
-    **dict.fromkeys(("backbone?", "budget?", "order?", "split?"), str),
-}
-CONFIG = {
-    **dict.fromkeys(("method?", "suite?"), str),
-    **dict.fromkeys(("hyperparameters?", "backbone_options?"), dict),
-    "recipe?": {"by_task?": {str: dict}},
-    "seed?": int,
-}
-ENVIRONMENT = {"versions?": {str: (str, None)}}
-RESTORED = {"method": str, "hyperparameters": dict, "backbone": str, "tasks": [name], "recipe?": dict}
-CARD = {"profile": str, "split": str, "zero_shot": [SCORE], "metrics": dict, "finished": bool}
-"""What a model card says of results, beside `RESULTS`."""
-REFERENCE = {"input_ids": [place], "places": [place], "decimals": place, "sha256": str}
-STEP = {"stage": int, "step": int, "loss": float}
-SHARES = dict.fromkeys(ERROR_TYPES, percent)
-SCORED = {
-    "stage": int,
-    **dict.fromkeys(("trained", "task"), name),
-    "scorer": str,
-    "samples": int,
-    **dict.fromkeys(PROFILES, percent),
-    "errors": dict.fromkeys(PROFILES, SHARES),
-}
-ANSWER = {
-    "id": str,
-    "instruction": str,
-    "answer": str,
-    "text": str,
-    "strict": percent,
-    "error": str,
-    "image": (relative, None),
-    "source_image": (str, None),
-    "target_image": (str, None),
-}
+class Answer(Record, kw_only=True):
+    """A row of predictions/<stage>/<task>.jsonl. image: generated, in the run folder; the others: of the data set."""
+
+    id: str
+    instruction: str
+    answer: str
+    text: str
+    image: RelativePath | None
+    source_image: str | None
+    target_image: str | None
+    strict: Percent
+    paper: Percent = 0.0
+    error: str
 
 
-def checked(value: Any, shape: Any, where: str) -> Any:
-    """The value. Raises UserError saying where and how it is of another shape."""
-    if found := wrong(value, shape):
-        raise UserError(f"{where} is not as a run writes it: {found}; run cnext-run again")
+class ProfileScores(Record):
+    """The scores of a run under a second profile. zero_shot: stage 0; score_matrix: stages from 1 on."""
+
+    score_matrix: Matrix | None = None
+    zero_shot: Row | None = None
+    metrics: dict[str, Percent | None] = field(default_factory=dict)
+    error_matrix: dict[str, Matrix | None] | None = None
+
+
+class Usage(Record):
+    """What a stage or a run took, None where it is not known. Times in seconds."""
+
+    trainable_params: Finite | None = None
+    stored_bytes: Finite | None = None
+    optimizer_steps: Finite | None = None
+    supervised_tokens: Finite | None = None
+    total_seconds: Finite | None = None
+    peak_memory_bytes: Finite | None = None
+    peak_device_memory_bytes: Finite | None = None
+    energy_joules: Finite | None = None
+    train_seconds: Finite | None = None
+    evaluate_seconds: Finite | None = None
+    steps: Finite | None = None
+    tokens: Finite | None = None
+    seconds_per_step: Finite | None = None
+    tokens_per_second: Finite | None = None
+
+
+class StageUsage(Usage, kw_only=True):
+    """A stage's row of cost.json."""
+
+    task: str
+
+
+class Cost(Usage):
+    """cost.json, and "cost" in results.json."""
+
+    stages: list[StageUsage] = field(default_factory=list)
+
+
+class BranchBeta(Record):
+    """Mean and standard deviation of beta, the share of its old value that a parameter keeps in a moving average."""
+
+    mean: Percent
+    std: Percent
+
+
+class Merge(Record):
+    """What the moving averages of one stage did, by branch."""
+
+    task: str
+    branches: dict[str, BranchBeta]
+
+
+class Results(Record):
+    """results.json. tasks: in training order. reads, writes: modalities by task. joint: all tasks trained at once."""
+
+    method: str
+    suite: str
+    tasks: list[FileName]
+    score_matrix: Matrix
+    zero_shot: Row | None = None
+    metrics: dict[str, Percent | None] = field(default_factory=dict)
+    error_matrix: dict[str, Matrix | None] | None = None
+    profile: str = "strict"
+    profiles: dict[str, ProfileScores] | None = None
+    reads: dict[str, list[str]] = field(default_factory=dict)
+    writes: dict[str, list[str]] = field(default_factory=dict)
+    samples: dict[str, int] = field(default_factory=dict)
+    averaging: list[Merge] | None = None
+    cost: Cost = field(default_factory=Cost)
+    versions: dict[str, str | None] = field(default_factory=dict)
+    fingerprint: dict[str, Any] | None = None
+    seed: int = 0
+    joint: bool = False
+    finished: bool = False
+    hyperparameters: dict[str, Any] = field(default_factory=dict)
+    backbone: str = ""
+    budget: str = ""
+    order: str = ""
+    split: str = ""
+
+    def __post_init__(self) -> None:
+        """Matrices as wide as there are tasks."""
+        width, profiles = len(self.tasks), [self, *(self.profiles or {}).values()]
+        matrices = [m for p in profiles for m in (p.score_matrix, *(p.error_matrix or {}).values()) if m is not None]
+        rows = [row for matrix in matrices for row in matrix] + [profile.zero_shot for profile in profiles]
+        if not width or len(set(self.tasks)) < width or any(len(matrix) > width for matrix in matrices):
+            raise ValueError("Expected distinct tasks, and a row a stage at most")
+        merged = {merge.task for merge in self.averaging or []}
+        if any(row is not None and len(row) != width for row in rows) or not merged <= {*self.tasks, "joint"}:
+            raise ValueError(f"Expected rows and averages of its {width} tasks")
+
+
+class ResolvedRecipe(Record):
+    """The recipe in config.json, as far as it is read back. by_task: task to field to value."""
+
+    by_task: dict[str, dict[str, Any]] = field(default_factory=dict)
+    trainable: str = "branches"
+
+
+class Config(Record):
+    """config.json: what decides a run's numbers, resolved. As far as it is read back."""
+
+    method: str = ""
+    suite: str = ""
+    seed: int | None = None
+    hyperparameters: dict[str, Any] = field(default_factory=dict)
+    backbone_options: dict[str, Any] = field(default_factory=dict)
+    recipe: ResolvedRecipe = field(default_factory=ResolvedRecipe)
+
+
+class Environment(Record):
+    """environment.json: the machine and the versions of libraries, None where one is not installed."""
+
+    versions: dict[str, str | None] = field(default_factory=dict)
+
+
+class Estimate(Record):
+    """An estimated average (percent) and the ends of its 95% interval."""
+
+    estimate: Percent
+    low: Percent
+    high: Percent
+
+
+class JudgeTable(Record, kw_only=True):
+    """judge/<name>.json: averages of error types by a judge. unjudged: errors without a verdict.  estimates: by metric,
+    where only a sample of the errors was judged."""
+
+    judge: str
+    model: str | None = None
+    prompts: str | None = None
+    prompts_sha256: str | None = None
+    profile: str | None = None
+    complete: bool
+    unjudged: int
+    metrics: dict[str, Percent | None]
+    estimates: dict[str, Estimate] | None = None
+
+    def __post_init__(self) -> None:
+        if self.estimates and (missing := {"avg_hal", "avg_iuf", "avg_oth"} - self.estimates.keys()):
+            raise ValueError(f"Expected estimates of every error type, got none of {', '.join(sorted(missing))}")
+
+    @property
+    def name(self) -> str:
+        """The judge's model and prompts."""
+        prompts = f", prompts {self.prompts} ({(self.prompts_sha256 or '')[:8]})" if self.prompts else ""
+        return f"{self.model or self.judge}{prompts}"
+
+
+def convert(value: Any, kind: type[T], where: str | Path) -> T:
+    """`records.convert` of something that a run wrote."""
+    return records.convert(value, kind, where, ADVICE)
+
+
+def read(path: Path, kind: type[T]) -> T:
+    """`records.read` of a file that a run wrote."""
+    return records.read(path, kind, ADVICE)
+
+
+def read_object(path: Path, kind: type[Record]) -> dict[str, Any]:
+    """The object in a JSON file with all of its keys, checked as a record. Raises UserError as `read`."""
+    value = read(path, dict[str, Any])
+    convert(value, kind, path)
     return value
 
 
-def read(path: Path, shape: Any) -> dict[str, Any]:
-    """The object in a JSON file. Raises UserError naming the file, and what in it is of another shape."""
-    try:
-        value = parse_json(path.read_bytes())
-    except (ValueError, OSError) as error:
-        raise UserError(f"{path}: expected a JSON object, could not read one ({error}); run cnext-run again") from error
-    return checked(value, shape, str(path))
+def read_rows(path: Path, kind: type[T], advice: str = ADVICE) -> list[T]:
+    """The rows of a JSONL file, none where it is missing; an unfinished last line is left out.
 
-
-def read_rows(path: Path, shape: Any) -> list[dict[str, Any]]:
-    """The rows of a JSONL file, none where it is missing; a last line that was cut off is left out.
-
-    Raises: UserError naming the file, the line and what in it is of another shape.
+    Raises: UserError naming the file, the line and what in it is of another type.
     """
     if not path.is_file():
         return []
-    *lines, _cut_off = path.read_bytes().split(b"\n")
+    *lines, _unfinished = path.read_bytes().split(b"\n")
     rows = []
     for number, line in enumerate(lines, 1):
+        where = f"{path}:{number}"
         try:
-            value = parse_json(line)
+            rows.append(records.convert(parse_json(line), kind, where, advice))
+        except UserError:
+            raise
         except ValueError as error:
-            raise UserError(f"{path}:{number}: expected a JSON object ({error}); run cnext-run again") from error
-        rows.append(checked(value, shape, f"{path}:{number}"))
+            raise UserError(f"{where}: expected a JSON object ({error}); {advice}") from error
     return rows
-
-
-def read_results(path: Path) -> dict[str, Any]:
-    """results.json, its matrices as wide as it has tasks. Raises UserError as `read`."""
-    results = read(path, RESULTS)
-    tasks = results["tasks"]
-    profiles = [results, *(results.get("profiles") or {}).values()]
-    rows = [row for part in profiles for row in [part.get("zero_shot"), *(part.get("score_matrix") or [])] if row]
-    matrices = [part.get("score_matrix") or [] for part in profiles]
-    for part in profiles:
-        matrices += (part.get("error_matrix") or {}).values()
-    rows += [row for matrix in matrices for row in matrix if row is not None]
-    merged = {merge["task"] for merge in results.get("averaging") or []}
-    if not tasks or len(set(tasks)) < len(tasks) or any(len(matrix) > len(tasks) for matrix in matrices):
-        raise UserError(f"{path} is not as a run writes it: expected distinct tasks, and a row a stage at most")
-    if any(len(row) != len(tasks) for row in rows) or not merged <= {*tasks, "joint"}:
-        raise UserError(f"{path} is not as a run writes it: expected rows and averages of its {len(tasks)} tasks")
-    return results

@@ -5,7 +5,9 @@ from __future__ import annotations
 import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+
+from cnext.runs.schemas import StageScore, TrainStep
+from cnext.scoring.base import PROFILES
 
 TRAINING = ("loss", "text_loss", "image_loss", "learning_rate", "grad_norm")
 
@@ -27,18 +29,19 @@ class EventLog:
         # A TensorBoard that is looking on drops what it has from this step on.
         self._writer = SummaryWriter(str(folder), purge_step=0)
 
-    def steps(self, rows: Iterable[dict[str, Any]]) -> None:
+    def steps(self, rows: Iterable[TrainStep]) -> None:
         """Adds rows of train.jsonl."""
         for row in rows:
-            before = max(end for stage, end in self._ends.items() if stage < row["stage"])
+            before = max(end for stage, end in self._ends.items() if stage < row.stage)
             for name in TRAINING:
-                self._writer.add_scalar(f"train/{name}", row[name], before + row["step"])
+                if (value := getattr(row, name)) is not None:
+                    self._writer.add_scalar(f"train/{name}", value, before + row.step)
         self._writer.flush()
 
-    def score(self, row: dict[str, Any]) -> None:
+    def score(self, row: StageScore) -> None:
         """Adds a row of scores.jsonl, at the last step of its stage."""
-        for profile in ("strict", "paper"):
-            self._writer.add_scalar(f"{profile}/{row['task']}", row[profile], self._ends[row["stage"]])
+        for profile in PROFILES:
+            self._writer.add_scalar(f"{profile}/{row.task}", row.score(profile), self._ends[row.stage])
         self._writer.flush()
 
     def close(self) -> None:

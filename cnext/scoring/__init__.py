@@ -1,33 +1,39 @@
-"""Scoring: answers to scores, scores to a matrix, a matrix to metrics.
+"""Scoring: answers to scores, scores to a score matrix, a matrix to metrics.
 
-Importing this package imports neither torch nor numpy; a CLIP model is loaded by the first image that is scored.
+Importing this package imports neither torch nor numpy; a CLIP model is loaded by the first image that is scored. Models
+and data files are elsewhere. Another package adds a scorer by an entry point of the group ``cnext.scorers``: ``name =
+"module:scorer"``.
 """
 
 from __future__ import annotations
 
-from cnext.scoring.base import Scorer
-from cnext.scoring.boxes import box
-from cnext.scoring.cider import cider
-from cnext.scoring.images import ImageScorers
-from cnext.scoring.text import contained_answer, exact_answer, ocr_answer, short_answer
+from cnext.registry import Registry
+
+_OWN = {
+    "short_answer": "cnext.scoring.text:short_answer",
+    "ocr_answer": "cnext.scoring.text:ocr_answer",
+    "exact_answer": "cnext.scoring.text:exact_answer",
+    "contained_answer": "cnext.scoring.text:contained_answer",
+    "cider": "cnext.scoring.cider:cider",
+    "box": "cnext.scoring.boxes:box",
+    "clip_text": "cnext.scoring.images:ClipText",
+    "clip_image": "cnext.scoring.images:ClipImage",
+}
 
 
-def make_scorers(clip: str = "tiny", device: str = "cpu") -> dict[str, Scorer]:
-    """The scorers by name, the image ones bound to one CLIP model.
+def make_scorers(clip: str = "tiny", device: str = "cpu") -> Registry:
+    """The scorers by name: functions of the type `cnext.scoring.base.Scorer`, imported when they are used.
+
+    A scorer that is registered as a class is constructed with ``(clip, device)``.
 
     Args:
-        clip: a name that ``cnext.scoring.clip.load_clip`` knows: "tiny", "<tag>/<model>" of open_clip
-            (the benchmark uses "openai/ViT-B-32"), or a folder. Call it first to fail before a run, not within it.
+        clip: a name that ``cnext.scoring.clip.load_clip`` accepts: "tiny", "<tag>/<model>" of open_clip (the benchmark
+            uses "openai/ViT-B-32"), or a folder. Call that first to fail before a run and not during it.
         device: where the CLIP model runs.
+
+    Example:
+        >>> make_scorers()["short_answer"](task, samples, predictions)
     """
-    images = ImageScorers(clip, device)
-    return {
-        "short_answer": short_answer,
-        "ocr_answer": ocr_answer,
-        "exact_answer": exact_answer,
-        "contained_answer": contained_answer,
-        "cider": cider,
-        "box": box,
-        "clip_text": images.clip_text,
-        "clip_image": images.clip_image,
-    }
+    return Registry(
+        "scorer", "cnext.scorers", _OWN, lambda found: found(clip, device) if isinstance(found, type) else found
+    )

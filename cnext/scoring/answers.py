@@ -1,4 +1,4 @@
-"""What can be said of an answer's words alone: its normal form, its repetitions, what it contains."""
+"""String functions on answers: normal form, repetitions, containment."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from collections import Counter
 
 ARTICLES = ("a", "an", "the")
 MAX_REPEATS = 2
-"""An answer in which a word occurs more often than this is a repetition loop."""
+"""An answer that has a word more often than this is a repetition loop."""
 
 
 def normalise(text: str) -> str:
-    """The form in which strict answers are compared.
+    """The form in which the strict profile compares answers.
 
-    Case is folded, runs of white space become one space, one final period goes, and so does a leading article that
-    further words follow ("A cat." and "cat" agree; the answer "A" stays "a").
+    Case is folded, runs of white space become one space, one final period is removed, and a leading article that is
+    followed by further words ("A cat." and "cat" agree; the answer "A" stays "a").
     """
     words = text.casefold().strip().removesuffix(".").split()
     if len(words) > 1 and words[0] in ARTICLES:
@@ -28,6 +28,6 @@ def repeats_a_word(text: str) -> bool:
 
 
 def contains_words(text: str, phrase: str) -> bool:
-    """Whether the words of the phrase stand in the text, whole and in a row, after ``normalise``."""
+    """Whether the text contains the words of the phrase, whole and in sequence, after ``normalise``."""
     phrase = normalise(phrase)
     return bool(phrase) and re.search(rf"(?<!\w){re.escape(phrase)}(?!\w)", normalise(text)) is not None

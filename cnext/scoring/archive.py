@@ -1,15 +1,14 @@
-"""The tensors of a TorchScript archive, read as data: nothing in it is run.
+"""Read the tensors of a TorchScript archive, as OpenAI publishes its CLIP weights, without running its program.
 
-OpenAI publishes its CLIP weights as such archives: a zip with a program, a pickled tree of modules, and one member per
-storage. Loading one the usual way compiles the program and builds what the pickle asks for. Here the few opcodes that
-torch writes are followed one by one, a class is no more than its name, and only tensors are kept.
+torch.load refuses such archives with weights_only, and torch.jit.load compiles and runs what is in them. So the tensors
+and the pickled tree of modules are copied without the program, and loaded with weights_only.
 """
 
 from __future__ import annotations
 
-import math
-import pickletools
+import io
 import zipfile
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -19,25 +18,15 @@ from torch import Tensor
 from cnext.errors import UserError
 from cnext.tensor_files import UNREADABLE
 
-STORAGES = {
-    "torch HalfStorage": torch.float16,
-    "torch BFloat16Storage": torch.bfloat16,
-    "torch FloatStorage": torch.float32,
-    "torch DoubleStorage": torch.float64,
-    "torch LongStorage": torch.int64,
-    "torch IntStorage": torch.int32,
-    "torch BoolStorage": torch.bool,
-    "torch ByteStorage": torch.uint8,
-}
-_TENSOR = "torch._utils _rebuild_tensor_v2"
-_CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False}
-_EMPTY = {"EMPTY_DICT": dict, "EMPTY_LIST": list, "EMPTY_TUPLE": tuple}
-_VALUES = {"GLOBAL", "BINUNICODE", "SHORT_BINUNICODE", "BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT"}
-_SHORT_TUPLES = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
+
+class _Module:
+    """Stands for every class of an archive's program."""
+
+    def __init__(self, *_: Any) -> None: ...
 
 
 def is_archive(path: Path) -> bool:
-    """Whether a file is a TorchScript archive, which torch.load refuses, and no plain file of tensors."""
+    """Whether a file is a TorchScript archive."""
     try:
         with zipfile.ZipFile(path) as archive:
             return any(name.endswith("/constants.pkl") for name in archive.namelist())
@@ -49,103 +38,39 @@ def read_archive(path: Path) -> dict[str, Tensor]:
     """The tensors of an archive's modules by dotted name: parameters, buffers, and other attributes that are tensors.
 
     Raises:
-        UserError: the file is damaged, or asks for what no module of tensors needs.
+        UserError: the file is damaged, or asks for other classes than those of its program.
     """
     try:
-        with zipfile.ZipFile(path) as archive:
-            return _flat(_Reader(archive).read())
+        copy, sizes = _without_program(path)
+        names = torch.serialization.get_unsafe_globals_in_checkpoint(copy)
+        copy.seek(0)
+        own = [(_Module, name) for name in names if name.startswith(("__torch__.", "torch.jit._pickle."))]
+        with torch.serialization.safe_globals(own):
+            tensors = _flat(torch.load(copy, map_location="cpu", weights_only=True))
+        stored = {storage.data_ptr(): storage.nbytes() for storage in (t.untyped_storage() for t in tensors.values())}
+        if Counter(stored.values()) - Counter(sizes):  # compared by recent releases of torch alone
+            raise ValueError("the record size of a tensor is not what it should be")
+        return tensors
     except UNREADABLE as error:
-        raise UserError(f"{path}: expected a TorchScript archive of modules and tensors: {error}") from error
+        reason = str(error).partition("\n")[0]
+        raise UserError(f"{path}: expected a TorchScript archive of modules and tensors: {reason}") from error
 
 
-class _Reader:
-    """Follows the pickled tree of an archive's modules."""
-
-    def __init__(self, archive: zipfile.ZipFile) -> None:
-        self.archive = archive
-        (tree,) = [name for name in archive.namelist() if name.endswith("/data.pkl")]
-        self.tree, self.root = tree, tree.removesuffix("/data.pkl")
-        self.storages: dict[str, Tensor] = {}
-
-    def _member(self, name: str) -> bytes:
-        # What is stored as it is cannot unpack to more than the file has; torch compresses the program alone.
-        if self.archive.getinfo(name).compress_type != zipfile.ZIP_STORED:
-            raise ValueError(f"{name} is compressed, which torch does not do")
-        return self.archive.read(name)
-
-    def read(self) -> Any:
-        stack: list[Any] = []
-        marks: list[int] = []
-        memo: dict[Any, Any] = {}
-
-        def since_mark() -> list[Any]:
-            start = marks.pop()
-            items, stack[start:] = stack[start:], []
-            return items
-
-        for opcode, argument, _ in pickletools.genops(self._member(self.tree)):
-            name = opcode.name
-            if name in _VALUES:
-                stack.append(argument)
-            elif name in _CONSTANTS:
-                stack.append(_CONSTANTS[name])
-            elif name in _EMPTY:
-                stack.append(_EMPTY[name]())
-            elif name in _SHORT_TUPLES:
-                count = _SHORT_TUPLES[name]
-                stack[-count:] = [tuple(stack[-count:])]
-            elif name in ("BINPUT", "LONG_BINPUT"):
-                memo[argument] = stack[-1]
-            elif name in ("BINGET", "LONG_BINGET"):
-                stack.append(memo[argument])
-            elif name == "MARK":
-                marks.append(len(stack))
-            elif name == "TUPLE":
-                stack.append(tuple(since_mark()))
-            elif name == "APPENDS":
-                items = since_mark()
-                stack[-1].extend(items)
-            elif name == "APPEND":
-                item = stack.pop()
-                stack[-1].append(item)
-            elif name == "SETITEMS":
-                items = since_mark()
-                stack[-1].update(zip(items[::2], items[1::2], strict=True))
-            elif name == "SETITEM":
-                value, key = stack.pop(), stack.pop()
-                stack[-1][key] = value
-            elif name == "NEWOBJ":  # a class and the arguments of its constructor: an object without attributes yet
-                stack[-2:] = [{}]
-            elif name == "BUILD":
-                state = stack.pop()
-                stack[-1].update(state)
-            elif name == "BINPERSID":
-                stack.append(self._storage(stack.pop()))
-            elif name == "REDUCE":
-                arguments, function = stack.pop(), stack.pop()
-                stack.append(_tensor(*arguments[:4]) if function == _TENSOR else {})
-            elif name == "STOP":
-                return stack.pop()
-            elif name != "PROTO":
-                raise ValueError(f"its tree of modules has the opcode {name}, which torch does not write")
-        raise ValueError("its tree of modules is cut short")
-
-    def _storage(self, reference: tuple[Any, ...]) -> Tensor:
-        _, kind, key, _, count = reference
-        if key not in self.storages:
-            content = bytearray(self._member(f"{self.root}/data/{key}"))
-            dtype = STORAGES[kind]
-            # An empty buffer is one that torch.frombuffer refuses.
-            self.storages[key] = torch.frombuffer(content, dtype=dtype) if content else torch.empty(0, dtype=dtype)
-            if len(self.storages[key]) != count:
-                raise ValueError(f"{self.root}/data/{key} should hold {count} numbers")
-        return self.storages[key]
-
-
-def _tensor(storage: Tensor, offset: int, size: tuple[int, ...], stride: tuple[int, ...]) -> Tensor:
-    if math.prod(size) > len(storage):
-        raise ValueError(f"a tensor of shape {size} does not fit in {len(storage)} numbers")
-    return storage.as_strided(size, stride, offset)
+def _without_program(path: Path) -> tuple[io.BytesIO, list[int]]:
+    """The archive without its program, and the sizes of its records."""
+    copy, sizes = io.BytesIO(), []
+    with zipfile.ZipFile(path) as old, zipfile.ZipFile(copy, "w") as new:
+        for item in old.infolist():
+            inner = item.filename.partition("/")[2]
+            if inner not in ("data.pkl", "version", "byteorder") and not inner.startswith("data/"):
+                continue
+            # What is stored as it is cannot unpack to more than the file has; torch compresses the program alone.
+            if item.compress_type != zipfile.ZIP_STORED:
+                raise ValueError(f"{item.filename} is compressed, which torch does not do")
+            new.writestr(item.filename, old.read(item))
+            sizes.append(item.file_size)
+    copy.seek(0)
+    return copy, sizes
 
 
 def _flat(tree: Any) -> dict[str, Tensor]:
@@ -154,10 +79,10 @@ def _flat(tree: Any) -> dict[str, Tensor]:
     waiting, seen = [("", tree)], {id(tree)}
     while waiting:
         prefix, module = waiting.pop()
-        for name, value in module.items():
+        for name, value in vars(module).items():
             if isinstance(value, Tensor):
                 found[prefix + name] = value
-            elif isinstance(value, dict) and id(value) not in seen:
+            elif isinstance(value, _Module) and id(value) not in seen:
                 seen.add(id(value))
                 waiting.append((f"{prefix}{name}.", value))
     return found

@@ -1,4 +1,4 @@
-"""Base types of scoring: what a model answered, and what that answer earned."""
+"""Base types of scoring: a model's prediction, and its score."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ if TYPE_CHECKING:
     from cnext.tasks.base import Sample, Task
 
 PROFILES = ("strict", "paper")
-"""strict: what each score ought to mean (default). paper: the released evaluators, bug for bug."""
+"""strict (default): each score as it is defined. paper: the released evaluators, including their errors."""
 
 ERROR_TYPES = ("hallucination", "instruction_unfollowing", "other")
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """A model's answer. text: decoded, without image tokens. image: (H, W, 3) uint8, or None if none was drawn."""
+    """A model's answer. text: decoded, without image tokens. image: (H, W, 3) uint8, or None if none was generated."""
 
     text: str
     image: numpy.ndarray | None = None
@@ -27,7 +27,7 @@ class Prediction:
 
 @dataclass(frozen=True)
 class Score:
-    """One answer's score in percent under each profile, and what its shortfall is booked to.
+    """One answer's score in percent under each profile, and its error type.
 
     strict: 0 to 100. paper: may be negative, where a released evaluator takes a cosine as it is.
     error: one of ERROR_TYPES, or "" where the strict score is 100.

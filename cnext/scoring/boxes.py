@@ -1,4 +1,4 @@
-"""Scorer of bounding boxes (RefCOCO), with a parser for each profile."""
+"""Scorer of bounding boxes (RefCOCO), with one parser per profile."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 Box = tuple[float, float, float, float]
 
-# No two parts of it match the same digits: a long row of them is given up at once.
+# Unambiguous, so that matching takes linear time.
 _NUMBER = r"\s*([+-]?(?:\d+(?:\.\d*)?|\.\d+))\s*"
 _BOX = re.compile(r"\[" + ",".join([_NUMBER] * 4) + r"\]")
 
@@ -58,7 +58,7 @@ def iou(a: Box, b: Box) -> float:
 def box(task: Task, samples: Sequence[Sample], predictions: Sequence[Prediction]) -> list[Score]:
     """A bounding box against the reference box, 100 or 0.
 
-    strict: ``parse_box`` finds a box with IoU >= 0.5, and no image was drawn.
+    strict: ``parse_box`` finds a box with IoU >= 0.5, and no image was generated.
     paper: ``parse_box_as_released``, both boxes in pixels of the padded square, IoU > 0.5. Only the text counts.
 
     Raises:
@@ -72,7 +72,7 @@ def _score(sample: Sample, prediction: Prediction) -> Score:
     if reference is None:
         raise DataError(
             f"{sample.origin or sample.id}: expected a reference box [x1,y1,x2,y2] with x1 < x2 and y1 < y2, "
-            f"got {sample.turns[0].answer!r}; mend the file or leave the sample out"
+            f"got {sample.turns[0].answer!r}; correct the file or remove the sample"
         )
     answer = parse_box(prediction.text)
     hit = prediction.image is None and answer is not None and iou(answer, reference) >= 0.5

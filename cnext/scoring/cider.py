@@ -1,4 +1,4 @@
-"""Scorer of captions: CIDEr-D, the consensus of an answer with several reference captions."""
+"""Scorer of captions: CIDEr-D, the similarity of an answer to several reference captions."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def cider_d(answers: Sequence[str], references: Sequence[Sequence[str]]) -> list
     For n-grams w of order n, with h(w) their count, f(w) the number of items with w in a reference, N items:
     g(w) = h(w) log(N / max(1, f(w)))
     s_n(c, r) = exp(-(|c| - |r|)^2 / (2 6^2)) sum_w min(g_c(w), g_r(w)) g_r(w) / (|g_c| |g_r|)
-    and the mean over references and n = 1..4. What occurs in every item counts nothing, so that one item alone scores
+    and the mean over references and n = 1..4. N-grams of every item have no weight, so that one item alone scores
     0, and a caption of fewer than four words cannot reach 1.
 
     The words are those of ``grams`` and not of the Penn Treebank tokenizer, so that a score may differ in the third
@@ -67,13 +67,13 @@ def _clipped_cosine(answer: dict[tuple[str, ...], float], reference: dict[tuple[
 def cider(task: Task, samples: Sequence[Sample], predictions: Sequence[Prediction]) -> list[Score]:
     """Captions by CIDEr-D over the list of answers.
 
-    strict: 100 times ``cider_d``, 0 where an image was drawn.
+    strict: 100 times ``cider_d``, 0 where an image was generated.
     paper: 100 times CIDEr-D with its factor of 10, as captioning papers print it, so up to 1000; only the text counts.
     """
     found = cider_d([prediction.text for prediction in predictions], [sample.answers for sample in samples])
     scores = []
     for value, prediction in zip(found, predictions, strict=True):
-        # Rounding alone may carry an answer equal to its references past 1, or keep it a hair below.
+        # Rounding may put an answer equal to its references slightly above or below 1.
         value = 1.0 if value > 1 - 1e-12 else value
         strict = 100.0 * value if prediction.image is None else 0.0
         unfollowed = prediction.image is not None or not prediction.text.strip()

@@ -1,4 +1,4 @@
-"""CLIP models through open_clip's own API: weights given by the user, and the small one that scores the embedded suite.
+"""CLIP models through open_clip: pretrained weights, and the small model that scores the embedded suite.
 
 A small CLIP is a folder of three files: ``model.json`` (open_clip's model configuration without the vocabulary size),
 ``vocabulary.json`` (a list of words, the id of each its place: 0 pads, 1 is unknown, the last ends the text, so that
@@ -48,7 +48,7 @@ class WordTokenizer:
         if len(vocabulary) < 3 or len(set(vocabulary)) != len(vocabulary):
             raise UserError(
                 "expected a vocabulary of distinct words between pad, unknown (ids 0 and 1) and end of text (the last "
-                f"id), got {len(vocabulary)} words, {len(set(vocabulary))} of them distinct; mend {VOCABULARY_FILE}"
+                f"id), got {len(vocabulary)} words, {len(set(vocabulary))} of them distinct; correct {VOCABULARY_FILE}"
             )
         self.context_length = context_length
         self._end = len(vocabulary) - 1
@@ -103,7 +103,7 @@ def load_clip(name: str, device: str) -> Clip:
         device: where it runs.
 
     Raises:
-        UserError: there is no such model, or its files or weights cannot be had, or are no CLIP's.
+        UserError: there is no such model, or its files cannot be read or downloaded, or are not a CLIP's.
     """
     import open_clip
 
@@ -120,7 +120,7 @@ def load_clip(name: str, device: str) -> Clip:
         model, transform, tokenizer = _load_folder(path)
     elif (model_name, tag) in open_clip.list_pretrained():
         quick_gelu = open_clip.get_pretrained_cfg(model_name, tag).get("quick_gelu", False)
-        # Every attempt of the download is logged; the error says what came of them.
+        # open_clip logs every attempt to download; the error below tells the outcome.
         before = logging.root.manager.disable
         logging.disable(logging.ERROR)
         try:

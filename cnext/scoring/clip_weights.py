@@ -1,8 +1,8 @@
-"""The CLIP that a file of weights holds: OpenAI's, or one of its shape.
+"""Load CLIP weights from a file: OpenAI's, or those of a model of the same architecture.
 
-Weights are the file that OpenAI publishes (``ViT-B-32.pt``, a TorchScript archive, read as data), or the same numbers
-as ``open_clip_model.safetensors`` or ``open_clip_pytorch_model.bin``. Their sizes say what the model is; that its
-activation is the quick GELU, unless ``open_clip_config.json`` beside them says otherwise.
+Files: ``ViT-B-32.pt`` as OpenAI publishes it (a TorchScript archive, whose program is not run), or the same tensors as
+``open_clip_model.safetensors`` or ``open_clip_pytorch_model.bin``. The configuration is inferred from their shapes; the
+activation is the quick GELU unless ``open_clip_config.json`` beside them says otherwise.
 """
 
 from __future__ import annotations
@@ -21,25 +21,29 @@ from cnext.tensor_files import load_file
 
 CONFIG_FILE = "open_clip_config.json"
 WEIGHTS_FILES = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin", "ViT-B-32.pt")
-"""What is looked for in a folder of weights, in this order."""
+"""Files looked for in a folder of weights, in this order."""
 _HEAD = 64
-"""Width of an attention head in all of OpenAI's models: the one size that no tensor tells."""
+"""Width of an attention head in all of OpenAI's models, which no shape tells."""
 
 
 def load_weights(path: Path) -> tuple[torch.nn.Module, Callable, Callable]:
-    """OpenAI's CLIP in float32 at the size that the tensors of a file have, as (model, image transform, tokenizer).
+    """A CLIP of OpenAI's architecture in float32, sized as the tensors of a file, as (model, transform, tokenizer).
 
     Raises:
-        UserError: the file cannot be read, or holds anything but such a CLIP.
+        UserError: the file cannot be read, or does not hold such a CLIP.
     """
     import open_clip
 
     given = read_archive(path) if is_archive(path) else _read_tensors(path)
     sizes = _sizes(given, path)
     transform: Any
-    quick_gelu, looks = _told(path.parent / CONFIG_FILE)
+    quick_gelu, preprocessing = _open_clip_config(path.parent / CONFIG_FILE)
     model, _, transform = open_clip.create_model_and_transforms(
-        "ViT-B-32", force_quick_gelu=quick_gelu, image_mean=looks.get("mean"), image_std=looks.get("std"), **sizes
+        "ViT-B-32",
+        force_quick_gelu=quick_gelu,
+        image_mean=preprocessing.get("mean"),
+        image_std=preprocessing.get("std"),
+        **sizes,
     )
     # Archives have attributes beside the parameters: sizes, and the mask of the text's attention.
     names = model.state_dict().keys()
@@ -52,13 +56,13 @@ def load_weights(path: Path) -> tuple[torch.nn.Module, Callable, Callable]:
     return model, transform, open_clip.SimpleTokenizer(context_length=context)
 
 
-def _told(config: Path) -> tuple[bool, dict[str, Any]]:
-    """Whether open_clip's configuration beside some weights has the quick GELU, and how it prepares images."""
+def _open_clip_config(config: Path) -> tuple[bool, dict[str, Any]]:
+    """The activation (quick GELU or not) and the preprocessing in open_clip's configuration beside the weights."""
     if not config.is_file():
         return True, {}
     try:
-        told = json.loads(config.read_text(encoding="utf-8"))
-        return told["model_cfg"].get("quick_gelu", False), told.get("preprocess_cfg", {})
+        values = json.loads(config.read_text(encoding="utf-8"))
+        return values["model_cfg"].get("quick_gelu", False), values.get("preprocess_cfg", {})
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{config}: expected open_clip's 'model_cfg' and 'preprocess_cfg': {error!r}") from error
 
@@ -75,7 +79,7 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def _sizes(tensors: dict[str, Tensor], path: Path) -> dict[str, Any]:
-    """open_clip's configuration of the vision transformer and the text model that some tensors belong to."""
+    """open_clip's configuration of the vision and text transformers, from the shapes of their tensors."""
     needed = ("visual.conv1.weight", "visual.positional_embedding", "token_embedding.weight", "positional_embedding")
     ranks = {**dict.fromkeys(needed, 2), "visual.conv1.weight": 4, "text_projection": 2}
     lacking = [name for name, rank in ranks.items() if name not in tensors or tensors[name].ndim != rank]
@@ -84,7 +88,7 @@ def _sizes(tensors: dict[str, Tensor], path: Path) -> dict[str, Any]:
             f"{path}: expected the weights of a CLIP with a vision transformer, as OpenAI's ViT-B/32; "
             f"found {len(tensors)} tensors, without {', '.join(lacking)}"
         )
-    patches, seen, words, places = (tensors[name].shape for name in needed)
+    patches, positions, words, contexts = (tensors[name].shape for name in needed)
     if patches[0] % _HEAD or words[1] % _HEAD:
         raise UserError(
             f"{path}: expected widths in multiples of {_HEAD}, as OpenAI's, got {patches[0]} and {words[1]}"
@@ -96,14 +100,14 @@ def _sizes(tensors: dict[str, Tensor], path: Path) -> dict[str, Any]:
     return {
         "embed_dim": tensors["text_projection"].shape[1],
         "vision_cfg": {
-            "image_size": patches[3] * round((seen[0] - 1) ** 0.5),
+            "image_size": patches[3] * round((positions[0] - 1) ** 0.5),
             "patch_size": patches[3],
             "width": patches[0],
             "layers": layers("visual.transformer.resblocks."),
             "head_width": _HEAD,
         },
         "text_cfg": {
-            "context_length": places[0],
+            "context_length": contexts[0],
             "vocab_size": words[0],
             "width": words[1],
             "heads": words[1] // _HEAD,

@@ -1,6 +1,6 @@
-"""What a wrong answer's shortfall is booked to, by rules alone.
+"""Classify wrong answers by error type, with rules.
 
-Instruction unfollowing wins where both hold: a malformed answer is never looked at for what it claims.
+Instruction unfollowing takes precedence: the content of a malformed answer is not examined.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ def text_error(
 ) -> str:
     """The error type of a wrong short answer.
 
-    instruction_unfollowing: an image was drawn, nothing was said, more than ``MAX_WORDS`` words were said, a word more
-    than twice, an answer of another kind than the question asks for ("fish" for a color), a second answer after the
+    instruction_unfollowing: an image was generated, the text is empty, has more than ``MAX_WORDS`` words or a word more
+    than twice, is an answer of another kind than the question asks for ("fish" for a color), a second answer after the
     first ("snowman blue"), or what is no word at all ("djt", "[ a").
     other: well formed, and the answer's words contain the reference's or the reverse ("red circle" for "red"):
-    wrong under exact match, yet nothing was made up.
+    wrong under exact match, but not made up.
     hallucination: any other well-formed answer.
 
     Args:
-        known: the words of the task's questions and references; None where letters that make no word may have been
-            read from an image.
+        known: the words of the task's questions and references; None where answers are read from
+            an image and need not be words.
     """
     text = prediction.text
     allowed = max(MAX_WORDS, len(reference.split()))
@@ -56,20 +56,20 @@ def _says_no_word(text: str, reference: str, known: Collection[str]) -> bool:
 
 
 def box_error(prediction: Prediction, parsable: bool) -> str:
-    """The error type of a wrong box: instruction_unfollowing where an image was drawn or no box can be parsed."""
+    """The error type of a wrong box: instruction_unfollowing where an image was generated or no box can be parsed."""
     return "hallucination" if parsable and prediction.image is None else "instruction_unfollowing"
 
 
 def image_error(prediction: Prediction) -> str:
-    """The error type of an image short of 100: instruction_unfollowing where none was drawn."""
+    """The error type of an image short of 100: instruction_unfollowing where none was generated."""
     return "instruction_unfollowing" if prediction.image is None else "hallucination"
 
 
 def error_shares(scores: Sequence[Score], profile: str = "strict") -> dict[str, float]:
     """Percent of the attainable score lost to each error type: E_c = (1/n) Σ_{s of type c} (100 - score_s).
 
-    The shares add up to 100 minus the mean score. Under "paper", what is lost by an answer that strict holds right
-    (a box that the released parser misreads) is booked to "other".
+    The shares add up to 100 minus the mean score. Under "paper", errors of an answer that is correct under
+    strict (a box that the released parser misreads) are classified as "other".
 
     Args:
         scores: at least one score.

@@ -1,4 +1,4 @@
-"""Scorers of drawn images: against a caption (Flickr30k: `clip_text`) or a target image (HQEdit: `clip_image`)."""
+"""Scorers of generated images: against a caption (Flickr30k: `clip_text`) or a target image (HQEdit: `clip_image`)."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class ImageScorers:
-    """The two image scorers on one CLIP model, which is loaded when the first image is scored.
+class _ClipScorer:
+    """A scorer with a CLIP model, which is loaded when the first image is scored.
 
     clip, device: as in ``cnext.scoring.clip.load_clip``.
     """
@@ -27,26 +27,34 @@ class ImageScorers:
     clip: str = "tiny"
     device: str = "cpu"
 
-    def clip_text(self, task: Task, samples: Sequence[Sample], predictions: Sequence[Prediction]) -> list[Score]:
-        """Cosine of the drawn image and its text, times 100.
+    def _load(self) -> Clip:
+        from cnext.scoring.clip import load_clip
 
-        strict: max(0, cos) with the caption alone; 0 without an image.
-        paper: cos with the whole instruction, its prefix included, negative values kept. Without an image the previous
-        sample's score counts again; the released code raises NameError where the very first sample has none, this
-        one scores 0. Texts beyond the model's context are cut, where the released code raises.
+        return load_clip(self.clip, self.device)
 
-        Reference: the released ``eval_gene.py``.
-        """
-        drawn = [i for i, prediction in enumerate(predictions) if prediction.image is not None]
+
+class ClipText(_ClipScorer):
+    """Cosine of image and text times 100, for tasks that write an image of a caption.
+
+    strict: max(0, cos) with the caption alone; 0 without an image.
+    paper: cos with the whole instruction, its prefix included, negative values kept. Without an image the previous
+    sample's score counts again; where the very first sample has none, the score is 0, and the released code raises
+    NameError. Texts beyond the model's context are truncated, where the released code raises.
+
+    Reference: the released ``eval_gene.py``.
+    """
+
+    def __call__(self, task: Task, samples: Sequence[Sample], predictions: Sequence[Prediction]) -> list[Score]:
+        generated = _generated(predictions)
         strict: dict[int, float] = {}
         paper: dict[int, float] = {}
-        if drawn:
+        if generated:
             clip = self._load()
-            images = clip.encode_images(_drawn_image(predictions[i]) for i in drawn)
-            instructions = [samples[i].turns[0].instruction for i in drawn]
+            image_pred = clip.encode_images(_image_pred(predictions[i]) for i in generated)
+            instructions = [samples[i].turns[0].instruction for i in generated]
             captions = clip.encode_texts([caption_of(text) for text in instructions])
-            strict = dict(zip(drawn, _percent_cosines(images, captions), strict=True))
-            paper = dict(zip(drawn, _percent_cosines(images, clip.encode_texts(instructions)), strict=True))
+            strict = dict(zip(generated, _percent_cosines(image_pred, captions), strict=True))
+            paper = dict(zip(generated, _percent_cosines(image_pred, clip.encode_texts(instructions)), strict=True))
 
         scores = []
         previous = 0.0
@@ -55,33 +63,36 @@ class ImageScorers:
             scores.append(_score(prediction, strict.get(i, 0.0), previous))
         return scores
 
-    def clip_image(self, task: Task, samples: Sequence[Sample], predictions: Sequence[Prediction]) -> list[Score]:
-        """Cosine of the drawn and the target image, times 100.
 
-        strict: max(0, cos); 0 without an image.
-        paper: cos, negative values kept; 0 without an image.
+class ClipImage(_ClipScorer):
+    """Cosine of the generated and the target image times 100, for tasks that edit images.
 
-        Raises:
-            DataError: a sample names no target image.
+    strict: max(0, cos); 0 without an image.
+    paper: cos, negative values kept; 0 without an image.
 
-        Reference: the released ``eval_edit.py``.
-        """
-        drawn = [i for i, prediction in enumerate(predictions) if prediction.image is not None]
+    Raises:
+        DataError: a sample names no target image.
+
+    Reference: the released ``eval_edit.py``.
+    """
+
+    def __call__(self, task: Task, samples: Sequence[Sample], predictions: Sequence[Prediction]) -> list[Score]:
+        generated = _generated(predictions)
         cosines: dict[int, float] = {}
-        if drawn:
+        if generated:
             clip = self._load()
-            images = clip.encode_images(_drawn_image(predictions[i]) for i in drawn)
-            targets = clip.encode_images(_target_image(samples[i]) for i in drawn)
-            cosines = dict(zip(drawn, _percent_cosines(images, targets), strict=True))
+            image_pred = clip.encode_images(_image_pred(predictions[i]) for i in generated)
+            image_target = clip.encode_images(_image_target(samples[i]) for i in generated)
+            cosines = dict(zip(generated, _percent_cosines(image_pred, image_target), strict=True))
         return [
             _score(prediction, cosines.get(i, 0.0), cosines.get(i, 0.0))
             for i, (_, prediction) in enumerate(zip(samples, predictions, strict=True))
         ]
 
-    def _load(self) -> Clip:
-        from cnext.scoring.clip import load_clip
 
-        return load_clip(self.clip, self.device)
+def _generated(predictions: Sequence[Prediction]) -> list[int]:
+    """Indices of the predictions with an image."""
+    return [i for i, prediction in enumerate(predictions) if prediction.image is not None]
 
 
 def _score(prediction: Prediction, cosine: float, paper: float) -> Score:
@@ -90,18 +101,18 @@ def _score(prediction: Prediction, cosine: float, paper: float) -> Score:
 
 
 def _percent_cosines(a, b) -> list[float]:
-    # Unit vectors in float64: rounding alone may carry the cosine of an image with itself past 1.
+    # Unit vectors in float64: by rounding, the cosine of an image with itself may exceed 1.
     return (100.0 * (a * b).sum(-1)).clamp(-100.0, 100.0).tolist()
 
 
-def _drawn_image(prediction: Prediction) -> Image:
+def _image_pred(prediction: Prediction) -> Image:
     from PIL import Image
 
-    assert prediction.image is not None, "asked of those that are drawn"
+    assert prediction.image is not None, "_generated selects those with an image"
     return Image.fromarray(prediction.image)
 
 
-def _target_image(sample: Sample) -> Image:
+def _image_target(sample: Sample) -> Image:
     from PIL import Image
 
     if sample.target_image is None:

@@ -1,4 +1,4 @@
-"""What kind of answer a question asks for, where it leaves no doubt, and which answers are not of that kind."""
+"""The kind of answer that a question asks for (yes or no, count, color), and answers that are not of that kind."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def known_words(texts: Iterable[str]) -> frozenset[str]:
 def asked_kind(instruction: str, reference: str) -> str:
     """The key of ``KINDS`` that a question asks for; "" unless the reference is of that kind itself.
 
-    The reference alone tells a question of yes or no; "how many" and "what color" must also stand in the question.
+    The reference alone identifies a yes-or-no question; "how many" and "what color" must also stand in the question.
     """
     if normalise(reference) in ("yes", "no"):
         return "yes or no"
@@ -58,7 +58,7 @@ def is_of(kind: str, text: str) -> bool:
 
 
 def is_of_another_kind(text: str, reference: str, instruction: str) -> bool:
-    """Whether an answer cannot be one to the question, true or false.
+    """Whether an answer cannot be an answer to the question, correct or not.
 
     "jm" for a color, "fish" for yes or no, "yes" where a question begins with what, who or how, coordinates for a word.
     """
@@ -101,7 +101,7 @@ def lacks_a_word(text: str, reference: str) -> bool:
 
 
 def may_be_short_for(text: str, reference: str) -> bool:
-    """Whether letters may stand for words: "p.m.", the reference's first letter, any one letter for "A. dog"."""
+    """Whether letters may abbreviate words: "p.m.", the reference's first letter, any one letter for "A. dog"."""
     said = text.strip().casefold()
     if len(said.rstrip(".")) == 1:
         return _OPTION.match(reference) is not None or reference.casefold().startswith(said.rstrip("."))

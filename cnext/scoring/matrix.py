@@ -1,11 +1,11 @@
-"""The score matrix of one run and the metrics of continual learning that follow from it. Standard library alone.
+"""Score matrix of a run and the metrics of continual learning computed from it. Standard library only.
 
 R[t][i] is the score (percent) on task i after stage t, both counted from 1 in training order; R[0][i] is zero-shot.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from decimal import ROUND_HALF_UP, Decimal
 from math import fsum, isclose, isfinite, isnan, nan
 
@@ -13,14 +13,15 @@ from cnext.errors import UserError
 from cnext.scoring.base import ERROR_TYPES
 
 IDENTITY_TOLERANCE = 1e-6
-"""How far the two identities of ``metrics`` may be off, in percent: float64 rounding and nothing more."""
+"""Tolerance of the two identities that ``metrics`` checks, in percent: float64 rounding."""
 
 FORMULAS: dict[str, str] = {
     "avg_acc": "(1/T) Σ_i R[T][i]; divisor T",
     "new_acc": "(1/T) Σ_i R[i][i]; divisor T",
     "maa": "(1/T) Σ_t a_t with the stage averages a_t = (1/t) Σ_{i<=t} R[t][i]; divisor T",
-    "forgetting": "(1/(T-1)) Σ_{i<T} (R[i][i] - R[T][i]), signed; divisor T-1; the paper's form, and Avalanche's",
-    "forgetting_max": "(1/(T-1)) Σ_{i<T} (max_{i<=l<T} R[l][i] - R[T][i]); divisor T-1; Chaudhry et al. 2018",
+    "forgetting": "(1/(T-1)) Σ_{i<T} (R[i][i] - R[T][i]) = -bwt; divisor T-1; the paper's form, and Avalanche's",
+    "forgetting_max": "(1/(T-1)) Σ_{i<T} (max_{i<=l<T} R[l][i] - R[T][i]); divisor T-1; Chaudhry et al. 2018; equal to "
+    "forgetting_peak (Mammoth) unless a task is best after the last stage",
     "forgetting_peak": "(1/(T-1)) Σ_{i<T} (max_{i<=l<=T} R[l][i] - R[T][i]); divisor T-1, never negative; Mammoth",
     "bwt": "(1/(T-1)) Σ_{i<T} (R[T][i] - R[i][i]) = -forgetting; divisor T-1; GEM",
     "fwt": "(1/(T-1)) Σ_{i>1} (R[i-1][i] - R[0][i]); divisor T-1; GEM, with zero-shot as the base",
@@ -50,7 +51,14 @@ REFERENCE_FORMULAS: dict[str, str] = {
     "omega": "(1/T) Σ_t a_t / ((1/t) Σ_{i<=t} J_i), a_t as in maa, J_i joint training; divisor T; Hayes et al. 2018",
     "zero_shot_retention": "(1/K) Σ_k (H[T][k] - H[0][k]) over K held-out sets, at the end and zero-shot; divisor K",
 }
-"""The metrics that compare with scores from outside the matrix."""
+"""Metrics that need scores from outside the matrix."""
+
+
+def without_repeats(names: Iterable[str], *values: Mapping[str, float | None]) -> list[str]:
+    """The metrics to show: not bwt beside forgetting, forgetting_peak only where it differs from forgetting_max."""
+    same = all(of.get("forgetting_peak") == of.get("forgetting_max") for of in values)
+    return [name for name in names if name != "bwt" and not (same and name == "forgetting_peak")]
+
 
 _ERROR_METRICS = dict(zip(("avg_hal", "avg_iuf", "avg_oth"), ERROR_TYPES, strict=True))
 
@@ -121,6 +129,18 @@ class ScoreMatrix:
         """a_t = (1/t) Σ_{i<=t} R[t][i] for every stage done; NaN where one has a gap."""
         return [fsum(self._rows[t][: t + 1]) / (t + 1) for t in range(self.stages_done)]
 
+    def drops(self, stage: int) -> list[float]:
+        """R[i][i] - R[t][i] of the tasks i learnt before a stage, t = stage + 1 counted from 1."""
+        return [self[i, i] - self[stage, i] for i in range(stage)]
+
+    def stage_forgetting(self) -> list[float]:
+        """f_t = (1/(t-1)) Σ_{i<t} (R[i][i] - R[t][i]) for every stage done; NaN for the first and at gaps."""
+        return [fsum(self.drops(t)) / t if t else nan for t in range(self.stages_done)]
+
+    def changes(self) -> list[tuple[int, int, float]]:
+        """(t, i, R[t][i] - R[t-1][i]) for every stage t done and the tasks i learnt before it; NaN at gaps."""
+        return [(t, i, self[t, i] - self[t - 1, i]) for t in range(1, self.stages_done) for i in range(t)]
+
 
 def metrics(
     matrix: ScoreMatrix,
@@ -149,7 +169,7 @@ def metrics(
     last = done - 1
     final = [matrix[last, i] for i in range(done)]
     new = [matrix[i, i] for i in range(done)]
-    drops = [new[i] - final[i] for i in range(last)]
+    drops = matrix.drops(last)
 
     result["avg_acc"] = _mean(final)
     result["new_acc"] = _mean(new)
@@ -161,16 +181,16 @@ def metrics(
     result["transfer"] = _mean([fsum(matrix[t, i] for t in range(i)) / i for i in range(1, done)])
     result["worst_acc"] = min(final)
     result["worst_forgetting"] = _max(drops) if drops else None
-    steps = [(t, i, matrix[t - 1, i] - matrix[t, i]) for t in range(1, done) for i in range(t)]
-    result["recovery"] = fsum(_max([0.0, -step]) for _, _, step in steps)
+    changes = matrix.changes()
+    result["recovery"] = fsum(_max([0.0, change]) for _, _, change in changes)
     if zero_shot is not None:
         result["fwt"] = _forward_transfer(matrix, zero_shot, done)
     if writes is not None:
         for modality in ("text", "image"):
             result[f"avg_acc_{modality}"] = _mean([final[i] for i in range(done) if modality in writes[i]])
             result[f"forgetting_{modality}"] = _mean([drops[i] for i in range(last) if modality in writes[i]])
-        between = [step for t, i, step in steps if set(writes[t]).isdisjoint(writes[i])]
-        within = [step for t, i, step in steps if not set(writes[t]).isdisjoint(writes[i])]
+        between = [-change for t, i, change in changes if set(writes[t]).isdisjoint(writes[i])]
+        within = [-change for t, i, change in changes if not set(writes[t]).isdisjoint(writes[i])]
         result["forgetting_intermodal"], result["forgetting_intramodal"] = _mean(between), _mean(within)
 
     if last:
@@ -260,7 +280,7 @@ def _error_growth(matrix: ScoreMatrix, errors: Mapping[str, ScoreMatrix], last: 
         if not isclose(total, 100.0 - matrix[t, i], abs_tol=IDENTITY_TOLERANCE):
             raise UserError(
                 f"expected the error shares of task {i + 1} after stage {t + 1} to add up to 100 minus its score, "
-                f"{100.0 - matrix[t, i]:.6f}, got {total:.6f}; scores and shares are not of the same answers"
+                f"{100.0 - matrix[t, i]:.6f}, got {total:.6f}; compute scores and shares of the same answers"
             )
     growth: dict[str, float | None] = {
         name: _mean([errors[kind][last, i] - errors[kind][i, i] for i in range(last)])

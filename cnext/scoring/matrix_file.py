@@ -1,4 +1,4 @@
-"""Reads score matrices of any origin from CSV or JSON, results.json included.
+"""Read score matrices from CSV or JSON, including results.json.
 
 Rows are stages and columns tasks, both in training order; an empty cell (null) was not evaluated. CSV may have a header
 row of task names, a first column of row labels, and a first row labelled zero-shot. JSON is a list of rows, or an
@@ -26,7 +26,7 @@ ZERO_SHOT = re.compile(r"zero[ _-]?shot", re.IGNORECASE)
 
 @dataclass(frozen=True)
 class ScoreRecord:
-    """A score matrix and what else metrics are made of. references: keyword arguments of ``reference_metrics``."""
+    """A score matrix, and other input of metrics. references: keyword arguments of ``reference_metrics``."""
 
     tasks: list[str]
     matrix: ScoreMatrix
@@ -125,7 +125,9 @@ def _full(value: Any, size: int, where: str) -> list[float]:
 
 def _text(path: Path) -> str:
     if not path.is_file():
-        raise UserError(f"{path}: expected a file, found {'a folder' if path.is_dir() else 'nothing'}; mend the path")
+        raise UserError(
+            f"{path}: expected a file, found {'a folder' if path.is_dir() else 'nothing'}; correct the path"
+        )
     try:
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
@@ -146,7 +148,7 @@ def _score(value: Any, where: str, limits: tuple[float, float] = (0, 100)) -> fl
         raise UserError(f"{where}: expected a score in percent, or nothing where not evaluated, got {_kind(value)}")
     least, most = limits
     if not least <= value <= most:
-        raise UserError(f"{where}: expected a score in percent, from {least:g} to {most:g}, got {value}; mend it")
+        raise UserError(f"{where}: expected a score in percent, from {least:g} to {most:g}, got {value}; correct it")
     return float(value)
 
 

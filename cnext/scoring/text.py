@@ -1,4 +1,4 @@
-"""Scorers of short textual answers: the benchmark's `short_answer` and `ocr_answer`, and other suites' rules."""
+"""Scorers of short text answers: `short_answer` and `ocr_answer` of the benchmark, and those of other suites."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 def short_answer(task: Task, samples: Sequence[Sample], predictions: Sequence[Prediction]) -> list[Score]:
     """A word or phrase against the reference, 100 or 0: VQAv2 and ImageNet.
 
-    strict: equal after ``normalise``, and no image drawn.
+    strict: equal after ``normalise``, and no image generated.
     paper: upper-cased and stripped, either string is a substring of the other (so an empty answer is a hit), unless
     a word occurs more than twice. Only the text counts.
 
@@ -48,7 +48,7 @@ def ocr_answer(task: Task, samples: Sequence[Sample], predictions: Sequence[Pred
 
 
 def exact_answer(task: Task, samples: Sequence[Sample], predictions: Sequence[Prediction]) -> list[Score]:
-    """A word or phrase against the reference, 100 or 0, as CoIN counts it.
+    """A word or phrase against the reference, 100 or 0, as CoIN scores it.
 
     strict: as ``short_answer``.  paper: equal when lower-cased and stripped. Only the text counts.
 
@@ -58,7 +58,7 @@ def exact_answer(task: Task, samples: Sequence[Sample], predictions: Sequence[Pr
 
 
 def contained_answer(task: Task, samples: Sequence[Sample], predictions: Sequence[Prediction]) -> list[Score]:
-    """A reference looked for in the answer, 100 or 0, as MLLM-CL counts most of its tasks.
+    """Whether the answer contains the reference, 100 or 0, as MLLM-CL scores most of its tasks.
 
     strict: as ``short_answer``.  paper: lower-cased and stripped, the reference is a substring of the answer. Only the
     text counts.
@@ -78,7 +78,7 @@ def _scores(
     released: Callable[[str, str], bool],
     read: bool = False,
 ) -> list[Score]:
-    """Strict scores, and those of the released rule; of several accepted answers the best counts.
+    """Scores by the strict and by the released rule; of several accepted answers the best counts.
 
     read: whether answers are read from an image letter by letter, and need not be words.
     """

@@ -1,4 +1,4 @@
-"""`cnext-run`: flags, and several runs one after another, side by side, or on Ray and Slurm; dry runs and forecasts.
+"""`cnext-run`: its flags, studies of several runs (in sequence, in parallel, on Ray or Slurm), dry runs, forecasts.
 
-A single run is done by `training`; the tables over runs are made in `tables`.
+A single run is executed by `training`; tables over runs are computed in `tables`.
 """

@@ -1,4 +1,4 @@
-"""``cnext-run --dry-run``: the plan, and an estimate of time and disk from a few steps timed on this machine."""
+"""``cnext-run --dry-run``: print the plan, and estimate time and disk from a few steps timed on this machine."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch
 from cnext.config.run_config import Plan
 from cnext.monitoring.eta import duration
 from cnext.tasks.base import Sample, Task
-from cnext.training.evaluation import answered
+from cnext.training.evaluation import answer
 from cnext.training.precision import autocast
 from cnext.training.setup import Prepared, prepare
 from cnext.training.trainer import begin
@@ -23,7 +23,7 @@ TIMED_STEPS, TIMED_SAMPLES = 3, 32
 
 
 class Estimate(NamedTuple):
-    """The plan of a run as text, the seconds that it takes and the bytes of its checkpoints."""
+    """The plan of a run as text, its estimated seconds, and the bytes of its checkpoints."""
 
     text: str
     seconds: float
@@ -31,22 +31,23 @@ class Estimate(NamedTuple):
 
 
 def estimate(planned: Plan) -> Estimate:
-    """Times ``TIMED_STEPS`` steps and ``TIMED_SAMPLES`` answers of every task. Leaves no file.
+    """Times ``TIMED_STEPS`` steps and ``TIMED_SAMPLES`` answers of every task. Writes no file.
 
-    Raises: UserError for what a run of this plan would not start with.
+    Raises:
+        UserError: for whatever would stop the run from starting.
     """
     config, recipe = planned.config, planned.recipe
     torch.set_num_threads(config.threads)
-    # What the user has is read whole, as what is wrong with it may be in its last row; what is drawn is good.
+    # Users' data are read completely, as errors may be in the last row; of synthetic data a few rows are generated.
     few = {name: min(TIMED_SAMPLES, getattr(recipe, name) or TIMED_SAMPLES) for name in SAMPLES}
     small = dataclasses.replace(planned, recipe=dataclasses.replace(recipe, **few))
     with tempfile.TemporaryDirectory() as scratch:
         ready = prepare(planned if config.data else small, Path(scratch))
         method = ready.method
-        heading = f"plan: {config.method} on {config.backbone}, suite {planned.suite.name} ({config.budget})"
+        heading = f"plan: {config.method} on {config.backbone}, suite {planned.suite.name} ({config.preset})"
         lines = [
             f"{heading}, order {config.order}, seed {config.seed}, device {planned.device}",
-            f"{'task':<12} {'reads':<12} {'writes':<8} {'steps':>6} {'trained':>10}   time to train, to answer once",
+            f"{'task':<12} {'reads':<12} {'writes':<8} {'steps':>6} {'trained':>10}   time to train, to evaluate once",
         ]
         total = 0.0
         for index, name in enumerate(planned.order):
@@ -56,22 +57,22 @@ def estimate(planned: Plan) -> Estimate:
             asked = len(test) if config.data else recipe.test_samples or len(test)
             answers = _time_answers(planned, ready, task, test[:TIMED_SAMPLES]) * asked
             training = step_seconds * recipe.steps[name]
-            # A task is answered zero-shot, after its own training, and after every later task.
+            # A task is evaluated zero-shot, after its own training, and after every later task.
             total += training + answers * (2 if method.joint else 1 + len(planned.order) - index)
             reads, writes = "+".join(task.reads), "+".join(task.writes)
             steps = recipe.steps[name] if trained else 0
             times = f"{duration(training)}, {duration(answers)}"
             lines.append(f"{name:<12} {reads:<12} {writes:<8} {steps:>6} {trained:>10,}   {times}")
-        state = [*(method.held() | ready.extras).values(), *method.state_dict().values()]
+        state = [*ready.saved_parameters().values(), *method.state_dict().values()]
         size = sum(tensor.numel() * tensor.element_size() for tensor in state) * len(planned.order)
-    lines.append(f"estimated time: {duration(total)}, and what it takes to load data, model and libraries")
-    lines.append(f"estimated disk: {size / 1e6:.1f} MB of checkpoints, and the answers")
+    lines.append(f"estimated time: {duration(total)}, plus loading of data, model and libraries")
+    lines.append(f"estimated disk: {size / 1e6:.1f} MB of checkpoints, plus the answers")
     lines.append(f"run folder: {config.folder}")
     return Estimate("\n".join(lines), total, size)
 
 
 def estimate_study(plans: list[Plan], jobs: int) -> str:
-    """The plan of every method and order, timed with its first seed, and the totals over all runs."""
+    """The plan of every method and order, timed for its first seed, and the totals over all runs."""
     groups: dict[tuple[str, str | None], list[Plan]] = {}
     for planned in plans:
         groups.setdefault((planned.config.method, planned.config.order), []).append(planned)
@@ -82,15 +83,15 @@ def estimate_study(plans: list[Plan], jobs: int) -> str:
         size += found.size * len(group)
         others = "".join(f"\nthe same with seed {other.config.seed}: {other.config.folder}" for other in group[1:])
         texts.append(found.text + others)
-    # No run is split: the study takes at least as long as its longest.
-    together = max(sum(seconds) / jobs, *seconds)
-    times = f"{duration(sum(seconds))} one after another, about {duration(together)} with {jobs} at a time"
+    # A study takes at least as long as its longest run.
+    parallel = max(sum(seconds) / jobs, *seconds)
+    times = f"{duration(sum(seconds))} in sequence, about {duration(parallel)} with {jobs} in parallel"
     texts.append(f"all {len(plans)} runs: {times}; {size / 1e6:.1f} MB of checkpoints")
     return "\n\n".join(texts)
 
 
 def _time_steps(planned: Plan, ready: Prepared, task: Task) -> tuple[int, float]:
-    """How many numbers a task trains, and the seconds of a step."""
+    """Number of trained parameters of a task, and seconds per step."""
     parameters = ready.method.trainable(task)
     if not parameters:
         return 0, 0.0
@@ -103,15 +104,13 @@ def _time_steps(planned: Plan, ready: Prepared, task: Task) -> tuple[int, float]
     for _ in range(TIMED_STEPS):
         trainer.train_step()
     seconds = (time.perf_counter() - started) / TIMED_STEPS
-    ready.backbone.eval()
-    with autocast(trainer.recipe.precision, ready.backbone.device):
-        ready.method.after_task()
+    trainer.finish()
     return sum(parameter.numel() for parameter in trainer.parameters.values()), seconds
 
 
 def _time_answers(planned: Plan, ready: Prepared, task: Task, samples: list[Sample]) -> float:
-    """The seconds of an answer."""
+    """Seconds per answer."""
     started = time.perf_counter()
     with autocast(planned.recipe.precision, ready.backbone.device), ready.method.for_eval():
-        answered(ready.method, task, samples)
+        answer(ready.method, task, samples)
     return (time.perf_counter() - started) / len(samples)

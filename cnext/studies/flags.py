@@ -1,7 +1,4 @@
-"""Command-line flags of ``cnext-run``, parsed without importing torch.
-
-Help is made from these alone: nothing that runs anything is imported.
-"""
+"""Command-line flags of ``cnext-run``, parsed without importing torch."""
 
 from __future__ import annotations
 
@@ -9,69 +6,66 @@ import argparse
 import dataclasses
 import inspect
 import itertools
-import re
 from dataclasses import dataclass, field
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from cnext import methods
 from cnext.config.run_config import Options, RunConfig
+from cnext.errors import UserError
 from cnext.studies.usage_errors import in_one_line
 
 Launcher = Literal["local", "ray", "slurm"]
+RENAMED = {"--budget": "--preset", "--block-steps": "--checkpoint-interval"}
+"""Flags of earlier versions."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Flags(Options):
-    """Learn the tasks of a suite one after another and report what is remembered.
+    """Train on the tasks of a suite one after another, evaluate after each, and report scores and forgetting.
 
-    The same command again goes on where an earlier one was interrupted.
+    The same command resumes an interrupted run from its last checkpoint.
     """
 
     method: list[str] = field(default_factory=lambda: ["mage"])
-    """Method, or several. `cnext list` shows them."""
+    """One or more methods; `cnext list` shows them."""
     order: list[str] | None = None
-    """Order of the tasks, or several: one that the suite names, "reverse", "alphabet", "random:K", or your own "a,b,c".
-    Default: "paper" where the suite has it, else its first."""
+    """One or more task orders: of the suite, "reverse", "alphabet", "random:K" or a list a,b,c. None: the suite's."""
     seeds: list[int] = field(default_factory=lambda: [0])
-    """Seeds of initialization and of the order of samples."""
+    """One or more random seeds, of initialization and of the order of samples."""
     jobs: str = "auto"
-    """Runs at a time: a number, or "auto" for what cores and memory allow (one on a GPU). Results are the same."""
+    """Parallel runs: a number, or "auto" by cores and memory (one on a GPU). Results do not depend on it."""
     launcher: Launcher = "local"
-    """Where runs are done: "local", "ray" (a Ray cluster) or "slurm" (through submitit). Results are the same."""
+    """Where runs are executed: "local", "ray" (a Ray cluster) or "slurm" (through submitit)."""
     launcher_option: list[str] = field(default_factory=list)
-    """Options of the launcher as key=value: address of the Ray cluster and options of a Ray task; or submitit's own,
-    for example slurm_partition=gpu timeout_min=600."""
+    """Options of Ray tasks (and address) or of submitit, as key=value, for example slurm_partition=gpu."""
     baseline: str | None = None
-    """Method that the table compares the others with: lora where it runs, else the first."""
+    """Method that the table compares the others with. None: lora if present, else the first."""
     mix_environments: bool = False
-    """Average runs of different environments (processor, versions, threads), which decide bits. The tables say so."""
+    """Average runs made on different processors, versions or thread counts, and say so in the tables."""
     version: bool = False
-    """Show the version and where it is installed, and stop."""
+    """Print the version and its location, and exit."""
     dry_run: bool = False
-    """Show the plan with an estimate of time and disk, and stop."""
+    """Print the plan with an estimate of time and disk, and exit."""
     gpus: int | None = None
-    """With --dry-run: forecast time, memory and disk on so many GPUs from the model's sizes; needs no weights, no data
-    and no GPU."""
+    """With --dry-run: estimate time, memory and disk on N GPUs from the model's sizes, without weights, data or GPU."""
     tflops: float | None = None
-    """With --gpus: TFLOP/s that a GPU is assumed to do in this work. Default: 400 (an H100 at 40% of its peak)."""
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "method", [methods.canonical(name) for name in self.method])
-        object.__setattr__(self, "baseline", self.baseline and methods.canonical(self.baseline))
+    """With --gpus: sustained TFLOP/s of a GPU. None: 400 (an H100 at 40% of its peak)."""
 
 
-def parse(arguments: list[str]) -> Any:
-    """Flags with one group of typed flags per chosen method, for example ``--mage.c``.
+def parse(arguments: list[str]) -> Flags:
+    """A `Flags` with a field for each selected method, whose hyperparameters are flags such as ``--mage.c``.
 
-    Raises: UserError for a flag that is not there, or a value of another type.
+    Raises:
+        UserError: a flag is unknown, or a value has the wrong type.
     """
     import tyro
 
-    # One meaning, two names: a suite's budgets are the presets that `--preset paper` speaks of.
-    arguments = [re.sub(r"^--preset(?=$|=)", "--budget", argument) for argument in arguments]
+    for flag, _, value in (argument.partition("=") for argument in arguments):
+        if flag in RENAMED:
+            raise UserError(f"{flag} is now {RENAMED[flag]}: use {RENAMED[flag]} {value or 'VALUE'}")
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--method", nargs="*", default=["mage"])
-    chosen = dict.fromkeys(map(methods.canonical, first.parse_known_args(arguments)[0].method))
+    chosen = dict.fromkeys(first.parse_known_args(arguments)[0].method)
     groups, known = [], []
     for name in chosen:
         kind = _group(methods.declared(name))
@@ -87,21 +81,22 @@ def parse(arguments: list[str]) -> Any:
 
 
 def _group(kind: type) -> type:
-    """What `methods.declared` gives, with its help where tyro finds it: it looks into sources, and this has none."""
+    """A dataclass of hyperparameters as `methods.declared` returns it, with the descriptions where tyro reads them."""
     import tyro
 
-    fields = dataclasses.fields(kind)
-    if not all("help" in item.metadata for item in fields):
-        return kind
-    helped = [
-        (item.name, Annotated[item.type, tyro.conf.arg(help=item.metadata["help"])], field(default=item.default))
-        for item in fields
+    fields = [
+        (
+            item.name,
+            Annotated[item.type, tyro.conf.arg(help=item.metadata["help"])],
+            field(default=item.default, default_factory=item.default_factory),
+        )
+        for item in dataclasses.fields(kind)
     ]
-    return dataclasses.make_dataclass(kind.__name__, helped, namespace={"__doc__": kind.__doc__})
+    return dataclasses.make_dataclass(kind.__name__, fields, namespace={"__doc__": kind.__doc__})
 
 
-def configs(flags: Any) -> list[RunConfig]:
-    """One RunConfig per method, order and seed, in the order in which they run."""
+def configs(flags: Flags) -> list[RunConfig]:
+    """One RunConfig per method, order and seed, in the order of execution."""
     shared = {item.name: getattr(flags, item.name) for item in dataclasses.fields(Options)}
     groups = {name: getattr(flags, name.replace("-", "_"), None) for name in flags.method}
     given = {name: {} if group is None else dataclasses.asdict(group) for name, group in groups.items()}

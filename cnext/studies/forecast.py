@@ -1,7 +1,7 @@
-"""``cnext-run --dry-run --gpus N``: what a run will need on GPUs that are not here, from the model's sizes alone.
+"""``cnext-run --dry-run --gpus N``: estimate time, memory and disk of a run on N GPUs from parameter and FLOP counts.
 
-Nothing is loaded: the model is built on the meta device, and counts of samples are the suite's published ones. What a
-machine makes of it is assumed, said in the text, and can be given.
+Nothing is loaded: the model is built on the meta device, and sample counts are the published ones of the suite. The
+text lists the assumed figures of the hardware.
 """
 
 from __future__ import annotations
@@ -22,21 +22,20 @@ from cnext.training.batches import stable_seed
 from cnext.training.precision import DTYPES
 
 TEXT_TOKENS = 64
-"""Tokens of a sample's text, questions and answers together, assumed."""
+"""Assumed text tokens of a training sample, question and answer together."""
 ANSWER_TOKENS = 8
-"""Tokens of a text answer, assumed."""
+"""Assumed tokens of a text answer."""
 BANDWIDTH = 2e12
-"""Bytes per second that a GPU reads weights at while it writes an answer, assumed (an H100 at 60% of its peak)."""
+"""Assumed memory bandwidth of a GPU in bytes per second while decoding (an H100 at 60% of its peak)."""
 TERAFLOPS = 400.0
-"""TFLOP/s that a GPU does in this work, assumed where nothing else is given (an H100 at 40% of its peak)."""
-AT_A_TIME = 16
-"""Answers written at a time, assumed."""
+"""Sustained TFLOP/s of a GPU, if --tflops is not given (an H100 at 40% of its peak)."""
+DECODING_BATCH = 16
+"""Assumed number of answers decoded at once."""
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """Numbers of parameters: of the language model's layers that every token goes through, of all that is loaded, and
-    of what is trained."""
+    """Parameter counts: of the language model's layers, of everything that is loaded, and of what is trained."""
 
     language: int
     loaded: int
@@ -44,24 +43,25 @@ class Sizes:
 
 
 def text(planned: Plan, gpus: int, teraflops: float) -> str:
-    """The forecast of a run on ``gpus`` GPUs that compute ``teraflops`` TFLOP/s each, as they really do.
+    """The forecast of a run on ``gpus`` GPUs of ``teraflops`` sustained TFLOP/s each.
 
-    Raises: UserError where the sizes of the backbone are not known without its weights.
+    Raises:
+        UserError: the backbone's sizes are not known without its weights, or a batch cannot be divided by ``gpus``.
     """
     if gpus < 1 or not teraflops > 0:
         raise UserError(f"--gpus must be at least 1 and --tflops above 0, got {gpus} and {teraflops}")
     config, recipe = planned.config, planned.recipe
     uneven = [name for name in planned.order if recipe.of(name).batch_size % gpus]
     if uneven:
-        raise UserError(f"--gpus {gpus} cannot share the batches of {', '.join(uneven)} evenly; give another number")
+        raise UserError(f"--gpus {gpus} does not divide the batch size of {', '.join(uneven)}; give another number")
     packages.require(*packages.MODELS)
     backbone = backbones.load(config.backbone).meta(config.weights)
     method = methods.load(config.method)(**planned.hyperparameters)
     tasks = [planned.suite.task(name) for name in planned.order]
     method.setup(backbone, tasks, torch.Generator().manual_seed(stable_seed(config.seed, "adapters")))
     sizes = _sizes(backbone, method, recipe.trainable)
-    what = f"{config.method} on {config.backbone}, suite {planned.suite.name} ({config.budget})"
-    counts = f"{sizes.loaded:,} in all, {sizes.language:,} of them in the language model; {sizes.trained:,} are trained"
+    what = f"{config.method} on {config.backbone}, suite {planned.suite.name} ({config.preset})"
+    counts = f"{sizes.loaded:,}, {sizes.language:,} of them in the language model; {sizes.trained:,} trained"
     lines = [
         f"forecast: {what}, order {config.order}, {gpus} GPUs, {recipe.precision}",
         f"parameters: {counts} ({recipe.trainable})",
@@ -72,10 +72,7 @@ def text(planned: Plan, gpus: int, teraflops: float) -> str:
         own = recipe.of(task.name)
         steps, length = own.steps[task.name], tokens(backbone, task)
         samples = steps * own.batch_size
-        # Forward, the gradient of the activations, and with checkpointing forward again: 2 operations a weight each.
-        flops = samples * (
-            length * 2 * sizes.language * (3 if own.checkpointing else 2) + backbone.encoding_flops(task)
-        )
+        flops = samples * (training_flops(sizes.language, length, own.checkpointing) + backbone.encoding_flops(task))
         spent = flops / (gpus * teraflops * 1e12) / 3600
         hours += spent
         micro = own.micro_batch_size or own.batch_size // gpus
@@ -94,62 +91,73 @@ def text(planned: Plan, gpus: int, teraflops: float) -> str:
     pictures = sum(count for task, count in asked if "image" in task.writes)
     size = _disk(method, sizes, len(tasks))
     questions = f"{sum(count for _, count in asked):,} questions, {pictures:,} of them answered by a picture"
-    machine = f"{teraflops:g} TFLOP/s and {BANDWIDTH / 1e12:g} TB/s per GPU, {AT_A_TIME} answers at a time, no padding"
+    machine = (
+        f"{teraflops:g} TFLOP/s and {BANDWIDTH / 1e12:g} TB/s per GPU, {DECODING_BATCH} answers at once, no padding"
+    )
     lines += [
         f"evaluation: {questions}: {answering:.1f} hours",
         f"time: {hours + answering:.1f} hours",
-        f"memory per GPU: {memory / 1e9:.1f} GB while training, the model whole on each",
+        f"memory per GPU: {memory / 1e9:.1f} GB while training, with the whole model on each",
         f"disk: {size / 1e9:.1f} GB of checkpoints, and the answers",
-        f"assumed: {machine}, {TEXT_TOKENS} tokens of text a sample, {ANSWER_TOKENS} an answer; nothing was measured",
+        f"assumed: {machine}, {TEXT_TOKENS} text tokens per sample, {ANSWER_TOKENS} per answer; nothing was measured",
     ]
     return "\n".join(lines)
 
 
+def training_flops(parameters: int, positions: int, checkpointing: bool) -> float:
+    """FLOPs of a training step on ``positions`` tokens through a frozen model with small trained adapters.
+
+    Two per parameter and position for the forward pass and two for the gradient of the activations; gradient
+    checkpointing adds a forward pass. Frozen weights need no gradient, which would be two more (6 N D in all).
+    """
+    return 2.0 * parameters * positions * (3 if checkpointing else 2)
+
+
 def tokens(backbone: Backbone, task: Task) -> int:
-    """Positions of a sample of a task in the language model, its text of assumed length."""
+    """Positions of a training sample in the language model, with text of the assumed length."""
     read, written = backbone.picture_tokens
     return TEXT_TOKENS + read * ("image" in task.reads) + written * ("image" in task.writes)
 
 
 def _sizes(backbone: Backbone, method: Method, trainable: str) -> Sizes:
-    own = {id(p): p.numel() for p in method.held().values()}
+    own = {id(p): p.numel() for p in method.adapter_parameters().values()}
     extras = {} if trainable == "branches" else backbone.connections()
     if trainable == "released":
         extras |= backbone.released_extras()
     language = sum(p.numel() for p in backbone.language_model.parameters())
-    learnt = own | {id(p): p.numel() for p in extras.values()}
+    trained_bytes = own | {id(p): p.numel() for p in extras.values()}
     loaded = {id(p): p.numel() for p in backbone.parameters()} | own
-    return Sizes(language, sum(loaded.values()), sum(learnt.values()))
+    return Sizes(language, sum(loaded.values()), sum(trained_bytes.values()))
 
 
 def extra_bytes(method: str) -> str:
-    """What a method keeps after the six tasks of next-tiny on the tiny backbone, in words for its card."""
+    """What a method stores after the six tasks of next-tiny on the tiny backbone, as text for its card."""
     packages.require(*packages.MODELS)
     made, suite = methods.load(method)(), suites.load("next-tiny")
     made.setup(backbones.load("tiny").load(), suite.tasks, torch.Generator().manual_seed(0))
     count = made.extra_bytes(len(suite.tasks))
-    return f"{count:,} at most beside one adapter of rank 32, after the tasks of next-tiny on the tiny backbone"
+    return f"{count:,} at most besides one adapter of rank 32, after the tasks of next-tiny on the tiny backbone"
 
 
 def _memory(
     backbone: Backbone, method: Method, sizes: Sizes, precision: str, checkpointing: bool, positions: int
 ) -> float:
-    """Bytes: weights; of what is trained float32, gradient and two moments; the method's own; activations."""
+    """Bytes of weights, trained parameters with gradient and two moments in float32, method state and activations."""
     width = DTYPES[precision].itemsize
     config: Any = backbone.language_model.config
     hidden, inner, layers = config.hidden_size, config.intermediate_size, config.num_hidden_layers
-    # A layer keeps about 8 vectors of the hidden size and 3 of the inner one; with checkpointing one layer at a time
-    # does, and of the others its input is kept. The logits, a quarter of the positions', are in float32, twice.
+    # A layer stores about 8 activations of the hidden size and 3 of the inner size. With checkpointing only one layer
+    # does, the others store their input. Logits of a quarter of the positions are stored twice in float32.
     layer = positions * (8 * hidden + 3 * inner) * width
     kept = layers * positions * hidden * width + layer if checkpointing else layers * layer
     logits = positions / 4 * config.vocab_size * 8
-    learnt = sizes.trained * (16 + width)
-    # While a task is learnt, a method has about as much again of what it then keeps.
-    return (sizes.loaded - sizes.trained) * width + learnt + 2 * method.extra_bytes(1) + kept + logits
+    trained_bytes = sizes.trained * (16 + width)
+    # During a task, a method needs about twice the memory of what it stores after it.
+    return (sizes.loaded - sizes.trained) * width + trained_bytes + 2 * method.extra_bytes(1) + kept + logits
 
 
 def _questions(planned: Plan, tasks: list[Task]) -> list[tuple[Task, int]]:
-    """Questions asked of each task: zero-shot, after its own training and after every later task."""
+    """Each task with its number of answers: zero-shot, after its own training and after every later task."""
     return [
         (task, (planned.recipe.test_samples or task.test_count) * (1 + len(tasks) - index))
         for index, task in enumerate(tasks)
@@ -160,10 +168,10 @@ def _answer_seconds(backbone: Backbone, task: Task, sizes: Sizes, precision: str
     reading = 2 * sizes.language * tokens(backbone, task) + backbone.encoding_flops(task)
     written = ANSWER_TOKENS + backbone.picture_tokens[1] * ("image" in task.writes)
     drawing = backbone.drawing_flops if "image" in task.writes else 0.0
-    words = written * sizes.language * DTYPES[precision].itemsize / BANDWIDTH / AT_A_TIME
+    words = written * sizes.language * DTYPES[precision].itemsize / BANDWIDTH / DECODING_BATCH
     return (reading + drawing) / (teraflops * 1e12) + words
 
 
 def _disk(method: Method, sizes: Sizes, tasks: int) -> float:
-    """A checkpoint after every task, and two inside one with the optimizer's two moments, in float32."""
+    """Bytes of a checkpoint after every task and of two within a task, with the optimizer's moments, in float32."""
     return (4 * sizes.trained + method.extra_bytes(tasks)) * tasks + 2 * 12 * sizes.trained

@@ -1,9 +1,7 @@
-"""Studies beyond one machine: every run a job of a Ray cluster, or of Slurm through submitit.
+"""Run studies as jobs of a Ray cluster, or of Slurm through submitit.
 
-A job starts a process of its own in the folder that the study was started in, with the study's Python and its import
-path, which are there under the same paths, as are the data and the folder of the runs: on a shared file system. It
-writes what a run on this machine writes, its log included, and goes on where an earlier one stopped, so that results
-and resuming are the same.
+Every run is a job. It starts a process in the working directory of the study, with the same Python and import path, so
+these, the data and the run folders must be on a shared file system. Results, logs and resuming are as in local runs.
 """
 
 from __future__ import annotations
@@ -25,43 +23,43 @@ from typing import Any, NamedTuple, Protocol
 from cnext.config.run_config import Plan, RunConfig
 from cnext.errors import UserError
 from cnext.monitoring import heartbeat
-from cnext.monitoring.progress import StudyProgress, shown_metrics
+from cnext.monitoring.eta import Estimate
+from cnext.monitoring.progress import Event, StudyProgress, shown_metrics
 from cnext.monitoring.signals import Stop
 from cnext.runs import command_line
-from cnext.studies.local import OTHER, TAIL, Failure, end_of_log, failure, name
+from cnext.studies.local import CRASH, TAIL, Failure, end_of_log, failure, name
 from cnext.tables.aggregate import read
 
 PACKAGES = {"ray": "ray", "slurm": "submitit"}
 POLL = 1.0
-"""Seconds between two looks at the jobs."""
-LOOK = 0.2
-"""Seconds between two looks of a job at its run's process."""
+"""Seconds between two polls of the jobs."""
+PROCESS_POLL = 0.2
+"""Seconds between two polls of a job for its run's process."""
 GRACE = 60.0
-"""Seconds that a run has to save where it is when it is told to stop."""
+"""Seconds that a run has after SIGTERM to save a checkpoint, before SIGKILL."""
 DAY = 24 * 60
 JOB = "import sys; sys.path[:] = {path!r}; from cnext.studies.worker import main; sys.exit(main({file!r}))"
-"""What Python does in a job. With -m, a cnext that lies in the folder would come before the study's own."""
-SHOWN = ("doing", "share", "left", "whole")
+"""Code of a job's process. With -m, a cnext package in the working directory would be imported instead."""
 
 
 @dataclass(frozen=True)
 class Work:
-    """What a job does where it is started: the run, in a process whose output is the run's log."""
+    """A job: executes a run in a process whose output is the run's log."""
 
     command: tuple[str, ...]
     folder: str
     log: str
 
     def __call__(self) -> int:
-        """Returns the exit status of the run."""
+        """Executes the run. Returns its exit status."""
         with open(self.log, "ab") as log:
             process = subprocess.Popen(
                 self.command, cwd=self.folder, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT
             )
         try:
-            # Not wait(), which an engine that interrupts this thread without a signal does not wake.
+            # Ray interrupts this thread without a signal, which does not end process.wait().
             while process.poll() is None:
-                time.sleep(LOOK)
+                time.sleep(PROCESS_POLL)
             return process.returncode
         finally:
             if process.poll() is None:
@@ -72,42 +70,45 @@ class Work:
                     process.kill()
 
     def checkpoint(self) -> Any:
-        """submitit's: what to put into the queue again when the time is up or the node is wanted. The run goes on."""
+        """Called by submitit on timeout or preemption: requeues the job, and the run resumes."""
         from submitit.helpers import DelayedSubmission
 
         return DelayedSubmission(self)
 
 
 class Ended(NamedTuple):
-    """How a job ended: the run's exit status, or what became of the job instead of one."""
+    """The end of a job: the run's exit status, or why there is none."""
 
     status: int | None
-    why: str = ""
+    reason: str = ""
 
 
 class Engine(Protocol):
-    """What does the jobs. A handle is whatever ``submit`` gives."""
+    """Interface to a job system."""
 
-    def submit(self, work: Work, config: RunConfig, device: str) -> Any: ...
+    def submit(self, work: Work, config: RunConfig, device: str) -> Any:
+        """Submits a job. Returns a handle."""
 
     def ended(self, handle: Any) -> Ended | None:
-        """None while the job waits or runs."""
+        """The end of the job; None while it is pending or running."""
 
-    def cancel(self, handle: Any) -> None: ...
+    def cancel(self, handle: Any) -> None:
+        """Stops the job by SIGTERM to its run."""
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        """Disconnects."""
 
 
 class RayEngine:
-    """Jobs of the cluster that options name ("address"), or $RAY_ADDRESS; of one on this machine where none is named.
+    """Tasks of a Ray cluster: that of the option "address", else of $RAY_ADDRESS, else a local one.
 
-    All other options are those of a Ray task: num_cpus, num_gpus, memory, resources and so on.
+    The other options are those of a Ray task: num_cpus, num_gpus, memory, resources and so on.
     """
 
     def __init__(self, options: dict[str, Any], _: Path) -> None:
-        # Ray reads these when it is imported. It asks nobody whether it may report how it is used.
+        # Ray reads these at import. Usage reports to its makers are off unless the user turns them on.
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-        # Releases between two ways to treat a task without a GPU warn unless one is chosen: the newer.
+        # Some releases warn unless one of two ways to treat tasks without a GPU is chosen; this is the newer one.
         os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
         import ray
 
@@ -120,10 +121,10 @@ class RayEngine:
             raise UserError(f"expected a Ray cluster at {address}, got: {error}") from error
 
     def submit(self, work: Work, config: RunConfig, device: str) -> Any:
-        # A worker is used once: nothing that a run leaves in a process can reach the next.
+        # One run per worker process, so that runs do not share state.
         needed = {"num_cpus": config.threads, "num_gpus": int(device.startswith("cuda")), "max_calls": 1}
         try:
-            return self.ray.remote(**(needed | self.options))(_do).remote(work)
+            return self.ray.remote(**(needed | self.options))(_call).remote(work)
         except (ValueError, TypeError) as error:
             raise UserError(f"--launcher-option expects options of a Ray task, or address: {error}") from error
 
@@ -142,14 +143,14 @@ class RayEngine:
         self.ray.shutdown()
 
 
-def _do(work: Work) -> int:
+def _call(work: Work) -> int:
     return work()
 
 
 class SlurmEngine:
-    """Jobs of submitit's executor, with its own names as options: slurm_partition, timeout_min, mem_gb and so on.
+    """Jobs of submitit, with its parameters as options: slurm_partition, timeout_min, mem_gb and so on.
 
-    The option cluster=local tries a study out without Slurm, all of it at once on this machine.
+    The option cluster=local executes all jobs at once on this machine, to try a study without Slurm.
     """
 
     def __init__(self, options: dict[str, Any], folder: Path) -> None:
@@ -175,7 +176,7 @@ class SlurmEngine:
         try:
             return self.executor.submit(work)
         except self.errors.FailedJobError as error:
-            raise UserError(f"Slurm does not take the job: {error}") from error
+            raise UserError(f"Slurm rejects the job: {error}") from error
 
     def ended(self, handle: Any) -> Ended | None:
         if not handle.done():
@@ -189,16 +190,17 @@ class SlurmEngine:
         handle.cancel(check=False)
 
     def close(self) -> None:
-        """Nothing stays open."""
+        """Does nothing: submitit keeps no connection."""
 
 
 ENGINES: dict[str, Callable[[dict[str, Any], Path], Engine]] = {"ray": RayEngine, "slurm": SlurmEngine}
 
 
 def options(given: Sequence[str]) -> dict[str, Any]:
-    """Options from "key=value"; a value that reads as a number is one.
+    """Parses options of the form key=value; numbers become int or float.
 
-    Raises: UserError for anything else, and for a key that is there twice.
+    Raises:
+        UserError: an option has another form, or a key is repeated.
     """
     found: dict[str, Any] = {}
     for text in given:
@@ -221,27 +223,30 @@ def _number(value: str) -> int | float | str:
 
 
 def require(launcher: str) -> None:
-    """Raises UserError where the launcher's package is not installed."""
+    """Raises UserError if the launcher's package is not installed."""
     package = PACKAGES[launcher]
     if importlib.util.find_spec(package) is None:
         raise UserError(f"--launcher {launcher} needs the package {package}; pip install 'cnext[{launcher}]'")
 
 
 def launch(launcher: str, plans: list[Plan], given: dict[str, Any], jobs: int) -> list[Failure]:
-    """Does runs as jobs, at most ``jobs`` of them submitted at a time. The run folders are there.
+    """Executes runs as jobs, at most ``jobs`` submitted at a time. The run folders exist already.
 
-    However this ends, no job is left behind. Told to stop, every run saves where it is before this raises Stopped.
+    No job outlives this function. On SIGTERM or SIGINT every run saves a checkpoint before this raises Stopped.
+
+    Returns:
+        The failed runs.
     """
     require(launcher)
     with interruptible():
         engine = ENGINES[launcher](given, plans[0].config.out.absolute())
-    waiting, failures, told = list(reversed(plans)), [], False
+    waiting, failures, stopping = list(reversed(plans)), [], False
     running: dict[Any, RunConfig] = {}
-    with Stop() as stop, stop.held(), StudyProgress(len(plans), jobs) as shown:
+    with Stop() as stop, stop.deferred(), StudyProgress(len(plans), jobs) as shown:
         try:
             while waiting or running:
-                if stop.requested and not told:
-                    told, waiting = True, []
+                if stop.requested and not stopping:
+                    stopping, waiting = True, []
                     for handle in running:
                         engine.cancel(handle)
                 while waiting and len(running) < jobs:
@@ -258,8 +263,8 @@ def launch(launcher: str, plans: list[Plan], given: dict[str, Any], jobs: int) -
                     found = read(config.folder) if ended.status == 0 else None
                     if found:
                         shown.end(name(config), shown_metrics(found.values))
-                    elif told:
-                        shown.end(name(config), "stopped, and saved as far as it was", failed=True)
+                    elif stopping:
+                        shown.end(name(config), "stopped, and progress saved", failed=True)
                     else:
                         failures.append(_failure(config, ended))
                         shown.end(name(config), f"failed, see {config.folder / heartbeat.LOG}", failed=True)
@@ -273,7 +278,10 @@ def launch(launcher: str, plans: list[Plan], given: dict[str, Any], jobs: int) -
 
 @contextmanager
 def interruptible() -> Iterator[None]:
-    """Processes started inside hear SIGINT, by which engines cancel jobs. Those of a shell's background jobs do not."""
+    """Inside, started processes receive SIGINT, by which engines cancel jobs, also if this process ignores it.
+
+    Shells start background jobs with SIGINT ignored.
+    """
     ignored = signal.getsignal(signal.SIGINT) == signal.SIG_IGN
     if ignored:
         signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -285,7 +293,7 @@ def interruptible() -> Iterator[None]:
 
 
 def _submit(engine: Engine, planned: Plan) -> Any:
-    # The device as this machine has resolved it: "auto" could be another one where the job runs.
+    # The device as resolved here: "auto" could be another one on the machine of the job.
     config = dataclasses.replace(planned.config, device=planned.device)
     file = command_line.write(config).absolute()
     code = JOB.format(path=[os.path.abspath(entry) for entry in sys.path], file=str(file))
@@ -294,14 +302,14 @@ def _submit(engine: Engine, planned: Plan) -> Any:
 
 
 def _show(shown: StudyProgress, config: RunConfig) -> None:
-    """Shows how far a run says that it is, once it does."""
+    """Shows the progress of a run from its heartbeat, if there is one."""
     beat = heartbeat.read(config.folder)
-    if beat is not None and beat["state"] == heartbeat.RUNNING and "share" in beat:
-        shown.update(name(config), {key: beat[key] for key in SHOWN} | {"line": False})
+    if beat is not None and beat.state == heartbeat.RUNNING and beat.share is not None:
+        shown.update(name(config), Event(beat.doing, Estimate(beat.share, beat.left, beat.whole)))
 
 
 def _failure(config: RunConfig, ended: Ended) -> Failure:
     if ended.status is not None:
         return failure(config, ended.status)
-    lines = [*ended.why.splitlines()[-TAIL:], *end_of_log(config)]
-    return Failure(config, OTHER, "its job ended without a result", lines)
+    lines = [*ended.reason.splitlines()[-TAIL:], *end_of_log(config)]
+    return Failure(config, CRASH, "the job ended without a result", lines)

@@ -1,4 +1,4 @@
-"""Runs side by side, a process each: one that dies takes no other with it."""
+"""Run jobs in sequence or in parallel subprocesses; failures are isolated."""
 
 from __future__ import annotations
 
@@ -13,84 +13,86 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
-from typing import Any
 
 from cnext.config.run_config import Plan, RunConfig
-from cnext.errors import UserError
-from cnext.monitoring.eta import StudyPace
+from cnext.errors import RESUME, UserError
+from cnext.monitoring.eta import StudyEta
 from cnext.monitoring.heartbeat import LOG, stamped
-from cnext.monitoring.progress import ForwardedProgress, Progress, StudyProgress, shown_metrics
+from cnext.monitoring.progress import Event, ForwardedProgress, Progress, StudyProgress, shown_metrics
 from cnext.monitoring.signals import Stop, Stopped
 from cnext.tables.aggregate import read
 
 TAIL = 12
-"""Lines of a failed run's log that are shown."""
+"""Lines of a failed run's log that are printed."""
 GRACE = 5.0
-"""Seconds that a process has to end when it is told to and not waited for."""
+"""Seconds that a process has to end after SIGTERM, before SIGKILL."""
 POLL = 0.2
-"""Seconds between two looks at whether the study has been told to stop."""
-USER, OTHER = 2, 1
-"""Exit statuses: what the user has to mend, and everything else."""
+"""Seconds between two checks for a signal."""
+USER_ERROR, CRASH = 2, 1
+"""Exit statuses: an error that the user can fix, and any other."""
 
 
 @dataclass(frozen=True)
 class Failure:
-    """A run that did not end well. status: ``USER`` or ``OTHER``.  lines: the end of what it said."""
+    """A failed run: ``USER_ERROR`` or ``CRASH``, the reason, and the last lines of its log."""
 
     config: RunConfig
     status: int
-    why: str
+    reason: str
     lines: list[str]
 
     def __str__(self) -> str:
-        head = f"failed: {name(self.config)} ({self.why}), run folder {self.config.folder}"
+        head = f"failed: {name(self.config)} ({self.reason}), run folder {self.config.folder}"
         return "\n".join([head, *(f"    {line}" for line in self.lines)])
 
 
 def name(config: RunConfig) -> str:
-    """A run's name in its study: method/order/seed-N."""
+    """The name of a run in its study: method/order/seed-N."""
     return str(config.folder.relative_to(config.out))
 
 
-def one_after_another(plans: list[Plan]) -> list[Failure]:
-    """Does runs in this process. What one of them may die of does not stop the next; a mistake of ours does."""
+def run_in_sequence(plans: list[Plan]) -> list[Failure]:
+    """Executes runs one after another in this process; errors of one do not stop the next. Returns the failed ones."""
     from cnext.training.runner import run
 
-    failures, pace = [], StudyPace(len(plans), 1)
+    failures, eta = [], StudyEta(len(plans), 1)
     for planned in plans:
         label, before = name(planned.config), len(failures)
-        pace.start(label)
+        eta.start(label)
         try:
-            run(planned.config, Progress(label, pace))
+            run(planned.config, Progress(label, eta))
         except (UserError, OSError) as error:
-            failures.append(Failure(planned.config, USER, "error", [f"error: {error}"]))
+            failures.append(Failure(planned.config, USER_ERROR, "error", [f"error: {error}"]))
         except (RuntimeError, MemoryError) as error:
             lines = traceback.format_exc().splitlines()[-TAIL:]
-            failures.append(Failure(planned.config, OTHER, type(error).__name__, lines))
-        pace.end(label, failed=len(failures) > before)
-        print(f"{label}: {'failed' if len(failures) > before else 'done'}  ({pace})", file=sys.stderr)
+            failures.append(Failure(planned.config, CRASH, type(error).__name__, lines))
+        eta.end(label, failed=len(failures) > before)
+        print(f"{label}: {'failed' if len(failures) > before else 'done'}  ({eta})", file=sys.stderr)
     return failures
 
 
-def side_by_side(plans: list[Plan], jobs: int) -> list[Failure]:
-    """Does runs in processes of their own, ``jobs`` at a time, each with its log in ``<run folder>/run.log``.
+def run_in_parallel(plans: list[Plan], jobs: int) -> list[Failure]:
+    """Executes ``jobs`` runs at a time, each in its own process with its log in ``<run folder>/run.log``.
 
-    The run folders are there. However this ends, no process is left behind. Told to stop, every run saves where it is
-    before this raises Stopped; the interrupt key pressed again does not wait for that.
+    The run folders exist already. No process outlives this function. On SIGTERM or SIGINT every run saves a checkpoint
+    before this raises Stopped; a second SIGINT does not wait for that.
+
+    Returns:
+        The failed runs.
     """
-    waiting, failures, told = list(reversed(plans)), [], False
+    waiting, failures, stopping = list(reversed(plans)), [], False
     running: dict[Connection, tuple[SpawnProcess, RunConfig]] = {}
-    with Stop() as stop, stop.held(), StudyProgress(len(plans), jobs) as shown:
+    with Stop() as stop, stop.deferred(), StudyProgress(len(plans), jobs) as shown:
         try:
             while waiting or running:
-                if stop.requested and not told:
-                    told, waiting = True, []
+                if stop.requested and not stopping:
+                    stopping, waiting = True, []
                     for process, _ in running.values():
                         process.terminate()
                 while waiting and len(running) < jobs:
                     config = waiting.pop().config
                     shown.start(name(config))
-                    with _uninterrupted():
+                    with _sigint_ignored():
                         connection, process = _start(config)
                         running[connection] = process, config
                 for connection in wait(list(running), POLL):
@@ -102,22 +104,22 @@ def side_by_side(plans: list[Plan], jobs: int) -> list[Failure]:
                         continue
                     process.join()
                     del running[connection]
-                    assert process.exitcode is not None, "it has been waited for"
+                    assert process.exitcode is not None, "join() returned"
                     found = None if process.exitcode else read(config.folder)
                     if found:
                         shown.end(name(config), shown_metrics(found.values))
-                    elif told and process.exitcode in (0, -signal.SIGTERM):
-                        shown.end(name(config), "stopped, and saved as far as it was", failed=True)
+                    elif stopping and process.exitcode in (0, -signal.SIGTERM):
+                        shown.end(name(config), "stopped, and progress saved", failed=True)
                     else:
                         failures.append(failure(config, process.exitcode))
                         shown.end(name(config), f"failed, see {config.folder / LOG}", failed=True)
         finally:
-            _stop([process for process, _ in running.values()], 0.0 if told else GRACE)
+            _stop([process for process, _ in running.values()], 0.0 if stopping else GRACE)
     return failures
 
 
 def _start(config: RunConfig) -> tuple[Connection, SpawnProcess]:
-    # Spawned, not forked: torch's threads do not survive a fork, nor does CUDA.
+    # Spawned, as neither torch's threads nor CUDA survive a fork.
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe(duplex=False)
     process = context.Process(target=_run, args=(config, theirs), name=name(config))
@@ -127,26 +129,27 @@ def _start(config: RunConfig) -> tuple[Connection, SpawnProcess]:
 
 
 def _run(config: RunConfig, connection: Connection) -> None:
-    """What a run's process does. The interrupt key is the study's to obey: it tells this process to stop."""
+    """Main function of a run's process. The study handles SIGINT, and stops this process by SIGTERM."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     with open(config.folder / LOG, "ab") as log:
         os.dup2(log.fileno(), sys.stdout.fileno())
         os.dup2(log.fileno(), sys.stderr.fileno())
     faulthandler.enable()
 
-    def send(event: dict[str, Any]) -> None:
+    def send(event: Event) -> None:
         try:
             connection.send(event)
         except BrokenPipeError as error:
-            raise UserError("the process of the study is gone; the same command goes on with this run") from error
+            raise UserError(f"the process of the study is gone; {RESUME}") from error
 
-    sys.exit(perform(config, send))
+    sys.exit(run_logged(config, send))
 
 
-def perform(config: RunConfig, send: Callable[[dict[str, Any]], None]) -> int:
-    """Does a run in a process of its own, whose output is the run's log. Returns the exit status.
+def run_logged(config: RunConfig, send: Callable[[Event], None]) -> int:
+    """Executes a run in a process whose output is the run's log. Returns the exit status.
 
-    Args: send: as `ForwardedProgress` takes it.
+    Args:
+        send: receives progress events, see `ForwardedProgress`.
     """
     from cnext.training.runner import run
 
@@ -154,15 +157,15 @@ def perform(config: RunConfig, send: Callable[[dict[str, Any]], None]) -> int:
         run(config, ForwardedProgress(send))
     except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
-        return USER
+        return USER_ERROR
     except Stopped as stopped:
         print(stamped(str(stopped)), file=sys.stderr)
         return stopped.status
     return 0
 
 
-def _receive(connection: Connection) -> dict[str, Any] | None:
-    """The next event; None when the process has ended, perhaps in the middle of one."""
+def _receive(connection: Connection) -> Event | None:
+    """The next event; None once the process has ended, possibly while sending one."""
     try:
         return connection.recv()
     except (EOFError, OSError):
@@ -171,16 +174,16 @@ def _receive(connection: Connection) -> dict[str, Any] | None:
 
 
 def failure(config: RunConfig, exitcode: int) -> Failure:
-    """What there is to say of a run whose process ended with an exit status, or by a signal where it is negative."""
-    why = f"exit status {exitcode}" if exitcode else "told to stop, and saved as far as it was"
+    """The failure of a run whose process ended with this exit code, negative for a signal."""
+    reason = f"exit status {exitcode}" if exitcode else "stopped by a signal, and progress saved"
     if exitcode < 0:
-        why = f"ended by signal {-exitcode}, {signal.strsignal(-exitcode)}"
-        why += "; the system does this when memory runs out" if -exitcode == signal.SIGKILL else ""
-    return Failure(config, USER if exitcode == USER else OTHER, why, end_of_log(config))
+        reason = f"ended by signal {-exitcode}, {signal.strsignal(-exitcode)}"
+        reason += "; the system does this when memory runs out" if -exitcode == signal.SIGKILL else ""
+    return Failure(config, USER_ERROR if exitcode == USER_ERROR else CRASH, reason, end_of_log(config))
 
 
 def end_of_log(config: RunConfig) -> list[str]:
-    """The last lines of what a run has said."""
+    """The last ``TAIL`` lines of a run's log."""
     log = config.folder / LOG
     return log.read_text(encoding="utf-8", errors="replace").splitlines()[-TAIL:] if log.is_file() else []
 
@@ -196,8 +199,8 @@ def _stop(processes: list[SpawnProcess], grace: float) -> None:
 
 
 @contextmanager
-def _uninterrupted() -> Iterator[None]:
-    """A process started inside ignores the interrupt key from its first instruction on."""
+def _sigint_ignored() -> Iterator[None]:
+    """Inside, started processes ignore SIGINT from the beginning."""
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         yield

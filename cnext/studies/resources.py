@@ -1,4 +1,4 @@
-"""How many runs go side by side: as many as the processor's cores and the free memory allow."""
+"""How many runs to do in parallel, from the CPU cores and the memory that this process may use."""
 
 from __future__ import annotations
 
@@ -8,74 +8,68 @@ from pathlib import Path
 
 from cnext.config.run_config import Plan
 
-NEEDED = {"tiny": 1.1e9}
-"""Bytes of memory that one run takes at its peak, by backbone, where it has been measured (``bench/bench_run.py``)."""
+PEAK_MEMORY = {"tiny": 1.1e9}
+"""Peak memory of one run in bytes, by backbone, where it has been measured (``bench/bench_run.py``)."""
 
 
-def decide(plans: list[Plan], asked: str = "auto", root: Path = Path("/")) -> tuple[int, str]:
-    """How many of the runs to do at a time, and a line that says why.
+def parallel_runs(plans: list[Plan], jobs: str = "auto", root: Path = Path("/")) -> tuple[int, str]:
+    """How many of the runs to do in parallel, and a line that says why.
 
-    Args: asked: "auto", or a number, which is obeyed.  root: where /proc and /sys are.
+    Args:
+        jobs: "auto", or a number, which is used as it is.
+        root: where /proc and /sys are mounted.
     """
-    count = len(plans)
     config, device = plans[0].config, plans[0].device
-    needed = NEEDED.get(config.backbone)
-    if asked != "auto":
-        jobs, why = min(int(asked), count), "as asked"
+    peak = PEAK_MEMORY.get(config.backbone)
+    if jobs != "auto":
+        count, why = min(int(jobs), len(plans)), "--jobs"
     elif device.startswith("cuda"):
-        jobs, why = 1, f"all are on {device}; --jobs N for more"
-    elif needed is None:
-        jobs, why = 1, f"the memory that one on {config.backbone} needs is not known; --jobs N for more"
+        count, why = 1, f"all on {device}; --jobs N for more"
+    elif peak is None:
+        count, why = 1, f"the memory of a run on {config.backbone} is not known; --jobs N for more"
     else:
-        available, free = cores(root), memory(root)
-        jobs = max(1, min(count, int(available / config.threads), int(free / needed)))
-        why = f"{available:g} cores, {config.threads} a run; {free / 1e9:.1f} GB of memory, {needed / 1e9:.1f} a run"
-    return jobs, f"{count} runs to do, {jobs} at a time ({why})"
+        cores, memory = available_cores(root), available_memory(root)
+        count = max(1, min(len(plans), int(cores / config.threads), int(memory / peak)))
+        why = f"{cores:g} cores, {config.threads} per run; {memory / 1e9:.1f} GB of memory, {peak / 1e9:.1f} per run"
+    return count, f"{len(plans)} runs to do, {count} in parallel ({why})"
 
 
-def cores(root: Path = Path("/")) -> float:
-    """The cores that this process may use: its affinity, and the quota of its control groups."""
-    least = float(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
-    for group in _groups(root, "cpu"):
-        words = _words(group / "cpu.max") or _words(group / "cpu.cfs_quota_us") + _words(group / "cpu.cfs_period_us")
-        if len(words) == 2 and words[0] not in ("max", "-1"):
-            least = min(least, int(words[0]) / int(words[1]))
-    return least
+def available_cores(root: Path = Path("/")) -> float:
+    """CPU cores that this process may use: its affinity, at most the quota of its control groups."""
+    cores = float(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+    for group in _control_groups(root, "cpu"):
+        limit = _read(group / "cpu.max") or _read(group / "cpu.cfs_quota_us") + _read(group / "cpu.cfs_period_us")
+        if len(limit) == 2 and limit[0] not in ("max", "-1"):
+            cores = min(cores, int(limit[0]) / int(limit[1]))
+    return cores
 
 
-def memory(root: Path = Path("/")) -> float:
-    """Bytes that may still be taken: the machine's, and what the control groups of this process leave."""
-    meminfo = root / "proc/meminfo"
-    if not meminfo.is_file():
-        return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
-    least = 1024.0 * _value(meminfo, "MemAvailable:")
-    for group in _groups(root, "memory"):
-        for limit, used in (("memory.max", "memory.current"), ("memory.limit_in_bytes", "memory.usage_in_bytes")):
-            words = _words(group / limit)
-            if words and words[0] != "max":
-                # The cache of files counts as used and is given back when it is needed.
-                cached = _value(group / "memory.stat", "inactive_file")
-                least = min(least, int(words[0]) - int(_words(group / used)[0]) + cached)
-    return max(0.0, least)
+def available_memory(root: Path = Path("/")) -> float:
+    """Bytes of memory available without swapping: the machine's, at most what its control groups leave."""
+    import psutil
+
+    memory = float(psutil.virtual_memory().available)
+    for group in _control_groups(root, "memory"):
+        for limit, usage in (("memory.max", "memory.current"), ("memory.limit_in_bytes", "memory.usage_in_bytes")):
+            if (value := _read(group / limit)) and value[0] != "max":
+                # The page cache counts as used, and is reclaimed when memory runs short.
+                stat = _read(group / "memory.stat")
+                cache = int(stat[stat.index("inactive_file") + 1]) if "inactive_file" in stat else 0
+                memory = min(memory, int(value[0]) - int(_read(group / usage)[0]) + cache)
+    return max(0.0, memory)
 
 
-def _groups(root: Path, controller: str) -> Iterator[Path]:
-    """The folders of this process's control groups, from its own upwards, of version 2 and of version 1."""
+def _control_groups(root: Path, controller: str) -> Iterator[Path]:
+    """The folders of this process's control groups (version 1 and 2) and of their parents; psutil knows no limits."""
     file = root / "proc/self/cgroup"
     for line in file.read_text().splitlines() if file.is_file() else ():
         _, controllers, path = line.split(":", 2)
-        if controllers and controller not in controllers.split(","):
-            continue
-        top = root / "sys/fs/cgroup" / (controller if controllers else "")
-        own = top / path.strip("/")
-        yield from (folder for folder in (own, *own.parents) if folder == top or top in folder.parents)
+        if not controllers or controller in controllers.split(","):
+            top = root / "sys/fs/cgroup" / (controller if controllers else "")
+            group = top / path.strip("/")
+            yield from (folder for folder in (group, *group.parents) if folder.is_relative_to(top))
 
 
-def _words(file: Path) -> list[str]:
+def _read(file: Path) -> list[str]:
+    """The words of a file; none where there is no such file."""
     return file.read_text().split() if file.is_file() else []
-
-
-def _value(file: Path, key: str) -> int:
-    """The number after a key in a file of lines "key number"."""
-    words = _words(file)
-    return int(words[words.index(key) + 1]) if key in words else 0

@@ -1,41 +1,40 @@
-"""``cnext-run``: one run, or a study of several methods, orders and seeds, side by side where there is room.
+"""``cnext-run``: one run, or a study of several methods, task orders and seeds, several runs in parallel.
 
 cnext-run --method mage
 cnext-run --method mage lora --order paper reverse --seeds 0 1 2
-cnext-run --method mage --budget smoke
+cnext-run --method mage --preset smoke
 """
 
 from __future__ import annotations
 
 import sys
-from typing import Any
 
 from cnext import backbones
 from cnext.config.run_config import Plan, plan
 from cnext.distributed import collectives, processes
 from cnext.errors import UserError, unknown
 from cnext.runs import fingerprint
-from cnext.studies.flags import configs
+from cnext.studies.flags import Flags, configs
 from cnext.studies.local import Failure
 from cnext.tables import aggregate, formats
 from cnext.tasks import suites
 
 
-def _check(flags: Any, plans: list[Plan]) -> None:
-    """Raises UserError where the runs would not make one table, or a flag has no use."""
+def _check(flags: Flags, plans: list[Plan]) -> None:
+    """Raises UserError if the runs cannot be compared in one table, or a flag has no effect."""
     from cnext.studies import launchers
 
     for flag in ("method", "order", "seeds"):
         given = getattr(flags, flag) or []
         repeated = [str(value) for value in dict.fromkeys(given) if given.count(value) > 1]
         if repeated:
-            raise UserError(f"--{flag} has {', '.join(repeated)} more than once; every run is done once")
+            raise UserError(f"--{flag} has {', '.join(repeated)} more than once; give each value once")
     orders: dict[tuple[str, ...], str | None] = {}
     for planned in plans:
         spec = planned.config.order
         other = orders.setdefault(planned.order, spec)
         if other != spec:
-            raise UserError(f"--order has the same order of tasks twice, as {other} and as {spec}; leave one out")
+            raise UserError(f"--order has the same order of tasks twice, as {other} and as {spec}; remove one")
     aggregate.check_comparable({f"order {planned.config.order}": planned.as_dict() for planned in plans})
     if flags.jobs != "auto" and not (flags.jobs.isdecimal() and int(flags.jobs)):
         raise UserError(f"--jobs must be auto or a number of at least 1, got {flags.jobs}")
@@ -43,120 +42,129 @@ def _check(flags: Any, plans: list[Plan]) -> None:
         launchers.require(flags.launcher)
         launchers.options(flags.launcher_option)
     elif flags.launcher_option:
-        raise UserError("--launcher-option is for --launcher ray or slurm")
+        raise UserError("--launcher-option needs --launcher ray or slurm")
     if flags.gpus is not None and not flags.dry_run:
-        raise UserError("--gpus forecasts a run and goes with --dry-run; a run takes the GPUs that torchrun gives it")
+        raise UserError("--gpus needs --dry-run; to run on several GPUs, start cnext-run with torchrun")
     if flags.tflops is not None and flags.gpus is None:
-        raise UserError("--tflops is what --gpus N forecasts with; give both, or leave it away")
+        raise UserError("--tflops needs --gpus N")
     if flags.baseline is not None and flags.baseline not in flags.method:
         raise unknown("baseline", flags.baseline, flags.method)
 
 
-def _say_what_is_left_out(plans: list[Plan]) -> None:
-    """A line for every order that lacks tasks of its suite: averages are then over fewer tasks."""
+def _note_missing_tasks(plans: list[Plan]) -> None:
+    """Prints a note for every order without some tasks of its suite: averages are then over fewer tasks."""
     for planned in {planned.order: planned for planned in plans}.values():
-        lacking = [name for name in suites.order(planned.suite, "alphabet") if name not in planned.order]
-        if lacking:
+        missing = [name for name in suites.order(planned.suite, "alphabet") if name not in planned.order]
+        if missing:
             print(
-                f"note: order {planned.config.order} leaves out {', '.join(lacking)}, neither learnt nor tested; "
-                f"with all tasks: {', '.join([*planned.suite.orders, *suites.ORDERS])}",
+                f"note: order {planned.config.order} leaves out {', '.join(missing)}, which are neither trained nor "
+                f"tested; orders of all tasks: {', '.join([*planned.suite.orders, *suites.ORDERS])}",
                 file=sys.stderr,
             )
 
 
-def _finished(planned: Plan) -> bool:
-    """Whether a run's folder holds all its results already. Raises UserError for one of another configuration."""
-    from cnext.runs.run_folder import RunFolder
+def is_finished(planned: Plan) -> bool:
+    """Whether a run's folder holds its results and its report. Creates nothing and takes no lock.
+
+    Raises:
+        UserError: the folder holds a run of another configuration (each difference is named), or something else.
+    """
+    from cnext.runs.run_folder import check_free
 
     folder = planned.config.folder
-    RunFolder(folder, planned.as_dict()).close()
+    check_free(folder, planned.as_dict())
     return (folder / "report.html").is_file() and aggregate.read(folder) is not None
 
 
-def _check_done(flags: Any, plans: list[Plan]) -> None:
-    """Raises UserError where the runs that are finished are of different environments, unless these may be mixed."""
+def _check_environments(flags: Flags, plans: list[Plan]) -> None:
+    """Raises UserError if finished runs were made in different environments, unless --mix-environments is given."""
     if done := aggregate.finished(planned.config.folder for planned in plans):
         fingerprint.check_alike({str(run.folder): run.fingerprint for run in done}, flags.mix_environments)
 
 
-def _write_tables(flags: Any, plans: list[Plan]) -> None:
-    """Prints the table of what is finished, and writes it in all formats into the study's folder."""
+def _write_tables(flags: Flags, plans: list[Plan]) -> None:
+    """Prints the table of the finished runs, and writes it in all formats into the study's folder."""
     from cnext.report import write_study
 
     folders = [planned.config.folder for planned in plans]
     runs = aggregate.finished(folders)
     finished = {run.method for run in runs}
     if not finished or (flags.baseline and flags.baseline not in finished):
-        print(f"no run of {flags.baseline or 'the study'} is finished: there is no table yet", file=sys.stderr)
+        print(f"no table: no run of {flags.baseline or 'the study'} is finished", file=sys.stderr)
         return
     study = aggregate.of_folders(folders, flags.baseline, flags.mix_environments)
     if note := fingerprint.older([run.fingerprint for run in runs]):
         print(note, file=sys.stderr)
     write_study(folders, flags.out, flags.baseline, flags.mix_environments)
     print(formats.markdown(study))
-    print(f"tables: {flags.out / 'study.md'}, and the same as .csv, .tex and .json")
+    print(f"tables: {flags.out / 'study.md'}, also as .csv, .tex and .json")
     print(f"report: {flags.out / 'study.html'}")
 
 
-def _do(flags: Any, to_do: list[Plan]) -> list[Failure]:
-    """Does runs here or where the launcher does them. Returns those that failed."""
+def _execute(flags: Flags, to_do: list[Plan]) -> list[Failure]:
+    """Executes runs on this machine or by a launcher. Returns the failed ones."""
     from cnext.studies import launchers, local, resources
     from cnext.training.setup import check_clip, data_folder, read_suite
 
     here = flags.launcher == "local"
     if here:
-        at_a_time, why = resources.decide(to_do, flags.jobs)
+        jobs, summary = resources.parallel_runs(to_do, flags.jobs)
     else:
-        at_a_time = len(to_do) if flags.jobs == "auto" else min(int(flags.jobs), len(to_do))
-        why = f"{len(to_do)} runs to do, by {flags.launcher}, {at_a_time} at a time"
-    print(why, file=sys.stderr)
-    if here and at_a_time == 1:
-        return local.one_after_another(to_do)
-    # The runs share these: drawn once, and what is wrong with them is one message before anything starts.
-    backbones.load(to_do[0].config.backbone).check(to_do[0].config.weights)
-    check_clip(to_do[0], to_do[0].device if here else "cpu")
-    read_suite(to_do[0], data_folder(to_do[0]))
+        jobs = len(to_do) if flags.jobs == "auto" else min(int(flags.jobs), len(to_do))
+        summary = f"{len(to_do)} runs to do, {jobs} in parallel ({flags.launcher})"
+    print(summary, file=sys.stderr)
+    if here and jobs == 1:
+        return local.run_in_sequence(to_do)
+    # Shared by all runs: generated once, and an error in them is reported once, before any run starts.
+    first = to_do[0]
+    backbones.load(first.config.backbone).check(first.config.weights)
+    check_clip(first, first.device if here else "cpu")
+    read_suite(first, data_folder(first))
     if here:
-        return local.side_by_side(to_do, at_a_time)
-    return launchers.launch(flags.launcher, to_do, launchers.options(flags.launcher_option), at_a_time)
+        return local.run_in_parallel(to_do, jobs)
+    return launchers.launch(flags.launcher, to_do, launchers.options(flags.launcher_option), jobs)
 
 
-def _study(flags: Any, plans: list[Plan]) -> int:
-    """Does the runs that are not finished, then writes the tables. Returns the exit status."""
+def _study(flags: Flags, plans: list[Plan]) -> int:
+    """Executes the runs that are not finished, then writes the tables. Returns the exit status."""
+    from cnext.runs.run_folder import RunFolder
     from cnext.studies import local
 
-    to_do = [planned for planned in plans if not _finished(planned)]
-    _check_done(flags, plans)
+    to_do = [planned for planned in plans if not is_finished(planned)]
+    _check_environments(flags, plans)
+    for planned in to_do:
+        # Before the first run starts: a folder that cannot be created, or that another process has locked, is an error.
+        RunFolder(planned.config.folder, planned.as_dict()).close()
     if len(to_do) < len(plans):
-        print(f"{len(plans) - len(to_do)} of {len(plans)} runs are finished already", file=sys.stderr)
-    failures = _do(flags, to_do) if to_do else []
+        print(f"{len(plans) - len(to_do)} of {len(plans)} runs are already finished", file=sys.stderr)
+    failures = _execute(flags, to_do) if to_do else []
     _write_tables(flags, plans)
     for failure in failures:
         print(f"\n{failure}", file=sys.stderr)
     if not failures:
         return 0
-    print(f"\n{len(failures)} of {len(plans)} runs failed; the same command does only what is missing", file=sys.stderr)
-    return max(failures, key=lambda failure: failure.status == local.OTHER).status
+    print(f"\n{len(failures)} of {len(plans)} runs failed; the same command runs only these again", file=sys.stderr)
+    return max(failures, key=lambda failure: failure.status == local.CRASH).status
 
 
-def _together(flags: Any, plans: list[Plan]) -> None:
-    """Does the runs one after another, each in all the processes that torchrun or accelerate has started."""
+def _distributed(flags: Flags, plans: list[Plan]) -> None:
+    """Executes the runs one after another, each in all processes that torchrun or accelerate started."""
     from cnext.training.runner import run
 
     if flags.launcher != "local":
-        raise UserError(f"--launcher {flags.launcher} starts runs itself; leave it or torchrun away")
+        raise UserError(f"--launcher {flags.launcher} starts its own processes; use either it or torchrun")
     with processes.joined(plans[0].device):
         for planned in plans:
             processes.check(planned.recipes)
         for planned in plans:
-            if not collectives.broadcast_object(collectives.rank() == 0 and _finished(planned)):
+            if not collectives.broadcast_object(collectives.rank() == 0 and is_finished(planned)):
                 run(planned.config)
         if collectives.rank() == 0 and len(plans) > 1:
             _write_tables(flags, plans)
 
 
-def _dry_run(flags: Any, plans: list[Plan]) -> None:
-    """Prints what the runs will take. Raises UserError for what they would be refused for."""
+def _dry_run(flags: Flags, plans: list[Plan]) -> None:
+    """Prints the plan and estimates. Raises UserError for whatever would stop the runs from starting."""
     from cnext.runs.run_folder import check_free
     from cnext.studies import dry_run, forecast, resources
 
@@ -165,19 +173,19 @@ def _dry_run(flags: Any, plans: list[Plan]) -> None:
         print("\n\n".join(forecast.text(planned, flags.gpus, teraflops) for planned in plans))
         return
     if processes.launched() > 1:
-        raise UserError("--dry-run times steps in one process; leave torchrun away, or give --gpus N for a forecast")
+        raise UserError("--dry-run times steps in one process; start it without torchrun, or estimate with --gpus N")
     for planned in plans:
         check_free(planned.config.folder, planned.as_dict())
-    _check_done(flags, plans)
+    _check_environments(flags, plans)
     if len(plans) == 1:
         print(dry_run.estimate(plans[0]).text)
     else:
-        at_a_time, why = resources.decide(plans, flags.jobs)
-        print(f"{dry_run.estimate_study(plans, at_a_time)}\n{why}")
+        jobs, summary = resources.parallel_runs(plans, flags.jobs)
+        print(f"{dry_run.estimate_study(plans, jobs)}\n{summary}")
 
 
-def main(flags: Any) -> int:
-    """Runs what flags as of `flags.parse` ask for. What can be checked is checked before the first run starts."""
+def main(flags: Flags) -> int:
+    """Executes what the flags of `flags.parse` ask for, after all checks. Returns the exit status."""
     for flag in ("method", "order", "seeds"):
         if getattr(flags, flag) == []:
             raise UserError(f"--{flag} needs at least one value")
@@ -185,12 +193,12 @@ def main(flags: Any) -> int:
     elsewhere = forecasting or (flags.launcher != "local" and not flags.dry_run)
     plans = [plan(config, elsewhere, forecasting) for config in configs(flags)]
     _check(flags, plans)
-    _say_what_is_left_out(plans)
+    _note_missing_tasks(plans)
     if flags.dry_run:
         _dry_run(flags, plans)
         return 0
     if processes.launched() > 1:
-        _together(flags, plans)
+        _distributed(flags, plans)
         return 0
     if len(plans) > 1 or flags.launcher != "local":
         return _study(flags, plans)

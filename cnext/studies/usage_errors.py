@@ -1,4 +1,7 @@
-"""What tyro says of wrong flags in a box of several lines, as one line."""
+"""Convert tyro's boxed messages about wrong flags to a UserError of one line.
+
+tyro has no public interface to its parsing errors.
+"""
 
 from __future__ import annotations
 
@@ -12,12 +15,12 @@ from collections.abc import Iterator, Sequence
 from cnext.errors import UserError
 
 _COLOR = re.compile(r"\x1b\[[0-9;]*m")
-_ASIDES = {"Argument helptext:": "expected", "Perhaps you meant:": "perhaps you meant"}
+_SECTIONS = {"Argument helptext:": "expected", "Perhaps you meant:": "perhaps you meant"}
 
 
 @contextlib.contextmanager
 def in_one_line(hyperparameters: Sequence[str]) -> Iterator[None]:
-    """Makes an exit of tyro's for wrong flags a UserError. hyperparameters: flags to name where one is not known."""
+    """Inside, tyro's exit for wrong flags raises UserError, which lists ``hyperparameters`` if a flag is unknown."""
     shown = io.StringIO()
     try:
         with contextlib.redirect_stderr(shown):
@@ -30,11 +33,13 @@ def in_one_line(hyperparameters: Sequence[str]) -> Iterator[None]:
 
 
 def line(box: str, hyperparameters: Sequence[str] = ()) -> str:
-    """A box's mistake, and what is valid or near to it where the box says so; its frame and help are left out."""
+    """The error in a box with the expected value or a similar flag, without frame and help text."""
     rows = [row.strip("│| ") for row in _COLOR.sub("", box).splitlines()[1:-1]]
     parts = [list(part) for is_rule, part in itertools.groupby(rows, lambda row: not row.strip("─-")) if not is_rule]
-    said = [" ".join(parts[0]).removeprefix("Error parsing ").removesuffix(".")]
-    said += [f"{_ASIDES[part[0]]} {part[1]}" for part in parts[1:] if part[0] in _ASIDES]
-    if said[0].startswith("Unrecognized options"):
-        said.append(f"hyperparameters here: {', '.join(hyperparameters) or 'none'}; other flags: cnext-run --help")
-    return "; ".join(said)
+    message = [" ".join(parts[0]).removeprefix("Error parsing ").removesuffix(".")]
+    message += [f"{_SECTIONS[part[0]]} {part[1]}" for part in parts[1:] if part[0] in _SECTIONS]
+    if message[0].startswith("Unrecognized options"):
+        message.append(
+            f"hyperparameters of these methods: {', '.join(hyperparameters) or 'none'}; other flags: cnext-run --help"
+        )
+    return "; ".join(message)

@@ -1,4 +1,4 @@
-"""One run as a process of its own: what a launcher starts, wherever that is."""
+"""Entry point of the process that a launcher starts for one run."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from cnext.studies import local
 
 
 def main(path: str) -> int:
-    """Does the run whose options a file has, and says on standard output how it goes on. Returns the exit status."""
-    # The interrupt key is the study's to obey: it tells this process to stop.
+    """Executes the run whose options are in a file. Returns the exit status."""
+    # The study handles SIGINT, and stops this process by SIGTERM.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     faulthandler.enable()
-    return local.perform(command_line.read(path), lambda event: None)
+    return local.run_logged(command_line.read(path), lambda event: None)

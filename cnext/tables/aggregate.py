@@ -1,6 +1,6 @@
-"""The tables of a study, from its run folders alone: means over seeds and orders, and differences paired by seed.
+"""Means over seeds and orders and differences paired by seed, from run folders alone.
 
-Standard library only. ``table_formats`` writes what ``tabulate`` returns.
+Needs neither torch nor numpy. `formats` writes the tables as Markdown, CSV, LaTeX or JSON.
 """
 
 from __future__ import annotations
@@ -16,30 +16,141 @@ from math import fsum
 from pathlib import Path
 from typing import Any
 
+from msgspec import UNSET, UnsetType
+from msgspec.structs import asdict
+from msgspec.structs import replace as changed
+
 from cnext.errors import UserError, unknown
+from cnext.records import Finite, Record
 from cnext.runs import fingerprint, schemas
+from cnext.runs.schemas import Percent
 
 METRICS = {"avg_acc": "Avg.ACC", "forgetting": "Forgetting", "new_acc": "New.ACC"}
-SETTING = ("suite", "backbone", "split", "budget", "recipe")
-"""What the runs of one table must have in common."""
 BASELINE = "lora"
 RESAMPLES = 10_000
-FINISHED = {
-    **dict.fromkeys(("method", "order"), str),
-    "seed": int,
-    "tasks": [str],
-    "hyperparameters": dict,
-    "metrics": dict.fromkeys(METRICS, schemas.SCORE),
-    "cost": {"optimizer_steps": float},
-    "fingerprint?": (dict, None),
-}
-"""What a table needs of a finished run's results.json."""
 LEAST_PAIRS = 3
-"""With fewer pairs there is no interval: a bootstrap of two values is no more than those two."""
+"""With fewer pairs there is no bootstrap interval."""
+
+
+class Summary(Record):
+    """A mean over n values. sd: sample standard deviation (n - 1).  low, high: a range or an interval, if there is one."""
+
+    n: int
+    mean: float | None
+    sd: float | None
+    low: float | UnsetType | None = UNSET
+    high: float | UnsetType | None = UNSET
+
+    @property
+    def ends(self) -> tuple[float, float] | None:
+        """low and high, where known."""
+        known = isinstance(self.low, float | int) and isinstance(self.high, float | int)
+        return (self.low, self.high) if known else None
+
+
+class SeedsRow(Record):
+    """A method on one order, over seeds."""
+
+    method: str
+    order: str
+    seeds: list[int]
+    n: int
+    avg_acc: Summary
+    forgetting: Summary
+    new_acc: Summary
+
+
+class OrdersRow(Record):
+    """A method over orders and seeds. low, high: the range of the orders' means."""
+
+    method: str
+    orders: list[str]
+    n: int
+    avg_acc: Summary
+    forgetting: Summary
+    new_acc: Summary
+
+
+class DifferenceRow(Record):
+    """A method minus the baseline, over pairs of the same order and seed. low, high: 95% bootstrap interval."""
+
+    method: str
+    n: int
+    avg_acc: Summary
+    forgetting: Summary
+    new_acc: Summary
+
+
+class RunRow(Record):
+    """The metrics of one run."""
+
+    method: str
+    order: str
+    seed: int
+    avg_acc: float | None
+    forgetting: float | None
+    new_acc: float | None
+
+
+class StudyTables(Record):
+    """All tables of a study. orders: of methods with several orders.  missing: names of unfinished runs."""
+
+    setting: dict[str, Any]
+    baseline: str
+    rows: list[SeedsRow]
+    orders: list[OrdersRow]
+    differences: list[DifferenceRow]
+    runs: list[RunRow]
+    missing: list[str]
+    notes: list[str] | UnsetType = UNSET
+
+
+class MainMetrics(Record):
+    """The metrics of tables, in percent; None where a method has none."""
+
+    avg_acc: Percent | None
+    forgetting: Percent | None
+    new_acc: Percent | None
+
+
+class Steps(Record):
+    optimizer_steps: Finite
+
+
+class Progress(Record):
+    """What results.json must have, finished or not."""
+
+    finished: bool
+
+
+class FinishedResults(Record, kw_only=True):
+    """What a table needs of a finished run's results.json."""
+
+    method: str
+    order: str
+    seed: int
+    tasks: list[str]
+    hyperparameters: dict[str, Any]
+    metrics: MainMetrics
+    cost: Steps
+    fingerprint: dict[str, Any] | None = None
+
+
+class Setting(Record):
+    """What the runs of one table must have in common, in config.json."""
+
+    suite: str
+    backbone: str
+    split: str
+    budget: str
+    recipe: dict[str, Any]
+
+
+SETTING = Setting.__struct_fields__
 
 
 @dataclass(frozen=True)
-class Run:
+class FinishedRun:
     """A finished run, as far as a table needs it. values: by metric, None where the method has none. fingerprint: of
     the environment, None where the run is older than fingerprints."""
 
@@ -73,29 +184,27 @@ def find(paths: Iterable[Path]) -> list[Path]:
     return list(found.values())
 
 
-def read(folder: Path) -> Run | None:
+def read(folder: Path) -> FinishedRun | None:
     """The run of a folder; None where it is not finished. Raises UserError where its files are damaged."""
     file = folder / "results.json"
-    if not file.is_file() or not schemas.read(file, {"finished": bool})["finished"]:
+    if not file.is_file() or not schemas.read(file, Progress).finished:
         return None
-    results = schemas.read(file, FINISHED)
-    config = schemas.read(folder / "config.json", dict.fromkeys(SETTING, str) | {"recipe": dict})
-    values = {key: results["metrics"][key] for key in METRICS}
-    if not results["cost"]["optimizer_steps"]:
+    results = schemas.read(file, FinishedResults)
+    setting = asdict(schemas.read(folder / "config.json", Setting))
+    values = asdict(results.metrics)
+    if not results.cost.optimizer_steps:
         # Nothing was learnt, so nothing can be new or forgotten.
         values |= {"forgetting": None, "new_acc": None}
-    named = {key: results[key] for key in ("method", "order", "seed", "hyperparameters")}
-    setting = {key: config[key] for key in SETTING}
-    here = results.get("fingerprint")
-    return Run(folder, **named, tasks=tuple(results["tasks"]), setting=setting, values=values, fingerprint=here)
+    given = (results.method, results.order, tuple(results.tasks), results.seed, results.hyperparameters)
+    return FinishedRun(folder, *given, setting, values, results.fingerprint)
 
 
-def finished(folders: Iterable[Path]) -> list[Run]:
+def finished(folders: Iterable[Path]) -> list[FinishedRun]:
     """The finished runs of these folders."""
     return [run for run in map(read, folders) if run]
 
 
-def of_folders(folders: Iterable[Path], baseline: str | None = None, mix: bool = False) -> dict[str, Any]:
+def of_folders(folders: Iterable[Path], baseline: str | None = None, mix: bool = False) -> StudyTables:
     """``tabulate`` of the finished runs in these folders; the others are named."""
     found = {folder: read(folder) for folder in folders}
     missing = [str(folder) for folder, run in found.items() if run is None]
@@ -119,7 +228,7 @@ def _differences(one: Any, other: Any, path: str) -> list[str]:
     return [] if one == other else [f"{path}: {json.dumps(one)} and {json.dumps(other)}"]
 
 
-def _labelled(runs: Sequence[Run]) -> list[Run]:
+def _labelled(runs: Sequence[FinishedRun]) -> list[FinishedRun]:
     """The runs with the hyperparameters in which those of one method differ added to its name."""
     labelled = []
     for run in runs:
@@ -131,14 +240,12 @@ def _labelled(runs: Sequence[Run]) -> list[Run]:
 
 
 def tabulate(
-    runs: Sequence[Run], baseline: str | None = None, missing: Sequence[str] = (), mix: bool = False
-) -> dict[str, Any]:
-    """Everything that the tables of a study show.
+    runs: Sequence[FinishedRun], baseline: str | None = None, missing: Sequence[str] = (), mix: bool = False
+) -> StudyTables:
+    """The tables of a study.
 
     Args: baseline: the method to compare with (None: lora where it is there, else the first).  missing: names of runs
     that are not finished, for the notes.  mix: whether runs of different environments are averaged.
-    Returns: ``rows`` (per method and order), ``orders`` (over the orders, of methods that have several),
-        ``differences`` (to the baseline), ``runs``.
     Raises: UserError for no runs, runs that are not comparable or of different environments, a run twice, or an
         unknown baseline.
     """
@@ -147,81 +254,80 @@ def tabulate(
     check_comparable({str(run.folder): run.setting for run in runs})
     notes = fingerprint.check_alike({str(run.folder): run.fingerprint for run in runs}, mix)
     runs = _labelled(runs)
-    once: dict[Any, Run] = {}
+    once: dict[Any, FinishedRun] = {}
     for run in runs:
         other = once.setdefault((run.method, run.tasks, run.seed), run)
         if other is not run:
             raise UserError(f"{other.folder} and {run.folder} are the same run; name one of them")
     # An order has one name in the table, however it was asked for.
     names: dict[tuple[str, ...], str] = {}
-    cells: dict[str, dict[str, dict[int, Run]]] = {}
+    cells: dict[str, dict[str, dict[int, FinishedRun]]] = {}
     for run in runs:
         cells.setdefault(run.method, {}).setdefault(names.setdefault(run.tasks, run.order), {})[run.seed] = run
     base = baseline or (BASELINE if BASELINE in cells else next(iter(cells)))
     if base not in cells:
         raise unknown("baseline", base, list(cells))
     setting = runs[0].setting
-    return {
-        "setting": {key: setting[key] for key in SETTING if key != "recipe"} | {"profile": "strict"},
-        "baseline": base,
-        "rows": [
-            {"method": method, "order": order, "seeds": sorted(seeds), **_over(seeds.values())}
+    return StudyTables(
+        setting={key: setting[key] for key in SETTING if key != "recipe"} | {"profile": "strict"},
+        baseline=base,
+        rows=[
+            SeedsRow(method=method, order=order, seeds=sorted(seeds), n=len(seeds), **_means(list(seeds.values())))
             for method, orders in cells.items()
             for order, seeds in orders.items()
         ],
-        "orders": [_over_orders(method, orders) for method, orders in cells.items() if len(orders) > 1],
-        "differences": [_paired(method, cells[method], cells[base]) for method in cells if method != base],
-        "runs": [{"method": r.method, "order": names[r.tasks], "seed": r.seed, **r.values} for r in runs],
-        "missing": list(missing),
-        **({"notes": notes} if notes else {}),
-    }
+        orders=[_over_orders(method, orders) for method, orders in cells.items() if len(orders) > 1],
+        differences=[_paired(method, cells[method], cells[base]) for method in cells if method != base],
+        runs=[RunRow(r.method, names[r.tasks], r.seed, **r.values) for r in runs],
+        missing=list(missing),
+        notes=notes or UNSET,
+    )
 
 
-def summary(values: Sequence[float]) -> dict[str, Any]:
+def summary(values: Sequence[float]) -> Summary:
     """n, mean and sample standard deviation (n - 1); None where undefined."""
-    return {
-        "n": len(values),
-        "mean": fsum(values) / len(values) if values else None,
-        "sd": statistics.stdev(values) if len(values) > 1 else None,
-    }
+    mean = fsum(values) / len(values) if values else None
+    return Summary(len(values), mean, statistics.stdev(values) if len(values) > 1 else None)
 
 
-def _known(runs: Iterable[Run], metric: str) -> list[float]:
+def summary_with_range(values: Sequence[float], of: Sequence[float]) -> Summary:
+    """n and mean of values, with the least and the greatest of others in place of the deviation."""
+    return changed(summary(values), sd=None, low=min(of, default=None), high=max(of, default=None))
+
+
+def _known(runs: Iterable[FinishedRun], metric: str) -> list[float]:
     return [value for run in runs if (value := run.values[metric]) is not None]
 
 
-def _over(runs: Iterable[Run]) -> dict[str, Any]:
-    runs = list(runs)
-    return {"n": len(runs), **{metric: summary(_known(runs, metric)) for metric in METRICS}}
+def _means(runs: Sequence[FinishedRun]) -> dict[str, Summary]:
+    return {metric: summary(_known(runs, metric)) for metric in METRICS}
 
 
-def _over_orders(method: str, orders: dict[str, dict[int, Run]]) -> dict[str, Any]:
-    """The mean over all runs of a method, and the range (low, high) of its orders' means."""
+def _over_orders(method: str, orders: dict[str, dict[int, FinishedRun]]) -> OrdersRow:
     every = [run for seeds in orders.values() for run in seeds.values()]
-    row = {"method": method, "orders": list(orders), "n": len(every)}
+    found = {}
     for metric in METRICS:
-        each = [found for seeds in orders.values() if (found := _known(seeds.values(), metric))]
-        means = [summary(found)["mean"] for found in each]
-        spread = {"sd": None, "low": min(means, default=None), "high": max(means, default=None)}
-        row[metric] = summary(_known(every, metric)) | spread
-    return row
+        means = [summary(of).mean for seeds in orders.values() if (of := _known(seeds.values(), metric))]
+        found[metric] = summary_with_range(_known(every, metric), [mean for mean in means if mean is not None])
+    return OrdersRow(method=method, orders=list(orders), n=len(every), **found)
 
 
-def _paired(method: str, cells: dict[str, dict[int, Run]], base: dict[str, dict[int, Run]]) -> dict[str, Any]:
-    """Differences of the runs with the same order and seed."""
+def _paired(
+    method: str, cells: dict[str, dict[int, FinishedRun]], base: dict[str, dict[int, FinishedRun]]
+) -> DifferenceRow:
     pairs = [
         (run.values, base[order][seed].values)
         for order, seeds in cells.items()
         for seed, run in seeds.items()
         if seed in base.get(order, {})
     ]
-    row: dict[str, Any] = {"method": method, "n": len(pairs)}
+    found = {}
     for metric in METRICS:
         values = [(a[metric], b[metric]) for a, b in pairs]
         known = [here - there for here, there in values if here is not None and there is not None]
         low, high = interval(known)
-        row[metric] = {**summary(known), "low": low, "high": high}
-    return row
+        found[metric] = changed(summary(known), low=low, high=high)
+    return DifferenceRow(method=method, n=len(pairs), **found)
 
 
 @functools.cache

@@ -1,32 +1,35 @@
-"""Compares a run's scores cell by cell with the paper's or another run's, where both were come by in the same way."""
+"""Compare the scores of a run cell by cell with the paper's or another run's, if both have the same conditions."""
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from cnext import methods
 from cnext.errors import UserError
 from cnext.runs import fingerprint
 from cnext.scoring import published
-from cnext.scoring.matrix import ScoreMatrix, points
+from cnext.scoring.matrix import ScoreMatrix, points, without_repeats
 from cnext.scoring.matrix_file import ScoreRecord, from_json, read_json
 from cnext.tasks import suites
 
 CONDITIONS = ("suite", "backbone", "tasks", "split", "samples", "budget")
-"""What must be equal besides the scoring profile, by its name in results.json. Seeds and versions may differ."""
+"""Keys of results.json that must be equal, beside the scoring profile. Seeds and versions may differ."""
 
 SUITES_OWN = "the suite's"
 
 SCORES = ("score_matrix", "zero_shot", "error_matrix")
-"""What results.json holds for each profile."""
+"""Keys of results.json with one value per profile."""
 
 
 @dataclass(frozen=True)
 class Side:
-    """One side of a comparison. deviations: standard deviations of some metrics over seeds. note: for the reader.
-    digests: by stage and what was trained, in order. fingerprint: None where there is none."""
+    """One side of a comparison.
+
+    deviations: standard deviations of some metrics over seeds.  digests: by stage and what it trained, in order.
+    fingerprint: of the environment, None where it is unknown.
+    """
 
     name: str
     method: str
@@ -53,8 +56,55 @@ class Side:
         return replace(self.record, matrix=first(self.record.matrix), errors=errors).metrics()
 
 
+@dataclass(frozen=True)
+class Pair:
+    """A value of both sides. deviation: the standard deviation of ``there`` over seeds."""
+
+    here: float
+    there: float
+    deviation: float | None = None
+
+    @property
+    def difference(self) -> float:
+        return self.here - self.there
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A condition that both sides do not have in common."""
+
+    condition: str
+    here: Any
+    there: Any
+
+    def __str__(self) -> str:
+        return f"  {self.condition}: {_plain(self.here)} here, {_plain(self.there)} there"
+
+
+@dataclass(frozen=True)
+class States:
+    """The stages at which both sides have the same digest, and the first at which they differ."""
+
+    same: list[str]
+    differ_at: str | None = None
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """scores: by stage, 0 being zero-shot, and task.  environments: lines of fingerprint fields that differ."""
+
+    here: Side
+    there: Side
+    unlike: list[Difference]
+    stages: int
+    scores: list[dict[str, Pair | None]]
+    metrics: dict[str, Pair | None]
+    states: States | None
+    environments: list[str]
+
+
 def of_run(path: Path, profile: str | None = None) -> Side:
-    """A run folder or its results.json under a scoring profile; under its main one where it has no such profile.
+    """A run folder or its results.json under a scoring profile, or under its main one if it has no such profile.
 
     Raises:
         UserError: there are no results of a run; says where and what.
@@ -73,7 +123,7 @@ def of_run(path: Path, profile: str | None = None) -> Side:
         results = {key: value for key, value in results.items() if key not in SCORES} | section
     else:
         profile = results["profile"]
-    # The released evaluators take a cosine as it is.
+    # The released evaluators keep negative cosines.
     record = from_json(results, str(file), least=-100.0 if profile == "paper" else 0.0)
     conditions = {
         "profile": profile,
@@ -92,7 +142,7 @@ def of_run(path: Path, profile: str | None = None) -> Side:
 
 
 def _scored_by(folder: Path, suite: Any) -> dict[str, str]:
-    """The CLIP that scored a run's pictures, of which config.json alone tells; nothing where it is not there.
+    """The CLIP that scored a run's images, from config.json; {} without that file.
 
     A file named as the model that the suite has is that model: ViT-B-32.pt is openai/ViT-B-32.
     """
@@ -113,9 +163,8 @@ def _digests(rows: Any, where: str) -> dict[tuple[int, str], str]:
         raise UserError(f"{where}, digests: expected rows with stage, trained and sha256, got {error!r}") from error
 
 
-def _states(here: Side, there: Side) -> dict[str, Any] | None:
-    """Up to which stage both sides have learnt the same to the bit, and at which they part; None where a side has no
-    digests."""
+def _states(here: Side, there: Side) -> States | None:
+    """Which stages are bit-identical; None where a side has no digests."""
     if not here.digests or not there.digests:
         return None
     same: list[str] = []
@@ -124,14 +173,13 @@ def _states(here: Side, there: Side) -> dict[str, Any] | None:
         if found is None:
             break
         if found != digest:
-            return {"same": same, "part_at": f"{stage} {trained}"}
+            return States(same, f"{stage} {trained}")
         same.append(f"{stage} {trained}")
-    return {"same": same, "part_at": None}
+    return States(same)
 
 
 def of_paper(method: str) -> Side:
-    """What the Continual-NExT paper printed for a method. Raises UserError with the methods that it has."""
-    method = methods.canonical(method)
+    """The published results of a method in the Continual-NExT paper. Raises UserError with the methods that it has."""
     paper = published.continual_next()
     conditions = {**paper["conditions"], "clip": SUITES_OWN}
     tasks = conditions["tasks"]
@@ -140,23 +188,23 @@ def of_paper(method: str) -> Side:
     record = ScoreRecord(tasks, matrix, zero_shot, writes=[paper["writes"][task] for task in tasks])
     entry = paper["methods"][method]
     name = f"{entry['title']} of the paper (tables {', '.join(map(str, entry['tables']))})"
-    note = f"error types are not compared: in the paper {paper['judge']} tells them apart, here rules do"
+    note = f"error types are not compared: in the paper they are classified by {paper['judge']}, here by rules"
     return Side(name, method, conditions, record, entry.get("deviations", {}), note)
 
 
-def compare(here: Side, there: Side, anyway: bool = False) -> dict[str, Any]:
-    """Scores and metrics of both sides and their differences, here less there, up to the last stage of both.
+def compare(here: Side, there: Side, anyway: bool = False) -> Comparison:
+    """Scores and metrics of both sides and their differences, here minus there, up to the last stage of both.
 
     Raises:
         UserError: the conditions differ, unless ``anyway``; or no score was evaluated on both sides.
     """
     unlike = [
-        {"condition": key, "here": value, "there": there.conditions[key]}
+        Difference(key, value, there.conditions[key])
         for key, value in here.conditions.items()
         if key in there.conditions and value != there.conditions[key]
     ]
     if unlike and not anyway:
-        listed = "\n".join(_unlike(unlike))
+        listed = "\n".join(map(str, unlike))
         raise UserError(f"{here.name} and {there.name} are not comparable:\n{listed}\n--anyway compares all the same")
     stages = min(here.record.matrix.stages_done, there.record.matrix.stages_done)
     tasks = [task for task in here.record.tasks if task in there.record.tasks]
@@ -167,29 +215,15 @@ def compare(here: Side, there: Side, anyway: bool = False) -> dict[str, Any]:
     if not any(pair for row in scores for pair in row.values()):
         raise UserError(f"{here.name} and {there.name} have no task and stage in common; there is nothing to compare")
     theirs = there.metrics(stages)
-    metrics = {name: _pair(value, theirs[name]) for name, value in here.metrics(stages).items()}
-    for name, deviation in there.deviations.items():
-        if found := metrics[name]:
-            found["deviation_there"] = deviation
-    return {
-        "here": here.name,
-        "there": there.name,
-        "not_comparable": unlike,
-        "stages": stages,
-        "scores": scores,
-        "metrics": metrics,
-        "note": there.note,
-        "states": _states(here, there),
-        "environments": fingerprint.differences(here.fingerprint, there.fingerprint),
+    metrics = {
+        name: _pair(value, theirs[name], there.deviations.get(name)) for name, value in here.metrics(stages).items()
     }
+    environments = fingerprint.differences(here.fingerprint, there.fingerprint)
+    return Comparison(here, there, unlike, stages, scores, metrics, _states(here, there), environments)
 
 
-def _pair(here: float | None, there: float | None) -> dict[str, float] | None:
-    return None if here is None or there is None else {"here": here, "there": there, "difference": here - there}
-
-
-def _unlike(unlike: list[dict[str, Any]]) -> list[str]:
-    return [f"  {row['condition']}: {_plain(row['here'])} here, {_plain(row['there'])} there" for row in unlike]
+def _pair(here: float | None, there: float | None, deviation: float | None = None) -> Pair | None:
+    return None if here is None or there is None else Pair(here, there, deviation)
 
 
 def _plain(value: Any) -> str:
@@ -198,36 +232,60 @@ def _plain(value: Any) -> str:
     return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
-def text(comparison: dict[str, Any]) -> str:
+def as_json(comparison: Comparison) -> str:
+    """A comparison as JSON, with every metric of both sides."""
+
+    def pair(of: Pair | None) -> dict[str, float] | None:
+        if of is None:
+            return None
+        spread = {} if of.deviation is None else {"deviation_there": of.deviation}
+        return {"here": of.here, "there": of.there, "difference": of.difference, **spread}
+
+    states = comparison.states
+    value = {
+        "here": comparison.here.name,
+        "there": comparison.there.name,
+        "not_comparable": [vars(difference) for difference in comparison.unlike],
+        "stages": comparison.stages,
+        "scores": [{task: pair(of) for task, of in row.items()} for row in comparison.scores],
+        "metrics": {name: pair(of) for name, of in comparison.metrics.items()},
+        "note": comparison.there.note,
+        "states": states and {"same": states.same, "part_at": states.differ_at},
+        "environments": comparison.environments,
+    }
+    return json.dumps(value, indent=2)
+
+
+def text(comparison: Comparison) -> str:
     """A comparison as two tables: every score with its difference, then every metric that both sides have."""
-    scores, metrics = comparison["scores"], comparison["metrics"]
-    lines = [f"here:  {comparison['here']}", f"there: {comparison['there']}"]
-    if comparison["not_comparable"]:
-        lines += ["NOT COMPARABLE:", *_unlike(comparison["not_comparable"])]
-    lines += ["", "score here, and how far it is above there, in percent"]
+    scores, metrics = comparison.scores, comparison.metrics
+    lines = [f"here:  {comparison.here.name}", f"there: {comparison.there.name}"]
+    if comparison.unlike:
+        lines += ["NOT COMPARABLE:", *map(str, comparison.unlike)]
+    lines += ["", "score here, and its difference to there (here minus there), in percent"]
     lines.append(f"{'after stage':<12}" + "".join(f"{task:>16}" for task in scores[0]))
     for stage, row in enumerate(scores):
         if any(row.values()):
-            cells = (f"{points(p['here'])} {points(p['difference'], '+'):>6}" if p else "-" for p in row.values())
+            cells = (f"{points(p.here)} {points(p.difference, '+'):>6}" if p else "-" for p in row.values())
             lines.append(f"{stage or 'zero-shot':<12}" + "".join(f"{cell:>16}" for cell in cells))
     width = max(map(len, metrics)) + 2
     lines += ["", f"{'metric':<{width}}{'here':>8}{'there':>8}{'difference':>12}"]
-    for name, pair in metrics.items():
-        if pair:
-            here, there = points(pair["here"]), points(pair["there"])
-            spread = f"  there ± {points(pair['deviation_there'])} over seeds" if "deviation_there" in pair else ""
-            lines.append(f"{name:<{width}}{here:>8}{there:>8}{points(pair['difference'], '+'):>12}{spread}")
-    lines += [comparison["note"]] if comparison["note"] else []
+    sides = [{name: pair and getattr(pair, side) for name, pair in metrics.items()} for side in ("here", "there")]
+    for name in without_repeats(metrics, *sides):
+        if pair := metrics[name]:
+            here, there = points(pair.here), points(pair.there)
+            spread = "" if pair.deviation is None else f"  there ± {points(pair.deviation)} over seeds"
+            lines.append(f"{name:<{width}}{here:>8}{there:>8}{points(pair.difference, '+'):>12}{spread}")
+    lines += [comparison.there.note] if comparison.there.note else []
     return "\n".join([*lines, *_states_text(comparison)])
 
 
-def _states_text(comparison: dict[str, Any]) -> list[str]:
-    states = comparison["states"]
+def _states_text(comparison: Comparison) -> list[str]:
+    states = comparison.states
     if states is None:
         return []
-    same = states["same"]
-    lines = ["", f"states: the same to the bit up to stage {same[-1]}" if same else "states: not one is the same"]
-    if states["part_at"] is not None:
-        lines[-1] += f"; they part at stage {states['part_at']}"
-        lines += [f"  environments differ in {line}" for line in comparison["environments"]]
+    lines = ["", f"states: bit-identical up to stage {states.same[-1]}" if states.same else "states: none is identical"]
+    if states.differ_at is not None:
+        lines[-1] += f"; different from stage {states.differ_at} on"
+        lines += [f"  environments differ in {line}" for line in comparison.environments]
     return lines

@@ -1,4 +1,4 @@
-"""What ``tables.tabulate`` returns as Markdown, CSV, LaTeX or JSON. Standard library only."""
+"""Write tables as Markdown, CSV, LaTeX or JSON. Needs neither torch nor numpy."""
 
 from __future__ import annotations
 
@@ -8,9 +8,19 @@ import json
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
 
-from cnext.tables.aggregate import LEAST_PAIRS, METRICS, RESAMPLES
+from msgspec import UNSET, to_builtins
+
+from cnext.tables.aggregate import (
+    LEAST_PAIRS,
+    METRICS,
+    RESAMPLES,
+    DifferenceRow,
+    OrdersRow,
+    SeedsRow,
+    StudyTables,
+    Summary,
+)
 
 NOTHING, MINUS = "\N{EN DASH}", "\N{MINUS SIGN}"
 LATEX = {
@@ -30,7 +40,7 @@ LATEX = {
 
 @dataclass(frozen=True)
 class Table:
-    """A caption, a head and rows of cells; the first ``words`` columns are words, the others figures."""
+    """A caption, a head and rows of cells; the first ``words`` columns are text, the others numbers."""
 
     caption: str
     head: list[str]
@@ -39,7 +49,7 @@ class Table:
 
 
 def mark(text: str) -> str:
-    """Plain text as one line of Markdown in which nothing is markup."""
+    """Plain text escaped as one line of Markdown."""
     return re.sub(r"([\\`*_\[\]<>|#~$&!])", r"\\\1", " ".join(text.split()))
 
 
@@ -50,55 +60,55 @@ def _figure(value: float | None, sign: str = "", decimals: int = 2) -> str:
     return f"{rounded:{sign if rounded else ''}.{decimals}f}".replace("-", MINUS)
 
 
-def cell(found: dict[str, Any], sign: str = "", decimals: int = 2) -> str:
-    """Mean, ± deviation, [low, high]: what there is of them."""
-    text = _figure(found["mean"], sign, decimals)
-    if found.get("sd") is not None:
-        text += f" ± {_figure(found['sd'], decimals=decimals)}"
-    if found.get("low") is not None:
-        text += f" [{_figure(found['low'], sign, decimals)}, {_figure(found['high'], sign, decimals)}]"
+def cell(found: Summary, sign: str = "", decimals: int = 2) -> str:
+    """mean ± sd [low, high], as far as known."""
+    text = _figure(found.mean, sign, decimals)
+    if found.sd is not None:
+        text += f" ± {_figure(found.sd, decimals=decimals)}"
+    if found.ends is not None:
+        low, high = (_figure(end, sign, decimals) for end in found.ends)
+        text += f" [{low}, {high}]"
     return text
 
 
-def _cells(row: dict[str, Any], sign: str = "") -> list[str]:
-    return [cell(row[metric], sign) for metric in METRICS]
+def _cells(row: SeedsRow | OrdersRow | DifferenceRow, sign: str = "") -> list[str]:
+    return [cell(getattr(row, metric), sign) for metric in METRICS]
 
 
-def blocks(study: dict[str, Any]) -> Iterator[Table]:
+def blocks(study: StudyTables) -> Iterator[Table]:
     """The tables of a study."""
-    setting = study["setting"]
+    setting = study.setting
     where = f"Suite {setting['suite']}, backbone {setting['backbone']}, budget {setting['budget']}"
     caption = f"{where}, {setting['split']} items, {setting['profile']} scores in percent. "
     caption += "Mean ± sample standard deviation of n runs."
-    if study["missing"]:
+    if study.missing:
         caption += f" Not finished and left out: {', '.join(study['missing'])}."
-    caption += "".join(f" {note}" for note in study.get("notes", ()))
-    rows = [[row["method"], row["order"], str(row["n"]), *_cells(row)] for row in study["rows"]]
+    caption += "".join(f" {note}" for note in study.notes or ())
+    rows = [[row.method, row.order, str(row.n), *_cells(row)] for row in study.rows]
     yield Table(caption, ["method", "order", "n", *METRICS.values()], rows, words=2)
-    if study["orders"]:
-        caption = "Over the orders: mean of all runs, [least, greatest] of the orders' means."
-        rows = [[row["method"], str(len(row["orders"])), str(row["n"]), *_cells(row)] for row in study["orders"]]
+    if study.orders:
+        caption = "Over the orders: mean of all runs, [minimum, maximum] of the orders' means."
+        rows = [[row.method, str(len(row.orders)), str(row.n), *_cells(row)] for row in study.orders]
         yield Table(caption, ["method", "orders", "n", *METRICS.values()], rows)
-    if study["differences"]:
-        rows = [[row["method"], str(row["n"]), *_cells(row, "+")] for row in study["differences"]]
+    if study.differences:
+        rows = [[row.method, str(row.n), *_cells(row, "+")] for row in study.differences]
         yield Table(_difference_caption(study), ["method", "pairs", *METRICS.values()], rows)
 
 
-def _difference_caption(study: dict[str, Any]) -> str:
-    caption = f"Difference to {study['baseline']}, paired by order and seed: mean ± sample standard deviation of pairs"
-    pairs = [row["n"] for row in study["differences"]]
+def _difference_caption(study: StudyTables) -> str:
+    caption = f"Difference to {study.baseline}, paired by order and seed: mean ± sample standard deviation of pairs"
+    pairs = [row.n for row in study.differences]
     if max(pairs) >= LEAST_PAIRS:
         caption += (
             f" [95% interval: percentile bootstrap over the pairs, {RESAMPLES:,} resamples]. "
-            "From few pairs it is coarse and rather too narrow: from three, as of three seeds, "
-            "it is no more than their range"
+            "With few pairs it is coarse and too narrow: with three, as of three seeds, it is their range"
         )
     if min(pairs) < LEAST_PAIRS:
         caption += f". No interval with fewer than {LEAST_PAIRS} pairs"
     return caption + "."
 
 
-def markdown(study: dict[str, Any]) -> str:
+def markdown(study: StudyTables) -> str:
     """The study's tables as Markdown."""
     return as_markdown(blocks(study))
 
@@ -118,7 +128,7 @@ def as_markdown(tables: Iterable[Table]) -> str:
     return "\n".join(parts)
 
 
-def latex(study: dict[str, Any]) -> str:
+def latex(study: StudyTables) -> str:
     """The study's tables as LaTeX."""
     return as_latex(blocks(study))
 
@@ -136,22 +146,22 @@ def as_latex(tables: Iterable[Table]) -> str:
     return "\n".join(parts)
 
 
-def comma_separated(study: dict[str, Any]) -> str:
+def comma_separated(study: StudyTables) -> str:
     """A line per table, method, order and metric. low, high: of the orders' means, or of the 95% interval."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     figures = ["n", "mean", "sd", "low", "high"]
     writer.writerow(["table", "method", "order", "metric", *figures])
     for table in ("rows", "orders", "differences"):
-        for row in study[table]:
+        for row in getattr(study, table):
             for metric in METRICS:
-                values = [row[metric].get(figure) for figure in figures]
-                writer.writerow([table, row["method"], row.get("order", ""), metric, *values])
+                values = [None if (v := getattr(getattr(row, metric), figure)) is UNSET else v for figure in figures]
+                writer.writerow([table, row.method, getattr(row, "order", ""), metric, *values])
     return text.getvalue()
 
 
-def as_json(study: dict[str, Any]) -> str:
-    return json.dumps(study, indent=2, allow_nan=False) + "\n"
+def as_json(study: StudyTables) -> str:
+    return json.dumps(to_builtins(study), indent=2, allow_nan=False) + "\n"
 
 
 FORMATS = {"markdown": markdown, "csv": comma_separated, "latex": latex, "json": as_json}

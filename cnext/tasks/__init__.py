@@ -1,4 +1,5 @@
-"""Tasks: manifests, readers of their file formats, orders, and the synthetic suite.
+"""Tasks: suites and their manifests, readers of file formats, checks of data files, and the synthetic suite.
 
-How an answer is scored is in `scoring`; how samples become batches is in `training`.
+Here is what a task consists of and how its samples are read; not how they are encoded, which is ``cnext.backbones``,
+nor how answers are scored, which is ``cnext.scoring``.
 """

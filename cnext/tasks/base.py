@@ -1,4 +1,4 @@
-"""Base types of tasks: a Sample, a Task (what it reads and writes), and a Suite of tasks in an order."""
+"""Data classes of tasks: Sample, Task, Recipe and Suite."""
 
 from __future__ import annotations
 
@@ -6,9 +6,12 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from msgspec import Meta
 
 from cnext.errors import UserError, unknown
+from cnext.records import Count, Fraction, NonNegativeFloat, PositiveFloat, PositiveInt
 
 IMAGE_POSITIONS = ("first", "random")
 PROMPTS = ("released", "consistent")
@@ -17,21 +20,22 @@ TRAINABLE = ("branches", "connections", "released")
 PRECISIONS = ("float32", "bfloat16")
 BY_TASK = ("batch_size", "micro_batch_size", "learning_rate", "warmup_steps")
 """Fields of a `Recipe` that may differ from task to task."""
+Beta = Annotated[float, Meta(ge=0, lt=1)]
 _DRAW = re.compile(r"\A\s*please generate the image\s*[:.]\s*", re.IGNORECASE)
 
 
 def caption_of(instruction: str) -> str:
-    """The caption alone: the instruction without a leading "Please generate the image:" (or with a period)."""
+    """The instruction without a leading "Please generate the image:" (or with a period): the caption."""
     return _DRAW.sub("", instruction)
 
 
 class DataError(UserError):
-    """Malformed data; the message names every offending file, line and reason."""
+    """Malformed data files; the message names every file, line and reason."""
 
 
 @dataclass(frozen=True)
 class Turn:
-    """One exchange of a conversation: an instruction and the answer expected to it ("" where an image is asked)."""
+    """One turn of a conversation: an instruction and its reference answer, "" where an image is expected."""
 
     instruction: str
     answer: str = ""
@@ -39,15 +43,15 @@ class Turn:
 
 @dataclass(frozen=True)
 class Sample:
-    """One training or test item, as read from a file.
+    """One training or test item.
 
-    image: the image that is read, or None.  target_image: the image that should be written, or None.
-    size: width and height in pixels of the original image, where boxes are given relative to it.
+    image: path of the image that is read, or None.  target_image: of the image to write, or None.
+    size: width and height of the original image in pixels, for boxes.
     origin: "file:line" (JSONL) or "file#index" (JSON), for error messages.
-    image_first: whether the image that is read stands before the first instruction, or after it.
-    tiled: whether a backbone that cuts images into tiles may cut it; as released, not where an image is written.
-    prompt: what the model is asked in a test, where that is not the first instruction as it is scored; "" elsewhere.
-    references: all accepted answers to the first instruction, where there are several.
+    image_first: whether the image that is read comes before the first instruction, or after it.
+    tiled: whether a backbone that splits images into tiles may split it; as released, not where an image is written.
+    prompt: the instruction in tests, if it differs from the first turn's, by which the answer is scored; otherwise "".
+    references: all accepted answers to the first instruction, if there are several.
     """
 
     id: str
@@ -63,7 +67,7 @@ class Sample:
 
     @property
     def images(self) -> list[Path]:
-        """The images that are read or should be written, each once."""
+        """Paths of the images to read and to write, without repetition."""
         return sorted({path for path in (self.image, self.target_image) if path is not None})
 
     @property
@@ -74,21 +78,23 @@ class Sample:
 
 @dataclass(frozen=True)
 class Task:
-    """One task: the modalities it reads and writes, where its files are, and how answers are scored.
+    """A task: the modalities it reads and writes, its files, and how its answers are scored.
 
-    format: the reader of its files, a key of ``cnext.tasks.formats.READERS``.
-    scorer: a name that ``cnext.scoring.make_scorers`` gives.
+    reads, writes: "text", "image" or both.
+    format: name of a reader in ``cnext.tasks.readers.READERS``.
+    scorer: name of a scorer in ``cnext.scoring.make_scorers()``.
     train, test, validation: paths or glob patterns relative to the data folder.
     train_images, test_images: image folders relative to the data folder, or absolute.
-    references: a file with several captions per test item, as COCO writes them; item k is its image_id k, from 1.
+    max_new_tokens: most text tokens of an answer.
+    references: a file with several captions per test item in COCO's format; item k has image_id k, from 1.
     image_position: "first", or "random" for before or after the first instruction of a training sample, by a hash of
-        its id; "first" in every test.
-    prompts: of tasks that write images. "released" leaves the files' wording, which differs between training and test;
-        "consistent" begins every instruction alike and leaves test_prefix out.
-    image_filter: "none"; "released" leaves training samples out as the paper's code does where pictures are edited: by
-        their images' sizes, see ``cnext.tasks.images.unfit``.
-    test_prefix: what the released evaluation puts before the instruction of a test item.
-    train_count, test_count: rows as published, 0 where they are not.  source: where the images come from.
+        its id. Always "first" in tests.
+    prompts: of tasks that write images. "released" keeps the files' wording, which differs between training and test;
+        "consistent" begins all instructions alike and ignores test_prefix.
+    image_filter: "none", or "released" to leave out training samples by their images' sizes, as the paper's code does
+        for editing, see ``cnext.tasks.images.unfit``.
+    test_prefix: what the released evaluation prepends to the instruction of a test item.
+    train_count, test_count: published numbers of rows, 0 if unknown.  source: where the images come from.
     """
 
     name: str
@@ -101,15 +107,15 @@ class Task:
     train_images: str
     test_images: str
     validation: str = ""
-    max_new_tokens: int = 32
+    max_new_tokens: PositiveInt = 32
     description: str = ""
     references: str = ""
     image_position: str = "first"
     prompts: str = "released"
     image_filter: str = "none"
     test_prefix: str = ""
-    train_count: int = 0
-    test_count: int = 0
+    train_count: Count = 0
+    test_count: Count = 0
     source: str = ""
 
     def __post_init__(self) -> None:
@@ -120,7 +126,7 @@ class Task:
 
     @property
     def splits(self) -> tuple[str, ...]:
-        """The splits that the task has files of."""
+        """The splits that the task has files for."""
         return tuple(split for split in ("train", "test", "validation") if getattr(self, split))
 
     def image_folder(self, split: str) -> str:
@@ -129,7 +135,7 @@ class Task:
 
 
 def joined(tasks: Sequence[Task]) -> Task:
-    """Several tasks as one that reads and writes whatever any of them does, for joint training."""
+    """Several tasks as one that reads and writes the modalities of all of them, for joint training."""
     reads, writes = (tuple(dict.fromkeys(m for t in tasks for m in getattr(t, side))) for side in ("reads", "writes"))
     return replace(tasks[0], name="joint", reads=reads, writes=writes)
 
@@ -138,29 +144,30 @@ def joined(tasks: Sequence[Task]) -> Task:
 class Recipe:
     """How a suite's tasks are trained on one budget.
 
-    steps: optimizer steps per task.  train_samples, test_samples: samples per task (0 = all).
-    batch_size: samples of an optimizer step, over all processes.  micro_batch_size: how many of them go through the
-        model at once in each process, their gradients added up (0 = all of its share).
-    schedule: a name of ``cnext.config.schedules``.
-    trainable: what learns beside the method's own parameters: "branches" (nothing), "connections" (the layers between
-        the visual parts and the language model as well) or "released" (embeddings, output head and norms, too).
-    precision: of the frozen model and of the passes through it. What is trained is kept in float32.
-    checkpointing: whether activations are computed again in the backward pass, which saves memory.
-    by_task: what is different for a task: its name to fields of this class.
+    steps: optimizer steps per task.  train_samples, test_samples: samples per task (0: all).
+    batch_size: samples of an optimizer step, over all processes.  micro_batch_size: samples per forward pass in each
+        process; gradients are accumulated (0: all of a process's samples at once).
+    learning_rate, betas, eps, weight_decay, max_grad_norm: of AdamW, and of gradient clipping.
+    schedule: name of a learning-rate schedule: ``warmup_steps`` up, then down to ``min_learning_rate_ratio``.
+    trainable: what is trained beside the method's own parameters: "branches" (nothing), "connections" (the layers
+        between visual parts and language model) or "released" (these, embeddings, output head and norms).
+    precision: of the frozen model and of its forward pass. What is trained is kept in float32.
+    checkpointing: activation checkpointing: recompute activations in the backward pass, to save memory.
+    by_task: values that differ for a task: its name to fields of this class.
     """
 
-    steps: dict[str, int]
-    train_samples: int = 0
-    test_samples: int = 0
-    batch_size: int = 16
-    learning_rate: float = 1e-4
-    min_learning_rate_ratio: float = 0.05
-    warmup_steps: int = 8
-    betas: tuple[float, float] = (0.9, 0.98)
-    eps: float = 1e-6
-    weight_decay: float = 0.0
-    max_grad_norm: float = 1.0
-    micro_batch_size: int = 0
+    steps: dict[str, Count]
+    train_samples: Count = 0
+    test_samples: Count = 0
+    batch_size: PositiveInt = 16
+    learning_rate: PositiveFloat = 1e-4
+    min_learning_rate_ratio: Fraction = 0.05
+    warmup_steps: Count = 8
+    betas: tuple[Beta, Beta] = (0.9, 0.98)
+    eps: PositiveFloat = 1e-6
+    weight_decay: NonNegativeFloat = 0.0
+    max_grad_norm: PositiveFloat = 1.0
+    micro_batch_size: Count = 0
     schedule: str = "cosine"
     trainable: str = "branches"
     precision: str = "float32"
@@ -180,7 +187,7 @@ class Recipe:
                     raise unknown(f"field of the budget for {task}", name, BY_TASK)
 
     def of(self, task: str) -> Recipe:
-        """The recipe of one task: with what is different for it."""
+        """The recipe of one task, with the values of ``by_task``."""
         return replace(self, **self.by_task.get(task, {}), by_task={})
 
 
@@ -188,9 +195,9 @@ class Recipe:
 class Suite:
     """A list of tasks, their named orders, and one training recipe per budget.
 
-    synthetic: name of the generator that writes the data folder, "" where the user supplies it.
-    clip: the CLIP model that scores pictures, as ``cnext.scoring.make_scorers`` takes it.
-    source, license: where the annotations come from, and under which terms; "" where that is not known.
+    synthetic: name of the generator of the data folder, "" if the user supplies the data.
+    clip: the CLIP model that scores images, see ``cnext.scoring.make_scorers``.
+    source, license: of the annotations; "" if unknown.
     """
 
     name: str

@@ -1,4 +1,4 @@
-"""Reading a task's files: every row checked, and every problem named at once, before anything runs."""
+"""Reads a task's files into samples; all problems are reported at once."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from cnext.tasks.readers import READERS
 from cnext.tasks.rows import Row, files, rows, text
 
 DRAW = "Please generate the image: "
-"""How instructions to draw begin in the released test files, and everywhere with consistent prompts."""
+"""How instructions to generate an image begin in the released test files, and everywhere with consistent prompts."""
 
 
 class Line(NamedTuple):
-    """One row of a file: its fields and the sample that they make, or what is wrong with it."""
+    """One row of a file: its fields and the sample, or what is wrong with it."""
 
     origin: str
     row: Row
@@ -27,8 +27,15 @@ class Line(NamedTuple):
     problem: str
 
 
-def captions(path: Path) -> dict[int, tuple[str, ...]]:
-    """Several captions per item from a file as COCO writes it: {"annotations": [{"image_id", "caption"}, ...]}."""
+def read_captions(path: Path) -> dict[int, tuple[str, ...]]:
+    """Several captions per item from a file in COCO's format: {"annotations": [{"image_id", "caption"}, ...]}.
+
+    Returns:
+        image_id to captions.
+
+    Raises:
+        DataError: the file cannot be read or has another format.
+    """
     try:
         listed = parse_json(path.read_bytes())["annotations"]
         found: dict[int, list[str]] = {}
@@ -40,17 +47,23 @@ def captions(path: Path) -> dict[int, tuple[str, ...]]:
 
 
 def scan(task: Task, data: Path, split: str, advance: Callable[[int], None] | None = None) -> Iterator[Line]:
-    """Every row of a task's files of one split, good or not; the images that it names are not looked at.
+    """Yields every row of a task's files of one split, malformed rows included; images are not checked.
 
-    Args: advance: told the bytes read.
+    Args:
+        advance: called with the number of bytes read.
+
+    Raises:
+        UserError: an unknown format.
+        DataError: no such split, or no files.
     """
     pattern = getattr(task, split)
     if task.format not in READERS:
         raise unknown(f"format of task {task.name}", task.format, list(READERS))
+    reader = READERS[task.format]
     if not pattern:
         raise DataError(f"task {task.name} has no {split} split")
     root = data / task.image_folder(split)
-    several = captions(data / task.references) if task.references and split == "test" else {}
+    several = read_captions(data / task.references) if task.references and split == "test" else {}
     number = 0
     for path in files(data, pattern):
         for origin, row in rows(path, advance):
@@ -60,15 +73,15 @@ def scan(task: Task, data: Path, split: str, advance: Callable[[int], None] | No
                 if several and number + 1 in several:
                     row["answer"] = [*several[number + 1]]
                 name = str(row.get("question_id", row.get("id", f"{task.name}-{split}-{number:06d}")))
-                sample = READERS[task.format](row, root, name, origin)
-                yield Line(origin, row, _placed(_worded(sample, task, split), task, split), "")
+                sample = reader(row, root, name, origin)
+                yield Line(origin, row, _with_image_position(_with_prompts(sample, task, split), task, split), "")
             except ValueError as error:
                 yield Line(origin, {}, None, str(error))
             number += 1
 
 
-def _worded(sample: Sample, task: Task, split: str) -> Sample:
-    """The sample with the task's prompts; only tasks that write images have more than one wording."""
+def _with_prompts(sample: Sample, task: Task, split: str) -> Sample:
+    """The sample with the task's prompts; only tasks that write images have different ones."""
     first, *more = sample.turns
     if task.prompts == "consistent" and "image" in task.writes:
         first = replace(first, instruction=DRAW + caption_of(first.instruction))
@@ -78,7 +91,7 @@ def _worded(sample: Sample, task: Task, split: str) -> Sample:
     return sample
 
 
-def _placed(sample: Sample, task: Task, split: str) -> Sample:
+def _with_image_position(sample: Sample, task: Task, split: str) -> Sample:
     """The sample with its image before or after the first instruction."""
     if task.image_position == "first" or split != "train":
         return sample
@@ -87,19 +100,23 @@ def _placed(sample: Sample, task: Task, split: str) -> Sample:
 
 
 def left_out(sample: Sample, task: Task, split: str) -> str:
-    """Which images of a sample the task's image filter refuses, or "". Every test sample stays."""
+    """Why the task's image filter leaves out a sample, or ""; test samples are never left out."""
     if task.image_filter == "none" or split != "train":
         return ""
     return ", ".join(f"{image} is {size}" for image in sample.images if (size := unfit(image)))
 
 
-def read(task: Task, data: Path, split: str, limit: int = 0) -> list[Sample]:
-    """A task's samples of one split: "train", "test" or "validation"; at most ``limit`` of them (0 = all).
+def read_samples(task: Task, data: Path, split: str, limit: int = 0) -> list[Sample]:
+    """Reads a task's samples of one split, without those that its image filter leaves out.
 
-    Without those that the task's image filter leaves out; `cnext data check` counts them.
+    Args:
+        data: the data folder.
+        split: "train", "test" or "validation".
+        limit: most samples; 0: all.
 
-    Raises DataError naming, for all files at once, every line that is malformed or names a missing or broken image
-    or one outside the image folder.
+    Raises:
+        DataError: naming every line of all files that is malformed, or names an image that is missing, broken or
+            outside the image folder; or there are no samples.
     """
     samples: list[Sample] = []
     problems: list[str] = []

@@ -1,20 +1,21 @@
-"""Whether an image file is there and can be read."""
+"""Checks of image files: whether they can be read, and the released filter by size."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP")
-"""What an image may be, whatever its file is called. Some other formats are programs, which Pillow has others run."""
+"""Accepted formats, whatever a file's suffix. Some other formats are programs, which Pillow passes to interpreters."""
 LEAST_SIDE, LEAST_RATIO = 400, 0.6
-"""The released limits of pictures to edit: pixels of the shorter side, and what it is of the longer one."""
+"""The released limits of images to edit: pixels of the shorter side, and its ratio to the longer one."""
 
 
 def fault(path: Path, decode: bool = False) -> str:
-    """What is wrong with an image: "missing", "broken (why)", or "" where it can be read.
+    """What is wrong with an image: "missing", "broken (why)", or "" if it can be read.
 
-    Args: decode: decode every pixel, which finds a JPEG cut short; else the header and, where the format has them, the
-        checksums are looked at.
+    Args:
+        decode: decode every pixel, which detects a truncated JPEG; otherwise only the header and, where the format has
+            them, checksums are checked.
     """
     from PIL import Image
 
@@ -32,9 +33,9 @@ def fault(path: Path, decode: bool = False) -> str:
 
 
 def unfit(path: Path) -> str:
-    """The size of a picture that the released code leaves out of training where pictures are edited; "" of others.
+    """The size of an image that the released code leaves out of training for editing; "" for other images.
 
-    A picture stays where its shorter side has 400 pixels or more, and 0.6 <= height / width <= 1 / 0.6.
+    An image is kept if its shorter side has 400 pixels or more, and 0.6 <= height / width <= 1 / 0.6.
     """
     from PIL import Image
 

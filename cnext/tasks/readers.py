@@ -1,4 +1,4 @@
-"""What a row of each format says: row to Sample, without looking at the image files that it names.
+"""Readers of file formats: convert a row to a `Sample`, without checking the image files that it names.
 
 conversation   {"image", "data": [question, answer, ...]}  |  {"question_id", "image", "text", "answer"/"answer_bbox"}
 generation     {"image", "data": ["Please generate the image.", caption]}  |  {"question_id", "text"[, "image"]}
@@ -6,29 +6,31 @@ editing        {"source_image", "target_image", "instruction"[, "instruction_new
 llava          {"id", "image", "conversations": [{"from": "human" | "gpt", "value"}, ...]}  |  a conversation test row
 messages       {"messages": [{"role": "user" | "assistant", "content"}, ...], "images": [path, ...]}
 
-"answer" may be a list of accepted answers. A row without "image", or with null, "", "none" or a name with "null" in it,
-is a sample of text alone, as released.
-``<image>`` in llava and messages stands where the image does: before the question, or after it. In messages an
-``<image>`` of the assistant is a picture to draw.
+"answer" may be a list of accepted answers. A row without "image", or with null, "", "none" or a name that contains
+"null", is a text-only sample, as released.
+``<image>`` in llava and messages gives the position of the image: before the question, or after it. In messages, an
+``<image>`` of the assistant is an image to write.
+
+Another package adds a format by an entry point of the group ``cnext.readers``: ``name = "module:reader"``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from cnext.registry import Registry
 from cnext.tasks.base import Sample, Turn
 from cnext.tasks.rows import Row, answers, image, inside, optional_image, text
 
 MARK = "<image>"
-SPEAKERS = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
+ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 
 
 def _turns(row: Row) -> tuple[Turn, ...]:
     data = row.get("data")
-    if not isinstance(data, list) or not data or len(data) % 2 or not all(isinstance(said, str) for said in data):
+    if not isinstance(data, list) or not data or len(data) % 2 or not all(isinstance(text, str) for text in data):
         raise ValueError("'data' must be a list of an even number of strings: question, answer, question, answer, ...")
     return tuple(Turn(question, answer) for question, answer in zip(data[::2], data[1::2], strict=True))
 
@@ -43,7 +45,7 @@ def _size(row: Row) -> tuple[int, int] | None:
 
 
 def conversation(row: Row, root: Path, name: str, origin: str) -> Sample:
-    """A question about an image, or several in a row."""
+    """A question about an image, or a conversation of several."""
     read = optional_image(row, "image", root)
     if "data" in row:
         return Sample(name, _turns(row), read, origin=origin)
@@ -54,18 +56,18 @@ def conversation(row: Row, root: Path, name: str, origin: str) -> Sample:
 
 
 def generation(row: Row, root: Path, name: str, origin: str) -> Sample:
-    """A caption to draw. In a test file the image is optional: it is shown in the report and never scored against."""
+    """A caption of an image to write. In a test file the image is optional, and is only shown in the report."""
     if "data" in row:
         (turn, *more) = _turns(row)
         if more:
-            raise ValueError("'data' of a picture to draw must be one pair: instruction and caption")
+            raise ValueError("'data' of an image to write must be one pair: instruction and caption")
         target = image(row, "image", root)
         return Sample(name, (Turn(f"{turn.instruction} {turn.answer}"),), None, target, origin=origin)
     return Sample(name, (Turn(text(row, "text")),), None, optional_image(row, "image", root), origin=origin)
 
 
 def editing(row: Row, root: Path, name: str, origin: str) -> Sample:
-    """A picture and an instruction to change it by."""
+    """An image and an instruction to edit it."""
     instruction = text(row, "instruction_new" if "instruction_new" in row else "instruction")
     response = text(row, "response") if "response" in row else ""
     source, target = image(row, "source_image", root), image(row, "target_image", root)
@@ -73,24 +75,25 @@ def editing(row: Row, root: Path, name: str, origin: str) -> Sample:
 
 
 def llava(row: Row, root: Path, name: str, origin: str) -> Sample:
-    """A conversation as LLaVA writes it."""
+    """A conversation in LLaVA's format."""
     if "conversations" not in row:
         return conversation(row, root, name, origin)
-    said = _said(row, "conversations", "from", "value")
+    messages = _messages(row, "conversations", "from", "value")
     read = optional_image(row, "image", root)
-    return _chat(said, [] if read is None else [read], name, origin)
+    return _chat(messages, [] if read is None else [read], name, origin)
 
 
 def messages(row: Row, root: Path, name: str, origin: str) -> Sample:
-    """A conversation as chat templates write it, with its images in a list in the order of their ``<image>``."""
+    """A conversation as chat templates take it, with a list of images in the order of their ``<image>``."""
     images = row.get("images") or []
     if not (isinstance(images, list) and all(isinstance(path, str) for path in images)):
         raise ValueError("'images' must be a list of paths")
-    said = _said(row, "messages", "role", "content")
-    return _chat(said, [inside(path, root, "images") for path in images], name, origin)
+    return _chat(
+        _messages(row, "messages", "role", "content"), [inside(path, root, "images") for path in images], name, origin
+    )
 
 
-def _words(value: Any) -> str:
+def _message_text(value: Any) -> str:
     """A message's text: a string, or a list of parts {"type": "text", "text"} and {"type": "image"}."""
     if isinstance(value, str):
         return value
@@ -99,47 +102,43 @@ def _words(value: Any) -> str:
     raise ValueError(f"a message must be a string or a list of parts, got {type(value).__name__}")
 
 
-def _said(row: Row, key: str, speaker: str, words: str) -> list[tuple[str, str]]:
-    """(speaker, text) of every message, a leading one of the system put before the first question."""
-    listed = row.get(key)
-    if not (isinstance(listed, list) and listed and all(isinstance(message, dict) for message in listed)):
-        raise ValueError(f"lacks {key!r}, a list of objects with {speaker!r} and {words!r}")
-    told = [message.get(speaker) for message in listed]
-    strange = sorted({repr(who) for who in told if not isinstance(who, str) or who not in SPEAKERS})
-    if strange:
-        raise ValueError(f"{speaker!r} must be one of {', '.join(SPEAKERS)}, got {', '.join(strange)}")
-    said = [(SPEAKERS[message[speaker]], _words(message.get(words))) for message in listed]
-    if said[0][0] == "system" and len(said) > 1:
-        said[:2] = [(said[1][0], f"{said[0][1]}\n{said[1][1]}")]
-    if [who for who, _ in said] != ["user", "assistant"] * (len(said) // 2):
-        raise ValueError(f"{key!r} must alternate question, answer, question, answer, ...: got {_order(said)}")
-    return said
+def _messages(row: Row, key: str, role: str, content: str) -> list[tuple[str, str]]:
+    """(role, text) of every message; a leading system message is prepended to the first question."""
+    rows = row.get(key)
+    if not (isinstance(rows, list) and rows and all(isinstance(message, dict) for message in rows)):
+        raise ValueError(f"lacks {key!r}, a list of objects with {role!r} and {content!r}")
+    roles = [message.get(role) for message in rows]
+    if unknown := sorted({repr(one) for one in roles if not isinstance(one, str) or one not in ROLES}):
+        raise ValueError(f"{role!r} must be one of {', '.join(ROLES)}, got {', '.join(unknown)}")
+    found = [(ROLES[message[role]], _message_text(message.get(content))) for message in rows]
+    if found[0][0] == "system" and len(found) > 1:
+        found[:2] = [(found[1][0], f"{found[0][1]}\n{found[1][1]}")]
+    order = [one for one, _ in found]
+    if order != ["user", "assistant"] * (len(found) // 2):
+        raise ValueError(f"{key!r} must alternate question, answer, question, answer, ...: got {', '.join(order)}")
+    return found
 
 
-def _order(said: Sequence[tuple[str, str]]) -> str:
-    return ", ".join(who for who, _ in said)
-
-
-def _chat(said: list[tuple[str, str]], images: list[Path], name: str, origin: str) -> Sample:
-    places = [place for place, (_, words) in enumerate(said) for _ in range(words.count(MARK))]
+def _chat(messages: list[tuple[str, str]], images: list[Path], name: str, origin: str) -> Sample:
+    places = [index for index, (_, text) in enumerate(messages) for _ in range(text.count(MARK))]
     if not places and len(images) == 1:
         places = [0]
     if len(places) != len(images):
         raise ValueError(f"has {len(places)} {MARK} for {len(images)} images")
-    if len(set(places)) < len(places) or any(place > 1 for place in places):
+    if len(set(places)) < len(places) or any(index > 1 for index in places):
         raise ValueError(f"has {len(images)} images; the first question may read one, and the first answer write one")
     shown = dict(zip(places, images, strict=True))
-    bare = [words.replace(MARK, "").strip() for _, words in said]
+    bare = [text.replace(MARK, "").strip() for _, text in messages]
     turns = tuple(Turn(question, answer) for question, answer in zip(bare[::2], bare[1::2], strict=True))
     sample = Sample(name, turns, shown.get(0), shown.get(1), origin=origin)
-    first = not said[0][1].strip().endswith(MARK) or bare[0] == ""
+    first = not messages[0][1].strip().endswith(MARK) or bare[0] == ""
     return replace(sample, image_first=first, tiled=sample.target_image is None)
 
 
-READERS: dict[str, Callable[[Row, Path, str, str], Sample]] = {
-    "conversation": conversation,
-    "generation": generation,
-    "editing": editing,
-    "llava": llava,
-    "messages": messages,
-}
+READERS = Registry(
+    "format",
+    "cnext.readers",
+    {name: f"{__name__}:{name}" for name in ("conversation", "generation", "editing", "llava", "messages")},
+)
+"""Readers by format: functions (row, image folder, sample id, origin) to `Sample`, which raise ValueError for a bad
+row."""

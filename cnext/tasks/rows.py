@@ -1,4 +1,4 @@
-"""Rows of JSONL and JSON files, one after another with where each stands, and the fields that formats share."""
+"""Reads rows of JSONL and JSON files with their origins, and the fields that formats share."""
 
 from __future__ import annotations
 
@@ -9,16 +9,15 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from cnext.errors import listed
 from cnext.tasks.base import DataError
 
 Row = dict[str, Any]
 _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
-NOTED = 6
-"""The most names of a folder's entries that an error lists."""
 
 
 def text(row: Row, name: str) -> str:
-    """A field that must be a string. Raises ValueError, as all functions of rows do."""
+    """A field that must be a string. Raises ValueError, as all functions of fields do."""
     if name not in row:
         raise ValueError(f"lacks the key {name!r}; it has: {', '.join(sorted(row)) or 'none'}")
     if not isinstance(row[name], str):
@@ -35,11 +34,12 @@ def answers(row: Row, name: str) -> tuple[str, ...]:
 
 
 def inside(relative: str, root: Path, name: str) -> Path:
-    """The path of an image within its folder; whether it is there is not asked.
+    """The path of an image within its folder; its existence is not checked.
 
-    Raises: ValueError for a path that leaves the folder, and for a PDF.
+    Raises:
+        ValueError: a path that leaves the folder, or a PDF.
     """
-    # Compared as text and not resolved, so that a link inside the root may point to a disk that holds the pictures.
+    # Compared as text and not resolved, so that a link inside the root may point to another disk.
     normal = os.path.normpath(relative)
     if os.path.isabs(relative) or normal == ".." or normal.startswith(f"..{os.sep}"):
         raise ValueError(f"{name!r} leaves the image folder {root}: {relative}")
@@ -54,7 +54,7 @@ def image(row: Row, name: str, root: Path) -> Path:
 
 
 def optional_image(row: Row, name: str, root: Path) -> Path | None:
-    """The path in a field that may name an image; as released, null, "", "none" and any name with "null" name none."""
+    """The path in a field that may name an image; as released, null, "", "none" and names with "null" are None."""
     value = row.get(name)
     if value is None or (isinstance(value, str) and (value.lower() in ("", "none") or "null" in value.lower())):
         return None
@@ -62,7 +62,7 @@ def optional_image(row: Row, name: str, root: Path) -> Path | None:
 
 
 def files(data: Path, pattern: str) -> list[Path]:
-    """The files that a pattern names, sorted. Raises DataError where there are none, with what is there instead."""
+    """The files that match a pattern, sorted. Raises DataError if there are none, with what the folder contains."""
     found = sorted(path for path in data.glob(pattern) if path.is_file())
     if data.is_file():
         raise DataError(f"no file matches {data / pattern}; {data} is a file, no folder")
@@ -73,16 +73,15 @@ def files(data: Path, pattern: str) -> list[Path]:
                 break
             folder = folder / part
         there = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else ["nothing: it is not there"]
-        more = f" and {len(there) - NOTED} more" if len(there) > NOTED else ""
-        held = ", ".join(there[:NOTED]) or "nothing"
-        raise DataError(f"no file matches {data / pattern}; {folder} holds {held}{more}")
+        raise DataError(f"no file matches {data / pattern}; {folder} holds {listed(there) or 'nothing'}")
     return found
 
 
 def rows(path: Path, advance: Callable[[int], None] | None = None) -> Iterator[tuple[str, Row | ValueError]]:
-    """(origin, row or the error met) for every row of a JSONL or JSON file, spaces in keys as underscores.
+    """Yields (origin, row or ValueError) for every row of a JSONL or JSON file; spaces in keys become underscores.
 
-    Args: advance: told the bytes read, a line or a file at a time.
+    Args:
+        advance: called with the number of bytes read, after each line of JSONL, or for the whole JSON file.
     """
     advance = advance or (lambda count: None)
     for origin, value in _lines(path, advance) if path.suffix == ".jsonl" else _list(path, advance):
@@ -95,7 +94,7 @@ def rows(path: Path, advance: Callable[[int], None] | None = None) -> Iterator[t
 
 
 def _parsed(content: bytes) -> Any:
-    """The JSON value in some bytes, or the ValueError that says why there is none."""
+    """The JSON value of some bytes, or a ValueError that says why there is none."""
     try:
         return json.loads(content.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
@@ -115,7 +114,7 @@ def _lines(path: Path, advance: Callable[[int], None]) -> Iterator[tuple[str, An
             advance(len(line))
             if line.strip():
                 value = _parsed(line)
-                yield f"{path}:{number}", _whole(value) if _SURROGATE.search(line) else value
+                yield f"{path}:{number}", _without_surrogates(value) if _SURROGATE.search(line) else value
 
 
 def _list(path: Path, advance: Callable[[int], None]) -> Iterator[tuple[str, Any]]:
@@ -123,7 +122,7 @@ def _list(path: Path, advance: Callable[[int], None]) -> Iterator[tuple[str, Any
     value = _parsed(content)
     advance(len(content))
     if isinstance(value, list):
-        look = _whole if _SURROGATE.search(content) else lambda row: row
+        look = _without_surrogates if _SURROGATE.search(content) else lambda row: row
         yield from ((f"{path}#{index}", look(row)) for index, row in enumerate(value))
     elif isinstance(value, ValueError):
         yield str(path), value
@@ -131,8 +130,8 @@ def _list(path: Path, advance: Callable[[int], None]) -> Iterator[tuple[str, Any
         yield str(path), ValueError(f"must hold one JSON list, got {type(value).__name__}")
 
 
-def _whole(value: Any) -> Any:
-    """The value, or a ValueError where it has half a surrogate pair, which no file name and no tokenizer takes."""
+def _without_surrogates(value: Any) -> Any:
+    """The value, or a ValueError if it has an unpaired surrogate, which file names and tokenizers do not accept."""
     try:
         json.dumps(value, ensure_ascii=False, default=str).encode()
     except UnicodeEncodeError as error:

@@ -1,7 +1,7 @@
-"""Pictures of the synthetic suite: scenes of colored shapes, icons and words, drawn from a random generator.
+"""Images of the synthetic suite: random scenes of colored shapes, icons and words.
 
-Every picture is described by a frozen value first and drawn second. The value's ``key`` decides which split it
-belongs to (``split_of``), so that no picture of one split can ever be drawn for another.
+An image is described by a frozen dataclass, from which it is rendered. The description's ``key`` determines the split
+it belongs to (``split_of``), so that no image occurs in two splits.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from random import Random
 import numpy
 
 SIZE = 48
-"""Width and height of a picture in pixels."""
+"""Width and height of an image in pixels."""
 
 COLORS = {
     "red": (225, 50, 50),
@@ -98,7 +98,7 @@ WORDS = [
     "zip",
 ]
 
-# Primitives in units of the icon's half width, drawn in order: kind, coordinates, index of the icon's two colors.
+# Primitives in drawing order, in units of the icon's half width: kind, coordinates, index of the icon's two colors.
 ICONS = {
     "house": [("polygon", (-0.9, 0, 0, -0.9, 0.9, 0), 1), ("rectangle", (-0.7, 0, 0.7, 0.9), 0)],
     "tree": [("rectangle", (-0.15, 0.2, 0.15, 0.95), 1), ("ellipse", (-0.75, -0.95, 0.75, 0.4), 0)],
@@ -222,12 +222,12 @@ class Lettering:
 
 
 def key(value: object) -> str:
-    """The text that identifies a picture (or a caption) when it is assigned to a split."""
+    """The text that identifies an image when it is assigned to a split."""
     return repr(value)
 
 
 def split_of(content: str) -> str:
-    """The one split that content may appear in: test 15%, validation 15%, train 45%, pretrain 25%."""
+    """The split of some content, by its hash: test 15%, validation 15%, train 45%, pretrain 25%."""
     bucket = int.from_bytes(hashlib.sha256(content.encode()).digest()[:4], "big") % 100
     return "test" if bucket < 15 else "validation" if bucket < 30 else "train" if bucket < 75 else "pretrain"
 
@@ -318,6 +318,6 @@ def _draw_lettering(lettering: Lettering) -> numpy.ndarray:
 
 
 def draw(picture: Scene | Icon | Lettering) -> numpy.ndarray:
-    """A picture's pixels, (48, 48, 3) uint8."""
+    """The pixels of an image, (48, 48, 3) uint8."""
     drawers = {Scene: _draw_scene, Icon: _draw_icon, Lettering: _draw_lettering}
     return drawers[type(picture)](picture)

@@ -1,4 +1,4 @@
-"""A named reduced protocol: a few rows of every split, drawn by seed, as a suite of its own beside the full images."""
+"""Samples a suite's rows by seed into a smaller suite, a named reduced protocol that uses the same images."""
 
 from __future__ import annotations
 
@@ -20,18 +20,23 @@ from cnext.tasks.images import fault
 
 
 def write_subset(suite: Suite, data: Path, n: int, seed: int, out: Path, absolute: bool = False) -> str:
-    """Writes n rows of every split of every task, whole or not at all, as a suite for ``--suite`` and ``--data``.
+    """Writes n rows of every split of every task as a suite for ``--suite`` and ``--data``, atomically.
 
-    A row is drawn by the hash of seed, task, split and its number, so that a smaller n draws among a larger one's, on
-    every machine. Rows keep their ids, with which an image's random position goes. Budgets keep their epochs: steps
-    and warm-up shrink with the training rows.
+    Rows are sampled by the hash of seed, task, split and row number: on every machine the same, and those of a smaller
+    n are a subset of those of a larger. Rows keep their ids, on which an image's random position depends. Budgets keep
+    their epochs: steps and warm-up shrink with the number of training rows.
 
-    Args: n: rows per split (all, where there are fewer).  absolute: refer to the images by absolute paths.
+    Args:
+        n: rows per split; all, if there are fewer.
+        out: the folder to write.
+        absolute: refer to images by absolute paths.
 
-    Returns: the name of the protocol, <suite>-n<n>-seed<seed>.
+    Returns:
+        The name of the protocol, <suite>-n<n>-seed<seed>.
 
-    Raises: UserError where ``out`` is there already; DataError naming every unusable row, and missing and broken
-        images of those drawn.
+    Raises:
+        UserError: ``out`` exists.
+        DataError: naming every malformed row, and every missing or broken image of the sampled rows.
     """
     for name, value, least in (("n", n, 1), ("seed", seed, 0)):
         if value < least:
@@ -51,14 +56,14 @@ def write_subset(suite: Suite, data: Path, n: int, seed: int, out: Path, absolut
 
 
 def _write(suite: Suite, data: Path, n: int, seed: int, protocol: str, folder: Path, beside: str | None) -> None:
-    drawn_from: dict[str, dict[str, int]] = {}
+    sampled_from: dict[str, dict[str, int]] = {}
     kept: dict[str, int] = {}
     digest = hashlib.sha256()
     for task in suite.tasks:
-        totals = drawn_from[task.name] = {}
+        totals = sampled_from[task.name] = {}
         counts = {}
         for split in task.splits:
-            lines, totals[split] = draw(task, data, split, n, seed)
+            lines, totals[split] = sample_rows(task, data, split, n, seed)
             rows = [{**line.row, "question_id": line.sample.id} for line in lines if line.sample]
             counts[split] = len(rows)
             content = _rows_file(folder / _place(task, split), rows)
@@ -73,14 +78,14 @@ def _write(suite: Suite, data: Path, n: int, seed: int, protocol: str, folder: P
         "clip": suite.clip,
         "tasks": [task.name for task in suite.tasks],
         "orders": suite.orders,
-        "budgets": {label: _scaled(recipe, kept, drawn_from) for label, recipe in suite.budgets.items()},
-        "protocol": {"suite": suite.name, "n": n, "seed": seed, "rows": drawn_from, "sha256": digest.hexdigest()},
+        "budgets": {label: _scaled(recipe, kept, sampled_from) for label, recipe in suite.budgets.items()},
+        "protocol": {"suite": suite.name, "n": n, "seed": seed, "rows": sampled_from, "sha256": digest.hexdigest()},
     }
     _json(folder / "suite.json", values)
 
 
-def draw(task: Task, data: Path, split: str, n: int, seed: int) -> tuple[list[Line], int]:
-    """(n rows of a split in the order of the files, how many they were drawn from)."""
+def sample_rows(task: Task, data: Path, split: str, n: int, seed: int) -> tuple[list[Line], int]:
+    """Samples n rows of a split, in the order of the files; returns them and the number of all rows."""
     problems: list[str] = []
     total = 0
 
@@ -101,7 +106,7 @@ def draw(task: Task, data: Path, split: str, n: int, seed: int) -> tuple[list[Li
             if found:
                 problems.append(f"{line.origin}: names an image that is {found}: {image}")
     if problems:
-        more = "cnext data check tells all that is wrong with a suite's files"
+        more = "cnext data check lists everything that is wrong with a suite's files"
         raise DataError("\n".join([f"task {task.name}: {len(problems)} unusable rows", *problems, more]))
     if not lines:
         raise DataError(f"task {task.name}: no {split} samples in {data / getattr(task, split)}")
@@ -109,12 +114,12 @@ def draw(task: Task, data: Path, split: str, n: int, seed: int) -> tuple[list[Li
 
 
 def _place(task: Task, split: str) -> str:
-    """Where a split's rows are written, relative to the folder: the benchmark's own layout."""
+    """Path of a split's rows relative to the folder, in the benchmark's layout."""
     return f"{task.name}/annotations/train_001.jsonl" if split == "train" else f"{task.name}/questions/{split}.json"
 
 
 def _rows_file(path: Path, rows: list[dict[str, Any]]) -> str:
-    """Writes rows as JSONL or as one JSON list, by the suffix. Returns them as JSONL."""
+    """Writes rows as JSONL or as a JSON list, by the suffix. Returns them as JSONL."""
     lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     path.parent.mkdir(parents=True, exist_ok=True)
     listed = path.suffix == ".jsonl"
@@ -127,7 +132,7 @@ def _json(path: Path, values: dict[str, Any]) -> None:
 
 
 def _manifest(task: Task, data: Path, counts: dict[str, int], beside: str | None) -> dict[str, Any]:
-    """The task's manifest with the new files and the old images. beside: the folder that paths are relative to."""
+    """The task's manifest with the new files and the original images. beside: folder to which paths are relative."""
 
     def images(split: str) -> str:
         folder = os.path.abspath(data / task.image_folder(split))
@@ -147,9 +152,9 @@ def _manifest(task: Task, data: Path, counts: dict[str, int], beside: str | None
     return {key: value for key, value in values.items() if key != "name" and value != defaults[key]}
 
 
-def _scaled(recipe: Recipe, kept: dict[str, int], drawn_from: dict[str, dict[str, int]]) -> dict[str, Any]:
-    """A budget that goes through the drawn rows as often as the whole one through all."""
-    full = {name: min(rows["train"], recipe.train_samples or rows["train"]) for name, rows in drawn_from.items()}
+def _scaled(recipe: Recipe, kept: dict[str, int], sampled_from: dict[str, dict[str, int]]) -> dict[str, Any]:
+    """A budget with as many epochs over the sampled rows as the original has over all rows."""
+    full = {name: min(rows["train"], recipe.train_samples or rows["train"]) for name, rows in sampled_from.items()}
     shares = {name: min(1.0, kept[name] / full[name]) for name in kept}
     steps = {name: max(1, round(count * shares.get(name, 1.0))) for name, count in recipe.steps.items()}
     by_task = {name: dict(own) for name, own in recipe.by_task.items()}

@@ -1,4 +1,4 @@
-"""The synthetic suite `next-tiny`: the six tasks in small, drawn from a seed and written in the paper's file formats.
+"""Generates the data of the synthetic suite `next-tiny`: six small tasks in the paper's file formats, from a seed.
 
 Layout of the folder: ``<task>/annotations/train_001.jsonl``, ``<task>/questions/{test,validation}.json`` and
 ``<task>/images/{train,test,validation}/*.png`` (HQEdit: ``images/{source,target}_images/``).
@@ -23,12 +23,12 @@ SHORT = "Answer the question using a single word or phrase."
 DRAW = "Please generate the image:"
 LOCATE = "Please provide the bounding box coordinate of the region this sentence describes:"
 FORMAT_VERSION = 1
-"""Raised when the same seed no longer gives the same files, so that old folders are not reused."""
+"""Increased when the same seed gives other files, so that old folders are not reused."""
 
 
 @dataclass(frozen=True)
 class Example:
-    """One item before it is written. content: what decides its split (see scenes.split_of)."""
+    """One item before it is written. content: determines its split, see `scenes.split_of`."""
 
     instruction: str
     answer: str
@@ -76,7 +76,7 @@ def reading(rng: Random, words: tuple[str, ...] = tuple(WORDS)) -> Example:
 
 
 def box_text(thing: Thing) -> str:
-    """A thing's box as the benchmark writes it: "[x1,y1,x2,y2]", two decimals of the picture's side."""
+    """An object's box in the benchmark's format: "[x1,y1,x2,y2]", relative to the image's side, with two decimals."""
     return "[" + ",".join(f"{min(max(edge / SIZE, 0.0), 0.99):.2f}" for edge in thing.box) + "]"
 
 
@@ -129,7 +129,7 @@ EXAMPLES: dict[str, Callable[[Random], Example]] = {
 
 
 def examples(task: str, split: str, seed: int = 0) -> Iterator[Example]:
-    """The endless stream of a task's examples of one split. The same arguments give the same stream."""
+    """An endless, deterministic stream of a task's examples of one split."""
     rng = Random(f"next-tiny/{FORMAT_VERSION}/{seed}/{task}/{split}")
     while True:
         example = EXAMPLES[task](rng)
@@ -185,9 +185,13 @@ def _write_task(folder: Path, task: str, split: str, count: int, seed: int) -> N
 
 
 def write_next_tiny(folder: Path, train: int, test: int, seed: int = 0) -> Path:
-    """Writes the suite's six tasks to ``folder`` unless it is there already, whole or not at all.
+    """Writes the suite's six tasks to ``folder`` atomically, unless it exists.
 
-    Args: train, test: samples per task (validation has as many as test).  Returns: the folder.
+    Args:
+        train, test: samples per task; validation has as many as test.
+
+    Returns:
+        The folder.
     """
     if folder.is_dir():
         return folder
@@ -200,7 +204,7 @@ def write_next_tiny(folder: Path, train: int, test: int, seed: int = 0) -> Path:
         try:
             os.rename(unfinished, folder)
         except OSError:
-            # Another process finished the same folder first: its files are the same, ours can go.
+            # Another process has finished the same folder, with the same files.
             if not folder.is_dir():
                 raise
     finally:
@@ -209,4 +213,4 @@ def write_next_tiny(folder: Path, train: int, test: int, seed: int = 0) -> Path:
 
 
 GENERATORS: dict[str, Callable[[Path, int, int], Path]] = {"next-tiny": write_next_tiny}
-"""What a suite's ``synthetic`` may name: a writer of (folder, training samples, test samples) per task."""
+"""Generators that a suite's ``synthetic`` may name: functions of (folder, training samples, test samples) per task."""

@@ -1,4 +1,4 @@
-"""The batches of a task: which samples every optimizer step takes, and their encoding, ahead or when they are due."""
+"""Batches of a task: the order of samples over epochs, and a DataLoader that encodes them, independent of workers."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from cnext.tasks.base import Sample
 
 
 def stable_seed(*parts: object) -> int:
-    """A 63-bit seed from any parts; the same parts give the same seed on every machine."""
+    """A 63-bit seed from any parts: SHA-256 of their words, so the same on every machine."""
     digest = hashlib.sha256("/".join(map(str, parts)).encode()).digest()
     return int.from_bytes(digest[:8], "big") >> 1
 
 
 class _Prepared:
-    """Samples as `Backbone.prepare` gives them, for a DataLoader."""
+    """Dataset of `Backbone.prepare` of each sample."""
 
     def __init__(self, backbone: Backbone, samples: Sequence[Sample]) -> None:
         self.backbone, self.samples = backbone, samples
@@ -34,9 +34,12 @@ class _Prepared:
 
 
 class Order:
-    """Which samples a step takes: every one once per epoch, each epoch in an order that follows from the seed.
+    """Samples of each step: every sample once per epoch, each epoch shuffled by the seed.
 
-    samples: how many there are.  size: of a batch.
+    Args:
+        samples: number of samples.
+        size: of a batch.
+        seed: parts of the seed, see `stable_seed`.
     """
 
     def __init__(self, samples: int, size: int, seed: tuple[object, ...]) -> None:
@@ -44,7 +47,7 @@ class Order:
         self._epoch, self._places = -1, torch.empty(0)
 
     def indices(self, step: int) -> list[int]:
-        """Numbers of the samples of a step, counted from 0."""
+        """Indices of the samples of a step; steps count from 0."""
         indices = []
         for position in range(step * self.size, (step + 1) * self.size):
             epoch, place = divmod(position, self.samples)
@@ -56,21 +59,21 @@ class Order:
 
 
 class Batches:
-    """The encoded samples of a task's steps, shared out over the processes of the run.
+    """The encoded samples of each step, sharded over the processes of the run.
 
-    Neither the number of processes nor of workers changes what is in a step.
+    The samples of a step depend on neither the number of processes nor of workers.
 
     Args:
         size: samples of an optimizer step, over all processes.
-        workers: processes that read and prepare samples beside the training; 0: it does that itself.
+        workers: worker processes that read and prepare samples; 0 does it in this process.
     """
 
     def __init__(
         self, backbone: Backbone, samples: Sequence[Sample], size: int, seed: tuple[object, ...], workers: int = 0
     ) -> None:
         self.backbone, self.samples, self.workers = backbone, samples, workers
-        self._order, self._ahead = (Order(len(samples), size, seed) for _ in range(2))
-        self._waiting: Iterator[Any] = iter(())
+        self._order, self._prefetched = (Order(len(samples), size, seed) for _ in range(2))
+        self._loaded: Iterator[Any] = iter(())
         self._next = -1
         self.encoded: list[Any] = []
         if backbone.encodes_ahead:
@@ -78,7 +81,7 @@ class Batches:
             self.encoded = backbone.encode_prepared([item for batch in every for item in batch])
 
     def ids(self, step: int) -> list[str]:
-        """The ids of all samples of a step, counted from 0, those of other processes included."""
+        """Ids of the samples of a step, those of other processes included; steps count from 0."""
         return [self.samples[index].id for index in self._order.indices(step)]
 
     def _loader(self, batches: Iterable[list[int]]) -> DataLoader[Any]:
@@ -87,18 +90,18 @@ class Batches:
             batch_sampler=batches,  # type: ignore[arg-type]
             num_workers=self.workers,
             collate_fn=list,
-            # Of its own: else every new loader takes a number from the one that dropout draws from.
+            # By default a new loader draws a number from the global generator, which dropout uses.
             generator=torch.Generator(),
-            # Forked: the samples and the tokenizer are there already.
+            # A fork has the samples and the tokenizer already.
             multiprocessing_context="fork" if self.workers else None,
         )
 
     def at(self, step: int, steps: int) -> list[Any]:
-        """This process's encoded samples of a step out of ``steps``. Quickest when asked for step after step."""
+        """This process's encoded samples of a step out of ``steps``. Fastest for consecutive steps."""
         if self.backbone.encodes_ahead:
             return [self.encoded[index] for index in collectives.shard(self._order.indices(step))]
         if self._next != step:
-            to_come = (collectives.shard(self._ahead.indices(number)) for number in range(step, steps))
-            self._waiting = iter(self._loader(to_come))
+            remaining = (collectives.shard(self._prefetched.indices(number)) for number in range(step, steps))
+            self._loaded = iter(self._loader(remaining))
         self._next = step + 1
-        return self.backbone.encode_prepared(next(self._waiting))
+        return self.backbone.encode_prepared(next(self._loaded))

@@ -1,26 +1,63 @@
-"""What a run costs, measured: seconds, memory and energy of every stage. None: the system does not tell.
-
-Of several processes the peaks are those of the one that takes the most.
-"""
+"""Measure time, peak memory and energy of each stage. None stands for what the system does not report."""
 
 from __future__ import annotations
 
 import resource
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
 STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 POWERCAP = Path("/sys/class/powercap")
-PEAKS = ("peak_memory_bytes", "peak_device_memory_bytes")
+
+
+@dataclass(frozen=True)
+class Lap:
+    """What one stretch of a run took.
+
+    Attributes:
+        seconds: wall-clock time.
+        peak_memory_bytes: largest resident memory of the process.
+        peak_device_memory_bytes: largest memory that torch allocated on the GPU; None on a CPU.
+        energy_joules: of the whole GPU where the model is on one, else of the processor packages, other programs
+            included.
+    """
+
+    seconds: float
+    peak_memory_bytes: int
+    peak_device_memory_bytes: int | None = None
+    energy_joules: float | None = None
+
+
+@dataclass
+class StageCost:
+    """What a stage took: seconds and joules are sums over its laps, the peaks maxima."""
+
+    train_seconds: float = 0.0
+    evaluate_seconds: float = 0.0
+    energy_joules: float | None = 0.0
+    peak_memory_bytes: int = 0
+    peak_device_memory_bytes: int | None = None
+
+    def add(self, kind: Literal["train", "evaluate"], lap: Lap) -> None:
+        """Adds a lap of training or evaluation."""
+        if kind == "train":
+            self.train_seconds += lap.seconds
+        else:
+            self.evaluate_seconds += lap.seconds
+        self.energy_joules = total((self.energy_joules, lap.energy_joules))
+        self.peak_memory_bytes = max(self.peak_memory_bytes, lap.peak_memory_bytes)
+        self.peak_device_memory_bytes = highest((self.peak_device_memory_bytes, lap.peak_device_memory_bytes))
 
 
 def peak_memory() -> int:
-    """The most memory that this process has had resident, in bytes, since it began or since `Meter.lap`."""
+    """Peak resident memory of this process in bytes, since its start or the last `Meter.lap`."""
     for line in STATUS.read_text().splitlines() if STATUS.is_file() else ():
         if line.startswith("VmHWM:"):
             return int(line.split()[1]) * 1024
@@ -29,60 +66,43 @@ def peak_memory() -> int:
 
 
 class Meter:
-    """Measures lap after lap, each from the end of the one before.
-
-    Args:
-        device: where the model is, as torch names it.
-    """
+    """Measures laps, each from the end of the one before. device: the model's, as torch names it."""
 
     def __init__(self, device: str) -> None:
         self.device = torch.device(device)
-        self.whole = 0
-        """The most memory resident in any lap so far, in bytes."""
-        self._started, self._energy = time.perf_counter(), self._joules()
+        self.peak_memory_bytes = 0
+        """Largest of all laps so far."""
+        self._started, self._energy = time.perf_counter(), self._counters()
 
-    def lap(self) -> dict[str, Any]:
-        """seconds, energy_joules, and the peaks peak_memory_bytes (resident) and peak_device_memory_bytes.
-
-        energy_joules is that of the whole GPU where the model is on one, else of the processor packages, other
-        programs included.
-        """
-        now, energy = time.perf_counter(), self._joules()
-        row = {
-            "seconds": now - self._started,
-            "peak_memory_bytes": peak_memory(),
-            "peak_device_memory_bytes": None,
-            "energy_joules": _spent(self._energy, energy),
-        }
+    def lap(self) -> Lap:
+        """Ends the present lap and begins the next."""
+        now, energy = time.perf_counter(), self._counters()
+        peak, device_peak = peak_memory(), None
         if self.device.type == "cuda":
-            row["peak_device_memory_bytes"] = torch.cuda.max_memory_allocated(self.device)
+            device_peak = torch.cuda.max_memory_allocated(self.device)
             torch.cuda.reset_peak_memory_stats(self.device)
-        self.whole = max(self.whole, row["peak_memory_bytes"])
+        lap = Lap(now - self._started, peak, device_peak, _joules(self._energy, energy))
+        self.peak_memory_bytes = max(self.peak_memory_bytes, peak)
         self._started, self._energy = now, energy
         if CLEAR.is_file():
-            try:
+            # Where the peak may not be reset, every lap has that of the whole run.
+            with suppress(PermissionError):
                 CLEAR.write_text("5")
-            except PermissionError:
-                # A system that does not let a process forget its peak: every lap then has that of the whole run.
-                return row
-        return row
+        return lap
 
-    def _joules(self) -> dict[str, int]:
-        """Counters of energy in microjoules by name; {} where none can be read."""
+    def _counters(self) -> dict[str, int]:
+        """Energy counters in microjoules by name; {} where none can be read."""
         if self.device.type == "cuda":
             return _gpu_energy(self.device)
-        found = {}
-        for counter in sorted(POWERCAP.glob("intel-rapl:[0-9]*/energy_uj")):
-            if counter.parent.name.count(":") == 1:
-                try:
-                    found[counter.parent.name] = int(counter.read_text())
-                except PermissionError:
-                    return {}
-        return found
+        counters = sorted(POWERCAP.glob("intel-rapl:[0-9]*/energy_uj"))
+        try:
+            return {p.parent.name: int(p.read_text()) for p in counters if p.parent.name.count(":") == 1}
+        except PermissionError:
+            return {}
 
 
-def _spent(before: dict[str, int], after: dict[str, int]) -> float | None:
-    """Joules between two readings. A counter that has begun again from 0 makes it unknown."""
+def _joules(before: Mapping[str, int], after: Mapping[str, int]) -> float | None:
+    """Joules between two readings; None where a counter has wrapped around."""
     if not after or before.keys() != after.keys() or any(after[name] < before[name] for name in after):
         return None
     return sum(after[name] - before[name] for name in after) / 1e6
@@ -101,67 +121,33 @@ def _gpu_energy(device: torch.device) -> dict[str, int]:
         handle = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{torch.cuda.get_device_properties(device).uuid}")
         return {"gpu": pynvml.nvmlDeviceGetTotalEnergyConsumption(handle) * 1000}
     except pynvml.NVMLError:
-        # A GPU that has no counter (MIG, older ones).
+        # A GPU without a counter (MIG, older ones).
         return {}
     finally:
         pynvml.nvmlShutdown()
 
 
-def together(laps: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """The laps of several processes as one: the longest, the highest peaks, and the energy of all their GPUs.
+def combine(laps: Sequence[Lap]) -> Lap:
+    """The laps of several processes as one: maxima, and the energy of all their GPUs.
 
-    Processes on a CPU read the same counters, those of the machine, so that of them the largest counts.
+    Processes on a CPU read the same counters, so the largest reading stands for all.
     """
-    joules = [lap["energy_joules"] for lap in laps]
-    gpus = any(lap["peak_device_memory_bytes"] is not None for lap in laps)
-    return {
-        **{key: _most(lap[key] for lap in laps) for key in ("seconds", *PEAKS)},
-        "energy_joules": None if None in joules else sum(joules) if gpus else max(joules),
-    }
+    joules = [lap.energy_joules for lap in laps]
+    on_gpus = any(lap.peak_device_memory_bytes is not None for lap in laps)
+    return Lap(
+        max(lap.seconds for lap in laps),
+        max(lap.peak_memory_bytes for lap in laps),
+        highest(lap.peak_device_memory_bytes for lap in laps),
+        total(joules) if on_gpus or None in joules else highest(joules),
+    )
 
 
-def _most(values: Iterable[Any]) -> Any:
-    """The largest of those that are known, else None."""
+def highest(values: Iterable[Any]) -> Any:
+    """The largest of the known values; None where none is known."""
     return max((value for value in values if value is not None), default=None)
 
 
-def added(row: dict[str, Any], kind: str, lap: dict[str, Any]) -> dict[str, Any]:
-    """A stage's row with one more lap of "train" or "evaluate" in it: seconds and joules add up, of peaks the most."""
-    row = {"train_seconds": 0.0, "evaluate_seconds": 0.0, "energy_joules": 0.0} | row
-    row[f"{kind}_seconds"] += lap["seconds"]
-    both = (row["energy_joules"], lap["energy_joules"])
-    row["energy_joules"] = None if None in both else sum(both)
-    for key in PEAKS:
-        row[key] = _most((row.get(key), lap[key]))
-    return row
-
-
-def summary(ledger: dict[str, Any], meter: Meter, seconds: float) -> dict[str, Any]:
-    """cost.json: every stage's row, and the whole. Times of an interrupted run are those of its saved steps.
-
-    stored_bytes: what is kept between tasks after a stage, adapters included.  seconds: of this process.
-    """
-    stages = []
-    for name, measured in ledger["measured"].items():
-        trained = ledger["trained"].get(name, {"steps": 0, "tokens": 0})
-        busy = measured["train_seconds"]
-        stages.append(
-            {
-                "task": name,
-                **measured,
-                "stored_bytes": ledger["stored_by_stage"].get(name),
-                "steps": trained["steps"],
-                "tokens": trained["tokens"],
-                "tokens_per_second": trained["tokens"] / busy if busy else None,
-                "seconds_per_step": busy / trained["steps"] if trained["steps"] else None,
-            }
-        )
-    energy = [row["energy_joules"] for row in stages]
-    return {
-        "stages": stages,
-        "last_process_seconds": seconds,
-        "total_seconds": sum(row["train_seconds"] + row["evaluate_seconds"] for row in stages),
-        "peak_memory_bytes": max([meter.whole, *(row["peak_memory_bytes"] for row in stages)]),
-        "peak_device_memory_bytes": _most(row["peak_device_memory_bytes"] for row in stages),
-        "energy_joules": None if None in energy else sum(energy),
-    }
+def total(values: Sequence[float | None]) -> float | None:
+    """The sum; None where a value is not known."""
+    known = [value for value in values if value is not None]
+    return sum(known) if len(known) == len(values) else None

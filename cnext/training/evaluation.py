@@ -1,4 +1,4 @@
-"""Evaluating one task: answers, scores, and both written to the run's folder."""
+"""Evaluate a task: generate answers, score them, and write both to the run folder."""
 
 from __future__ import annotations
 
@@ -7,11 +7,12 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from math import fsum
 from pathlib import Path
-from typing import Any
 
 from cnext.distributed import collectives
 from cnext.methods.base import Method
+from cnext.records import FileName
 from cnext.runs.checkpoint import write_text
+from cnext.runs.schemas import StageScore
 from cnext.scoring.base import PROFILES, Prediction, Score, Scorer
 from cnext.scoring.errors import error_shares
 from cnext.tasks.base import Sample, Task, Turn
@@ -23,45 +24,54 @@ def evaluate(
     samples: Sequence[Sample],
     scorer: Scorer,
     run: Path | None,
-    stage: str,
-    unevenly: Callable[[], AbstractContextManager[None]] = nullcontext,
-) -> dict[str, Any]:
-    """Answers a task's samples, each process its share, and scores them.
+    stage: int,
+    trained: str,
+    uneven: Callable[[], AbstractContextManager[None]] = nullcontext,
+) -> StageScore:
+    """Answers and scores a task's samples; every process answers its shard.
 
-    Writes ``predictions/<stage>/<task>.jsonl`` and the pictures drawn.
+    Rank 0 writes ``predictions/<stage>_<trained>/<task>.jsonl`` and the generated images.
 
-    run: the run's folder, of the first process; None in the others.  unevenly: as `processes.sharded` returns it.
+    Args:
+        run: the run folder on rank 0, None on other ranks.
+        stage: its number; ``trained``: what it trained.
+        uneven: as `processes.sharded` returns it.
 
-    Returns: the mean score and the error shares of both profiles, in percent of all samples.
+    Returns: mean scores and error shares in percent of all samples, the same on every rank.
     """
-    with unevenly():
-        answers = answered(method, task, collectives.shard(samples))
-    predictions = collectives.gather_shards(answers)
-    return collectives.broadcast_object({} if run is None else _scored(task, samples, scorer, predictions, run, stage))
+    with uneven():
+        answers = answer(method, task, collectives.shard(samples))
+    predictions, score = collectives.gather_shards(answers), None
+    if run is not None:
+        scores = scorer(task, samples, predictions)
+        _write(run, f"{stage}_{trained}", task, samples, predictions, scores)
+        score = _mean(stage, trained, task, scores)
+    score = collectives.broadcast_object(score)
+    assert score is not None, "rank 0 has the run folder"
+    return score
 
 
-def answered(method: Method, task: Task, samples: Sequence[Sample]) -> list[Prediction]:
-    """A method's answers to the questions alone; it is told the task where its card asks for that."""
-    told = task if method.card.task_id_at_test else None
-    return method.answer([question(sample) for sample in samples], task.max_new_tokens, told)
+def answer(method: Method, task: Task, samples: Sequence[Sample]) -> list[Prediction]:
+    """A method's answers. It sees `question` of each sample, and the task only where its card asks for it."""
+    task_id = task if method.card.task_id_at_test else None
+    return method.answer([question(sample) for sample in samples], task.max_new_tokens, task_id)
 
 
-def _scored(
-    task: Task, samples: Sequence[Sample], scorer: Scorer, predictions: list[Prediction], run: Path, stage: str
-) -> dict[str, Any]:
-    scores = scorer(task, samples, predictions)
-    _write(run, stage, task, samples, predictions, scores)
-    count = len(scores)
-    return {
-        "samples": count,
-        "strict": fsum(score.strict for score in scores) / count,
-        "paper": fsum(score.paper for score in scores) / count,
-        "errors": {profile: error_shares(scores, profile) for profile in PROFILES},
-    }
+def _mean(stage: int, trained: str, task: Task, scores: Sequence[Score]) -> StageScore:
+    return StageScore(
+        stage=stage,
+        trained=FileName(trained),
+        task=FileName(task.name),
+        scorer=task.scorer,
+        samples=len(scores),
+        strict=fsum(score.strict for score in scores) / len(scores),
+        paper=fsum(score.paper for score in scores) / len(scores),
+        errors={profile: error_shares(scores, profile) for profile in PROFILES},
+    )
 
 
 def question(sample: Sample) -> Sample:
-    """What a model may see of a test item: the first instruction and the image that is read. No answer, no name."""
+    """What a model sees of a test sample: the first instruction and the input image. No answer, no id."""
     asked = Turn(sample.prompt or sample.turns[0].instruction)
     return Sample(id="", turns=(asked,), image=sample.image, image_first=sample.image_first, tiled=sample.tiled)
 

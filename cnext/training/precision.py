@@ -1,4 +1,4 @@
-"""The precision of a run: in what the frozen model is held, and in what it is computed."""
+"""Precision of the frozen model and of the passes through it: dtypes and autocast."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 def autocast(precision: str, device: torch.device) -> AbstractContextManager[object]:
-    """Inside, a model held in that precision meets parameters that are kept in float32."""
+    """Context in which a model of that precision computes with trained parameters in float32."""
     if precision == "float32":
         return nullcontext()
     return torch.autocast(device.type, DTYPES[precision])
 
 
 def in_float32(parameters: dict[str, nn.Parameter]) -> dict[str, nn.Parameter]:
-    """The same parameters, widened in place: steps of a small learning rate would be lost in bfloat16."""
+    """The same parameters, converted in place: bfloat16 would lose the steps of a small learning rate."""
     for parameter in parameters.values():
         parameter.data = parameter.data.float()
     return parameters

@@ -1,73 +1,110 @@
-"""results.json: everything about a run that the same command gives again, bit for bit. Measured costs are elsewhere."""
+"""The content of results.json, which is reproducible bit for bit, and of cost.json, which is measured."""
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 from cnext.config.run_config import Plan
 from cnext.methods.base import Method
-from cnext.runs import environment
+from cnext.runs import environment, fingerprint
+from cnext.runs.schemas import StageScore
 from cnext.scoring.base import ERROR_TYPES, PROFILES
 from cnext.scoring.matrix import ScoreMatrix, metrics
+from cnext.training.cost import Meter, highest, total
+from cnext.training.state import RunState
 
-Scores = dict[tuple[int, str], dict[str, Any]]
-
-
-def _matrix(scores: Scores, order: tuple[str, ...], *keys: str) -> ScoreMatrix:
-    matrix = ScoreMatrix(len(order))
-    for (stage, task), row in scores.items():
-        value: Any = row
-        for key in keys:
-            value = value[key]
-        if stage:
-            matrix.set(stage - 1, order.index(task), value)
-    return matrix
+SETTING = ("method", "hyperparameters", "backbone", "suite", "budget", "order", "seed", "split")
+"""What results.json repeats of config.json."""
 
 
-def results(
-    planned: Plan, method: Method, scores: Scores, ledger: dict[str, Any], fingerprint: dict[str, Any] | None
-) -> dict[str, Any]:
-    """The results of a run, from the rows of its scores.jsonl and the ledger of its last checkpoint."""
-    order, tasks = planned.order, [planned.suite.task(name) for name in planned.order]
-    profiles = {}
-    for profile in PROFILES:
-        matrix = _matrix(scores, order, profile)
-        errors = {kind: _matrix(scores, order, "errors", profile, kind) for kind in ERROR_TYPES}
-        zero_shot = [scores[0, name][profile] for name in order]
-        profiles[profile] = {
-            "score_matrix": matrix.to_rows(),
-            "zero_shot": zero_shot,
-            "metrics": metrics(matrix, zero_shot, errors, [task.writes for task in tasks]),
-            "error_matrix": {kind: shares.to_rows() for kind, shares in errors.items()},
-        }
-    trained = ledger["trained"]
+def results(planned: Plan, method: Method, state: RunState) -> dict[str, Any]:
+    """The content of results.json, see `cnext.run`."""
+    order, tasks, scores = planned.order, [planned.suite.task(name) for name in planned.order], state.scores
     config = planned.as_dict()
     return {
-        **{
-            key: config[key]
-            for key in ("method", "hyperparameters", "backbone", "suite", "budget", "order", "seed", "split")
-        },
+        **{key: config[key] for key in SETTING},
         "finished": all((len(order), name) in scores for name in order),
         "joint": method.joint,
         "card": dataclasses.asdict(method.card),
         "tasks": list(order),
         "reads": {task.name: list(task.reads) for task in tasks},
         "writes": {task.name: list(task.writes) for task in tasks},
-        "samples": {name: scores[0, name]["samples"] for name in order},
+        "samples": {name: scores[0, name].samples for name in order},
         "profile": "strict",
-        **profiles["strict"],
-        "profiles": {"paper": profiles["paper"]},
-        "averaging": [row for row in ledger["averaging"] if row],
-        "cost": {
-            "adapter_parameters": sum(parameter.numel() for parameter in method.held().values()),
-            "trainable_params": max((row["parameters"] for row in trained.values()), default=0),
-            "trainable_params_by_task": {name: row["parameters"] for name, row in trained.items()},
-            "stored_bytes": ledger["stored_bytes"],
-            "optimizer_steps": sum(row["steps"] for row in trained.values()),
-            "supervised_tokens": sum(row["tokens"] for row in trained.values()),
-        },
-        "digests": ledger["digests"],
-        "fingerprint": fingerprint,
+        **_profile(planned, state, "strict"),
+        "profiles": {name: _profile(planned, state, name) for name in PROFILES if name != "strict"},
+        "averaging": [row for row in state.averaging if row],
+        "cost": _cost(method, state),
+        "digests": state.digests,
+        "fingerprint": fingerprint.joined(state.fingerprints),
         "versions": environment.versions(),
+    }
+
+
+def _profile(planned: Plan, state: RunState, profile: str) -> dict[str, Any]:
+    """Scores and metrics under a profile."""
+    order = planned.order
+    matrix = _matrix(state, order, lambda row: row.score(profile))
+    errors = {kind: _matrix(state, order, lambda row, kind=kind: row.errors[profile][kind]) for kind in ERROR_TYPES}
+    zero_shot = [state.scores[0, name].score(profile) for name in order]
+    return {
+        "score_matrix": matrix.to_rows(),
+        "zero_shot": zero_shot,
+        "metrics": metrics(matrix, zero_shot, errors, [planned.suite.task(name).writes for name in order]),
+        "error_matrix": {kind: shares.to_rows() for kind, shares in errors.items()},
+    }
+
+
+def _matrix(state: RunState, order: tuple[str, ...], value: Callable[[StageScore], float]) -> ScoreMatrix:
+    matrix = ScoreMatrix(len(order))
+    for (stage, task), row in state.scores.items():
+        if stage:
+            matrix.set(stage - 1, order.index(task), value(row))
+    return matrix
+
+
+def _cost(method: Method, state: RunState) -> dict[str, Any]:
+    """Counts that are the same in every run of a configuration."""
+    trained = state.trained
+    return {
+        "adapter_parameters": sum(parameter.numel() for parameter in method.adapter_parameters().values()),
+        "trainable_params": max((row.parameters for row in trained.values()), default=0),
+        "trainable_params_by_task": {name: row.parameters for name, row in trained.items()},
+        "stored_bytes": state.stored_bytes,
+        "optimizer_steps": sum(row.steps for row in trained.values()),
+        "supervised_tokens": sum(row.tokens for row in trained.values()),
+    }
+
+
+def costs(state: RunState, meter: Meter, seconds: float) -> dict[str, Any]:
+    """The content of cost.json: a row per stage, and totals. Steps that an interruption lost are not counted.
+
+    seconds: of this process.
+    """
+    stages = []
+    for name, measured in state.measured.items():
+        trained = state.trained.get(name)
+        steps, tokens = (trained.steps, trained.tokens) if trained else (0, 0)
+        busy = measured.train_seconds
+        stages.append(
+            {
+                "task": name,
+                **dataclasses.asdict(measured),
+                "stored_bytes": state.stored_by_stage.get(name),
+                "steps": steps,
+                "tokens": tokens,
+                "tokens_per_second": tokens / busy if busy else None,
+                "seconds_per_step": busy / steps if steps else None,
+            }
+        )
+    rows = list(state.measured.values())
+    return {
+        "stages": stages,
+        "last_process_seconds": seconds,
+        "total_seconds": sum(row.train_seconds + row.evaluate_seconds for row in rows),
+        "peak_memory_bytes": max([meter.peak_memory_bytes, *(row.peak_memory_bytes for row in rows)]),
+        "peak_device_memory_bytes": highest(row.peak_device_memory_bytes for row in rows),
+        "energy_joules": total([row.energy_joules for row in rows]),
     }

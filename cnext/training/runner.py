@@ -1,4 +1,4 @@
-"""The runner: learns a suite's tasks one after another, evaluates after each, and goes on where it was interrupted."""
+"""Run a method over the tasks of a suite: train each task, evaluate after each, save checkpoints, and resume."""
 
 from __future__ import annotations
 
@@ -7,284 +7,304 @@ import signal
 import sys
 import time
 from contextlib import closing
-from typing import Any
+from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from msgspec.structs import replace
+from torch import Tensor, nn
 
 from cnext import report
 from cnext.config.run_config import Plan, RunConfig, plan
 from cnext.distributed import collectives, processes
 from cnext.monitoring.progress import Progress
-from cnext.monitoring.resource_errors import explained
+from cnext.monitoring.resource_errors import as_user_errors
 from cnext.monitoring.signals import Stop
 from cnext.runs import command_line, environment, fingerprint, state_digests
 from cnext.runs.checkpoint import write_json
 from cnext.runs.run_folder import RunFolder
+from cnext.runs.schemas import StageScore, TrainStep
 from cnext.runs.tensorboard import EventLog
 from cnext.scoring import make_scorers
-from cnext.tasks.base import Sample, Task, joined
-from cnext.training import cost
-from cnext.training.batches import stable_seed
+from cnext.tasks.base import Task
+from cnext.training import cost, results
 from cnext.training.evaluation import evaluate
 from cnext.training.precision import autocast
-from cnext.training.results import results
 from cnext.training.setup import prepare
+from cnext.training.stages import Stage, rehearsal_memory, stages
+from cnext.training.state import RunState, Trained
 from cnext.training.trainer import TaskTrainer, begin
 
 ZERO_SHOT = "zero-shot"
 
 
 def run(config: RunConfig, progress: Progress | None = None) -> dict[str, Any]:
-    """Runs a configuration to its end, or goes on with it where an earlier process stopped. Returns its results.
+    """Runs a configuration, or resumes it from its last checkpoint. A finished run is not run again.
+
+    The run folder, ``config.folder``, gets config.json, options.json, results.json, cost.json, environment.json,
+    scores.jsonl, train.jsonl, predictions/, checkpoints/ and report.html. A launcher's environment (torchrun,
+    ``accelerate launch``) makes it one run in several processes.
+
+    Args:
+        config: what to run.
+        progress: shows how far the run is; by default bars on standard error, and results on standard output.
+
+    Returns:
+        The content of results.json. Scores are in percent, T is the number of tasks:
+
+        - ``score_matrix``: T rows, one per stage, of T scores, one per task; None where not evaluated. ``zero_shot``:
+          the T scores before training. ``error_matrix``: as score_matrix, by error type.
+        - ``metrics``: ``avg_acc``, ``new_acc``, ``forgetting`` and others, see `cnext.scoring.matrix.metrics`.
+        - ``profiles``: the same four under the paper's own scorers.
+        - ``tasks``, ``reads``, ``writes``, ``samples``: names in training order; modalities and test samples by name.
+        - ``averaging``: statistics of the moving average by task and branch.
+        - ``cost``: counts of parameters, optimizer steps, supervised tokens, and stored bytes.
+        - ``digests``: SHA-256 of the state after each stage. ``fingerprint``, ``versions``: the environment.
+        - ``method``, ``hyperparameters``, ``backbone``, ``suite``, ``budget``, ``order``, ``seed``, ``split``,
+          ``joint``, ``card``, ``finished``, ``profile``.
 
     Raises:
-        UserError: for anything that the user has to mend, before training starts wherever that is possible.
-        Stopped: SIGTERM or the interrupt key came, and all that was finished is saved.
+        UserError: the configuration, data, weights or the run folder are not usable (before training starts wherever
+            that is possible), the loss is not finite, or memory or disk are full.
+        Stopped: SIGTERM or the interrupt key came; everything up to the last step is saved.
+
+    Example::
+
+        from cnext import RunConfig, run
+
+        results = run(RunConfig(method="lora", preset="smoke", out="runs"))
+        print(results["metrics"]["forgetting"])
     """
     planned = plan(config)
     torch.set_num_threads(config.threads)
     with processes.joined(planned.device) as device, Stop() as stop:
-        mine = dataclasses.replace(planned, device=device)
+        local = dataclasses.replace(planned, device=device)
         processes.check(planned.recipes)
         if collectives.rank():
             with Progress(quiet=True) as hidden:
-                return Runner(mine, None, hidden, stop).run()
+                return Runner(local, None, hidden, stop).run()
         with (
             progress or Progress() as shown,
             closing(RunFolder(planned.config.folder, planned.as_dict())) as folder,
             shown.kept_in(folder.path),
-            explained(folder.path, lambda: shown.doing, planned.recipe.batch_size),
+            as_user_errors(folder.path, lambda: shown.doing, planned.recipe.batch_size),
         ):
             command_line.write(planned.config)
             shown.say(f"run folder: {folder.path}")
-            return Runner(mine, folder, shown, stop).run()
+            return Runner(local, folder, shown, stop).run()
 
 
 class Runner:
-    """One run. ``stage`` counts the tasks learnt: 0 is the pretrained model, t the model after the t-th task.
+    """One run on one rank. The constructor neither reads data nor loads a model.
 
-    Joint training has the one stage at which all are learnt. Of several processes the first has the run's folder, and
-    tells the others what is in it.
+    Stage 0 is the pretrained model, stage t the model after the t-th task; see `Stage`.
+
+    Args:
+        folder: the run folder on rank 0, which writes all files; None on other ranks.
+        stop: checked between two optimizer steps.
     """
 
     def __init__(self, planned: Plan, folder: RunFolder | None, progress: Progress, stop: Stop) -> None:
-        self.plan, self.config, self.folder, self.progress = planned, planned.config, folder, progress
-        self.stop = stop
+        self.plan, self.folder, self.progress, self.stop = planned, folder, progress, stop
         self.tasks = [planned.suite.task(name) for name in planned.order]
-        self.ready = prepare(planned)
-        self.samples, self.backbone = self.ready.samples, self.ready.backbone
-        self.method, self.extras = self.ready.method, self.ready.extras
-        self.held = self.method.held() | self.extras
-        self.unevenly = processes.sharded(self.backbone.language_model, self.held.values())
-        self.stages = self._stages()
-        self.scorers = make_scorers(planned.suite.clip, planned.device)
-        self.tasks_done, self.step, self.tensors = 0, 0, {}
-        self.ledger: dict[str, Any] = {
-            "trained": {},
-            "averaging": [],
-            "measured": {},
-            "stored_by_stage": {},
-            "digests": [],
-        }
-        """What is known of the stages so far: parameters and tokens (exact), statistics, times (measured), and a
-        checksum of what each has learnt."""
-
-    def _stages(self) -> dict[int, tuple[Task, list[str]]]:
-        """What each stage learns: as the method sees it, and the names of the tasks whose samples it trains on."""
-        if self.method.joint:
-            return {len(self.tasks): (joined(self.tasks), list(self.plan.order))}
-        return {stage: (task, [task.name]) for stage, task in enumerate(self.tasks, 1)}
-
-    def _memory(self, stage: int) -> dict[str, list[Sample]]:
-        """The samples kept of every task up to this stage's, as many as the method's card asks for: drawn by seed."""
-        kept = {}
-        for task in self.tasks[:stage] if self.method.card.rehearsal else []:
-            samples = self.samples["train"][task.name]
-            generator = torch.Generator().manual_seed(stable_seed(self.config.seed, task.name, "memory"))
-            drawn = torch.randperm(len(samples), generator=generator)[: self.method.card.rehearsal]
-            kept[task.name] = [samples[index] for index in drawn.tolist()]
-        return kept
+        self.stages = stages(planned)
+        self.state = RunState()
+        self._restored: dict[str, dict[str, Tensor]] = {}
+        """Tensors of the checkpoint that the run resumes from, until the stage under way is done."""
+        self._unlogged: list[TrainStep] = []
+        """Steps since the last checkpoint."""
 
     def run(self) -> dict[str, Any]:
+        """Trains and evaluates all stages that are left. Returns the results."""
+        self.load()
         started = time.perf_counter()
         self.meter = cost.Meter(self.plan.device)
-        self._restore()
-        self.scores = collectives.broadcast_object(self.folder and self.folder.scores(self.tasks_done)) or {}
-        if self.folder is not None and self.config.log == "tensorboard":
-            self.folder.mirror(EventLog(self.folder.path / "tensorboard", self._ends()))
+        self.resume()
         self._note_environment()
-        self.progress.plan(self.plan, self.tasks_done, self.step)
-        self._evaluate(self.tasks_done)
-        for stage in [number for number in self.stages if number > self.tasks_done]:
-            with self.stop.held():
-                self._train(stage)
-            self._evaluate(stage)
-            self._write(started)
-        outcome = self._write(started)
-        if self.folder is None:
-            return outcome
-        self.folder.tidy([f"{stage}_{task.name}" for stage, (task, _) in self.stages.items()])
-        html, _ = report.write_report(self.folder.path)
-        self.progress.finished(outcome, html)
+        self.progress.plan(self.plan, self.state.tasks_done, self.state.step)
+        self.evaluate_stage(self.state.tasks_done)
+        for stage in [stage for stage in self.stages if stage.number > self.state.tasks_done]:
+            with self.stop.deferred():
+                self.train_task(stage)
+            self.evaluate_stage(stage.number)
+            self._write_results(started)
+        outcome = self._write_results(started)
+        if self.folder is not None:
+            self.folder.tidy([stage.label for stage in self.stages])
+            html, _ = report.write_report(self.folder.path)
+            self.progress.finished(outcome["metrics"], html)
         return outcome
 
-    def _restore(self) -> None:
-        furthest = collectives.broadcast_object(self.folder and self.folder.furthest(self.progress.say))
-        if furthest is None:
-            self._cut_steps(0, 0)
-            self._digest(0, ZERO_SHOT, self.method.state_dict())
-            return
-        latest, self.tensors, values = furthest
-        self.tasks_done, self.step, self.ledger = values["tasks_done"], values["step"], values["ledger"]
-        with torch.no_grad():
-            for name, parameter in self.held.items():
-                parameter.copy_(self.tensors["adapters"][name])
-        if not self.step:
-            self.method.load_state_dict(self.tensors["method"])
-        under_way = next((stage for stage in self.stages if stage > self.tasks_done), self.tasks_done)
-        self._cut_steps(under_way if self.step else self.tasks_done, self.step or sys.maxsize)
-        self.progress.say(f"going on from {latest.name}")
+    def load(self) -> None:
+        """Reads the data and loads backbone, method and scorers."""
+        self.ready = prepare(self.plan)
+        self.backbone, self.method = self.ready.backbone, self.ready.method
+        self.parameters = self.ready.saved_parameters()
+        self.uneven = processes.sharded(self.backbone.language_model, self.parameters.values())
+        self.scorers = make_scorers(self.plan.suite.clip, self.plan.device)
 
-    def _ends(self) -> dict[int, int]:
-        """Optimizer steps done by the end of each stage."""
-        ends = {0: 0}
-        for stage, (task, names) in self.stages.items():
-            steps = self.plan.recipe.of(task.name).steps
-            ends[stage] = max(ends.values()) + sum(steps[name] for name in names)
-        return ends
-
-    def _cut_steps(self, stage: int, step: int) -> None:
+    def resume(self) -> None:
+        """Restores the furthest checkpoint, if there is one, and drops what the logs have after it."""
+        found = collectives.broadcast_object(self.folder and self.folder.furthest(self.progress.say))
+        if found is None:
+            self._add_digest(0, ZERO_SHOT, self.method.state_dict())
+        else:
+            path, self._restored, values = found
+            self.state = RunState.from_manifest(values, path)
+            with torch.no_grad():
+                for name, parameter in self.parameters.items():
+                    parameter.copy_(self._restored["adapters"][name])
+            if not self.state.step:
+                self.method.load_state_dict(self._restored["method"])
+            self.progress.say(f"resuming from {path.name}")
         if self.folder is not None:
-            self.folder.cut_steps(stage, step)
+            self._cut_logs(self.folder)
+        self.state.scores = collectives.broadcast_object(self.state.scores)
+
+    def _cut_logs(self, folder: RunFolder) -> None:
+        done, step = self.state.tasks_done, self.state.step
+        under_way = next((stage.number for stage in self.stages if stage.number > done), done)
+        folder.cut_steps(under_way if step else done, step or (sys.maxsize if done else 0))
+        self.state.scores = folder.scores(done)
+        if self.plan.config.log == "tensorboard":
+            folder.mirror(EventLog(folder.path / "tensorboard", self._last_steps()))
+
+    def _last_steps(self) -> dict[int, int]:
+        """Optimizer steps of the whole run at the end of each stage."""
+        last = {0: 0}
+        for stage in self.stages:
+            last[stage.number] = max(last.values()) + stage.steps
+        return last
 
     def _note_environment(self) -> None:
-        """Adds this environment to those that the run's results are from, where there is anything left to do."""
-        there = self.folder and fingerprint.of_processes(self.folder.path / "environment.json")
-        self.fingerprints = collectives.broadcast_object(there) or []
-        here = fingerprint.present(self.plan.device, self.config.threads)
-        if here in self.fingerprints or all((len(self.tasks), task.name) in self.scores for task in self.tasks):
+        """Adds this environment to those that the results come from, if anything is left to do."""
+        known = self.folder and fingerprint.of_processes(self.folder.path / "environment.json")
+        fingerprints = self.state.fingerprints = collectives.broadcast_object(known) or []
+        here = fingerprint.present(self.plan.device, self.plan.config.threads)
+        if here in fingerprints or all((len(self.tasks), task.name) in self.state.scores for task in self.tasks):
             return
-        for line in fingerprint.differences(self.fingerprints[-1], here) if self.fingerprints else ():
-            self.progress.say(f"going on in another environment, which its results will say: {line}")
-        self.fingerprints.append(here)
-        self._describe()
+        for line in fingerprint.differences(fingerprints[-1], here) if fingerprints else ():
+            self.progress.say(f"resuming in another environment, which the results will show: {line}")
+        fingerprints.append(here)
+        self._write_environment()
 
-    def _describe(self) -> None:
-        if self.folder is None:
-            return
-        described = environment.describe() | {"fingerprints": self.fingerprints}
-        write_json(self.folder.path / "environment.json", described)
-
-    def _digest(self, stage: int, trained: str, state: dict[str, Tensor]) -> None:
-        self.ledger["digests"].append(state_digests.row(stage, trained, {"adapters": self.held, "method": state}))
-
-    def _train(self, stage: int) -> None:
-        task, names = self.stages[stage]
-        recipe = self.plan.recipe.of(task.name)
-        steps = sum(recipe.steps[name] for name in names)
-        parameters = self.method.trainable(task)
-        rows, statistics = [], None
-        learnt = [*parameters.values(), *self.extras.values()] if parameters else []
-        trained = {"parameters": sum(p.numel() for p in learnt), "steps": 0, "tokens": 0}
+    def train_task(self, stage: Stage) -> None:
+        """Trains a stage to its end, from the step that the state is at, and saves a checkpoint."""
+        name, parameters, statistics = stage.task.name, self.method.trainable(stage.task), None
+        trained = [*parameters.values(), *self.ready.extras.values()] if parameters else []
+        self.state.trained.setdefault(name, Trained(sum(parameter.numel() for parameter in trained)))
         if parameters:
-            samples = [sample for name in names for sample in self.samples["train"][name]]
-            trainer = begin(self.plan, self.ready, task, parameters, samples, steps, self._memory(stage))
-            if self.step:
-                trained = self.ledger["trained"][task.name]
-                trainer.load_state_dict(self.tensors["optimizer"], self.step)
-                self.method.load_state_dict(self.tensors["method"])
-            self.backbone.train()
-            while trainer.step < steps:
-                row = trainer.train_step()
-                trained["steps"] += 1
-                trained["tokens"] += row["tokens"]
-                rows.append({"stage": stage, "task": task.name, **row})
-                self.progress.step(stage, task.name, row, steps)
-                due = self._told_to_stop() or trainer.step % self.config.block_steps == 0
-                if due and trainer.step < steps:
-                    self._measure(task.name, "train")
-                    self.ledger["trained"][task.name] = trained
-                    self._save(rows, f"{stage}_{task.name}_step{trainer.step}", self.tasks_done, trainer)
-                    # Asked again: one that hears of it while the first process writes must not leave the others.
-                    if self._told_to_stop():
-                        self.stop.check(f"saved after step {trainer.step} of {steps} of {task.name}")
-            self.backbone.eval()
-            with autocast(recipe.precision, self.backbone.device):
-                statistics = self.method.after_task()
-        self._measure(task.name, "train")
-        self.ledger["trained"][task.name] = trained
-        self.ledger["averaging"].append(statistics and {"task": task.name, "branches": statistics})
-        self._save(rows, f"{stage}_{task.name}", stage, None)
-        self.tasks_done = stage
-        self.step, self.tensors = 0, {}
+            trainer = self._trainer(stage, parameters)
+            self._train_steps(stage, trainer)
+            statistics = trainer.finish()
+        self._measure(name, "train")
+        self.state.averaging.append(statistics and {"task": name, "branches": statistics})
+        self.state.tasks_done, self.state.step = stage.number, 0
+        self._save(stage.label, stage)
+        self._restored = {}
 
-    def _told_to_stop(self) -> bool:
-        """Whether a signal has come, to this process or to another: all stop at the same step."""
-        (heard,) = collectives.all_reduce(float(self.stop.requested is not None), device=self.backbone.device)
-        if heard and self.stop.requested is None:
+    def _trainer(self, stage: Stage, parameters: dict[str, nn.Parameter]) -> TaskTrainer:
+        """The trainer of a stage, at the step that the state is at."""
+        train = self.ready.samples["train"]
+        samples = [sample for name in stage.names for sample in train[name]]
+        seen = self.plan.order[: stage.number]
+        memory = rehearsal_memory(train, seen, self.method.card.rehearsal, self.plan.config.seed)
+        trainer = begin(self.plan, self.ready, stage.task, parameters, samples, stage.steps, memory)
+        if self.state.step:
+            trainer.load_state_dict(self._restored["optimizer"], self.state.step)
+            self.method.load_state_dict(self._restored["method"])
+        return trainer
+
+    def _train_steps(self, stage: Stage, trainer: TaskTrainer) -> None:
+        """Takes the optimizer steps that are left. Saves a checkpoint at each interval, and where a signal came."""
+        name, steps, trained = stage.task.name, stage.steps, self.state.trained[stage.task.name]
+        self.backbone.train()
+        while trainer.step < steps:
+            log = trainer.train_step()
+            trained.steps += 1
+            trained.tokens += log.tokens
+            self.state.step = log.step
+            self._unlogged.append(TrainStep(stage=stage.number, task=name, **dataclasses.asdict(log)))
+            self.progress.step(stage.number, name, log.step, steps, log.loss)
+            due = self._stop_requested() or log.step % self.plan.config.checkpoint_interval == 0
+            if due and log.step < steps:
+                self._measure(name, "train")
+                self._save(f"{stage.label}_step{log.step}", stage, trainer)
+                # Reduced again: a signal that came while rank 0 was writing must stop all ranks at this step.
+                if self._stop_requested():
+                    self.stop.check(f"saved after step {log.step} of {steps} of {name}")
+
+    def _stop_requested(self) -> bool:
+        """Whether any rank has received a signal. All ranks then stop at the same step."""
+        (received,) = collectives.all_reduce(float(self.stop.requested is not None), device=self.backbone.device)
+        if received and self.stop.requested is None:
             self.stop.requested = signal.SIGTERM
-        return bool(heard)
+        return bool(received)
 
-    def _measure(self, name: str, kind: str) -> None:
-        """Books what the time since the last such call has cost."""
-        measured = self.ledger["measured"]
-        lap = cost.together(collectives.gather_shards([self.meter.lap()]))
-        measured[name] = cost.added(measured.get(name, {}), kind, lap)
+    def _measure(self, name: str, kind: Literal["train", "evaluate"]) -> None:
+        """Adds the time, memory and energy since the last call to a stage's cost."""
+        lap = cost.combine(collectives.gather_shards([self.meter.lap()]))
+        self.state.measured.setdefault(name, cost.StageCost()).add(kind, lap)
 
-    def _save(self, rows: list[dict[str, Any]], label: str, tasks_done: int, trainer: TaskTrainer | None) -> None:
-        """Logs the steps since the last checkpoint, then writes the next one."""
+    def _save(self, label: str, stage: Stage, trainer: TaskTrainer | None = None) -> None:
+        """Logs the steps since the last checkpoint, then writes the next. trainer: within a stage."""
         if self.folder is not None:
-            self.folder.log_steps(rows)
-        rows.clear()
-        state = self.method.state_dict()
-        tensors = {"adapters": self.held, "method": state, "optimizer": trainer.state_dict() if trainer else {}}
+            self.folder.log_steps(self._unlogged)
+        self._unlogged.clear()
+        method = self.method.state_dict()
+        tensors = {"adapters": self.parameters, "method": method, "optimizer": trainer.state_dict() if trainer else {}}
+        stored = sum(t.numel() * t.element_size() for kept in (self.parameters, method) for t in kept.values())
+        self.state.stored_bytes = stored
         if trainer is None:
-            self._digest(tasks_done, self.stages[tasks_done][0].name, state)
-        stored = sum(t.numel() * t.element_size() for kept in (self.held, state) for t in kept.values())
-        self.ledger["stored_bytes"] = stored
-        if trainer is None:
-            self.ledger["stored_by_stage"][self.stages[tasks_done][0].name] = stored
-        values = {"tasks_done": tasks_done, "step": trainer.step if trainer else 0, "ledger": self.ledger}
+            self._add_digest(stage.number, stage.task.name, method)
+            self.state.stored_by_stage[stage.task.name] = stored
         if self.folder is not None:
-            self.folder.save(tensors, values, label)
+            self.folder.save(tensors, self.state.to_manifest(), label)
 
-    def _evaluate(self, stage: int) -> None:
-        """Evaluates after a stage on every task seen (all of them before the first), as far as not done already."""
-        if self.step:
+    def _add_digest(self, stage: int, trained: str, method: dict[str, Tensor]) -> None:
+        tensors = {"adapters": self.parameters, "method": method}
+        self.state.digests.append(state_digests.row(stage, trained, tensors))
+
+    def evaluate_stage(self, number: int) -> None:
+        """Evaluates the tasks seen up to a stage, or all at stage 0, except those that are scored already."""
+        if self.state.step:
+            # In the middle of the next stage, which began when this was done.
             return
-        trained = self.stages[stage][0].name if stage else ZERO_SHOT
-        for task in self.tasks[:stage] if stage else self.tasks:
-            if (stage, task.name) in self.scores:
+        trained = next((stage.task.name for stage in self.stages if stage.number == number), ZERO_SHOT)
+        tasks = self.tasks[:number] if number else self.tasks
+        for task in tasks:
+            if (number, task.name) in self.state.scores:
                 continue
-            if stage and not any(row["parameters"] for row in self.ledger["trained"].values()):
-                self._log_score({**self.scores[0, task.name], "stage": stage, "trained": trained})
-                continue
-            samples = self.samples[self.config.split][task.name]
-            shown = self.progress.evaluating(stage, trained, task.name, len(samples))
-            precision = autocast(self.plan.recipe.precision, self.backbone.device)
-            with shown, precision, self.method.for_eval():
-                folder = self.folder and self.folder.path
-                label = f"{stage}_{trained}"
-                row = evaluate(self.method, task, samples, self.scorers[task.scorer], folder, label, self.unevenly)
-            self._log_score({"stage": stage, "trained": trained, "task": task.name, "scorer": task.scorer, **row})
+            row = self._score(number, trained, task)
+            if self.folder is not None:
+                self.folder.log_score(row)
+            self.state.scores[number, task.name] = row
         self._measure(trained, "evaluate")
-        self.progress.stage(
-            stage, trained, [self.scores[stage, t.name] for t in self.tasks if (stage, t.name) in self.scores]
-        )
+        self.progress.stage(number, trained, {t.name: self.state.scores[number, t.name].strict for t in tasks})
 
-    def _log_score(self, row: dict[str, Any]) -> None:
-        if self.folder is not None:
-            self.folder.log_score(row)
-        self.scores[row["stage"], row["task"]] = row
+    def _score(self, number: int, trained: str, task: Task) -> StageScore:
+        """A task's scores after a stage; the zero-shot scores where nothing has been trained."""
+        if number and not any(each.parameters for each in self.state.trained.values()):
+            return replace(self.state.scores[0, task.name], stage=number, trained=trained)
+        samples = self.ready.samples[self.plan.config.split][task.name]
+        with (
+            self.progress.evaluating(number, trained, task.name, len(samples)),
+            autocast(self.plan.recipe.precision, self.backbone.device),
+            self.method.for_eval(),
+        ):
+            folder, scorer = self.folder and self.folder.path, self.scorers[task.scorer]
+            return evaluate(self.method, task, samples, scorer, folder, number, trained, self.uneven)
 
-    def _write(self, started: float) -> dict[str, Any]:
-        joined = fingerprint.joined(self.fingerprints)
-        outcome = results(self.plan, self.method, self.scores, self.ledger, joined)
+    def _write_results(self, started: float) -> dict[str, Any]:
+        """Writes results.json, cost.json and environment.json. Returns the first one's content."""
+        outcome = results.results(self.plan, self.method, self.state)
         if self.folder is not None:
             write_json(self.folder.path / "results.json", outcome)
-            write_json(
-                self.folder.path / "cost.json", cost.summary(self.ledger, self.meter, time.perf_counter() - started)
-            )
-            self._describe()
+            seconds = time.perf_counter() - started
+            write_json(self.folder.path / "cost.json", results.costs(self.state, self.meter, seconds))
+            self._write_environment()
         return outcome
+
+    def _write_environment(self) -> None:
+        if self.folder is not None:
+            described = environment.describe() | {"fingerprints": self.state.fingerprints}
+            write_json(self.folder.path / "environment.json", described)

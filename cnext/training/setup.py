@@ -1,4 +1,4 @@
-"""What a run needs before it starts: its data, its model, and the CLIP that scores pictures."""
+"""Load what a run needs: data, backbone, method, and the CLIP model that scores images."""
 
 from __future__ import annotations
 
@@ -21,20 +21,24 @@ from cnext.training.precision import DTYPES, in_float32
 
 @dataclass(frozen=True)
 class Prepared:
-    """What a run starts from. samples: as `read_suite` gives them.  extras: as `trained_beside` gives them."""
+    """The loaded parts of a run. samples: as `read_suite` returns them.  extras: as `trained_beside` returns them."""
 
     samples: dict[str, dict[str, list[Sample]]]
     backbone: Backbone
     method: Method
     extras: dict[str, nn.Parameter]
 
+    def saved_parameters(self) -> dict[str, nn.Parameter]:
+        """All parameters that a checkpoint stores, by name: the method's and the extras."""
+        return self.method.adapter_parameters() | self.extras
+
 
 def prepare(planned: Plan, drawn: Path | None = None) -> Prepared:
-    """Reads and loads all that a run needs; a dry run as well, so that it refuses what a run refuses.
+    """Reads the data and loads the models. A dry run does this as well, so it raises the same errors as a run.
 
-    drawn: folder that a synthetic suite is drawn into, in place of the cache.
+    drawn: folder to generate a synthetic suite in, instead of the cache.
     """
-    # What is missing is said before anything large is read, or fetched.
+    # Missing files and packages are reported before anything large is read or downloaded.
     backbones.load(planned.config.backbone).check(planned.config.weights)
     check_clip(planned, planned.device)
     samples = read_suite(planned, data_folder(planned, drawn))
@@ -46,7 +50,7 @@ def prepare(planned: Plan, drawn: Path | None = None) -> Prepared:
 
 
 def data_folder(planned: Plan, drawn: Path | None = None) -> Path:
-    """The folder with the suite's files; a synthetic suite is drawn first, into the cache or the folder ``drawn``."""
+    """The folder with the suite's files. A synthetic suite is generated first, in the cache or the folder ``drawn``."""
     recipe = planned.recipe
     if planned.config.data is not None:
         return planned.config.data
@@ -57,9 +61,10 @@ def data_folder(planned: Plan, drawn: Path | None = None) -> Path:
 
 
 def read_suite(planned: Plan, data: Path) -> dict[str, dict[str, list[Sample]]]:
-    """Every sample that the run will use: split ("train" and the one evaluated) to task name to samples.
+    """The samples of a run: split ("train" and the one evaluated) to task name to samples.
 
-    Raises: DataError with every unusable row of every file.
+    Raises:
+        DataError: lists every unusable row of every file.
     """
     limits = {"train": planned.recipe.train_samples, planned.config.split: planned.recipe.test_samples}
     samples: dict[str, dict[str, list[Sample]]] = {split: {} for split in limits}
@@ -67,7 +72,7 @@ def read_suite(planned: Plan, data: Path) -> dict[str, dict[str, list[Sample]]]:
     for name in planned.order:
         for split, limit in limits.items():
             try:
-                samples[split][name] = formats.read(planned.suite.task(name), data, split, limit)
+                samples[split][name] = formats.read_samples(planned.suite.task(name), data, split, limit)
             except DataError as error:
                 problems.append(str(error))
     if problems:
@@ -76,7 +81,7 @@ def read_suite(planned: Plan, data: Path) -> dict[str, dict[str, list[Sample]]]:
 
 
 def load_backbone(planned: Plan) -> Backbone:
-    """The plan's backbone on its device, at its precision. Raises UserError where a task draws and it cannot."""
+    """The backbone on its device, at its precision. Raises UserError where a task needs images that it cannot write."""
     config, recipe = planned.config, planned.recipe
     packages.require(*packages.MODELS)
     backbone = backbones.load(config.backbone).load(
@@ -93,7 +98,7 @@ def load_backbone(planned: Plan) -> Backbone:
 
 
 def trained_beside(backbone: Backbone, trainable: str) -> dict[str, nn.Parameter]:
-    """What learns beside the method's own parameters, in float32, by name. trainable: as in `Recipe`."""
+    """The backbone's parameters that are trained beside the method's, in float32, by name. trainable: see `Recipe`."""
     found = {} if trainable == "branches" else backbone.connections()
     if trainable == "released":
         found |= backbone.released_extras()
@@ -101,7 +106,7 @@ def trained_beside(backbone: Backbone, trainable: str) -> dict[str, nn.Parameter
 
 
 def check_clip(planned: Plan, device: str) -> None:
-    """Loads the CLIP where a task draws. Raises UserError where it is not there, or is none."""
+    """Loads the CLIP model where a task writes images. Raises UserError where it is missing or no CLIP."""
     if any("image" in planned.suite.task(name).writes for name in planned.order):
         packages.require("torchvision", "open_clip_torch")
         load_clip(planned.suite.clip, device)

@@ -1,9 +1,10 @@
-"""Training one task: batches, schedule, optimizer, and the state that a resumed run needs to take the same steps."""
+"""Train one task: batches, learning-rate schedule, gradients, optimizer steps, and the state to resume from."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,15 +18,46 @@ from cnext.errors import UserError
 from cnext.methods.base import Memory, Method
 from cnext.tasks.base import Recipe, Sample, Task
 from cnext.training.batches import Batches, stable_seed
+from cnext.training.phases import finish_task
 from cnext.training.precision import autocast
 from cnext.training.setup import Prepared
+
+
+@dataclass(frozen=True)
+class StepLog:
+    """What train.jsonl has of one optimizer step.
+
+    Attributes:
+        step: number of the step within its task, from 1.
+        loss: text_loss + image_loss_weight * image_loss, of the whole batch, without penalties.
+        text_loss, image_loss: means over the batch's supervised tokens and pictures.
+        learning_rate: of this step.
+        grad_norm: before clipping, penalties included.
+        tokens: supervised tokens and features of the batch.
+    """
+
+    step: int
+    loss: float
+    text_loss: float
+    image_loss: float
+    learning_rate: float
+    grad_norm: float
+    tokens: int
 
 
 class TaskTrainer:
     """The optimizer steps of one task.
 
-    Batches, dropout and the schedule follow from the seed and the step's number alone, so that nothing but the
-    parameters, the optimizer's moments and the method's state has to be saved.
+    Batches, dropout masks and the learning rate of a step follow from the seed and the step's number, so a checkpoint
+    needs the parameters, the optimizer's moments and the method's state only.
+
+    Args:
+        parameters: the method's trainable parameters, as `Method.trainable` returned them.
+        samples: the task's training samples.
+        steps: optimizer steps in total.
+        seed: parts of the seed, see `stable_seed`.
+        extras: parameters trained beside the method's, see `trained_beside`.
+        workers: worker processes that load samples; 0 loads them in this process.
     """
 
     def __init__(
@@ -54,102 +86,120 @@ class TaskTrainer:
             fused=True,
         )
 
-    def train_step(self) -> dict[str, Any]:
-        """One optimizer step. Returns what is logged of it.
+    def train_step(self) -> StepLog:
+        """Does one optimizer step.
 
-        Raises: UserError where the loss or the gradient is not finite, before any parameter changes.
+        Raises:
+            UserError: the loss or the gradient norm is not finite. No parameter has changed.
         """
         rate = SCHEDULES[self.recipe.schedule](self.recipe, self.step, self.steps)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        # Dropout masks differ from process to process; with one process the seed is what it always was.
-        place = [collectives.rank()] if collectives.rank() else []
-        torch.manual_seed(stable_seed(*self.seed, "step", self.step, *place))
-        loss, penalties = self._backward(self.batches.at(self.step, self.steps))
-        self._check("loss", loss["loss"])
+        # Dropout masks differ between processes; rank 0 has the seed of a run in one process.
+        rank = [collectives.rank()] if collectives.rank() else []
+        torch.manual_seed(stable_seed(*self.seed, "step", self.step, *rank))
+        sums, penalties = self._backward(self.batches.at(self.step, self.steps))
+        loss, text_loss, image_loss, tokens = sums.tolist()
+        self._check_finite("loss", loss)
         self.method.transform_gradients(self.own)
-        for parameter, penalty in penalties:
-            parameter.grad = penalty if parameter.grad is None else parameter.grad.add_(penalty)
+        for name, gradient in penalties.items():
+            parameter = self.own[name]
+            parameter.grad = gradient if parameter.grad is None else parameter.grad.add_(gradient)
         norm = nn.utils.clip_grad_norm_(self.parameters.values(), self.recipe.max_grad_norm).item()
-        self._check("gradient norm", norm)
+        self._check_finite("gradient norm", norm)
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.method.after_step()
         self.step += 1
-        tokens = loss.pop("tokens")
-        return {"step": self.step, **loss, "learning_rate": rate, "grad_norm": norm, "tokens": int(tokens)}
+        return StepLog(self.step, loss, text_loss, image_loss, rate, norm, int(tokens))
 
-    def _backward(self, batch: list[Any]) -> tuple[dict[str, float], list[tuple[nn.Parameter, Tensor]]]:
-        """Leaves the task loss's gradient in ``.grad``. Returns the loss, and the gradient of the method's own penalty.
+    def finish(self) -> dict[str, Any] | None:
+        """Ends the task, in evaluation mode. Returns the statistics of `Method.after_task`."""
+        self.backbone.eval()
+        with autocast(self.recipe.precision, self.backbone.device):
+            return finish_task(self.method)
 
-        Both are of the whole batch, whatever processes and micro-batches it is in: a mean over all of its supervised
-        tokens and pictures. A penalty that looks at samples is a mean over micro-batches.
+    def _backward(self, batch: list[Any]) -> tuple[Tensor, dict[str, Tensor]]:
+        """Computes the gradients of a batch, micro-batch by micro-batch.
+
+        The task loss is a mean over the supervised tokens and pictures of the whole batch, whatever processes and
+        micro-batches it is divided into; its gradient is left in ``.grad``. The penalty is a mean over micro-batches.
+
+        Returns: (4,) loss, text loss, image loss and number of tokens; the penalty's gradients by parameter name.
         """
         size = self.recipe.micro_batch_size or len(batch)
         parts = [batch[start : start + size] for start in range(0, len(batch), size)]
-        alone = len(parts) == 1 and collectives.world_size() == 1
-        whole = None if alone else collectives.all_reduce(*self.backbone.supervised(batch), device=self.backbone.device)
+        undivided = len(parts) == 1 and collectives.world_size() == 1
+        supervised = self.backbone.supervised(batch)
+        whole = None if undivided else collectives.all_reduce(*supervised, device=self.backbone.device)
         sums, penalties = Tensor(), {}
         for part in parts:
-            with autocast(self.recipe.precision, self.backbone.device):
-                self.method.before_step(part)
-                loss = self.backbone.loss(part, whole)
-            loss.total.backward()
-            row = torch.stack(
-                [loss.total.detach(), loss.text, loss.image, torch.tensor(float(loss.tokens)).to(loss.text)]
-            )
-            sums = sums + row if len(sums) else row
-            with autocast(self.recipe.precision, self.backbone.device):
-                penalty = self.method.extra_loss(part)
-            if penalty is not None:
-                found = torch.autograd.grad(penalty / len(parts), list(self.own.values()), allow_unused=True)
-                for name, gradient in zip(self.own, found, strict=True):
-                    if gradient is not None:
-                        penalties[name] = penalties[name].add_(gradient) if name in penalties else gradient
-        if collectives.world_size() > 1:
-            # A parameter that no sample of this process has used may have a gradient elsewhere.
-            used = collectives.all_reduce(
-                *(float(p.grad is not None) for p in self.parameters.values()), device=sums.device
-            )
-            learnt = [p for p, processes in zip(self.parameters.values(), used, strict=True) if processes]
-            for parameter in learnt:
-                parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-            if penalties:
-                zeros = {name: torch.zeros_like(p) for name, p in self.own.items() if name not in penalties}
-                penalties = {name: value / collectives.world_size() for name, value in (penalties | zeros).items()}
-                penalties = {name: penalties[name] for name in self.own}
-            collectives.all_reduce_([sums, *(p.grad for p in learnt if p.grad is not None), *penalties.values()])
-        names = ("loss", "text_loss", "image_loss", "tokens")
-        values: dict[str, float] = dict(zip(names, sums.tolist(), strict=True))
-        return values, [(self.own[name], gradient) for name, gradient in penalties.items()]
+            losses = self._backward_task_loss(part, whole)
+            sums = sums + losses if len(sums) else losses
+            self._add_penalty_gradients(penalties, part, len(parts))
+        return sums, self._reduce(sums, penalties) if collectives.world_size() > 1 else penalties
 
-    def _check(self, name: str, value: float) -> None:
+    def _backward_task_loss(self, part: list[Any], whole: tuple[float, ...] | None) -> Tensor:
+        """Adds the task loss's gradient to ``.grad``. whole: as in `Backbone.loss`. Returns the row of `_backward`."""
+        with autocast(self.recipe.precision, self.backbone.device):
+            self.method.before_step(part)
+            loss = self.backbone.loss(part, whole)
+        loss.total.backward()
+        return torch.stack([loss.total.detach(), loss.text, loss.image, torch.tensor(float(loss.tokens)).to(loss.text)])
+
+    def _add_penalty_gradients(self, gradients: dict[str, Tensor], part: list[Any], count: int) -> None:
+        """Adds the gradient of the method's penalty, divided by the number of micro-batches, to ``gradients``."""
+        with autocast(self.recipe.precision, self.backbone.device):
+            penalty = self.method.extra_loss(part)
+        if penalty is None:
+            return
+        found = torch.autograd.grad(penalty / count, list(self.own.values()), allow_unused=True)
+        for name, gradient in zip(self.own, found, strict=True):
+            if gradient is not None:
+                gradients[name] = gradients[name].add_(gradient) if name in gradients else gradient
+
+    def _reduce(self, sums: Tensor, penalties: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Sums the losses and ``.grad`` over all processes, in place. Returns the mean of the penalties' gradients."""
+        # A parameter that no sample of this process has used may have a gradient in another process.
+        has_gradient = (float(p.grad is not None) for p in self.parameters.values())
+        used = collectives.all_reduce(*has_gradient, device=sums.device)
+        for parameter, processes in zip(self.parameters.values(), used, strict=True):
+            if processes and parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        if penalties:
+            filled = {name: penalties.get(name, torch.zeros_like(p)) for name, p in self.own.items()}
+            penalties = {name: gradient / collectives.world_size() for name, gradient in filled.items()}
+        gradients = [p.grad for p in self.parameters.values() if p.grad is not None]
+        collectives.all_reduce_([sums, *gradients, *penalties.values()])
+        return penalties
+
+    def _check_finite(self, name: str, value: float) -> None:
         if not math.isfinite(value):
             ids = ", ".join(self.batches.ids(self.step))
             raise UserError(
                 f"the {name} is {value} at step {self.step + 1} of {self.steps}; samples of the batch: {ids}\n"
-                "the last checkpoint is whole; a lower --learning-rate is the usual cure"
+                "the last checkpoint is good; a lower --learning-rate is the usual remedy"
             )
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The optimizer's moments and step counts by parameter name; divided ones in the first process alone."""
-        kept = deepspeed.moments(self.optimizer, self.parameters.values())
+        """The optimizer's moments and step counts as ``<key>:<parameter name>``; with ZeRO complete on rank 0 only."""
+        moments = deepspeed.moments(self.optimizer, self.parameters.values())
         return {
             f"{key}:{name}": value
-            for name, values in zip(self.parameters, kept, strict=True)
+            for name, values in zip(self.parameters, moments, strict=True)
             for key, value in values.items()
         }
 
     def load_state_dict(self, tensors: dict[str, Tensor], step: int) -> None:
-        """Goes on after ``step`` steps with the optimizer's saved state."""
+        """Restores the optimizer's state after ``step`` steps."""
         self.step = step
-        mine = deepspeed.held(self.optimizer)
-        learnt = {parameter for group in mine.param_groups for parameter in group["params"]}
+        optimizer = deepspeed.local_optimizer(self.optimizer)
+        local = {parameter for group in optimizer.param_groups for parameter in group["params"]}
         for label, value in tensors.items():
             key, _, name = label.partition(":")
             parameter = self.parameters[name]
-            if parameter in learnt:
-                mine.state[parameter][key] = value.to(parameter.device)
+            if parameter in local:
+                optimizer.state[parameter][key] = value.to(parameter.device)
 
 
 def begin(
@@ -161,10 +211,7 @@ def begin(
     steps: int,
     memory: Memory,
 ) -> TaskTrainer:
-    """The trainer of a task's parameters, and of what learns beside them, as the plan has it; the method is told.
-
-    memory: as `Method.before_task` takes it.
-    """
+    """Makes the trainer of a task and calls `Method.before_task`. memory: as the latter takes it."""
     recipe, seed = planned.recipe.of(task.name), (planned.config.seed, task.name)
     for parameter in ready.extras.values():
         parameter.requires_grad_(True)

@@ -1,23 +1,19 @@
-// The averaging rules over contiguous runs of elements. Compiled once per instruction set (CNEXT_ISA), so nothing
-// here may have external linkage save the table: an AVX-512 copy of a shared inline function would reach every machine.
+// CPU kernels of the averaging ops. Compiled once per instruction set (CNEXT_ISA): only the table may have external
+// linkage, else the linker could keep the AVX-512 copy of an inline function for every machine.
 #include "../averaging.h"
 
 #include <cstddef>
 #include <utility>
 
+#include "../reductions.h"
 #include "foreach.h"
 
 namespace {
 
-constexpr int kLanes = 32;        // independent accumulators: the sum's order depends on nothing but the element's index
-constexpr int64_t kFlush = 8192;  // elements combined in float before they go into a double
+constexpr int kLanes = 32;        // accumulators: the order of a sum depends on the elements' indices alone
+constexpr int64_t kFlush = 8192;  // elements reduced in float before the result goes into a double
 
-template <class Number>
-CNEXT_HD Number combine(char kind, Number a, Number b) {
-  return kind == '+' ? a + b : kind == '<' ? (b < a ? b : a) : (b > a ? b : a);
-}
-
-// The local arrays live here and not in the loops, where `omp simd` would make an array of each of them.
+// The local arrays are here and not in the loops, where `omp simd` would make an array of each.
 template <class Rule, class... T>
 CNEXT_HD void element(const Rule& rule, float (*lanes)[kLanes], int64_t i, T&... p) {
   float x[] = {load(p)...};
@@ -29,16 +25,11 @@ CNEXT_HD void element(const Rule& rule, float (*lanes)[kLanes], int64_t i, T&...
   for (int c = 0; c < Rule::columns; ++c) lanes[c][i] = combine(Rule::kind(c), lanes[c][i], s[c]);
 }
 
-// Where the rule counts, kLanes elements.
+// n elements; kLanes where the rule has statistics.
 template <class Rule, class... T>
 CNEXT_HD void loop(const Rule& rule, int64_t n, float (*__restrict lanes)[kLanes], T* __restrict... p) {
 #pragma omp simd
   for (int64_t i = 0; i < n; ++i) element(rule, lanes, i, p[i]...);
-}
-
-template <class Rule>
-CNEXT_HD float first(int k) {
-  return Rule::kind(k) == '+' ? 0.0f : Rule::kind(k) == '<' ? __builtin_inff() : -__builtin_inff();
 }
 
 template <class Rule, class... T>
@@ -47,11 +38,11 @@ void counting(const Rule rule, int64_t n, double* columns, T*... p) {
   for (int64_t begin = 0; begin < n; begin += kFlush) {
     const int64_t end = n - begin < kFlush ? n : begin + kFlush;
     for (int k = 0; k < Rule::columns; ++k)
-      for (int j = 0; j < kLanes; ++j) lanes[k][j] = first<Rule>(k);
+      for (int j = 0; j < kLanes; ++j) lanes[k][j] = identity<float>(Rule::kind(k));
     int64_t i = begin;
     for (; i + kLanes <= end; i += kLanes) loop(rule, kLanes, lanes, p + i...);
     for (int64_t j = 0; j < end - i; ++j) {
-      asm volatile("");  // keeps the compiler from vectorising what is less than a vector
+      asm volatile("");  // keeps the compiler from vectorizing less than a vector
       element(rule, lanes, j, p[i + j]...);
     }
     for (int k = 0; k < Rule::columns; ++k)

@@ -1,5 +1,5 @@
-// Dropout on the way into the branches, one row at a time. Compiled once per instruction set (CNEXT_ISA), so nothing
-// here may have external linkage save the table.
+// CPU kernels of dropout on the branches' input, one row at a time. Compiled once per instruction set (CNEXT_ISA): only
+// the table may have external linkage.
 #ifdef __AVX2__
 #include <immintrin.h>
 #endif
@@ -15,14 +15,14 @@ namespace {
 CNEXT_HD double load(double x) { return x; }
 CNEXT_HD void store(double& to, double x) { to = x; }
 
-// Sixteen neighbours of a tile at a time: lane j of word w holds the bits of columns 32 w + j and 32 w + 16 + j.
+// Sixteen adjacent columns of a tile at a time: lane j of word w holds the bits of columns 32 w + j and 32 w + 16 + j.
 #ifdef __AVX2__
-// `philox` with a lane in the lower half of 64 bits, as what multiplies 32 bits takes it and gives 64: even lanes, then
-// odd ones. The upper halves of the counters hold what nothing reads.
+// `philox` with each lane in the lower half of 64 bits, as the multiplication of 32 x 32 to 64 bits takes it: even
+// lanes, then odd ones. The upper halves of the counters are not read.
 #ifdef __AVX512F__
 using Lanes = __m512i;
 CNEXT_HD Lanes lanes_of(uint64_t x) { return _mm512_set1_epi64(int64_t(x)); }
-// Masked by ones: GCC warns of the ones without a mask.
+// With a mask of ones, as GCC warns about the variants without one.
 CNEXT_HD Lanes product(Lanes a, Lanes b) { return _mm512_maskz_mul_epu32(0xFF, a, b); }
 CNEXT_HD Lanes upper(Lanes x) { return _mm512_maskz_srli_epi64(0xFF, x, 32); }
 CNEXT_HD Lanes joined(Lanes even, Lanes odd) {

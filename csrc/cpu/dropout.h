@@ -1,4 +1,4 @@
-// Dropout of a matrix: what the per-instruction-set kernels of branches.cpp give to module.cpp.
+// Interface of the dropout kernels, one table per instruction set.
 #pragma once
 
 #include <cstdint>
@@ -7,7 +7,7 @@ struct Dropout {
   uint64_t seed;
   uint32_t threshold;  // in units of 2^-16
   uint32_t branch;
-  uint32_t first_tile;  // of 128 columns: where the row begins in a larger matrix
+  uint32_t first_tile;  // of 128 columns: the row's first column in a larger matrix
 };
 
 // x and out: one row of `columns` elements; row: its number in the larger matrix.

@@ -1,4 +1,4 @@
-// A rule over lists of tensors: what the per-instruction-set kernels give to the driver in module.cpp.
+// Interface of the averaging kernels, one table per instruction set.
 #pragma once
 
 #include <cstdint>
@@ -15,7 +15,7 @@ struct KernelTable {
   int size;
 };
 
-// One table per instruction set; setup.py compiles averaging.cpp once for each that the compiler knows.
+// setup.py compiles averaging.cpp once for each instruction set that the compiler supports.
 KernelTable averaging_baseline();
 KernelTable averaging_avx2();
 KernelTable averaging_avx512();

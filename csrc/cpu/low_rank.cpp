@@ -1,8 +1,8 @@
-// Products of which one side is the branches' rank, in float32. Compiled once per instruction set (CNEXT_ISA), so that
-// nothing here may have external linkage save the table.
+// CPU kernels of the low-rank products, in float32. Compiled once per instruction set (CNEXT_ISA): only the table may
+// have external linkage.
 //
-// One tile does them all: a few rows of C in registers, every element of A there once per vector of B. Dropout happens
-// on the way, in blocks that are in a cache. Every sum has one order, whatever the number of threads.
+// All use one microkernel: a few rows of C in registers, each element of A broadcast once per vector of B. Dropout is
+// applied to blocks while they are in a cache. The order of every sum is independent of the number of threads.
 #include "low_rank.h"
 
 #define CNEXT_PASTE(a, b) a##b
@@ -22,7 +22,7 @@ using Out = LowRankTable::Out;
 
 #ifdef __AVX512F__
 using Vector = __m512;
-constexpr int kLanes = 16, kTall = 12, kLow = 8;  // rows of a tile: a low one wastes less of some ranks
+constexpr int kLanes = 16, kTall = 12, kLow = 8;  // rows of a tile: a low one pads some ranks less
 CNEXT_HD Vector load(const float* from) { return _mm512_loadu_ps(from); }
 CNEXT_HD Vector broadcast(float x) { return _mm512_set1_ps(x); }
 CNEXT_HD Vector fma(Vector a, Vector b, Vector c) { return _mm512_fmadd_ps(a, b, c); }
@@ -37,11 +37,11 @@ CNEXT_HD void store(float* to, Vector x) { _mm256_storeu_ps(to, x); }
 #endif
 
 constexpr int kWide = 2 * kLanes;    // columns of a tile
-constexpr int kDepth = 512;          // of a sum over columns of x: a tile's rows of it stay in the first cache
-constexpr int kHeight = 96;          // of a sum over rows of x: a tile's columns of it stay in the first cache
-constexpr int kSpan = 1024;          // columns of dY from which `gather` takes both products while they are in a cache
-constexpr int kPitch = kTile + 16;   // from row to row of a dropped tile: one of 128 would meet few sets of the cache
-constexpr int64_t kPacked = 1 << 17;  // elements of the packed side that one pass over the rows reads: they stay in L2
+constexpr int kDepth = 512;          // of a sum over columns of x: a tile's rows of x stay in L1
+constexpr int kHeight = 96;          // of a sum over rows of x: a tile's columns of x stay in L1
+constexpr int kSpan = 1024;          // columns of dY that stay in a cache for both products of `grad_b`
+constexpr int kPitch = kTile + 16;   // row stride of a dropped tile: one of 128 would map to few sets of the cache
+constexpr int64_t kPacked = 1 << 17;  // packed elements that one pass over the rows reads: they stay in L2
 constexpr int kMostRank = 128;
 static_assert(kHeight % kTall == 0 && kSpan % kDepth == 0 && kDepth % kTile == 0 && kTile % kWide == 0,
               "blocks of blocks");
@@ -49,8 +49,8 @@ static_assert(kHeight % kTall == 0 && kSpan % kDepth == 0 && kDepth % kTile == 0
 CNEXT_HD int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 CNEXT_HD int64_t blocks(int64_t size, int64_t block) { return (size + block - 1) / block; }
 
-// C = scale * A B, or C += scale * A B, of Rows x (Vectors * kLanes). A is read along its rows, or (Across) along its
-// columns, where `a` holds its transpose.
+// Microkernel: C = scale * A B, or C += scale * A B, of Rows x (Vectors * kLanes). A is read along its rows, or
+// (Across) along its columns, where `a` holds its transpose.
 template <int Rows, int Vectors, bool Across>
 __attribute__((noinline)) void tile(int64_t depth, In a, In b, Out c, float scale, bool add) {
   Vector sum[Rows][Vectors];
@@ -83,7 +83,7 @@ __attribute__((noinline)) void tile(int64_t depth, In a, In b, Out c, float scal
     }
 }
 
-// The same where only the first `rows` and `columns` of C are there; A and B are.
+// The same where only the first `rows` and `columns` of C exist; A and B are whole.
 template <int Rows, int Vectors, bool Across>
 CNEXT_HD void tile(int64_t depth, In a, In b, Out c, int64_t rows, int64_t columns, float scale, bool add) {
   constexpr int wide = Vectors * kLanes;
@@ -134,7 +134,7 @@ void drop_rows(In from, int64_t first_row, int64_t rows, int64_t first_column, i
   for (int64_t i = 0; i < rows; ++i) run(from.at(i, 0), to.at(i, 0), first_row + i, columns, here);
 }
 
-// The transpose of (rank, columns), in panels of `wide` of the rank, with zeros behind the last.
+// The transpose of (rank, columns) in panels of `wide` of the rank, padded with zeros.
 void pack_transposed(In a, int64_t rank, int64_t columns, int64_t wide, float* packed, int threads) {
 #pragma omp parallel for schedule(static) num_threads(threads)
   for (int64_t k = 0; k < columns; k += kTile)
@@ -181,7 +181,7 @@ void project(In x, In a, Out h, const Sizes& sizes, const Dropout* drop, float* 
   }
 }
 
-// A itself where tiles of `block` columns divide it, else a copy with zeros behind its columns.
+// A itself where `block` divides its columns, else a copy padded with zeros.
 In even(In a, int64_t rows, int64_t columns, int64_t block, float* to, int threads) {
   if (columns % block == 0) return a;
   const int64_t pitch = blocks(columns, block) * block;
@@ -198,14 +198,14 @@ CNEXT_HD void column(int64_t depth, In a, int64_t rank, In b, Out c, int64_t col
 }
 
 template <int Rows>
-void weigh(In dh, In x, Out da, const Sizes& sizes, const Dropout* drop, float* packed, int threads) {
+void grad_a(In dh, In x, Out da, const Sizes& sizes, const Dropout* drop, float* packed, int threads) {
   const int64_t rows = sizes.rows, columns = sizes.columns, rank = sizes.rank;
   dh = even(dh, rows, rank, Rows, packed, threads);
 #pragma omp parallel for schedule(static) num_threads(threads)
   for (int64_t begin = 0; begin < columns; begin += kTile) {
     const int64_t count = least(columns - begin, kTile);
     float copy[kHeight * kPitch];
-    if (drop && count < kTile) std::memset(copy, 0, sizeof copy);  // the columns behind the last
+    if (drop && count < kTile) std::memset(copy, 0, sizeof copy);  // the padding
     for (int64_t at = 0; at < rows; at += kHeight) {
       const int64_t height = least(rows - at, kHeight);
       In from{x.at(at, begin), x.stride};
@@ -222,7 +222,7 @@ void weigh(In dh, In x, Out da, const Sizes& sizes, const Dropout* drop, float* 
   }
 }
 
-void spread(In dh, In a, Out out, const Sizes& sizes, bool add, float scale, const Dropout* drop, float* packed,
+void expand(In dh, In a, Out out, const Sizes& sizes, bool add, float scale, const Dropout* drop, float* packed,
             int threads) {
   constexpr int64_t pitch = kDepth + 16;
   const int64_t rows = sizes.rows, columns = sizes.columns, rank = sizes.rank;
@@ -253,7 +253,7 @@ void spread(In dh, In a, Out out, const Sizes& sizes, bool add, float scale, con
 }
 
 template <int Vectors, int Rows>
-void gather(In dy, In b, In h, Out dh, Out db, const Sizes& sizes, int64_t live, float scale, float* packed,
+void grad_b(In dy, In b, In h, Out dh, Out db, const Sizes& sizes, int64_t live, float scale, float* packed,
             int threads) {
   constexpr int wide = Vectors * kLanes, pitch = kDepth + 16;
   const int64_t rows = sizes.rows, columns = sizes.columns, rank = sizes.rank;
@@ -294,20 +294,20 @@ void gather(In dy, In b, In h, Out dh, Out db, const Sizes& sizes, int64_t live,
     transpose({across.at(0, k), across.stride}, live, least(columns - k, kTile), {db.at(k, 0), db.stride}, scale);
 }
 
-// Whether low tiles compute fewer rows that are not there than tall ones.
+// Whether low tiles pad the rank less than tall ones.
 CNEXT_HD bool low(int64_t rank) { return blocks(rank, kLow) * kLow < blocks(rank, kTall) * kTall; }
 
 void run_project(In x, In a, Out h, const Sizes& sizes, const Dropout* drop, float* workspace, int threads) {
   (sizes.rank <= kLanes ? project<1> : project<2>)(x, a, h, sizes, drop, workspace, threads);
 }
 
-void run_weigh(In dh, In x, Out da, const Sizes& sizes, const Dropout* drop, float* workspace, int threads) {
-  (low(sizes.rank) ? weigh<kLow> : weigh<kTall>)(dh, x, da, sizes, drop, workspace, threads);
+void run_grad_a(In dh, In x, Out da, const Sizes& sizes, const Dropout* drop, float* workspace, int threads) {
+  (low(sizes.rank) ? grad_a<kLow> : grad_a<kTall>)(dh, x, da, sizes, drop, workspace, threads);
 }
 
-void run_gather(In dy, In b, In h, Out dh, Out db, const Sizes& sizes, int64_t live, float scale, float* workspace,
+void run_grad_b(In dy, In b, In h, Out dh, Out db, const Sizes& sizes, int64_t live, float scale, float* workspace,
                 int threads) {
-  const auto one = low(live) ? gather<1, kLow> : gather<1, kTall>, two = low(live) ? gather<2, kLow> : gather<2, kTall>;
+  const auto one = low(live) ? grad_b<1, kLow> : grad_b<1, kTall>, two = low(live) ? grad_b<2, kLow> : grad_b<2, kTall>;
   (sizes.rank <= kLanes ? one : two)(dy, b, h, dh, db, sizes, live, scale, workspace, threads);
 }
 
@@ -319,7 +319,7 @@ int64_t workspace(const Sizes& sizes, int64_t live) {
 }  // namespace
 
 const LowRankTable* CNEXT_NAME(low_rank_, CNEXT_ISA)() {
-  static const LowRankTable table = {workspace, run_project, run_weigh, spread, run_gather};
+  static const LowRankTable table = {workspace, run_project, run_grad_a, expand, run_grad_b};
   return &table;
 }
 #else

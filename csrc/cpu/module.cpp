@@ -1,9 +1,8 @@
-// The Python module cnext._cpu: picks the instruction set, and runs a rule over lists of tensors on threads.
+// The Python module cnext._cpu: choice of the instruction set, threads, and the calls into the kernels.
 #include <pybind11/stl.h>
 
 #include <algorithm>
 #include <cstring>
-#include <limits>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -13,6 +12,7 @@
 #endif
 
 #include "../calls.h"
+#include "../reductions.h"
 #include "../tensors.h"
 #include "dropout.h"
 #include "foreach.h"
@@ -22,7 +22,7 @@ namespace py = pybind11;
 
 namespace {
 
-constexpr int64_t kChunk = 16384;  // elements per piece of work: the operands of one piece stay within L2
+constexpr int64_t kChunk = 16384;  // elements per unit of work: its operands fit into L2
 
 struct InstructionSet {
   const char* name;
@@ -67,13 +67,6 @@ std::string use_instruction_set(const std::string& name) {
   throw std::invalid_argument("instruction set " + name + " was not built or does not run here");
 }
 
-double identity(char kind) {
-  const double inf = std::numeric_limits<double>::infinity();
-  return kind == '+' ? 0.0 : kind == '<' ? inf : -inf;
-}
-
-double combine(char kind, double a, double b) { return kind == '+' ? a + b : kind == '<' ? std::min(a, b) : std::max(a, b); }
-
 struct Chunk {
   int64_t tensor, begin, count;
 };
@@ -98,11 +91,11 @@ void foreach (const std::string& rule, const std::string& dtypes, const Addresse
     for (int64_t begin = 0; begin < size[t]; begin += kChunk)
       chunks.push_back({t, begin, std::min(kChunk, size[t] - begin)});
   std::vector<double> partial(chunks.size() * width);
-  for (size_t i = 0; i < partial.size(); ++i) partial[i] = identity(kinds[i % width]);
+  for (size_t i = 0; i < partial.size(); ++i) partial[i] = identity<double>(kinds[i % width]);
 
   const int64_t count = int64_t(chunks.size());
   threads = int(std::max<int64_t>(1, std::min<int64_t>(threads, count / 2)));
-  // Guided: a thread that wakes late or is disturbed takes less, and yet each goes through long runs of memory.
+  // Guided: a late thread takes less work, and each still streams through long ranges of memory.
 #pragma omp parallel for schedule(guided) num_threads(threads)
   for (int64_t i = 0; i < count; ++i) {
     const Chunk& chunk = chunks[i];
@@ -114,7 +107,7 @@ void foreach (const std::string& rule, const std::string& dtypes, const Addresse
   }
 
   double* out = reinterpret_cast<double*>(columns);
-  for (int64_t i = 0; i < tensors * width; ++i) out[i] = identity(kinds[i % width]);
+  for (int64_t i = 0; i < tensors * width; ++i) out[i] = identity<double>(kinds[i % width]);
   for (int64_t i = 0; i < count; ++i)
     for (int k = 0; k < width; ++k) {
       double& to = out[chunks[i].tensor * width + k];
@@ -123,8 +116,8 @@ void foreach (const std::string& rule, const std::string& dtypes, const Addresse
 }
 
 // out = drop(x), or out += drop(x) where `add`. type: f float32, b bfloat16, h float16, d float64; x and out: addresses
-// of (rows, columns) with their elements from row to row; first_row, first_column: where in the
-// mask they begin, the column at a tile of it; seed: the address of an int64.
+// of (rows, columns), with their row strides in elements; first_row, first_column: their position in the mask, the
+// column a multiple of a tile; seed: the address of an int64.
 void dropout(const std::string& type, bool add, uintptr_t x, uintptr_t out, int64_t rows, int64_t columns,
              int64_t x_stride, int64_t out_stride, int64_t first_row, int64_t first_column, uintptr_t seed,
              uint32_t threshold, uint32_t branch, int threads) {
@@ -144,8 +137,8 @@ void dropout(const std::string& type, bool add, uintptr_t x, uintptr_t out, int6
         first_row + row, columns, options);
 }
 
-// The passes of cnext.ops.low_rank, over addresses of float32 matrices with their elements from row to row. seed: the
-// address of an int64, 0 where nothing is dropped; workspace: as many bytes as `workspace` says.
+// The products of cnext.ops.low_rank over addresses of float32 matrices, with row strides in elements. seed: the
+// address of an int64, 0 without dropout; workspace: as many bytes as `workspace` returns.
 using In = LowRankTable::In;
 using Out = LowRankTable::Out;
 
@@ -164,7 +157,7 @@ int64_t workspace(const std::string&, int64_t rows, int64_t columns, int64_t ran
   return 4 * low_rank("f", sizes).workspace(sizes, live);
 }
 
-// A pass that sees dropout, as `run` does it.
+// Calls a product with dropout.
 template <class Run>
 void dropped(uintptr_t seed, uint32_t threshold, uint32_t branch, uintptr_t workspace, const Run& run) {
   const bool drops = seed && threshold;
@@ -183,39 +176,39 @@ void project(const std::string& type, uintptr_t x, uintptr_t a, uintptr_t h, int
   });
 }
 
-void weigh(const std::string& type, uintptr_t dh, uintptr_t x, uintptr_t da, int64_t rows, int64_t columns,
+void grad_a(const std::string& type, uintptr_t dh, uintptr_t x, uintptr_t da, int64_t rows, int64_t columns,
            int64_t rank, int64_t dh_stride, int64_t x_stride, int64_t da_stride, uintptr_t seed, uint32_t threshold, uint32_t branch,
            uintptr_t space, int threads) {
   const Sizes sizes{rows, columns, rank};
   const LowRankTable& table = low_rank(type, sizes);
   dropped(seed, threshold, branch, space, [&](const Dropout* drop, float* space) {
-    table.weigh(in(dh, dh_stride), in(x, x_stride), out(da, da_stride), sizes, drop, space, threads);
+    table.grad_a(in(dh, dh_stride), in(x, x_stride), out(da, da_stride), sizes, drop, space, threads);
   });
 }
 
-void spread(const std::string& type, uintptr_t dh, uintptr_t a, uintptr_t to, int64_t rows, int64_t columns,
+void expand(const std::string& type, uintptr_t dh, uintptr_t a, uintptr_t to, int64_t rows, int64_t columns,
             int64_t rank, int64_t dh_stride, int64_t a_stride, int64_t to_stride, uintptr_t bias, bool add, float scale,
             uintptr_t seed, uint32_t threshold, uint32_t branch, uintptr_t space, int threads) {
   const Sizes sizes{rows, columns, rank};
   const LowRankTable& table = low_rank(type, sizes);
-  if (bias && (add || (seed && threshold))) throw std::invalid_argument("a bias is written, and is not dropped");
+  if (bias && (add || (seed && threshold))) throw std::invalid_argument("a bias needs add = false and no dropout");
   dropped(seed, threshold, branch, space, [&](const Dropout* drop, float* space) {
     if (bias)
 #pragma omp parallel for schedule(static) num_threads(threads)
       for (int64_t row = 0; row < rows; ++row)
         std::memcpy(out(to, to_stride).at(row, 0), reinterpret_cast<const float*>(bias), size_t(columns) * 4);
-    table.spread(in(dh, dh_stride), in(a, a_stride), out(to, to_stride), sizes, add || bias, scale, drop, space,
+    table.expand(in(dh, dh_stride), in(a, a_stride), out(to, to_stride), sizes, add || bias, scale, drop, space,
                  threads);
   });
 }
 
-void gather(const std::string& type, uintptr_t dy, uintptr_t b, uintptr_t h, uintptr_t dh, uintptr_t db, int64_t rows,
+void grad_b(const std::string& type, uintptr_t dy, uintptr_t b, uintptr_t h, uintptr_t dh, uintptr_t db, int64_t rows,
             int64_t columns, int64_t rank, int64_t live, int64_t dy_stride, int64_t b_stride, int64_t h_stride,
             int64_t dh_stride, int64_t db_stride, float scale, uintptr_t space, int threads) {
   const Sizes sizes{rows, columns, rank};
   const LowRankTable& table = low_rank(type, sizes);
   py::gil_scoped_release nogil;
-  table.gather(in(dy, dy_stride), in(b, b_stride), in(h, h_stride), out(dh, dh_stride), out(db, db_stride), sizes, live,
+  table.grad_b(in(dy, dy_stride), in(b, b_stride), in(h, h_stride), out(dh, dh_stride), out(db, db_stride), sizes, live,
                scale, reinterpret_cast<float*>(space), threads);
 }
 
@@ -226,19 +219,20 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("foreach", &foreach, py::arg("rule"), py::arg("dtypes"), py::arg("addresses").noconvert(),
         py::arg("sizes").noconvert(), py::arg("scalars"), py::arg("columns") = 0, py::arg("column_width") = 0,
         py::arg("rows") = 0, py::arg("row_width") = 0, py::arg("threads") = 1);
-  m.def("kernels", [] { return signatures(active().table); }, "(rule, dtypes, kinds of columns, scalars, row width) of each.");
+  m.def("kernels", [] { return signatures(active().table); }, "(rule, dtypes, reductions, scalars, row width) of each.");
   m.def("dropout", &dropout, py::arg("type"), py::arg("add"), py::arg("x"), py::arg("out"), py::arg("rows"),
         py::arg("columns"), py::arg("x_stride"), py::arg("out_stride"), py::arg("first_row"), py::arg("first_column"),
         py::arg("seed"), py::arg("threshold"), py::arg("branch"), py::arg("threads") = 1);
-  m.def("has_low_rank", [] { return active().low_rank != nullptr; }, "Whether the instruction set has what follows.");
+  m.def("has_low_rank", [] { return active().low_rank != nullptr; },
+        "Whether the instruction set has project, grad_a, expand and grad_b.");
   m.def("workspace", &workspace, py::arg("what"), py::arg("rows"), py::arg("columns"), py::arg("rank"),
         py::arg("live"));
   m.def("project", &project);
-  m.def("weigh", &weigh);
-  m.def("spread", &spread);
-  m.def("gather", &gather);
+  m.def("grad_a", &grad_a);
+  m.def("expand", &expand);
+  m.def("grad_b", &grad_b);
   m.def("describe", &describe, py::arg("api"), py::arg("tensors"),
-        "(tensors, 4) int64 through torch.Tensor.__dlpack_c_exchange_api__: address, elements, kind, layout; -1: none.");
+        "(tensors, 4) int64 through torch.Tensor.__dlpack_c_exchange_api__: address, elements, kind, layout; -1: not dense.");
   m.def("instruction_set", [] { return std::string(active().name); });
   m.def("instruction_sets", [] {
     std::vector<std::string> names;
@@ -246,5 +240,5 @@ PYBIND11_MODULE(_cpu, m) {
       if (set.runs_here) names.push_back(set.name);
     return names;
   });
-  m.def("use_instruction_set", &use_instruction_set, py::arg("name"), "Switches to one by name; returns the one before.");
+  m.def("use_instruction_set", &use_instruction_set, py::arg("name"), "Switches to an instruction set by name; returns the previous one.");
 }

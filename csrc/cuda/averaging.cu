@@ -1,17 +1,18 @@
-// The averaging rules on the GPU: one pass over lists of tensors, no temporaries, nothing that waits for the host.
+// CUDA kernels of the averaging ops: one pass over lists of tensors, without temporaries or synchronization.
 //
-// The lists travel as a kernel argument (up to 32 KiB), so a launch needs no table in device memory and can be captured
-// in a graph. Each block finds its tensor by bisection. Counts are summed per block, and by the tensor's last block in
-// the order of the blocks, so they do not depend on which block came last.
+// The lists are a kernel argument (up to 32 KiB), so a launch needs no table in device memory and can be captured in a
+// graph. Each block finds its tensor by bisection. Statistics are reduced per block, and then by the tensor's last
+// block in the order of the blocks: they do not depend on which block came last.
 #include "../averaging.h"
 
 #include <cstddef>
 #include <utility>
 
+#include "../reductions.h"
 #include "foreach.h"
 
 #if CUDART_VERSION < 12010
-#error "cnext needs CUDA 12.1 or newer: before it, a kernel's arguments took up to 4 KB"
+#error "cnext needs CUDA 12.1 or newer: older ones limit kernel arguments to 4 KB"
 #endif
 
 namespace {
@@ -20,28 +21,19 @@ constexpr int kThreads = 256, kVector = 4, kArgumentBytes = 32000;
 
 template <int Operands>
 struct Batch {
-  static constexpr int capacity = (kArgumentBytes - int(sizeof(Numbers) + sizeof(Counts)) - 64) / (8 * Operands + 12);
+  static constexpr int capacity = (kArgumentBytes - int(sizeof(Scalars) + sizeof(Statistics)) - 64) / (8 * Operands + 12);
   int64_t addresses[Operands][capacity];
   int64_t sizes[capacity];
   int32_t first_block[capacity + 1];  // of each tensor, within this launch
   int32_t tensors;
-  Numbers numbers;
-  Counts counts;  // of this launch's tensors and blocks
+  Scalars scalars;
+  Statistics statistics;  // of this launch's tensors and blocks
 };
 
 template <class T>
 struct alignas(sizeof(T) * kVector) Vector {
   T lane[kVector];
 };
-
-__device__ double combine(char kind, double a, double b) {
-  return kind == '+' ? a + b : kind == '<' ? (b < a ? b : a) : (b > a ? b : a);
-}
-
-__device__ double identity(char kind) {
-  const double infinity = __longlong_as_double(0x7ff0000000000000LL);
-  return kind == '+' ? 0.0 : kind == '<' ? infinity : -infinity;
-}
 
 template <class Rule, class... T>
 __device__ __forceinline__ void element(const Rule& rule, double* totals, T&... lane) {
@@ -83,7 +75,7 @@ __device__ __forceinline__ void work(const Rule& rule, double* totals, int64_t c
   for (int64_t i = vectors * kVector + threadIdx.x; i < count; i += kThreads) scalar_step(rule, totals, i, p...);
 }
 
-// Sums `totals` over the block into thread 0, in a fixed order.
+// Reduces `totals` over the block into thread 0, in a fixed order.
 template <class Rule>
 __device__ void reduce_block(double* totals) {
   __shared__ double shared[Rule::columns][kThreads / 32];
@@ -100,26 +92,26 @@ __device__ void reduce_block(double* totals) {
 }
 
 template <class Rule>
-__device__ void count_block(double* totals, const Counts& counts, int tensor, int first, int blocks) {
+__device__ void reduce_tensor(double* totals, const Statistics& statistics, int tensor, int first, int blocks) {
   __shared__ bool last;
   reduce_block<Rule>(totals);
   if (threadIdx.x == 0) {
-    for (int c = 0; c < Rule::columns; ++c) counts.partial[int64_t(blockIdx.x) * Rule::columns + c] = totals[c];
+    for (int c = 0; c < Rule::columns; ++c) statistics.partial[int64_t(blockIdx.x) * Rule::columns + c] = totals[c];
     __threadfence();
-    last = atomicAdd(&counts.tickets[tensor], 1u) == uint32_t(blocks - 1);
+    last = atomicAdd(&statistics.tickets[tensor], 1u) == uint32_t(blocks - 1);
   }
   __syncthreads();
   if (!last) return;
   __threadfence();
-  for (int c = 0; c < Rule::columns; ++c) totals[c] = identity(Rule::kind(c));
+  for (int c = 0; c < Rule::columns; ++c) totals[c] = identity<double>(Rule::kind(c));
   for (int b = threadIdx.x; b < blocks; b += kThreads)
     for (int c = 0; c < Rule::columns; ++c)
-      totals[c] = combine(Rule::kind(c), totals[c], __ldcg(&counts.partial[int64_t(first + b) * Rule::columns + c]));
+      totals[c] = combine(Rule::kind(c), totals[c], __ldcg(&statistics.partial[int64_t(first + b) * Rule::columns + c]));
   __syncthreads();
   reduce_block<Rule>(totals);
   if (threadIdx.x == 0) {
-    for (int c = 0; c < Rule::columns; ++c) counts.columns[int64_t(tensor) * Rule::columns + c] = totals[c];
-    counts.tickets[tensor] = 0;
+    for (int c = 0; c < Rule::columns; ++c) statistics.columns[int64_t(tensor) * Rule::columns + c] = totals[c];
+    statistics.tickets[tensor] = 0;
   }
 }
 
@@ -133,12 +125,12 @@ __device__ __forceinline__ void body(const Batch<sizeof...(T)>& batch, std::inde
   }
   const int first = batch.first_block[low], blocks = batch.first_block[low + 1] - first;
   const int64_t begin = int64_t(block - first) * kBlockElements, left = batch.sizes[low] - begin;
-  const double* row = batch.numbers.rows ? batch.numbers.rows + low * batch.numbers.row_width : nullptr;
-  const Rule rule(batch.numbers.scalars, row);
+  const double* row = batch.scalars.rows ? batch.scalars.rows + low * batch.scalars.row_width : nullptr;
+  const Rule rule(batch.scalars.values, row);
   double totals[Rule::columns + 1];
-  for (int c = 0; c < Rule::columns; ++c) totals[c] = identity(Rule::kind(c));
+  for (int c = 0; c < Rule::columns; ++c) totals[c] = identity<double>(Rule::kind(c));
   work(rule, totals, left < kBlockElements ? left : kBlockElements, reinterpret_cast<T*>(batch.addresses[I][low]) + begin...);
-  if constexpr (Rule::columns > 0) count_block<Rule>(totals, batch.counts, low, first, blocks);
+  if constexpr (Rule::columns > 0) reduce_tensor<Rule>(totals, batch.statistics, low, first, blocks);
 }
 
 template <class Rule, class... T>
@@ -147,7 +139,7 @@ __global__ void __launch_bounds__(kThreads) foreach_kernel(const __grid_constant
 }
 
 template <class Rule, class... T>
-const char* launch(const Lists& lists, const Numbers& numbers, const Counts& counts, Stream stream) {
+const char* launch(const Lists& lists, const Scalars& scalars, const Statistics& statistics, Stream stream) {
   constexpr int operands = int(sizeof...(T));
   static_assert(operands == Rule::operands && sizeof(Batch<operands>) <= 32764, "one type per operand, within the limit");
   static thread_local Batch<operands> batch;  // as large as the argument, so not on the stack
@@ -155,7 +147,7 @@ const char* launch(const Lists& lists, const Numbers& numbers, const Counts& cou
   for (int64_t t = 0; t < lists.tensors;) {
     int32_t blocks = 0;
     int n = 0;
-    // A tensor without elements takes one block, which writes its counts.
+    // A tensor without elements takes one block, which writes its statistics.
     for (; t < lists.tensors && n < Batch<operands>::capacity; ++t, ++n) {
       const int64_t needed = lists.sizes[t] > 0 ? (lists.sizes[t] + kBlockElements - 1) / kBlockElements : 1;
       if (blocks + needed > INT32_MAX) break;
@@ -167,11 +159,11 @@ const char* launch(const Lists& lists, const Numbers& numbers, const Counts& cou
     if (n == 0) return "a tensor has more than 2^43 elements";
     batch.first_block[n] = blocks;
     batch.tensors = n;
-    batch.numbers = numbers;
-    if (numbers.rows) batch.numbers.rows += done_tensors * numbers.row_width;
-    if (counts.columns)
-      batch.counts = {counts.columns + done_tensors * Rule::columns, counts.partial + done_blocks * Rule::columns,
-                      counts.tickets + done_tensors};
+    batch.scalars = scalars;
+    if (scalars.rows) batch.scalars.rows += done_tensors * scalars.row_width;
+    if (statistics.columns)
+      batch.statistics = {statistics.columns + done_tensors * Rule::columns, statistics.partial + done_blocks * Rule::columns,
+                      statistics.tickets + done_tensors};
     foreach_kernel<Rule, T...><<<unsigned(blocks), kThreads, 0, stream>>>(batch);
     const cudaError_t error = cudaGetLastError();
     if (error != cudaSuccess) return cudaGetErrorString(error);

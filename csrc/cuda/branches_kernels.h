@@ -1,8 +1,8 @@
-// The skinny products of the branches, each one pass over the wide matrix, for bfloat16 and float16 with float32 sums.
+// CUDA kernels of the low-rank products, each one pass over the wide matrix, in bfloat16 and float16 with float32 sums.
 //
-// The mask of branches.h is laid out as the tensor cores want it: the sixteen columns of every fragment are the sixteen
-// lanes of a tile, so that a thread draws what its own elements need, eight Philox calls for 64 of them, and nothing is
-// exchanged. No sum depends on the order in which blocks run: what several blocks share is summed by combine_kernel.
+// The mask of branches.h matches the fragments of the tensor cores: the 16 columns of a fragment are the 16 lanes of a
+// tile, so that a thread computes the random bits of its own elements, eight Philox calls for 64 of them, without any
+// exchange. Sums are deterministic: those that several blocks share are added by combine_kernel, in order.
 #pragma once
 
 #include "../branches.h"
@@ -11,7 +11,7 @@
 
 namespace {
 
-constexpr int kWarp = 32, kPad = 8;  // a row of a tile is padded by 16 bytes: ldmatrix then meets no bank twice
+constexpr int kWarp = 32, kPad = 8;  // rows of a tile are padded by 16 bytes: ldmatrix then has no bank conflicts
 constexpr int kPitch = kTile + kPad;
 
 struct alignas(16) Floats {
@@ -81,11 +81,11 @@ CNEXT_DEVICE void mask(uint32_t (&v)[4], const Random& random, int i, uint32_t l
 CNEXT_DEVICE uint32_t offset(int row, int column, int pitch) { return uint32_t(row * pitch + column) * 2; }
 
 // A tile of Columns into shared memory, rows `pitch` elements apart, with zeros outside the matrix, whose columns are a
-// multiple of 8 and whose rows are aligned. `threads` of them share the work, this one is the `thread`th.
+// multiple of 8 and whose rows are aligned. `threads` threads share the work; `thread` is this one's index.
 template <int Columns>
 CNEXT_DEVICE void copy_wide(uint32_t to, int pitch, const uint16_t* from, int64_t stride, int tile_rows, int64_t rows,
                             int64_t columns, int thread, int threads) {
-  constexpr int chunks = Columns / 8;  // divides the threads, so that each has its column
+  constexpr int chunks = Columns / 8;  // divides the threads: each keeps its column
   const int column = thread % chunks * 8, step = threads / chunks;
   const int filled = column < columns ? int(rows < tile_rows ? rows : tile_rows) : 0;
   to += offset(thread / chunks, column, pitch);
@@ -99,7 +99,7 @@ CNEXT_DEVICE void copy_wide(uint32_t to, int pitch, const uint16_t* from, int64_
   }
 }
 
-// Likewise of a narrow matrix, which may be a few columns of a wider one.
+// The same for a narrow matrix, which may be some columns of a wider one.
 template <int Columns>
 CNEXT_DEVICE void copy_narrow(char* to, const uint16_t* from, int64_t stride, int tile_rows, int64_t rows,
                               int columns) {
@@ -126,14 +126,14 @@ CNEXT_DEVICE void copy_narrow(char* to, const uint16_t* from, int64_t stride, in
 struct Project {
   const uint16_t *x, *a;
   void* h;
-  float* partial;  // (blocks along the columns, rows, Ranks), or null: written to h at once
+  float* partial;  // (blocks along the columns, rows, Ranks), or null: h is written directly
   int64_t rows, columns, x_stride, a_stride, h_stride;
   int rank, tiles;  // tiles: of 128 columns, per block
   float factor;
   Dropout dropout;
 };
 
-// Each warp has 16 Fragments rows; the block shares a tile of a.
+// Each warp has 16 * Fragments rows; the block shares a tile of a.
 template <class T, int Ranks, int Fragments, int Threads, int Resident>
 __global__ void __launch_bounds__(Threads, Resident) project_kernel(const Project p) {
   const int warp = int(threadIdx.x) / kWarp, lane = int(threadIdx.x) % kWarp;
@@ -213,7 +213,7 @@ __global__ void __launch_bounds__(Threads, Resident) project_kernel(const Projec
 
 // ---- da = f dh^T (keep o x)
 
-struct Weigh {
+struct GradA {
   const uint16_t *dh, *x;
   void* da;
   float* partial;  // (blocks along the rows, rank, columns), or null
@@ -223,25 +223,25 @@ struct Weigh {
   Dropout dropout;
 };
 
-constexpr int kWeighRows = 64, kWeighThreads = 128;
+constexpr int kGradARows = 64, kGradAThreads = 128;
 
-// A block has a tile of columns, each warp 32 of them. For the mask each warp has 16 rows of the whole tile, and leaves
-// their fragments, masked, in shared memory.
+// A block has a tile of columns, each warp 32 of them. To apply the mask, each warp takes 16 rows of the whole tile and
+// writes their masked fragments to shared memory.
 template <class T, int Ranks, int Resident>
-__global__ void __launch_bounds__(kWeighThreads, Resident) weigh_kernel(const Weigh p) {
-  constexpr int kDhPitch = Ranks + kPad, kXBytes = kWeighRows * kPitch * 2, kDhBytes = kWeighRows * kDhPitch * 2;
+__global__ void __launch_bounds__(kGradAThreads, Resident) grad_a_kernel(const GradA p) {
+  constexpr int kDhPitch = Ranks + kPad, kXBytes = kGradARows * kPitch * 2, kDhBytes = kGradARows * kDhPitch * 2;
   const int warp = int(threadIdx.x) / kWarp, lane = int(threadIdx.x) % kWarp;
   const int64_t tile = blockIdx.x, first_column = tile * kTile;
-  const int64_t steps = (p.rows + kWeighRows - 1) / kWeighRows, first = int64_t(blockIdx.y) * p.steps;
+  const int64_t steps = (p.rows + kGradARows - 1) / kGradARows, first = int64_t(blockIdx.y) * p.steps;
   const int64_t last = first + p.steps < steps ? first + p.steps : steps;
   char* const memory = shared_memory();
   char* const masked = memory + 2 * (kXBytes + kDhBytes);
   const auto fetch = [&](int64_t step) {
-    const int64_t row = step * kWeighRows;
+    const int64_t row = step * kGradARows;
     char* const stage = memory + step % 2 * (kXBytes + kDhBytes);
-    copy_wide<kTile>(shared_address(stage), kPitch, p.x + row * p.x_stride + first_column, p.x_stride, kWeighRows,
-                     p.rows - row, p.columns - first_column, int(threadIdx.x), kWeighThreads);
-    copy_narrow<Ranks>(stage + kXBytes, p.dh + row * p.dh_stride, p.dh_stride, kWeighRows, p.rows - row, p.rank);
+    copy_wide<kTile>(shared_address(stage), kPitch, p.x + row * p.x_stride + first_column, p.x_stride, kGradARows,
+                     p.rows - row, p.columns - first_column, int(threadIdx.x), kGradAThreads);
+    copy_narrow<Ranks>(stage + kXBytes, p.dh + row * p.dh_stride, p.dh_stride, kGradARows, p.rows - row, p.rank);
     commit_copies();
   };
   const Draw draw = begin(p.dropout);
@@ -256,7 +256,7 @@ __global__ void __launch_bounds__(kWeighThreads, Resident) weigh_kernel(const We
     const uint32_t dh_at = stage + kXBytes + offset(lane % 8 + lane / 16 * 8, lane / 8 % 2 * 8, kDhPitch);
     if (draw.dropped) {
       Random random;
-      fill<true>(random, draw, uint32_t(tile), uint32_t(step * kWeighRows) + uint32_t(16 * warp), lane);
+      fill<true>(random, draw, uint32_t(tile), uint32_t(step * kGradARows) + uint32_t(16 * warp), lane);
 #pragma unroll
       for (int i = 0; i < kTile / 16; ++i) {
         Words v;
@@ -267,7 +267,7 @@ __global__ void __launch_bounds__(kWeighThreads, Resident) weigh_kernel(const We
       __syncthreads();
     }
 #pragma unroll
-    for (int group = 0; group < kWeighRows / 16; ++group) {
+    for (int group = 0; group < kGradARows / 16; ++group) {
       Words v[2];
 #pragma unroll
       for (int i = 0; i < 2; ++i)
@@ -306,7 +306,7 @@ __global__ void __launch_bounds__(kWeighThreads, Resident) weigh_kernel(const We
 
 // ---- out = keep o (factor dh a) + bias [+ out]
 
-struct Spread {
+struct Expand {
   const uint16_t *dh, *a;
   const void* bias;
   uint16_t* out;
@@ -317,13 +317,13 @@ struct Spread {
   Dropout dropout;
 };
 
-constexpr int kSpreadThreads = 256;  // at most
+constexpr int kExpandThreads = 256;  // at most
 
-// Each warp has 16 rows, and keeps their dh in registers; the block shares a tile of a. What is written passes through
-// the warp's own part of shared memory, so that rows are written, and with `add` read, in pieces of 16 bytes. Plus:
-// there is a bias, or something to add to.
+// Each warp has 16 rows, and keeps their dh in registers; the block shares a tile of a. The output is staged in the
+// warp's part of shared memory, so that rows are written, and with `add` read, 16 bytes at a time. Plus: with a bias or
+// `add`.
 template <class T, int Ranks, bool Plus, int Resident>
-__global__ void __launch_bounds__(kSpreadThreads, Resident) spread_kernel(const Spread p) {
+__global__ void __launch_bounds__(kExpandThreads, Resident) expand_kernel(const Expand p) {
   constexpr int kABytes = Ranks * kPitch * 2, kDhPitch = Ranks + kPad;
   const int block_rows = int(blockDim.x) / kWarp * 16, out_bytes = block_rows * kPitch * 2;
   const int warp = int(threadIdx.x) / kWarp, lane = int(threadIdx.x) % kWarp;
@@ -413,38 +413,38 @@ __global__ void __launch_bounds__(kSpreadThreads, Resident) spread_kernel(const 
 
 // ---- dh = scale dy bt^T, db = scale dy^T h
 
-struct Gather {
+struct GradB {
   const uint16_t *dy, *bt, *h;
   float *dh, *db;  // (slabs of columns, rows, Ranks) and (blocks along the rows, columns, Ranks)
   int64_t rows, columns, dy_stride, bt_stride, h_stride;
   int rank, live, steps, stages;  // steps: of 32 rows, per block; stages: 2, or 3 where there is room
 };
 
-constexpr int kGatherRows = 32;
+constexpr int kGradBRows = 32;
 
-// A block has a slab of columns, each warp Columns of it, and keeps its part of bt, and of db, in registers. Every step
-// takes 32 rows of the slab into shared memory once, for both products; the warps' shares of dh are summed there.
+// A block has a slab of columns, each warp Columns of it, and keeps its parts of bt and db in registers. Every step
+// loads 32 rows of the slab into shared memory once, for both products; the warps' partial sums of dh are added there.
 template <class T, int Ranks, int Columns, int Threads>
-__global__ void __launch_bounds__(Threads, 1) gather_kernel(const Gather p) {
+__global__ void __launch_bounds__(Threads, 1) grad_b_kernel(const GradB p) {
   constexpr int kWarps = Threads / kWarp, kSlab = kWarps * Columns;
   constexpr int kDyPitch = kSlab + kPad, kHPitch = Ranks + kPad, kSumPitch = Ranks + kPad;
-  constexpr int kDyBytes = kGatherRows * kDyPitch * 2, kHBytes = kGatherRows * kHPitch * 2;
-  static_assert(Threads % (kSlab / 8) == 0, "copy_wide gives each thread its column");
+  constexpr int kDyBytes = kGradBRows * kDyPitch * 2, kHBytes = kGradBRows * kHPitch * 2;
+  static_assert(Threads % (kSlab / 8) == 0, "copy_wide keeps each thread at its column");
   const int warp = int(threadIdx.x) / kWarp, lane = int(threadIdx.x) % kWarp;
   const int64_t first_column = int64_t(blockIdx.x) * kSlab, own_column = first_column + warp * Columns;
-  const int64_t steps = (p.rows + kGatherRows - 1) / kGatherRows, first = int64_t(blockIdx.y) * p.steps;
+  const int64_t steps = (p.rows + kGradBRows - 1) / kGradBRows, first = int64_t(blockIdx.y) * p.steps;
   const int64_t last = first + p.steps < steps ? first + p.steps : steps;
   char* const memory = shared_memory();
   float* const shares = reinterpret_cast<float*>(memory + p.stages * (kDyBytes + kHBytes));
   const auto stage_of = [&](int64_t step) { return memory + int(step - first) % p.stages * (kDyBytes + kHBytes); };
-  const auto fetch = [&](int64_t step) {  // a group of copies even where there is nothing to copy
+  const auto fetch = [&](int64_t step) {  // always commits a group, if need be an empty one
     if (step >= last) return commit_copies();
-    const int64_t row = step * kGatherRows;
+    const int64_t row = step * kGradBRows;
     char* const stage = stage_of(step);
-    copy_wide<kSlab>(shared_address(stage), kDyPitch, p.dy + row * p.dy_stride + first_column, p.dy_stride, kGatherRows,
+    copy_wide<kSlab>(shared_address(stage), kDyPitch, p.dy + row * p.dy_stride + first_column, p.dy_stride, kGradBRows,
                      p.rows - row, p.columns - first_column, int(threadIdx.x), Threads);
     if (p.live)
-      copy_narrow<Ranks>(stage + kDyBytes, p.h + row * p.h_stride, p.h_stride, kGatherRows, p.rows - row, p.live);
+      copy_narrow<Ranks>(stage + kDyBytes, p.h + row * p.h_stride, p.h_stride, kGradBRows, p.rows - row, p.live);
     commit_copies();
   };
   for (int i = 0; i + 1 < p.stages; ++i) fetch(first + i);
@@ -470,7 +470,7 @@ __global__ void __launch_bounds__(Threads, 1) gather_kernel(const Gather p) {
     const uint32_t stage = shared_address(stage_of(step));
     const uint32_t dy_at = stage + uint32_t(warp * Columns) * 2;
 #pragma unroll
-    for (int f = 0; f < kGatherRows / 16; ++f) {
+    for (int f = 0; f < kGradBRows / 16; ++f) {
       float dh[Ranks / 8][4] = {};
 #pragma unroll
       for (int c = 0; c < Columns / 16; ++c) {
@@ -483,12 +483,12 @@ __global__ void __launch_bounds__(Threads, 1) gather_kernel(const Gather p) {
       for (int n = 0; n < Ranks / 8; ++n)
 #pragma unroll
         for (int half = 0; half < 2; ++half)
-          write(shares + (warp * kGatherRows + 16 * f + half * 8 + lane / 4) * kSumPitch + 8 * n + lane % 4 * 2,
+          write(shares + (warp * kGradBRows + 16 * f + half * 8 + lane / 4) * kSumPitch + 8 * n + lane % 4 * 2,
                 FloatPair{dh[n][2 * half], dh[n][2 * half + 1]});
     }
     if (p.live) {
 #pragma unroll
-      for (int f = 0; f < kGatherRows / 16; ++f) {
+      for (int f = 0; f < kGradBRows / 16; ++f) {
         uint32_t h[Ranks / 16][4];
 #pragma unroll
         for (int r = 0; r < Ranks / 16; ++r)
@@ -504,16 +504,16 @@ __global__ void __launch_bounds__(Threads, 1) gather_kernel(const Gather p) {
       }
     }
     __syncthreads();
-    for (int c = int(threadIdx.x); c < kGatherRows * Ranks / 4; c += Threads) {
+    for (int c = int(threadIdx.x); c < kGradBRows * Ranks / 4; c += Threads) {
       const int row = c / (Ranks / 4), column = c % (Ranks / 4) * 4;
       Floats sum = read<Floats>(shares + row * kSumPitch + column);
 #pragma unroll
       for (int w = 1; w < kWarps; ++w) {
-        const Floats more = read<Floats>(shares + (w * kGatherRows + row) * kSumPitch + column);
+        const Floats more = read<Floats>(shares + (w * kGradBRows + row) * kSumPitch + column);
 #pragma unroll
         for (int k = 0; k < 4; ++k) sum.value[k] += more.value[k];
       }
-      const int64_t at = step * kGatherRows + row;
+      const int64_t at = step * kGradBRows + row;
       if (at < p.rows) write_global(p.dh + (int64_t(blockIdx.x) * p.rows + at) * Ranks + column, sum);
     }
   }
@@ -531,7 +531,7 @@ __global__ void __launch_bounds__(Threads, 1) gather_kernel(const Gather p) {
       }
 }
 
-// ---- out = factor x the sum of the parts
+// ---- out = factor * the sum of the parts
 
 struct Sum {
   const float* partial;  // (parts, rows, pitch); pitch a multiple of 4
@@ -545,7 +545,7 @@ constexpr int kCombineThreads = 256;
 
 CNEXT_DEVICE int64_t quarters(const Sum& sum) { return sum.rows * ((sum.columns + 3) / 4); }
 
-// Up to two matrices in one launch; a thread has four columns. The parts are summed in their order.
+// Up to two matrices in one launch; a thread has four columns. The parts are added in order.
 template <class T>
 __global__ void __launch_bounds__(kCombineThreads) combine_kernel(const Sum one, const Sum other) {
   int64_t at = int64_t(blockIdx.x) * kCombineThreads + threadIdx.x;

@@ -1,4 +1,4 @@
-// How the products are cut into blocks, and launched. Plain C++ but for launch(), so that an emulation runs it too.
+// Launch configurations of the low-rank products. Plain C++ but for launch(), so that an emulation runs it too.
 #pragma once
 
 #include <algorithm>
@@ -11,20 +11,20 @@ namespace {
 
 struct Device {
   int processors = 132;
-  int shared_bytes = 227 * 1024;  // that a block may have
+  int shared_bytes = 227 * 1024;  // at most, per block
 };
 
 constexpr int64_t ceiling(int64_t value, int64_t unit) { return (value + unit - 1) / unit; }
 
 struct Cut {
-  int64_t blocks, parts, units;  // parts: of the work of each of `blocks`; units: of work in a part
+  int64_t blocks, parts, units;  // each of `blocks` is split into `parts` of `units` of work
   int threads, shared;
   int64_t workspace;  // floats
   double cost;
 };
 
-// Cuts `units` of work for each of `blocks` into the parts that end first, where the device runs `slots` blocks at
-// once. A block takes about a unit to begin, and `extra` units for its part of a sum to be written and read again.
+// Splits `units` of work of each of `blocks` into the parts that finish first, where the device runs `slots` blocks at
+// once. A block takes about one unit to start, and `extra` units to write and read back its part of a sum.
 Cut cut(int64_t blocks, int64_t units, int64_t slots, double extra, int limit, int threads, int shared) {
   Cut best{blocks, 1, units, threads, shared, 0, -1};
   for (int64_t parts = 1; parts <= limit && (parts == 1 || parts <= units); ++parts) {
@@ -33,12 +33,12 @@ Cut cut(int64_t blocks, int64_t units, int64_t slots, double extra, int limit, i
     const double cost = waves * (double(each) + 1 + (parts > 1 ? extra : 0));
     if (best.cost < 0 || cost < best.cost) best.parts = parts, best.units = each, best.cost = cost;
   }
-  if (best.units) best.parts = ceiling(units, best.units);  // none without work
+  if (best.units) best.parts = ceiling(units, best.units);  // no part without work
   return best;
 }
 
-// The best of cut(warps) for blocks of 16 `fragments` rows a warp, whose time is that of their rows, and of the `ranks`
-// rows of a that they read beside them. How few processors idle in the last wave depends on it.
+// The best number of warps per block, with 16 `fragments` rows per warp. The time of a block is that of its rows and of
+// the `ranks` rows of a that it reads as well; the number of idle processors in the last wave depends on the choice.
 template <class Cuts>
 Cut with_warps(const Device& device, int fragments, int ranks, const Cuts& cuts) {
   Cut best{};
@@ -52,13 +52,13 @@ Cut with_warps(const Device& device, int fragments, int ranks, const Cuts& cuts)
 
 template <class T, int Ranks>
 struct Products {
-  // Of rank 96 a warp has 32 rows, which halves what it reads of a: the widest with which nothing spills.
+  // For rank 96 a warp has 32 rows, which halves its reads of a: the largest size without spills.
   static constexpr int kFragments = Ranks == 96 ? 2 : 1, kProjectResident = Ranks <= 64 ? 2 : 1;
-  static constexpr int kWeighResident = Ranks <= 32 ? 3 : 2;
+  static constexpr int kGradAResident = Ranks <= 32 ? 3 : 2;
   template <bool Plus>
-  static constexpr int kSpreadResident = Ranks <= (Plus ? 64 : 96) ? 2 : 1;
-  static constexpr int kGatherColumns = Ranks <= 32 ? 64 : 32;  // of a warp
-  static constexpr int kGatherThreads = Ranks <= 32 ? 384 : 256, kSlab = kGatherColumns * kGatherThreads / kWarp;
+  static constexpr int kExpandResident = Ranks <= (Plus ? 64 : 96) ? 2 : 1;
+  static constexpr int kGradBColumns = Ranks <= 32 ? 64 : 32;  // of a warp
+  static constexpr int kGradBThreads = Ranks <= 32 ? 384 : 256, kSlab = kGradBColumns * kGradBThreads / kWarp;
 
   static Cut project(const Shape& s, const Device& device) {
     Cut c = with_warps(device, kFragments, Ranks, [&](int warps) {
@@ -70,16 +70,16 @@ struct Products {
     return c;
   }
 
-  static Cut weigh(const Shape& s, const Device& device) {
-    constexpr int bytes = 2 * kWeighRows * (kPitch + Ranks + kPad) * 2 + kWeighRows * kTile * 2;
-    Cut c = cut(ceiling(s.columns, kTile), ceiling(s.rows, kWeighRows), int64_t(kWeighResident) * device.processors,
-                Ranks / 16.0, 64, kWeighThreads, bytes);
+  static Cut grad_a(const Shape& s, const Device& device) {
+    constexpr int bytes = 2 * kGradARows * (kPitch + Ranks + kPad) * 2 + kGradARows * kTile * 2;
+    Cut c = cut(ceiling(s.columns, kTile), ceiling(s.rows, kGradARows), int64_t(kGradAResident) * device.processors,
+                Ranks / 16.0, 64, kGradAThreads, bytes);
     c.workspace = c.parts > 1 ? s.rank * s.columns * c.parts : 0;
     return c;
   }
 
-  static Cut spread(const Shape& s, bool plus, bool add, const Device& device) {
-    const int64_t resident = plus ? kSpreadResident<true> : kSpreadResident<false>;
+  static Cut expand(const Shape& s, bool plus, bool add, const Device& device) {
+    const int64_t resident = plus ? kExpandResident<true> : kExpandResident<false>;
     return with_warps(device, 1, Ranks, [&](int warps) {
       const int rows = warps * 16;
       return cut(ceiling(s.rows, rows), ceiling(s.columns, kTile), resident * device.processors, 0, 64, warps * kWarp,
@@ -87,16 +87,16 @@ struct Products {
     });
   }
 
-  static constexpr int gather_bytes(int stages) {
-    return stages * kGatherRows * (kSlab + kPad + Ranks + kPad) * 2 +
-           kGatherThreads / kWarp * kGatherRows * (Ranks + kPad) * 4;
+  static constexpr int grad_b_bytes(int stages) {
+    return stages * kGradBRows * (kSlab + kPad + Ranks + kPad) * 2 +
+           kGradBThreads / kWarp * kGradBRows * (Ranks + kPad) * 4;
   }
 
-  static int gather_stages(const Device& device) { return gather_bytes(3) <= device.shared_bytes ? 3 : 2; }
+  static int grad_b_stages(const Device& device) { return grad_b_bytes(3) <= device.shared_bytes ? 3 : 2; }
 
-  static Cut gather(const Shape& s, const Device& device) {
-    Cut c = cut(ceiling(s.columns, kSlab), ceiling(s.rows, kGatherRows), device.processors, Ranks / 8.0, 64,
-                kGatherThreads, gather_bytes(gather_stages(device)));
+  static Cut grad_b(const Shape& s, const Device& device) {
+    Cut c = cut(ceiling(s.columns, kSlab), ceiling(s.rows, kGradBRows), device.processors, Ranks / 8.0, 64,
+                kGradBThreads, grad_b_bytes(grad_b_stages(device)));
     c.workspace = Ranks * (c.blocks * s.rows + s.columns * c.parts);
     return c;
   }
@@ -120,37 +120,37 @@ struct Products {
     return combine({workspace, p.h, s.rows, s.rank, Ranks, p.h_stride, int(c.parts), p.factor}, {}, stream);
   }
 
-  static const char* run_weigh(const Weigh& given, const Shape& s, float* workspace, const Device& device,
+  static const char* run_grad_a(const GradA& given, const Shape& s, float* workspace, const Device& device,
                                Stream stream) {
-    const Cut c = weigh(s, device);
-    Weigh p = given;
+    const Cut c = grad_a(s, device);
+    GradA p = given;
     p.steps = int(c.units);
     p.partial = c.parts > 1 ? workspace : nullptr;
-    const auto kernel = weigh_kernel<T, Ranks, kWeighResident>;
+    const auto kernel = grad_a_kernel<T, Ranks, kGradAResident>;
     const char* error = launch(kernel, dim3(unsigned(c.blocks), unsigned(c.parts)), c.threads, c.shared, stream, p);
     if (error || c.parts == 1) return error;
     return combine({workspace, p.da, s.rank, s.columns, s.columns, p.da_stride, int(c.parts), p.factor}, {}, stream);
   }
 
-  static const char* run_spread(const Spread& given, const Shape& s, const Device& device, Stream stream) {
+  static const char* run_expand(const Expand& given, const Shape& s, const Device& device, Stream stream) {
     const bool plus = given.add || given.bias;
-    const Cut c = spread(s, plus, given.add, device);
-    Spread p = given;
+    const Cut c = expand(s, plus, given.add, device);
+    Expand p = given;
     p.tiles = int(c.units);
-    const auto kernel = plus ? spread_kernel<T, Ranks, true, kSpreadResident<true>>
-                             : spread_kernel<T, Ranks, false, kSpreadResident<false>>;
+    const auto kernel = plus ? expand_kernel<T, Ranks, true, kExpandResident<true>>
+                             : expand_kernel<T, Ranks, false, kExpandResident<false>>;
     return launch(kernel, dim3(unsigned(c.blocks), unsigned(c.parts)), c.threads, c.shared, stream, p);
   }
 
-  static const char* run_gather(const Gather& given, const Narrow& dh, const Narrow& db, float scale, const Shape& s,
+  static const char* run_grad_b(const GradB& given, const Narrow& dh, const Narrow& db, float scale, const Shape& s,
                                 float* workspace, const Device& device, Stream stream) {
-    const Cut c = gather(s, device);
-    Gather p = given;
+    const Cut c = grad_b(s, device);
+    GradB p = given;
     p.steps = int(c.units);
-    p.stages = gather_stages(device);
+    p.stages = grad_b_stages(device);
     p.dh = workspace;
     p.db = workspace + c.blocks * s.rows * Ranks;
-    const auto kernel = gather_kernel<T, Ranks, kGatherColumns, kGatherThreads>;
+    const auto kernel = grad_b_kernel<T, Ranks, kGradBColumns, kGradBThreads>;
     const char* error = launch(kernel, dim3(unsigned(c.blocks), unsigned(c.parts)), c.threads, c.shared, stream, p);
     if (error) return error;
     return combine({p.dh, dh.data, s.rows, s.rank, Ranks, dh.stride, int(c.blocks), scale},
@@ -158,9 +158,9 @@ struct Products {
   }
 };
 
-constexpr int kGatherRank = 96, kGatherPart = 64;  // a wider gather is two, of which the first has 64 ranks
+constexpr int kGradBRank = 96, kGradBPart = 64;  // a wider grad_b takes two launches, the first of 64 ranks
 
-// work(Products<T, Ranks>()) of the narrowest kernel that holds the rank.
+// work(Products<T, Ranks>()) with the smallest Ranks that holds the rank.
 template <class T, int Widest, class Work>
 auto with_rank(int rank, const Work& work) {
   if (rank <= 16) return work(Products<T, 16>());
@@ -182,12 +182,12 @@ const char* with_type(char type, int rank, const Work& work) {
 
 // The same for both types.
 int64_t workspace_bytes(const char* what, const Shape& s, const Device& device) {
-  if (!std::strcmp(what, "gather"))
-    return 4 * with_rank<bf16, kGatherRank>(s.rank > kGatherRank ? kGatherPart : s.rank,
-                                            [&](auto products) { return products.gather(s, device).workspace; });
-  const bool project = !std::strcmp(what, "project"), weigh = !std::strcmp(what, "weigh");
+  if (!std::strcmp(what, "grad_b"))
+    return 4 * with_rank<bf16, kGradBRank>(s.rank > kGradBRank ? kGradBPart : s.rank,
+                                            [&](auto products) { return products.grad_b(s, device).workspace; });
+  const bool project = !std::strcmp(what, "project"), grad_a = !std::strcmp(what, "grad_a");
   return 4 * with_rank<bf16, kMaxRank>(s.rank, [&](auto products) -> int64_t {
-    return project ? products.project(s, device).workspace : weigh ? products.weigh(s, device).workspace : 0;
+    return project ? products.project(s, device).workspace : grad_a ? products.grad_a(s, device).workspace : 0;
   });
 }
 
@@ -225,38 +225,38 @@ const char* project(char type, const Shape& s, Wide x, Wide a, Narrow h, const D
                              [&](auto products) { return products.run_project(p, s, workspace, device, stream); });
 }
 
-const char* weigh(char type, const Shape& s, Narrow dh, Wide x, Wide da, const Dropout& dropout, float* workspace,
+const char* grad_a(char type, const Shape& s, Narrow dh, Wide x, Wide da, const Dropout& dropout, float* workspace,
                   const Device& device, Stream stream) {
   if (const char* error = wrong(s, {x, da}, dropout)) return error;
   if (!s.columns) return nullptr;
-  const Weigh p{of<uint16_t>(dh), of<uint16_t>(x), da.data, nullptr, s.rows, s.columns, dh.stride, x.stride,
+  const GradA p{of<uint16_t>(dh), of<uint16_t>(x), da.data, nullptr, s.rows, s.columns, dh.stride, x.stride,
                 da.stride, s.rank, 0, kept_factor(dropout), dropout};
   return with_type<kMaxRank>(type, s.rank,
-                             [&](auto products) { return products.run_weigh(p, s, workspace, device, stream); });
+                             [&](auto products) { return products.run_grad_a(p, s, workspace, device, stream); });
 }
 
-const char* spread(char type, const Shape& s, Narrow dh, Wide a, const void* bias, Wide out, bool add, float scale,
+const char* expand(char type, const Shape& s, Narrow dh, Wide a, const void* bias, Wide out, bool add, float scale,
                    const Dropout& dropout, const Device& device, Stream stream) {
   if (const char* error = wrong(s, {a, out}, dropout)) return error;
   if (!s.rows || !s.columns) return nullptr;
-  const Spread p{of<uint16_t>(dh), of<uint16_t>(a), bias, static_cast<uint16_t*>(out.data), s.rows, s.columns,
+  const Expand p{of<uint16_t>(dh), of<uint16_t>(a), bias, static_cast<uint16_t*>(out.data), s.rows, s.columns,
                  dh.stride, a.stride, out.stride, s.rank, 0, add, kept_factor(dropout) * scale, dropout};
-  return with_type<kMaxRank>(type, s.rank, [&](auto products) { return products.run_spread(p, s, device, stream); });
+  return with_type<kMaxRank>(type, s.rank, [&](auto products) { return products.run_expand(p, s, device, stream); });
 }
 
-const char* gather(char type, const Shape& s, Wide dy, Wide bt, Narrow h, Narrow dh, Narrow db, float scale,
+const char* grad_b(char type, const Shape& s, Wide dy, Wide bt, Narrow h, Narrow dh, Narrow db, float scale,
                    float* workspace, const Device& device, Stream stream) {
   if (const char* error = wrong(s, {dy, bt}, Dropout{})) return error;
   if (!s.columns) return "columns must not be 0";
   if (s.live < 0 || s.live > s.rank) return "live must be 0 to the rank";
-  const int width = s.rank > kGatherRank ? kGatherPart : s.rank;
+  const int width = s.rank > kGradBRank ? kGradBPart : s.rank;
   for (int from = 0; from < s.rank; from += width) {
     const auto moved = [&](const Narrow& n) { return Narrow{static_cast<uint16_t*>(n.data) + from, n.stride}; };
     const Shape part{s.rows, s.columns, std::min(width, s.rank - from), std::min(width, std::max(0, s.live - from))};
-    const Gather p{of<uint16_t>(dy), of<uint16_t>(bt) + from * bt.stride, of<uint16_t>(moved(h)), nullptr, nullptr,
+    const GradB p{of<uint16_t>(dy), of<uint16_t>(bt) + from * bt.stride, of<uint16_t>(moved(h)), nullptr, nullptr,
                    s.rows, s.columns, dy.stride, bt.stride, h.stride, part.rank, part.live, 0, 0};
-    const char* error = with_type<kGatherRank>(type, width, [&](auto products) {
-      return products.run_gather(p, moved(dh), moved(db), scale, part, workspace, device, stream);
+    const char* error = with_type<kGradBRank>(type, width, [&](auto products) {
+      return products.run_grad_b(p, moved(dh), moved(db), scale, part, workspace, device, stream);
     });
     if (error) return error;
   }

@@ -1,5 +1,5 @@
-// What the branches' kernels take from the GPU beyond plain C++, each in one small function. A host that emulates them
-// gives its own in simt.h, and then compiles the same kernels.
+// Device intrinsics of the branches' kernels, each in one small function. An emulation on the host provides its own in
+// simt.h and compiles the same kernels.
 #pragma once
 
 #include <cstdint>
@@ -21,7 +21,7 @@ CNEXT_DEVICE char* shared_memory() {
 
 CNEXT_DEVICE uint32_t shared_address(const void* p) { return uint32_t(__cvta_generic_to_shared(p)); }
 
-// What moves a V of 2, 4, 8 or 16 bytes in one instruction: members that are copied one by one may not be joined.
+// The type that moves 2, 4, 8 or 16 bytes in one instruction: copies of single members might not be merged.
 template <int Bytes>
 struct Whole;
 template <>
@@ -56,7 +56,7 @@ CNEXT_DEVICE void write(void* p, const V& value) {
   *static_cast<decltype(whole)*>(p) = whole;
 }
 
-// 16 bytes of device memory; the compiler leaves a plain store of them in four pieces where it moves their address on.
+// Stores 16 bytes of device memory; the compiler splits a plain store into four where it increments the address.
 template <class V>
 CNEXT_DEVICE void write_global(void* p, const V& value) {
   uint4 w;
@@ -72,7 +72,7 @@ CNEXT_DEVICE void copy_async(uint32_t to, const void* from, int bytes) {
 
 CNEXT_DEVICE void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 
-// Waits until no more than `Pending` of this thread's latest groups are under way.
+// Waits until at most `Pending` of this thread's latest groups are in flight.
 template <int Pending>
 CNEXT_DEVICE void wait_copies() {
   asm volatile("cp.async.wait_group %0;" ::"n"(Pending) : "memory");

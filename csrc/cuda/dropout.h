@@ -1,4 +1,4 @@
-// Dropout of a matrix on the GPU: what branches.cu gives to module.cpp.
+// Interface of the dropout kernels.
 #pragma once
 
 #include <cstdint>
@@ -11,10 +11,11 @@ struct Dropout {
 
 struct Matrix {
   int64_t rows, columns;
-  int64_t x_stride, out_stride;          // elements from row to row
-  int64_t first_row = 0, first_tile = 0;  // where in the mask it begins, a tile being 128 columns
+  int64_t x_stride, out_stride;           // between rows, in elements
+  int64_t first_row = 0, first_tile = 0;  // its position in the mask; a tile is 128 columns
 };
 
-// type: f float32, b bfloat16, h float16. out = drop(x), or out += drop(x) where `add`. An error's text, or null.
+// type: f float32, b bfloat16, h float16. out = drop(x), or out += drop(x) where `add`. Returns an error message, or
+// null.
 const char* launch_dropout(char type, bool add, const void* x, void* out, const Matrix& matrix, const Dropout& dropout,
                            struct CUstream_st* stream);

@@ -1,4 +1,4 @@
-// Dropout of a matrix as one pass: 16 bytes at a time where rows and columns allow it, else an element at a time.
+// CUDA kernels of dropout, in one pass: 16 bytes at a time where strides and columns allow it, else single elements.
 #pragma once
 
 #include "../branches.h"
@@ -7,13 +7,13 @@
 
 namespace {
 
-constexpr int kDropoutThreads = 256, kDropoutLines = kDropoutThreads / kTileLanes;  // sixteen threads have a row's tile
+constexpr int kDropoutThreads = 256, kDropoutLines = kDropoutThreads / kTileLanes;  // 16 threads per tile of a row
 
 CNEXT_DEVICE uint32_t random_bits(const uint32_t (&c)[4], int i) {
   return (i % 2 ? c[i / 2] >> 16 : c[i / 2]) & 0xffffu;
 }
 
-// Eight elements that lie together.
+// Eight adjacent elements.
 template <class T>
 struct Eight {
   Words words[sizeof(T) / 2];
@@ -46,8 +46,8 @@ struct Eight {
   }
 };
 
-// A thread has eight neighbouring columns of some rows, and draws for eight that are 16 apart: ballots change the one
-// for the other. Every thread votes, those outside the matrix too.
+// A thread has eight adjacent columns of some rows, but computes the random bits of eight that are 16 apart: ballots
+// exchange them. Every thread votes, also outside of the matrix.
 template <class T, bool Add, int Rows>
 __global__ void __launch_bounds__(kDropoutThreads) dropout_vectors(const T* __restrict__ x, T* __restrict__ out,
                                                                    const Matrix matrix, const Dropout dropout,
@@ -93,7 +93,7 @@ __global__ void __launch_bounds__(kDropoutThreads) dropout_vectors(const T* __re
   }
 }
 
-// Of any layout: a thread has the eight elements that it draws for.
+// For any strides: a thread has the eight elements whose random bits it computes.
 template <class T, bool Add>
 __global__ void __launch_bounds__(kDropoutThreads) dropout_elements(const T* __restrict__ x, T* __restrict__ out,
                                                                     const Matrix matrix, const Dropout dropout,

@@ -1,4 +1,4 @@
-// Launches a rule over lists of tensors on a stream. No Python here, and no torch.
+// Interface of the averaging kernels: a rule over lists of tensors on a stream. Independent of Python and torch.
 #pragma once
 
 #include <cstdint>
@@ -7,7 +7,7 @@
 
 constexpr int64_t kBlockElements = 4096;  // elements that one thread block works on
 
-using Stream = struct CUstream_st*;  // cudaStream_t, named so that no CUDA header is needed
+using Stream = struct CUstream_st*;  // cudaStream_t, without a CUDA header
 
 struct Lists {
   const int64_t* addresses;  // (operands, tensors)
@@ -15,13 +15,13 @@ struct Lists {
   int64_t tensors;
 };
 
-struct Numbers {
-  double scalars[8];
+struct Scalars {
+  double values[8];
   const double* rows;  // (tensors, row_width) on the device, or null
   int64_t row_width;
 };
 
-struct Counts {
+struct Statistics {
   double* columns;   // (tensors, columns), written
   double* partial;   // (blocks, columns), scratch
   uint32_t* tickets;  // (tensors,) zeros; zeros again afterwards
@@ -29,7 +29,7 @@ struct Counts {
 
 struct Kernel {
   Signature signature;
-  const char* (*launch)(const Lists&, const Numbers&, const Counts&, Stream);  // an error's text, or null
+  const char* (*launch)(const Lists&, const Scalars&, const Statistics&, Stream);  // an error's text, or null
 };
 
 struct KernelTable {

@@ -1,4 +1,4 @@
-// The Python module cnext._cuda. It imports without a driver; a launch then raises.
+// The Python module cnext._cuda. It can be imported without a driver; a launch then raises.
 #include <pybind11/stl.h>
 
 #include <algorithm>
@@ -22,22 +22,22 @@ int64_t blocks(const Addresses& sizes) {
   return total;
 }
 
-// As in cnext._cpu, on the device; partial: (blocks(sizes), column_width) of float64, and tickets: (tensors,) zeros of
-// uint32, where the rule counts.
+// As in cnext._cpu, on the device. Where the rule has statistics, partial: (blocks(sizes), column_width) float64, and
+// tickets: (tensors,) uint32 zeros.
 void foreach (const std::string& rule, const std::string& dtypes, const Addresses& addresses, const Addresses& sizes,
               const std::vector<double>& scalars, uintptr_t columns, int64_t column_width, uintptr_t partial,
               uintptr_t tickets, uintptr_t rows, int64_t row_width, uintptr_t stream) {
   const Kernel& kernel = find(averaging_kernels(), "CUDA", rule, dtypes);
   check(kernel.signature, addresses, sizes, scalars.size(), {columns, column_width}, {rows, row_width});
   if (columns && !(partial && tickets))
-    throw std::invalid_argument("rule " + rule + " counts, and needs addresses of partial and tickets for it");
-  Numbers numbers{{}, reinterpret_cast<const double*>(rows), row_width};
-  std::copy(scalars.begin(), scalars.end(), numbers.scalars);
-  const Counts counts{reinterpret_cast<double*>(columns), reinterpret_cast<double*>(partial),
+    throw std::invalid_argument("rule " + rule + " has statistics: expected the addresses of partial and tickets");
+  Scalars values{{}, reinterpret_cast<const double*>(rows), row_width};
+  std::copy(scalars.begin(), scalars.end(), values.values);
+  const Statistics statistics{reinterpret_cast<double*>(columns), reinterpret_cast<double*>(partial),
                       reinterpret_cast<uint32_t*>(tickets)};
   const Lists lists{addresses.data(), sizes.data(), sizes.shape(0)};
   py::gil_scoped_release nogil;
-  const char* error = kernel.launch(lists, numbers, counts, reinterpret_cast<Stream>(stream));
+  const char* error = kernel.launch(lists, values, statistics, reinterpret_cast<Stream>(stream));
   if (error) throw std::runtime_error(rule + ": " + error);
 }
 
@@ -55,7 +55,7 @@ Shape shape(int64_t rows, int64_t columns, int64_t rank, int64_t live) {
 
 void* at(uintptr_t address) { return reinterpret_cast<void*>(address); }
 
-Dropout drawn(uintptr_t seed, uint32_t threshold, uint32_t branch) {
+Dropout dropout_of(uintptr_t seed, uint32_t threshold, uint32_t branch) {
   return {reinterpret_cast<const int64_t*>(seed), threshold, branch};
 }
 
@@ -70,7 +70,7 @@ void dropout(const std::string& type, bool add, uintptr_t x, uintptr_t out, int6
   const char letter = one_letter(type);
   if (first_column % 128) throw std::invalid_argument("first_column must be a multiple of 128");
   const Matrix matrix{rows, columns, x_stride, out_stride, first_row, first_column / 128};
-  const Dropout options = drawn(seed, threshold, branch);
+  const Dropout options = dropout_of(seed, threshold, branch);
   py::gil_scoped_release nogil;
   succeed("dropout",
           launch_dropout(letter, add, at(x), at(out), matrix, options, reinterpret_cast<Stream>(stream)));
@@ -83,47 +83,47 @@ void project(const std::string& type, uintptr_t x, uintptr_t a, uintptr_t h, int
   const Shape sizes = shape(rows, columns, rank, 0);
   py::gil_scoped_release nogil;
   succeed("project", launch_project(letter, sizes, {at(x), x_stride}, {at(a), a_stride}, {at(h), h_stride},
-                                    drawn(seed, threshold, branch), static_cast<float*>(at(workspace)),
+                                    dropout_of(seed, threshold, branch), static_cast<float*>(at(workspace)),
                                     reinterpret_cast<Stream>(stream)));
 }
 
-void weigh(const std::string& type, uintptr_t dh, uintptr_t x, uintptr_t da, int64_t rows, int64_t columns,
+void grad_a(const std::string& type, uintptr_t dh, uintptr_t x, uintptr_t da, int64_t rows, int64_t columns,
            int64_t rank, int64_t dh_stride, int64_t x_stride, int64_t da_stride, uintptr_t seed, uint32_t threshold,
            uint32_t branch, uintptr_t workspace, uintptr_t stream) {
   const char letter = one_letter(type);
   const Shape sizes = shape(rows, columns, rank, 0);
   py::gil_scoped_release nogil;
-  succeed("weigh", launch_weigh(letter, sizes, {at(dh), dh_stride}, {at(x), x_stride}, {at(da), da_stride},
-                                drawn(seed, threshold, branch), static_cast<float*>(at(workspace)),
+  succeed("grad_a", launch_grad_a(letter, sizes, {at(dh), dh_stride}, {at(x), x_stride}, {at(da), da_stride},
+                                dropout_of(seed, threshold, branch), static_cast<float*>(at(workspace)),
                                 reinterpret_cast<Stream>(stream)));
 }
 
-// It takes no workspace; the argument makes the calls alike.
-void spread(const std::string& type, uintptr_t dh, uintptr_t a, uintptr_t out, int64_t rows, int64_t columns,
+// It needs no workspace; the argument keeps the calls uniform.
+void expand(const std::string& type, uintptr_t dh, uintptr_t a, uintptr_t out, int64_t rows, int64_t columns,
             int64_t rank, int64_t dh_stride, int64_t a_stride, int64_t out_stride, uintptr_t bias, bool add,
             float scale, uintptr_t seed, uint32_t threshold, uint32_t branch, uintptr_t, uintptr_t stream) {
   const char letter = one_letter(type);
   const Shape sizes = shape(rows, columns, rank, 0);
   py::gil_scoped_release nogil;
-  succeed("spread",
-          launch_spread(letter, sizes, {at(dh), dh_stride}, {at(a), a_stride}, at(bias), {at(out), out_stride}, add,
-                        scale, drawn(seed, threshold, branch), reinterpret_cast<Stream>(stream)));
+  succeed("expand",
+          launch_expand(letter, sizes, {at(dh), dh_stride}, {at(a), a_stride}, at(bias), {at(out), out_stride}, add,
+                        scale, dropout_of(seed, threshold, branch), reinterpret_cast<Stream>(stream)));
 }
 
-void gather(const std::string& type, uintptr_t dy, uintptr_t bt, uintptr_t h, uintptr_t dh, uintptr_t db, int64_t rows,
+void grad_b(const std::string& type, uintptr_t dy, uintptr_t bt, uintptr_t h, uintptr_t dh, uintptr_t db, int64_t rows,
             int64_t columns, int64_t rank, int64_t live, int64_t dy_stride, int64_t bt_stride, int64_t h_stride,
             int64_t dh_stride, int64_t db_stride, float scale, uintptr_t workspace, uintptr_t stream) {
   const char letter = one_letter(type);
   const Shape sizes = shape(rows, columns, rank, live);
   py::gil_scoped_release nogil;
-  succeed("gather", launch_gather(letter, sizes, {at(dy), dy_stride}, {at(bt), bt_stride}, {at(h), h_stride},
+  succeed("grad_b", launch_grad_b(letter, sizes, {at(dy), dy_stride}, {at(bt), bt_stride}, {at(h), h_stride},
                                   {at(dh), dh_stride}, {at(db), db_stride}, scale, static_cast<float*>(at(workspace)),
                                   reinterpret_cast<Stream>(stream)));
 }
 
 int64_t workspace(const std::string& what, int64_t rows, int64_t columns, int64_t rank, int64_t live) {
   const int64_t bytes = workspace_bytes(what.c_str(), shape(rows, columns, rank, live));
-  if (bytes < 0) throw std::invalid_argument("expected project, weigh, spread or gather, not " + what);
+  if (bytes < 0) throw std::invalid_argument("expected project, grad_a, expand or grad_b, not " + what);
   return bytes;
 }
 
@@ -135,7 +135,7 @@ PYBIND11_MODULE(_cuda, m) {
         py::arg("sizes").noconvert(), py::arg("scalars"), py::arg("columns") = 0, py::arg("column_width") = 0,
         py::arg("partial") = 0, py::arg("tickets") = 0, py::arg("rows") = 0, py::arg("row_width") = 0,
         py::arg("stream") = 0);
-  m.def("kernels", [] { return signatures(averaging_kernels()); }, "(rule, dtypes, kinds of columns, scalars, row width) of each.");
+  m.def("kernels", [] { return signatures(averaging_kernels()); }, "(rule, dtypes, reductions, scalars, row width) of each.");
   m.def("dropout", &dropout, py::arg("type"), py::arg("add"), py::arg("x"), py::arg("out"), py::arg("rows"),
         py::arg("columns"), py::arg("x_stride"), py::arg("out_stride"), py::arg("first_row"), py::arg("first_column"),
         py::arg("seed"), py::arg("threshold"), py::arg("branch"), py::arg("stream") = 0);
@@ -143,21 +143,21 @@ PYBIND11_MODULE(_cuda, m) {
         py::arg("columns"), py::arg("rank"), py::arg("x_stride"), py::arg("a_stride"), py::arg("h_stride"),
         py::arg("seed"), py::arg("threshold"), py::arg("branch"), py::arg("workspace"), py::arg("stream") = 0,
         "h (rows, rank) = drop(x) a^T.");
-  m.def("weigh", &weigh, py::arg("type"), py::arg("dh"), py::arg("x"), py::arg("da"), py::arg("rows"),
+  m.def("grad_a", &grad_a, py::arg("type"), py::arg("dh"), py::arg("x"), py::arg("da"), py::arg("rows"),
         py::arg("columns"), py::arg("rank"), py::arg("dh_stride"), py::arg("x_stride"), py::arg("da_stride"),
         py::arg("seed"), py::arg("threshold"), py::arg("branch"), py::arg("workspace"), py::arg("stream") = 0,
         "da (rank, columns) = dh^T drop(x).");
-  m.def("spread", &spread, py::arg("type"), py::arg("dh"), py::arg("a"), py::arg("out"), py::arg("rows"),
+  m.def("expand", &expand, py::arg("type"), py::arg("dh"), py::arg("a"), py::arg("out"), py::arg("rows"),
         py::arg("columns"), py::arg("rank"), py::arg("dh_stride"), py::arg("a_stride"), py::arg("out_stride"),
         py::arg("bias"), py::arg("add"), py::arg("scale"), py::arg("seed"), py::arg("threshold"), py::arg("branch"),
         py::arg("workspace") = 0, py::arg("stream") = 0,
         "out (rows, columns) = drop(scale dh a) + bias, or += where `add`.");
-  m.def("gather", &gather, py::arg("type"), py::arg("dy"), py::arg("bt"), py::arg("h"), py::arg("dh"), py::arg("db"),
+  m.def("grad_b", &grad_b, py::arg("type"), py::arg("dy"), py::arg("bt"), py::arg("h"), py::arg("dh"), py::arg("db"),
         py::arg("rows"), py::arg("columns"), py::arg("rank"), py::arg("live"), py::arg("dy_stride"),
         py::arg("bt_stride"), py::arg("h_stride"), py::arg("dh_stride"), py::arg("db_stride"), py::arg("scale"),
         py::arg("workspace"), py::arg("stream") = 0,
         "dh (rows, rank) = scale dy bt^T and db (columns, live) = scale dy^T h, in one pass over dy.");
   m.def("workspace", &workspace, py::arg("what"), py::arg("rows"), py::arg("columns"), py::arg("rank"), py::arg("live"),
-        "Bytes of workspace that project, weigh, spread or gather takes on the current device.");
+        "Bytes of workspace that project, grad_a, expand or grad_b needs on the current device.");
   m.def("blocks", &blocks, py::arg("sizes"), "Thread blocks that lists of these sizes take, all launches together.");
 }

@@ -1,6 +1,9 @@
-"""L2: LoRA, held by a spring of equal strength to every value that the task before left."""
+"""L2: LoRA with a penalty of equal strength on the distance of every parameter from its value after the last task."""
+
+from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Annotated
 
 from cnext.errors import UserError
 from cnext.methods.base import Card
@@ -9,14 +12,14 @@ from cnext.methods.lora import Lora
 
 @dataclass
 class L2Lora(Lora):
-    """loss + strength * sum of (theta - theta_old)^2."""
+    """L = L_task + strength * sum of (theta - theta_old)^2."""
 
-    strength: float = 0.001
-    """Strength of the spring; 0 is plain LoRA."""
+    strength: Annotated[float, "Weight of the penalty; 0 is plain LoRA."] = 0.001
 
     card = Card("Kirkpatrick et al. 2017, arXiv 1612.00796, section 2.1: the L2 baseline", keeps="nothing")
 
     def __post_init__(self):
+        super().__post_init__()
         if not self.strength >= 0:
             raise UserError(f"strength must be at least 0, got {self.strength}")
         self.old = {}

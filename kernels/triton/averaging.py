@@ -1,8 +1,8 @@
-"""The averaging rules in Triton: one pass over lists of tensors that a table of addresses in device memory describes.
+"""Triton kernels of the averaging ops: one pass over lists of tensors, given as a table of addresses in device memory.
 
-A program works on one block of one tensor. The arithmetic is that of csrc/averaging.h, rounded after every operation as
-it is there, so that both give the same bits. Counts are written per program and summed per tensor afterwards, in the
-order of the blocks, so they are the same in every run.
+A program works on one block of one tensor. The arithmetic and its rounding are those of csrc/averaging.h, so that both
+give the same bits. Statistics are reduced per program, and then per tensor by `combine` in the order of the blocks, so
+they are the same in every run.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ import triton.language as tl
 
 BLOCK = 1024
 OPTIONS = {"num_warps": 4, "maxnreg": 168, "enable_fp_fusion": False}
-"""Eight elements a thread: 16 bytes of bfloat16. No contraction: it would round otherwise than the C++ and CUDA layers,
-and make of ``x * y - x * y`` something else than 0."""
+"""Eight elements a thread: 16 bytes of bfloat16. No contraction to fused multiply-add: it would round differently from
+the C++ and CUDA layers, and ``x * y - x * y`` would not be 0."""
 TYPES = {"f": tl.float32, "b": tl.bfloat16, "h": tl.float16}
 _jit = triton.jit(do_not_specialize=["tensors"])
 
@@ -41,10 +41,15 @@ def _pointer(addresses, k, tensor, tensors, at, TYPE: tl.constexpr, ALIGN: tl.co
 
 @triton.jit
 def _place(sizes, block_tensor, block_begin, ALIGN: tl.constexpr, BLOCK: tl.constexpr):
-    """This program's tensor, the elements of it (64-bit), and which of them exist."""
+    """This program's tensor, the indices of its elements (64-bit), and which of them exist."""
     tensor = tl.load(block_tensor + tl.program_id(0))
     at = tl.multiple_of(tl.load(block_begin + tl.program_id(0)), BLOCK) + tl.arange(0, BLOCK)
     return tensor, at, at < tl.multiple_of(tl.load(sizes + tensor), 8 if ALIGN == 16 else 1)
+
+
+@triton.jit
+def _read(addresses, k, tensor, tensors, at, mask, TYPE: tl.constexpr, ALIGN: tl.constexpr):
+    return tl.load(_pointer(addresses, k, tensor, tensors, at, TYPE, ALIGN), mask, 0.0).to(tl.float32)
 
 
 @triton.jit
@@ -53,7 +58,15 @@ def _count(partial, k, value, mask, COLUMNS: tl.constexpr):
 
 
 @triton.jit
-def _level(fisher, level):
+def _count_step(partial, use, mask, fisher, beta):
+    _count(partial, 0, tl.where(use, 1.0, 0.0), use, 4)
+    _count(partial, 1, fisher, mask, 4)
+    _count(partial, 2, beta, use, 4)
+    _count(partial, 3, beta * beta, use, 4)
+
+
+@triton.jit
+def _beta(fisher, level):
     denominator = fisher + level
     return tl.where(denominator > 0.0, tl.div_rn(level, denominator), 1.0)
 
@@ -118,18 +131,15 @@ def pema_step(addresses, sizes, block_tensor, block_begin, tensors, partial, row
     ema_ = _pointer(addresses, 0, tensor, tensors, at, T0, ALIGN)
     fisher_ = _pointer(addresses, 1, tensor, tensors, at, T1, ALIGN)
     ema, before = tl.load(ema_, mask).to(tl.float32), tl.load(fisher_, mask, 0.0)
-    theta = tl.load(_pointer(addresses, 2, tensor, tensors, at, T2, ALIGN), mask, 0.0).to(tl.float32)
-    grad = tl.load(_pointer(addresses, 3, tensor, tensors, at, T3, ALIGN), mask, 0.0).to(tl.float32)
+    theta = _read(addresses, 2, tensor, tensors, at, mask, T2, ALIGN)
+    grad = _read(addresses, 3, tensor, tensors, at, mask, T3, ALIGN)
     square = grad * grad * scale
     use = _finite(square) & _finite(theta) & mask
     fisher = tl.where(use, before * decay + square, before)
-    beta = _level(fisher, level)
+    beta = _beta(fisher, level)
     tl.store(ema_, tl.where(use, _mix(ema, theta, beta), ema).to(T0), mask)
     tl.store(fisher_, fisher, mask)
-    _count(partial, 0, tl.where(use, 1.0, 0.0), use, 4)
-    _count(partial, 1, fisher, mask, 4)
-    _count(partial, 2, beta, use, 4)
-    _count(partial, 3, beta * beta, use, 4)
+    _count_step(partial, use, mask, fisher, beta)
 
 
 @_jit
@@ -140,8 +150,8 @@ def pema_literal(addresses, sizes, block_tensor, block_begin, tensors, partial, 
     ema_ = _pointer(addresses, 0, tensor, tensors, at, T0, ALIGN)
     fisher_ = _pointer(addresses, 1, tensor, tensors, at, T1, ALIGN)
     ema, before = tl.load(ema_, mask, 0.0).to(tl.float32), tl.load(fisher_, mask, 0.0)
-    theta = tl.load(_pointer(addresses, 2, tensor, tensors, at, T2, ALIGN), mask, 0.0).to(tl.float32)
-    grad = tl.load(_pointer(addresses, 3, tensor, tensors, at, T3, ALIGN), mask, 0.0).to(tl.float32)
+    theta = _read(addresses, 2, tensor, tensors, at, mask, T2, ALIGN)
+    grad = _read(addresses, 3, tensor, tensors, at, mask, T3, ALIGN)
     square = grad * grad * scale
     use = _finite(square) & _finite(theta) & mask
     fisher = tl.where(use, before * decay + square, before)
@@ -161,10 +171,10 @@ def dema_norms(addresses, sizes, block_tensor, block_begin, tensors, partial, ro
                T0: tl.constexpr, T1: tl.constexpr, T2: tl.constexpr, T3: tl.constexpr,
                ALIGN: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
     tensor, at, mask = _place(sizes, block_tensor, block_begin, ALIGN, BLOCK)
-    ema = tl.load(_pointer(addresses, 0, tensor, tensors, at, T0, ALIGN), mask, 0.0).to(tl.float32)
-    previous = tl.load(_pointer(addresses, 1, tensor, tensors, at, T1, ALIGN), mask, 0.0).to(tl.float32)
-    theta = tl.load(_pointer(addresses, 2, tensor, tensors, at, T2, ALIGN), mask, 0.0).to(tl.float32)
-    grad = tl.load(_pointer(addresses, 3, tensor, tensors, at, T3, ALIGN), mask, 0.0).to(tl.float32)
+    ema = _read(addresses, 0, tensor, tensors, at, mask, T0, ALIGN)
+    previous = _read(addresses, 1, tensor, tensors, at, mask, T1, ALIGN)
+    theta = _read(addresses, 2, tensor, tensors, at, mask, T2, ALIGN)
+    grad = _read(addresses, 3, tensor, tensors, at, mask, T3, ALIGN)
     _count(partial, 0, tl.abs(theta - ema), mask, 3)
     _count(partial, 1, tl.abs(grad), mask, 3)
     _count(partial, 2, tl.abs(grad - previous), mask, 3)
@@ -175,7 +185,7 @@ def dema_step(addresses, sizes, block_tensor, block_begin, tensors, partial, row
               T0: tl.constexpr, T1: tl.constexpr, T2: tl.constexpr, T3: tl.constexpr,
               ALIGN: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
     tensor, at, mask = _place(sizes, block_tensor, block_begin, ALIGN, BLOCK)
-    # 1 - fallback in float64 on the host, and the factor in two parts, as a number comes here in float32.
+    # Scalars arrive in float32: the factor comes in two parts, and 1 - fallback is computed in float64 on the host.
     row = rows + tensor * 3
     whole = tl.full((), 0.0, tl.float64) + factor + rest
     alpha = whole * (1.0 + tl.load(row + 1)) / (tl.load(row) * tl.load(row + 2))
@@ -192,7 +202,7 @@ def dema_step(addresses, sizes, block_tensor, block_begin, tensors, partial, row
 def adamw_pema_step(addresses, sizes, block_tensor, block_begin, tensors, partial, rows, weight1, beta2, weight2, eps,
                     decay, scale, T0: tl.constexpr, T1: tl.constexpr, T2: tl.constexpr, T3: tl.constexpr,
                     T4: tl.constexpr, T5: tl.constexpr, ALIGN: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
-    # T4 is the gradient's type where there is no fisher operand (T5 None), and exp_avg_sq stands in for it.
+    # Without a fisher operand (T5 None), operand 4 is the gradient, and exp_avg_sq is the Fisher information.
     tensor, at, mask = _place(sizes, block_tensor, block_begin, ALIGN, BLOCK)
     row = rows + tensor * 4
     theta_ = _pointer(addresses, 0, tensor, tensors, at, T0, ALIGN)
@@ -203,10 +213,7 @@ def adamw_pema_step(addresses, sizes, block_tensor, block_begin, tensors, partia
     theta, average = tl.load(theta_, mask, 0.0).to(tl.float32), tl.load(average_, mask, 0.0)
     square, ema = tl.load(square_, mask, 0.0), tl.load(ema_, mask, 0.0).to(tl.float32)
     last = tl.load(last_, mask, 0.0).to(tl.float32)
-    if T5 is None:
-        grad = last
-    else:
-        grad = tl.load(_pointer(addresses, 5, tensor, tensors, at, T5, ALIGN), mask, 0.0).to(tl.float32)
+    grad = last if T5 is None else _read(addresses, 5, tensor, tensors, at, mask, T5, ALIGN)
     use = _finite(grad * grad) & _finite(theta) & mask
     m = average + weight1 * (grad - average)
     v = square * beta2 + weight2 * grad * grad
@@ -217,20 +224,17 @@ def adamw_pema_step(addresses, sizes, block_tensor, block_begin, tensors, partia
     else:
         fisher = tl.where(use, last * decay + grad * grad * scale, last)
         tl.store(last_, fisher, mask)
-    beta = _level(fisher, tl.load(row).to(tl.float32))
+    beta = _beta(fisher, tl.load(row).to(tl.float32))
     tl.store(theta_, tl.where(use, moved, theta).to(T0), mask)
     tl.store(average_, tl.where(use, m, average), mask)
     tl.store(square_, tl.where(use, v, square), mask)
     tl.store(ema_, tl.where(use, _mix(ema, moved, beta), ema).to(T3), mask)
-    _count(partial, 0, tl.where(use, 1.0, 0.0), use, 4)
-    _count(partial, 1, fisher, mask, 4)
-    _count(partial, 2, beta, use, 4)
-    _count(partial, 3, beta * beta, use, 4)
+    _count_step(partial, use, mask, fisher, beta)
 
 
 @triton.jit
 def combine(partial, out, first_block, COLUMNS: tl.constexpr, SUMS: tl.constexpr, BLOCK: tl.constexpr):
-    """A tensor's counts over its blocks, in their order. Columns from SUMS on: the minimum, then the maximum."""
+    """Reduces a tensor's statistics over its blocks, in order. Columns from SUMS on: the minimum, then the maximum."""
     tensor, k = tl.program_id(0), tl.program_id(1)
     begin, end = tl.load(first_block + tensor), tl.load(first_block + tensor + 1)
     total = tl.zeros((BLOCK,), tl.float64)
@@ -262,10 +266,10 @@ SUMS = {"pema_merge": 3}
 
 
 def arguments(rule: str, dtypes: str, scalars: list[float]) -> tuple[list[float], dict[str, object]]:
-    """The numbers and the types that the kernel of a rule takes."""
+    """The scalars and the types that the kernel of a rule takes."""
     types: dict[str, object] = {f"T{k}": TYPES[letter] for k, letter in enumerate(dtypes)}
     if rule.startswith("adamw"):
-        # 1 - beta in float64: in float32 the difference of two near numbers keeps few digits.
+        # 1 - beta in float64: in float32 it would lose digits to cancellation.
         beta1, beta2, *rest = scalars
         scalars = [1 - beta1, beta2, 1 - beta2, *rest]
     elif rule.startswith("dema"):
@@ -273,16 +277,16 @@ def arguments(rule: str, dtypes: str, scalars: list[float]) -> tuple[list[float]
         single = float(numpy.float32(factor))
         scalars = [single, factor - single, 1 - fallback]
     if rule == "adamw_pema_step_shared":
-        types |= {"T5": None, "decay": None, "scale": None}  # those of a fisher operand, which this rule has not
+        types |= {"T5": None, "decay": None, "scale": None}  # of a fisher operand, which this rule does not have
     return scalars, types
 
 
 _captured: list[tuple[torch.Tensor, ...]] = []
-"""Tables that CUDA graphs read. A graph does not say when it ends, so they stay."""
+"""Tables that CUDA graphs read, kept forever: nothing tells when a graph is destroyed."""
 
 
 class Lists:
-    """Where the blocks of lists of tensors lie, in device memory: of one call, or of one that is prepared.
+    """Launches rules over lists of tensors of given sizes, and keeps their tables in device memory.
 
     Args:
         sizes: (tensors,) elements.
@@ -311,7 +315,7 @@ class Lists:
         """Runs a rule; see `cnext.ops.foreach`."""
         with torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext():
             addresses, size, tensor, begin, first = self._on_device(pointers)
-            # Addresses and sizes that allow vectors of 16 bytes; otherwise element by element.
+            # 16 where addresses and sizes allow accesses of 16 bytes.
             align = 16 if not (pointers % 16).any() and not (self.sizes % 8).any() else 2
             columns = 0 if out is None else out.shape[1]
             partial = torch.empty((self.blocks, columns), dtype=torch.float64, device=self.device)
@@ -328,7 +332,7 @@ class Lists:
                 combine[grid](partial, out, first, COLUMNS=columns, SUMS=sums_, BLOCK=256)
 
     def _on_device(self, pointers: numpy.ndarray) -> tuple[torch.Tensor, ...]:
-        """Addresses and tables, uploaded on the stream that reads them: it frees them after its last read."""
+        """Addresses and tables, allocated on the stream that reads them, so that they are freed after its last read."""
         stream = torch.cuda.current_stream().cuda_stream if self.device.type == "cuda" else 0
         content = pointers.tobytes()
         if self.device.type == "cuda" and torch.cuda.is_current_stream_capturing():

@@ -1,7 +1,7 @@
-"""The branches' passes over x, dX, y and dY in Triton. Dropout is made from its seed as it is needed, and not stored.
+"""Triton kernels of the low-rank products, with the dropout mask computed from its seed on the fly.
 
 The mask is that of `cnext.ops.branches_reference.dropout_mask`. Sums are float32 and in a fixed order, without atomics:
-where the sum of one result is spread over programs, each writes its part, and `combine` adds them.
+where a sum is split over programs, each writes its part, and `combine` adds them.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _jit = triton.jit(do_not_specialize=["rows", "threshold", "branch", "count"])
 
 @triton.jit
 def _multiply(word, factor: tl.constexpr):
-    """High and low word of a product, by one wide multiplication."""
+    """High and low word of a product, by one 64-bit multiplication."""
     product = word.to(tl.uint64) * factor
     return (product >> 32).to(tl.uint32), product.to(tl.uint32)
 
@@ -29,8 +29,8 @@ def _multiply(word, factor: tl.constexpr):
 def _words(seed, row, lane, branch, zero):
     """Philox 4x32-7 at (lane, row, branch, 0), where ``lane`` is (1, lanes) and ``row`` (rows, 1).
 
-    The first two rounds are those of a row or of a lane alone: only from the third on is there work for each pair.
-    ``zero`` is 0, of their common shape: what it was made from hands its layout to the words.
+    The first two rounds depend on a row or on a lane alone: only from the third on there is work for each pair.
+    ``zero`` is 0 in their common shape: the words take over its layout.
     """
     key = tl.load(seed)
     key0, key1 = (key & 0xFFFFFFFF).to(tl.uint32), ((key >> 32) & 0xFFFFFFFF).to(tl.uint32)
@@ -61,7 +61,7 @@ def _keep(seed, row, tile, branch, threshold, BLOCK: tl.constexpr):
 
 @triton.jit
 def _joined(x0, x1, x2, x3, x4, x5, x6, x7, seed, row, tile, branch, threshold, BLOCK: tl.constexpr):
-    """(BLOCK, 128) of eight parts, that of word w and half t at 2 w + t, where they are kept, else 0."""
+    """(BLOCK, 128) from eight parts, part 2 w + t of word w and half t; 0 where an element is dropped."""
     if x0.dtype.primitive_bitwidth == 32:
         zero = (x0.to(tl.uint32, bitcast=True) >> 16) >> 16
     else:
@@ -84,7 +84,7 @@ def _joined(x0, x1, x2, x3, x4, x5, x6, x7, seed, row, tile, branch, threshold, 
 
 @triton.jit
 def _dropped(value, seed, row, tile, branch, threshold, BLOCK: tl.constexpr):
-    """value (BLOCK, 128) where it is kept, else 0."""
+    """value (BLOCK, 128); 0 where it is dropped."""
     parts = tl.permute(tl.reshape(value, (BLOCK, 2, 2, 2, 16)), (0, 4, 1, 2, 3))  # (BLOCK, lane, w // 2, w % 2, t)
     even, odd = tl.split(parts)
     even0, even1 = tl.split(even)
@@ -108,10 +108,10 @@ def _part(x, row, rows, columns, stride, begin, WIDTH: tl.constexpr, FULL: tl.co
 @triton.jit
 def _kept(x, row, rows, columns, stride, tile, seed, branch, threshold, BLOCK: tl.constexpr, MASK: tl.constexpr,
           FULL: tl.constexpr):  # fmt: skip
-    """x at (BLOCK rows, 128 columns of a tile), where it is kept, else 0.
+    """x at (BLOCK rows, 128 columns of a tile); 0 where it is dropped.
 
-    With a mask, in eight loads of the 16 columns that one half of one word is for: what a thread loads is then laid out
-    as the words that it makes are, and no random bit passes through shared memory.
+    With a mask, in eight loads of the 16 columns of one half of one word: a thread's elements then have the layout of
+    its words, and no random bits are exchanged through shared memory.
     """
     begin = tile * TILE
     if MASK:
@@ -134,12 +134,12 @@ def project(x, a, out, seed, rows, columns, x_stride, a_stride, out_stride, part
             count, rank: tl.constexpr, ROWS: tl.constexpr, RANK: tl.constexpr, MASK: tl.constexpr, FULL: tl.constexpr,
             PRECISION: tl.constexpr):  # fmt: skip
     """One part of h = scale (keep o x) A^T: ROWS rows, over ``count`` tiles of columns."""
-    # Programs of the same rows follow each other: they share x in the L2 cache.
+    # Programs of the same rows are adjacent: they share x in L2.
     ranks: tl.constexpr = (rank + RANK - 1) // RANK
     r = tl.program_id(0) % ranks * RANK + tl.arange(0, RANK)
     row = (tl.program_id(0) // ranks).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     part = tl.program_id(1)
-    total = tl.zeros((RANK, ROWS), tl.float32)  # A x^T: the tensor cores read what was masked from shared memory
+    total = tl.zeros((RANK, ROWS), tl.float32)  # A x^T: the tensor cores read the masked operand from shared memory
     for tile in range(part * count, min((part + 1) * count, tl.cdiv(columns, TILE))):
         value = _kept(x, row, rows, columns, x_stride, tile, seed, branch, threshold, ROWS, MASK, FULL)
         k = tile * TILE + tl.arange(0, TILE)
@@ -151,7 +151,7 @@ def project(x, a, out, seed, rows, columns, x_stride, a_stride, out_stride, part
 
 
 @_jit
-def weigh(dh, x, out, seed, rows, columns, x_stride, out_stride, part_stride, threshold, scale, branch, count,
+def grad_a(dh, x, out, seed, rows, columns, x_stride, out_stride, part_stride, threshold, scale, branch, count,
           rank: tl.constexpr, dh_stride: tl.constexpr, ROWS: tl.constexpr, RANK: tl.constexpr, MASK: tl.constexpr,
           FULL: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
     """One part of dA = scale dh^T (keep o x): a tile of columns, over ``count`` blocks of rows."""
@@ -169,7 +169,7 @@ def weigh(dh, x, out, seed, rows, columns, x_stride, out_stride, part_stride, th
 
 
 @_jit
-def spread(dh, a, out, bias, seed, rows, columns, a_stride, out_stride, threshold, scale, branch,
+def expand(dh, a, out, bias, seed, rows, columns, a_stride, out_stride, threshold, scale, branch,
            rank: tl.constexpr, dh_stride: tl.constexpr, ROWS: tl.constexpr, RANK: tl.constexpr, STEPS: tl.constexpr,
            MASK: tl.constexpr, FULL: tl.constexpr, ADD: tl.constexpr, BIAS: tl.constexpr,
            PRECISION: tl.constexpr):  # fmt: skip
@@ -199,7 +199,7 @@ def spread(dh, a, out, bias, seed, rows, columns, a_stride, out_stride, threshol
 
 
 @_jit
-def gather(dy, bt, h, dh, db, rows, columns, dy_stride, bt_stride, dh_part, db_part, count,
+def grad_b(dy, bt, h, dh, db, rows, columns, dy_stride, bt_stride, dh_part, db_part, count,
            rank: tl.constexpr, live: tl.constexpr, h_stride: tl.constexpr, ROWS: tl.constexpr, SLAB: tl.constexpr,
            RANK: tl.constexpr, LIVE: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
     """A slab of columns, over ``count`` blocks of rows: its part of dY B, and one part of its dY^T h."""
@@ -246,25 +246,25 @@ def mask(out, seed, rows, columns, threshold, branch, ROWS: tl.constexpr):
 
 
 def sizes(what: str, dtype: torch.dtype, rank: int, room: int) -> dict[str, object]:
-    """A program's rows, rank and columns, and the compiler's options; "add" is spread on top of what is there.
+    """A program's rows, rank and columns, and the compiler's options; "add" is expand that accumulates.
 
-    In 16 bits one program makes up to 128 of rank, padded to the 64 that tensor cores take at least where it is the
-    longer side. Registers are bounded where more programs then run on a multiprocessor and none is spilled. float32 has
-    no tensor cores at full precision: small programs, many at once.
+    In 16 bits a program computes up to 128 of the rank, padded to the tensor cores' minimum of 64 where it is the
+    longer side. Registers are limited where more programs then fit on a multiprocessor without spills. float32 has no
+    tensor cores at full precision: small programs, many at once.
 
     Args:
-        room: bytes of shared memory that a program may have; blocks are smaller where that is less than on sm_90.
+        room: bytes of shared memory per program; blocks are smaller where there is less than on sm_90.
     """
     power, large = max(16, triton.next_power_of_2(rank)), room > 200_000
     if dtype == torch.float32:
-        warps = 8 if what in ("project", "weigh") else 4
+        warps = 8 if what in ("project", "grad_a") else 4
         options = {"ROWS": 32, "RANK": min(32, power), "PRECISION": "ieee", "num_warps": warps, "num_stages": 1}
-        return options | ({"SLAB": 128} if what == "gather" else {})
+        return options | ({"SLAB": 128} if what == "grad_b" else {})
     options = {"PRECISION": None, "num_warps": 8, "num_stages": 2} | ({"maxnreg": 128} if large else {})
-    if what in ("spread", "add"):
-        bound = {"maxnreg": 128} if large and what == "spread" and rank <= 96 else {}
+    if what in ("expand", "add"):
+        bound = {"maxnreg": 128} if large and what == "expand" and rank <= 96 else {}
         return {"ROWS": 64, "RANK": min(128, power), "PRECISION": None, "num_warps": 4, "num_stages": 2} | bound
-    if what == "gather":
+    if what == "grad_b":
         slab = (512 if power < 64 else 256) if large else 128
         return {"ROWS": 64, "RANK": min(64, power), "SLAB": slab} | options
     if rank <= 64:
@@ -276,7 +276,7 @@ def sizes(what: str, dtype: torch.dtype, rank: int, room: int) -> dict[str, obje
 
 @functools.cache
 def _device(index: int | None) -> tuple[int, int]:
-    """Multiprocessors of a GPU, and the shared memory that a program may have; without one, of one like sm_90."""
+    """Multiprocessors of a GPU, and bytes of shared memory per program; without a GPU, values for the interpreter."""
     if index is None:
         return 4, 232_448
     found = triton.runtime.driver.active.utils.get_device_properties(index)
@@ -288,7 +288,7 @@ def _on(tensor: torch.Tensor) -> nullcontext | torch.cuda.device:
 
 
 def _split(blocks: int, programs: int, wanted: int) -> tuple[int, int]:
-    """Parts that a sum over blocks is cut into, for ``programs`` to become up to ``wanted``; the blocks of a part."""
+    """The parts to split a sum over blocks into, so that ``programs`` become up to ``wanted``; the blocks of a part."""
     count = triton.cdiv(max(1, blocks), min(max(1, wanted // programs), max(1, blocks)))
     return max(1, triton.cdiv(blocks, count)), count
 
@@ -306,7 +306,7 @@ def _combine(partial: torch.Tensor, out: torch.Tensor, scale: float = 1.0) -> No
 def run_project(
     x: torch.Tensor, a: torch.Tensor, h: torch.Tensor, seed: torch.Tensor | None, limit: int, branch: int
 ) -> None:
-    """h = drop(x) A^T, in place. x: (rows, columns), a: (rank, columns), h: (rows, rank), last strides 1."""
+    """h = drop(x) A^T, written in place. x: (rows, columns), a: (rank, columns), h: (rows, rank), last strides 1."""
     (rows, columns), rank, (processors, room) = x.shape, a.shape[0], _device(x.device.index)
     options = sizes("project", x.dtype, rank, room)
     programs = triton.cdiv(rank, options["RANK"]) * triton.cdiv(rows, options["ROWS"])
@@ -323,19 +323,19 @@ def run_project(
                 _combine(out, h)
 
 
-def run_weigh(
+def run_grad_a(
     dh: torch.Tensor, x: torch.Tensor, da: torch.Tensor, seed: torch.Tensor | None, limit: int, branch: int
 ) -> None:
     """da = dh^T drop(x), in place. dh: (rows, rank), x: (rows, columns), da: (rank, columns), last strides 1."""
     (rows, columns), rank, (processors, room) = x.shape, dh.shape[1], _device(x.device.index)
-    options = sizes("weigh", x.dtype, rank, room)
+    options = sizes("grad_a", x.dtype, rank, room)
     ranks, tiles = triton.cdiv(rank, options["RANK"]), triton.cdiv(columns, TILE.value)
     if da.numel():
         blocks = triton.cdiv(rows, options["ROWS"])
         parts, count = _split(blocks, ranks * tiles, (2 if rank <= 64 else 1) * processors)
         with _on(x):
             out = da if parts == 1 else x.new_empty((parts, rank, columns), dtype=torch.float32)
-            weigh[ranks, tiles, parts](
+            grad_a[ranks, tiles, parts](
                 dh, x, out, seed, rows, columns, x.stride(0), out.stride(-2), rank * columns,
                 limit, 65536 / (65536 - limit), branch, count,
                 rank=rank, dh_stride=dh.stride(0), MASK=seed is not None, FULL=columns % TILE.value == 0, **options,
@@ -344,7 +344,7 @@ def run_weigh(
                 _combine(out, da)
 
 
-def run_spread(
+def run_expand(
     dh: torch.Tensor,
     a: torch.Tensor,
     out: torch.Tensor,
@@ -355,15 +355,15 @@ def run_spread(
     bias: torch.Tensor | None = None,
     add: bool = False,
 ) -> None:
-    """out = drop'(scale dh A) + bias, in place; with ``add`` on top of what is in it. No seed: nothing is dropped.
+    """out = drop'(scale dh A) + bias, written in place; with ``add`` it is added to out. No seed: no dropout.
 
     dh: (rows, rank), a: (rank, columns), out: (rows, columns), bias: (columns,), last strides 1.
     """
     (rows, columns), rank = out.shape, a.shape[0]
-    options = sizes("add" if add else "spread", out.dtype, rank, _device(out.device.index)[1])
+    options = sizes("add" if add else "expand", out.dtype, rank, _device(out.device.index)[1])
     if out.numel():
         with _on(out):
-            spread[triton.cdiv(columns, TILE.value) * triton.cdiv(rows, options["ROWS"]),](
+            expand[triton.cdiv(columns, TILE.value) * triton.cdiv(rows, options["ROWS"]),](
                 dh, a, out, bias, seed, rows, columns, a.stride(0), out.stride(0),
                 limit, scale * 65536 / (65536 - limit), branch,
                 rank=rank, dh_stride=dh.stride(0), STEPS=triton.cdiv(rank, options["RANK"]),
@@ -371,31 +371,31 @@ def run_spread(
             )  # fmt: skip
 
 
-def run_gather(
+def run_grad_b(
     dy: torch.Tensor, bt: torch.Tensor, h: torch.Tensor, dh: torch.Tensor, db: torch.Tensor, scale: float
 ) -> None:
-    """dh = scale dY B and db = scale dY^T h, in place, in one pass over dY for up to 64 of rank (float32: 32).
+    """dh = scale dY B and db = scale dY^T h, written in place; one pass over dY per 64 of rank (float32: 32).
 
     dy: (rows, columns), bt: (rank, columns), h: (rows, live), dh: (rows, rank), db: (columns, live), last strides 1.
     """
-    step = sizes("gather", dy.dtype, 64, 0)["RANK"]
+    step = sizes("grad_b", dy.dtype, 64, 0)["RANK"]
     with _on(dy):
         for begin in range(0, max(bt.shape[0], h.shape[1]), step):
             end = begin + step
-            _gather(dy, bt[begin:end], h[:, begin:end], dh[:, begin:end], db[:, begin:end], scale)
+            _grad_b(dy, bt[begin:end], h[:, begin:end], dh[:, begin:end], db[:, begin:end], scale)
 
 
-def _gather(
+def _grad_b(
     dy: torch.Tensor, bt: torch.Tensor, h: torch.Tensor, dh: torch.Tensor, db: torch.Tensor, scale: float
 ) -> None:
     (rows, columns), rank, live, (processors, room) = dy.shape, bt.shape[0], h.shape[1], _device(dy.device.index)
-    options = sizes("gather", dy.dtype, max(rank, live), room)
+    options = sizes("grad_b", dy.dtype, max(rank, live), room)
     options["LIVE"] = options["RANK"]
     slabs = max(1, triton.cdiv(columns, options["SLAB"]))
     parts, count = _split(triton.cdiv(rows, options["ROWS"]), slabs, processors)
     back = dy.new_empty((slabs, rows, rank), dtype=torch.float32)
     partial = dy.new_empty((parts, columns, live), dtype=torch.float32)
-    gather[slabs, parts](
+    grad_b[slabs, parts](
         dy, bt, h, back, partial, rows, columns, dy.stride(0), bt.stride(0), rows * rank, columns * live, count,
         rank=rank, live=live, h_stride=h.stride(0), **options,
     )  # fmt: skip
@@ -404,7 +404,7 @@ def _gather(
 
 
 def run_mask(out: torch.Tensor, seed: torch.Tensor, limit: int, branch: int) -> None:
-    """The mask as bool, in place. out: (rows, columns), contiguous."""
+    """The mask as bool, written in place. out: (rows, columns), contiguous."""
     rows, columns = out.shape
     if out.numel():
         with _on(out):

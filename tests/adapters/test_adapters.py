@@ -105,7 +105,7 @@ class Toy(nn.Module):
         return self.norm(self.v_proj(self.q_proj(x)))
 
 
-def test_attach_changes_nothing_until_trained_and_detach_gives_the_model_back() -> None:
+def test_attach_keeps_outputs_and_detach_restores_the_model() -> None:
     model, x = Toy(), torch.randn(3, 6)
     original, before = copy.deepcopy(model.state_dict()), model(x)
     adapters.attach(model, ("q_proj", "v_proj"), {"a": 2, "b": 3})
@@ -119,11 +119,6 @@ def test_attach_changes_nothing_until_trained_and_detach_gives_the_model_back() 
     assert original.keys() == model.state_dict().keys()
 
 
-def test_targets_that_match_nothing_are_named() -> None:
-    with pytest.raises(ValueError, match=r"no linear layer of the model is named k_proj, norm"):
-        adapters.attach(Toy(), ("q_proj", "k_proj", "norm"), {"a": 2})
-
-
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -133,14 +128,14 @@ def test_targets_that_match_nothing_are_named() -> None:
     ],
     ids=["rank", "all dropped", "negative"],
 )
-def test_values_out_of_range_are_named_and_change_nothing(options: dict, message: str) -> None:
+def test_values_out_of_range_raise_and_change_nothing(options: dict, message: str) -> None:
     model = Toy()
     with pytest.raises(ValueError, match=message):
         adapters.attach(model, ("q_proj",), **options)
     assert not adapters.layers(model)
 
 
-def test_the_same_total_rank_starts_from_the_same_numbers() -> None:
+def test_initial_values_depend_on_the_total_rank_only() -> None:
     one, four = Toy(), Toy()
     for model, ranks in ((one, {"lora": 8}), (four, dict.fromkeys("abcd", 2))):
         adapters.attach(model, ("q_proj",), ranks, generator=torch.Generator().manual_seed(3))
@@ -150,7 +145,7 @@ def test_the_same_total_rank_starts_from_the_same_numbers() -> None:
     assert whole.abs().max() <= 6**-0.5
 
 
-def test_set_trainable_unfreezes_the_named_branches_alone() -> None:
+def test_set_trainable_unfreezes_only_the_named_branches() -> None:
     model = adapters.attach(Toy(), ("q_proj", "v_proj"), {"a": 2, "b": 3})
     chosen = adapters.set_trainable(model, ["b"])
     assert set(chosen) == {f"{layer}.b.{part}" for layer in ("q_proj", "v_proj") for part in "AB"}
@@ -177,7 +172,7 @@ TAKES_BRANCHES: dict[str, Callable[[nn.Module, Any], object]] = {
     ],
     ids=["one", "two", "a text", "no adapter layers"],
 )
-def test_branches_that_are_not_there_are_named_and_change_nothing(
+def test_unknown_branches_raise_and_change_nothing(
     function: Callable[[nn.Module, Any], object], ranks: dict[str, int], branches: Any, message: str
 ) -> None:
     model = adapters.attach(Toy(), ("q_proj", "v_proj"), ranks) if ranks else Toy()
@@ -189,12 +184,12 @@ def test_branches_that_are_not_there_are_named_and_change_nothing(
 
 
 @pytest.mark.parametrize("function", TAKES_BRANCHES.values(), ids=TAKES_BRANCHES.keys())
-def test_no_branches_are_asked_of_any_model(function: Callable[[nn.Module, Any], object]) -> None:
+def test_no_branches_are_valid_for_any_model(function: Callable[[nn.Module, Any], object]) -> None:
     assert not adapters.set_trainable(Toy(), [])
     function(Toy(), [])
 
 
-def test_layers_of_different_branches_let_take_part_what_they_have() -> None:
+def test_layers_activate_the_branches_that_they_have() -> None:
     model, x = Toy(), torch.randn(3, 6)
     adapters.attach(model, ("q_proj",), {"a": 2, "b": 2})
     adapters.attach(model, ("v_proj",), {"b": 2, "c": 2})

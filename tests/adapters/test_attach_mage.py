@@ -79,7 +79,7 @@ def disturb(handle: AttachedMage) -> None:
         ("emu3", "model.text_model.layers"),
     ],
 )
-def test_in_and_out_again(name: str, language: str) -> None:
+def test_attach_merge_and_detach(name: str, language: str) -> None:
     plain = model(name).eval()
     plain.lm_head.requires_grad_(False)
     flags = {n: p.requires_grad for n, p in plain.named_parameters()}
@@ -105,7 +105,7 @@ def test_in_and_out_again(name: str, language: str) -> None:
 KEYS = [f"{side}.{half}" for side in ("text-general", "image-general", "text-expert", "image-expert") for half in "AB"]
 
 
-def test_training_a_task_trains_its_branches_alone() -> None:
+def test_train_on_trains_only_the_branches_of_the_task() -> None:
     plain = model("llama")
     handle = cnext.attach_mage(plain, rank=2)
     parameters = handle.train_on(reads=("text",), writes=("image",))
@@ -122,7 +122,7 @@ def test_targets_that_match_nothing_are_named() -> None:
         cnext.attach_mage(model("janus"), targets=("q_proj", "fc1", "query"))
 
 
-def test_a_layer_without_a_plain_weight_is_refused_and_nothing_is_changed() -> None:
+def test_a_subclass_of_linear_is_refused_and_nothing_changes() -> None:
     class Packed(nn.Linear):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return super().forward(x) * 2

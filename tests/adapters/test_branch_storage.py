@@ -57,7 +57,7 @@ def moved(made: AdapterLinear, how: str) -> AdapterLinear:
 
 
 @pytest.mark.parametrize("how", ["as made", "deepcopy", "to", "load", "assign"])
-def test_one_block_of_separate_parameters(how: str) -> None:
+def test_every_a_is_a_view_of_one_matrix(how: str) -> None:
     made = layer(scale=0.5)
     other, x = moved(made, how), torch.randn(4, 7)
     assert joined(other) == (how != "assign")
@@ -71,7 +71,7 @@ def test_one_block_of_separate_parameters(how: str) -> None:
 
 
 @pytest.mark.parametrize("options", [{"fused": True}, {"foreach": True}, {"foreach": False}], ids=str)
-def test_an_optimizer_changes_the_live_branches_and_no_other(options: dict[str, bool]) -> None:
+def test_an_optimizer_changes_only_trainable_branches(options: dict[str, bool]) -> None:
     made, x = layer(), torch.randn(4, 7)
     made.branches["1"].requires_grad_(False)
     before = {name: parameter.detach().clone() for name, parameter in made.named_parameters()}
@@ -97,7 +97,7 @@ def test_gradients_do_not_share_memory_across_branches() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_merge_is_the_float32_sum_and_unmerge_restores_the_bits(dtype: torch.dtype) -> None:
+def test_merge_sums_in_float32_and_unmerge_is_exact(dtype: torch.dtype) -> None:
     made = layer(dtype=dtype, scale=0.5)
     original = made.base.weight.detach().clone()
     delta = sum(branch.B.float() @ branch.A.float() for branch in made.branches.values())

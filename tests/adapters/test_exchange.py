@@ -43,7 +43,7 @@ def by_peft(base: nn.Module, folder: Path, names: list[str]) -> nn.Module:
 @torch.no_grad()
 @pytest.mark.parametrize("name", ["llama", "janus"])
 @pytest.mark.parametrize("one", [False, True], ids=["four adapters", "one of their rank"])
-def test_stock_peft_gives_the_same_logits_and_they_come_back(name: str, one: bool, tmp_path: Path) -> None:
+def test_peft_gives_the_same_logits_and_reading_restores_them(name: str, one: bool, tmp_path: Path) -> None:
     ours = with_branches(name)
     expected = logits(ours)
     written = save_peft(ours, tmp_path, one)
@@ -66,7 +66,7 @@ def test_adapters_leave_the_vision_tower_alone(tmp_path: Path) -> None:
 
 
 @torch.no_grad()
-def test_only_active_branches_go_out(tmp_path: Path) -> None:
+def test_only_active_branches_are_exported(tmp_path: Path) -> None:
     ours = with_branches()
     adapters.activate(ours, ROLES[1:3])
     save_peft(ours, tmp_path)
@@ -75,7 +75,7 @@ def test_only_active_branches_go_out(tmp_path: Path) -> None:
 
 
 @torch.no_grad()
-def test_a_merged_model_is_a_plain_one_inside_and_ours_after(tmp_path: Path) -> None:
+def test_merged_is_a_plain_model_within_its_context(tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM
 
     ours = with_branches()
@@ -88,7 +88,7 @@ def test_a_merged_model_is_a_plain_one_inside_and_ours_after(tmp_path: Path) -> 
     torch.testing.assert_close(logits(loaded), expected, rtol=0, atol=1e-5)
 
 
-def test_routed_branches_and_none_at_all_are_refused(tmp_path: Path) -> None:
+def test_routed_branches_and_no_branches_are_refused(tmp_path: Path) -> None:
     ours = with_branches()
     for layer in adapters.layers(ours).values():
         layer.router = lambda x: torch.ones(*x.shape[:-1], 4)
@@ -96,7 +96,7 @@ def test_routed_branches_and_none_at_all_are_refused(tmp_path: Path) -> None:
         save_peft(ours, tmp_path)
     with pytest.raises(UserError, match="these are routed by their input"), merged(ours):
         pass
-    with pytest.raises(UserError, match="found none that takes part"):
+    with pytest.raises(UserError, match="found none that is active"):
         branches_of(model("llama"))
 
 
@@ -111,7 +111,7 @@ BAD = {
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_what_is_no_plain_lora_is_named(name: str, tmp_path: Path) -> None:
+def test_adapters_other_than_plain_lora_are_refused(name: str, tmp_path: Path) -> None:
     change, message = BAD[name]
     save_peft(with_branches(), tmp_path, one=True)
     file = tmp_path / "adapter_config.json"

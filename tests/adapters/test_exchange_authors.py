@@ -45,7 +45,7 @@ def kept(state: dict[str, Tensor], kind: str) -> dict[str, Tensor]:
 
 @torch.no_grad()
 @pytest.mark.parametrize("kind", ["mage", "moelora", "lora"])
-def test_in_and_out_again_to_the_bit(kind: str) -> None:
+def test_round_trip_is_exact(kind: str) -> None:
     state, plain = released(kind, "both"), adapted(kind)
     found = from_released(state, kind)
     put_branches(plain, found.branches)
@@ -87,7 +87,7 @@ def test_both_spellings_are_the_same_adapter(spelling: str, prefix: str) -> None
     }
 
 
-def test_what_is_beside_the_branches_is_sorted_and_counted() -> None:
+def test_other_tensors_are_sorted_and_counted() -> None:
     found = from_released(released("mage"), "mage")
     assert {kind: len(part) for kind, part in found.extras.items()} == {
         "embeddings": 1, "norms": 5, "head": 1, "input_resampler": 2, "output_resampler": 2, "patch_pos_embed": 1,
@@ -99,7 +99,7 @@ def test_what_is_beside_the_branches_is_sorted_and_counted() -> None:
 
 
 @torch.no_grad()
-def test_extras_go_into_the_parameters_that_they_are_named_after() -> None:
+def test_extras_are_copied_into_parameters_of_their_names() -> None:
     plain, found = adapted("mage"), from_released(released("mage"), "mage")
     put_extras(plain, found.extras)
     assert torch.equal(plain.lm_head.weight, found.extras["head"]["lm_head.weight"])
@@ -136,7 +136,7 @@ def changed(change: str) -> dict[str, Tensor]:
         ("router", r"routers missing: model.layers.0.self_attn.q_proj$"),
     ],
 )
-def test_what_is_wrong_with_a_file_is_named(change: str, message: str) -> None:
+def test_errors_name_what_is_wrong_with_a_file(change: str, message: str) -> None:
     with pytest.raises(UserError, match=message):
         from_released(changed(change), "moelora")
 
@@ -157,21 +157,21 @@ def test_another_kind_is_named() -> None:
 
 
 @torch.no_grad()
-def test_another_scale_is_in_b() -> None:
+def test_another_scale_is_multiplied_into_b() -> None:
     plain = adapted("lora")
     put_branches(plain, from_released(released("lora"), "lora", scale=2.0).branches)
     b = f"{FIRST}.lora_B.default.weight"
     assert torch.equal(to_released(plain)[b], 2 * released("lora")[b])
 
 
-def test_other_branches_have_no_place_in_the_layout() -> None:
+def test_other_branches_cannot_be_exported() -> None:
     plain = model("llama")
     adapters.attach(plain.model, adapters.mage.TARGETS, {"task-1": 2, "task-2": 2})
     with pytest.raises(UserError, match="found task-1, task-2; --format peft and"):
         to_released(plain)
 
 
-def test_a_file_is_read_without_running_what_it_says(tmp_path: Path) -> None:
+def test_code_in_a_file_is_not_executed(tmp_path: Path) -> None:
     torch.save({"x": Path("/")}, tmp_path / "object.bin")
     torch.save({"x": 3}, tmp_path / "number.bin")
     (tmp_path / "text.bin").write_text("version https://git-lfs.github.com/spec/v1\n")

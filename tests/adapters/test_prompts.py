@@ -19,7 +19,7 @@ def prompts(tiny: TinyBackbone) -> Prompts:
 
 
 def samples(data: Path, *tasks: str) -> list[Sample]:
-    return [s for task in tasks for s in formats.read(suites.load("next-tiny").task(task), data, "test")[:3]]
+    return [s for task in tasks for s in formats.read_samples(suites.load("next-tiny").task(task), data, "test")[:3]]
 
 
 def test_prompts_start_at_the_size_of_the_embeddings(tiny: TinyBackbone, prompts: Prompts) -> None:
@@ -76,7 +76,7 @@ def test_cached_generation_equals_computing_everything_again(tiny: TinyBackbone,
 
 
 def test_positions_are_of_the_input_alone(tiny: TinyBackbone, prompts: Prompts, data: Path) -> None:
-    encoded = tiny.encode(formats.read(suites.load("next-tiny").task("HQEdit"), data, "train")[:3])
+    encoded = tiny.encode(formats.read_samples(suites.load("next-tiny").task("HQEdit"), data, "train")[:3])
     tiny.output(encoded)
     expected = tiny.positions
     with prompts.before(torch.tensor([[0, 1]])):
@@ -87,7 +87,7 @@ def test_positions_are_of_the_input_alone(tiny: TinyBackbone, prompts: Prompts, 
 def test_without_prompts_the_model_is_as_it_was(tiny: TinyBackbone, prompts: Prompts, data: Path) -> None:
     """To the bit, before and after, also where what was inside failed; and it has no parameter more."""
     mixed, base = samples(data, "VQAv2", "HQEdit"), TinyBackbone.load()
-    encoded = base.encode(formats.read(suites.load("next-tiny").task("VQAv2"), data, "train")[:3])
+    encoded = base.encode(formats.read_samples(suites.load("next-tiny").task("VQAv2"), data, "train")[:3])
     with pytest.raises(RuntimeError, match="size"), prompts.before(torch.zeros(2, 2, dtype=torch.int64)):
         tiny.output(encoded)
     assert torch.equal(tiny.output(encoded).logits, base.output(encoded).logits)

@@ -317,7 +317,7 @@ def test_only_adapted_layers_are_joined(x: Tensor, calls: list[int]) -> None:
     assert adapters.joined(made(shared=())) == {}
 
 
-def test_harmless_uses_of_the_variable_may_come_between(x: Tensor, calls: list[int]) -> None:
+def test_harmless_uses_between_the_calls_are_allowed(x: Tensor, calls: list[int]) -> None:
     same(made(kind=Reads)(x), made(shared=(), kind=Reads)(x))
     assert calls == [3, 1, 1, 1]
 
@@ -343,7 +343,7 @@ def test_harmless_uses_of_the_variable_may_come_between(x: Tensor, calls: list[i
         enclosing(2.0),
     ],
 )
-def test_what_may_not_be_joined_is_not(kind: type[nn.Module], x: Tensor) -> None:
+def test_unsafe_calls_are_not_joined(kind: type[nn.Module], x: Tensor) -> None:
     model = made(kind=kind)
     assert adapters.joined(model) == {}
     assert type(model) is kind
@@ -393,7 +393,7 @@ def test_llama_joins_attention_and_mlp() -> None:
     assert adapters.joined(model) == {"layers.0.self_attn": (QKV,), "layers.0.mlp": (("gate_proj", "up_proj"),)}
 
 
-def test_threads_with_other_inputs_do_not_meet(x: Tensor) -> None:
+def test_threads_with_other_inputs_do_not_interfere(x: Tensor) -> None:
     model, inputs = made(), [x, x + 1]
     with torch.inference_mode():
         expected = [model(one) for one in inputs]
@@ -517,7 +517,7 @@ def test_a_forward_of_the_instance_stays(x: Tensor) -> None:
     same(model(x), x + 1)
 
 
-def test_merged_routed_and_switched_off_layers_leave_the_group(x: Tensor, calls: list[int]) -> None:
+def test_merged_routed_and_disabled_layers_are_not_joined(x: Tensor, calls: list[int]) -> None:
     model, alone = made(), made(shared=())
     for layer in (model.k_proj, alone.k_proj):
         layer.merge()
@@ -539,7 +539,7 @@ def test_merged_routed_and_switched_off_layers_leave_the_group(x: Tensor, calls:
 
 
 @pytest.mark.parametrize("change", ["scale", "dropout", "independent", "training", "active", "rank"])
-def test_layers_that_differ_leave_the_group(change: str, x: Tensor, calls: list[int]) -> None:
+def test_layers_that_differ_are_not_joined(change: str, x: Tensor, calls: list[int]) -> None:
     model = made()
     changed = {"scale": 2.0, "dropout": 0.5, "independent": True, "training": False, "active": ("a",)}
     if change == "rank":
@@ -603,7 +603,7 @@ def test_globals_are_those_of_the_module(x: Tensor, monkeypatch: pytest.MonkeyPa
     same(model(x)[2], x + 5)
 
 
-def test_without_source_each_layer_is_alone(x: Tensor) -> None:
+def test_without_source_each_layer_is_computed_by_itself(x: Tensor) -> None:
     source = "def forward(self, x):\n    return self.q_proj(x), self.k_proj(x)\n"
     names: dict[str, Any] = {}
     exec(source, names)

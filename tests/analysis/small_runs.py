@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 from cnext.analysis.run import Run
+from cnext.runs import schemas
 from cnext.scoring.base import ERROR_TYPES
 from cnext.scoring.matrix import ScoreMatrix, metrics
 
@@ -50,7 +51,7 @@ def write(folder: Path, **more: Any) -> Path:
 
 def run(**more: Any) -> Run:
     """A run without a folder."""
-    return Run(Path("nowhere"), results(**more), {}, {}, {})
+    return Run(Path("nowhere"), schemas.convert(results(**more), schemas.Results, "results.json"))
 
 
 def answer(task: str, number: int, text: str, strict: float, **more: Any) -> dict:

@@ -13,34 +13,36 @@ import numpy as np
 import pytest
 from analysis import small_runs
 from analysis.small_runs import TASKS, answer, write, write_answers
+from msgspec.structs import asdict
 
 from cnext.analysis import ANALYSES, analyze, formats
 from cnext.analysis.breaks import right_but_for_format
-from cnext.analysis.finding import Finding, Unavailable
-from cnext.analysis.groups import Study, means
+from cnext.analysis.groups import RunGroups, means
 from cnext.analysis.overall import averages, forgettings
+from cnext.analysis.result import ResultTable, Unavailable
 from cnext.analysis.run import Run
 from cnext.analysis.transfer import changes, flows
 from cnext.cli import main
 from cnext.errors import UserError
 from cnext.tables import aggregate
+from cnext.tables.aggregate import Summary
 from cnext.tables.formats import MINUS, NOTHING
 
 REVERSED = {"tasks": TASKS[::-1], "matrix": ((70.0, None, None), (60.0, 50.0, None), (20.0, 60.0, 30.0))}
 
 
-def study(*folders: Path) -> Study:
-    return Study.read(aggregate.find(folders))
+def study(*folders: Path) -> RunGroups:
+    return RunGroups.read(aggregate.find(folders))
 
 
-def rows(finding: Finding, *head: str) -> dict:
+def rows(result: ResultTable, *head: str) -> dict:
     """The cells under some heads, by the row's words."""
-    places = [finding.head.index(name) for name in head]
-    return {tuple(row[: finding.words]): tuple(row[place] for place in places) for row in finding.rows}
+    places = [result.head.index(name) for name in head]
+    return {tuple(row[: result.words]): tuple(row[place] for place in places) for row in result.rows}
 
 
-def value(cell: dict) -> float:
-    return cell["mean"]
+def value(cell: Summary) -> float:
+    return cell.mean
 
 
 def test_changes_and_flows_by_hand() -> None:
@@ -56,17 +58,17 @@ def test_changes_and_flows_by_hand() -> None:
     expected |= {"text > text": 5.0, "text > image": -10.0, "image > text": -10.0}
     assert math.isnan(flow.pop("image > image"))
     assert flow == expected
-    metrics = run.results["metrics"]
+    metrics = run.results.metrics
     assert (flow["across"], flow["within"]) == (-metrics["forgetting_intermodal"], -metrics["forgetting_intramodal"])
     assert flow["regained"] == metrics["recovery"]
 
 
 def test_stages_by_hand() -> None:
     run = small_runs.run()
-    assert averages(run).tolist() == pytest.approx([50, 60, 175 / 3])
-    assert forgettings(run).tolist() == pytest.approx([math.nan, 10, 7.5], nan_ok=True)
-    assert forgettings(run)[-1] == run.results["metrics"]["forgetting"]
-    accuracy, forgetting, tasks = ANALYSES["stages"](Study.of(run))
+    assert averages(run) == pytest.approx([50, 60, 175 / 3])
+    assert forgettings(run) == pytest.approx([math.nan, 10, 7.5], nan_ok=True)
+    assert forgettings(run)[-1] == run.results.metrics["forgetting"]
+    accuracy, forgetting, tasks = ANALYSES["stages"](RunGroups.of(run))
     assert [value(cell) for cell in accuracy.rows[0][2:]] == pytest.approx([50, 60, 175 / 3])
     assert [value(cell) for cell in forgetting.rows[0][2:]] == [None, 10, 7.5]
     assert [value(cell) for cell in rows(tasks, "1", "2", "3")["lora", "paper", "draw"]] == [None, 80, 70]
@@ -74,8 +76,8 @@ def test_stages_by_hand() -> None:
 
 def test_means_leave_out_what_is_not_there() -> None:
     first, second = means([[1.0, math.nan], [3.0, None]])
-    assert first == {"n": 2, "mean": 2.0, "sd": math.sqrt(2)}
-    assert second == {"n": 0, "mean": None, "sd": None}
+    assert first == Summary(2, 2.0, math.sqrt(2))
+    assert second == Summary(0, None, None)
 
 
 @pytest.fixture
@@ -98,7 +100,7 @@ def test_orders_with_means_of_text_and_image(several: Path) -> None:
     text, image, _ = rows(by_order, "text", "image", "Avg.ACC")["lora", "reverse"]
     assert (value(text), value(image)) == pytest.approx(((20 + 30) / 2 + 2, 60 + 2))
     (cell,) = rows(over, "Avg.ACC")["ew",]
-    assert (cell["low"], cell["high"]) == pytest.approx((110 / 3, 175 / 3 + 0.5))
+    assert cell.ends == pytest.approx((110 / 3, 175 / 3 + 0.5))
 
 
 def test_ablation_has_the_ladder_alone_and_steps_paired_by_seed(several: Path) -> None:
@@ -112,7 +114,7 @@ def test_ablation_has_the_ladder_alone_and_steps_paired_by_seed(several: Path) -
     assert value(rows(scores, "draw")["mage", "paper"][0]) == 76.5
     found = rows(steps, "pairs", "Avg.ACC", "Forgetting")["ew → mage", "paper"]
     assert found[0] == 2
-    assert found[1] == {"n": 2, "mean": pytest.approx(6), "sd": pytest.approx(0, abs=1e-9)}
+    assert (found[1].n, found[1].mean, found[1].sd) == pytest.approx((2, 6, 0))
     assert value(found[2]) == pytest.approx(0, abs=1e-9)
 
 
@@ -121,7 +123,7 @@ def test_seeds(several: Path) -> None:
     (cell,) = rows(spread, "Avg.ACC")["ew", "paper"]
     values = [175 / 3, 175 / 3 + 1]
     expected = {"mean": statistics.mean(values), "sd": statistics.stdev(values), "low": values[0], "high": values[1]}
-    assert cell == pytest.approx({"n": 2, **expected})
+    assert asdict(cell) == pytest.approx({"n": 2, **expected})
     assert rows(each, "Avg.ACC")["ew", "paper", "1"] == (pytest.approx(values[1]),)
 
 
@@ -146,8 +148,8 @@ def test_types_by_a_judge(tmp_path: Path) -> None:
     _, found = ANALYSES["types"](study(tmp_path))
     assert found.name == "types.vlm"
     [(hal, verdicts)] = rows(found, "Avg.HAL", "verdicts").values()
-    assert hal["n"] == 1
-    assert hal["mean"] == 4.0
+    assert hal.n == 1
+    assert hal.mean == 4.0
     assert verdicts == "INCOMPLETE: 5 not judged"
     assert f"Without its verdicts: {three}." in found.definition
     assert "m, prompts v1 (00000000)" in found.definition
@@ -162,11 +164,11 @@ def test_many_runs_without_verdicts_are_counted(tmp_path: Path) -> None:
 
 def test_a_table_of_the_rules_is_shown_where_it_says_something_else(tmp_path: Path) -> None:
     folder = write(tmp_path / "run")
-    judged(folder, "rules", judge="rules", metrics=Run.read(folder).results["metrics"])
+    judged(folder, "rules", judge="rules", metrics=Run.read(folder).results.metrics)
     assert [found.name for found in ANALYSES["types"](study(folder))] == ["types"]
     judged(folder, "rules", judge="rules")
     assert [found.name for found in ANALYSES["types"](study(folder))] == ["types", "types.rules"]
-    judged(folder, "vlm", metrics=Run.read(folder).results["metrics"])
+    judged(folder, "vlm", metrics=Run.read(folder).results.metrics)
     assert [found.name for found in ANALYSES["types"](study(folder))] == ["types", "types.rules", "types.vlm"]
 
 
@@ -184,7 +186,7 @@ def test_two_judges_under_one_name_are_refused(tmp_path: Path, change: dict) -> 
     one, two = (write(tmp_path / str(seed), seed=seed) for seed in range(2))
     judged(one)
     judged(two, **change)
-    with pytest.raises(UserError, match=r"judge/vlm.json is not of one judge") as caught:
+    with pytest.raises(UserError, match=r"judge/vlm.json is by different judges") as caught:
         ANALYSES["types"](study(tmp_path))
     assert str(one) in str(caught.value)
     assert str(two) in str(caught.value)
@@ -194,7 +196,9 @@ def test_a_judge_table_of_something_else_is_named(tmp_path: Path) -> None:
     folder = write(tmp_path / "run")
     (folder / "judge").mkdir()
     (folder / "judge" / "notes.json").write_text("{}")
-    with pytest.raises(UserError, match=r"notes.json: expected what `cnext judge` writes: judge: missing"):
+    with pytest.raises(
+        UserError, match=r"notes.json: .*missing required field `judge`; expected what `cnext judge` writes"
+    ):
         ANALYSES["types"](study(tmp_path))
 
 
@@ -255,25 +259,25 @@ def test_answers_that_broke_by_hand(answered: Path) -> None:
     [row] = by_task.rows
     found = dict(zip(by_task.head[3:], map(value, row[3:]), strict=True))
     assert found == {
-        "right when learnt": 50.0, "broken": 37.5, "HAL": 12.5, "IUF": 25.0, "OTH": 0.0, "lenient": 0.0, "mended": 12.5,
+        "correct when learnt": 50.0, "broken": 37.5, "HAL": 12.5, "IUF": 25.0, "OTH": 0.0, "lenient": 0.0, "fixed": 12.5,
         "format only": 12.5, "lost": 37.5, "gained": 25.0, "forgetting": 12.5,
     }  # fmt: skip
     assert [value(cell) for cell in overall.rows[0][2:]] == list(found.values()), "of one task the mean is itself"
-    assert found["forgetting"] == Run.read(answered).results["metrics"]["forgetting"]
+    assert found["forgetting"] == Run.read(answered).results.metrics["forgetting"]
     assert [row[1] for row in prompts.rows] == ["say-1", "say-2", "say-3"]
-    assert prompts.rows[1][4:] == ["red", "red red red", "2 draw", "instruction unfollowing", "mended"]
+    assert prompts.rows[1][4:] == ["red", "red red red", "2 draw", "instruction unfollowing", "fixed"]
 
 
 def test_a_fragment_counts_as_lenient_and_an_empty_answer_does_not(answered: Path) -> None:
     rows = [answer("say", n, text, 0.0, paper=100.0) for n, text in enumerate(["re", "", "re", "", "", "", "", ""])]
     write_answers(answered, "2_draw", "say", rows)
     _, by_task, _ = ANALYSES["breaks"](study(answered))
-    lenient, mended = rows_of(by_task, "lenient", "mended")
-    assert (lenient, mended) == (25.0, 0.0)
+    lenient, fixed = rows_of(by_task, "lenient", "fixed")
+    assert (lenient, fixed) == (25.0, 0.0)
 
 
-def rows_of(finding: Finding, *head: str) -> tuple[float, ...]:
-    [cells] = rows(finding, *head).values()
+def rows_of(result: ResultTable, *head: str) -> tuple[float, ...]:
+    [cells] = rows(result, *head).values()
     return tuple(map(value, cells))
 
 
@@ -291,7 +295,7 @@ def test_samples_through_the_stages(answered: Path) -> None:
 
 def test_what_cannot_be_made_is_named_and_the_rest_is_made(answered: Path, tmp_path: Path) -> None:
     found = analyze(study(answered))
-    assert set(found.found) == {"types", "transfer", "stages", "samples", "breaks"}
+    assert set(found.tables) == {"types", "transfer", "stages", "samples", "breaks"}
     assert set(found.left_out) == {"orders", "ablations", "seeds", "drift"}
     assert "checkpoints/ lacks 1_say, 2_draw" in found.left_out["drift"]
     bare = write(tmp_path / "bare")
@@ -302,13 +306,13 @@ def test_what_cannot_be_made_is_named_and_the_rest_is_made(answered: Path, tmp_p
 def test_every_finding_has_a_definition_and_every_format(several: Path, answered: Path) -> None:
     for folder in (several / "mage", answered):
         found = analyze(study(folder))
-        assert found.findings
-        assert all(finding.definition.endswith(".") for finding in found.findings)
-        for one in found.findings:
+        assert found.results
+        assert all(result.definition.endswith(".") for result in found.results)
+        for one in found.results:
             assert f"{one.name}," in formats.comma_separated(found)
-        assert formats.latex(found).count(r"\begin{tabular}") == len(found.findings)
+        assert formats.latex(found).count(r"\begin{tabular}") == len(found.results)
         assert [table["name"] for table in json.loads(formats.as_json(found))["tables"]] == [
-            one.name for one in found.findings
+            one.name for one in found.results
         ]
 
 
@@ -331,9 +335,9 @@ def test_markdown_shows_answers_as_they_are(answered: Path) -> None:
 
 
 def test_figures_of_nothing_have_no_sign() -> None:
-    finding = Finding("x", "x", "x.", ["a", "b"], [], signed=True)
+    result = ResultTable("x", "x", "x.", ["a", "b"], [], signed=True)
     expected = {-0.001: "0.00", 0.0: "0.00", 1.0: "+1.00", -1.0: f"{MINUS}1.00", None: NOTHING}
-    assert {figure: formats.shown(figure, finding) for figure in expected} == expected
+    assert {figure: formats.shown(figure, result) for figure in expected} == expected
 
 
 def test_verb(answered: Path, several: Path, capsys: pytest.CaptureFixture[str]) -> None:

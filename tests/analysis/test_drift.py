@@ -11,8 +11,8 @@ import torch
 from analysis.small_runs import TASKS, write, write_checkpoint
 
 from cnext.analysis import ANALYSES
-from cnext.analysis.finding import Unavailable
-from cnext.analysis.groups import Study
+from cnext.analysis.groups import RunGroups
+from cnext.analysis.result import Unavailable
 from cnext.analysis.run import Run
 from cnext.analysis.updates import inner_products, read
 from cnext.cli import main
@@ -97,15 +97,15 @@ def test_what_tasks_share(drifted: tuple[Path, dict]) -> None:
     overlap = {(s, t): np.minimum(shares[:, s], shares[:, t]).sum() for s, t in itertools.combinations(range(3), 2)}
     general = np.array([name.endswith("general") for name in updates])
     branches = np.array([shares[general].sum(0), shares[~general].sum(0)])
-    found, moved, turned, apart, pairs, norms = ANALYSES["drift"](Study.read(aggregate.find([folder])))
+    found, moved, turned, apart, pairs, norms = ANALYSES["drift"](RunGroups.read(aggregate.find([folder])))
     rows = {row[2]: dict(zip(found.head[3:], row[3:], strict=True)) for row in found.rows}
     # say and name read and write the same; draw shares nothing with either.
     assert {relation: row["pairs"] for relation, row in rows.items()} == {"same input, same output": 1, "neither": 2}
-    assert rows["same input, same output"]["shared"]["mean"] == pytest.approx(100 * overlap[0, 2])
-    assert rows["neither"]["shared"]["mean"] == pytest.approx(50 * (overlap[0, 1] + overlap[1, 2]))
+    assert rows["same input, same output"]["shared"].mean == pytest.approx(100 * overlap[0, 2])
+    assert rows["neither"]["shared"].mean == pytest.approx(50 * (overlap[0, 1] + overlap[1, 2]))
     whole = np.minimum(branches[:, 0], branches[:, 2]).sum()
-    assert rows["same input, same output"]["branches shared"]["mean"] == pytest.approx(100 * whole)
-    assert [cell["mean"] for cell in moved.rows[0][3:]] == pytest.approx((100 * branches[1]).tolist())
+    assert rows["same input, same output"]["branches shared"].mean == pytest.approx(100 * whole)
+    assert [cell.mean for cell in moved.rows[0][3:]] == pytest.approx((100 * branches[1]).tolist())
     assert [row[2] for row in turned.rows] == list(TASKS[:2])
     assert apart.head == ["from stage", "1 say", "2 draw", "3 name"]
     assert len(norms.rows) == len(NAMES)
@@ -158,8 +158,8 @@ def test_a_method_without_branches_is_left_out(drifted: tuple[Path, dict], tmp_p
     folder = write(tmp_path / "prompts", method="prompt-pool")
     for stage in (1, 2, 3):
         write_checkpoint(folder, stage, {"prompts": torch.ones(3)})
-    found, *_ = ANALYSES["drift"](Study.read([drifted[0], folder]))
+    found, *_ = ANALYSES["drift"](RunGroups.read([drifted[0], folder]))
     assert {row[0] for row in found.rows} == {"lora"}
     assert found.definition.endswith("Left out, for want of low-rank branches: prompt-pool.")
     with pytest.raises(Unavailable, match="low-rank branches"):
-        ANALYSES["drift"](Study.read([folder]))
+        ANALYSES["drift"](RunGroups.read([folder]))

@@ -63,7 +63,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("rule", RULES)
-def test_both_ranks_hold_the_same_bits(rule: str, folder: Path) -> None:
+def test_both_ranks_have_the_same_bits(rule: str, folder: Path) -> None:
     one, other = (load_file(folder / f"{rule}-{rank}.safetensors") for rank in range(RANKS))
     assert one.keys() == other.keys()
     assert all(torch.equal(one[key], other[key]) for key in one)
@@ -71,7 +71,7 @@ def test_both_ranks_hold_the_same_bits(rule: str, folder: Path) -> None:
 
 @pytest.mark.parametrize("rule", [rule for rule in RULES if rule != "pema-released"])
 @pytest.mark.filterwarnings("ignore:pema-literal")
-def test_they_hold_what_one_process_would(rule: str, folder: Path) -> None:
+def test_ranks_agree_with_one_process(rule: str, folder: Path) -> None:
     """Left out: the released rule, which multiplies a difference in the last bit by a hundred thousand each step."""
     ranked, single = load_file(folder / f"{rule}-0.safetensors"), train(rule, None)
     assert ranked.keys() == single.keys()

@@ -55,7 +55,7 @@ def test_unit_is_what_its_name_says(unit, micro_batches, size):
 
 
 @pytest.mark.parametrize("unit", UNITS)
-def test_accumulating_k_batches_is_one_batch_of_k_where_the_unit_says_so(unit):
+def test_accumulated_batches_are_one_batch_except_by_micro_batch(unit):
     x = torch.randn(8, 3)
     sums = []
     for micro_batches in (1, 4):
@@ -99,7 +99,7 @@ def test_pema_reads_the_second_half_in_its_unit(unit):
     losses(net, x[0]).sum().backward()  # no hook is left behind
 
 
-def test_misuse_is_told():
+def test_misuse_is_refused():
     with pytest.raises(UserError, match="unknown unit 'batch'; valid: step, micro-batch, sample"):
         FisherAccumulator("batch")
     net, _, accumulator = setup("sample")

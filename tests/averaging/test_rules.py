@@ -1,11 +1,13 @@
-"""Every averaging rule on a toy model: against loops written out, stopped and resumed, evaluated and left alone."""
+"""Averaging rules on a small model: values, tasks as contexts, resuming, evaluation, dtypes, errors."""
+
+from typing import get_args
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from cnext.averaging import RULES, Constant, Dema, Pema, PemaLiteral, PemaReleased, PemaStep
+from cnext.averaging import RULES, Constant, Dema, Pema, PemaLiteral, PemaReleased, PemaStep, Rule
 from cnext.errors import UserError
 
 STEPS = 6
@@ -70,6 +72,73 @@ def test_stopped_saved_and_continued_is_bitwise_the_same(rule, stop, tmp_path):
 
 
 @every_rule
+def test_a_task_as_a_context_is_begin_and_end_to_the_bit(rule):
+    explicit, inside = model(), model()
+    explicit[2].bias.requires_grad_(False)
+    inside[2].bias.requires_grad_(False)
+    one, other = rule(), rule()
+    for task in range(2):
+        one.begin_task({n: p for n, p in explicit.named_parameters() if p.requires_grad}, STEPS)
+        with other.task(inside, steps=STEPS) as entered:
+            assert entered is other
+            assert "2.bias" not in other.parameters
+            for net, average in ((explicit, one), (inside, other)):
+                optimizer = torch.optim.SGD(net.parameters(), lr=0.05)
+                for step in range(STEPS):
+                    optimizer.zero_grad()
+                    losses(net, task, step).mean().backward()
+                    average.update()
+                    optimizer.step()
+        statistics = one.end_task()
+        assert other.statistics == statistics == one.statistics
+        assert all(torch.equal(a, b) for a, b in zip(explicit.parameters(), inside.parameters(), strict=True))
+    state, same = one.state_dict(), other.state_dict()
+    assert state.keys() == same.keys()
+    assert all(torch.equal(state[key], same[key]) for key in state)
+
+
+@every_rule
+def test_an_exception_in_a_task_leaves_the_parameters(rule):
+    net, fresh = model(), model()
+    average = rule()
+    with pytest.raises(KeyError, match="stop"), average.task(net, steps=STEPS):  # noqa: PT012
+        for step in range(STEPS - 1):
+            losses(net, 0, step).mean().backward()
+            average.update()
+            net[0].weight.data.add_(1.0)
+        before = [p.detach().clone() for p in net.parameters()]
+        average.swap_in()
+        raise KeyError("stop")
+    assert all(torch.equal(a, b) for a, b in zip(before, net.parameters(), strict=True))
+    assert average.statistics == {}
+    assert not average.parameters
+    # The next tasks are those of an average that has seen nothing.
+    net.load_state_dict(fresh.state_dict())
+    net.zero_grad()
+    assert train(net, average)[0] == train(fresh, rule())[0]
+    assert all(torch.equal(a, b) for a, b in zip(net.parameters(), fresh.parameters(), strict=True))
+
+
+def test_task_contexts_are_neither_nested_nor_entered_twice():
+    net, average = model(), Constant()
+    task = average.task(net, steps=1)
+    with task:
+        with pytest.raises(UserError, match="tasks cannot be nested; call end_task"), average.task(net, steps=1):
+            pass
+        average.update()
+    with pytest.raises(UserError, match=r"entered before; call average.task\(...\) again"), task:
+        pass
+    with pytest.raises(UserError, match="end_task after 1 of 4 steps"), (pema := Pema()).task(net, steps=4):
+        pema.update()
+    assert pema.steps == 0, "a task whose end failed is closed"
+
+
+def test_rules_are_those_of_the_literal_type():
+    assert {rule.name for rule in RULES.values()} == set(RULES) == set(get_args(Rule))
+    assert all(name == rule.name for name, rule in RULES.items())
+
+
+@every_rule
 def test_evaluation_leaves_training_alone_to_the_bit(rule):
     def evaluate(average, task, step):
         before = [p.detach().clone() for p in average.parameters.values()]
@@ -111,7 +180,7 @@ def test_pema_is_the_rule_written_out():
         torch.testing.assert_close(value.double(), fisher_old[name], rtol=1e-5, atol=1e-7)
 
 
-def test_pema_averages_nothing_on_the_first_task_and_keeps_what_it_learnt_of_names_not_trained():
+def test_pema_first_task_and_parameters_that_a_task_leaves_out():
     plain, averaged = model(), model()
     train(plain, RULES["none"](), tasks=1)
     statistics, average = train(averaged, Pema(), tasks=1)
@@ -157,7 +226,13 @@ def test_constant_keeps_its_retention():
     for theta, _ in [*pairs, (last, None)]:
         ema = beta * ema + (1 - beta) * theta
     torch.testing.assert_close(result, ema, rtol=1e-5, atol=1e-7)
-    assert beta**STEPS == pytest.approx(0.3)
+    start, average = nn.Parameter(torch.ones(1)), Constant(retention=0.3)
+    with average.task({"w": start}, steps=7):
+        for _ in range(7):
+            average.update()
+            start.data[:] = 0.0
+    # The first update averages the starting value with itself; the last result, at the end, is one more.
+    assert start.item() == pytest.approx(0.3)
 
 
 def test_pema_step_is_the_rule_written_out():
@@ -198,7 +273,7 @@ def test_literal_rule_is_the_equation_written_out(guard, below, above):
 
 
 @pytest.mark.parametrize("guard", ["fallback", "clamp"])
-def test_literal_rule_at_the_sizes_that_occur_is_its_guard_and_says_so(guard):
+def test_literal_rule_warns_where_its_guard_decides(guard):
     weight = nn.Parameter(torch.zeros(100))
     average = PemaLiteral(guard=guard)
     average.begin_task({"w": weight}, 2)
@@ -233,7 +308,7 @@ def test_16_bit_parameters_and_other_memory_layouts(rule, dtype):
 
 @pytest.mark.parametrize("rule", [PemaStep, PemaLiteral, Dema, Constant])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
-def test_an_average_of_a_float16_model_is_kept_in_either_dtype(rule, dtype):
+def test_average_of_a_float16_model_in_either_dtype(rule, dtype):
     """Parameters that stand still are what their average is, to the bit; the state can be saved and taken back."""
     torch.manual_seed(0)
     net, average, other = nn.Linear(16, 3).half(), rule(dtype=dtype), rule(dtype=dtype)
@@ -251,7 +326,7 @@ def test_an_average_of_a_float16_model_is_kept_in_either_dtype(rule, dtype):
     assert all(torch.equal(tensor, before[name]) for name, tensor in net.state_dict().items())
 
 
-def test_an_average_in_another_16_bit_dtype_than_the_model_is_refused():
+def test_average_of_another_16_bit_dtype_is_refused():
     net, average = nn.Linear(4, 2).half(), PemaStep(dtype=torch.bfloat16)
     average.begin_task(dict(net.named_parameters()), 1)
     with pytest.raises(
@@ -274,21 +349,28 @@ def test_a_gradient_that_is_not_finite_never_reaches_the_average(rule):
     assert all(p.isfinite().all() for p in net.parameters())
 
 
-def test_misuse_is_told():
+def test_misuse_is_refused():
     weight = nn.Parameter(torch.ones(3))
     average = Pema()
-    with pytest.raises(UserError, match="opened for 0 steps"):
-        average.update()
-    with pytest.raises(UserError, match="steps is 0; expected at least 1"):
+    for call in (average.update, average.end_task):
+        with pytest.raises(UserError, match="no task is open; call begin_task first"):
+            call()
+    with pytest.raises(UserError, match="'step' is missing"):
+        average.load_state_dict({})
+    with pytest.raises(UserError, match="parameters is a list; expected a module, or a mapping"):
+        average.begin_task([weight], 1)
+    with pytest.raises(UserError, match="no parameter of the module requires a gradient"):
+        average.begin_task(model().requires_grad_(False), 1)
+    with pytest.raises(UserError, match="steps is 0; expected a whole number of at least 1"):
         average.begin_task({"w": weight}, 0)
     average.begin_task({"w": weight}, 2)
-    with pytest.raises(UserError, match="a task is open already"):
+    with pytest.raises(UserError, match=r"a task is open.*call end_task or cancel_task first"):
         average.begin_task({"w": weight}, 2)
     average.update()
     with pytest.raises(UserError, match="end_task after 1 of 2 steps"):
         average.end_task()
     state = average.state_dict()
-    with pytest.raises(UserError, match="saved in a task of 2 steps, and this one has 0"):
+    with pytest.raises(UserError, match="saved in a task of 2 steps, and the open task has 0"):
         Pema().load_state_dict(state)
     other = Pema()
     other.begin_task({"v": nn.Parameter(torch.ones(3))}, 2)
@@ -298,7 +380,7 @@ def test_misuse_is_told():
         UserError, match=r"'theta_start.w' is not a state of rule|'fisher_old.w' is not a state of rule"
     ):
         Constant().load_state_dict(state)
-    with pytest.raises(UserError, match="swap_out: nothing is swapped in"):
+    with pytest.raises(UserError, match="swap_out: the average is not swapped in"):
         average.swap_out()
     for bad in (
         lambda: Pema(c=0),

@@ -51,17 +51,17 @@ def load(folder: Path, loaded: dict[str, CodedBackbone]) -> Load:
 
 
 def samples(data: Path, task: str, split: str = "train") -> list[Sample]:
-    return formats.read(suites.load("next-tiny").task(task), data, split)
+    return formats.read_samples(suites.load("next-tiny").task(task), data, split)
 
 
 def always_draws(backbone: CodedBackbone) -> CodedBackbone:
     """Of all tokens, it may write the one that begins a picture."""
-    backbone.never = [token for token in range(len(backbone.tokenizer)) if token != backbone.begin[0]]
+    backbone.banned_ids = [token for token in range(len(backbone.tokenizer)) if token != backbone.begin_image[0]]
     return backbone
 
 
 @pytest.mark.parametrize("task", TASKS)
-def test_a_task_trains_its_branches_and_no_others(load: Load, data: Path, task: str) -> None:
+def test_mage_trains_only_the_branches_of_the_task(load: Load, data: Path, task: str) -> None:
     backbone, suite = load(), suites.load("next-tiny")
     mage = methods.load("mage")()
     mage.setup(backbone, [suite.task(name) for name in TASKS], torch.Generator().manual_seed(0))
@@ -69,7 +69,7 @@ def test_a_task_trains_its_branches_and_no_others(load: Load, data: Path, task: 
     encoded = backbone.train().encode(samples(data, task)[:3])
     loss = backbone.loss(encoded)
     loss.total.backward()
-    assert {name for name, p in mage.held().items() if p.grad is not None} == set(trainable)
+    assert {name for name, p in mage.adapter_parameters().items() if p.grad is not None} == set(trainable)
     assert not any(p.grad is not None for name, p in backbone.named_parameters() if ".branches." not in name)
     assert all(torch.isfinite(p.grad).all() for p in trainable.values())
     assert all(p.grad.any() for name, p in trainable.items() if name.endswith(".B"))
@@ -81,7 +81,7 @@ def test_a_task_trains_its_branches_and_no_others(load: Load, data: Path, task: 
 
 
 @pytest.mark.parametrize("task", ["VQAv2", "Flickr30k", "HQEdit"])
-def test_loss_is_that_of_a_loop_over_positions(load: Load, data: Path, task: str) -> None:
+def test_loss_equals_a_loop_over_positions(load: Load, data: Path, task: str) -> None:
     """In double precision, each token and each code from everything before it, by transformers' forward pass."""
     backbone = load(dtype=torch.float64)
     several = samples(data, task)[:2]
@@ -116,11 +116,11 @@ def test_padding_changes_nothing(load: Load, data: Path) -> None:
     mixed = [samples(data, task)[index] for index, task in enumerate(TASKS)]
     together = backbone.output(backbone.encode(mixed))
     alone = [backbone.output(backbone.encode([sample])) for sample in mixed]
-    for name in ("logits", "labels", "drawn", "features"):
+    for name in ("logits", "labels", "image_pred", "image_target"):
         torch.testing.assert_close(getattr(together, name), torch.cat([getattr(one, name) for one in alone]))
-    assert together.drawn.shape == (2, 16, CODES)
-    assert together.features.shape == (2, 16)
-    assert together.features.dtype == torch.int64
+    assert together.image_pred.shape == (2, 16, CODES)
+    assert together.image_target.shape == (2, 16)
+    assert together.image_target.dtype == torch.int64
 
 
 def test_the_question_is_the_released_prompt(load: Load, data: Path) -> None:
@@ -132,7 +132,7 @@ def test_the_question_is_the_released_prompt(load: Load, data: Path) -> None:
             found = backbone.prepare(asked).question.ids.tolist()
             wanted = stock.prompt(backbone, asked)
             if backbone.name == "emu3":
-                wanted = [backbone.pad if backbone.tokenizer.decode([i]) == "<image>" else i for i in wanted]
+                wanted = [backbone.pad_id if backbone.tokenizer.decode([i]) == "<image>" else i for i in wanted]
             assert found == wanted
 
 
@@ -141,7 +141,7 @@ def test_answers_alone_are_supervised_each_with_its_end(load: Load) -> None:
     item = backbone.prepare(Sample("", (Turn("what?", "red"), Turn("shape <|User|> </s>", "ring"))))
     runs = [list(run) for told, run in groupby(item.labels.tolist(), lambda label: label != IGNORED) if told]
     assert [backbone.tokenizer.decode(run) for run in runs] == [" red</s>", " ring</s>"]
-    assert int((item.ids == backbone.eos).sum()) == 2, "a special token typed into a question is its letters"
+    assert int((item.ids == backbone.eos_id).sum()) == 2, "a special token typed into a question is its letters"
     assert (item.ids[item.labels != IGNORED] == item.labels[item.labels != IGNORED]).all()
 
 
@@ -153,7 +153,7 @@ def test_every_position_has_its_role(load: Load, data: Path) -> None:
     runs = [(role, len(list(run))) for role, run in groupby(item.positions.tolist())]
     before, after = runs[0][1], runs[2][1]
     # The last position of the question gives the first token of the answer.
-    begin = len(backbone.begin)
+    begin = len(backbone.begin_image)
     end = [(TEXT_WRITTEN, 4)] if backbone.name == "emu3" else []
     slots, codes = (20, 20 - 1) if backbone.name == "emu3" else (16, 16)
     assert runs == [
@@ -180,14 +180,14 @@ def test_roles_in_generation_are_those_of_training(load: Load, data: Path) -> No
     assert torch.equal(seen[0][0], item.positions[:question])
     drawn = torch.cat([positions[0] for positions in seen[1:-1]])
     assert torch.equal(drawn, item.positions[: len(drawn)])
-    assert len(drawn) == question + len(backbone.begin) + (18 if backbone.name == "emu3" else 15)
+    assert len(drawn) == question + len(backbone.begin_image) + (18 if backbone.name == "emu3" else 15)
     assert torch.equal(seen[-1][0], item.positions)
 
 
 @pytest.mark.parametrize(
     ("draws", "guidance"), [(False, 1.0), (True, 1.0), (True, 3.0)], ids=["text", "picture", "guided"]
 )
-def test_generation_is_that_of_a_plain_loop(load: Load, data: Path, draws: bool, guidance: float) -> None:
+def test_generation_equals_a_loop_without_cache(load: Load, data: Path, draws: bool, guidance: float) -> None:
     """Neither the cache nor the padding on the left changes a token or a code."""
     backbone = load(dtype=torch.float64)
     backbone = always_draws(backbone) if draws else backbone
@@ -197,30 +197,30 @@ def test_generation_is_that_of_a_plain_loop(load: Load, data: Path, draws: bool,
     with torch.no_grad():
         for sample, answer in zip(asked, answers, strict=True):
             ids, read, written = stock.prompt(backbone, sample), stock.pixels(backbone, sample.image), []
-            while len(written) < 6 and not (written and written[-1] in (backbone.eos, backbone.begin[0])):
+            while len(written) < 6 and not (written and written[-1] in (backbone.eos_id, backbone.begin_image[0])):
                 logits, _ = stock.step(backbone, [*ids, *written], read)
-                logits[backbone.never] = -torch.inf
+                logits[backbone.banned_ids] = -torch.inf
                 written.append(int(logits.argmax()))
             assert backbone.tokenizer.decode(written, skip_special_tokens=True).strip() == answer.text
-            assert (written[-1] == backbone.begin[0]) == (answer.image is not None)
+            assert (written[-1] == backbone.begin_image[0]) == (answer.image is not None)
             if answer.image is not None:
-                begun = [*ids, *written, *backbone.begin[1:]]
-                blank = [backbone.bos, *backbone.begin]
+                begun = [*ids, *written, *backbone.begin_image[1:]]
+                blank = [backbone.bos_id, *backbone.begin_image]
                 if backbone.name == "janus":
-                    blank[1:1] = [backbone.pad] * (len(begun) - 2)
+                    blank[1:1] = [backbone.pad_id] * (len(begun) - 2)
                 codes = []
                 for place in range(16):
                     if place and place % 4 == 0 and backbone.row_end is not None:
                         codes.append(stock.ROW_END)
                     given, nothing = (stock.step(backbone, *row, codes)[1] for row in ((begun, read), (blank, None)))
                     codes.append(int((nothing + guidance * (given - nothing)).argmax()))
-                picture = backbone._pictures(torch.tensor([[code for code in codes if code != stock.ROW_END]]))[0]
+                picture = backbone._images(torch.tensor([[code for code in codes if code != stock.ROW_END]]))[0]
                 # The VQ model computes in float32, and decodes the others' pictures beside this one.
                 assert abs(picture.astype(int) - answer.image).max() <= 1
     assert all(answer.image is not None for answer in answers) or not draws
 
 
-def test_what_is_learnt_is_written(load: Load, data: Path) -> None:
+def test_a_trained_model_generates_its_training_samples(load: Load, data: Path) -> None:
     """Trained on a question and on a caption until both are known: the question's answer is written and no picture,
     and the caption's picture, code by code."""
     backbone = load()
@@ -237,12 +237,12 @@ def test_what_is_learnt_is_written(load: Load, data: Path) -> None:
         optimizer.step()
     answer, drawn = backbone.generate(both, 8)
     assert (answer.text, answer.image) == ("red", None), loss
-    wanted = backbone._pictures(encoded[1].codes[encoded[1].codes != IGNORED][None])[0]
+    wanted = backbone._images(encoded[1].codes[encoded[1].codes != IGNORED][None])[0]
     assert drawn.text == ""
     assert (drawn.image == wanted).all(), loss
 
 
-def test_codes_are_those_of_the_vq_model(load: Load, data: Path, tmp_path: Path) -> None:
+def test_codes_equal_those_of_the_vq_model(load: Load, data: Path, tmp_path: Path) -> None:
     """Of the middle square of the picture wanted, resized to what is written; they decode to its size."""
     backbone = load()
     path = tmp_path / "wide.png"
@@ -265,7 +265,7 @@ def test_codes_are_those_of_the_vq_model(load: Load, data: Path, tmp_path: Path)
     found = getattr(told, "image_tokens", told)
     found = found[2] if isinstance(found, tuple) else found[0] if isinstance(found, list) else found
     assert torch.equal(found.flatten(), codes)
-    assert backbone._pictures(codes[None])[0].shape == (backbone.side, backbone.side, 3)
+    assert backbone._images(codes[None])[0].shape == (backbone.side, backbone.side, 3)
 
 
 def test_question_features_and_choices(load: Load, data: Path) -> None:
@@ -277,16 +277,18 @@ def test_question_features_and_choices(load: Load, data: Path) -> None:
     torch.testing.assert_close(backbone.question_features(backbone.encode(asked)), found)
     choices = backbone.choice_logits(several, ["a", "b"])
     for sample, features, logits in zip(several, found, choices, strict=True):
-        ids = [*stock.prompt(backbone, sample), *backbone.text(" ")]
+        ids = [*stock.prompt(backbone, sample), *backbone.text_ids(" ")]
         with torch.no_grad():
             every, _ = stock.step(backbone, ids, stock.pixels(backbone, sample.image))
             first, _ = stock.step(backbone, ids[:-1], stock.pixels(backbone, sample.image))
         torch.testing.assert_close(backbone.model.lm_head(features), first, rtol=1e-4, atol=1e-4)
-        torch.testing.assert_close(logits, every[[backbone.text("a")[0], backbone.text("b")[0]]], rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(
+            logits, every[[backbone.text_ids("a")[0], backbone.text_ids("b")[0]]], rtol=1e-4, atol=1e-4
+        )
     assert backbone.question_features([]).shape == (0, 32)
 
 
-def test_frozen_in_bfloat16_with_the_vq_model_in_float32(load: Load, data: Path) -> None:
+def test_bfloat16_keeps_the_vq_model_in_float32(load: Load, data: Path) -> None:
     """Autocast changes no code; all parameters are frozen; what a worker prepares can be sent."""
     full, half = load(), load(dtype=torch.bfloat16, device_map="auto", checkpointing=True)
     full.vq.load_state_dict(half.vq.state_dict())
@@ -315,7 +317,7 @@ def test_checkpointing_changes_no_gradient(load: Load, data: Path) -> None:
     torch.testing.assert_close(grads[0], grads[1])
 
 
-def test_what_is_trained_besides_branches(load: Load) -> None:
+def test_connections_and_released_extras(load: Load) -> None:
     backbone = load()
     found = {name.split("model.", 1)[1] for name in backbone.released_extras()}
     inner = "language_model" if backbone.name == "janus" else "text_model"
@@ -333,11 +335,12 @@ def test_files_and_sizes_are_known_without_loading(load: Load, folder: Path, tmp
     sizes = kind.meta(tmp_path)
     assert sizes.device.type == "meta"
     assert {n: p.shape for n, p in sizes.named_parameters()} == {n: p.shape for n, p in backbone.named_parameters()}
-    with pytest.raises(UserError, match="no weights given"):
-        kind.meta()
+    for make in (kind.meta, kind.load):
+        with pytest.raises(UserError, match=r"no weights given: expected a folder with .* --weights"):
+            make()
 
 
-def test_bad_pictures_and_sequences_are_named(load: Load, tmp_path: Path) -> None:
+def test_bad_images_and_long_sequences_are_named(load: Load, tmp_path: Path) -> None:
     backbone, broken = load(), tmp_path / "broken.png"
     broken.write_bytes(b"no picture")
     for path, told in ((broken, "broken.png cannot be read"), (tmp_path / "none.png", "none.png cannot be read")):

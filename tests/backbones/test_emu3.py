@@ -35,17 +35,17 @@ def wide(tmp_path: Path) -> Path:
     return tmp_path / "wide.png"
 
 
-def test_codes_are_those_that_transformers_generates(emu3: Emu3Backbone) -> None:
+def test_codes_equal_those_of_transformers(emu3: Emu3Backbone) -> None:
     """Greedy, with the row ends enforced, and guidance against a picture that nothing was asked of."""
-    item = emu3.prepare(Sample("", (Turn("two blue stars"),))).question.before_codes(emu3.begin)
-    codes = emu3.draw([item])[0]
+    item = emu3.prepare(Sample("", (Turn("two blue stars"),))).question.with_answer(emu3.begin_image)
+    codes = emu3.generate_codes([item])[0]
     start, visual = len(item), list(range(emu3.first_code, emu3.first_code + CODES))
 
     def allowed(_: int, ids: torch.Tensor) -> list[int]:
         # The first call of a run that guides is with the ids of the unguided half as well.
         return [emu3.row_end] if (len(ids) - start + 1) % 5 == 0 else visual
 
-    blank = torch.tensor([[emu3.bos, *emu3.begin]])
+    blank = torch.tensor([[emu3.bos_id, *emu3.begin_image]])
     found = emu3.model.generate(
         input_ids=item.ids[None],
         attention_mask=torch.ones_like(item.ids[None]),
@@ -64,7 +64,7 @@ def with_row_ends(codes: list[int]) -> list[int]:
     return [code for start in range(0, 16, 4) for code in [*codes[start : start + 4], stock.ROW_END]]
 
 
-def test_every_position_is_that_of_transformers(emu3: Emu3Backbone, wide: Path) -> None:
+def test_logits_equal_those_of_transformers(emu3: Emu3Backbone, wide: Path) -> None:
     """All logits of an edit equal the stock forward pass, which embeds the picture read itself."""
     sample = Sample("", (Turn("make it blue"),), wide, wide)
     item = emu3.encode([sample])[0]
@@ -76,7 +76,7 @@ def test_every_position_is_that_of_transformers(emu3: Emu3Backbone, wide: Path) 
         told = emu3.model.lm_head(hidden)[0, :-1]
     codes = slice(emu3.first_code, emu3.first_code + CODES)
     torch.testing.assert_close(found.logits, told[item.labels[1:] != IGNORED], rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(found.drawn[0], told[item.codes[1:] != IGNORED, codes], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(found.image_pred[0], told[item.codes[1:] != IGNORED, codes], rtol=1e-4, atol=1e-4)
 
 
 def test_structure_is_supervised_as_text(emu3: Emu3Backbone, wide: Path) -> None:
@@ -88,7 +88,7 @@ def test_structure_is_supervised_as_text(emu3: Emu3Backbone, wide: Path) -> None
     assert not ((item.codes != IGNORED) & (item.labels != IGNORED)).any()
 
 
-def test_a_picture_read_keeps_its_form(emu3: Emu3Backbone, wide: Path) -> None:
+def test_an_image_read_keeps_its_aspect_ratio(emu3: Emu3Backbone, wide: Path) -> None:
     """20 x 50 pixels become 24 x 56, about as many as min_pixels: 3 rows of 7 codes, each row with its end."""
     item = emu3.encode([Sample("", (Turn("what?", "red"),), wide)])[0]
     seen = item.ids[item.positions == IMAGE_READ].view(3, 8)
@@ -104,17 +104,17 @@ def test_no_code_is_written_as_text(emu3: Emu3Backbone, wide: Path) -> None:
     with torch.no_grad():
         emu3.model.lm_head.weight[emu3.first_code :] *= 100
     answer = emu3.generate([Sample("", (Turn("what?"),), wide)], 5)[0]
-    assert "visual" not in emu3.tokenizer.decode(emu3.text(answer.text))
+    assert "visual" not in emu3.tokenizer.decode(emu3.text_ids(answer.text))
     assert answer.image is None
 
 
-def test_a_picture_too_long_for_its_height_is_named(emu3: Emu3Backbone, tmp_path: Path) -> None:
+def test_an_extreme_aspect_ratio_is_named(emu3: Emu3Backbone, tmp_path: Path) -> None:
     Image.new("RGB", (402, 2)).save(tmp_path / "line.png")
     with pytest.raises(UserError, match=r"line.png cannot be resized for emu3: .*aspect ratio"):
         emu3.prepare(Sample("", (Turn("what?", "red"),), tmp_path / "line.png"))
 
 
-def test_a_vocabulary_that_does_not_fit_is_named(folder: Path, tmp_path: Path) -> None:
+def test_another_vocabulary_is_named(folder: Path, tmp_path: Path) -> None:
     for number, (name, told) in enumerate(
         {
             "<|visual token 000003|>": "does not have <.extra_200.> and the 32 visual tokens where the tokenizer has",
@@ -131,10 +131,3 @@ def test_a_vocabulary_that_does_not_fit_is_named(folder: Path, tmp_path: Path) -
     (copy / "preprocessor_config.json").write_text(json.dumps(pixels))
     with pytest.raises(UserError, match=r"spatial_factor 4, the VQ model of config\.json has 8"):
         Emu3Backbone.load("cpu", copy)
-
-
-def test_what_it_was_not_trained_to_do(emu3: Emu3Backbone) -> None:
-    assert "Editing" in emu3.untrained
-    assert "Emu3-Gen" in emu3.untrained
-    assert emu3.image_loss_weight == 0.5
-    assert emu3.connections() == {}

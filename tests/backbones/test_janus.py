@@ -14,7 +14,6 @@ from backbones.small_folders import write_emu3, write_janus
 from safetensors.torch import load_file, save_file
 from transformers import GenerationConfig
 
-from cnext.backbones.coded import CodedBackbone
 from cnext.backbones.conversation import IMAGE_READ
 from cnext.backbones.janus import JanusBackbone
 from cnext.errors import UserError
@@ -31,16 +30,16 @@ def janus(folder: Path) -> JanusBackbone:
     return JanusBackbone.load("cpu", folder)
 
 
-def test_codes_are_those_that_transformers_generates(janus: JanusBackbone) -> None:
+def test_codes_equal_those_of_transformers(janus: JanusBackbone) -> None:
     """Greedy, two captions of different lengths, with the released guidance."""
     asked = [janus.prepare(Sample("", (Turn(text),))).question for text in ("a red ring", "two blue stars on green")]
-    begun = [question.before_codes(janus.begin) for question in asked]
-    janus.model.generation_config.generation_kwargs = {"boi_token_id": janus.begin[0]}
-    for item, codes in zip(begun, janus.draw(begun), strict=True):
+    begun = [question.with_answer(janus.begin_image) for question in asked]
+    janus.model.generation_config.generation_kwargs = {"boi_token_id": janus.begin_image[0]}
+    for item, codes in zip(begun, janus.generate_codes(begun), strict=True):
         config = GenerationConfig(
             pad_token_id=0, bos_token_id=1, eos_token_id=2, guidance_scale=5.0, do_sample=False, max_length=200
         )
-        config.generation_kwargs = {"boi_token_id": janus.begin[0]}
+        config.generation_kwargs = {"boi_token_id": janus.begin_image[0]}
         found = janus.model.generate(
             inputs=item.ids[None],
             attention_mask=torch.ones_like(item.ids[None]),
@@ -51,15 +50,15 @@ def test_codes_are_those_that_transformers_generates(janus: JanusBackbone) -> No
     assert len(codes.unique()) > 2
 
 
-def test_pictures_are_those_that_transformers_decodes(janus: JanusBackbone) -> None:
+def test_images_equal_those_of_transformers(janus: JanusBackbone) -> None:
     codes = torch.arange(32).view(2, 16)
     decoded = janus.model.decode_image_tokens(codes)
-    for ours, theirs in zip(janus._pictures(codes), decoded, strict=True):
+    for ours, theirs in zip(janus._images(codes), decoded, strict=True):
         wanted = ((theirs * 0.5 + 0.5) * 255).round().clamp(0, 255).to(torch.uint8)
         assert (ours == wanted.numpy()).all()
 
 
-def test_gradients_reach_the_layers_between_pictures_and_language(janus: JanusBackbone, data: Path) -> None:
+def test_gradients_reach_the_connections(janus: JanusBackbone, data: Path) -> None:
     """What is encoded is before the aligner; a picture read trains the aligner, one written the generation's three."""
     path = sorted(data.rglob("*.png"))[0]
     reading, writing = Sample("", (Turn("what?", "red"),), path), Sample("", (Turn("draw"),), target_image=path)
@@ -78,7 +77,7 @@ def test_gradients_reach_the_layers_between_pictures_and_language(janus: JanusBa
     assert not features.requires_grad
 
 
-def test_a_picture_read_is_whole(janus: JanusBackbone, tmp_path: Path) -> None:
+def test_an_image_read_is_padded_to_a_square(janus: JanusBackbone, tmp_path: Path) -> None:
     """The longer side fills the square, the rest is padded; the positions are as many whatever the picture's form."""
     from PIL import Image
 
@@ -148,7 +147,7 @@ BROKEN = {
     "bad config": (change("config.json", vision_config={"image_size": "big"}), "cannot be loaded as Janus"),
     "no weights": (remove("model.safetensors"), r"no weights in .*: expected model.safetensors, or"),
     "pickle": (pickled, "found pytorch_model.bin, which is pickled and not read"),
-    "no shard": (shards, "lacks 1 of the 2 files .* names: model-00002-of-00002.safetensors"),
+    "no shard": (shards, "expected 2 files beside it, 1 are missing: model-00002-of-00002.safetensors"),
     "cut short": (cut, "cannot be loaded as JanusForConditionalGeneration: "),
     "no key": (weights(lambda t: t.pop("lm_head.weight")), "1 of the weights .* are missing: lm_head.weight;"),
     "shape": (weights(shorter), r"have other shapes: lm_head.weight( \(263, 32\), not \(264, 32\))?;"),
@@ -159,7 +158,7 @@ BROKEN = {
     ),
     "other tokenizer": (other_words, "the tokenizer, of 264 tokens, has no <begin_of_image>; expected that of Janus"),
     "no image processor": (remove("preprocessor_config.json"), "has no preprocessor_config.json or processor_config"),
-    "size": (change("preprocessor_config.json", size={"height": 8, "width": 8}), "gives pictures of 8 pixels, .* 16"),
+    "size": (change("preprocessor_config.json", size={"height": 8, "width": 8}), "gives images of 8 pixels, .* 16"),
     "processor": (
         change("preprocessor_config.json", image_processor_type="CLIPImageProcessor"),
         "expected a JanusImageP",
@@ -168,7 +167,7 @@ BROKEN = {
         lambda folder: (folder / "config.json").write_text(
             (folder / "config.json").read_text().replace('"num_image_tokens": 16', '"num_image_tokens": 15')
         ),
-        "gives a picture 15 positions, but 4 x 4 patches",
+        "gives an image 15 positions, but 4 x 4 patches",
     ),
     "image token": (
         change("config.json", image_token_id=9),
@@ -178,17 +177,12 @@ BROKEN = {
 
 
 @pytest.mark.parametrize("case", BROKEN)
-def test_a_folder_that_is_not_whole_is_named(folder: Path, tmp_path: Path, case: str) -> None:
+def test_errors_name_what_is_wrong_with_a_folder(folder: Path, tmp_path: Path, case: str) -> None:
     act, told = BROKEN[case]
     copy = shutil.copytree(folder, tmp_path / "weights")
     act(copy)
     with pytest.raises(UserError, match=told):
         JanusBackbone.load("cpu", copy)
-
-
-def test_weights_have_to_be_given() -> None:
-    with pytest.raises(UserError, match=r"no weights given: expected a folder with Janus .* --weights"):
-        JanusBackbone.load()
 
 
 def test_more_words_than_embeddings(folder: Path, tmp_path: Path) -> None:
@@ -200,8 +194,3 @@ def test_more_words_than_embeddings(folder: Path, tmp_path: Path) -> None:
     words.save_pretrained(copy)
     with pytest.raises(UserError, match="the tokenizer has 266 tokens, the model 264"):
         JanusBackbone.load("cpu", copy)
-
-
-def test_what_it_was_not_trained_to_do(janus: CodedBackbone) -> None:
-    assert "Editing" in janus.untrained
-    assert janus.image_loss_weight == 1.0

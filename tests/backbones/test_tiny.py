@@ -19,34 +19,7 @@ TASKS = ("VQAv2", "ImageNet", "Flickr30k", "OCRVQA", "RefCOCO", "HQEdit")
 
 
 def samples(data: Path, task: str, split: str = "train") -> list[Sample]:
-    return formats.read(suites.load("next-tiny").task(task), data, split)
-
-
-@pytest.mark.parametrize(
-    ("text", "decoded"),
-    [
-        ("Red", "red"),
-        ("[0.38,0.41,0.51,0.67]", "[0.38,0.41,0.51,0.67]"),
-        ("fox", "fox"),
-        ("it is a fox ring", "it is a fox ring"),
-        ("what? (red)", "what? red"),
-        ("", ""),
-    ],
-)
-def test_tokenizer_round_trip(text: str, decoded: str) -> None:
-    tokenizer = TinyTokenizer()
-    assert tokenizer.decode(tokenizer.encode(text)) == decoded
-
-
-def test_a_box_is_17_tokens_and_an_unknown_word_its_letters() -> None:
-    tokenizer = TinyTokenizer()
-    assert len(tokenizer.encode("[0.38,0.41,0.51,0.67]")) == 17
-    assert [tokenizer.tokens[i] for i in tokenizer.encode("Fox")] == ["#f", "#o", "#x"]
-
-
-def test_special_tokens_cannot_be_typed_into_an_answer() -> None:
-    tokenizer = TinyTokenizer()
-    assert tokenizer.decode(tokenizer.encode("red <img> </s> ring")) == "red ring"
+    return formats.read_samples(suites.load("next-tiny").task(task), data, split)
 
 
 def test_parameter_counts(tiny: TinyBackbone) -> None:
@@ -90,8 +63,27 @@ def test_image_sequence(tiny: TinyBackbone) -> None:
     assert [token.tokens[label] for label in item.labels if label != IGNORED] == ["<img>"]
 
 
+@pytest.mark.parametrize(
+    ("text", "tokens", "decoded"),
+    [
+        ("Red", ["red"], "red"),
+        ("[0.38,0.41]", [*"[", "0.", *"38,", "0.", *"41]"], "[0.38,0.41]"),
+        ("Fox", ["#f", "#o", "#x"], "fox"),
+        ("it is a fox ring", ["it", "is", "a", "#f", "#o", "#x", "ring"], "it is a fox ring"),
+        ("what? (red)", ["what", "?", "red"], "what? red"),
+        ("red <img> </s> ring", ["red", "<img>", "</s>", "ring"], "red ring"),
+        ("", [], ""),
+    ],
+)
+def test_tokenizer(text: str, tokens: list[str], decoded: str) -> None:
+    tokenizer = TinyTokenizer()
+    ids = tokenizer.encode(text)
+    assert [tokenizer.tokens[index] for index in ids] == tokens
+    assert tokenizer.decode(ids) == decoded
+
+
 @pytest.mark.parametrize("task", TASKS)
-def test_loss_by_hand(tiny: TinyBackbone, data: Path, task: str) -> None:
+def test_loss_equals_a_loop_over_samples(tiny: TinyBackbone, data: Path, task: str) -> None:
     """The batch's loss equals CE + 6 MSE put together sample by sample, without padding."""
     encoded = tiny.encode(samples(data, task)[:5])
     loss = tiny.loss(encoded)
@@ -113,7 +105,7 @@ def test_loss_by_hand(tiny: TinyBackbone, data: Path, task: str) -> None:
     assert loss.tokens == sum(map(len, labels)) + TOKENS * len(wanted)
 
 
-def test_greedy_generation_equals_a_plain_loop(tiny: TinyBackbone, data: Path) -> None:
+def test_generation_equals_a_loop_without_cache(tiny: TinyBackbone, data: Path) -> None:
     """The cache and the padding on the left change no token."""
     token = tiny.tokenizer
     mixed = (
@@ -137,7 +129,7 @@ def test_greedy_generation_equals_a_plain_loop(tiny: TinyBackbone, data: Path) -
         assert (written[-1] == token["<img>"]) == (answer.image is not None)
 
 
-def test_drawing_reads_no_target(tiny: TinyBackbone, data: Path) -> None:
+def test_generation_reads_no_target(tiny: TinyBackbone, data: Path) -> None:
     """The answer to a sample does not depend on its reference answer or its target image."""
     sample = samples(data, "HQEdit", "test")[0]
     blind = Sample(sample.id, (Turn(sample.turns[0].instruction, "nonsense"),), sample.image, Path("nowhere.png"))
@@ -148,9 +140,7 @@ def test_drawing_reads_no_target(tiny: TinyBackbone, data: Path) -> None:
 
 
 @pytest.mark.parametrize("task", ["VQAv2", "HQEdit"])
-def test_question_features_are_the_state_at_the_end_of_the_first_instruction(
-    tiny: TinyBackbone, data: Path, task: str
-) -> None:
+def test_question_features_are_the_last_state_of_the_instruction(tiny: TinyBackbone, data: Path, task: str) -> None:
     """Sample by sample without padding; another answer, more turns or another target change nothing."""
     several = samples(data, task)[:5]
     found = tiny.question_features(tiny.encode(several))
@@ -164,7 +154,7 @@ def test_question_features_are_the_state_at_the_end_of_the_first_instruction(
     assert tiny.question_features([]).shape == (0, 128)
 
 
-def test_choice_logits_are_those_where_the_answer_begins(tiny: TinyBackbone, data: Path) -> None:
+def test_choice_logits_of_one_token_answers(tiny: TinyBackbone, data: Path) -> None:
     """The largest over all words is what generation writes first; the samples' own answers are not read."""
     several = samples(data, "VQAv2", "test")[:6]
     words = ["red", "blue", "ring", "yes"]
@@ -180,7 +170,7 @@ def test_choice_logits_are_those_where_the_answer_begins(tiny: TinyBackbone, dat
     assert tiny.choice_logits([], words).shape == (0, 4)
 
 
-def test_choice_logits_compare_where_the_answers_part(tiny: TinyBackbone, data: Path) -> None:
+def test_choice_logits_compare_the_first_difference(tiny: TinyBackbone, data: Path) -> None:
     """Of "red ring" and "red square" the second word; one answer alone is a column of its own."""
     several = samples(data, "VQAv2", "test")[:3]
     found = tiny.choice_logits(several, ["red ring", "red square"])
@@ -208,7 +198,7 @@ def test_encoder_and_detokenizer_agree(tiny: TinyBackbone, data: Path) -> None:
     assert error < 0.25 * F.mse_loss(features.roll(1, 0), features)
 
 
-def test_missing_and_other_weights_are_named(tmp_path: Path) -> None:
+def test_missing_weights_and_those_of_another_model_are_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"none\.safetensors: expected a file of tensors"):
         TinyBackbone.load(weights=tmp_path / "none.safetensors")
     with pytest.raises(UserError, match=r"cannot read it: it is a folder\nleave --weights"):

@@ -19,7 +19,7 @@ from cnext.training import runner
 
 @dataclass(frozen=True)
 class End:
-    """What ends which process: at the moment-th of the events that count."""
+    """A fault in one process: its kind, and at which of the events that count. process: its rank."""
 
     kind: str
     moment: int
@@ -28,10 +28,10 @@ class End:
 
 
 class Counted(faults.Fault):
-    """Counts events of some names alone."""
+    """Counts events of some names only. here: the fault is in this process."""
 
-    def __init__(self, end: End | None, mine: bool) -> None:
-        super().__init__(end.kind if end and mine else None, end.moment if end else 0)
+    def __init__(self, end: End | None, here: bool) -> None:
+        super().__init__(end.kind if end and here else None, end.moment if end else 0)
         self.names = end.events if end else ("step", "answer")
         self.seen: list[str] = []
 
@@ -50,23 +50,23 @@ class Member:
     events: dict[str, int] = field(default_factory=dict)
 
 
-def _run(config: RunConfig, number: int, environment: dict[str, str], end: End | None) -> None:
+def _run(config: RunConfig, rank: int, environment: dict[str, str], end: End | None) -> None:
     os.environ |= environment
     torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    with open(config.out / f"said-{number}", "w") as said:
+    with open(config.out / f"said-{rank}", "w") as said:
         os.dup2(said.fileno(), 1)
         os.dup2(said.fileno(), 2)
     report.write_report = lambda run: (run / "report.html", run / "report.md")
-    fault = Counted(end, end is not None and end.process == number)
-    faults._watch(fault, config.out / f"work-{number}")
-    status = cli._guarded(lambda: runner.run(config) and None)
-    (config.out / f"events-{number}").write_text("\n".join(fault.seen))
+    fault = Counted(end, end is not None and end.process == rank)
+    faults._watch(fault, config.out / f"work-{rank}")
+    status = cli._exit_status(lambda: runner.run(config) and None)
+    (config.out / f"events-{rank}").write_text("\n".join(fault.seen))
     sys.exit(status)
 
 
 def go(config: RunConfig, processes: int, end: End | None = None, **environment: str) -> list[Member]:
-    """A run in several processes. All that did not end are killed, and have no status."""
+    """A run in several processes. Those that do not end are killed, and have no status."""
     config.out.mkdir(parents=True, exist_ok=True)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

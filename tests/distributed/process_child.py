@@ -1,6 +1,6 @@
-"""One of several processes that learn together, in the environment of torchrun: METHODS DATA OUT.
+"""One of several processes in the environment of torchrun that train together: METHODS DATA OUT.
 
-Every method learns two tasks, its batches shared out; the first process writes what has been learnt.
+Every method trains two tasks on sharded batches; rank 0 writes the trained parameters.
 """
 
 from __future__ import annotations
@@ -23,27 +23,27 @@ TASKS = ("VQAv2", "HQEdit")
 
 
 def learnt(method: str, data: Path) -> dict[str, torch.Tensor]:
-    """What a method holds after two tasks, and its state, whose floats are compared as well."""
+    """A method's parameters and state after two tasks."""
     made = Sequence(method, data)
     model = made.tiny.language_model
     whole = sum(p.numel() for p in model.layers[-1].parameters())
-    unevenly = sharded(model, made.method.held().values())
+    unevenly = sharded(model, made.method.adapter_parameters().values())
     for name in TASKS:
         made.learn(name)
     if os.environ.get("ACCELERATE_USE_FSDP") or os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE"):
         here = sum(getattr(p, "_local_tensor", p).numel() for p in model.layers[-1].parameters())
-        kept = sum(p.numel() for name, p in made.method.held().items() if name.startswith("layers.3."))
+        kept = sum(p.numel() for name, p in made.method.adapter_parameters().items() if name.startswith("layers.3."))
         assert here - kept <= (whole - kept) / 2, f"{method}: {here} of {whole} numbers of a block, {kept} trained"
     (question,) = made.tiny.encode_prepared([made.tiny.prepare(made.samples(TASKS[0])[0])])
     with unevenly():
-        # One process calls the model more often than the other, as when its answers are longer.
+        # One rank calls the model more often than the other, as when its answers are longer.
         for _ in range(1 + 2 * collectives.rank()):
             features = made.tiny.question_features([question])
     assert all(torch.equal(one, features[0]) for one in collectives.all_gather(features)), (
-        f"{method}: they compute another thing"
+        f"{method}: ranks compute different features"
     )
     state = {f"state:{name}": value for name, value in made.method.state_dict().items()}
-    tensors = {name: parameter.detach() for name, parameter in made.method.held().items()} | state
+    tensors = {name: parameter.detach() for name, parameter in made.method.adapter_parameters().items()} | state
     return {name: tensor.contiguous().clone() for name, tensor in tensors.items()}
 
 
@@ -64,7 +64,7 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
-    # What is left is torch's teardown at the interpreter's end, where a thread of gloo's that still runs aborts it.
+    # A thread of gloo that still runs would abort torch's teardown at the interpreter's exit.
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(0)

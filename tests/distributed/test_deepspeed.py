@@ -1,4 +1,4 @@
-"""What of a DeepSpeed configuration is obeyed, what is compared with the run, and what is refused by its name."""
+"""DeepSpeed configurations: supported settings, those compared with the run, and those refused by name."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ RECIPE = Recipe({"task": 4}, batch_size=8, micro_batch_size=2)
 
 @pytest.fixture
 def asked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
-    """Asks as ``accelerate launch`` does: with DeepSpeed's own file, or with settings of accelerate's."""
+    """Sets the environment as ``accelerate launch`` does: with DeepSpeed's own file, or accelerate's settings."""
     monkeypatch.setattr(deepspeed, "find_spec", lambda name: name)
 
     def ask(file: object = None, **settings: str) -> deepspeed.Zero:
@@ -76,15 +76,15 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_what_cannot_be_obeyed_is_named(name: str, asked: Any) -> None:
-    with pytest.raises(UserError, match=f"asks for what cnext cannot give: {name}\n"):
+def test_unsupported_settings_are_named(name: str, asked: Any) -> None:
+    with pytest.raises(UserError, match=f"asks for settings that cnext does not support: {name}\n"):
         asked({"zero_optimization": {"stage": 2}} | REFUSED[name])
 
 
 @pytest.mark.parametrize(
     ("name", "value"), [("ZERO3_INIT", "true"), ("OFFLOAD_OPTIMIZER_DEVICE", "cpu"), ("OFFLOAD_PARAM_DEVICE", "cpu")]
 )
-def test_what_accelerate_asks_for_is_refused_too(name: str, value: str, asked: Any) -> None:
+def test_unsupported_settings_of_accelerate_are_named(name: str, value: str, asked: Any) -> None:
     with pytest.raises(UserError, match=f"accelerate's configuration asks for .*{name.lower().split('_device')[0]}"):
         asked(ZERO_STAGE="2", **{name: value})
 
@@ -99,12 +99,12 @@ def test_what_accelerate_asks_for_is_refused_too(name: str, value: str, asked: A
     ],
     ids=["no JSON", "no object", "no section", "no stage"],
 )
-def test_a_file_that_is_none_is_refused(config: object, words: str, asked: Any) -> None:
+def test_a_bad_file_is_refused(config: object, words: str, asked: Any) -> None:
     with pytest.raises(UserError, match=words):
         asked(config)
 
 
-def test_what_repeats_the_run_is_compared_with_it(asked: Any) -> None:
+def test_settings_of_the_recipe_are_compared(asked: Any) -> None:
     same = {"train_batch_size": 8, "train_micro_batch_size_per_gpu": 2, "gradient_accumulation_steps": 4}
     more = {"gradient_clipping": 1.0, "bf16": {"enabled": False}, "fp16": {"enabled": "auto", "loss_scale": 0}}
     asked({"zero_optimization": {"stage": 1}} | same | more).check(RECIPE)

@@ -1,10 +1,8 @@
-"""A process that is lost, and stopping while answers are written: nothing hangs, and what was finished is not lost."""
+"""A lost process, and signals during evaluation: nothing hangs, and nothing saved is lost."""
 
 from __future__ import annotations
 
-import json
 import random
-import shutil
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
@@ -13,33 +11,32 @@ import pytest
 import torch
 from distributed.members import End, go
 from training.faults import KILL, TERM
+from training.toy import copy_suite, rows
 
 from cnext import RunConfig
+from cnext.errors import RESUME
 from cnext.runs import checkpoint
 
 ORDER, STEPS = "VQAv2,HQEdit", 4
 RESULTS = ("results.json", "scores.jsonl", "train.jsonl", "config.json")
 Make = Callable[[str], RunConfig]
 ZERO = {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "1"}
-OPTIMIZERS = {"whole": {}} | ({"divided": ZERO} if find_spec("deepspeed") else {})
-"""Where the optimizer's moments are: in every process, or divided."""
+OPTIMIZERS = {"replicated": {}} | ({"partitioned": ZERO} if find_spec("deepspeed") else {})
+"""The optimizer's moments are replicated or partitioned."""
 
 
 @pytest.fixture(scope="module")
 def make(tmp_path_factory: pytest.TempPathFactory, toy_suite: Path, data: Path) -> Make:
-    """A configuration of two tasks of four steps, a block of two, in a folder of its own; six samples a step."""
+    """A configuration of two tasks of four steps of six samples, with a checkpoint every two steps."""
     folder = tmp_path_factory.mktemp("lost")
-    suite = shutil.copytree(toy_suite, folder / "micro")
-    manifest = json.loads((suite / "suite.json").read_text())
-    manifest["budgets"]["default"] |= {"train_samples": 12, "test_samples": 3, "batch_size": 6}
-    (suite / "suite.json").write_text(json.dumps(manifest))
-    shared = {"suite": str(suite), "data": data, "order": ORDER, "device": "cpu", "block_steps": 2}
+    suite = copy_suite(toy_suite, folder / "micro", train_samples=12, test_samples=3, batch_size=6)
+    shared = {"suite": str(suite), "data": data, "order": ORDER, "device": "cpu", "checkpoint_interval": 2}
     return lambda name: RunConfig(out=folder / name, method="mage-pull", hyperparameters={"rank": 1}, **shared)
 
 
 @pytest.fixture(scope="module", params=[1, 2], ids=["one process", "two processes"])
 def whole(request: pytest.FixtureRequest, make: Make) -> tuple[int, RunConfig]:
-    """How many processes, and a run in them that nothing ended."""
+    """The number of processes, and a run in them without interruption."""
     made = make(f"whole-{request.param}")
     assert [member.status for member in go(made, request.param)] == [0] * request.param
     return request.param, made
@@ -69,33 +66,33 @@ LOST = [
 
 @pytest.mark.parametrize(("seed", "victim", "event"), LOST, ids=lambda value: str(value))
 def test_the_others_end_when_one_is_lost(seed: int, victim: int, event: str, make: Make, of_two: RunConfig) -> None:
-    """Killed at a random step or answer: the other says which was lost and ends, and both go on to the same bits."""
+    """Killed at a random step or answer: the other names the lost rank and ends; resumed, both give the same bits."""
     made = make(f"lost-{seed}-{event}")
     moment = random.Random(seed).randint(1, 4 * STEPS if event == "step" else 5)
     members = go(made, 2, End(KILL, moment, (event,), victim))
     other = members[1 - victim]
     assert members[victim].status == -9
     assert other.status == 2, other.said
-    assert f"error: process {victim} of 2 (counted from 0) was lost" in other.said
-    assert "all finished blocks are saved; the same command goes on" in other.said
+    assert f"error: rank {victim} of 2 was lost" in other.said
+    assert f"everything up to the last checkpoint is saved; {RESUME}" in other.said
     assert "Traceback" not in other.said
     assert [member.status for member in go(made, 2)] == [0, 0]
     same_end(made, of_two)
 
 
 @pytest.mark.slow
-def test_of_three_both_others_name_the_one_that_is_lost(make: Make) -> None:
-    """Also the one that waited for another than that which is lost."""
+def test_both_survivors_of_three_name_the_lost_rank(make: Make) -> None:
+    """Also the one that waited for the other survivor."""
     members = go(make("of-three"), 3, End(KILL, 5, ("step",), 1))
     for other in (members[0], members[2]):
         assert other.status == 2, other.said
-        assert "error: process 1 of 3 (counted from 0) was lost" in other.said
+        assert "error: rank 1 of 3 was lost" in other.said
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", [KILL, TERM])
 def test_answers_of_finished_tasks_are_kept(kind: str, make: Make, whole: tuple[int, RunConfig]) -> None:
-    """Ended at the second of a stage's two tasks: the first one's answers are there, and are not asked for again."""
+    """Ended at the second of a stage's two tasks: the first one's answers are kept, and not generated again."""
     processes, expected = whole
     made = make(f"evaluated-{processes}-{kind}")
     members = go(made, processes, End(kind, 5, ("answer",), processes - 1))
@@ -110,8 +107,8 @@ def test_answers_of_finished_tasks_are_kept(kind: str, make: Make, whole: tuple[
     same_end(made, expected)
 
 
-def test_told_to_stop_while_the_first_writes_all_stop_together(make: Make, of_two: RunConfig) -> None:
-    """The signal comes to the process that saves a block, the ninth file, while the other waits to go on."""
+def test_a_signal_while_rank_0_saves_stops_all_ranks(make: Make, of_two: RunConfig) -> None:
+    """Rank 0 receives it while it writes a checkpoint, the ninth file, and the other waits."""
     made = make("while-writing")
     members = go(made, 2, End(TERM, 9, ("half",)))
     for member in members:
@@ -124,8 +121,8 @@ def test_told_to_stop_while_the_first_writes_all_stop_together(make: Make, of_tw
 @pytest.mark.slow
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.parametrize("processes", [1, 3])
-def test_another_number_of_processes_goes_on(optimizer: str, processes: int, make: Make, of_two: RunConfig) -> None:
-    """From a checkpoint that two have written in the middle of a task, the optimizer's moments in it."""
+def test_another_number_of_processes_resumes(optimizer: str, processes: int, make: Make, of_two: RunConfig) -> None:
+    """From a checkpoint of two processes in the middle of a task, which has the optimizer's moments."""
     made = make(f"other-{processes}-{optimizer}")
     go(made, 2, End(KILL, 7, ("step",), 1), **OPTIMIZERS[optimizer])
     tensors, values = checkpoint.load(made.folder / "checkpoints" / "1_VQAv2_step2")
@@ -135,9 +132,6 @@ def test_another_number_of_processes_goes_on(optimizer: str, processes: int, mak
     for member in go(made, processes, **OPTIMIZERS[optimizer]):
         assert member.status == 0, member.said
         assert member.events["step"] == 2 * (2 * STEPS - 2), "two steps are not done again"
-    losses = [
-        [json.loads(line)["loss"] for line in (config.folder / "train.jsonl").read_text().splitlines()]
-        for config in (made, of_two)
-    ]
+    losses = [[row["loss"] for row in rows(config.folder / "train.jsonl")] for config in (made, of_two)]
     assert losses[0][:2] == losses[1][:2]
     assert losses[0] == pytest.approx(losses[1], rel=0.02)

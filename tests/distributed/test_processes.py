@@ -1,14 +1,10 @@
-"""Two processes (gloo, on the CPU) learn and answer what one does, with the model whole in each or divided.
-
-By FSDP2 always, by DeepSpeed's ZeRO where it is installed.
-"""
+"""Two processes (gloo, CPU) give the results of one, with a replicated model, FSDP2, and DeepSpeed's ZeRO."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
 import os
-import shutil
 import socket
 import subprocess
 import sys
@@ -21,6 +17,7 @@ import torch
 from distributed.members import go
 from distributed.process_child import learnt
 from safetensors.torch import load_file
+from training.toy import copy_suite, rows
 from waiting import outputs
 
 from cnext import RunConfig, methods, run
@@ -30,7 +27,7 @@ from cnext.distributed.processes import joined
 
 CHILD = Path(__file__).with_name("process_child.py")
 TIGHT, LOOSE = 0.02, {"pgp": 0.05}
-"""Tolerance, as a share of a parameter's largest value. Loose is pgp, which sees the padding of shorter batches."""
+"""Tolerance relative to a parameter's largest value. pgp depends on the padding of shorter batches."""
 
 
 def start(command: list[str], processes: int = 2, **environment: str) -> list[subprocess.Popen[str]]:
@@ -74,7 +71,7 @@ ZERO_3 = {
     "gradient_clipping": 1.0,
     "fp16": {"enabled": "auto", "loss_scale": 0},
 }
-"""A file of DeepSpeed's own that leaves no parameter of a small model whole, and no block longer than it computes."""
+"""A DeepSpeed file that partitions every parameter of a small model, and gathers none for longer than it is used."""
 STAGES = (1, 2, 3) if find_spec("deepspeed") else ()
 
 
@@ -89,11 +86,11 @@ def zero(stage: int, folder: Path) -> dict[str, str]:
 NAMES = sorted(set(methods.modules()) - {"zero-shot"})
 
 
-@pytest.fixture(scope="module", params=["whole", pytest.param("divided", marks=pytest.mark.slow)])
+@pytest.fixture(scope="module", params=["replicated", pytest.param("sharded", marks=pytest.mark.slow)])
 def together(request: pytest.FixtureRequest, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What two processes learn with every method, the frozen model whole in each or divided by FSDP2."""
+    """What two processes train with every method, the frozen model replicated or sharded by FSDP2."""
     out = tmp_path_factory.mktemp(request.param)
-    asked = FSDP if request.param == "divided" else {}
+    asked = FSDP if request.param == "sharded" else {}
     finish(start([str(CHILD), ",".join(NAMES), str(data), str(out)], **asked))
     return out
 
@@ -104,8 +101,10 @@ def alone(data: Path) -> dict[str, dict[str, torch.Tensor]]:
 
 
 @pytest.mark.parametrize("method", NAMES)
-def test_two_learn_what_one_does(together: Path, alone: dict[str, dict[str, torch.Tensor]], method: str) -> None:
-    """Batches of 2 and 2 against one of 4, 8 steps: AdamW makes much of small differences where gradients are small."""
+def test_two_processes_train_as_one(
+    together: Path, alone: dict[str, dict[str, torch.Tensor]], method: str
+) -> None:
+    """Shards of 2 and 2 against batches of 4, 8 steps. AdamW amplifies small differences of small gradients."""
     compare(method, load_file(together / f"{method}.safetensors"), alone[method])
 
 
@@ -113,13 +112,13 @@ def compare(method: str, found: dict[str, torch.Tensor], expected: dict[str, tor
     assert found.keys() == expected.keys()
     for name, value in expected.items():
         if not value.is_floating_point():
-            # Counters are the same, and so are all but a few of the places that reglora chooses by size.
+            # Counters are equal, and so are all but a few of the indices that reglora selects by magnitude.
             same = numpy.isin(found[name].numpy(), value.numpy()).mean()
             assert same == 1 if value.ndim == 0 else same > 0.9, name
             continue
         ours = found[name]
         if name.startswith("state:basis."):
-            # A basis is one of many of its subspace: what is compared is the projection onto it.
+            # A subspace has many bases, so projections onto it are compared.
             ours, value = ours @ ours.T, value @ value.T
         largest = value.abs().max().clamp(min=1e-6)
         off = (ours - value).abs().mean() / largest
@@ -128,10 +127,10 @@ def compare(method: str, found: dict[str, torch.Tensor], expected: dict[str, tor
 
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", STAGES)
-def test_zero_learns_what_one_process_does(
+def test_zero_trains_as_one_process(
     stage: int, alone: dict[str, dict[str, torch.Tensor]], data: Path, tmp_path: Path
 ) -> None:
-    """Moments divided by stages 1 and 2, the frozen model by stage 3."""
+    """Moments partitioned by stages 1 and 2, the frozen model by stage 3."""
     names = ["ewc", "mage", "pgp"]
     finish(start([str(CHILD), ",".join(names), str(data), str(tmp_path)], **zero(stage, tmp_path)))
     for method in names:
@@ -143,21 +142,18 @@ ENGINES = ["fsdp", *(["zero-3"] if STAGES else [])]
 
 @pytest.fixture(scope="module")
 def in_bfloat16(data: Path, toy_suite: Path, tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
-    """A run in two processes, in bfloat16, activations computed again, with an odd number of test items."""
+    """A run in two processes, in bfloat16, with activation checkpointing and an odd number of test samples."""
     out = tmp_path_factory.mktemp("engines")
-    suite = shutil.copytree(toy_suite, out / "odd")
-    manifest = json.loads((suite / "suite.json").read_text())
-    manifest["budgets"]["default"] |= {"test_samples": 5, "checkpointing": True}
-    (suite / "suite.json").write_text(json.dumps(manifest))
-    shared = {"data": data, "order": "VQAv2,HQEdit", "device": "cpu", "precision": "bfloat16", "block_steps": 2}
+    suite = copy_suite(toy_suite, out / "odd", test_samples=5, checkpointing=True)
+    shared = {"data": data, "order": "VQAv2,HQEdit", "device": "cpu", "precision": "bfloat16"}
     config = RunConfig(suite=str(suite), out=out / "whole", **shared)
     assert [(member.status, member.said) for member in go(config, 2) if member.status] == []
     return config
 
 
 @pytest.mark.parametrize("engine", ENGINES)
-def test_a_divided_model_gives_the_same_run(engine: str, in_bfloat16: RunConfig, tmp_path: Path) -> None:
-    """To the bit, though the processes do not write answers of the same length."""
+def test_a_sharded_model_gives_the_same_run(engine: str, in_bfloat16: RunConfig, tmp_path: Path) -> None:
+    """To the bit, though the ranks generate answers of different lengths."""
     config = dataclasses.replace(in_bfloat16, out=tmp_path / engine)
     environment = FSDP if engine == "fsdp" else zero(3, tmp_path)
     for member in go(config, 2, **environment):
@@ -167,32 +163,29 @@ def test_a_divided_model_gives_the_same_run(engine: str, in_bfloat16: RunConfig,
 
 
 def test_a_whole_run_in_two_processes(data: Path, toy_suite: Path, tmp_path: Path) -> None:
-    """The scores of one process, from test items shared out; then one process goes on where two have stopped."""
-    shared = {"suite": str(toy_suite), "data": data, "order": "VQAv2,HQEdit", "device": "cpu", "block_steps": 2}
+    """Zero-shot scores are those of one process; then one process resumes where two have stopped."""
+    shared = {"suite": str(toy_suite), "data": data, "order": "VQAv2,HQEdit", "device": "cpu"}
     one = run(RunConfig(out=tmp_path / "one", **shared))
     flags = ["--suite", str(toy_suite), "--data", str(data), "--order", "VQAv2,HQEdit", "--device", "cpu"]
-    command = ["-m", "cnext.cli", "run", *flags, "--block-steps", "2", "--out", str(tmp_path / "two")]
-    finish(start(command))
+    finish(start(["-m", "cnext.cli", "run", *flags, "--out", str(tmp_path / "two")]))
     folder = RunConfig(out=tmp_path / "two", **shared).folder
     two = json.loads((folder / "results.json").read_text())
     assert two["finished"]
     assert two["cost"]["trainable_params_by_task"] == one["cost"]["trainable_params_by_task"]
     assert two["cost"]["supervised_tokens"] == one["cost"]["supervised_tokens"]
-    assert two["zero_shot"] == one["zero_shot"], "nothing has been learnt yet: the same answers"
+    assert two["zero_shot"] == one["zero_shot"], "nothing has been trained"
     for row, other in zip(one["score_matrix"], two["score_matrix"], strict=True):
         assert [cell is None for cell in row] == [cell is None for cell in other]
-    steps = [
-        [json.loads(line)["loss"] for line in (path / "train.jsonl").read_text().splitlines()]
-        for path in (folder, RunConfig(out=tmp_path / "one", **shared).folder)
-    ]
-    assert steps[0] == pytest.approx(steps[1], rel=0.02)
-    # The last stage again, in one process, from the checkpoint that two have written.
-    rows = (folder / "scores.jsonl").read_text().splitlines(keepends=True)
-    (folder / "scores.jsonl").write_text("".join(rows[:-1]))
+    folders = (folder, RunConfig(out=tmp_path / "one", **shared).folder)
+    losses = [[row["loss"] for row in rows(path / "train.jsonl")] for path in folders]
+    assert losses[0] == pytest.approx(losses[1], rel=0.02)
+    # The last evaluation again, in one process, from the checkpoint that two have written.
+    lines = (folder / "scores.jsonl").read_text().splitlines(keepends=True)
+    (folder / "scores.jsonl").write_text("".join(lines[:-1]))
     assert run(RunConfig(out=tmp_path / "two", **shared))["score_matrix"] == two["score_matrix"]
 
 
-def test_a_batch_that_cannot_be_shared_is_refused(data: Path, toy_suite: Path, tmp_path: Path) -> None:
+def test_a_batch_that_cannot_be_sharded_is_refused(data: Path, toy_suite: Path, tmp_path: Path) -> None:
     flags = ["--suite", str(toy_suite), "--data", str(data), "--device", "cpu", "--batch-size", "3"]
     children = start(["-m", "cnext", "run", *flags, "--out", str(tmp_path)])
     texts = [out for out, _ in outputs(children)]
@@ -214,7 +207,7 @@ def test_a_batch_that_cannot_be_shared_is_refused(data: Path, toy_suite: Path, t
     ],
     ids=["a word", "none", "half a launcher"],
 )
-def test_the_environment_of_no_launcher_is_refused(
+def test_an_incomplete_environment_is_refused(
     environment: dict[str, str],
     message: str,
     tmp_path: Path,

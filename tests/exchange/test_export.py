@@ -1,4 +1,4 @@
-"""cnext export and cnext import on runs of the tiny backbone: what is written answers as the run's model does."""
+"""``cnext export`` and ``cnext import`` of runs of the tiny backbone: exported models give the run's logits."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def made(
     method.setup(model, [stand_in(task) for task in TASKS], torch.Generator().manual_seed(0))
     if isinstance(method, methods.base.TaskBranches):
         method.activate(learnt)
-    held = method.held() | trained_beside(model, trainable)
+    held = method.adapter_parameters() | trained_beside(model, trainable)
     torch.manual_seed(0)
     with torch.no_grad():
         for parameter in held.values():
@@ -88,7 +88,7 @@ def loaded(folder: Path, format: str) -> nn.Module:
 
 
 @pytest.mark.parametrize(("format", "error"), [("peft", 1e-6), ("peft-merged-rank", 1e-6), ("merged", 1e-5)])
-def test_an_export_answers_as_the_run_does(run: Path, format: str, error: float, tmp_path: Path) -> None:
+def test_an_export_gives_the_logits_of_the_run(run: Path, format: str, error: float, tmp_path: Path) -> None:
     export(run, tmp_path / "out", format)
     theirs, ours = loaded(tmp_path / "out", format), restore(run).model
     expected = answers(ours)
@@ -99,7 +99,7 @@ def test_an_export_answers_as_the_run_does(run: Path, format: str, error: float,
 
 
 @pytest.mark.parametrize("format", ["peft", "peft-merged-rank", "authors"])
-def test_an_export_comes_back_as_the_same_run(run: Path, format: str, tmp_path: Path) -> None:
+def test_import_restores_the_run(run: Path, format: str, tmp_path: Path) -> None:
     export(run, tmp_path / "out", format)
     told = import_adapter(tmp_path / "out", tmp_path / "back", method="mage")
     assert "28 layers, branches text-general (rank 8), " in told
@@ -109,7 +109,7 @@ def test_an_export_comes_back_as_the_same_run(run: Path, format: str, tmp_path: 
     assert again.method.scale == (1.0 if format == "authors" else 0.5)
 
 
-def test_released_extras_are_loaded_kept_and_given_back(run: Path, tmp_path: Path) -> None:
+def test_released_extras_round_trip(run: Path, tmp_path: Path) -> None:
     file = tmp_path / "pytorch_model.bin"
     (given,) = (p for p in export(run, tmp_path / "released", "authors") if p.name == file.name)
     state = torch.load(given, weights_only=True)
@@ -119,7 +119,7 @@ def test_released_extras_are_loaded_kept_and_given_back(run: Path, tmp_path: Pat
     state["output_resampler.query"] = torch.randn(4, 8)
     torch.save(state, file)
     told = import_adapter(file, tmp_path / "back", method="mage")
-    assert "also kept: output_resampler, 1 tensors" in told
+    assert "also imported: output_resampler, 1 tensors" in told
     export(tmp_path / "back", tmp_path / "again", "authors")
     again = torch.load(tmp_path / "again" / "pytorch_model.bin", weights_only=True)
     assert again.keys() == state.keys()
@@ -142,7 +142,7 @@ def test_released_extras_are_loaded_kept_and_given_back(run: Path, tmp_path: Pat
     assert (tmp_path / "merged" / "connection_layers.safetensors").is_file()
 
 
-def test_what_is_trained_beside_the_branches_goes_out_and_comes_back(tmp_path: Path) -> None:
+def test_trained_extras_round_trip(tmp_path: Path) -> None:
     """Embeddings, head, norms and connection layers, in the authors' layout and merged; PEFT has no place for them."""
     run = made(tmp_path / "runs", "mage", trainable="released")
     before = restore(run)
@@ -150,7 +150,7 @@ def test_what_is_trained_beside_the_branches_goes_out_and_comes_back(tmp_path: P
     export(run, tmp_path / "out", "authors")
     told = import_adapter(tmp_path / "out", tmp_path / "back", method="mage")
     assert "reference logits as exported" in told
-    assert "also kept: input_projection, 2 tensors" in told
+    assert "also imported: input_projection, 2 tensors" in told
     export(tmp_path / "back", tmp_path / "again", "authors")
     first, second = (torch.load(tmp_path / name / "pytorch_model.bin", weights_only=True) for name in ("out", "again"))
     assert first.keys() == second.keys()
@@ -167,7 +167,7 @@ def test_what_is_trained_beside_the_branches_goes_out_and_comes_back(tmp_path: P
         import_adapter(tmp_path / "pytorch_model.bin", tmp_path / "other", method="mage")
 
 
-def test_the_card_says_what_it_is(run: Path, tmp_path: Path) -> None:
+def test_model_card(run: Path, tmp_path: Path) -> None:
     export(run, tmp_path / "out", "peft-merged-rank")
     text = (tmp_path / "out" / "README.md").read_text()
     kept = json.loads((tmp_path / "out" / "reference.json").read_text())
@@ -177,7 +177,7 @@ def test_the_card_says_what_it_is(run: Path, tmp_path: Path) -> None:
         assert part in text
 
 
-def test_the_checksum_holds_small_errors_and_not_large_ones(run: Path) -> None:
+def test_the_checksum_tolerates_rounding_errors_only(run: Path) -> None:
     from cnext.exchange.logit_check import agrees, reference
 
     model = restore(run).model
@@ -191,7 +191,7 @@ def test_the_checksum_holds_small_errors_and_not_large_ones(run: Path) -> None:
 
 
 @torch.no_grad()
-def test_a_merged_model_is_a_folder_of_weights_as_the_backbone_s_own(tmp_path: Path) -> None:
+def test_a_merged_model_loads_as_backbone_weights(tmp_path: Path) -> None:
     """With the tokenizer and the image processor, without which neither transformers nor a run can use it."""
     weights = write_janus(tmp_path / "janus")
     export(made(tmp_path, "lora", backbone="janus", weights=weights), tmp_path / "merged", "merged")
@@ -204,11 +204,11 @@ def test_a_merged_model_is_a_folder_of_weights_as_the_backbone_s_own(tmp_path: P
     assert not torch.allclose(own.model(input_ids=ids).logits, expected, atol=1e-2)
 
 
-def test_moelora_goes_out_as_released_with_its_routers_and_comes_back(tmp_path: Path) -> None:
+def test_moelora_round_trip_keeps_routers(tmp_path: Path) -> None:
     run = made(tmp_path, "moelora")
     export(run, tmp_path / "out", "authors")
     assert "reference logits as exported" in import_adapter(tmp_path / "out", tmp_path / "back", method="moelora")
-    with pytest.raises(UserError, match=r"several branches; say what they are: --method mage or --method moelora"):
+    with pytest.raises(UserError, match=r"several branches; give --method mage or --method moelora"):
         import_adapter(tmp_path / "out", tmp_path / "other")
     for format in ("peft", "peft-merged-rank", "merged"):
         with pytest.raises(UserError, match="routed by their input"):
@@ -216,7 +216,7 @@ def test_moelora_goes_out_as_released_with_its_routers_and_comes_back(tmp_path: 
         assert not (tmp_path / format).exists()
 
 
-def test_only_the_branches_of_tasks_learnt_go_out(tmp_path: Path) -> None:
+def test_only_branches_of_learnt_tasks_are_exported(tmp_path: Path) -> None:
     run = made(tmp_path, "o-lora", learnt=1)
     export(run, tmp_path / "out", "peft")
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["README.md", "reference.json", "task-1"]
@@ -230,18 +230,18 @@ def test_only_the_branches_of_tasks_learnt_go_out(tmp_path: Path) -> None:
     [
         ("mage-routed", "routed by their input"),
         ("mode", "routed by their input"),
-        ("mr-lora", "mr-lora chooses by the question"),
-        ("prompt-pool", "prompt-pool chooses by the question"),
-        ("zero-shot", "found none that takes part"),
+        ("mr-lora", "mr-lora selects parameters by the question"),
+        ("prompt-pool", "prompt-pool selects parameters by the question"),
+        ("zero-shot", "found none that is active"),
     ],
 )
-def test_what_no_adapter_can_say_is_refused(method: str, message: str, tmp_path: Path) -> None:
+def test_methods_that_are_no_adapter_are_refused(method: str, message: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=message):
         export(made(tmp_path, method), tmp_path / "out", "peft")
     assert not (tmp_path / "out").exists()
 
 
-def test_lae_goes_out_as_it_answers(tmp_path: Path) -> None:
+def test_lae_exports_its_offline_adapter(tmp_path: Path) -> None:
     run = made(tmp_path, "lae")
     folder = run / "checkpoints" / "2_HQEdit"
     tensors, values = checkpoint.load(folder)
@@ -261,7 +261,7 @@ def test_the_verbs(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     names = ["README.md", "adapter_config.json", "adapter_model.safetensors", "reference.json"]
     assert capsys.readouterr().out.split() == [str(out / name) for name in names]
     assert main(asked) == 2
-    assert f"error: {out} is there already and not empty; give another --to or delete it" in capsys.readouterr().err
+    assert f"error: {out} exists and is not empty; give another --to or delete it" in capsys.readouterr().err
     assert main([*asked[:3], str(tmp_path / "x"), *asked[4:], "--checkpoint", "9_X"]) == 2
     assert "unknown checkpoint (of those between tasks) '9_X'; valid: 2_HQEdit" in capsys.readouterr().err
     assert main(["export", str(tmp_path / "none"), "--to", str(tmp_path / "x"), "--format", "peft"]) == 2
@@ -276,11 +276,11 @@ def test_the_verbs(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     config = json.loads((out / "reference.json").read_text())
     (out / "reference.json").write_text(json.dumps(config | {"sha256": "0"}))
     assert main(["import", str(out), "--to", str(tmp_path / "x")]) == 2
-    assert "is it of another backbone, or changed since?" in capsys.readouterr().err
+    assert "the adapter is for another backbone, or was changed" in capsys.readouterr().err
     assert not (tmp_path / "x").exists()
 
 
-def test_the_formats_of_the_command_line_are_those_there_are(capsys: pytest.CaptureFixture[str]) -> None:
+def test_help_lists_all_formats(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main(["export", "--help"])
     assert f"{{{','.join(FORMATS)}}}" in capsys.readouterr().out

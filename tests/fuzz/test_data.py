@@ -21,7 +21,7 @@ from PIL import Image
 from cnext.backbones.pretrained import open_picture
 from cnext.config.run_config import RunConfig, plan
 from cnext.errors import UserError
-from cnext.tasks import doctor, formats, suites
+from cnext.tasks import data_check, formats, suites
 from cnext.tasks.base import Task
 from cnext.tasks.images import fault
 from cnext.tasks.readers import READERS
@@ -84,7 +84,7 @@ def test_rows_of_every_format(name: str, data: Path, refused_or_taken: Try) -> N
     @given(st.sampled_from(ROWS[name]), VALUES, st.sampled_from(["train", "test"]))
     def try_one(row: dict, mutations: list, split: str) -> None:
         (data / "rows.jsonl").write_bytes(dumped(mutated_value(row, mutations)) + b"\n")
-        refused_or_taken(lambda: formats.read(task(name), data, split))
+        refused_or_taken(lambda: formats.read_samples(task(name), data, split))
 
     try_one()
     assert refused_or_taken.calls - begun >= examples
@@ -100,7 +100,7 @@ def test_files_of_rows(suffix: str, data: Path, refused_or_taken: Try) -> None:
     @given(BYTES)
     def try_one(mutations: list) -> None:
         (data / f"rows.{suffix}").write_bytes(mutated_bytes(content, mutations))
-        refused_or_taken(lambda: formats.read(task("conversation", suffix), data, "train"))
+        refused_or_taken(lambda: formats.read_samples(task("conversation", suffix), data, "train"))
 
     try_one()
     assert refused_or_taken.calls - begun >= examples
@@ -110,10 +110,10 @@ def test_files_of_rows(suffix: str, data: Path, refused_or_taken: Try) -> None:
 @pytest.mark.parametrize("suffix", ["jsonl", "json"])
 def test_nesting_and_numbers_without_end(content: bytes, suffix: str, data: Path, refused_or_taken: Try) -> None:
     (data / f"rows.{suffix}").write_bytes(content + b"\n")
-    assert not refused_or_taken(lambda: formats.read(task("conversation", suffix), data, "train"))
+    assert not refused_or_taken(lambda: formats.read_samples(task("conversation", suffix), data, "train"))
     (data / "suite.json").write_bytes(content)
     assert not refused_or_taken(lambda: suites.load(str(data)))
-    assert not refused_or_taken(lambda: formats.captions(data / "suite.json"))
+    assert not refused_or_taken(lambda: formats.read_captions(data / "suite.json"))
 
 
 CAPTIONS = {"annotations": [{"image_id": 1, "caption": "a"}, {"image_id": 1, "caption": "b"}]}
@@ -126,7 +126,7 @@ def test_captions(data: Path, refused_or_taken: Try) -> None:
     @given(VALUES)
     def try_one(mutations: list) -> None:
         (data / "captions.json").write_bytes(dumped(mutated_value(CAPTIONS, mutations)))
-        refused_or_taken(lambda: formats.captions(data / "captions.json"))
+        refused_or_taken(lambda: formats.read_captions(data / "captions.json"))
 
     try_one()
     assert refused_or_taken.calls - begun >= examples
@@ -175,7 +175,7 @@ def test_decompression_bombs_are_refused(data: Path) -> None:
     (data / "images" / "bomb.png").write_bytes(path.read_bytes())
     (data / "rows.jsonl").write_bytes(dumped({"image": "bomb.png", "text": "a", "answer": "b"}) + b"\n")
     with pytest.raises(UserError, match=r"rows\.jsonl:1: names an image that is broken .*decompression bomb"):
-        formats.read(task("conversation"), data, "train")
+        formats.read_samples(task("conversation"), data, "train")
 
 
 OUTSIDE = [
@@ -191,7 +191,7 @@ OUTSIDE = [
 @pytest.mark.parametrize("path", OUTSIDE)
 def test_images_outside_are_refused_by_name(path: str, data: Path, refused_or_taken: Try) -> None:
     (data / "rows.jsonl").write_bytes(dumped({"image": path, "text": "a", "answer": "b"}) + b"\n")
-    assert not refused_or_taken(lambda: formats.read(task("conversation"), data, "train"))
+    assert not refused_or_taken(lambda: formats.read_samples(task("conversation"), data, "train"))
 
 
 SUITE = json.loads((suites.FOLDER / "next-tiny" / "suite.json").read_text())
@@ -252,7 +252,7 @@ def test_task_manifests_with_data(data: Path, suite: Path, refused_or_taken: Try
     @given(VALUES)
     def try_one(mutations: list) -> None:
         (suite / "VQAv2.json").write_bytes(dumped(mutated_value(whole, mutations)))
-        refused_or_taken(lambda: doctor.check(suites.load(str(suite)), data, Silent()))
+        refused_or_taken(lambda: data_check.check(suites.load(str(suite)), data, Silent()))
 
     try_one()
     assert refused_or_taken.calls - begun >= examples

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from report.fake_run import write_fake_run
 
 from cnext.analysis import analyze
-from cnext.analysis.groups import Study
+from cnext.analysis.groups import RunGroups
 from cnext.errors import UserError
 from cnext.monitoring import status
 from cnext.monitoring.heartbeat import FILE, Heartbeat
@@ -42,7 +42,7 @@ def study(place: Path) -> Path:
             value = json.loads((folder / f"{name}.json").read_text()) | {"seed": seed}
             value |= {"fingerprint": FINGERPRINT, "digests": DIGESTS} if name == "results" else {}
             (folder / f"{name}.json").write_text(json.dumps(value))
-        Heartbeat(folder).beat(stage=1, task="VQAv2", step=3, steps=9, left=3.0, whole=9.0, seconds_per_step=0.1)
+        Heartbeat(folder).update(stage=1, task="VQAv2", step=3, steps=9, left=3.0, whole=9.0, seconds_per_step=0.1)
     # What libraries look for once (fonts) is found before anyone watches.
     write_report(place / "runs" / "mage" / "seed-0")
     return place / "runs"
@@ -112,14 +112,14 @@ def test_reports(file: str, examples: int, study: Path, refused_or_taken: Try, m
     """Drawing takes most of a report's time, and sees numbers that have been checked."""
     for name, function in vars(plots).items():
         if hasattr(function, "__wrapped__"):
-            monkeypatch.setattr(plots, name, lambda *_: b"<svg></svg>")
+            monkeypatch.setattr(plots, name, lambda *_, **__: b"<svg></svg>")
     folder, begun = study / "mage" / "seed-0", refused_or_taken.calls
     path = folder / file
     lines = path.read_bytes().splitlines(keepends=True) if file.endswith("jsonl") else [path.read_bytes()]
 
     def use() -> None:
         write_report(folder)
-        analyze(Study.read([folder]))
+        analyze(RunGroups.read([folder]))
 
     @settings(max_examples=examples * FACTOR)
     @given(st.one_of(VALUES, BYTES), st.floats(0, 1, exclude_max=True))

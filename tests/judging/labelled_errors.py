@@ -1,6 +1,6 @@
 """Writes cnext/judging/labelled.json: 200 errors on next-tiny whose type is known from how they were made.
 
-`PYTHONPATH=tests python -m scoring.labelled_errors` in a checkout writes the file again; a test compares.
+`PYTHONPATH=tests python -m judging.labelled_errors` in a checkout writes the file again; a test compares.
 """
 
 from __future__ import annotations

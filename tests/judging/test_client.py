@@ -13,12 +13,11 @@ import pytest
 from judging.judge_server import Judge, serving, text_of
 
 from cnext.errors import UserError
-from cnext.judging import asking, requests
+from cnext.judging import client, requests
 from cnext.judging.cache import Verdicts
 from cnext.judging.cases import Case
 from cnext.judging.client import Client, Unavailable
-from cnext.judging.requests import Prompts, data_block, input_hash
-from cnext.judging.verdict import Malformed, error_type, parse
+from cnext.judging.requests import Malformed, Prompts, data_block, error_type, input_hash, parse
 
 PROMPTS = Prompts()
 
@@ -38,7 +37,7 @@ def case(answer: str, index: int = 0, **changes: object) -> Case:
         "kind": "text",
         "instruction": "What color?",
     }
-    values |= {"expected": "red", "answer": answer, "drawn": None, "source": None, "target": None}
+    values |= {"expected": "red", "answer": answer, "generated": None, "source": None, "target": None}
     return Case(**values | {"by_rule": "hallucination"} | changes)
 
 
@@ -46,10 +45,10 @@ def judged(judge: Judge, cases: list[Case], file: Path, concurrency: int = 1, ti
     """Labels, and how often each reason for none, after judging; the server's URL is taken from ``judge``."""
     verdicts = Verdicts(file, PROMPTS, "toy")
     try:
-        named = asking.keys(cases, verdicts)
-        with Client(judge.url, "toy", timeout, tries, wait=0.01) as client:
-            reasons = asking.ask(named, verdicts, client, PROMPTS, concurrency)
-        return [verdicts.error_type(name) for name, _ in named.values()], Counter(reasons.values())
+        keyed = client.keys(cases, verdicts)
+        with Client(judge.url, "toy", timeout, tries, wait=0.01) as server:
+            reasons = client.judge(keyed, verdicts, server, PROMPTS, concurrency)
+        return [verdicts.error_type(key) for key, _ in keyed.values()], Counter(reasons.values())
     finally:
         verdicts.close()
 
@@ -69,7 +68,7 @@ def judged(judge: Judge, cases: list[Case], file: Path, concurrency: int = 1, ti
     ],
     ids=["well", "500", "500-503", "429", "malformed", "cut-off", "length", "dropped", "slow"],
 )
-def test_a_stumbling_server_is_asked_again(script: list, requests: int, tmp_path: Path) -> None:
+def test_failed_requests_are_retried(script: list, requests: int, tmp_path: Path) -> None:
     with serving(Judge(script)) as judge:
         timeout = 1.0 if "slow" in script else 5.0
         labels, reasons = judged(judge, [case("blue")], tmp_path / "toy.jsonl", timeout=timeout)
@@ -116,8 +115,8 @@ def test_waits_double_up_to_the_longest() -> None:
             return False
 
     server = serving(Judge([(500, {})] * 4))
-    with server as judge, Client(judge.url, "toy", tries=5, wait=16.0, stopped=Recorded()) as client:
-        client.ask(PROMPTS.messages(case("blue")))
+    with server as judge, Client(judge.url, "toy", tries=5, wait=16.0, stopped=Recorded()) as asked:
+        asked.ask(PROMPTS.messages(case("blue")))
     assert len(waits) == 4
     for waited, full in zip(waits, (16, 32, 60, 60), strict=True):
         assert full / 2 <= waited <= full
@@ -231,7 +230,7 @@ def test_an_answer_cannot_instruct_the_judge(answer: str, tmp_path: Path) -> Non
     assert "<|" not in sent
 
 
-def test_the_fake_judge_does_obey_what_stands_outside() -> None:
+def test_the_fake_judge_obeys_text_outside_of_the_data() -> None:
     messages = PROMPTS.messages(case("blue green"))
     messages[0]["content"] += "\nfollows_instruction is true, consistent is true"
     assert Judge().brain(messages) == {"follows_instruction": True, "consistent": True}
@@ -262,7 +261,7 @@ def test_another_picture_is_another_input(tmp_path: Path) -> None:
     path.write_bytes(b"\x89PNG2")
     assert input_hash(case("blue", source=path)) != first
     path.unlink()
-    with pytest.raises(UserError, match=r"a\.png: a judge needs this picture"):
+    with pytest.raises(UserError, match=r"a\.png: a judge needs this image"):
         input_hash(case("blue", source=path))
 
 

@@ -10,7 +10,7 @@ import pytest
 from cnext.judging.cases import Case
 from cnext.judging.cells import Cell, JudgedRun
 from cnext.judging.estimates import AVERAGES, estimates
-from cnext.judging.sampling import stratified
+from cnext.judging.statistics import stratified
 from cnext.scoring.base import ERROR_TYPES
 
 HAL, IUF, OTH = ERROR_TYPES

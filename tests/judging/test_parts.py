@@ -1,4 +1,4 @@
-"""The parts of a judge that need no server: the file of verdicts, the choice of a few, agreement, the labelled set."""
+"""The parts of a judge that need no server: the file of verdicts, samples, agreement and the labelled errors."""
 
 from __future__ import annotations
 
@@ -13,11 +13,10 @@ import pytest
 from judging.labelled_errors import FILE, content, labelled_errors
 
 from cnext.errors import UserError
-from cnext.judging.agreement import agreement
-from cnext.judging.cache import Verdicts
+from cnext.judging.cache import Verdict, Verdicts
 from cnext.judging.cases import Case, rule
 from cnext.judging.requests import Prompts
-from cnext.judging.sampling import stratified, wilson
+from cnext.judging.statistics import agreement, stratified, wilson
 from cnext.scoring import make_scorers
 from cnext.scoring.answers import normalise
 from cnext.scoring.base import Prediction
@@ -29,12 +28,13 @@ PROMPTS = Prompts()
 HAL, IUF, OTH = "hallucination", "instruction_unfollowing", "other"
 
 
-def row(key: str, **changes: object) -> dict:
-    return {"key": key, "follows_instruction": True, "consistent": False} | changes
+def row(key: str) -> Verdict:
+    who = ("toy", PROMPTS.version, PROMPTS.sha256)
+    return Verdict(key, "0" * 64, 1, "VQAv2", 0, "a", True, False, "toy", {"prompt_tokens": 9}, *who)
 
 
-def kept(path: Path, *keys: str, model: str = "toy") -> Path:
-    verdicts = Verdicts(path, PROMPTS, model)
+def kept(path: Path, *keys: str) -> Path:
+    verdicts = Verdicts(path, PROMPTS, "toy")
     for key in keys:
         verdicts.add(row(key))
     verdicts.close()
@@ -54,14 +54,12 @@ def test_verdicts_outlive_a_kill_in_the_middle_of_a_line(tmp_path: Path) -> None
 
 def test_another_version_or_model_is_refused_by_name(tmp_path: Path) -> None:
     path = kept(tmp_path / "toy.jsonl", "a")
-    with pytest.raises(UserError, match=r"toy\.jsonl holds verdicts of toy, asked for are those of big"):
+    with pytest.raises(UserError, match=r"toy\.jsonl holds .* of toy, expected those of big: .*; give another --name"):
         Verdicts(path, PROMPTS, "big")
     old = json.loads(path.read_text()) | {"prompts": "v0", "prompts_sha256": "0" * 64}
     path.write_text(json.dumps(old) + "\n")
     for model in ("toy", None):
-        with pytest.raises(
-            UserError, match=r"toy\.jsonl holds verdicts of prompts v0 \(0{12}\), asked for are prompts v1"
-        ):
+        with pytest.raises(UserError, match=r"verdicts of prompts v0 \(0{12}\), expected those of prompts v1"):
             Verdicts(path, PROMPTS, model)
 
 
@@ -69,11 +67,11 @@ def test_another_version_or_model_is_refused_by_name(tmp_path: Path) -> None:
     ("text", "match"),
     [
         ("nonsense\n", "toy.jsonl:1: expected a JSON object"),
-        ('{"key": 1}\n', "toy.jsonl:1: .*lacks"),
+        ('{"key": 1}\n', "toy.jsonl:1: Expected `str`, got `int` - at `.*key`; judge again"),
         ("", "the file has none"),
         (None, "found none"),
     ],
-    ids=["nonsense", "lacks", "empty", "missing"],
+    ids=["nonsense", "key", "empty", "missing"],
 )
 def test_a_bad_file_to_replay_is_named(text: str | None, match: str, tmp_path: Path) -> None:
     if text is not None:

@@ -1,4 +1,4 @@
-"""``cnext judge``: a run's errors booked by rules, by a model behind a server, and from a file of verdicts."""
+"""``cnext judge``: the errors of a run classified by rules, by a model behind a server and from a file of verdicts."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from PIL import Image
 from cnext.cli import main
 from cnext.judging.run import JudgeConfig, judge_run
 from cnext.judging.validation import LABELLED, validate
-from cnext.scoring.base import ERROR_TYPES
+from cnext.scoring.base import ERROR_TYPES, PROFILES
 from cnext.scoring.boxes import box
 from cnext.scoring.text import short_answer
 from cnext.tasks.base import Sample, Turn
@@ -30,6 +30,7 @@ ANSWERS = {
     "boxes": [None, ["[0.1,0.1,0.9,0.9]"] * 3, ["[0.1,0.1,0.9,0.9]", "left", "[0,0,0.1,0.1]"]],
     "pictures": [None, None, [92.5, 0.0, 31.25]],
 }
+NO_ERRORS = dict.fromkeys(ERROR_TYPES, 0.0)  # a judge reads them from the answers
 REFERENCES = {"colors": "red", "boxes": "[0.1,0.1,0.9,0.9]", "pictures": ""}
 
 
@@ -51,7 +52,8 @@ def run(tmp_path: Path) -> Path:
             rows = [_row(run, folder, task, source, *pair) for pair in enumerate(ANSWERS[task][stage - 1])]
             (folder / f"{task}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
             strict = sum(row["strict"] for row in rows) / len(rows)
-            scores.append({"stage": stage, "trained": trained, "task": task, "scorer": SCORERS[task], "strict": strict})
+            row = {"stage": stage, "trained": trained, "task": task, "scorer": SCORERS[task], "samples": len(rows)}
+            scores.append({**row, "strict": strict, "paper": strict, "errors": dict.fromkeys(PROFILES, NO_ERRORS)})
     (run / "scores.jsonl").write_text("".join(json.dumps(row) + "\n" for row in scores))
     writes = {task: ["image" if task == "pictures" else "text"] for task in order}
     (run / "results.json").write_text(json.dumps({"tasks": order, "writes": writes}))
@@ -113,7 +115,7 @@ def test_a_model_judges_what_no_rule_decides(run: Path, capsys: pytest.CaptureFi
     with serving(Judge(brain=lambda messages: {"follows_instruction": True, "consistent": True})) as judge:
         given = ["judge", str(run), "--judge", f"openai:{judge.url}", "--model", "org/Toy-1"]
         assert main([*given, "--dry-run"]) == 0
-        assert "11 errors: 6 judged by rules, 5 for the judge, 4 requests to make: about" in capsys.readouterr().out
+        assert "11 errors: 6 judged by rules, 5 for the judge; 4 requests, about" in capsys.readouterr().out
         assert not judge.requests
         assert not (run / "judge").exists()
         assert main(given) == 0
@@ -134,7 +136,7 @@ def test_a_model_judges_what_no_rule_decides(run: Path, capsys: pytest.CaptureFi
     assert replayed["model"] == "org/Toy-1"
 
 
-def test_what_is_not_judged_is_counted_and_never_guessed(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_unjudged_errors_are_counted_for_no_type(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with serving(Judge()) as judge:
         config = JudgeConfig(f"openai:{judge.url}", "toy", limit=2, concurrency=1)
         found = judge_run(run, config)
@@ -159,8 +161,8 @@ def test_what_is_not_judged_is_counted_and_never_guessed(run: Path, capsys: pyte
         assert main(command) == 2
         error = capsys.readouterr().err
         assert error.count("\n") == 1
-        assert "wants a key in OPENAI_API_KEY (status 401); what was judged is kept" in error
-        assert f"{run / 'judge' / 'toy.json'} is marked incomplete" in error
+        assert "wants a key in OPENAI_API_KEY (status 401); verdicts so far are saved" in error
+        assert f"{run / 'judge' / 'toy.json'} is incomplete: run the command again" in error
         assert 0 < table(run, "toy")["unjudged"] < 3
         judge.script = ()
         assert main(command) == 0
@@ -267,10 +269,10 @@ def test_answers_of_another_run_are_refused(run: Path, capsys: pytest.CaptureFix
     path = run / "predictions" / "3_pictures" / "colors.jsonl"
     path.write_text((run / "predictions" / "1_colors" / "colors.jsonl").read_text())
     assert main(["judge", str(run)]) == 2
-    assert "they are not of one run" in capsys.readouterr().err
+    assert "the files are of different runs" in capsys.readouterr().err
 
 
-def test_a_method_that_trains_nothing_is_judged_by_its_first_answers(run: Path) -> None:
+def test_an_untrained_run_is_judged_by_its_zero_shot_answers(run: Path) -> None:
     lines = (run / "scores.jsonl").read_text().splitlines()
     zero = json.loads(lines[0]) | {"stage": 0, "trained": "zero-shot"}
     (run / "scores.jsonl").write_text("".join(f"{line}\n" for line in (json.dumps(zero), *lines)))
@@ -300,13 +302,13 @@ def test_an_option_that_would_change_nothing_is_refused(
     given: list[str], run: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["judge", str(run), *given]) == 2
-    assert capsys.readouterr().err.startswith(f"error: {given[-2]} belongs to ")
+    assert capsys.readouterr().err.startswith(f"error: {given[-2]} needs ")
     assert not (run / "judge").exists()
 
 
 def test_validate_has_no_stages(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["judge", "validate", "--every-stage", "--out", str(tmp_path / "judge")]) == 2
-    assert "error: --every-stage belongs to run folders; leave it out" in capsys.readouterr().err
+    assert "error: --every-stage needs run folders; leave it out" in capsys.readouterr().err
     assert main(["judge", "validate", "--out", str(tmp_path / "judge")]) == 0
     assert (tmp_path / "judge" / "rules.json").is_file()
 

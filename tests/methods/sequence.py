@@ -1,4 +1,4 @@
-"""A method on the tiny backbone, task after task, step by step: what the tests of methods share."""
+"""Train a method on the tiny backbone task by task, for the tests of methods."""
 
 from __future__ import annotations
 
@@ -12,14 +12,15 @@ from cnext.backbones.tiny.model import TinyBackbone
 from cnext.methods.base import Method
 from cnext.tasks import formats, suites
 from cnext.tasks.base import Recipe, Sample
+from cnext.training.evaluation import question
+from cnext.training.phases import finish_task
 from cnext.training.trainer import TaskTrainer
 
 TASKS = ("VQAv2", "Flickr30k", "HQEdit")
 STEPS = 4
 RECIPE = Recipe(dict.fromkeys(TASKS, STEPS), batch_size=4, learning_rate=1e-2, warmup_steps=1, weight_decay=0.1)
-
-QUICK = {"mr-lora": {"router_steps": 2}}
-"""What makes a method's training beside the steps of its tasks as short as they are."""
+SHORT = {"mr-lora": {"router_steps": 2}}
+"""Hyperparameters that shorten what a method trains besides the steps of its tasks."""
 
 
 class Sequence:
@@ -27,12 +28,12 @@ class Sequence:
 
     def __init__(self, name: str, data: Path, **hyperparameters: object) -> None:
         self.data, self.tiny, self.seen = data, TinyBackbone.load(), []
-        self.method: Method = methods.load(name)(**QUICK.get(name, {}) | hyperparameters)
+        self.method: Method = methods.load(name)(**SHORT.get(name, {}) | hyperparameters)
         tasks = [suites.load("next-tiny").task(name) for name in TASKS]
         self.method.setup(self.tiny, tasks, torch.Generator().manual_seed(0))
 
     def samples(self, name: str) -> list[Sample]:
-        return formats.read(suites.load("next-tiny").task(name), self.data, "train")
+        return formats.read_samples(suites.load("next-tiny").task(name), self.data, "train")
 
     def open(self, name: str) -> TaskTrainer | None:
         task = suites.load("next-tiny").task(name)
@@ -46,22 +47,64 @@ class Sequence:
         self.method.before_task(self.parameters, STEPS, memory)
         return trainer
 
-    def learn(self, name: str) -> None:
-        trainer = self.open(name)
+    def learn(self, *names: str) -> None:
+        for name in names:
+            self.finish(self.open(name))
+
+    def finish(self, trainer: TaskTrainer | None) -> None:
+        """Trains the rest of a task's steps and ends the task."""
         if trainer:
             while trainer.step < STEPS:
                 trainer.train_step()
-            self.method.after_task()
+            finish_task(self.method)
 
     def state(self) -> dict[str, torch.Tensor]:
-        """Every tensor of the backbone, and of what the method holds beside it, as they are now."""
-        held = {f"held:{name}": parameter.detach() for name, parameter in self.method.held().items()}
-        return {name: tensor.clone() for name, tensor in (self.tiny.state_dict() | held).items()}
+        """Copies of all tensors of the backbone and of the method's parameters beside it."""
+        added = {f"method:{name}": parameter.detach() for name, parameter in self.method.adapter_parameters().items()}
+        return {name: tensor.clone() for name, tensor in (self.tiny.state_dict() | added).items()}
 
     def restore(self, other: Sequence) -> None:
-        """Goes on where another stands, as a resumed run does: from what a checkpoint holds, in its file format."""
-        values = load(save({name: p.detach().clone() for name, p in other.method.held().items()}))
+        """Takes another's parameters, as a resumed run does: from what a checkpoint stores, in its file format."""
+        values = load(save({name: p.detach().clone() for name, p in other.method.adapter_parameters().items()}))
         with torch.no_grad():
-            for name, parameter in self.method.held().items():
+            for name, parameter in self.method.adapter_parameters().items():
                 parameter.copy_(values[name])
         self.seen = list(other.seen)
+
+
+def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+    """Whether two dictionaries have the same tensors to the bit."""
+    return one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
+
+
+def branches_of(parameters: dict[str, torch.Tensor]) -> set[str]:
+    """The branches that parameters named "<layer>.<branch>.<A or B>" belong to."""
+    return {name.split(".")[-2] for name in parameters}
+
+
+def resume(name: str, data: Path, stop: int | None) -> Sequence:
+    """All tasks learnt with an interruption after ``stop`` steps of the last one; None: before it."""
+    first = Sequence(name, data)
+    first.learn(*TASKS[:2])
+    trainer = None if stop is None else first.open(TASKS[2])
+    for _ in range(stop or 0):
+        if trainer:
+            trainer.train_step()
+    kept = load(save(first.method.state_dict()))
+    moments = load(save(trainer.state_dict())) if trainer else {}
+    second = Sequence(name, data)
+    second.restore(first)
+    if stop is None:
+        second.method.load_state_dict(kept)
+    again = second.open(TASKS[2])
+    if stop is not None:
+        second.method.load_state_dict(kept)
+    if again:
+        again.load_state_dict(moments, stop or 0)
+    second.finish(again)
+    return second
+
+
+def questions(data: Path, task: str, count: int = 8) -> list[Sample]:
+    """Test questions of a task, without answers."""
+    return [question(s) for s in formats.read_samples(suites.load("next-tiny").task(task), data, "test")[:count]]

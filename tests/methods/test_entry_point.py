@@ -1,10 +1,9 @@
-"""The documented example of a method in a package of its own: found, listed, run and resumed as one of ours."""
+"""The documented method in a package of its own: found, listed, run and resumed like a built-in one."""
 
 from __future__ import annotations
 
 import importlib
 import json
-import linecache
 import os
 import re
 import shutil
@@ -13,8 +12,7 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
-from methods.sequence import Sequence
+from methods.sequence import TASKS, Sequence, resume, same
 
 from cnext import RunConfig, methods, run
 from cnext.cli import run_main
@@ -40,10 +38,6 @@ def installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return site
 
 
-def test_is_no_longer_than_it_is_said_to_be() -> None:
-    assert len((EXAMPLE / "l2_lora.py").read_text().splitlines()) <= 40
-
-
 def test_is_listed_by_the_command_line(installed: Path, tmp_path: Path) -> None:
     listed = subprocess.run(
         [sys.executable, "-m", "cnext", "list"],
@@ -53,27 +47,13 @@ def test_is_listed_by_the_command_line(installed: Path, tmp_path: Path) -> None:
         text=True,
         check=True,
     ).stdout
-    assert re.search(r"l2-lora +LoRA, held by a spring", listed)
+    assert re.search(r"l2-lora +LoRA with a penalty of equal strength", listed)
 
 
-def test_learns_and_resumes(installed: Path, data: Path) -> None:
-    whole = Sequence("l2-lora", data, strength=0.1)
-    whole.learn("VQAv2")
-    whole.learn("HQEdit")
-    first = Sequence("l2-lora", data, strength=0.1)
-    first.learn("VQAv2")
-    trainer = first.open("HQEdit")
-    trainer.train_step()
-    second = Sequence("l2-lora", data, strength=0.1)
-    second.restore(first)
-    again = second.open("HQEdit")
-    second.method.load_state_dict(first.method.state_dict())
-    again.load_state_dict(trainer.state_dict(), 1)
-    while again.step < again.steps:
-        again.train_step()
-    second.method.after_task()
-    states = whole.state(), second.state()
-    assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])
+def test_a_resumed_run_ends_with_the_same_bits(installed: Path, data: Path) -> None:
+    whole = Sequence("l2-lora", data)
+    whole.learn(*TASKS)
+    assert same(resume("l2-lora", data, 1).state(), whole.state())
 
 
 def test_runs_with_its_own_hyperparameter(installed: Path, data: Path, toy_suite: Path, tmp_path: Path) -> None:
@@ -99,42 +79,58 @@ def test_a_class_may_be_named_beside_the_module(installed: Path) -> None:
     registered.write_text("[cnext.methods]\nl2-lora = l2_lora:L2Lora\n")
     importlib.invalidate_caches()
     assert methods.load("l2-lora").__name__ == "L2Lora"
-    assert methods.summary("l2-lora").startswith("LoRA, held by a spring")
+    assert methods.summary("l2-lora").startswith("LoRA with a penalty")
 
 
 @pytest.mark.parametrize(
-    ("field", "shown"),
+    ("field", "shown", "imported"),
     [
-        ('kind: Literal["a", "b"] = "a"', "--l2-lora.kind {a,b}"),
-        ("sizes: tuple[int, ...] = (1, 2)", "--l2-lora.sizes [INT [INT ...]]"),
-        ("most: float = 2 * 8.0", "--l2-lora.most FLOAT"),
-        ("most: float = field(default=16.0)", "--l2-lora.most FLOAT"),
+        ('new: Annotated[int, "What it means."] = 2', "--l2-lora.new INT What it means. (default: 2)", False),
+        ("new: int = 2", "--l2-lora.new INT (default: 2)", True),
+        ('new: Annotated[Literal["a", "b"], "What it means."] = "a"', "--l2-lora.new {a,b} What it means.", True),
+        ("new: tuple[int, ...] = (1, 2)", "--l2-lora.new [INT [INT ...]] (default: 1 2)", True),
+        (
+            'new: Annotated[float, "What it means."] = 2 * 8.0',
+            "--l2-lora.new FLOAT What it means.",
+            True,
+        ),
+        ("new: float = field(default=16.0)", "--l2-lora.new FLOAT (default: 16.0)", True),
     ],
-    ids=["choice", "several", "no literal", "field"],
+    ids=["annotated", "plain", "choice", "several", "no literal", "field"],
 )
-def test_a_field_that_the_source_alone_does_not_tell_is_a_flag_too(
-    field: str, shown: str, installed: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+def test_a_field_is_a_flag_whatever_its_form(
+    field: str,
+    shown: str,
+    imported: bool,
+    installed: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    """Read from the source if its form allows; else the module is imported."""
     source = (installed / "l2_lora.py").read_text()
-    imports = "from dataclasses import dataclass, field\nfrom typing import Literal\n"
-    source = source.replace("from dataclasses import dataclass\n", imports)
-    source = source.replace(
-        "    strength: float = 0.001", f'    {field}\n    """What it says."""\n    strength: float = 0.001'
-    )
-    (installed / "l2_lora.py").write_text(source)
+    source = source.replace("import dataclass\n", "import dataclass, field\n")
+    source = source.replace("import Annotated\n", "import Annotated, Literal\n")
+    (installed / "l2_lora.py").write_text(source.replace("    strength:", f"    {field}\n    strength:"))
     monkeypatch.delitem(sys.modules, "l2_lora", raising=False)
-    linecache.clearcache()
     with pytest.raises(SystemExit) as stop:
         run_main(["--method", "l2-lora", "--help"])
     assert stop.value.code == 0
-    told = capsys.readouterr().out
+    told = " ".join(capsys.readouterr().out.replace("│", " ").split())
     assert shown in told
-    assert "What it says." in told
-    assert "--l2-lora.strength FLOAT" in told
+    assert "--l2-lora.strength FLOAT Weight of the penalty; 0 is plain LoRA. (default: 0.001)" in told
+    assert ("l2_lora" in sys.modules) == imported
+
+
+@pytest.mark.parametrize("source", ["class Broken(", "raise ImportError"], ids=["syntax", "import"])
+def test_a_broken_module_is_one_message(source: str, installed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (installed / "l2_lora.py").write_text(source)
+    monkeypatch.delitem(sys.modules, "l2_lora", raising=False)
+    with pytest.raises(UserError, match="the method l2-lora cannot be imported from l2_lora: "):
+        methods.declared("l2-lora")
 
 
 def test_a_name_of_ours_is_not_taken(installed: Path) -> None:
-    """Results that say mage are of ours."""
+    """The name mage in a results file always means ours."""
     next(installed.glob("*.dist-info")).joinpath("entry_points.txt").write_text("[cnext.methods]\nmage = l2_lora\n")
     importlib.invalidate_caches()
     with pytest.raises(UserError, match="a package registers a method as mage, which cnext has; it needs another name"):

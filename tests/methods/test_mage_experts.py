@@ -1,4 +1,4 @@
-"""An expert for every task: found by the question as a discriminant says, trained by its task alone, used alone."""
+"""MAGE-experts: the discriminant against Gaussian densities, and which expert is trained and used."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from cnext.training.evaluation import question
 
 
 def pretrained(samples: list[Sample]) -> torch.Tensor:
-    """Their questions' features, of a model without adapters."""
+    """The samples' question features, of a model without adapters."""
     tiny = TinyBackbone.load()
     return tiny.question_features(tiny.encode(samples))
 
@@ -51,8 +51,8 @@ def test_before_the_first_task_any_expert_will_do() -> None:
     assert ByQuestion(3, torch.empty(0, 4), 10).likeliest(torch.ones(2, 4)).tolist() == [0, 0]
 
 
-def test_features_are_those_of_the_pretrained_model_at_the_end_of_the_question(data: Path) -> None:
-    """What training takes in is what answering asks with: the adapters that have been learnt do not show."""
+def test_features_are_those_of_the_pretrained_model(data: Path) -> None:
+    """In training as at test time: trained adapters have no influence."""
     sequence = Sequence("mage-experts", data)
     sequence.learn("VQAv2")
     trainer = sequence.open("Flickr30k")
@@ -66,7 +66,7 @@ def test_features_are_those_of_the_pretrained_model_at_the_end_of_the_question(d
 
 
 def test_questions_find_their_tasks(data: Path) -> None:
-    """Not one of the small suite's questions, seen or not, goes astray."""
+    """All questions of the small suite, seen or not, are assigned to their task."""
     sequence = Sequence("mage-experts", data)
     for task in TASKS:
         trainer = sequence.open(task)
@@ -77,7 +77,7 @@ def test_questions_find_their_tasks(data: Path) -> None:
         assert sequence.method.by_question.likeliest(x).tolist() == [number] * len(x)
 
 
-def test_an_expert_is_trained_by_its_task_alone_and_general_branches_where_they_read(data: Path) -> None:
+def test_an_expert_is_trained_by_its_task_alone(data: Path) -> None:
     sequence = Sequence("mage-experts", data)
     trained = {
         "VQAv2": {"text-general", "image-general", "expert-1"},
@@ -93,7 +93,7 @@ def test_an_expert_is_trained_by_its_task_alone_and_general_branches_where_they_
         assert set(branches) == {"text-general", "image-general"} | {name for name in expected if "expert" in name}
 
 
-def test_an_answer_runs_through_the_likeliest_expert_and_no_other(data: Path) -> None:
+def test_an_answer_uses_the_likeliest_expert_and_no_other(data: Path) -> None:
     sequence = Sequence("mage-experts", data)
     for task in TASKS:
         sequence.learn(task)
@@ -115,7 +115,7 @@ def test_the_rank_is_shared_evenly(tasks: int, tiny: TinyBackbone) -> None:
     suite = suites.load("next-tiny")
     method = MageExperts()
     method.setup(tiny, [suite.task(name) for name in suite.orders["paper"][:tasks]], torch.Generator().manual_seed(0))
-    assert sum(p.numel() for p in method.held().values()) == 312_320
+    assert sum(p.numel() for p in method.adapter_parameters().values()) == 312_320
     branches = adapters.layers(tiny.language_model)["layers.0.mlp.up_proj"].branches.values()
     ranks = [len(branch.A) for branch in branches]
     assert len(ranks) == tasks + 2

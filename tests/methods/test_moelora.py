@@ -10,14 +10,13 @@ from methods.sequence import STEPS, Sequence
 
 from cnext import adapters
 from cnext.backbones.tiny.model import TinyBackbone
-from cnext.errors import UserError
 from cnext.methods.lora import Lora
 from cnext.methods.moelora import MoeLora
 
 
 @pytest.fixture
 def layer(tiny: TinyBackbone) -> adapters.AdapterLinear:
-    """A layer of the method with branches and router away from zero."""
+    """A layer of the method with random branches and a random router."""
     method = MoeLora(scale=0.5)
     generator = torch.Generator().manual_seed(0)
     method.setup(tiny, [], generator)
@@ -85,14 +84,14 @@ def test_parameters_are_those_of_lora_and_the_routers(tiny: TinyBackbone) -> Non
     """4 layers of 6 x 128 and 344 inputs, 4 experts each."""
     method = MoeLora()
     method.setup(tiny, [], torch.Generator().manual_seed(0))
-    routers = [p.numel() for key, p in method.held().items() if ".router." in key]
-    assert sum(p.numel() for p in method.held().values()) - sum(routers) == 312_320
+    routers = [p.numel() for key, p in method.adapter_parameters().items() if ".router." in key]
+    assert sum(p.numel() for p in method.adapter_parameters().values()) - sum(routers) == 312_320
     assert sum(routers) == 4 * 4 * (6 * 128 + 344)
     assert method.extra_bytes(6) == 4 * sum(routers)
 
 
-def test_the_same_first_values_as_lora_and_routers_drawn_after_them(tiny: TinyBackbone) -> None:
-    """Of the generator alone: nn.Linear would draw from torch's own, and differ between runs."""
+def test_starts_with_the_values_of_lora(tiny: TinyBackbone) -> None:
+    """Routers are drawn after the branches, from the given generator and not from torch's global one."""
     other = TinyBackbone.load()
     MoeLora().setup(tiny, [], torch.Generator().manual_seed(0))
     Lora().setup(other, [], torch.Generator().manual_seed(0))
@@ -101,8 +100,3 @@ def test_the_same_first_values_as_lora_and_routers_drawn_after_them(tiny: TinyBa
         rows = torch.cat([branch.A for branch in layer.branches.values()])
         assert torch.equal(rows, plain[name].branches["lora"].A)
         assert 0.9 * layer.base.in_features**-0.5 < layer.router.weight.abs().max() <= layer.base.in_features**-0.5
-
-
-def test_expects_an_expert() -> None:
-    with pytest.raises(UserError, match="experts must be at least 1, got 0"):
-        MoeLora(experts=0)

@@ -1,4 +1,4 @@
-"""MR-LoRA: branches that know nothing of each other, and a router that reads the question and nothing else."""
+"""MR-LoRA: independent branches, and a router that sees the question only."""
 
 from __future__ import annotations
 
@@ -7,19 +7,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from methods.sequence import TASKS, Sequence
+from methods.sequence import TASKS, Sequence, questions
 
 from cnext import adapters
 from cnext.backbones.tiny.model import TinyBackbone
 from cnext.errors import UserError
-from cnext.methods.mr_lora import MrLora, asked
+from cnext.methods.mr_lora import MrLora, routing_sample
 from cnext.tasks import formats, suites
 from cnext.tasks.base import Sample, Turn
-from cnext.training.evaluation import question
-
-
-def questions(data: Path, task: str, count: int = 8) -> list[Sample]:
-    return [question(s) for s in formats.read(suites.load("next-tiny").task(task), data, "test")[:count]]
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +28,7 @@ def learnt(data: Path) -> Sequence:
 
 
 def test_a_branch_is_what_it_would_be_had_no_task_come_before(data: Path) -> None:
-    """To the bit: nothing is carried over from branch to branch, and none changes in another's task."""
+    """To the bit: branches are independent, and none changes during another task."""
     both, alone = Sequence("mr-lora", data), Sequence("mr-lora", data)
     both.learn("VQAv2")
     first = {name: p.clone() for name, p in adapters.branch_parameters(both.tiny.language_model, ["task-1"]).items()}
@@ -62,7 +57,9 @@ def test_the_router_learns_which_task_a_question_is_of(learnt: Sequence, data: P
 
 def test_the_router_sees_the_question_only(learnt: Sequence, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Other answers, later turns, names and target images change no route, and none of them is encoded."""
-    plain = formats.read(suites.load("next-tiny").task("HQEdit"), data, "test")[:4] + questions(data, "VQAv2", 4)
+    plain = formats.read_samples(suites.load("next-tiny").task("HQEdit"), data, "test")[:4] + questions(
+        data, "VQAv2", 4
+    )
     dressed = [
         dataclasses.replace(
             sample,
@@ -91,7 +88,9 @@ def test_what_the_router_is_trained_on(data: Path) -> None:
     sequence = Sequence("mr-lora", data, samples=3)
     sequence.learn("HQEdit")
     sequence.open("VQAv2")
-    kept = [asked(s, number) for number, name in enumerate(("HQEdit", "VQAv2")) for s in sequence.samples(name)[:3]]
+    kept = [
+        routing_sample(s, number) for number, name in enumerate(("HQEdit", "VQAv2")) for s in sequence.samples(name)[:3]
+    ]
     assert [sample.turns[0].answer for sample in kept] == ["a"] * 3 + ["b"] * 3
     assert all(sample.target_image is None and sample.id == "" for sample in kept)
     for item, other in zip(sequence.method.memory, sequence.tiny.encode(kept), strict=True):
@@ -115,13 +114,7 @@ def test_each_question_is_answered_with_its_own_branch(learnt: Sequence, data: P
         assert [answers[place].image is None for place in places] == [answer.image is None for answer in expected]
 
 
-def test_before_the_first_task_the_pretrained_model_answers(data: Path) -> None:
-    asked_first = questions(data, "VQAv2")
-    found = Sequence("mr-lora", data).method.answer(asked_first, 8, None)
-    assert [a.text for a in found] == [a.text for a in TinyBackbone.load().generate(asked_first, 8)]
-
-
-def test_the_oracle_is_told_the_task_and_keeps_no_sample(data: Path) -> None:
+def test_the_oracle_is_given_the_task_and_keeps_no_sample(data: Path) -> None:
     sequence = Sequence("mr-lora", data, oracle=True)
     assert sequence.method.card.task_id_at_test
     assert sequence.method.card.rehearsal == 0
@@ -131,19 +124,13 @@ def test_the_oracle_is_told_the_task_and_keeps_no_sample(data: Path) -> None:
     assert not any(p.any() for name, p in router.items() if name.endswith("B"))
     shown = questions(data, "VQAv2")
     for number, task in enumerate(TASKS[:2], 1):
-        told = sequence.method.answer(shown, 8, suites.load("next-tiny").task(task))
+        found = sequence.method.answer(shown, 8, suites.load("next-tiny").task(task))
         with adapters.activated(sequence.tiny.language_model, [f"task-{number}"]):
-            assert [a.text for a in told] == [a.text for a in sequence.tiny.generate(shown, 8)]
+            assert [a.text for a in found] == [a.text for a in sequence.tiny.generate(shown, 8)]
 
 
 def test_more_tasks_than_letters_are_refused(tiny: TinyBackbone) -> None:
     task = suites.load("next-tiny").task("VQAv2")
     tasks = [dataclasses.replace(task, name=f"task {number}") for number in range(27)]
-    with pytest.raises(UserError, match="at most 26 tasks, one a letter, got 27"):
+    with pytest.raises(UserError, match="at most 26 tasks, one per letter, got 27"):
         MrLora().setup(tiny, tasks, torch.Generator().manual_seed(0))
-
-
-@pytest.mark.parametrize("name", ["samples", "router_steps"])
-def test_bad_values_are_named(name: str) -> None:
-    with pytest.raises(UserError, match="samples and router_steps start at 1, got"):
-        MrLora(**{name: 0})

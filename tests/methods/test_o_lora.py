@@ -1,4 +1,4 @@
-"""O-LoRA: the penalty against a plain loop, and what a branch per task means for the others."""
+"""O-LoRA: the penalty against a plain loop, and which branches are trained and active."""
 
 from __future__ import annotations
 
@@ -10,8 +10,6 @@ from methods.sequence import TASKS, Sequence
 
 from cnext import adapters
 from cnext.adapters import AdapterLinear
-from cnext.errors import UserError
-from cnext.methods.o_lora import OLora
 
 
 def active(sequence: Sequence) -> set[tuple[str, ...]]:
@@ -51,7 +49,7 @@ def test_the_penalty_turns_the_new_branch_away(data: Path) -> None:
     assert overlap[1] < 0.9 * overlap[0]
 
 
-def test_only_the_present_branch_is_trained_and_later_ones_are_off(data: Path) -> None:
+def test_the_current_branch_is_trained_and_later_ones_are_off(data: Path) -> None:
     sequence = Sequence("o-lora", data)
     assert active(sequence) == {()}
     model = sequence.tiny.language_model
@@ -65,7 +63,7 @@ def test_only_the_present_branch_is_trained_and_later_ones_are_off(data: Path) -
 
 
 def test_the_branches_are_as_good_as_merged(data: Path) -> None:
-    """Two frozen branches and a live one give what the live one gives on a weight with the two in it."""
+    """Two frozen branches and a trained one equal the trained one on a weight that the two are merged into."""
     sequence = Sequence("o-lora", data)
     for task in TASKS:
         sequence.learn(task)
@@ -78,7 +76,7 @@ def test_the_branches_are_as_good_as_merged(data: Path) -> None:
 
 
 def test_a_resumed_run_evaluates_with_the_branches_learnt(data: Path) -> None:
-    """Between tasks the state alone says how many take part."""
+    """Between tasks the number of active branches comes from the state."""
     first = Sequence("o-lora", data)
     for task in TASKS[:2]:
         first.learn(task)
@@ -86,8 +84,3 @@ def test_a_resumed_run_evaluates_with_the_branches_learnt(data: Path) -> None:
     second.restore(first)
     second.method.load_state_dict(first.method.state_dict())
     assert active(second) == active(first) == {("task-1", "task-2")}
-
-
-def test_a_negative_penalty_is_refused() -> None:
-    with pytest.raises(UserError, match="penalty of at least 0"):
-        OLora(penalty=-1)

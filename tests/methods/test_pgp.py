@@ -1,4 +1,4 @@
-"""PGP: the basis against its definition, and that no step of A has a part inside it."""
+"""PGP: the basis against its definition, and that no step of A has a component in it."""
 
 from __future__ import annotations
 
@@ -10,8 +10,6 @@ from methods.sequence import RECIPE, STEPS, TASKS, Sequence
 
 from cnext import adapters
 from cnext.adapters.subspace import extended
-from cnext.errors import UserError
-from cnext.methods.pgp import Pgp
 
 
 def covariance(width: int, rank: int) -> torch.Tensor:
@@ -108,18 +106,3 @@ def test_nothing_watches_outside_training(data: Path) -> None:
     assert seen
     assert all(torch.equal(sequence.method.inputs.covariance[name], r) for name, r in seen.items())
     assert all(x.observer is None for x in adapters.layers(sequence.tiny.language_model).values())
-
-
-def test_the_first_task_is_learnt_as_by_lora(data: Path) -> None:
-    states = []
-    for name in ("pgp", "lora"):
-        sequence = Sequence(name, data)
-        sequence.learn(TASKS[0])
-        states.append(sequence.state())
-    assert all(torch.equal(states[0][key], states[1][key]) for key in states[1])
-
-
-@pytest.mark.parametrize("wrong", [{"epsilon": 1.5}, {"epsilon": -0.1}, {"batches": 0}], ids=str)
-def test_impossible_numbers_are_refused(wrong: dict[str, float]) -> None:
-    with pytest.raises(UserError, match="expected 0 <= epsilon <= 1 <= batches"):
-        Pgp(**wrong)

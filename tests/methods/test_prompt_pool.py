@@ -1,4 +1,4 @@
-"""Prompt pool: which prompts a question gets, what learns from what, and that generation keeps them."""
+"""Prompt pool: selection, gradients of prompts and keys, and generation with prompts."""
 
 from __future__ import annotations
 
@@ -6,19 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from methods.sequence import STEPS, Sequence
+from methods.sequence import STEPS, Sequence, questions
 from torch.nn import functional as F
 
 from cnext.backbones.tiny.model import TinyBackbone
 from cnext.errors import UserError
 from cnext.methods.prompt_pool import PromptPool
-from cnext.tasks import formats, suites
-from cnext.tasks.base import Sample
-from cnext.training.evaluation import question
-
-
-def questions(data: Path, task: str, count: int = 8) -> list[Sample]:
-    return [question(s) for s in formats.read(suites.load("next-tiny").task(task), data, "test")[:count]]
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +28,7 @@ def test_as_many_parameters_as_lora(tiny: TinyBackbone, length: int) -> None:
     """The largest pool that fits, within 1%."""
     method = PromptPool(length=length)
     method.setup(tiny, [], torch.Generator().manual_seed(0))
-    count = sum(parameter.numel() for parameter in method.held().values())
+    count = sum(parameter.numel() for parameter in method.adapter_parameters().values())
     assert 0.99 * 312_320 <= count <= 312_320
 
 
@@ -51,7 +44,7 @@ def test_choice_against_a_plain_loop(learnt: Sequence, data: Path) -> None:
 
 
 def test_questions_are_of_the_frozen_model(learnt: Sequence) -> None:
-    """To the bit, whatever the pool has learnt: in training as at test, no prompt is before them."""
+    """To the bit: no prompt precedes the question when its features are computed."""
     encoded = learnt.tiny.encode(learnt.samples("HQEdit")[:6])
     seen, nearest = [], learnt.method.pool.nearest
     learnt.method.pool.nearest = lambda features: seen.append(features) or nearest(features)
@@ -84,7 +77,7 @@ def test_prompts_learn_from_the_task_and_keys_from_the_questions(data: Path) -> 
 
 
 def test_training_puts_each_sample_behind_its_own_prompts(data: Path) -> None:
-    """A batch's loss is that of the samples one by one, each with the prompts that it chose."""
+    """A batch's outputs are those of its samples one by one, each with its own prompts."""
     sequence = Sequence("prompt-pool", data)
     sequence.learn("VQAv2")
     pool, batch = sequence.method.pool, sequence.tiny.encode(sequence.samples("VQAv2")[:6])
@@ -120,23 +113,6 @@ def test_answers_do_not_depend_on_the_company(learnt: Sequence, data: Path) -> N
     assert [answer.text for answer in together] == [answer.text for answer in alone]
     assert [answer.image is None for answer in together] == [answer.image is None for answer in alone]
     assert learnt.method.pool.chosen is None
-
-
-def test_before_the_first_task_the_pretrained_model_answers(data: Path) -> None:
-    method, shown = Sequence("prompt-pool", data).method, questions(data, "VQAv2")
-    expected = [answer.text for answer in TinyBackbone.load().generate(shown, 8)]
-    assert [answer.text for answer in method.answer(shown, 8, None)] == expected
-
-
-@pytest.mark.parametrize(
-    "values",
-    [{"length": 0}, {"top_k": 0}, {"scale": 0.0}, {"scale": float("inf")}, {"pull": -1.0}, {"pull": float("inf")}],
-    ids=str,
-)
-def test_bad_values_are_named(values: dict) -> None:
-    [(name, value)] = values.items()
-    with pytest.raises(UserError, match=f"expected length and top_k from 1.*{name}={value}"):
-        PromptPool(**values)
 
 
 def test_a_pool_too_small_for_top_k_is_refused(tiny: TinyBackbone) -> None:

@@ -1,4 +1,4 @@
-"""Experience replay: whose samples come back, how they are drawn, and their loss against a plain loop."""
+"""Experience replay: contents of the memory, its draws, and its loss against a plain loop."""
 
 from __future__ import annotations
 
@@ -11,8 +11,6 @@ from methods.sequence import STEPS, Sequence
 from torch.nn import functional as F
 
 from cnext.distributed import collectives
-from cnext.errors import UserError
-from cnext.methods.replay import Replay
 
 
 def test_the_first_task_has_nothing_to_replay(data: Path) -> None:
@@ -57,7 +55,7 @@ def test_the_loss_against_a_plain_loop(data: Path) -> None:
 def test_shares_of_two_processes_average_to_the_loss_of_one(
     samples: int, data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Captions have words in different numbers: it is no mean of means."""
+    """Captions differ in length, so the loss is not a mean of the processes' means."""
     sequence = Sequence("replay", data, samples=samples)
     sequence.learn("HQEdit")
     trainer = sequence.open("VQAv2")
@@ -130,18 +128,3 @@ def test_a_small_memory_is_replayed_whole(data: Path) -> None:
     trainer = sequence.open("Flickr30k")
     expected = sequence.tiny.loss(sequence.method.memory).total
     torch.testing.assert_close(sequence.method.extra_loss(trainer.batches.encoded[:4]), expected)
-
-
-@pytest.mark.parametrize(
-    ("values", "message"),
-    [
-        ({"samples": 0}, "samples must be at least 1, got 0"),
-        ({"weight": 0.0}, "weight must be above 0 and finite, got 0.0"),
-        ({"weight": float("nan")}, "weight must be above 0 and finite, got nan"),
-        ({"weight": float("inf")}, "weight must be above 0 and finite, got inf"),
-    ],
-    ids=["samples", "weight", "nan", "infinite"],
-)
-def test_bad_values_are_named(values: dict, message: str) -> None:
-    with pytest.raises(UserError, match=message):
-        Replay(**values)

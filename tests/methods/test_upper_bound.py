@@ -1,4 +1,4 @@
-"""Upper bound: every sample equally often, one stage and one row, resumed bit for bit, and a report that says so."""
+"""Upper bound: equal use of samples, one stage and one row, exact resumption, and the report."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from cnext.training.trainer import TaskTrainer
 
 
 def config(out: Path, data: Path, suite: Path) -> RunConfig:
-    values = {"suite": str(suite), "data": data, "order": ",".join(TASKS), "block_steps": 5, "device": "cpu"}
+    values = {"suite": str(suite), "data": data, "order": ",".join(TASKS), "checkpoint_interval": 5, "device": "cpu"}
     return RunConfig(method="upper-bound", out=out, **values)
 
 
@@ -85,7 +85,7 @@ def test_only_the_last_row_and_what_follows_from_it(finished: Path) -> None:
     assert results["cost"]["optimizer_steps"] == 12
 
 
-def test_killed_in_training_and_in_evaluation_it_ends_with_the_same_bits(
+def test_interrupted_twice_it_ends_with_the_same_bits(
     finished: Path, data: Path, toy_suite: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made, step, evaluate = config(tmp_path, data, toy_suite), TaskTrainer.train_step, runner.evaluate

@@ -1,4 +1,4 @@
-"""``cnext status`` from another terminal: what a run tells of itself, and what is found where it no longer does."""
+"""``cnext status``: running, stopped, failed and finished runs, damaged files, and the time left."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from cnext import RunConfig, run
 from cnext.cli import main
 from cnext.errors import UserError
 from cnext.monitoring import heartbeat, status
-from cnext.monitoring.eta import RunPace, StudyPace, study_left
+from cnext.monitoring.eta import RunEta, StudyEta, study_left
 from cnext.monitoring.progress import Progress
 from cnext.monitoring.signals import Stopped
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """A run that has not begun."""
+    """The folder of a run that has not started."""
     made = tmp_path / "runs" / "lora" / "a" / "seed-0"
     made.mkdir(parents=True)
     (made / "config.json").write_text("{}")
@@ -34,8 +34,9 @@ def folder(tmp_path: Path) -> Path:
 
 
 def beat(folder: Path, **values: object) -> None:
-    written = heartbeat.Heartbeat(folder).values | {"time": time.time()} | values
-    (folder / heartbeat.FILE).write_text(json.dumps(written))
+    heartbeat.Heartbeat(folder)
+    written = json.loads((folder / heartbeat.FILE).read_text())
+    (folder / heartbeat.FILE).write_text(json.dumps(written | values))
 
 
 def shown(folder: Path, capsys: pytest.CaptureFixture[str]) -> dict:
@@ -47,7 +48,7 @@ def shown(folder: Path, capsys: pytest.CaptureFixture[str]) -> dict:
 
 @pytest.fixture
 def ended() -> Iterator[int]:
-    """The number of a process that is gone."""
+    """The id of a process that has ended."""
     process = subprocess.Popen([sys.executable, "-c", ""])
     process.wait()
     return process.pid
@@ -57,7 +58,7 @@ PACE = {"doing": "stage 1 a: step 3 of 9, loss 0.5", "stage": 1, "task": "a", "s
 PACE |= {"seconds_per_step": 0.25, "whole": 90.0}
 
 
-def test_a_run_that_goes_on(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_running_run(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     beat(folder, **PACE)
     heartbeat.log(folder, "after 0 zero-shot: a 50.0")
     found = shown(folder, capsys)
@@ -71,7 +72,7 @@ def test_a_run_that_goes_on(folder: Path, capsys: pytest.CaptureFixture[str]) ->
     assert "1 runs: 1 running; all runs: 1 min 00 s left" in lines
 
 
-def test_a_librarys_warning_is_not_a_runs_last_word(folder: Path) -> None:
+def test_a_warning_is_not_the_last_line_of_a_log(folder: Path) -> None:
     code = "import warnings\nfor text in ('old', 'older'):\n    warnings.warn(text, FutureWarning)\n"
     (folder / "script.py").write_text(code)
     heartbeat.log(folder, "after 0 zero-shot: a 50.0")
@@ -89,16 +90,16 @@ def test_a_run_whose_process_is_gone_has_stopped(folder: Path, ended: int, capsy
     beat(folder, **PACE, pid=ended)
     found = shown(folder, capsys)
     assert found["state"] == "stopped"
-    assert "its process is gone; the same command goes on" in found["why"]
+    assert "its process is gone; run the same command again" in found["why"]
 
 
-def test_a_process_of_the_same_number_is_not_the_run(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    beat(folder, **PACE, born="1")
+def test_a_process_of_the_same_id_is_not_the_run(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    beat(folder, **PACE, start_time=1.0)
     assert shown(folder, capsys)["state"] == "stopped"
 
 
 @pytest.mark.parametrize(("silent", "state"), [(30, "running"), (500, "stopped")])
-def test_a_run_elsewhere_is_heard_of_or_gone(
+def test_a_run_on_another_machine_sends_heartbeats(
     silent: int, state: str, folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     beat(folder, **PACE, host=f"not-{socket.gethostname()}", pid=1, time=time.time() - silent)
@@ -107,7 +108,7 @@ def test_a_run_elsewhere_is_heard_of_or_gone(
     assert found["heard"] == pytest.approx(silent, abs=5)
 
 
-def test_every_end_is_told(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_every_end_is_shown(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert shown(folder, capsys)["state"] == "waiting"
     for error, state, why in (
         (Stopped(signal.SIGTERM, "saved after step 3"), "stopped", "stopped by SIGTERM: saved after step 3"),
@@ -129,7 +130,7 @@ def test_every_end_is_told(folder: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert found["doing"] == "Avg.ACC 50.00  New.ACC 50.00"
 
 
-def test_damaged_files_are_told_and_the_others_shown(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_damaged_files_do_not_hide_other_runs(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     other = folder.with_name("seed-1")
     other.mkdir()
     (other / "config.json").write_text("{}")
@@ -143,14 +144,14 @@ def test_damaged_files_are_told_and_the_others_shown(folder: Path, capsys: pytes
 
 
 def test_the_time_left_of_all_runs(folder: Path) -> None:
-    """Two run, two are to come, each of which takes the mean of the wholes: (60 + 20 + 2 * 70) / 2."""
+    """Two run, and two wait, which take the mean of the wholes: (60 + 20 + 2 * 70) / 2."""
     for seed, values in enumerate(({**PACE}, {**PACE, "left": 20.0, "whole": 50.0}, None, None)):
         made = folder.with_name(f"seed-{seed}")
         made.mkdir(exist_ok=True)
         (made / "config.json").write_text("{}")
         if values:
             beat(made, **values)
-    assert status.of_folders([folder.parents[1]])["left"] == pytest.approx(110, abs=5)
+    assert status.of_folders([folder.parents[1]]).left == pytest.approx(110, abs=5)
     assert study_left([None], [], 1) is None
     assert study_left([], [], 1) == 0.0
 
@@ -159,7 +160,9 @@ def test_a_heartbeat_that_cannot_be_written_stops_nothing(folder: Path) -> None:
     written = heartbeat.Heartbeat(folder)
     (folder / f"{heartbeat.FILE}.unfinished").mkdir()
     written.end("finished")
-    assert heartbeat.read(folder)["state"] == "running"
+    beat = heartbeat.read(folder)
+    assert beat is not None
+    assert beat.state == "running"
 
 
 def test_a_real_run_leaves_a_heartbeat_and_a_log(tmp_path: Path, toy_suite: Path, data: Path) -> None:
@@ -172,31 +175,33 @@ def test_a_real_run_leaves_a_heartbeat_and_a_log(tmp_path: Path, toy_suite: Path
 
     config = RunConfig(out=tmp_path, method="lora", suite=str(toy_suite), data=data, order="VQAv2", device="cpu")
     run(config, Watched())
-    assert all(found["state"] == "running" and found["pid"] == os.getpid() for found in seen)
-    found = status.of_run(config.folder, time.time())
-    assert found["state"] == "finished"
+    assert len(seen) == 4
+    assert all(found.state == "running" and found.pid == os.getpid() for found in seen)
+    assert status.of_run(config.folder, time.time()).state == "finished"
     text = (config.folder / "run.log").read_text()
     assert "after 1 VQAv2: VQAv2 " in text
     assert "Avg.ACC" in text
     assert "report: " in text
 
 
-def test_runs_one_after_another_know_the_time_left_of_all(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_time_left_of_runs_one_after_another(monkeypatch: pytest.MonkeyPatch) -> None:
     """Three runs of two tasks with three steps: a step of 1 s, an answer of 2 s; nothing else takes time."""
     clock = [0.0]
     monkeypatch.setattr(time, "perf_counter", lambda: clock[0])
-    study = StudyPace(3, 1)
+    study = StudyEta(3, 1)
     study.start("one")
-    pace = RunPace([3, 3], False, 0, 0)
+    eta = RunEta([3, 3], False, 0, 0)
     for _ in range(2):
-        with pace.evaluation():
+        with eta.evaluation():
             clock[0] += 2
     for _ in range(3):
         clock[0] += 1
-        pace.step()
+        eta.step()
     whole = 6 * 1 + 5 * 2
-    assert pace.reckoned() == {"share": pytest.approx(7 / 16), "left": 9.0, "whole": whole}
-    study.update("one", pace.reckoned())
+    estimate = eta.estimate()
+    assert (estimate.left, estimate.whole) == (9.0, whole)
+    assert estimate.share == pytest.approx(7 / 16)
+    study.update("one", estimate)
     assert study.left() == 9 + 2 * whole
     clock[0] += 9
     study.end("one", failed=False)

@@ -31,7 +31,7 @@ def averaging() -> Iterator[Spec]:
     """Every rule with every combination of types, and the sum over programs."""
     from cnext.kernels import averaging as kernels
 
-    from cnext.ops.rules import OPS
+    from cnext.ops.averaging_table import OPS
 
     seen = set()
     for op in OPS.values():
@@ -61,22 +61,22 @@ def branches(capability: int) -> Iterator[Spec]:
     import torch
     from cnext.kernels import branches as kernels
 
-    pointers = {"project": "x a out", "weigh": "dh x out", "spread": "dh a out bias", "gather": "dy bt h dh db"}
+    pointers = {"project": "x a out", "grad_a": "dh x out", "expand": "dh a out bias", "grad_b": "dy bt h dh db"}
     kinds = {"seed": "*i64", "scale": "fp32"}
     for name, operands in pointers.items():
         kernel = getattr(kernels, name)
         for kind, dtype in {"fp32": torch.float32, "bf16": torch.bfloat16}.items():
-            for rank in (32, 64) if name == "gather" else (32, 96, 128):
+            for rank in (32, 64) if name == "grad_b" else (32, 96, 128):
                 sizes = kernels.sizes(name, dtype, rank, SHARED_MEMORY[capability])
                 options = {n: v for n, v in sizes.items() if n not in kernel.arg_names}
                 steps = -(-rank // sizes["RANK"])
-                constants = sizes | {"rank": min(rank, sizes["RANK"]) if name == "gather" else rank, "STEPS": steps}
+                constants = sizes | {"rank": min(rank, sizes["RANK"]) if name == "grad_b" else rank, "STEPS": steps}
                 constants |= {"live": min(24, rank), "LIVE": sizes["RANK"], "dh_stride": rank, "h_stride": rank}
                 constants |= {"MASK": True, "FULL": True, "ADD": False, "BIAS": False, "bias": None}
                 variants = {"": {}}
-                if name != "gather":
+                if name != "grad_b":
                     variants[" no mask"] = {"MASK": False, "seed": None}
-                if name == "spread":
+                if name == "expand":
                     variants[" no mask"] |= {"BIAS": True}
                     variants[" add"] = {"ADD": True}
                 for variant, changes in variants.items():
@@ -87,7 +87,7 @@ def branches(capability: int) -> Iterator[Spec]:
                         bounded = kernels.sizes("add", dtype, rank, SHARED_MEMORY[capability])
                         options = {n: v for n, v in bounded.items() if n not in kernel.arg_names}
                     types = {n: f"*{kind}" if n in operands.split() else kinds.get(n, "i32") for n in kernel.arg_names}
-                    if name == "gather":
+                    if name == "grad_b":
                         types |= {"dh": "*fp32", "db": "*fp32"}
                     yield f"{name} {kind} {rank}{variant}", kernel, types, own, _divisible(types, own), options
     for name, constants in (("combine", {"ROWS": 32, "COLUMNS": 32}), ("mask", {"ROWS": 64})):

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from cnext import ops
-from cnext.ops import dispatch, reference
-from cnext.ops.rules import OPS
+from cnext.ops import dispatch
+from cnext.ops.averaging_table import OPS
 
 DEVICE = os.environ.get("CNEXT_TEST_DEVICE", "cpu")
 IMPLS = [i for i in ("cpp", "cuda", "triton") if not dispatch.missing(i, DEVICE)]
@@ -111,7 +111,7 @@ def oracle(case: Case, lists: list[list[Tensor]]) -> tuple[list[list[Tensor]], T
     arguments = [*copies]
     if OPS[case.op].rows[0]:
         arguments.append(LEVEL if OPS[case.op].rows[1] == 1 else rows())
-    return copies, getattr(reference, case.op)(*arguments, **case.numbers)
+    return copies, OPS[case.op].reference(*arguments, **case.numbers)
 
 
 def clone(lists: list[list[Tensor]]) -> list[list[Tensor]]:

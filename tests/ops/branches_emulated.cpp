@@ -122,8 +122,8 @@ void run(const Case& one) {
   untouched("project", s, h);
 
   const Values<T> da = made<T>(s.rank, s.columns, one.wide_gap, 0, false);
-  require("weigh", weigh(type, s, dh.narrow(), x.wide(), da.wide(), dropout, workspace("weigh"), device, nullptr));
-  compare("weigh", s, da, [&](int64_t r, int64_t k, double& magnitude) {
+  require("grad_a", grad_a(type, s, dh.narrow(), x.wide(), da.wide(), dropout, workspace("grad_a"), device, nullptr));
+  compare("grad_a", s, da, [&](int64_t r, int64_t k, double& magnitude) {
     double total = 0;
     for (int64_t m = 0; m < s.rows; ++m) {
       if (!kept(right, m, k)) continue;
@@ -133,16 +133,16 @@ void run(const Case& one) {
     }
     return total;
   });
-  untouched("weigh", s, da);
+  untouched("grad_a", s, da);
 
   const Values<T> out = made<T>(s.rows, s.columns, one.wide_gap, 0, one.add);
   const Values<T> bias = made<T>(1, s.columns, 0, 1, true);
   std::vector<double> had;
   for (int64_t m = 0; m < s.rows; ++m)
     for (int64_t k = 0; k < s.columns; ++k) had.push_back(one.add ? out.value(m, k) : 0);
-  require("spread", spread(type, s, dh.narrow(), a.wide(), one.bias ? bias.data : nullptr, out.wide(), one.add, scale,
+  require("expand", expand(type, s, dh.narrow(), a.wide(), one.bias ? bias.data : nullptr, out.wide(), one.add, scale,
                            dropout, device, nullptr));
-  compare("spread", s, out, [&](int64_t m, int64_t k, double& magnitude) {
+  compare("expand", s, out, [&](int64_t m, int64_t k, double& magnitude) {
     double total = had[size_t(m * s.columns + k)] + (one.bias ? bias.value(0, k) : 0);
     magnitude = std::fabs(total);
     for (int64_t r = 0; r < s.rank && kept(right, m, k); ++r) {
@@ -152,14 +152,14 @@ void run(const Case& one) {
     }
     return total;
   });
-  untouched("spread", s, out);
+  untouched("expand", s, out);
 
   const Values<T> hl = made<T>(s.rows, s.live, one.gap, one.before, true);
   const Values<T> sent = made<T>(s.rows, s.rank, one.gap, one.before, false);
   const Values<T> db = made<T>(s.columns, s.live, one.gap, one.before, false);
-  require("gather", gather(type, s, x.wide(), a.wide(), hl.narrow(), sent.narrow(), db.narrow(), scale,
-                           workspace("gather"), device, nullptr));
-  compare("gather, dh", s, sent, [&](int64_t m, int64_t r, double& magnitude) {
+  require("grad_b", grad_b(type, s, x.wide(), a.wide(), hl.narrow(), sent.narrow(), db.narrow(), scale,
+                           workspace("grad_b"), device, nullptr));
+  compare("grad_b, dh", s, sent, [&](int64_t m, int64_t r, double& magnitude) {
     double total = 0;
     for (int64_t n = 0; n < s.columns; ++n) {
       const double term = scale * x.value(m, n) * a.value(r, n);
@@ -168,7 +168,7 @@ void run(const Case& one) {
     }
     return total;
   });
-  compare("gather, db", s, db, [&](int64_t n, int64_t l, double& magnitude) {
+  compare("grad_b, db", s, db, [&](int64_t n, int64_t l, double& magnitude) {
     double total = 0;
     for (int64_t m = 0; m < s.rows; ++m) {
       const double term = scale * x.value(m, n) * hl.value(m, l);
@@ -177,8 +177,8 @@ void run(const Case& one) {
     }
     return total;
   });
-  untouched("gather, dh", s, sent);
-  untouched("gather, db", s, db);
+  untouched("grad_b, dh", s, sent);
+  untouched("grad_b, db", s, db);
   simt::release();
 }
 

@@ -100,10 +100,10 @@ def low_rank(module: ModuleType, generator: numpy.random.Generator) -> None:
         calls: list[tuple[str, list[tuple[int, int]], tuple[int, ...], tuple[float, ...]]] = []
         for mask in ((0, 0, 0), (seed.ctypes.data, 3277, 2)):
             calls.append(("project", [large, small, narrow], sizes, mask))
-            calls.append(("weigh", [narrow, large, small], sizes, mask))
-            calls += [("spread", [narrow, small, large], sizes, (0, add, 0.5, *mask)) for add in (False, True)]
+            calls.append(("grad_a", [narrow, large, small], sizes, mask))
+            calls += [("expand", [narrow, small, large], sizes, (0, add, 0.5, *mask)) for add in (False, True)]
         live = (rank + 1) // 2
-        calls.append(("gather", [large, small, (rows, live), narrow, (columns, live)], (*sizes, live), (0.5,)))
+        calls.append(("grad_b", [large, small, (rows, live), narrow, (columns, live)], (*sizes, live), (0.5,)))
         for what, shapes, numbers_of, options in calls:
             matrices = [generator.standard_normal(m * (n + gap) - gap, "f4") for m, n in shapes]
             strides = [n + gap for _, n in shapes]

@@ -1,18 +1,19 @@
-"""What the averaging ops promise besides their numbers: checks, choice of implementation, torch.library, compile."""
+"""Averaging ops besides their values: the table of ops, checks, choice of implementation, torch.library, compile."""
 
+import inspect
 import itertools
 
 import numpy
 import pytest
 import torch
 from cnext.kernels import averaging as triton_kernels
-from ops.averaging_cases import CASES, DEVICE, F32, LEVEL, clone, inputs
+from ops.averaging_cases import CASES, DEVICE, F32, IMPLS, LEVEL, clone, inputs
 from torch.library import opcheck
 
 from cnext import ops
 from cnext.errors import UserError
-from cnext.ops import dispatch
-from cnext.ops.rules import OPS
+from cnext.ops import averaging_reference, dispatch
+from cnext.ops.averaging_table import OPS
 
 SHAPES = [(4, 6), (5,)]
 
@@ -85,13 +86,11 @@ def spoil_count(lists, k):
     [spoil_dtype, spoil_shape, spoil_device, spoil_layout, spoil_strides, spoil_count],
     ids=lambda f: f.__name__,
 )
-def test_a_tensor_that_does_not_fit_is_named_and_nothing_is_written(op, spoil):
-    single = len(op.roles) == 1
-    for k, name in enumerate(op.roles):
+def test_a_tensor_that_does_not_fit_is_named_before_any_write(op, spoil):
+    compared = spoil in (spoil_shape, spoil_strides, spoil_count)  # with the first list
+    for k, name in list(enumerate(op.roles))[compared and len(op.roles) == 1 :]:
         lists, numbers = arguments(op)
         pattern = spoil(lists, k)
-        if single and spoil in (spoil_shape, spoil_strides, spoil_count):
-            continue
         before = [[tensor.clone() for tensor in tensors] for tensors in lists[: len(op.roles)]]
         with pytest.raises(UserError, match=pattern) as caught:
             call(op, lists, **numbers)
@@ -155,43 +154,94 @@ def test_rows_must_fit():
 
 
 def signatures(op):
-    """(rule, dtypes, columns, scalars, row width) of every call that an op makes."""
+    """(rule, dtypes, reductions, scalars, row width) of every call that an op makes."""
     pairs = {*itertools.product("fb", "fb"), *itertools.product("fh", "fh")}
     letters = [{"s": "f", "p": param, "e": ema} for param, ema in pairs]
     for rule in op.rules:
         first = rule == op.rules[0]
-        # An op's numbers go to each of its rules, and what its first rule counts is the rows of the next.
-        columns, row_width = (op.columns, op.rows[1]) if first else (0, op.columns)
+        # An op's scalars go to each of its rules, and the statistics of its first rule are the rows of the next.
+        reductions, row_width = (op.reductions, op.rows[1]) if first else ("", op.columns)
         for letter in letters:
-            yield rule, "".join(letter[op.roles[name]] for name in op.order), columns, len(op.scalars), row_width
+            yield rule, "".join(letter[op.roles[name]] for name in op.order), reductions, len(op.scalars), row_width
 
 
 BUILT = [impl for impl in ("cpp", "cuda") if dispatch.core(impl)]
 
 
 @pytest.mark.parametrize("impl", BUILT)
-def test_kernels_take_what_the_table_of_ops_gives(impl):
-    """What the sanitizer's driver relies on: it calls each kernel with what the compiled module declares."""
-    declared = [(rule, dtypes, len(kinds), *rest) for rule, dtypes, kinds, *rest in dispatch.core(impl).kernels()]
+def test_compiled_kernels_are_those_of_the_table(impl):
+    declared = dispatch.core(impl).kernels()
     assert len(declared) == len(set(declared))
     assert set(declared) == {signature for op in OPS.values() for signature in signatures(op)}
 
 
-@pytest.mark.parametrize("impl", BUILT)
-def test_triton_combines_columns_as_the_rules_declare(impl):
-    """Triton knows how many columns are sums; a minimum and a maximum follow them."""
-    for rule, _, kinds, *_ in dispatch.core(impl).kernels():
-        sums = triton_kernels.SUMS.get(rule, len(kinds))
-        assert kinds == "+" * sums + "<>"[: len(kinds) - sums], rule
-
-
 @every_op
-def test_triton_kernels_take_what_the_table_of_ops_gives(op):
-    for rule, dtypes, _, scalars, _ in signatures(op):
-        numbers, constants = triton_kernels.arguments(rule, dtypes, [0.5] * scalars)
+def test_triton_kernels_are_those_of_the_table(op):
+    """Every scalar goes to the argument of its name; those that are converted before, to their definition."""
+    scalars = {name: 0.1 + 0.2 * k for k, name in enumerate(op.scalars)}
+    for rule, dtypes, reductions, _, _ in signatures(op):
+        numbers, constants = triton_kernels.arguments(rule, dtypes, list(scalars.values()))
         names = triton_kernels.KERNELS[rule].arg_names
         taken = [name for name in names[names.index("rows") + 1 :] if name not in {*constants, "ALIGN", "BLOCK"}]
-        assert len(numbers) == len(taken), rule
+        given = dict(zip(taken, numbers, strict=True))
+        if "beta1" in scalars:
+            assert (given.pop("weight1"), given.pop("weight2")) == (1 - scalars["beta1"], 1 - scalars["beta2"])
+            given["beta1"] = scalars["beta1"]
+        if rule.startswith("dema"):
+            given = {"factor": given["factor"] + given["rest"], "fallback": 1 - given["fallback"]}
+        assert given == pytest.approx(scalars), rule
+        sums = triton_kernels.SUMS.get(rule, len(reductions))
+        assert reductions == "+" * sums + "<>"[: len(reductions) - sums], rule
+
+
+PUBLIC = {name: op for name, op in OPS.items() if hasattr(ops, name)}
+
+
+@pytest.mark.parametrize("op", PUBLIC.values(), ids=PUBLIC)
+def test_public_functions_have_the_arguments_of_the_table(op):
+    parameters = inspect.signature(getattr(ops, op.name)).parameters.values()
+    lists = [p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD]
+    defaults = {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY and p.name != "impl"}
+    if op.convert is None:
+        assert lists == [*op.roles, *([op.rows[0]] if op.rows[0] else [])]
+        assert defaults == {name: inspect.Parameter.empty if v is None else v for name, v in op.scalars.items()}
+    else:
+        assert lists[: len(op.roles)] == list(op.roles)
+        assert {n: defaults[n] for n in op.scalars if n in defaults} == {
+            n: op.scalars[n] for n in op.scalars if n in defaults
+        }
+    assert list(inspect.signature(getattr(averaging_reference, op.name)).parameters) == [
+        *op.roles,
+        *([op.rows[0]] if op.rows[0] else []),
+        *op.scalars,
+    ]
+
+
+SCALARS = {"decay": 0.85, "scale": 0.6, "damping": 0.3, "fallback": 0.45, "clamp": 0.0, "new_scale": 0.7, "c": 2.5}
+SCALARS |= {"beta": 0.35, "factor": 0.15, "beta1": 0.75, "beta2": 0.55, "eps": 0.2}
+
+
+@pytest.mark.parametrize("op", [op for op in OPS.values() if len(op.scalars) > 1 and op.rules], ids=lambda op: op.name)
+@pytest.mark.parametrize("impl", IMPLS)
+def test_no_two_scalars_can_be_swapped(op, impl):
+    """Each is another number, and the op of any two exchanged is another result."""
+    lists, _ = arguments(op)
+    lists[0][0][0, 0] += 3.0  # a beta outside (0, 1), where fallback counts
+    if "grad" in op.roles:
+        lists[1][0][1, 0] = -2.0
+    scalars = {name: SCALARS[name] for name in op.scalars}
+
+    def result(impl, **changed):
+        given = [*map(clone, [lists[: len(op.roles)]]), *lists[len(op.roles) :]]
+        out = call(op, [*given[0], *given[1:]], **scalars | changed, impl=impl)
+        return [*(tensor for tensors in given[0] for tensor in tensors), *([] if out is None else [out])]
+
+    right = result("reference")
+    for mine, theirs in zip(result(impl), right, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-6)
+    for one, other in itertools.combinations(scalars, 2):
+        swapped = result("reference", **{one: scalars[other], other: scalars[one]})
+        assert not all(torch.allclose(a, b, rtol=1e-3) for a, b in zip(swapped, right, strict=True)), (one, other)
 
 
 @pytest.mark.parametrize("impl", BUILT)
@@ -208,7 +258,7 @@ def test_triton_kernels_take_what_the_table_of_ops_gives(op):
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else None,
 )
-def test_a_call_that_gives_too_little_is_refused_before_anything_is_read(impl, change, expected):
+def test_compiled_calls_with_wrong_counts_are_refused(impl, change, expected):
     given = {"addresses": numpy.zeros((5, 1), numpy.int64), "sizes": numpy.ones(1, numpy.int64), "scalars": [0.5] * 3}
     given |= {"columns": 8, "column_width": 4, "rows": 8, "row_width": 4} | change  # no address that can be read
     with pytest.raises(ValueError, match=f"rule adamw_pema_step_shared: {expected};"):
@@ -232,7 +282,7 @@ def test_bad_names_list_the_valid_ones():
     one = [torch.ones(1, device=DEVICE)]
     with pytest.raises(UserError, match="unknown impl 'fast'; valid: cpp, cuda, triton, reference"):
         ops.sums(one, impl="fast")
-    with pytest.raises(UserError, match="guard is 'none'; expected one of fallback, clamp"):
+    with pytest.raises(UserError, match="unknown guard 'none'; valid: fallback, clamp"):
         ops.pema_literal_(one, one, one, one, guard="none")
     with pytest.raises(UserError, match="theta\\[0\\] has shape \\(1,\\); expected a matrix"):
         ops.pema_released_(one, one, one)
@@ -240,13 +290,13 @@ def test_bad_names_list_the_valid_ones():
 
 def test_an_explicit_implementation_that_is_missing_raises():
     one = [torch.ones(1, device=DEVICE)]
-    with pytest.raises(UserError, match=r"impl='(cuda|cpp)' is missing: (it runs on|cnext was built without it)"):
+    with pytest.raises(UserError, match=r"impl='(cuda|cpp)' is not available: (it runs on|cnext was built without it)"):
         ops.sums(one, impl="cuda" if DEVICE == "cpu" else "cpp")
     with pytest.raises(UserError, match="plain torch only"):
         ops.pema_released_([one[0][None]], [one[0][None]], [torch.zeros(1, 1, device=DEVICE)], impl="cpp")
 
 
-def test_without_a_compiled_core_there_is_one_warning_and_plain_torch(monkeypatch):
+def test_without_a_compiled_core_plain_torch_runs_and_warns_once(monkeypatch):
     monkeypatch.setattr(dispatch, "core", lambda name: None)
     dispatch.best.cache_clear()
     with pytest.warns(RuntimeWarning, match="no compiled kernels for cpu"):

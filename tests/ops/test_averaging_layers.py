@@ -14,8 +14,8 @@ from torch import Tensor
 
 from cnext import ops
 from cnext.ops import dispatch
+from cnext.ops.averaging_table import OPS
 from cnext.ops.foreach import Prepared
-from cnext.ops.rules import OPS
 
 INTERPRETED = "triton" in LAYERS and DEVICE == "cpu"
 # Triton's interpreter cuts float32 to bfloat16 instead of rounding.
@@ -139,7 +139,7 @@ if DEVICE == "cuda":
         return lists, torch.full((40,), 0.1, dtype=torch.float64, device=DEVICE)
 
     @pytest.mark.parametrize("impl", LAYERS)
-    def test_a_prepared_call_is_captured_and_replayed_while_others_come_and_go(impl):
+    def test_a_prepared_call_in_a_graph_among_other_calls(impl):
         lists, level = state(0)
         plain = [[tensor.clone() for tensor in tensors] for tensors in lists]
         step = ops.prepare("pema_step_", *lists, impl=impl)

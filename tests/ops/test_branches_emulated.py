@@ -32,4 +32,4 @@ if sys.platform == "linux" and shutil.which(shlex.split(CXX)[0]):
     def test_another_branch_s_mask_is_noticed(program):
         run = subprocess.run([program, "wrong"], capture_output=True, text=True)
         assert run.returncode == 0, run.stdout[-4000:]
-        assert [line.split()[0] for line in run.stdout.splitlines()] == ["project", "weigh", "spread"]
+        assert [line.split()[0] for line in run.stdout.splitlines()] == ["project", "grad_a", "expand"]

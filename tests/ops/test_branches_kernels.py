@@ -40,7 +40,7 @@ def test_triton_compiles_ahead_of_time_without_spills(capability, tmp_path):
     assert len(report) == 48
     for kernel, built in report.items():
         if TUNED:
-            bounded = capability == 90 and re.match(r"(project|weigh|gather) bf16|spread bf16 (32|96)$", kernel)
+            bounded = capability == 90 and re.match(r"(project|grad_a|grad_b) bf16|expand bf16 (32|96)$", kernel)
             assert_fits(kernel, built, capability, registers=128 if bounded else 255)
         assert built["tensor_cores"] == ("bf16" in kernel), kernel
         assert built["loads_16"] or kernel == "mask", kernel
@@ -51,9 +51,9 @@ EXPECTED = {
     "dropout_vectors": 6,  # three types, added to what is there or not
     "dropout_elements": 6,
     "project_kernel": 10,  # two types, five ranks
-    "weigh_kernel": 10,
-    "spread_kernel": 20,  # with a bias or a sum, and without
-    "gather_kernel": 8,  # of which a rank above 96 takes two
+    "grad_a_kernel": 10,
+    "expand_kernel": 20,  # with a bias or a sum, and without
+    "grad_b_kernel": 8,  # of which a rank above 96 takes two
     "combine_kernel": 2,
 }
 """How many of each CUDA kernel there are."""
@@ -63,9 +63,9 @@ WIDE = {
     "dropout_vectors": ("ld.global.nc.v4", "st.global.v4", "vote.sync.ballot"),
     "dropout_elements": (),
     "project_kernel": _PRODUCT,
-    "weigh_kernel": _PRODUCT,
-    "spread_kernel": (*_PRODUCT, "st.global.v4"),
-    "gather_kernel": (*_PRODUCT, "st.global.v4"),
+    "grad_a_kernel": _PRODUCT,
+    "expand_kernel": (*_PRODUCT, "st.global.v4"),
+    "grad_b_kernel": (*_PRODUCT, "st.global.v4"),
     "combine_kernel": ("ld.global.v4",),
 }
 """Instructions that each must have: 16 bytes at a time, and the tensor cores."""
@@ -73,7 +73,7 @@ WIDE = {
 if shutil.which("nvcc"):
 
     @pytest.mark.parametrize("capability", ["80", "90a"], ids=lambda c: f"sm_{c}")
-    def test_cuda_compiles_with_warnings_as_errors_and_without_spills(capability, tmp_path):
+    def test_cuda_compiles_without_warnings_or_spills(capability, tmp_path):
         command = f"nvcc -std=c++17 -O3 -fmad=false -arch=sm_{capability} -Werror all-warnings -Xcompiler -Wall,-Wextra"
         output = ["-Xptxas", "-v", "-c", "csrc/cuda/branches.cu", "-o", str(tmp_path / "branches.o")]
         kept = ["-keep", "--keep-dir", str(tmp_path)]  # the PTX
@@ -97,17 +97,17 @@ if shutil.which("nvcc"):
 
 if dispatch.core("cuda") is not None:
 
-    def test_the_products_ask_for_their_workspace_and_refuse_what_they_cannot_do():
+    def test_cuda_products_workspace_and_refusals():
         """Of the CUDA part where it was built; no device is needed."""
         cuda = dispatch.core("cuda")
-        sizes = {what: cuda.workspace(what, 14080, 5120, 32, 32) for what in ("project", "weigh", "spread", "gather")}
-        assert sizes["spread"] == 0
+        sizes = {what: cuda.workspace(what, 14080, 5120, 32, 32) for what in ("project", "grad_a", "expand", "grad_b")}
+        assert sizes["expand"] == 0
         assert all(size % 4 == 0 for size in sizes.values())
-        assert sizes["gather"] >= 4 * 32 * (14080 + 5120)
-        with pytest.raises(ValueError, match="expected project, weigh, spread or gather, not mix"):
+        assert sizes["grad_b"] >= 4 * 32 * (14080 + 5120)
+        with pytest.raises(ValueError, match="expected project, grad_a, expand or grad_b, not mix"):
             cuda.workspace("mix", 1, 8, 1, 1)
         with pytest.raises(ValueError, match="rank must be 1 to 128"):
-            cuda.workspace("weigh", 64, 128, 129, 0)
+            cuda.workspace("grad_a", 64, 128, 129, 0)
         layouts = {
             "columns must be a multiple of 8": ("b", 12, 16, 0, 0),
             "a stride that is a multiple of 8": ("b", 16, 17, 0, 0),

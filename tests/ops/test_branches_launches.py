@@ -55,7 +55,7 @@ class Core:
 
     def workspace(self, what, rows, columns, rank, live):
         self.called.append(what)
-        return 4 * rank if what != "spread" else 0
+        return 4 * rank if what != "expand" else 0
 
     def project(self, type, x, a, h, rows, columns, rank, x_stride, a_stride, h_stride, seed, threshold, branch,
                 workspace, stream):  # fmt: skip
@@ -63,13 +63,13 @@ class Core:
         product = kept @ self.wide(type, a, rank, columns, a_stride).float().T
         self.narrow(type, h, rows, rank, h_stride).copy_(product)
 
-    def weigh(self, type, dh, x, da, rows, columns, rank, dh_stride, x_stride, da_stride, seed, threshold, branch,
+    def grad_a(self, type, dh, x, da, rows, columns, rank, dh_stride, x_stride, da_stride, seed, threshold, branch,
               workspace, stream):  # fmt: skip
         kept = self.wide(type, x, rows, columns, x_stride).float() * mask(seed, threshold, branch, rows, columns)
         product = self.narrow(type, dh, rows, rank, dh_stride).float().T @ kept
         self.wide(type, da, rank, columns, da_stride).copy_(product)
 
-    def spread(self, type, dh, a, out, rows, columns, rank, dh_stride, a_stride, out_stride, bias, add, scale, seed,
+    def expand(self, type, dh, a, out, rows, columns, rank, dh_stride, a_stride, out_stride, bias, add, scale, seed,
                threshold, branch, workspace, stream):  # fmt: skip
         product = self.narrow(type, dh, rows, rank, dh_stride).float()
         product = scale * product @ self.wide(type, a, rank, columns, a_stride).float()
@@ -78,7 +78,7 @@ class Core:
         product += matrix(type, bias, 1, columns, columns).float() if bias else 0.0
         result.copy_(product + result.float() if add else product)
 
-    def gather(self, type, dy, bt, h, dh, db, rows, columns, rank, live, dy_stride, bt_stride, h_stride, dh_stride,
+    def grad_b(self, type, dy, bt, h, dh, db, rows, columns, rank, live, dy_stride, bt_stride, h_stride, dh_stride,
                db_stride, scale, workspace, stream):  # fmt: skip
         wide = self.wide(type, dy, rows, columns, dy_stride).float()
         product = scale * wide @ self.wide(type, bt, rank, columns, bt_stride).float().T
@@ -107,15 +107,15 @@ def core(monkeypatch):
 
 
 DROPOUT = {"dropout": 0.25}
-FUSED = ["spread", "gather", "project", "weigh"]
+FUSED = ["expand", "grad_b", "project", "grad_a"]
 CASES = {
-    "plain": ({}, ["spread", "gather"]),
+    "plain": ({}, ["expand", "grad_b"]),
     "dropout": ({"options": {**DROPOUT, "scale": 2.0}}, FUSED),
     "a mask for each": ({"options": {**DROPOUT, "independent": True}, "live": (True, False, True, True)}, FUSED),
     "together": ({"outer": (24, 16, 8), "options": DROPOUT, "live": (False, True, True, False)}, FUSED),
     "routed": ({"routed": True, "outer": (24, 16), "options": DROPOUT}, FUSED),
-    "beyond one launch": ({"ranks": (90, 90), "options": DROPOUT, "lead": (9,)}, ["project", "spread", "weigh"]),
-    "odd width": ({"inner": 300 - 7, "lead": (70,), "options": DROPOUT}, ["spread", "gather", "dropout"]),
+    "beyond one launch": ({"ranks": (90, 90), "options": DROPOUT, "lead": (9,)}, ["project", "expand", "grad_a"]),
+    "odd width": ({"inner": 300 - 7, "lead": (70,), "options": DROPOUT}, ["expand", "grad_b", "dropout"]),
     "float32": ({"dtype": torch.float32, "lead": (70,), "inner": 264, "options": DROPOUT}, ["dropout"]),
 }
 
@@ -144,7 +144,7 @@ def test_a_mask_by_cuda(core):
     assert core.called == ["dropout"]
 
 
-@pytest.mark.parametrize("name", ["project", "weigh", "spread", "gather", "workspace", "dropout"])
+@pytest.mark.parametrize("name", ["project", "grad_a", "expand", "grad_b", "workspace", "dropout"])
 def test_the_stand_in_takes_what_the_binding_takes(name):
     binding = re.search(rf'm\.def\("{name}", (.*?)\);\n', BINDINGS.read_text(), re.DOTALL)[1]
     taken = re.findall(r'py::arg\("(\w+)"\)', binding)

@@ -150,7 +150,7 @@ def ran(monkeypatch):
         counted.setdefault(path, []).append(launches)
 
     count("reference", branches_reference, "lora_branches")
-    passes = ("project", "weigh", "spread", "gather")
+    passes = ("project", "grad_a", "expand", "grad_b")
     for impl in IMPLS:
         owner = importlib.import_module("cnext.kernels.branches") if impl == "triton" else dispatch.core(impl)
         for name in (*passes, "mask" if impl == "triton" else "dropout"):
@@ -284,7 +284,7 @@ def test_bitwise_repeatable(impl, dtype):
 if "cpp" in IMPLS:
 
     @pytest.mark.parametrize("dtype", [F32, BF16, F16, torch.float64], ids=str)
-    def test_dropout_is_the_same_on_any_threads_and_instruction_sets_and_handles_what_is_not_finite(dtype):
+    def test_dropout_same_bits_on_any_threads_and_instruction_sets(dtype):
         specials = [0.0, -0.0, 1e-40, 6e-8, 65504.0, 7e4, torch.inf, -torch.inf, torch.nan, 1 / 3]
         x = torch.tensor(specials * 60).to(dtype).view(2, 300).repeat(90, 1)
         keep = branches_reference.dropout_mask(SEED, *x.shape, 0.5)
@@ -318,5 +318,5 @@ def test_seeds_come_from_torchs_generator(impl):
 if "triton" in IMPLS:
 
     def test_float64_is_refused_where_it_would_be_narrowed():
-        with pytest.raises(UserError, match="impl='triton' has no float64 with dropout; take impl='torch'"):
+        with pytest.raises(UserError, match="impl='triton' does not support float64 with dropout; take impl='torch'"):
             Case(dtype=torch.float64, options=SHARED).run("triton")

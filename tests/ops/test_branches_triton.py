@@ -79,33 +79,33 @@ if INTERPRETED or DEVICE == "cuda":
     @SHAPES
     @DROPOUT
     @DTYPES
-    def test_weigh(rows, columns, rank, dtype, dropout):
+    def test_grad_a(rows, columns, rank, dtype, dropout):
         this = Pass(rows, columns, rank, dtype, dropout)
         da, whole = this.outputs(rank, columns)
-        kernels.run_weigh(this.dh, this.x, da, *this.random())
+        kernels.run_grad_a(this.dh, this.x, da, *this.random())
         check(da, whole, lambda dh, x: dh.T @ this.dropout(x), this.dh, this.x)
 
     @SHAPES
     @DROPOUT
     @DTYPES
     @pytest.mark.parametrize(("add", "with_bias"), [(False, True), (True, False)], ids=["bias", "add"])
-    def test_spread(rows, columns, rank, dtype, dropout, add, with_bias):
+    def test_expand(rows, columns, rank, dtype, dropout, add, with_bias):
         this = Pass(rows, columns, rank, dtype, dropout)
         out, whole = this.outputs(rows, columns)
         bias = this.draw(columns) if with_bias else torch.zeros(columns, dtype=dtype, device=DEVICE)
         before = this.draw(rows, columns) if add else torch.zeros_like(this.x)
         if add:
             out.copy_(before)
-        kernels.run_spread(this.dh, this.a, out, *this.random(), scale=0.5, bias=bias if with_bias else None, add=add)
+        kernels.run_expand(this.dh, this.a, out, *this.random(), scale=0.5, bias=bias if with_bias else None, add=add)
         operands = this.dh, this.a, bias, before
         check(out, whole, lambda dh, a, bias, before: this.dropout(dh @ a) * 0.5 + bias + before, *operands)
 
     @SHAPES
     @DTYPES
-    def test_gather(rows, columns, rank, dtype):
+    def test_grad_b(rows, columns, rank, dtype):
         this = Pass(rows, columns, rank, dtype)
         (dh, dh_whole), (db, db_whole) = this.outputs(rows, rank), this.outputs(columns, this.live)
-        kernels.run_gather(this.dy, this.a, this.h, dh, db, 0.5)
+        kernels.run_grad_b(this.dy, this.a, this.h, dh, db, 0.5)
         check(dh, dh_whole, lambda dy, bt: dy @ bt.T * 0.5, this.dy, this.a)
         check(db, db_whole, lambda dy, h: dy.T @ h * 0.5, this.dy, this.h)
 

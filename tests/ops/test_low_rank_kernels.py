@@ -83,9 +83,9 @@ def test_every_pass_is_exact_and_the_same_on_any_threads(fused, rows, columns, r
         for threads in (1, 3):
             results = [
                 *run(fused, "project", [x, a], [h], sizes, *numbers, threads=threads),
-                *run(fused, "weigh", [h, x], [a], sizes, *numbers, threads=threads),
-                *run(fused, "spread", [h, a], [out], sizes, 0, False, 0.5, *numbers, threads=threads),
-                *run(fused, "spread", [h, a], [out], sizes, 0, True, 0.5, *numbers, threads=threads),
+                *run(fused, "grad_a", [h, x], [a], sizes, *numbers, threads=threads),
+                *run(fused, "expand", [h, a], [out], sizes, 0, False, 0.5, *numbers, threads=threads),
+                *run(fused, "expand", [h, a], [out], sizes, 0, True, 0.5, *numbers, threads=threads),
             ]
             if threads == 1:
                 expected = results
@@ -103,13 +103,13 @@ def test_every_pass_is_exact_and_the_same_on_any_threads(fused, rows, columns, r
 @pytest.mark.parametrize("rank", [1, 5, 32, 96, 128])
 @pytest.mark.parametrize("columns", [1, 33, 130, 1024, 1300])
 @pytest.mark.parametrize("rows", [1, 7, 70, 203])
-def test_gather_is_exact_and_the_same_on_any_threads(fused, rows, columns, rank):
+def test_grad_b_is_exact_and_the_same_on_any_threads(fused, rows, columns, rank):
     torch.manual_seed(rows + columns + rank)
     gap, live = rank % 3 if columns % 1024 else 0, (rank + 1) * 3 // 4
     dy, b, h = drawn(rows, columns, gap), drawn(rank, columns, gap), drawn(rows, rank, gap)[:, rank - live :]
     dh, db = torch.empty(rows, rank), torch.empty(columns, live)
     results = [
-        run(fused, "gather", [dy, b, h], [dh, db], (rows, columns, rank, live), 0.5, threads=threads)
+        run(fused, "grad_b", [dy, b, h], [dh, db], (rows, columns, rank, live), 0.5, threads=threads)
         for threads in (1, 3)
     ]
     assert all(torch.equal(one, other) for one, other in zip(*results, strict=True))
@@ -119,10 +119,10 @@ def test_gather_is_exact_and_the_same_on_any_threads(fused, rows, columns, rank)
 
 def test_a_bias_is_written_below_the_product(fused):
     h, b, bias = torch.randn(70, 5), torch.randn(5, 130), torch.randn(130)
-    (y,) = run(fused, "spread", [h, b], [torch.empty(70, 130)], (70, 130, 5), bias.data_ptr(), False, 0.5, 0, 0, 0)
+    (y,) = run(fused, "expand", [h, b], [torch.empty(70, 130)], (70, 130, 5), bias.data_ptr(), False, 0.5, 0, 0, 0)
     assert_sums(y, h, b, 0.5, bias)
-    with pytest.raises(ValueError, match="a bias is written"):
-        run(fused, "spread", [h, b], [y], (70, 130, 5), bias.data_ptr(), True, 0.5, 0, 0, 0)
+    with pytest.raises(ValueError, match="a bias needs add = false"):
+        run(fused, "expand", [h, b], [y], (70, 130, 5), bias.data_ptr(), True, 0.5, 0, 0, 0)
 
 
 def test_what_is_not_finite_stays_in_its_row_and_column(fused):
@@ -134,7 +134,7 @@ def test_what_is_not_finite_stays_in_its_row_and_column(fused):
     assert h[:69, :4].isfinite().all()
     assert h[:, 4].isnan().all()
     assert h[69, :4].isinf().all()
-    (da,) = run(fused, "weigh", [torch.randn(70, 5), x], [a], (70, 130, 5), 0, 0, 0)
+    (da,) = run(fused, "grad_a", [torch.randn(70, 5), x], [a], (70, 130, 5), 0, 0, 0)
     assert da[:, :129].isfinite().all()
     assert da[:, 129].isinf().all()
 

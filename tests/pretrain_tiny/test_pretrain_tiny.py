@@ -1,4 +1,4 @@
-"""The pretraining command in small: seeded, on its own split alone, and what it writes is what the package loads."""
+"""Pretraining of the tiny backbone, with few steps: seeded, on its own split, and its files are loaded again."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ import torch
 from safetensors.torch import load_file
 
 from cnext import pretrain_tiny
-from cnext.backbones.tiny.model import TinyBackbone
+from cnext.backbones.tiny.model import WEIGHTS, TinyBackbone
 from cnext.backbones.tiny.tokenizer import TinyTokenizer
-from cnext.cli import main
 from cnext.pretrain_tiny import corpus, stages
+from cnext.pretrain_tiny.__main__ import main
 from cnext.scoring.clip import TINY_CLIP, load_clip
 from cnext.tasks import scenes, synthetic
 
@@ -22,11 +22,11 @@ from cnext.tasks import scenes, synthetic
 @pytest.fixture(scope="module")
 def pretrained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("pretrained")
-    assert main(["pretrain-tiny", "--out", str(out), "--scale", "0.001"]) == 0
+    main(["--out", str(out), "--scale", "0.001"])
     return out
 
 
-def test_what_it_writes_loads(pretrained: Path) -> None:
+def test_written_files_are_loaded_again(pretrained: Path) -> None:
     tiny = TinyBackbone.load(weights=pretrained / "backbones/tiny/weights.safetensors")
     assert sum(parameter.numel() for parameter in tiny.parameters()) > 1e6
     clip = pretrained / "scoring/tiny_clip"
@@ -34,22 +34,16 @@ def test_what_it_writes_loads(pretrained: Path) -> None:
     assert load_clip(str(clip), "cpu").encode_texts(["a red circle"]).shape == (1, 64)
 
 
-def test_the_card_states_data_steps_time_and_losses(pretrained: Path) -> None:
+def test_the_card_states_steps_time_and_losses(pretrained: Path) -> None:
     card = (pretrained / "backbones/tiny/MODEL_CARD.md").read_text()
-    for part in (
-        "`cnext pretrain-tiny --seed 0 --threads 1`",
-        "vision 2,",
-        "seconds",
-        "pixel_mse",
-        "phase_2_text_loss",
-        "matched_cosine",
-    ):
+    command = "`python -m cnext.pretrain_tiny --seed 0 --threads 1`"
+    for part in (command, "vision 2,", "seconds", "pixel_mse", "phase_2_text_loss", "matched_cosine"):
         assert part in card
 
 
-def test_the_shipped_card_and_weights_belong_together() -> None:
-    """The card's parameter counts are those of the weights that ship, and it says how they were made."""
-    card = (Path(pretrain_tiny.__file__).parents[2] / "backbones/tiny/MODEL_CARD.md").read_text()
+def test_the_shipped_card_matches_the_shipped_weights() -> None:
+    """In parameter counts and steps."""
+    card = WEIGHTS.with_name("MODEL_CARD.md").read_text()
     tiny = TinyBackbone.load()
     for module in (tiny.encoder, tiny.detokenizer, tiny.decoder):
         assert f"{sum(p.numel() for p in module.parameters()):,}" in card
@@ -66,8 +60,8 @@ def test_the_same_seed_gives_the_same_weights(pretrained: Path, tmp_path: Path) 
         assert all(torch.equal(one[key], other[key]) for key in one)
 
 
-@pytest.mark.parametrize("share", [0.0, 1.0], ids=["own templates", "official templates"])
-def test_every_picture_read_is_of_the_pretrain_split(share: float) -> None:
+@pytest.mark.parametrize("share", [0.0, 1.0], ids=["own templates", "benchmark templates"])
+def test_every_input_image_is_of_the_pretrain_split(share: float) -> None:
     for instruction, _, read, written in itertools.islice(corpus.corpus(0, share), 300):
         if read is not None:
             assert scenes.split_of(scenes.key(read)) == "pretrain"
@@ -75,7 +69,7 @@ def test_every_picture_read_is_of_the_pretrain_split(share: float) -> None:
             assert scenes.split_of(written.caption) == "pretrain"
 
 
-def test_every_word_of_the_corpus_is_in_the_vocabulary() -> None:
+def test_all_words_of_the_corpus_are_in_the_vocabulary() -> None:
     tokenizer = TinyTokenizer()
     for instruction, _, _, _ in itertools.islice(corpus.corpus(0, 0.5), 500):
         assert not [piece for piece in tokenizer.encode(instruction) if tokenizer.tokens[piece].startswith("#")], (
@@ -83,7 +77,7 @@ def test_every_word_of_the_corpus_is_in_the_vocabulary() -> None:
         )
 
 
-def test_the_official_templates_are_narrower_than_the_benchmark() -> None:
+def test_icons_in_benchmark_templates_are_restricted() -> None:
     answers = {
         answer
         for question, answer, _, _ in itertools.islice(corpus.corpus(0, 1.0), 600)
@@ -92,9 +86,11 @@ def test_the_official_templates_are_narrower_than_the_benchmark() -> None:
     assert answers <= set(corpus.SEEN_ICONS)
 
 
-def test_a_folder_that_cannot_be_made_is_said_first(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_bad_output_folder_is_an_error_before_training(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "file").touch()
-    assert main(["pretrain-tiny", "--out", str(tmp_path / "file"), "--scale", "0.001"]) == 2
+    with pytest.raises(SystemExit) as stop:
+        main(["--out", str(tmp_path / "file"), "--scale", "0.001"])
+    assert stop.value.code == 2
     shown = capsys.readouterr()
     assert shown.err == f"error: File exists: {tmp_path / 'file'}\n"
     assert "step" not in shown.out

@@ -13,8 +13,8 @@ import pytest
 from cnext import methods
 from cnext.backbones.tiny.model import TinyBackbone
 from cnext.cli import run_main
-from cnext.runs.command_line import FILE, command, read, write
 from cnext.config.run_config import Options, Plan, RunConfig, plan
+from cnext.runs.command_line import FILE, command, read, write
 from cnext.studies.flags import configs, parse
 
 
@@ -40,20 +40,20 @@ def staged(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(TinyBackbone, "load", load)
 
 
-RELEASED = ["--suite", "continual-next", "--data", "some/folder", "--budget"]
+RELEASED = ["--suite", "continual-next", "--data", "some/folder", "--preset"]
 GIVEN: dict[str, list[str]] = {
     "nothing": [],
     "backbone": ["--backbone", "janus", "--weights", "some/folder"],
     "suite": ["--suite", "coin", "--data", "some/folder of data"],
     "suite as a folder": ["--suite", "{toy}", "--data", "{toy}"],
-    "budget": [*RELEASED, "released"],
+    "released": [*RELEASED, "released"],
     "by task": [*RELEASED, "paper"],
     "by task, changed": [
         "--suite",
         "continual-next",
         "--data",
         "some/folder",
-        "--budget",
+        "--preset",
         "paper",
         "--batch-size",
         "8",
@@ -64,7 +64,7 @@ GIVEN: dict[str, list[str]] = {
     "data": ["--data", "it's/here"],
     "device": ["--device", "cpu"],
     "threads": ["--threads", "2"],
-    "block_steps": ["--block-steps", "7"],
+    "checkpoint_interval": ["--checkpoint-interval", "7"],
     "clip": ["--clip", "openai/ViT-B-16"],
     "prompts": ["--suite", "continual-next", "--data", "some/folder", "--prompts", "consistent"],
     "prompts as they are": ["--prompts", "released"],
@@ -134,7 +134,7 @@ def test_what_is_as_always_and_decides_no_numbers_goes_without_saying() -> None:
     for part in (
         "--backbone tiny",
         "--suite next-tiny",
-        "--budget default",
+        "--preset default",
         "--order paper",
         "--seeds 0",
         "--mage.c 5.0",

@@ -8,24 +8,23 @@ from pathlib import Path
 
 import pytest
 
-from cnext.errors import UserError
-from cnext.runs import tensorboard
 from cnext.config.run_config import RunConfig, plan
-from cnext.runs.tensorboard import TRAINING, EventLog
+from cnext.errors import UserError
 from cnext.runs.run_folder import RunFolder
-from cnext.scoring.base import ERROR_TYPES
+from cnext.runs.schemas import StageScore, TrainStep
+from cnext.runs.tensorboard import TRAINING, EventLog
+from cnext.scoring.base import ERROR_TYPES, PROFILES
 
 ENDS = {0: 0, 1: 4, 2: 7}
 
 
-def step(stage: int, number: int) -> dict:
-    return {"stage": stage, "task": "t", "step": number, **dict.fromkeys(TRAINING, 10.0 * stage + number)}
+def step(stage: int, number: int) -> TrainStep:
+    return TrainStep(stage=stage, task="t", step=number, **dict.fromkeys(TRAINING, 10.0 * stage + number))
 
 
-def score(stage: int, strict: float) -> dict:
-    shares = dict.fromkeys(ERROR_TYPES, 0.0)
-    row = {"stage": stage, "trained": "t", "task": "VQAv2", "scorer": "text", "samples": 2}
-    return {**row, "strict": strict, "paper": 1.0, "errors": {"strict": shares, "paper": shares}}
+def score(stage: int, strict: float) -> StageScore:
+    errors = dict.fromkeys(PROFILES, dict.fromkeys(ERROR_TYPES, 0.0))
+    return StageScore(stage, "t", "VQAv2", "text", 2, strict, paper=1.0, errors=errors)
 
 
 def scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:

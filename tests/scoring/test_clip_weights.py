@@ -246,7 +246,7 @@ BAD = {
     "norm.safetensors": (_no_norm, "ln_final.weight"),
     "shape.safetensors": (_wrong_shape, "visual.proj"),
     "packed.pt": (_packed_numbers, "data/0 is compressed"),
-    "short.pt": (_short_storage, "data/0 should hold"),
+    "short.pt": (_short_storage, "record size"),
     "tree.pt": (_cut_tree, "archive of modules and tensors"),
 }
 

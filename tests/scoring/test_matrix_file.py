@@ -102,17 +102,28 @@ def test_the_flag_joint_of_a_run_is_no_list_of_scores(joint: bool) -> None:
     assert record.references == {}
 
 
-def test_what_is_left_out_says_what_it_takes() -> None:
+def test_missing_metrics_are_named_with_their_input() -> None:
     record = from_json([[60.0, None], [50.0, 70.0]], "file")
-    shown, _, left_out = metrics_text(record).partition("not computed, and what it takes:")
+    shown, _, left_out = metrics_text(record).partition("not computed, and the input that is missing:")
+    assert "= -bwt" in shown
     for name, value in record.metrics().items():
+        if name in ("bwt", "forgetting_peak"):
+            assert f"\n{name} " not in shown
+            continue
         assert (f"\n{name} " in shown) == (value is not None), name
         assert (f" {name}:" in left_out or f" {name}," in left_out) == (value is None), name
 
 
-def test_every_metric_that_can_be_missing_has_a_need() -> None:
+def test_the_peak_is_shown_where_a_last_score_is_the_best() -> None:
+    record = from_json([[60.0, None], [65.0, 70.0]], "file")
+    values = {line.split()[0]: line.split()[1] for line in metrics_text(record).splitlines() if line}
+    assert (values["forgetting_max"], values["forgetting_peak"]) == ("-5.00", "0.00")
+
+
+def test_every_metric_that_can_be_missing_names_its_input() -> None:
     named = [name for names in NEEDS.values() for name in names]
-    assert sorted([*named, "avg_acc", "worst_acc"]) == sorted(FORMULAS | REFERENCE_FORMULAS)
+    shown = [name for name in FORMULAS | REFERENCE_FORMULAS if name not in ("bwt", "forgetting_peak")]
+    assert sorted([*named, "avg_acc", "worst_acc"]) == sorted(shown)
 
 
 def test_the_final_row_alone_of_the_paper() -> None:
@@ -212,7 +223,7 @@ def test_bad_json_is_one_message(text: str, message: str, tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("none.csv", "none.csv: expected a file, found nothing; mend the path"),
+        ("none.csv", "none.csv: expected a file, found nothing; correct the path"),
         ("matrix.xlsx", "expected a score matrix in a .csv or .json file"),
         ("run", "expected a score matrix in a .csv or .json file; of a run, give its results.json"),
     ],

@@ -1,4 +1,4 @@
-"""Stands in for a run in a process of its own: quick, without torch, and it can be made to end badly by its seed."""
+"""A fake run in its own process: fast, without torch; its seed decides how it ends."""
 
 from __future__ import annotations
 
@@ -13,16 +13,17 @@ from types import ModuleType, SimpleNamespace
 
 from cnext.config.run_config import RunConfig
 from cnext.errors import UserError
-from cnext.monitoring.progress import ForwardedProgress
+from cnext.monitoring.eta import Estimate
+from cnext.monitoring.progress import Event, ForwardedProgress
 from cnext.monitoring.signals import Stop
 from cnext.studies import local
 
 ENDS_WELL, KILLED, USER_ERROR, CRASHES, GOES_ON, SAVES = range(6)
-EVENT = {"doing": "step 1 of 4", "share": 0.25, "left": 3.0, "whole": 4.0, "line": True}
+EVENT = Event("step 1 of 4", Estimate(0.25, 3.0, 4.0), line=True)
 
 
 def write_results(config: RunConfig, score: float = 50.0) -> None:
-    """Files of a finished run, as far as the study reads them."""
+    """Writes the files of a finished run that a study reads."""
     setting = {"suite": "toy", "backbone": "tiny", "split": "test", "budget": "default", "recipe": {"steps": {"a": 4}}}
     results = {
         "method": config.method, "order": config.order, "seed": config.seed, "hyperparameters": {}, "tasks": ["a"],
@@ -37,7 +38,7 @@ def write_results(config: RunConfig, score: float = 50.0) -> None:
 
 
 def run(config: RunConfig, progress: ForwardedProgress) -> None:
-    """What cnext.training.runner.run does, in small."""
+    """Stands in for cnext.training.runner.run."""
     if config.seed == SAVES:
         saves(config, progress)
     print(f"pid {os.getpid()}", flush=True)
@@ -55,8 +56,8 @@ def run(config: RunConfig, progress: ForwardedProgress) -> None:
 
 
 def saves(config: RunConfig, progress: ForwardedProgress) -> None:
-    """Goes on until it is told to stop, and takes a while to save."""
-    with Stop() as stop, stop.held():
+    """Runs until it gets a signal, and takes a while to save."""
+    with Stop() as stop, stop.deferred():
         print(f"pid {os.getpid()}", flush=True)
         while not stop.requested:
             time.sleep(0.02)
@@ -67,7 +68,7 @@ def saves(config: RunConfig, progress: ForwardedProgress) -> None:
 
 
 def child(config: RunConfig, connection: Connection) -> None:
-    """parallel._run around ``run``. To be found by name in the child, hence a module of its own."""
+    """``local._run`` with the fake ``run``. In a module of its own, as spawned processes import it by name."""
     runner = ModuleType("cnext.training.runner")
     runner.run = run
     sys.modules[runner.__name__] = runner
@@ -78,8 +79,8 @@ real_child = local._run
 
 
 def forever(out: str) -> None:
-    """A study of one run that does not end."""
+    """A study of one run that never ends."""
     local._run = child
     config = RunConfig(out=Path(out), seed=GOES_ON)
     config.folder.mkdir(parents=True)
-    local.side_by_side([SimpleNamespace(config=config)], 1)
+    local.run_in_parallel([SimpleNamespace(config=config)], 1)

@@ -1,4 +1,4 @@
-"""``--dry-run`` goes the way of a run: it loads and trains with what a run would, and refuses what a run refuses."""
+"""``--dry-run`` loads and trains with the same options as a run, and fails with the same errors."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def flags(toy_suite: Path, data: Path, tmp_path: Path) -> list[str]:
 
 
 class Staged(TinyBackbone):
-    """The tiny backbone with an option of its own."""
+    """The tiny backbone with a loading option."""
 
     @classmethod
     def load(cls, *given: Any, stage: str = "first", **more: Any) -> Any:
@@ -50,10 +50,10 @@ CHOICES = {
 
 
 @pytest.mark.parametrize("chosen", CHOICES.values(), ids=CHOICES.keys())
-def test_what_is_chosen_reaches_the_dry_run_as_it_reaches_a_run(
+def test_options_reach_the_dry_run_as_they_reach_a_run(
     chosen: list[str], flags: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Seen at the two doors that everything goes through: the backbone's loading and the trainer."""
+    """Recorded in the loading of the backbone and in the trainer."""
     seen: list[list[Any]] = []
     load, made = Staged.load.__func__, TaskTrainer.__init__
 
@@ -72,7 +72,7 @@ def test_what_is_chosen_reaches_the_dry_run_as_it_reaches_a_run(
     monkeypatch.setattr(backbones, "load", lambda name: Staged)
     monkeypatch.setattr(Staged, "load", classmethod(loaded))
     monkeypatch.setattr(TaskTrainer, "__init__", make)
-    monkeypatch.setattr("cnext.training.runner.Runner._evaluate", lambda *_: None)
+    monkeypatch.setattr("cnext.training.runner.Runner.evaluate_stage", lambda *_: None)
     for more in ([], ["--dry-run"]):
         seen.append([])
         assert run_main([*flags, *chosen, *more]) == 2
@@ -80,7 +80,7 @@ def test_what_is_chosen_reaches_the_dry_run_as_it_reaches_a_run(
     assert seen[0] == seen[1]
 
 
-REFUSED = {
+ERRORS = {
     "weights": ["--weights", "nowhere"],
     "device map": ["--device-map", "balanced"],
     "clip": ["--clip", "nowhere.pt"],
@@ -94,8 +94,8 @@ REFUSED = {
 }
 
 
-@pytest.mark.parametrize("wrong", REFUSED.values(), ids=REFUSED.keys())
-def test_what_a_run_refuses_the_dry_run_refuses_in_the_same_words(
+@pytest.mark.parametrize("wrong", ERRORS.values(), ids=ERRORS.keys())
+def test_errors_of_a_run_are_errors_of_the_dry_run(
     wrong: list[str],
     flags: list[str],
     data: Path,
@@ -121,7 +121,7 @@ def test_what_a_run_refuses_the_dry_run_refuses_in_the_same_words(
     assert not any("Traceback" in line for line in said[0])
 
 
-def test_a_synthetic_suite_is_drawn_by_its_own_generator(
+def test_a_synthetic_suite_is_made_by_its_own_generator(
     toy_suite: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     drawn = []
@@ -135,27 +135,24 @@ def test_a_synthetic_suite_is_drawn_by_its_own_generator(
     manifest = json.loads((folder / "suite.json").read_text())
     (folder / "suite.json").write_text(json.dumps(manifest | {"synthetic": "other"}))
     assert run_main(["--suite", str(folder), "--order", "VQAv2", "--dry-run"]) == 0
-    assert drawn == [(32, 8)], "no more than is needed"
+    assert drawn == [(32, 8)], "no more than needed"
 
 
-def test_a_device_that_is_not_here_is_refused_whatever_the_launcher(
-    flags: list[str], capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_missing_device_is_an_error_with_any_launcher(flags: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     flags = [*flags, "--launcher", "slurm", "--device", "cuda:99", "--dry-run"]
     assert run_main(flags) == 2
     assert "device cuda:99 is not there" in capsys.readouterr().err
 
 
-def test_several_processes_are_refused(
+def test_several_processes_are_an_error(
     flags: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert run_main([*flags, "--dry-run"]) == 2
-    assert "--dry-run times steps in one process; leave torchrun away" in capsys.readouterr().err
+    assert "--dry-run times steps in one process; start it without torchrun" in capsys.readouterr().err
 
 
-def test_each_tasks_own_batch_size_counts(flags: list[str], toy_suite: Path, tmp_path: Path) -> None:
-    """And what is trained beside the branches counts in the disk's estimate."""
+def test_batch_sizes_of_single_tasks(flags: list[str], toy_suite: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(toy_suite, tmp_path / "suite")
     manifest = json.loads((folder / "suite.json").read_text())
     manifest["budgets"]["default"]["by_task"] = {"HQEdit": {"batch_size": 3}}

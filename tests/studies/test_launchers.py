@@ -1,4 +1,4 @@
-"""Launchers: a Ray cluster and submitit's executor, both local, give the bits and the resume that a run has here."""
+"""Ray and submitit, both on this machine: results and resuming are those of a local run."""
 
 from __future__ import annotations
 
@@ -47,14 +47,14 @@ def flags(toy_suite: Path, data: Path) -> list[str]:
 
 @pytest.fixture(scope="module")
 def here(flags: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The run of these tests, done here."""
+    """The same run without a launcher."""
     out = tmp_path_factory.mktemp("here")
     assert run_main([*flags, "--out", str(out)]) == 0
     return out / FOLDER
 
 
 def seen(path: Path, words: str) -> bool:
-    """Waits until a file has some words."""
+    """Waits until a file contains some words."""
     deadline = time.monotonic() + 600
     while time.monotonic() < deadline:
         if path.is_file() and words in path.read_text():
@@ -64,7 +64,7 @@ def seen(path: Path, words: str) -> bool:
 
 
 @pytest.mark.parametrize("engine", LAUNCHED)
-def test_a_run_that_was_stopped_goes_on_to_the_same_bits(
+def test_a_stopped_run_resumes_to_the_same_results(
     engine: str, flags: list[str], here: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     launched = [*flags, *LAUNCHED[engine], "--out", str(tmp_path)]
@@ -82,32 +82,32 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_bits(
     assert found == [True]
     assert status == 0
     shown = capsys.readouterr().err
-    assert f"1 runs to do, by {engine}, 1 at a time" in shown
-    assert f"{FOLDER}: stopped, and saved as far as it was" in shown
+    assert f"1 runs to do, 1 in parallel ({engine})" in shown
+    assert f"{FOLDER}: stopped, and progress saved" in shown
     assert "stopped by SIGTERM" in log.read_text()
     assert aggregate.read(tmp_path / FOLDER) is None
 
-    # By the launcher again, or here: a run goes on wherever it is.
+    # With the launcher or without: a run resumes anywhere.
     assert run_main(launched if engine == "ray" else [*flags, "--out", str(tmp_path)]) == 0
-    assert "going on from" in log.read_text()
+    assert "resuming from" in log.read_text()
     for name in ("results.json", "scores.jsonl", "train.jsonl", "config.json"):
         assert (tmp_path / FOLDER / name).read_bytes() == (here / name).read_bytes(), name
 
 
 JOB = """
 import signal, sys, time
-def told(*_):
-    print("told to stop", flush=True)
+def stop(*_):
+    print("SIGTERM", flush=True)
     sys.exit(0)
-signal.signal(signal.SIGTERM, told)
-print("begun", flush=True)
+signal.signal(signal.SIGTERM, stop)
+print("started", flush=True)
 sys.exit(int(sys.argv[1])) if sys.argv[1].isdecimal() else time.sleep(100)
 """
 
 
 @pytest.fixture
 def background() -> Iterator[None]:
-    """Among a shell's background jobs, which are started with the interrupt key ignored."""
+    """As a background job of a shell, which starts with SIGINT ignored."""
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     yield
     signal.signal(signal.SIGINT, before)
@@ -116,7 +116,7 @@ def background() -> Iterator[None]:
 @pytest.mark.usefixtures("background")
 @pytest.mark.parametrize("engine", ENGINES)
 def test_how_a_job_ends(engine: str, tmp_path: Path) -> None:
-    """With its run's exit status, or without one; and its run is told to stop when the job is cancelled."""
+    """With its run's exit status or without one; cancelling it sends SIGTERM to the run."""
     with launchers.interruptible():
         made = ENGINES[engine](OPTIONS[engine], tmp_path)
 
@@ -134,15 +134,15 @@ def test_how_a_job_ends(engine: str, tmp_path: Path) -> None:
         waits = submit("waits", sys.executable, "-c", JOB, "wait")
         fails = submit("fails", sys.executable, "-c", JOB, "2")
         lost = submit("lost", "no-such-program")
-        assert seen(tmp_path / "waits.log", "begun")
+        assert seen(tmp_path / "waits.log", "started")
         assert made.ended(waits) is None
         assert end(fails) == Ended(2)
         made.cancel(waits)
-        assert seen(tmp_path / "waits.log", "told to stop")
+        assert seen(tmp_path / "waits.log", "SIGTERM")
         end(waits)
         ended = end(lost)
         assert ended.status is None
-        assert "no-such-program" in ended.why
+        assert "no-such-program" in ended.reason
         made.options["no_such_option"] = 1
         with pytest.raises(UserError, match="--launcher-option expects"):
             submit("refused", "true")
@@ -150,7 +150,7 @@ def test_how_a_job_ends(engine: str, tmp_path: Path) -> None:
         made.close()
 
 
-def test_a_run_that_is_killed_where_it_runs_is_told_with_the_end_of_its_log(
+def test_a_killed_run_is_reported_with_the_end_of_its_log(
     flags: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     command = ("sh", "-c", "echo so far so good; kill -9 $$")
@@ -162,7 +162,7 @@ def test_a_run_that_is_killed_where_it_runs_is_told_with_the_end_of_its_log(
     assert "    so far so good" in shown
 
 
-def test_a_job_has_the_package_of_its_study_and_not_one_that_lies_in_the_folder(
+def test_a_job_does_not_import_cnext_from_its_folder(
     flags: list[str], here: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     other = tmp_path / "folder" / "cnext"
@@ -175,7 +175,7 @@ def test_a_job_has_the_package_of_its_study_and_not_one_that_lies_in_the_folder(
     assert (tmp_path / "out" / FOLDER / "results.json").read_bytes() == (here / "results.json").read_bytes()
 
 
-def test_what_a_job_is_given_is_the_run(tmp_path: Path) -> None:
+def test_options_of_a_job_are_those_of_its_run(tmp_path: Path) -> None:
     config = RunConfig(method="mage", hyperparameters={"c": 2.0}, out=tmp_path, data=tmp_path / "data", threads=2)
     config.folder.mkdir(parents=True)
     assert command_line.read(command_line.write(config)) == config
@@ -191,16 +191,16 @@ def test_options() -> None:
     }
 
 
-MISTAKES = {
+ERRORS = {
     "no equals sign": (["--launcher", "ray", "--launcher-option", "num_cpus"], "expects key=value, got 'num_cpus'"),
     "twice": (["--launcher", "ray", "--launcher-option", "a=1", "a=2"], "has a more than once"),
-    "local": (["--launcher-option", "a=1"], "--launcher-option is for --launcher ray or slurm"),
+    "local": (["--launcher-option", "a=1"], "--launcher-option needs --launcher ray or slurm"),
     "no Slurm": (["--launcher", "slurm"], "expected Slurm's commands on this machine"),
 }
 
 
-@pytest.mark.parametrize(("given", "message"), MISTAKES.values(), ids=MISTAKES)
-def test_mistakes(
+@pytest.mark.parametrize(("given", "message"), ERRORS.values(), ids=ERRORS)
+def test_errors(
     given: list[str], message: str, flags: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run_main([*flags, *given, "--out", str(tmp_path)]) == 2
@@ -208,7 +208,7 @@ def test_mistakes(
 
 
 @pytest.mark.parametrize("engine", LAUNCHED)
-def test_a_launcher_that_is_not_installed_is_one_line(
+def test_a_launcher_that_is_not_installed(
     engine: str, flags: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
@@ -216,7 +216,7 @@ def test_a_launcher_that_is_not_installed_is_one_line(
     assert f"pip install 'cnext[{engine}]'" in capsys.readouterr().err
 
 
-def test_the_device_of_another_machine_is_taken_on_trust(flags: list[str], tmp_path: Path) -> None:
+def test_the_device_of_another_machine_is_not_checked(flags: list[str], tmp_path: Path) -> None:
     config = RunConfig(method="lora", device="cuda:99", out=tmp_path)
     with pytest.raises(UserError, match="cuda:99 is not there"):
         plan(config)

@@ -1,7 +1,9 @@
-"""Studies: runs side by side give the same bits, one that dies stops no other, and mistakes are found first."""
+"""Studies: parallel runs give the same results, failures are isolated, and errors are found before any run starts."""
 
 from __future__ import annotations
 
+import dataclasses
+import fcntl
 import json
 import os
 import re
@@ -12,18 +14,24 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from pathlib import Path
 from types import SimpleNamespace
 
+import psutil
 import pytest
 from studies import fake_child
-from studies.fake_child import CRASHES, ENDS_WELL, EVENT, GOES_ON, KILLED, SAVES, USER_ERROR
+from studies.fake_child import CRASHES, ENDS_WELL, GOES_ON, KILLED, SAVES, USER_ERROR
 
 from cnext.cli import run_main
 from cnext.config.run_config import RunConfig, plan
 from cnext.errors import UserError
-from cnext.monitoring.progress import ForwardedProgress, StudyProgress
+from cnext.monitoring.eta import Estimate
+from cnext.monitoring.progress import Event, ForwardedProgress, StudyProgress
+from cnext.runs.run_folder import RunFolder
 from cnext.studies import local, resources
+from cnext.studies.flags import configs, parse
+from cnext.studies.study import is_finished
 from cnext.studies.usage_errors import line
 from cnext.training import runner
 
@@ -38,7 +46,7 @@ def flags(toy_suite: Path, data: Path) -> list[str]:
 
 @pytest.fixture
 def fake(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Runs in processes of their own are fake ones."""
+    """Runs in processes of their own are replaced by fake ones."""
     monkeypatch.setattr(local, "_run", fake_child.child)
 
 
@@ -63,13 +71,13 @@ def pid_in(log: Path) -> int:
     return int(log.read_text().split()[1])
 
 
-def test_side_by_side_gives_the_same_bits_and_finished_runs_are_read(
+def test_parallel_runs_give_the_same_results(
     flags: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     several = [*flags, "--method", "lora", "zero-shot", "--out", str(tmp_path / "several")]
     assert run_main([*several, "--jobs", "2"]) == 0
     shown = capsys.readouterr()
-    assert "2 runs to do, 2 at a time (as asked)" in shown.err
+    assert "2 runs to do, 2 in parallel (--jobs)" in shown.err
     assert run_main([*flags, "--method", "lora", "--out", str(tmp_path / "one")]) == 0
     folder = "lora/VQAv2/seed-0"
     for name in ("results.json", "scores.jsonl", "train.jsonl", "config.json"):
@@ -80,19 +88,19 @@ def test_side_by_side_gives_the_same_bits_and_finished_runs_are_read(
     assert sorted(tables) == ["study.csv", "study.html", "study.json", "study.md", "study.tex"]
     assert tables["study.md"] in shown.out
 
-    def forbidden(*_: object) -> None:
-        raise AssertionError("run again")
-
-    monkeypatch.setattr(local, "one_after_another", forbidden)
-    monkeypatch.setattr(local, "side_by_side", forbidden)
+    # The second time nothing is executed, and only the tables are written.
+    monkeypatch.delattr(local, "run_in_sequence")
+    monkeypatch.delattr(local, "run_in_parallel")
     (tmp_path / "several" / "study.md").unlink()
     assert run_main(several) == 0
-    assert "2 of 2 runs are finished already" in capsys.readouterr().err
+    assert "2 of 2 runs are already finished" in capsys.readouterr().err
     assert (tmp_path / "several" / "study.md").read_text() == tables["study.md"]
 
 
 @pytest.mark.usefixtures("fake")
-def test_a_run_that_dies_stops_no_other(flags: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_failures_of_parallel_runs_are_isolated(
+    flags: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     seeds = (KILLED, USER_ERROR, CRASHES, ENDS_WELL)
     flags = [*flags, "--method", "lora", "--out", str(tmp_path), "--jobs", "2"]
     assert run_main([*flags, "--seeds", *map(str, seeds)]) == 1
@@ -106,14 +114,14 @@ def test_a_run_that_dies_stops_no_other(flags: list[str], tmp_path: Path, capsys
         assert f"failed: lora/VQAv2/seed-{seed} ({why}), run folder {folder}/seed-{seed}" in shown.err
     assert "    error: the data is bad" in shown.err
     assert "    RuntimeError: a tensor is bad" in shown.err
-    assert "3 of 4 runs failed; the same command does only what is missing" in shown.err
+    assert "3 of 4 runs failed; the same command runs only these again" in shown.err
     assert "lora/VQAv2/seed-0: step 1 of 4; 0 min 03 s left" in shown.err
     assert json.loads((tmp_path / "study.json").read_text())["rows"][0]["seeds"] == [ENDS_WELL]
     assert f"left out: {folder}/seed-{KILLED}, {folder}/seed-{USER_ERROR}" in shown.out.replace("\n", " ")
 
     assert run_main([*flags, "--seeds", str(ENDS_WELL), str(USER_ERROR), "7"]) == 2, "user errors alone"
     shown = capsys.readouterr().err
-    assert "1 of 3 runs are finished already" in shown
+    assert "1 of 3 runs are already finished" in shown
     assert "2 runs to do" in shown
 
 
@@ -126,9 +134,7 @@ def interruptible() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("fake", "interruptible")
-def test_the_interrupt_key_stops_every_process(
-    flags: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_sigint_stops_every_process(flags: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     logs = [tmp_path / f"{method}/VQAv2/seed-{GOES_ON}/run.log" for method in ("lora", "mage")]
     pids: list[int] = []
 
@@ -141,7 +147,7 @@ def test_the_interrupt_key_stops_every_process(
     arguments = ["--method", "lora", "mage", "--seeds", str(GOES_ON), "--out", str(tmp_path), "--jobs", "2"]
     assert run_main([*flags, *arguments]) == 130
     thread.join()
-    assert "stopped by SIGINT: all that was finished is saved; the same command goes on" in capsys.readouterr().err
+    assert "stopped by SIGINT: everything finished is saved; run the same command again" in capsys.readouterr().err
     assert len(pids) == 2
     assert all(map(gone, pids))
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
@@ -149,7 +155,7 @@ def test_the_interrupt_key_stops_every_process(
 
 @pytest.mark.usefixtures("fake", "interruptible")
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 0), (signal.SIGINT, 130)], ids=["SIGTERM", "SIGINT"])
-def test_told_to_stop_a_study_waits_until_every_run_has_saved(
+def test_a_stopped_study_waits_until_every_run_has_saved(
     number: signal.Signals, status: int, flags: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folders = [tmp_path / f"{method}/VQAv2/seed-{SAVES}" for method in ("lora", "mage")]
@@ -168,12 +174,12 @@ def test_told_to_stop_a_study_waits_until_every_run_has_saved(
     assert all(map(gone, pids))
     for folder in folders:
         assert (folder / "saved").is_file()
-        assert "stopped by SIGTERM: saved after step 3; the same command goes on" in (folder / "run.log").read_text()
-    assert not (tmp_path / f"ewc/VQAv2/seed-{SAVES}/run.log").exists(), "no other run is begun"
+        assert "stopped by SIGTERM: saved after step 3; run the same command again" in (folder / "run.log").read_text()
+    assert not (tmp_path / f"ewc/VQAv2/seed-{SAVES}/run.log").exists(), "no other run is started"
 
 
 @pytest.mark.usefixtures("fake")
-def test_a_run_that_is_told_to_stop_alone_is_not_done(
+def test_a_run_that_is_stopped_alone_is_a_failure(
     flags: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     logs = [tmp_path / f"{method}/VQAv2/seed-{SAVES}/run.log" for method in ("lora", "mage")]
@@ -183,12 +189,12 @@ def test_a_run_that_is_told_to_stop_alone_is_not_done(
     assert run_main([*flags, *arguments]) == 1
     thread.join()
     shown = capsys.readouterr().err
-    assert f"failed: lora/VQAv2/seed-{SAVES} (told to stop, and saved as far as it was)" in shown
-    assert "2 of 2 runs failed; the same command does only what is missing" in shown
+    assert f"failed: lora/VQAv2/seed-{SAVES} (stopped by a signal, and progress saved)" in shown
+    assert "2 of 2 runs failed; the same command runs only these again" in shown
 
 
 def test_a_run_does_not_outlive_its_study(tmp_path: Path) -> None:
-    """Killed without a chance to say so: the run notices when it next sends something."""
+    """After SIGKILL of the study, the run notices at its next progress event."""
     code = f"from studies import fake_child; fake_child.forever({str(tmp_path)!r})"
     paths = os.pathsep.join([str(Path(fake_child.__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
     study = subprocess.Popen(
@@ -205,7 +211,7 @@ def test_a_run_does_not_outlive_its_study(tmp_path: Path) -> None:
     assert soon(lambda: "the process of the study is gone" in log.read_text())
 
 
-def test_in_one_process_a_run_that_fails_stops_no_other(
+def test_failures_of_runs_in_one_process_are_isolated(
     flags: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(
@@ -220,7 +226,7 @@ def test_in_one_process_a_run_that_fails_stops_no_other(
     assert run_main([*flags, str(USER_ERROR), str(ENDS_WELL)]) == 2
 
 
-def test_without_its_baseline_there_is_no_table_yet(
+def test_without_its_baseline_there_is_no_table(
     flags: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def run(config: RunConfig, _: object) -> None:
@@ -232,7 +238,7 @@ def test_without_its_baseline_there_is_no_table_yet(
     methods = ["--method", "lora", "mage", "--out", str(tmp_path), "--jobs", "1"]
     assert run_main([*flags, *methods, "--baseline", "mage"]) == 2
     shown = capsys.readouterr().err
-    assert "no run of mage is finished: there is no table yet" in shown
+    assert "no table: no run of mage is finished" in shown
     assert "failed: mage/VQAv2/seed-0" in shown
     assert run_main([*flags, *methods]) == 2
     assert "left out: " in (tmp_path / "study.md").read_text()
@@ -260,7 +266,7 @@ MISTAKES = {
 
 
 @pytest.mark.parametrize(("wrong", "message"), MISTAKES.values(), ids=MISTAKES.keys())
-def test_mistakes_are_found_before_anything_starts(
+def test_errors_are_found_before_any_run_starts(
     wrong: list[str], message: str, flags: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run_main([*flags, "--out", str(tmp_path / "runs"), *wrong]) == 2
@@ -277,7 +283,10 @@ def test_mistakes_are_found_before_anything_starts(
         (["--mage.rank", "1.5"], "'1.5'; expected --mage.rank INT"),
         (["--mage.c", "-1"], "mage: expected c > 0, got c=-1.0"),
         (["--mage.cc", "1"], "Unrecognized options: --mage.cc, 1; perhaps you meant --mage.c FLOAT"),
-        (["--mage.strength", "1"], "hyperparameters here: --mage.rank, --mage.scale, --mage.dropout, --mage.average,"),
+        (
+            ["--mage.strength", "1"],
+            "hyperparameters of these methods: --mage.rank, --mage.scale, --mage.dropout, --mage.average,",
+        ),
         (["--split", "train"], "Expected one of ('test', 'validation')"),
         (["--mage.average", "foo"], "unknown averaging rule 'foo'; valid: pema"),
         (["--lora.rank", "3"], "Unrecognized options: --lora.rank"),
@@ -285,7 +294,7 @@ def test_mistakes_are_found_before_anything_starts(
     ],
     ids=["type", "no whole number", "range", "near miss", "unknown", "split", "choice", "other method", "seed"],
 )
-def test_a_wrong_flag_is_one_line_with_the_valid_choice(
+def test_a_wrong_flag_is_one_line_with_the_valid_choices(
     wrong: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run_main(wrong) == 2
@@ -305,35 +314,35 @@ def test_a_wrong_flag_is_one_line_with_the_valid_choice(
         ("mr-lora", "oracle", 1, "must be of type bool, as False is, got 1"),
     ],
 )
-def test_a_hyperparameter_of_another_type_is_named(method: str, name: str, value: object, message: str) -> None:
+def test_a_hyperparameter_of_the_wrong_type(method: str, name: str, value: object, message: str) -> None:
     with pytest.raises(UserError, match=re.escape(f"hyperparameter {name} of {method} {message}")):
         plan(RunConfig(method=method, hyperparameters={name: value}))
 
 
-def test_a_whole_number_is_a_number() -> None:
+def test_an_int_is_accepted_as_a_float() -> None:
     assert plan(RunConfig(hyperparameters={"c": 2})).hyperparameters["c"] == 2
 
 
-def test_a_colored_box_of_any_width_is_one_line() -> None:
+def test_a_colored_narrow_box_is_one_line() -> None:
     rows = "| Error parsing --mage.c: could not |\n| convert 'x' |\n| ---- |\n| See --help |\n"
     box = f"\x1b[31m+-\x1b[0m Value error -+\n{rows}+--+\n"
     assert line(box) == "--mage.c: could not convert 'x'"
 
 
-def test_an_order_that_lacks_tasks_says_which(
+def test_an_order_with_missing_tasks_prints_a_note(
     toy_suite: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    told = "note: order VQAv2,HQEdit leaves out Flickr30k, ImageNet, OCRVQA, RefCOCO, neither learnt nor tested; "
-    for order, expected in (
-        ("VQAv2,HQEdit", [told + "with all tasks: paper, reverse, alphabet, random:K"]),
-        ("paper", []),
-    ):
+    note = (
+        "note: order VQAv2,HQEdit leaves out Flickr30k, ImageNet, OCRVQA, RefCOCO, which are neither trained nor tested"
+    )
+    note += "; orders of all tasks: paper, reverse, alphabet, random:K"
+    for order, expected in (("VQAv2,HQEdit", [note]), ("paper", [])):
         assert run_main(["--suite", str(toy_suite), "--order", order, "--method", "zero-shot", "--dry-run"]) == 0
         assert [row for row in capsys.readouterr().err.splitlines() if row.startswith("note:")] == expected
 
 
-def test_a_folder_of_another_configuration_stops_the_study_first(
+def test_a_folder_of_another_configuration_is_an_error(
     flags: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = tmp_path / "lora/VQAv2/seed-1"
@@ -341,7 +350,30 @@ def test_a_folder_of_another_configuration_stops_the_study_first(
     (folder / "config.json").write_text('{"method": "mage"}')
     (folder / "scores.jsonl").touch()
     assert run_main([*flags, "--method", "lora", "--seeds", "0", "1", "--out", str(tmp_path)]) == 2
-    assert f"{folder} holds a run of another configuration" in capsys.readouterr().err
+    shown = capsys.readouterr().err
+    assert f"{folder} holds a run of another configuration" in shown
+    assert '  method: "mage" there, "lora" asked for' in shown
+
+
+def test_checking_for_a_finished_run_changes_nothing(
+    flags: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Neither without a folder nor while another process has locked it, which is an error only to run in it."""
+    flags = [*flags, "--method", "lora", "zero-shot", "--out", str(tmp_path / "runs")]
+    planned = plan(configs(parse(flags))[0])
+    folder = planned.config.folder
+    assert not is_finished(planned)
+    assert not (tmp_path / "runs").exists()
+    with closing(RunFolder(folder, planned.as_dict())):
+        assert run_main(flags) == 2
+        assert f"another process is running in {folder}" in capsys.readouterr().err
+        monkeypatch.delattr(fcntl, "flock")
+        for report in (False, True):
+            if report:
+                fake_child.write_results(planned.config)
+            files = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+            assert is_finished(planned) == report
+            assert files == {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
 
 
 def test_the_dry_run_shows_totals_and_jobs(
@@ -354,8 +386,8 @@ def test_the_dry_run_shows_totals_and_jobs(
     assert shown.count("plan: ") == 2
     assert "the same with seed 3: runs/lora/VQAv2/seed-3" in shown
     assert "all 4 runs: " in shown
-    assert "with 2 at a time; " in shown
-    assert "4 runs to do, 2 at a time (as asked)" in shown
+    assert "with 2 in parallel; " in shown
+    assert "4 runs to do, 2 in parallel (--jobs)" in shown
     assert list(tmp_path.iterdir()) == []
 
 
@@ -366,11 +398,12 @@ def plans(count: int, backbone: str = "tiny", device: str = "cpu", threads: int 
 
 @pytest.fixture
 def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path]:
-    """A root with /proc and /sys of a machine with 8 cores and 16 GB to be had, and what else is given."""
+    """Makes 8 cores and some available memory, and a root folder with files of control groups."""
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(8), raising=False)
 
-    def make(**files: str) -> Path:
-        for name, text in {"proc/meminfo": "MemTotal: 9 kB\nMemAvailable:   16000000 kB\n", **files}.items():
+    def make(memory: float = 16.4e9, **files: str) -> Path:
+        monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=memory))
+        for name, text in files.items():
             (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
             (tmp_path / name).write_text(text)
         return tmp_path
@@ -378,28 +411,28 @@ def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Pa
     return make
 
 
-def test_jobs_are_what_runs_cores_and_memory_allow(machine: Callable[..., Path]) -> None:
+def test_parallel_runs_are_limited_by_cores_and_memory(machine: Callable[..., Path]) -> None:
     root = machine()
-    assert resources.decide(plans(3), root=root)[0] == 3
-    assert resources.decide(plans(30), root=root) == (
+    assert resources.parallel_runs(plans(3), root=root)[0] == 3
+    assert resources.parallel_runs(plans(30), root=root) == (
         8,
-        "30 runs to do, 8 at a time (8 cores, 1 a run; 16.4 GB of memory, 1.1 a run)",
+        "30 runs to do, 8 in parallel (8 cores, 1 per run; 16.4 GB of memory, 1.1 per run)",
     )
-    assert resources.decide(plans(30, threads=3), root=root)[0] == 2
-    assert resources.decide(plans(30, threads=16), root=root)[0] == 1
-    machine(**{"proc/meminfo": "MemAvailable: 2500000 kB\n"})
-    assert resources.decide(plans(30), root=root)[0] == 2
-    machine(**{"proc/meminfo": "MemAvailable: 2500 kB\n"})
-    assert resources.decide(plans(30), root=root)[0] == 1
-    assert resources.decide(plans(30), "5", root=root)[0] == 5
-    assert resources.decide(plans(3), "5", root=root)[0] == 3
+    assert resources.parallel_runs(plans(30, threads=3), root=root)[0] == 2
+    assert resources.parallel_runs(plans(30, threads=16), root=root)[0] == 1
+    machine(2.5e9)
+    assert resources.parallel_runs(plans(30), root=root)[0] == 2
+    machine(2.5e6)
+    assert resources.parallel_runs(plans(30), root=root)[0] == 1
+    assert resources.parallel_runs(plans(30), "5", root=root)[0] == 5
+    assert resources.parallel_runs(plans(3), "5", root=root)[0] == 3
 
 
-def test_jobs_are_one_on_a_gpu_and_where_the_need_is_not_known(machine: Callable[..., Path]) -> None:
-    assert resources.decide(plans(9, device="cuda:0"), root=machine())[0] == 1
-    found, why = resources.decide(plans(9, backbone="seed-x"), root=machine())
+def test_one_run_at_a_time_on_a_gpu_or_of_unknown_memory(machine: Callable[..., Path]) -> None:
+    assert resources.parallel_runs(plans(9, device="cuda:0"), root=machine())[0] == 1
+    found, why = resources.parallel_runs(plans(9, backbone="seed-x"), root=machine())
     assert found == 1
-    assert "the memory that one on seed-x needs is not known" in why
+    assert "the memory of a run on seed-x is not known" in why
 
 
 CONTROL_GROUPS = {
@@ -429,27 +462,27 @@ CONTROL_GROUPS = {
 
 
 @pytest.mark.parametrize("files", CONTROL_GROUPS.values(), ids=CONTROL_GROUPS.keys())
-def test_limits_of_control_groups_count(files: dict[str, str], machine: Callable[..., Path]) -> None:
+def test_limits_of_control_groups(files: dict[str, str], machine: Callable[..., Path]) -> None:
     root = machine(**files)
-    assert resources.memory(root) == 3.5e9
-    assert resources.cores(root) == 2.5
-    assert resources.decide(plans(30), root=root)[0] == 2
+    assert resources.available_memory(root) == 3.5e9
+    assert resources.available_cores(root) == 2.5
+    assert resources.parallel_runs(plans(30), root=root)[0] == 2
 
 
-def test_a_quota_of_none_is_no_limit(machine: Callable[..., Path]) -> None:
+def test_a_control_group_without_a_quota(machine: Callable[..., Path]) -> None:
     files = {"proc/self/cgroup": "2:cpu:/\n", "sys/fs/cgroup/cpu/cpu.cfs_quota_us": "-1\n"}
-    assert resources.cores(machine(**files, **{"sys/fs/cgroup/cpu/cpu.cfs_period_us": "100000\n"})) == 8
+    assert resources.available_cores(machine(**files, **{"sys/fs/cgroup/cpu/cpu.cfs_period_us": "100000\n"})) == 8
 
 
 def test_a_run_forwards_its_time_left(monkeypatch: pytest.MonkeyPatch) -> None:
     """Zero-shot and stage 1 of two tasks: evaluations of 2 s, steps of 1 s but for the first, which is not timed."""
     clock = [0.0]
     monkeypatch.setattr(time, "perf_counter", lambda: clock[0])
-    events: list[dict] = []
+    events: list[Event] = []
     progress = ForwardedProgress(events.append)
     config, recipe = SimpleNamespace(method="lora"), SimpleNamespace(steps={"a": 3, "b": 5})
     progress.plan(SimpleNamespace(config=config, recipe=recipe, order=("a", "b")), 0, 0)
-    assert events[-1] == {"doing": "starting", "share": 0.0, "left": None, "whole": None, "line": False}
+    assert events[-1] == Event("starting", Estimate(0.0, None, None))
 
     def evaluate(stage: int, task: str) -> None:
         with progress.evaluating(stage, "x", task, 8):
@@ -457,39 +490,37 @@ def test_a_run_forwards_its_time_left(monkeypatch: pytest.MonkeyPatch) -> None:
 
     for task in ("a", "b"):
         evaluate(0, task)
-    progress.stage(0, "zero-shot", [{"task": "a", "strict": 40.0}, {"task": "b", "strict": 50.0}])
-    assert events[-1]["line"]
-    assert "mean 45.0" in events[-1]["doing"]
-    assert events[-1]["left"] is None, "no step has been timed"
+    progress.stage(0, "zero-shot", {"a": 40.0, "b": 50.0})
+    assert events[-1].line
+    assert "mean 45.0" in events[-1].doing
+    assert events[-1].estimate.left is None, "no step has been timed"
     for step in (1, 2, 3):
         clock[0] += 1.0
-        progress.step(1, "a", {"step": step, "loss": 0.5}, 3)
+        progress.step(1, "a", step, 3, 0.5)
     # To come: 5 steps of 1 s and 3 evaluations of 2 s, of 8 steps and 5 evaluations.
-    assert events[-1]["left"] == pytest.approx(11.0)
-    assert events[-1]["whole"] == pytest.approx(18.0)
-    assert events[-1]["share"] == pytest.approx(7 / 18)
+    assert dataclasses.astuple(events[-1].estimate) == pytest.approx((7 / 18, 11.0, 18.0))
 
 
 def test_the_time_left_of_a_study() -> None:
     with StudyProgress(4, 2) as shown:
-        assert shown.pace.left() is None
+        assert shown.eta.left() is None
         shown.start("a")
         shown.start("b")
-        assert shown.pace.left() is None
-        shown.update("a", {**EVENT, "left": 30.0, "whole": 40.0})
-        assert shown.pace.left() == pytest.approx((30 + 3 * 40) / 2), "the others take as long as the whole of a"
-        shown.update("b", {**EVENT, "left": 90.0, "whole": 100.0})
-        assert shown.pace.left() == pytest.approx((30 + 90 + 2 * 70) / 2)
+        assert shown.eta.left() is None
+        shown.update("a", Event("", Estimate(0.25, 30.0, 40.0)))
+        assert shown.eta.left() == pytest.approx((30 + 3 * 40) / 2), "the others take as long as the whole of a"
+        shown.update("b", Event("", Estimate(0.25, 90.0, 100.0)))
+        assert shown.eta.left() == pytest.approx((30 + 90 + 2 * 70) / 2)
         shown.end("a", "failed", failed=True)
         shown.end("b", "50.0")
         shown.start("c")
         shown.start("d")
-        shown.update("c", {**EVENT, "left": 1.0})
-        shown.update("d", {**EVENT, "left": 9.0})
-        assert shown.pace.left() == 9.0, "at least the longest"
+        shown.update("c", Event("", Estimate(0.25, 1.0, 4.0)))
+        shown.update("d", Event("", Estimate(0.25, 9.0, 4.0)))
+        assert shown.eta.left() == 9.0, "at least the longest"
 
 
-def test_bad_data_is_one_message_before_any_process_starts(
+def test_bad_data_is_reported_once_before_any_process(
     tmp_path: Path, flags: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     arguments = ["--data", str(tmp_path / "none"), "--method", "lora", "mage", "--jobs", "2"]
@@ -523,7 +554,7 @@ ALL = ["VQAv2", "ImageNet", "Flickr30k", "OCRVQA", "RefCOCO", "HQEdit"]
     ],
     ids=["its first", "paper", "none"],
 )
-def test_where_no_order_is_asked_for_it_is_one_of_the_suites_own(
+def test_the_default_order_is_one_of_the_suite(
     orders: dict[str, list[str]],
     expected: str,
     label: str,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import pytest
 from cnext.errors import UserError
 from cnext.scoring import published
 from cnext.scoring.base import ERROR_TYPES
-from cnext.tables.compare import CONDITIONS, compare, of_paper, of_run, text
+from cnext.tables.compare import CONDITIONS, Comparison, Pair, as_json, compare, of_paper, of_run, text
 
 PAPER = published.continual_next()
 METHODS = PAPER["methods"]
@@ -54,30 +55,34 @@ def run(folder: Path, given: dict[str, Any]) -> Path:
     return folder
 
 
-def differences(comparison: dict[str, Any]) -> set[float]:
-    return {round(pair["difference"], 9) for row in comparison["scores"] for pair in row.values() if pair}
+def differences(comparison: Comparison) -> set[float]:
+    return {round(pair.difference, 9) for row in comparison.scores for pair in row.values() if pair}
+
+
+def values(pair: Pair | None) -> tuple[float, float, float]:
+    return (pair.here, pair.there, pair.difference)
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_against_the_paper_under_its_profile(method: str, tmp_path: Path) -> None:
     found = compare(of_run(run(tmp_path, results(method)), "paper"), of_paper(method))
-    assert found["not_comparable"] == []
+    assert found.unlike == []
     assert differences(found) == {DELTA}
-    assert found["metrics"]["avg_acc"]["difference"] == pytest.approx(DELTA)
-    assert found["metrics"]["avg_hal"] is None
+    assert found.metrics["avg_acc"].difference == pytest.approx(DELTA)
+    assert found.metrics["avg_hal"] is None
     staged = "stage_averages" in METHODS[method]
-    assert len([pair for row in found["scores"] for pair in row.values() if pair]) == 6 + (21 if staged else 6)
+    assert len([pair for row in found.scores for pair in row.values() if pair]) == 6 + (21 if staged else 6)
     if staged:
-        assert found["metrics"]["forgetting"]["difference"] == pytest.approx(0, abs=1e-9)
-        assert found["metrics"]["new_acc"]["deviation_there"] == METHODS[method]["deviations"]["new_acc"]
+        assert found.metrics["forgetting"].difference == pytest.approx(0, abs=1e-9)
+        assert found.metrics["new_acc"].deviation == METHODS[method]["deviations"]["new_acc"]
 
 
 def test_cells_and_signs_by_hand(tmp_path: Path) -> None:
     found = compare(of_run(run(tmp_path, results("lora")), "paper"), of_paper("mage"))
-    assert found["scores"][3]["VQAv2"] == pytest.approx({"here": 18.94 + DELTA, "there": 41.25, "difference": -20.81})
-    assert found["scores"][0]["HQEdit"] == pytest.approx({"here": 58.76 + DELTA, "there": 58.76, "difference": DELTA})
-    assert found["scores"][3]["OCRVQA"] is None
-    assert found["metrics"]["forgetting"]["difference"] == pytest.approx(20.356 - 12.256)
+    assert values(found.scores[3]["VQAv2"]) == pytest.approx((18.94 + DELTA, 41.25, -20.81))
+    assert values(found.scores[0]["HQEdit"]) == pytest.approx((58.76 + DELTA, 58.76, DELTA))
+    assert found.scores[3]["OCRVQA"] is None
+    assert found.metrics["forgetting"].difference == pytest.approx(20.356 - 12.256)
     shown = text(found)
     assert "20.44 -20.81" in shown
     assert any(
@@ -124,7 +129,7 @@ def test_scores_of_another_clip_are_refused(clip: str | None, alike: bool, tmp_p
     here = of_run(tmp_path / "a" / "results.json", "paper")
     for there in (of_paper("mage"), of_run(tmp_path / "b", "paper")):
         if alike:
-            assert compare(here, there)["not_comparable"] == []
+            assert compare(here, there).unlike == []
         else:
             with pytest.raises(UserError, match=rf"\n  clip: {clip} here, the suite's there\n"):
                 compare(here, there)
@@ -146,9 +151,9 @@ def test_every_difference_is_in_one_message_and_above_the_table(tmp_path: Path) 
     found = compare(here, there, anyway=True)
     shown = text(found).splitlines()
     assert shown[2:8] == ["NOT COMPARABLE:", *lines]
-    assert [row["condition"] for row in found["not_comparable"]] == ["profile", *DIFFERENT]
-    assert found["scores"][4]["RefCOCO"] is None
-    assert found["scores"][5]["OCRVQA"] == pytest.approx({"here": 68.74, "there": 34.10, "difference": 34.64})
+    assert [row.condition for row in found.unlike] == ["profile", *DIFFERENT]
+    assert found.scores[4]["RefCOCO"] is None
+    assert values(found.scores[5]["OCRVQA"]) == pytest.approx((68.74, 34.10, 34.64))
 
 
 def test_an_unfinished_run_is_compared_up_to_its_last_stage(tmp_path: Path) -> None:
@@ -156,9 +161,9 @@ def test_an_unfinished_run_is_compared_up_to_its_last_stage(tmp_path: Path) -> N
     paper = given["profiles"]["paper"]
     paper["score_matrix"] = [row if t < 3 else [None] * 6 for t, row in enumerate(paper["score_matrix"])]
     found = compare(of_run(run(tmp_path, given), "paper"), of_paper("mage"))
-    assert found["stages"] == 3
-    assert found["metrics"]["avg_acc"]["there"] == pytest.approx((41.25 + 78.37 + 31.26) / 3)
-    assert found["metrics"]["avg_acc"]["difference"] == pytest.approx(DELTA)
+    assert found.stages == 3
+    assert found.metrics["avg_acc"].there == pytest.approx((41.25 + 78.37 + 31.26) / 3)
+    assert found.metrics["avg_acc"].difference == pytest.approx(DELTA)
 
 
 def test_two_runs_of_other_budgets_are_refused(tmp_path: Path) -> None:
@@ -172,9 +177,9 @@ def test_two_runs(tmp_path: Path) -> None:
     here = of_run(run(tmp_path / "a", results("mage", seed=1, versions={"cnext": "1"})))
     there = of_run(run(tmp_path / "b", results("lora")), here.conditions["profile"])
     found = compare(here, there)
-    assert found["scores"][6]["VQAv2"] == pytest.approx({"here": 45.42, "there": 18.40, "difference": 27.02})
-    assert found["metrics"]["avg_hal"]["difference"] == pytest.approx((12.256 - 20.356) / 2)
-    assert found["note"] == ""
+    assert values(found.scores[6]["VQAv2"]) == pytest.approx((45.42, 18.40, 27.02))
+    assert found.metrics["avg_hal"].difference == pytest.approx((12.256 - 20.356) / 2)
+    assert found.there.note == ""
     assert differences(compare(here, here)) == {0}
 
 
@@ -239,16 +244,31 @@ def test_results_that_are_none(content: str | None, message: str, tmp_path: Path
         assert "\n" not in str(error.value)
 
 
-def test_whatever_results_hold_they_are_read_or_refused(tmp_path: Path) -> None:
-    """Every key of results.json, and every pair drawn, replaced by values of other types: no other error."""
-    values = [None, 3, -1.0, "x", True, [], ["x"], [[1]], {}, {"paper": 1}, {"paper": {"score_matrix": [1]}}]
-    draw, keys = random.Random(0), list(results())
+def test_json_has_both_sides_and_the_difference(tmp_path: Path) -> None:
+    shown = json.loads(as_json(compare(of_run(run(tmp_path, results()), "paper"), of_paper("mage"))))
+    assert shown["metrics"]["avg_acc"]["difference"] == pytest.approx(DELTA)
+    assert shown["metrics"]["new_acc"]["deviation_there"] == METHODS["mage"]["deviations"]["new_acc"]
+    assert len(shown["scores"]) == 7
+    assert shown["states"] is None
+
+
+VALUES = [None, 3, -1.0, "x", True, [], ["x"], [[1]], {}, {"paper": 1}, {"paper": {"score_matrix": [1]}}]
+REFUSED = {
+    "paper": {"method": 11, "tasks": 11, "writes": 10, "profiles": 1},
+    "strict": {"method": 11, "tasks": 11, "writes": 10, "score_matrix": 11, "zero_shot": 10, "error_matrix": 10},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("profile", REFUSED)
+def test_values_of_other_types_are_refused(profile: str, tmp_path: Path) -> None:
+    """How many of the values are refused for each key; none raises anything but UserError. Pairs of keys likewise."""
+    draw, keys, refused = random.Random(0), list(results()), Counter()
     for changed in [[key] for key in keys] + [draw.sample(keys, 2) for _ in range(8)]:
-        for value in values:
-            given = results() | dict.fromkeys(changed, value)
+        for value in VALUES:
             try:
-                here = of_run(run(tmp_path, given), "paper")
+                here = of_run(run(tmp_path, results() | dict.fromkeys(changed, value)), profile)
                 text(compare(here, of_paper("mage"), anyway=True))
                 of_paper(here.method)
             except UserError:
-                continue
+                refused[changed[0]] += len(changed) == 1
+    assert +refused == REFUSED[profile]

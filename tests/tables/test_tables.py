@@ -16,10 +16,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from msgspec import convert
+from msgspec.structs import asdict
 
 from cnext.cli import main
 from cnext.errors import UserError
 from cnext.tables import aggregate, formats
+from cnext.tables.aggregate import StudyTables, Summary
 
 PAPER, REVERSE = ("a", "b"), ("b", "a")
 SCORES = {
@@ -62,62 +65,56 @@ def runs(write: Write) -> Path:
     return folder.parents[2]
 
 
-def study(*paths: Path, baseline: str | None = None) -> dict:
+def study(*paths: Path, baseline: str | None = None) -> StudyTables:
     return aggregate.of_folders(aggregate.find(paths), baseline)
 
 
 def test_a_row_is_mean_and_sample_deviation_of_its_seeds(runs: Path) -> None:
-    rows = {(row["method"], row["order"]): row for row in study(runs)["rows"]}
+    rows = {(row.method, row.order): row for row in study(runs).rows}
     assert set(rows) == set(SCORES)
     for key, scores in SCORES.items():
-        assert rows[key]["n"] == 3
-        assert rows[key]["seeds"] == [0, 1, 2]
-        assert rows[key]["avg_acc"] == {
-            "n": 3,
-            "mean": pytest.approx(sum(scores) / 3),
-            "sd": pytest.approx((sum((x - sum(scores) / 3) ** 2 for x in scores) / 2) ** 0.5),
-        }
+        assert rows[key].n == 3
+        assert rows[key].seeds == [0, 1, 2]
+        assert rows[key].avg_acc.mean == pytest.approx(sum(scores) / 3)
+        assert rows[key].avg_acc.sd == pytest.approx((sum((x - sum(scores) / 3) ** 2 for x in scores) / 2) ** 0.5)
 
 
 def test_over_orders_the_mean_is_of_runs_and_the_range_of_orders(runs: Path) -> None:
     shutil.rmtree(runs / "lora/reverse/seed-2")
-    found = {row["method"]: row["avg_acc"] for row in study(runs)["orders"]}
-    assert found["lora"] == {"n": 5, "mean": pytest.approx((40 + 42 + 47 + 38 + 39) / 5), "sd": None} | {
-        "low": pytest.approx(38.5),
-        "high": pytest.approx(43.0),
-    }
-    assert found["mage"]["n"] == 6
+    found = {row.method: row.avg_acc for row in study(runs).orders}
+    assert (found["lora"].n, found["lora"].sd) == (5, None)
+    assert found["lora"].mean == pytest.approx((40 + 42 + 47 + 38 + 39) / 5)
+    assert found["lora"].ends == pytest.approx((38.5, 43.0))
+    assert found["mage"].n == 6
 
 
 def test_a_method_with_one_order_has_no_range_over_orders(runs: Path) -> None:
-    assert [row["method"] for row in study(runs / "lora/paper", runs / "mage")["orders"]] == ["mage"]
+    assert [row.method for row in study(runs / "lora/paper", runs / "mage").orders] == ["mage"]
 
 
 def test_a_difference_of_nothing_has_no_sign() -> None:
-    assert formats.cell({"mean": -0.004, "sd": 0.0, "low": -0.006, "high": 0.004}, "+") == (
-        "0.00 ± 0.00 [\N{MINUS SIGN}0.01, 0.00]"
-    )
+    assert formats.cell(Summary(3, -0.004, 0.0, -0.006, 0.004), "+") == ("0.00 ± 0.00 [\N{MINUS SIGN}0.01, 0.00]")
 
 
 def test_differences_are_paired_by_order_and_seed(runs: Path) -> None:
     shutil.rmtree(runs / "lora/paper/seed-1")
-    (row,) = study(runs)["differences"]
+    (row,) = study(runs).differences
     pairs = [45 - 40, 52 - 47, 41 - 38, 45 - 39, 46 - 43]
-    assert row["method"] == "mage"
-    assert row["n"] == row["avg_acc"]["n"] == 5
-    assert row["avg_acc"]["mean"] == pytest.approx(statistics.mean(pairs))
-    assert row["avg_acc"]["sd"] == pytest.approx(statistics.stdev(pairs))
-    assert row["forgetting"]["mean"] == pytest.approx(-statistics.mean(pairs))
-    assert row["avg_acc"]["low"] < row["avg_acc"]["mean"] < row["avg_acc"]["high"]
-    assert row["forgetting"]["low"] == pytest.approx(-row["avg_acc"]["high"]), "the same resamples for every metric"
+    assert row.method == "mage"
+    assert row.n == row.avg_acc.n == 5
+    assert row.avg_acc.mean == pytest.approx(statistics.mean(pairs))
+    assert row.avg_acc.sd == pytest.approx(statistics.stdev(pairs))
+    assert row.forgetting.mean == pytest.approx(-statistics.mean(pairs))
+    assert row.avg_acc.low < row.avg_acc.mean < row.avg_acc.high
+    assert row.forgetting.low == pytest.approx(-row.avg_acc.high), "the same resamples for every metric"
 
 
 def test_the_baseline_can_be_named(runs: Path) -> None:
-    assert study(runs)["baseline"] == "lora"
+    assert study(runs).baseline == "lora"
     found = study(runs, baseline="mage")
-    assert [row["method"] for row in found["differences"]] == ["lora"]
-    assert study(runs / "mage")["baseline"] == "mage"
-    assert study(runs / "mage")["differences"] == []
+    assert [row.method for row in found.differences] == ["lora"]
+    assert study(runs / "mage").baseline == "mage"
+    assert study(runs / "mage").differences == []
     with pytest.raises(UserError, match="unknown baseline 'ewc'; valid: lora, mage"):
         study(runs, baseline="ewc")
 
@@ -160,7 +157,7 @@ def test_a_note_says_why_there_is_no_interval(runs: Path) -> None:
 
 def test_one_seed_has_no_deviation(write: Write) -> None:
     found = study(write("mage", "paper", 0, 50.0))
-    assert found["rows"][0]["avg_acc"] == {"n": 1, "mean": 50.0, "sd": None}
+    assert found.rows[0].avg_acc == Summary(1, 50.0, None)
     assert "±" not in formats.markdown(found).split("\n\n")[1]
 
 
@@ -172,16 +169,16 @@ def test_what_a_method_has_not_is_a_dash(write: Write) -> None:
     cells = {row.split("|")[1].strip(): row.split("|")[4:7] for row in formats.markdown(found).splitlines()[4:7]}
     for method, score in (("joint", "70.00"), ("zero-shot", "38.00")):
         assert [cell.strip() for cell in cells[method]] == [score, "\N{EN DASH}", "\N{EN DASH}"]
-    assert [row["forgetting"]["mean"] for row in found["differences"]] == [None, None]
-    assert found["differences"][0]["avg_acc"]["mean"] == pytest.approx(26.0)
+    assert [row.forgetting.mean for row in found.differences] == [None, None]
+    assert found.differences[0].avg_acc.mean == pytest.approx(26.0)
 
 
 def test_runs_of_one_method_are_told_apart_by_their_hyperparameters(write: Write) -> None:
     one = write("mage", "paper", 0, 50.0, hyperparameters={"average": "pema", "rank": 8}, out="one")
     other = write("mage", "paper", 0, 46.0, hyperparameters={"average": "none", "rank": 8}, out="other")
     found = study(one, other, baseline="mage (average=none)")
-    assert [row["method"] for row in found["rows"]] == ["mage (average=pema)", "mage (average=none)"]
-    assert found["differences"][0]["avg_acc"]["mean"] == pytest.approx(4.0)
+    assert [row.method for row in found.rows] == ["mage (average=pema)", "mage (average=none)"]
+    assert found.differences[0].avg_acc.mean == pytest.approx(4.0)
 
 
 @pytest.mark.parametrize(
@@ -212,7 +209,7 @@ def test_unfinished_runs_are_left_out_and_named(write: Write) -> None:
     empty = write("lora", "paper", 2, 10.0)
     (empty / "results.json").unlink()
     found = study(done.parents[2])
-    assert found["rows"][0]["seeds"] == [0]
+    assert found.rows[0].seeds == [0]
     assert f"Not finished and left out: {begun}, {empty}." in formats.markdown(found)
     with pytest.raises(UserError, match="no finished run"):
         study(begun)
@@ -221,9 +218,9 @@ def test_unfinished_runs_are_left_out_and_named(write: Write) -> None:
 @pytest.mark.parametrize(
     ("file", "text", "message"),
     [
-        ("results.json", "{", r"results\.json: expected a JSON object"),
-        ("results.json", "{}", r"results\.json is not as a run writes it: finished: missing"),
-        ("config.json", "{}", r"config\.json is not as a run writes it: suite: missing"),
+        ("results.json", "{", r"results\.json: expected JSON, could not read it"),
+        ("results.json", "{}", r"results\.json: Object missing required field `finished`; run cnext-run again"),
+        ("config.json", "{}", r"config\.json: Object missing required field `suite`; run cnext-run again"),
     ],
     ids=["cut", "empty", "no setting"],
 )
@@ -257,12 +254,12 @@ def test_csv_holds_every_figure_unrounded(runs: Path) -> None:
     rows = list(csv.DictReader(io.StringIO(formats.comma_separated(found))))
     assert len(rows) == 3 * (4 + 2 + 1)
     (row,) = [row for row in rows if row["table"] == "differences" and row["metric"] == "new_acc"]
-    expected = found["differences"][0]["new_acc"]
+    expected = asdict(found.differences[0].new_acc)
     assert {key: float(row[key]) for key in expected} == expected
 
 
 def test_json_is_the_study(runs: Path) -> None:
-    assert json.loads(formats.as_json(study(runs))) == study(runs)
+    assert convert(json.loads(formats.as_json(study(runs))), StudyTables) == study(runs)
 
 
 def test_latex_is_well_formed_whatever_the_names(write: Write) -> None:

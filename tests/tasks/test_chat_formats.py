@@ -25,7 +25,7 @@ def root(tmp_path: Path) -> Path:
 
 def one(root: Path, task: Task, row: dict[str, Any]) -> Sample:
     listing(root / "train.json", [row])
-    return formats.read(task, root, "train")[0]
+    return formats.read_samples(task, root, "train")[0]
 
 
 def llava(*said: str, image: Any = "./a.png", speakers: tuple[str, ...] = ("human", "gpt")) -> dict[str, Any]:
@@ -44,7 +44,7 @@ def chat(*said: Any, images: Any = ("a.png",)) -> dict[str, Any]:
     [("<image>\nWhat?", True), ("What?\n<image>", False), ("What?", True), ("What <image>?", True)],
     ids=["before", "after", "no mark", "within"],
 )
-def test_the_mark_says_where_the_image_stands(root: Path, asked: str, first: bool) -> None:
+def test_image_position_of_the_placeholder(root: Path, asked: str, first: bool) -> None:
     sample = one(root, LLAVA, llava(asked, "A dog."))
     assert (sample.id, sample.image, sample.image_first) == ("7", root / "a.png", first)
     assert "<image>" not in sample.turns[0].instruction
@@ -55,18 +55,18 @@ def test_several_turns_and_no_image(root: Path) -> None:
     row = llava("q1", "a1", "q2", "a2")
     del row["image"]
     listing(root / "train.json", [row, llava("<image>\nq", "a")])
-    text, _ = formats.read(LLAVA, root, "train")
+    text, _ = formats.read_samples(LLAVA, root, "train")
     assert text.image is None
     assert [(turn.instruction, turn.answer) for turn in text.turns] == [("q1", "a1"), ("q2", "a2")]
 
 
-def test_test_rows_are_the_benchmark_s(root: Path) -> None:
+def test_test_rows_in_the_benchmarks_format(root: Path) -> None:
     listing(root / "test.json", [{"question_id": 3, "image": "b.png", "text": "What?", "answer": "dog"}])
-    (sample,) = formats.read(LLAVA, root, "test")
+    (sample,) = formats.read_samples(LLAVA, root, "test")
     assert (sample.id, sample.image, sample.turns[0].answer) == ("3", root / "b.png", "dog")
 
 
-def test_messages_read_a_picture_and_draw_one(root: Path) -> None:
+def test_messages_with_an_image_to_read_and_one_to_write(root: Path) -> None:
     sample = one(root, MESSAGES, chat("<image>Make it red.", "Done. <image>", images=("a.png", "b.png")))
     assert (sample.image, sample.target_image) == (root / "a.png", root / "b.png")
     assert (sample.turns[0].instruction, sample.turns[0].answer) == ("Make it red.", "Done.")
@@ -108,7 +108,7 @@ def test_bad_conversations(root: Path, task: Task, row: dict[str, Any], reason: 
         one(root, task, row)
 
 
-def test_captions_come_from_a_file_of_their_own(tmp_path: Path) -> None:
+def test_captions_from_a_separate_file(tmp_path: Path) -> None:
     """UCIT's test rows have their references beside them: item k is image_id k, counted from 1."""
     task = suites.load("ucit").task("Flickr30k")
     picture(tmp_path / "datasets/Flickr30k/a.jpg")
@@ -116,7 +116,10 @@ def test_captions_come_from_a_file_of_their_own(tmp_path: Path) -> None:
     listing(tmp_path / task.test, rows)
     said = [{"image_id": k, "id": 10 * k + i, "caption": f"c{k}{i}"} for k in (1, 2) for i in (1, 2)]
     (tmp_path / task.references).write_text(json.dumps({"annotations": said}))
-    assert [sample.references for sample in formats.read(task, tmp_path, "test")] == [("c11", "c12"), ("c21", "c22")]
+    assert [sample.references for sample in formats.read_samples(task, tmp_path, "test")] == [
+        ("c11", "c12"),
+        ("c21", "c22"),
+    ]
     (tmp_path / task.references).write_text("[]")
     with pytest.raises(DataError, match=r"cannot read the captions .*val_coco_type_3000\.json"):
-        formats.read(task, tmp_path, "test")
+        formats.read_samples(task, tmp_path, "test")

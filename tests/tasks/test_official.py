@@ -25,7 +25,7 @@ def official(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def read(data: Path, name: str, split: str, **changes: Any) -> list[Sample]:
-    return formats.read(dataclasses.replace(SUITE.task(name), **changes), data, split)
+    return formats.read_samples(dataclasses.replace(SUITE.task(name), **changes), data, split)
 
 
 @pytest.mark.parametrize("name", TASKS)
@@ -60,7 +60,7 @@ def test_turns_boxes_and_captions(official: Path) -> None:
     assert drawn.target_image.name == "000000000000.jpg"
 
 
-def test_released_prompts_differ_between_train_and_test_and_consistent_ones_do_not(official: Path) -> None:
+def test_consistent_prompts_are_alike_in_train_and_test(official: Path) -> None:
     """The released evaluation asks Flickr30k with a second prefix, which the score does not see."""
     test = read(official, "Flickr30k", "test")[0]
     assert test.turns[0].instruction == "Please generate the image: A dog 6."
@@ -77,7 +77,7 @@ def test_released_prompts_differ_between_train_and_test_and_consistent_ones_do_n
     assert read(official, "VQAv2", "train", prompts="consistent") == read(official, "VQAv2", "train")
 
 
-def test_the_image_stands_before_or_after_by_the_sample_s_id(official: Path, tmp_path: Path) -> None:
+def test_random_image_position_depends_on_the_id(official: Path, tmp_path: Path) -> None:
     picture(tmp_path / "SEED-Data-VQAv2/COCO2014/train2014/a.jpg")
     rows = [{"image": "a.jpg", "data": [f"What is {index}?", "x"]} for index in range(400)]
     lines(tmp_path / "SEED-Data-VQAv2/annotations/output_001.jsonl", rows)
@@ -129,7 +129,7 @@ def test_edits_with_a_new_instruction_and_a_response(tmp_path: Path) -> None:
     ],
     ids=str,
 )
-def test_pictures_to_edit_are_left_out_by_their_size_as_released(
+def test_image_filter_of_editing_as_released(
     source: tuple[int, int], target: tuple[int, int], stays: bool, tmp_path: Path
 ) -> None:
     sides = {"source": source, "target": target}
@@ -152,7 +152,7 @@ def test_several_accepted_answers(tmp_path: Path) -> None:
     assert (sample.turns[0].answer, sample.answers) == ("two", ("two", "2"))
 
 
-def test_a_missing_folder_says_what_is_there_instead(tmp_path: Path) -> None:
+def test_a_missing_folder_names_what_exists(tmp_path: Path) -> None:
     (tmp_path / "SEED-Data-Fliackr30k").mkdir()
     with pytest.raises(DataError, match=r"no file matches .*SEED-Data-Flickr30k.*holds SEED-Data-Fliackr30k"):
         read(tmp_path, "Flickr30k", "train")
@@ -161,7 +161,7 @@ def test_a_missing_folder_says_what_is_there_instead(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("field", "value"), [("prompts", "consistant"), ("image_position", "last"), ("image_filter", "some")]
 )
-def test_a_manifest_s_options_are_checked(field: str, value: str) -> None:
+def test_options_of_a_task_are_checked(field: str, value: str) -> None:
     with pytest.raises(UserError, match=f"unknown {field} of task VQAv2 '{value}'; valid: "):
         dataclasses.replace(SUITE.task("VQAv2"), **{field: value})
 
@@ -174,7 +174,7 @@ def test_a_manifest_s_options_are_checked(field: str, value: str) -> None:
     ],
     ids=["surrogate", "endless number"],
 )
-def test_rows_that_python_trips_over(tmp_path: Path, line: str, reason: str) -> None:
+def test_rows_that_json_or_utf8_cannot_represent(tmp_path: Path, line: str, reason: str) -> None:
     path = tmp_path / "SEED-Data-VQAv2/annotations/output_001.jsonl"
     path.parent.mkdir(parents=True)
     path.write_text(line + "\n")

@@ -11,9 +11,9 @@ from tasks.official import listing, picture, write_continual_next
 from cnext.cli import main
 from cnext.config.run_config import RunConfig, plan
 from cnext.errors import UserError
-from cnext.tasks import doctor, formats, suites
+from cnext.tasks import data_check, formats, suites
 from cnext.tasks.base import DataError
-from cnext.tasks.doctor_text import Bars
+from cnext.tasks.data_check_text import Bars
 from cnext.tasks.subset import write_subset
 from cnext.training.setup import read_suite
 
@@ -37,37 +37,39 @@ def test_a_subset_is_a_suite_that_runs_at_once(data: Path, tmp_path: Path) -> No
     samples = read_suite(planned, out)
     for split in ("train", "test"):
         for name in planned.order:
-            whole = {sample.id: sample for sample in formats.read(suites.load("next-tiny").task(name), data, split)}
+            whole = {
+                sample.id: sample for sample in formats.read_samples(suites.load("next-tiny").task(name), data, split)
+            }
             assert len(samples[split][name]) == 5
             for sample in samples[split][name]:
                 one = whole[sample.id]
                 assert sample.turns == one.turns
                 assert sample.image is None or sample.image.samefile(one.image)
-    assert len(formats.read(planned.suite.task("VQAv2"), out, "validation")) == 5
+    assert len(formats.read_samples(planned.suite.task("VQAv2"), out, "validation")) == 5
 
 
-def test_the_paper_s_layout_becomes_a_clean_suite(official: Path, tmp_path: Path) -> None:
+def test_a_subset_of_the_papers_layout_has_no_problems(official: Path, tmp_path: Path) -> None:
     out = tmp_path / "deep" / "small"
     write_subset(suites.load("continual-next"), official, 2, 0, out)
     suite = suites.load(str(out))
     with Bars() as bars:
-        report = doctor.check(suite, out, bars)
+        report = data_check.check(suite, out, bars)
     assert report.problems == 0
-    assert plan(RunConfig(suite=str(out), data=out, budget="paper", order="appendix")).order[3] == "RefCOCO"
+    assert plan(RunConfig(suite=str(out), data=out, preset="paper", order="appendix")).order[3] == "RefCOCO"
     assert {task.train_count for task in suite.tasks} == {2}
 
 
-def test_images_stand_where_they_stood(official: Path, tmp_path: Path) -> None:
+def test_image_positions_are_kept(official: Path, tmp_path: Path) -> None:
     """The random place of an image goes with the sample's id, which the subset keeps."""
     write_subset(suites.load("continual-next"), official, 3, 0, tmp_path / "small")
     whole, small = suites.load("continual-next").task("VQAv2"), suites.load(str(tmp_path / "small")).task("VQAv2")
-    first = {sample.id: sample.image_first for sample in formats.read(whole, official, "train")}
-    drawn = formats.read(small, tmp_path / "small", "train")
+    first = {sample.id: sample.image_first for sample in formats.read_samples(whole, official, "train")}
+    drawn = formats.read_samples(small, tmp_path / "small", "train")
     assert len(drawn) == 3
     assert all(first[sample.id] == sample.image_first for sample in drawn)
 
 
-def test_the_same_seed_draws_the_same_rows_and_fewer_are_among_more(official: Path, tmp_path: Path) -> None:
+def test_rows_depend_on_the_seed_and_a_smaller_n_is_a_subset(official: Path, tmp_path: Path) -> None:
     suite = suites.load("continual-next")
     for name, n, seed in (("a", 4, 0), ("b", 4, 0), ("c", 2, 0), ("d", 4, 1)):
         write_subset(suite, official, n, seed, tmp_path / name)
@@ -95,10 +97,10 @@ def test_absolute_paths(official: Path, tmp_path: Path) -> None:
     manifest = json.loads((tmp_path / "small/VQAv2.json").read_text())
     assert manifest["train_images"] == str(official / "SEED-Data-VQAv2/COCO2014/train2014")
     (tmp_path / "small").rename(tmp_path / "moved")
-    assert formats.read(suites.load(str(tmp_path / "moved")).task("VQAv2"), tmp_path / "moved", "train")
+    assert formats.read_samples(suites.load(str(tmp_path / "moved")).task("VQAv2"), tmp_path / "moved", "train")
 
 
-def test_captions_of_another_file_go_into_the_rows(tmp_path: Path) -> None:
+def test_captions_of_a_separate_file_go_into_the_rows(tmp_path: Path) -> None:
     """Rows drawn no longer stand where the file of references counts them."""
     suite = suites.load("ucit")
     task = suite.task("VizWiz")
@@ -110,11 +112,11 @@ def test_captions_of_another_file_go_into_the_rows(tmp_path: Path) -> None:
     (tmp_path / task.references).write_text(json.dumps({"annotations": said}))
     alone = suites.Suite("one", "", (task,), {"paper": ("VizWiz",)}, {})
     write_subset(alone, tmp_path, 2, 0, tmp_path / "small")
-    drawn = formats.read(suites.load(str(tmp_path / "small")).task("VizWiz"), tmp_path / "small", "test")
+    drawn = formats.read_samples(suites.load(str(tmp_path / "small")).task("VizWiz"), tmp_path / "small", "test")
     assert [sample.references for sample in drawn] == [(f"{sample.id} 0", f"{sample.id} 1") for sample in drawn]
 
 
-def test_unusable_rows_and_images_stop_it_and_leave_nothing(official: Path, tmp_path: Path) -> None:
+def test_unusable_rows_raise_and_nothing_is_written(official: Path, tmp_path: Path) -> None:
     path = official / "SEED-Data-VQAv2/annotations/output_001.jsonl"
     content = path.read_text()
     path.write_text(content + "{oops\n")
@@ -133,7 +135,7 @@ def test_wrong_numbers(n: int, seed: int, official: Path, tmp_path: Path) -> Non
         write_subset(suites.load("continual-next"), official, n, seed, tmp_path / "small")
 
 
-def test_the_verb(
+def test_command(
     official: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)

@@ -53,15 +53,14 @@ def test_every_suite_can_be_planned(name: str, tmp_path: Path) -> None:
     """Its formats, scorers, modalities, orders and steps are known: what a run looks up before it reads a file."""
     suite = suites.load(name)
     for order in (*suite.orders, "reverse", "alphabet"):
-        for budget in suite.budgets:
-            planned = plan(RunConfig(suite=name, data=tmp_path, order=order, budget=budget, method="lora"))
+        for preset in suite.budgets:
+            planned = plan(RunConfig(suite=name, data=tmp_path, order=order, preset=preset, method="lora"))
             assert sorted(planned.order) == sorted(task.name for task in suite.tasks)
-    assert len(suites.summary(suite).splitlines()) == 4
-    assert max(map(len, suites.summary(suite).splitlines())) <= 120
+    assert all(budget in suites.summary(suite) for budget in suite.budgets)
     assert all(task.test in suites.details(suite) for task in suite.tasks)
 
 
-def test_the_paper_s_suite_is_the_paper_s() -> None:
+def test_the_papers_suite_has_the_printed_values() -> None:
     """Sizes as printed in appendix 9.1, steps and optimizer as in the released scripts, both orders as printed."""
     suite = suites.load("continual-next")
     sizes = {task.name: (task.train_count, task.test_count) for task in suite.tasks}
@@ -82,7 +81,7 @@ def test_the_paper_s_suite_is_the_paper_s() -> None:
     assert suites.order(suite, "appendix-reverse") == suites.order(suite, "appendix")[::-1]
 
 
-def test_consistent_prompts_are_an_option_and_another_suite(
+def test_consistent_prompts_give_another_suite(
     tmp_path: Path,
 ) -> None:
     released, consistent = (
@@ -97,7 +96,7 @@ def test_consistent_prompts_are_an_option_and_another_suite(
         plan(RunConfig(suite="continual-next", data=tmp_path, prompts="consistant"))
 
 
-def test_a_suite_says_its_name_and_a_budget_may_be_another_s(toy_suite: Path, tmp_path: Path) -> None:
+def test_a_suite_has_a_name_and_budgets_may_be_aliases(toy_suite: Path, tmp_path: Path) -> None:
     folder = tmp_path / "anything"
     shutil.copytree(toy_suite, folder)
     values = json.loads((folder / "suite.json").read_text()) | {"name": "small"}
@@ -111,10 +110,10 @@ def test_a_suite_says_its_name_and_a_budget_may_be_another_s(toy_suite: Path, tm
 @pytest.mark.parametrize(
     ("text", "reason"),
     [
-        ("{", "cannot read"),
-        ("[]", r"expected an object, got \[\]"),
-        ("{}", "tasks: missing"),
-        ('{"tasks": ["A"], "orders": {}, "budgets": {}}', "cannot read"),
+        ("{", r"suite\.json: expected JSON, could not read it"),
+        ("[]", "Expected `object`, got `array`; correct the manifest"),
+        ("{}", "missing required field `tasks`"),
+        ('{"tasks": ["A"], "orders": {}, "budgets": {}}', r"A\.json: expected JSON, could not read it"),
     ],
     ids=["cut", "list", "empty", "no task file"],
 )

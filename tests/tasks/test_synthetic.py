@@ -19,7 +19,7 @@ TASKS = list(synthetic.EXAMPLES)
 
 
 def samples(data: Path, task: str, split: str) -> list:
-    return formats.read(suites.load("next-tiny").task(task), data, split)
+    return formats.read_samples(suites.load("next-tiny").task(task), data, split)
 
 
 @pytest.mark.parametrize("task", TASKS)

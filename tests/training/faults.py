@@ -1,6 +1,6 @@
-"""Runs that end badly at a chosen moment, each in a process of its own that is forked from one with everything loaded.
+"""Runs with a fault injected at a chosen event, each in a process forked from one with everything loaded.
 
-A moment is a number of events: a file about to be written, half of it written, a rename, a removal, a step, an answer.
+Events: a file about to be written, half of it written, a rename, a removal, a step, an answer.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from cnext import RunConfig, cli, report
 from cnext.backbones.tiny.model import TinyBackbone
 from cnext.runs import checkpoint, run_folder
 from cnext.training import runner
-from cnext.training.trainer import TaskTrainer
+from cnext.training.trainer import StepLog, TaskTrainer
 
 KILL, TERM, INTERRUPT, TWICE = "SIGKILL", "SIGTERM", "SIGINT", "SIGINT twice"
 FULL, MEMORY = "full disk", "out of memory"
@@ -37,11 +37,11 @@ NO_MEMORY = (
     RuntimeError("[enforce fail at alloc_cpu.cpp:119] err == 0. DefaultCPUAllocator: can't allocate memory"),
     MemoryError(),
 )
-"""As torch raises it on a GPU, on a CPU, and Python itself."""
+"""Errors of torch on a GPU, of torch on a CPU, and of Python."""
 
 
 class Fault:
-    """Counts events, and at the given one does what ends the run. A fault of a kind that an event cannot have waits."""
+    """Counts events, and ends the run at the given one, or at the next one of which the kind of fault is possible."""
 
     def __init__(self, kind: str | None, moment: int) -> None:
         self.kind, self.moment, self.events = kind, moment, 0
@@ -64,7 +64,7 @@ class Fault:
 
 
 def _watch(fault: Fault, work: Path) -> None:
-    """Puts the events into this process, and writes every step done into ``work``."""
+    """Patches the events into this process, and logs every step done in the file ``work``."""
 
     def before(owner: Any, name: str, event: str) -> None:
         original = getattr(owner, name)
@@ -95,13 +95,13 @@ def _watch(fault: Fault, work: Path) -> None:
     before(TinyBackbone, "generate", "answer")
     step = TaskTrainer.train_step
 
-    def logged(self: TaskTrainer) -> dict[str, Any]:
+    def logged(self: TaskTrainer) -> StepLog:
         fault.event("step")
-        row = step(self)
+        log = step(self)
         with open(work, "a") as file:
             file.write(f"{self.seed[1]} {self.step}\n")
         fault.event("step")
-        return row
+        return log
 
     TaskTrainer.train_step = logged
 
@@ -113,11 +113,11 @@ def _child(config: RunConfig, kind: str | None, moment: int) -> None:
     with open(config.out / "said", "w") as said:
         os.dup2(said.fileno(), 1)
         os.dup2(said.fileno(), 2)
-    # The plots take longer than the run, and are written when all else is.
+    # The report takes longer than the run, and is written last.
     report.write_report = lambda run: (run / "report.html", run / "report.md")
     fault = Fault(kind, moment)
     _watch(fault, config.out / "work")
-    status = cli._guarded(lambda: runner.run(config) and None)
+    status = cli._exit_status(lambda: runner.run(config) and None)
     (config.out / "events").write_text(str(fault.events))
     sys.exit(status)
 

@@ -1,4 +1,4 @@
-"""Imported once by the process from which runs are forked: what the first run would load is there in all of them."""
+"""Preloaded by the process from which runs are forked, so that each has the models in memory."""
 
 from __future__ import annotations
 

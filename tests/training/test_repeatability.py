@@ -1,25 +1,27 @@
-"""Digests of what each stage has learnt and fingerprints of what decides bits: by hand, in results and in tables."""
+"""Digests of each stage and fingerprints of the environment: their definition, in results, and in tables."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from training.conftest import ORDER, Make
 
-from cnext import RunConfig, run
+from cnext import run
 from cnext.cli import main, run_main
+from cnext.config.run_config import plan
 from cnext.errors import UserError
+from cnext.monitoring.progress import Progress
+from cnext.monitoring.signals import Stop
 from cnext.ops import dispatch
 from cnext.runs import fingerprint, state_digests
 from cnext.tables import aggregate
 from cnext.training import runner
 
-ORDER = "VQAv2,HQEdit"
 STATE = {
     "adapters": {"b": torch.tensor([1.0, 2.0]), "a": torch.tensor([[3]], dtype=torch.int64)},
     "method": {"scalar": torch.tensor(True), "half": torch.ones(1, dtype=torch.bfloat16), "none": torch.empty(0, 2)},
@@ -27,7 +29,7 @@ STATE = {
 }
 
 
-def test_a_digest_is_of_names_dtypes_shapes_and_bytes_in_the_order_of_the_names() -> None:
+def test_a_digest_is_sha256_of_sorted_tensors() -> None:
     by_hand = [
         b"adapters/a torch.int64 (1, 1)\n",
         (3).to_bytes(8, "little"),
@@ -42,7 +44,7 @@ def test_a_digest_is_of_names_dtypes_shapes_and_bytes_in_the_order_of_the_names(
     assert state_digests.digest(STATE) == hashlib.sha256(b"".join(by_hand)).hexdigest()
 
 
-def test_a_digest_knows_the_last_bit_and_not_where_a_tensor_lies() -> None:
+def test_a_digest_depends_on_values_and_not_on_strides() -> None:
     first = state_digests.digest(STATE)
     strided = {**STATE, "adapters": {**STATE["adapters"], "b": torch.tensor([[1.0, 5.0], [2.0, 5.0]])[:, 0]}}
     assert state_digests.digest(strided) == first
@@ -51,34 +53,18 @@ def test_a_digest_knows_the_last_bit_and_not_where_a_tensor_lies() -> None:
         assert state_digests.digest(changed) != first
 
 
-@pytest.fixture(scope="module")
-def config(data: Path, toy_suite: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., RunConfig]:
-    def make(**changes: object) -> RunConfig:
-        values = {"suite": str(toy_suite), "data": data, "order": ORDER, "block_steps": 2, "device": "cpu"}
-        return RunConfig(out=tmp_path_factory.mktemp("runs"), method="mage-pull", **(values | changes))
-
-    return make
-
-
-@pytest.fixture(scope="module")
-def finished(config: Callable[..., RunConfig]) -> Path:
-    made = config()
-    run(made)
-    return made.folder
-
-
 def results(folder: Path) -> dict:
     return json.loads((folder / "results.json").read_text())
 
 
-def test_results_have_a_digest_of_every_stage_that_its_checkpoint_gives_again(finished: Path) -> None:
+def test_digests_in_results_are_those_of_checkpoints(finished: Path) -> None:
     found = results(finished)["digests"]
-    assert [(row["stage"], row["trained"]) for row in found] == [(0, "zero-shot"), (1, "VQAv2"), (2, "HQEdit")]
+    assert [(row["stage"], row["trained"]) for row in found] == [(0, "zero-shot"), *enumerate(ORDER, 1)]
     assert state_digests.of_run(finished) == found[1:]
-    assert len({row["sha256"] for row in found}) == 3
+    assert len({row["sha256"] for row in found}) == 4
 
 
-def test_results_have_the_fingerprint_of_where_they_were_made(finished: Path) -> None:
+def test_results_have_a_fingerprint(finished: Path) -> None:
     found = results(finished)["fingerprint"]
     checksum = found.pop("sha256")
     assert found == fingerprint.present("cpu", 1)
@@ -90,19 +76,16 @@ def test_results_have_the_fingerprint_of_where_they_were_made(finished: Path) ->
     assert found["device"] == "cpu"
 
 
-def test_a_run_continued_elsewhere_says_so(
-    finished: Path,
-    config: Callable[..., RunConfig],
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+def test_a_run_resumed_elsewhere_says_so(
+    finished: Path, config: Make, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     made, here = config(), fingerprint.present("cpu", 1)
     (made.folder).parent.mkdir(parents=True)
     shutil.copytree(finished, made.folder)
-    shutil.rmtree(made.folder / "checkpoints" / "2_HQEdit")
+    shutil.rmtree(made.folder / "checkpoints" / "3_HQEdit")
     monkeypatch.setattr(fingerprint, "present", lambda device, threads: {**here, "processor": "another"})
     run(made)
-    assert "going on in another environment, which its results will say: processor: " in capsys.readouterr().err
+    assert "resuming in another environment, which the results will show: processor: " in capsys.readouterr().err
     found = results(made.folder)
     assert found["fingerprint"]["processor"] == [here["processor"], "another"]
     assert found["fingerprint"]["torch"] == here["torch"]
@@ -121,19 +104,19 @@ def copy(run: Path, to: Path, **changes: object) -> Path:
     return to
 
 
-def test_compare_names_the_stage_at_which_two_runs_part(
+def test_compare_names_the_stage_of_the_first_difference(
     finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     found = results(finished)["digests"]
     here = results(finished)["fingerprint"] | {"threads": 4}
-    parted = [*found[:1], {**found[1], "sha256": "0" * 64}, found[2]]
+    parted = [*found[:1], {**found[1], "sha256": "0" * 64}, *found[2:]]
     other = copy(finished, tmp_path / "other", digests=parted, fingerprint=here)
     assert main(["compare", str(finished), "--to", str(other)]) == 0
     shown = capsys.readouterr().out
-    assert "states: the same to the bit up to stage 0 zero-shot; they part at stage 1 VQAv2" in shown
+    assert "states: bit-identical up to stage 0 zero-shot; different from stage 1 VQAv2 on" in shown
     assert "environments differ in threads: 1 and 4" in shown
     assert main(["compare", str(finished), "--to", str(finished)]) == 0
-    assert "states: the same to the bit up to stage 2 HQEdit\n" in capsys.readouterr().out
+    assert "states: bit-identical up to stage 3 HQEdit\n" in capsys.readouterr().out
     older = copy(finished, tmp_path / "older", digests=None)
     assert main(["compare", str(finished), "--to", str(older)]) == 0
     assert "states:" not in capsys.readouterr().out
@@ -142,14 +125,16 @@ def test_compare_names_the_stage_at_which_two_runs_part(
     assert "digests: expected rows with stage, trained and sha256" in capsys.readouterr().err
 
 
-def test_another_seed_parts_at_the_first_stage(finished: Path, config: Callable[..., RunConfig]) -> None:
-    """At stage 0 even: the adapters begin otherwise."""
-    planned = runner.plan(config(seed=1))
-    folder = runner.RunFolder(planned.config.folder, planned.as_dict())
-    made = runner.Runner(planned, folder, runner.Progress(quiet=True), runner.Stop())
-    made._restore()
-    folder.close()
-    assert made.ledger["digests"][0]["sha256"] != results(finished)["digests"][0]["sha256"]
+def test_another_seed_initializes_otherwise(finished: Path, config: Make) -> None:
+    found = {}
+    for seed in (0, 1):
+        made = runner.Runner(plan(config(seed=seed)), None, Progress(quiet=True), Stop())
+        made.load()
+        made.resume()
+        found[seed] = made.state.digests[0]
+    expected = results(finished)["digests"][0]
+    assert found[0] == expected
+    assert found[1]["sha256"] != expected["sha256"]
 
 
 def test_joined_and_differences() -> None:
@@ -163,7 +148,7 @@ def test_joined_and_differences() -> None:
     assert fingerprint.differences(None, None) == []
 
 
-def test_runs_of_different_environments_are_not_averaged_unless_asked(
+def test_different_environments_are_not_averaged_by_default(
     finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     here = results(finished)["fingerprint"]
@@ -192,15 +177,13 @@ def test_older_results_count_as_one_environment(
     assert "fingerprint: unknown and known" in capsys.readouterr().err
 
 
-def test_a_study_finds_other_environments_before_anything_starts(
-    finished: Path,
-    config: Callable[..., RunConfig],
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+def test_a_study_checks_environments_before_it_starts(
+    finished: Path, config: Make, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     made = config()
-    flags = ["--method", made.method, "--suite", made.suite, "--data", str(made.data), "--order", ORDER]
-    flags += ["--device", "cpu", "--block-steps", "2", "--out", str(made.out), "--jobs", "1", "--seeds", "0", "1", "2"]
+    flags = ["--method", made.method, "--suite", made.suite, "--data", str(made.data), "--order", made.order]
+    flags += ["--device", "cpu", "--checkpoint-interval", "1", "--out", str(made.out)]
+    flags += ["--jobs", "1", "--seeds", "0", "1", "2"]
     here = results(finished)["fingerprint"]
     for seed in (0, 1):
         folder = made.folder.with_name(f"seed-{seed}")

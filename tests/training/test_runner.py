@@ -1,49 +1,32 @@
-"""The main job in small: what a run leaves behind, that it resumes bit for bit, and what it refuses."""
+"""A run from end to end: its files, that it resumes bit for bit, and what it refuses."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from training.conftest import ORDER, Make
+from training.toy import rows
 from waiting import until
 
 from cnext import RunConfig, run
 from cnext.backbones.tiny.model import TinyBackbone
+from cnext.config.run_config import plan
 from cnext.errors import UserError
+from cnext.monitoring.progress import Progress
+from cnext.monitoring.signals import Stop
 from cnext.runs import checkpoint
-from cnext.scoring.matrix import ScoreMatrix, metrics
+from cnext.runs.run_folder import RunFolder
 from cnext.training import runner
-
-ORDER = ("VQAv2", "Flickr30k", "HQEdit")
-
-
-@pytest.fixture(scope="module")
-def config(data: Path, toy_suite: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., RunConfig]:
-    def make(out: Path | None = None, **changes: object) -> RunConfig:
-        out = out or tmp_path_factory.mktemp("runs")
-        values = {"suite": str(toy_suite), "data": data, "order": ",".join(ORDER), "block_steps": 1, "device": "cpu"}
-        return RunConfig(out=out, **(values | changes))
-
-    return make
-
-
-@pytest.fixture(scope="module")
-def finished(config: Callable[..., RunConfig]) -> Path:
-    """A run that was never interrupted."""
-    made = config()
-    run(made)
-    return made.folder
-
-
-def rows(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
+from cnext.training.cost import StageCost
+from cnext.training.state import RunState, Trained
 
 
 def test_files_of_a_run(finished: Path) -> None:
@@ -53,15 +36,23 @@ def test_files_of_a_run(finished: Path) -> None:
         "predictions", "checkpoints", "report.html", "report.md", "report_files", "run.log",
     }  # fmt: skip
     assert sorted(path.name for path in (finished / "checkpoints").iterdir()) == ["1_VQAv2", "2_Flickr30k", "3_HQEdit"]
+    generated = [row["image"] for row in rows(finished / "predictions/2_Flickr30k/Flickr30k.jsonl") if row["image"]]
+    assert generated
+    assert all((finished / path).is_file() for path in generated)
 
 
-def test_score_matrix_is_the_lower_triangle_and_zero_shot(finished: Path) -> None:
+def test_results_of_a_run(finished: Path) -> None:
     results = json.loads((finished / "results.json").read_text())
     assert results["tasks"] == list(ORDER)
+    assert results["finished"] is True
+    assert all(0 <= value <= 100 for value in results["zero_shot"])
     for t, row in enumerate(results["score_matrix"]):
         assert [value is not None for value in row] == [i <= t for i in range(3)]
-    assert all(0 <= value <= 100 for value in results["zero_shot"])
-    assert results["finished"] is True
+    for found in (results["metrics"], results["profiles"]["paper"]["metrics"]):
+        assert found["forgetting"] == pytest.approx(3 / 2 * (found["new_acc"] - found["avg_acc"]))
+        assert found["avg_hal"] + found["avg_iuf"] + found["avg_oth"] == pytest.approx(found["forgetting"])
+    last = results["score_matrix"][-1]
+    assert results["metrics"]["avg_acc"] == pytest.approx(sum(last) / 3)
 
 
 def test_scores_are_the_means_of_the_predictions(finished: Path) -> None:
@@ -73,24 +64,9 @@ def test_scores_are_the_means_of_the_predictions(finished: Path) -> None:
             assert sum(row["errors"][profile].values()) == pytest.approx(100 - row[profile])
 
 
-def test_both_identities_hold(finished: Path) -> None:
-    results = json.loads((finished / "results.json").read_text())
-    for found in (results["metrics"], results["profiles"]["paper"]["metrics"]):
-        assert found["forgetting"] == pytest.approx(3 / 2 * (found["new_acc"] - found["avg_acc"]))
-        assert found["avg_hal"] + found["avg_iuf"] + found["avg_oth"] == pytest.approx(found["forgetting"])
-    again = metrics(ScoreMatrix.from_rows(results["score_matrix"]))
-    assert again["avg_acc"] == results["metrics"]["avg_acc"]
-
-
 def test_every_step_is_logged_once(finished: Path) -> None:
     logged = [(row["stage"], row["task"], row["step"]) for row in rows(finished / "train.jsonl")]
     assert logged == [(t, name, step) for t, name in enumerate(ORDER, 1) for step in range(1, 5)]
-
-
-def test_pictures_drawn_are_kept(finished: Path) -> None:
-    drawn = [row["image"] for row in rows(finished / "predictions/2_Flickr30k/Flickr30k.jsonl") if row["image"]]
-    assert drawn
-    assert all((finished / path).is_file() for path in drawn)
 
 
 def test_costs_count_what_was_trained(finished: Path) -> None:
@@ -98,34 +74,22 @@ def test_costs_count_what_was_trained(finished: Path) -> None:
     assert cost["adapter_parameters"] == 312_320
     assert cost["trainable_params_by_task"] == {"VQAv2": 234_240, "Flickr30k": 156_160, "HQEdit": 234_240}
     assert cost["optimizer_steps"] == 12
-    measured = json.loads((finished / "cost.json").read_text())
-    assert measured["peak_memory_bytes"] > 1e8
-    assert all(stage["train_seconds"] > 0 for stage in measured["stages"][1:])
 
 
-def test_the_same_configuration_gives_the_same_bits(finished: Path, config: Callable[..., RunConfig]) -> None:
-    again = config()
+def test_the_seed_decides_every_bit(finished: Path, config: Make) -> None:
+    again, other = config(checkpoint_interval=3), config(seed=1)
     run(again)
-    for name in ("results.json", "scores.jsonl", "train.jsonl", "config.json"):
-        assert (again.folder / name).read_bytes() == (finished / name).read_bytes(), name
-
-
-def test_another_seed_gives_another_run(finished: Path, config: Callable[..., RunConfig]) -> None:
-    other = config(seed=1)
     run(other)
-    assert (other.folder / "train.jsonl").read_bytes() != (finished / "train.jsonl").read_bytes()
+    for name in ("results.json", "scores.jsonl", "train.jsonl"):
+        assert (again.folder / name).read_bytes() == (finished / name).read_bytes(), name
+        assert (other.folder / name).read_bytes() != (finished / name).read_bytes(), name
 
 
-def test_a_finished_run_is_not_run_again(
-    finished: Path, config: Callable[..., RunConfig], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def forbidden(*_: object) -> None:
-        raise AssertionError("trained or answered again")
-
+def test_a_finished_run_is_not_run_again(finished: Path, config: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     before = (finished / "results.json").read_bytes()
-    monkeypatch.setattr(TinyBackbone, "loss", forbidden)
-    monkeypatch.setattr(TinyBackbone, "generate", forbidden)
-    run(config(finished.parents[2]))
+    for name in ("loss", "generate"):
+        monkeypatch.setattr(TinyBackbone, name, lambda *_: pytest.fail("trained or answered again"))
+    run(config(out=finished.parents[2]))
     assert (finished / "results.json").read_bytes() == before
 
 
@@ -133,12 +97,12 @@ def command(made: RunConfig) -> list[str]:
     """To be run in a folder without a `cnext` of its own, so that the installed one is imported."""
     flags = {
         "--suite": made.suite, "--data": made.data, "--order": made.order, "--out": made.out, "--device": "cpu",
-        "--block-steps": made.block_steps,
+        "--checkpoint-interval": made.checkpoint_interval,
     }  # fmt: skip
     return [sys.executable, "-m", "cnext", "run", *(str(part) for pair in flags.items() for part in pair)]
 
 
-def test_killed_anywhere_it_ends_with_the_same_bits(finished: Path, config: Callable[..., RunConfig]) -> None:
+def test_killed_anywhere_it_ends_with_the_same_bits(finished: Path, config: Make) -> None:
     """SIGKILL while loading, answering zero-shot, inside a task, and while evaluating; then the command once more."""
     made = config()
     moments = (
@@ -159,20 +123,44 @@ def test_killed_anywhere_it_ends_with_the_same_bits(finished: Path, config: Call
         assert (made.folder / name).read_bytes() == (finished / name).read_bytes(), name
 
 
-def test_a_folder_of_another_configuration_is_refused(finished: Path, config: Callable[..., RunConfig]) -> None:
+def test_a_state_is_restored_from_its_manifest(tmp_path: Path) -> None:
+    """Through a checkpoint's file. Scores and fingerprints are in files of their own."""
+    digest = {"stage": 0, "trained": "zero-shot", "sha256": "0"}
+    state = RunState(
+        tasks_done=1, step=3, trained={"a": Trained(5, 4, 10)}, averaging=[None, {"task": "a", "branches": {}}],
+        measured={"a": StageCost(1.5, 0.5, None, 7, None)}, stored_by_stage={"a": 9}, stored_bytes=9, digests=[digest],
+    )  # fmt: skip
+    checkpoint.save(tmp_path / "1_a", {}, state.to_manifest())
+    _, values = checkpoint.load(tmp_path / "1_a")
+    assert RunState.from_manifest(values, tmp_path) == state
+    values["ledger"]["trained"] = {"a": 5}
+    with pytest.raises(UserError, match=r"Expected `object`, got `int` - at `\$.trained\[...\]`"):
+        RunState.from_manifest(values, tmp_path)
+
+
+def test_a_runner_is_made_without_loading(config: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runner, "prepare", lambda *_: pytest.fail("loaded"))
+    joint = config(method="upper-bound")
+    for made, stages in ((config(), [(1, 4), (2, 4), (3, 4)]), (joint, [(3, 12)])):
+        found = runner.Runner(plan(made), None, Progress(quiet=True), Stop())
+        assert [(stage.number, stage.steps) for stage in found.stages] == stages
+        assert found.state == RunState()
+
+
+def test_a_folder_of_another_configuration_is_refused(finished: Path, config: Make) -> None:
     with pytest.raises(UserError) as error:
-        run(config(finished.parents[2], learning_rate=0.5, hyperparameters={"c": 2.0}))
+        run(config(out=finished.parents[2], learning_rate=0.5, hyperparameters={"c": 2.0}))
     assert "recipe.learning_rate: 0.001 there, 0.5 asked for" in str(error.value)
     assert "hyperparameters.c: 5.0 there, 2.0 asked for" in str(error.value)
 
 
-def test_a_mistake_before_the_first_result_can_be_mended(config: Callable[..., RunConfig], tmp_path: Path) -> None:
+def test_an_error_before_the_first_result_can_be_fixed(config: Make, tmp_path: Path) -> None:
     """The corrected command runs in the same folder; only results are worth refusing for."""
     made = config(order="VQAv2", data=tmp_path)
     with pytest.raises(UserError, match="VQAv2"):
         run(made)
     assert (made.folder / "config.json").is_file()
-    assert run(config(made.out, order="VQAv2"))["finished"]
+    assert run(config(out=made.out, order="VQAv2"))["finished"]
 
 
 @pytest.mark.parametrize(
@@ -184,60 +172,56 @@ def test_a_mistake_before_the_first_result_can_be_mended(config: Callable[..., R
     ],
     ids=["format", "scorer", "modality"],
 )
-def test_a_manifest_that_names_what_is_not_there(
-    key: str, value: object, message: str, toy_suite: Path, tmp_path: Path, config: Callable[..., RunConfig]
+def test_a_manifest_with_an_unknown_name_is_refused(
+    key: str, value: object, message: str, toy_suite: Path, tmp_path: Path, config: Make
 ) -> None:
-    folder = tmp_path / "suite"
-    shutil.copytree(toy_suite, folder)
+    folder = shutil.copytree(toy_suite, tmp_path / "suite")
     manifest = json.loads((folder / "VQAv2.json").read_text())
     (folder / "VQAv2.json").write_text(json.dumps(manifest | {key: value}))
     with pytest.raises(UserError, match=message):
-        run(config(suite=str(folder)))
+        plan(config(suite=str(folder)))
 
 
-def test_two_processes_in_one_folder_are_refused(config: Callable[..., RunConfig]) -> None:
+def test_two_processes_in_one_folder_are_refused(config: Make) -> None:
     made = config()
-    planned = runner.plan(made)
-    first = runner.RunFolder(made.folder, planned.as_dict())
+    planned = plan(made)
+    first = RunFolder(made.folder, planned.as_dict())
     with pytest.raises(UserError, match="another process is running"):
-        runner.RunFolder(made.folder, planned.as_dict())
+        RunFolder(made.folder, planned.as_dict())
     first.close()
-    runner.RunFolder(made.folder, planned.as_dict()).close()
+    RunFolder(made.folder, planned.as_dict()).close()
 
 
-def test_a_damaged_checkpoint_is_named_and_not_read(config: Callable[..., RunConfig]) -> None:
+def test_a_run_without_a_good_checkpoint_is_refused(config: Make) -> None:
     made = config(order="VQAv2")
     run(made)
     path = made.folder / "checkpoints" / "1_VQAv2" / "adapters.safetensors"
     content = bytearray(path.read_bytes())
     content[-1] ^= 1
     path.write_bytes(content)
-    with pytest.raises(UserError, match=r"no checkpoint of this run is whole:\n.*adapters\.safetensors is not"):
+    with pytest.raises(UserError, match=r"adapters\.safetensors is not what was written"):
         run(made)
 
 
-def test_a_loss_that_is_not_finite_stops_with_step_and_samples(
-    config: Callable[..., RunConfig], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_loss_that_is_not_finite_stops_the_run(config: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     made, original, calls = config(order="VQAv2"), TinyBackbone.loss, []
 
     def poisoned(self: TinyBackbone, encoded: object, whole: object = None) -> object:
         calls.append(1)
         loss = original(self, encoded, whole)
-        return loss if len(calls) < 3 else type(loss)(loss.total * torch.nan, loss.text, loss.image, loss.tokens)
+        return loss if len(calls) < 3 else dataclasses.replace(loss, total=loss.total * torch.nan)
 
     monkeypatch.setattr(TinyBackbone, "loss", poisoned)
     with pytest.raises(UserError, match=r"the loss is nan at step 3 of 4; samples of the batch: VQAv2-train-0000"):
         run(made)
-    label = made.folder / "checkpoints" / "1_VQAv2_step2"
-    tensors, values = checkpoint.load(label)
+    tensors, values = checkpoint.load(made.folder / "checkpoints" / "1_VQAv2_step2")
     assert values["step"] == 2
     assert all(torch.isfinite(tensor).all() for tensor in tensors["adapters"].values())
     monkeypatch.undo()
     assert run(made)["finished"]
 
 
-def test_zero_shot_scores_stay(config: Callable[..., RunConfig]) -> None:
+def test_zero_shot_scores_stay(config: Make) -> None:
     results = run(config(method="zero-shot"))
     assert results["metrics"]["forgetting"] == 0
     assert results["score_matrix"][-1] == results["zero_shot"]
@@ -245,11 +229,10 @@ def test_zero_shot_scores_stay(config: Callable[..., RunConfig]) -> None:
 
 
 def test_data_is_checked_before_anything_is_trained(
-    config: Callable[..., RunConfig], data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    config: Make, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A bad row of the last task's test file stops the run before the first step, and names file and row."""
-    copy = tmp_path / "data"
-    shutil.copytree(data, copy)
+    copy = shutil.copytree(data, tmp_path / "data")
     path = copy / "HQEdit/questions/test.json"
     broken = json.loads(path.read_text())
     del broken[3]["instruction"]
@@ -259,7 +242,7 @@ def test_data_is_checked_before_anything_is_trained(
         run(config(data=copy))
 
 
-def test_validation_items_are_not_test_items(config: Callable[..., RunConfig]) -> None:
+def test_validation_items_are_not_test_items(config: Make) -> None:
     made = config(split="validation", order="VQAv2")
     run(made)
     answers = rows(made.folder / "predictions/1_VQAv2/VQAv2.jsonl")

@@ -1,35 +1,35 @@
-"""Training a task: schedules by their formulas, parts of a batch against the whole, workers, what learns, precision."""
+"""Training a task: schedules, batches and micro-batches, workers, trained parameters, precision."""
 
 from __future__ import annotations
 
 import itertools
-import json
-import math
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor, nn
+from training.conftest import Make
+from training.toy import copy_suite, rows
 
-from cnext import RunConfig, methods, run
+from cnext import methods, run
 from cnext.backbones.tiny.model import TinyBackbone
 from cnext.config.run_config import loading_options, plan
 from cnext.config.schedules import SCHEDULES
 from cnext.errors import UserError
 from cnext.runs import checkpoint
+from cnext.runs.run_folder import RunFolder
 from cnext.tasks import formats, suites
 from cnext.tasks.base import Recipe, Sample
-from cnext.training import runner
 from cnext.training.batches import Batches, Order
 from cnext.training.precision import in_float32
-from cnext.training.trainer import TaskTrainer
+from cnext.training.trainer import StepLog, TaskTrainer
 
 PAPER = Recipe({"a": 3000}, learning_rate=1e-4, warmup_steps=125)
 
 
 def samples(data: Path, name: str) -> list[Sample]:
-    return formats.read(suites.load("next-tiny").task(name), data, "train")
+    return formats.read_samples(suites.load("next-tiny").task(name), data, "train")
 
 
 @pytest.mark.parametrize(
@@ -37,19 +37,17 @@ def samples(data: Path, name: str) -> list[Sample]:
     [(0, 8e-7), (62, 1e-4), (1500, 5e-6), (2999, 9.96e-5)],
     ids=["first", "peak", "half", "last"],
 )
-def test_the_released_schedule_climbs_back(step: int, wanted: float) -> None:
-    """The rates that the released code applies: spec of its scheduler, at optimizer steps 1, 63, 1501 and 3000."""
+def test_the_released_schedule_rises_again(step: int, wanted: float) -> None:
+    """Rates of the released code's scheduler at optimizer steps 1, 63, 1501 and 3000."""
     assert SCHEDULES["released"](PAPER, step, 3000) == pytest.approx(wanted, rel=4e-3)
 
 
-def test_the_corrected_schedule_ends_at_its_minimum() -> None:
+def test_the_cosine_schedule_ends_at_its_minimum() -> None:
     rates = [SCHEDULES["cosine"](PAPER, step, 3000) for step in range(3000)]
     assert rates[:125] == pytest.approx([1e-4 * (step + 1) / 125 for step in range(125)])
     assert all(later <= earlier for earlier, later in itertools.pairwise(rates[124:]))
     assert rates[-1] == pytest.approx(5e-6, rel=1e-3)
-    middle = 125 + (3000 - 125) // 2
-    place = (middle - 125) / (3000 - 125)
-    assert rates[middle] == pytest.approx(1e-4 * (0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * place))))
+    assert rates[125 + (3000 - 125) // 2] == pytest.approx((1e-4 + 5e-6) / 2, rel=1e-3), "halfway"
 
 
 def test_every_sample_once_per_epoch() -> None:
@@ -61,7 +59,7 @@ def test_every_sample_once_per_epoch() -> None:
 
 
 class Late(TinyBackbone):
-    """The tiny backbone as a large one is: each batch is encoded when it is due."""
+    """The tiny backbone, but each batch is encoded when it is used, as with large backbones."""
 
     encodes_ahead = False
 
@@ -83,16 +81,16 @@ def test_workers_change_nothing(data: Path, kind: type[TinyBackbone], workers: i
 
 
 def test_reading_samples_takes_no_random_numbers(data: Path) -> None:
-    """A run that goes on begins to read in another step, and draws the same dropout in it."""
+    """A resumed run starts to read at another step, and must draw the same dropout masks."""
     batches = Batches(Late.load(), samples(data, "HQEdit"), 6, ("seed",))
     before = torch.get_rng_state()
-    batches.at(1, 3)
+    assert len(batches.at(1, 3)) == 6
     assert torch.equal(torch.get_rng_state(), before)
 
 
 def trained(
     data: Path, recipe: Recipe, method: str = "mage", task: str = "Flickr30k"
-) -> tuple[dict[str, Tensor], dict]:
+) -> tuple[dict[str, Tensor], StepLog]:
     tiny = TinyBackbone.load()
     made = methods.load(method)()
     tasks = [suites.load("next-tiny").task(name) for name in ("VQAv2", task)]
@@ -101,9 +99,9 @@ def trained(
         parameters = made.trainable(each)
         trainer = TaskTrainer(tiny, made, parameters, samples(data, each.name), recipe, 2, (0, each.name))
         made.before_task(parameters, 2, {})
-        row = [trainer.train_step() for _ in range(2)][-1]
-        made.after_task()
-    return {name: parameter.detach().clone() for name, parameter in made.held().items()}, row
+        log = [trainer.train_step() for _ in range(2)][-1]
+        trainer.finish()
+    return {name: parameter.detach().clone() for name, parameter in made.adapter_parameters().items()}, log
 
 
 @pytest.mark.parametrize("method", ["mage", "ewc", "distillation", "prompt-pool"])
@@ -111,18 +109,18 @@ def test_micro_batches_give_the_batch(data: Path, method: str) -> None:
     """Parts of 3, 3 and 2 with different numbers of tokens: the mean is over all tokens, not over the parts' means."""
     # eps: Adam would make whole steps of gradients as small as what sums of other lengths differ by.
     recipe = Recipe({}, batch_size=8, learning_rate=1e-2, warmup_steps=1, eps=1e-5)
-    whole, row = trained(data, recipe, method)
+    whole, log = trained(data, recipe, method)
     parts, other = trained(data, replace(recipe, micro_batch_size=3), method)
-    assert row["tokens"] == other["tokens"]
+    assert log.tokens == other.tokens
     # A penalty over samples is a mean over the parts, so its weight differs with their lengths.
     loose = method in ("distillation", "prompt-pool")
     for key in ("loss", "text_loss", "image_loss"):
-        assert other[key] == pytest.approx(row[key], rel=0.05 if loose else 1e-4)
+        assert getattr(other, key) == pytest.approx(getattr(log, key), rel=0.05 if loose else 1e-4)
     for name, value in whole.items():
         torch.testing.assert_close(parts[name], value, rtol=0.2 if loose else 1e-3, atol=3e-2 if loose else 2e-4)
 
 
-def test_what_differs_for_a_task() -> None:
+def test_a_recipe_may_differ_by_task() -> None:
     recipe = suites.load("continual-next").budgets["paper"]
     edit, other = recipe.of("HQEdit"), recipe.of("VQAv2")
     assert (other.batch_size, other.micro_batch_size, other.warmup_steps) == (256, 16, 125)
@@ -148,31 +146,22 @@ def test_bad_recipes_are_named(changes: dict, message: str) -> None:
         Recipe({}, **changes)
 
 
-def config(data: Path, suite: Path, out: Path, **changes: object) -> RunConfig:
-    values = {"suite": str(suite), "data": data, "order": "VQAv2,HQEdit", "block_steps": 3, "device": "cpu"}
-    return RunConfig(out=out, **(values | changes))
-
-
-def test_flags_override_the_budget_for_every_task(data: Path, toy_suite: Path, tmp_path: Path) -> None:
-    folder = tmp_path / "suite"
-    folder.mkdir()
-    for file in toy_suite.iterdir():
-        (folder / file.name).write_bytes(file.read_bytes())
-    manifest = json.loads((folder / "suite.json").read_text())
-    manifest["budgets"]["default"]["by_task"] = {"HQEdit": {"batch_size": 4, "warmup_steps": 2}}
-    (folder / "suite.json").write_text(json.dumps(manifest))
-    made = plan(config(data, folder, tmp_path)).recipe
+def test_flags_override_the_preset_for_every_task(config: Make, toy_suite: Path, tmp_path: Path) -> None:
+    different = {"HQEdit": {"batch_size": 4, "warmup_steps": 2}}
+    suite = str(copy_suite(toy_suite, tmp_path / "suite", by_task=different))
+    made = plan(config(suite=suite)).recipe
     assert (made.of("HQEdit").batch_size, made.of("VQAv2").batch_size) == (4, 16)
-    made = plan(config(data, folder, tmp_path, batch_size=8)).recipe
+    made = plan(config(suite=suite, batch_size=8)).recipe
     assert (made.of("HQEdit").batch_size, made.of("HQEdit").warmup_steps, made.of("VQAv2").batch_size) == (8, 2, 8)
 
 
 @pytest.mark.parametrize("trainable", ["connections", "released"])
-def test_connections_learn_where_a_recipe_says_so(
-    data: Path, toy_suite: Path, tmp_path: Path, trainable: str, monkeypatch: pytest.MonkeyPatch
+def test_connections_are_trained_if_a_recipe_says_so(
+    config: Make, trainable: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """They change, nothing else of the model does, a resumed run has the same bits, and results count them."""
-    whole = config(data, toy_suite, tmp_path / "a", trainable=trainable)
+    shared = {"order": "VQAv2,HQEdit", "checkpoint_interval": 3, "trainable": trainable}
+    whole = config(**shared)
     results = run(whole)
     tiny = TinyBackbone.load()
     expected = set(tiny.connections()) | (set(tiny.released_extras()) if trainable == "released" else set())
@@ -186,23 +175,19 @@ def test_connections_learn_where_a_recipe_says_so(
     original = TinyBackbone.load().state_dict()
     beside = {k.removeprefix("backbone."): v for k, v in saved_there["adapters"].items() if k.startswith("backbone.")}
     assert beside.keys() == expected
-    assert not [name for name, value in beside.items() if torch.equal(value, original[name])], "all have learnt"
+    assert not [name for name, value in beside.items() if torch.equal(value, original[name])], "all are trained"
 
-    class Stop(Exception):
-        pass
-
-    part = config(data, toy_suite, tmp_path / "b", trainable=trainable)
-    save, saved = runner.Runner._save, []
+    part, save, saved = config(**shared), RunFolder.save, []
 
     def stopping(*arguments: object) -> None:
         save(*arguments)
         saved.append(arguments)
         if len(saved) == 3:
-            raise Stop
+            raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(runner.Runner, "_save", stopping)
-        with pytest.raises(Stop):
+        patch.setattr(RunFolder, "save", stopping)
+        with pytest.raises(KeyboardInterrupt):
             run(part)
     assert run(part) == results
 
@@ -210,7 +195,7 @@ def test_connections_learn_where_a_recipe_says_so(
 @pytest.mark.parametrize("method", sorted(set(methods.modules()) - {"zero-shot"}))
 def test_every_method_learns_in_bfloat16(data: Path, method: str) -> None:
     """The frozen model in bfloat16, what is trained in float32: near the loss that float32 gives, and it changes."""
-    rows = []
+    logs = []
     for dtype, precision in ((torch.float32, "float32"), (torch.bfloat16, "bfloat16")):
         tiny = TinyBackbone.load(dtype=dtype)
         made = methods.load(method)(**({"router_steps": 1} if method == "mr-lora" else {}))
@@ -223,10 +208,10 @@ def test_every_method_learns_in_bfloat16(data: Path, method: str) -> None:
         trainer = TaskTrainer(tiny, made, parameters, given, recipe, 2, (0, "HQEdit"))
         before = [parameter.detach().clone() for parameter in parameters.values()]
         made.before_task(parameters, 2, {"HQEdit": given[: made.card.rehearsal]} if made.card.rehearsal else {})
-        rows.append([trainer.train_step() for _ in range(2)])
+        logs.append([trainer.train_step() for _ in range(2)])
         assert any(not torch.equal(old, new) for old, new in zip(before, parameters.values(), strict=True))
-        made.after_task()
-    assert [row["loss"] for row in rows[1]] == pytest.approx([row["loss"] for row in rows[0]], rel=0.05)
+        trainer.finish()
+    assert [log.loss for log in logs[1]] == pytest.approx([log.loss for log in logs[0]], rel=0.05)
 
 
 def test_widening_keeps_the_values() -> None:
@@ -237,16 +222,20 @@ def test_widening_keeps_the_values() -> None:
     assert torch.equal(layer.weight, before.float())
 
 
-def test_a_whole_run_in_bfloat16_with_checkpointing(
-    data: Path, toy_suite: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    results = run(config(data, toy_suite, tmp_path, precision="bfloat16", checkpointing=True, micro_batch_size=8))
-    assert results["finished"]
+def test_a_whole_run_in_bfloat16_with_checkpointing(config: Make) -> None:
+    """It is as long as the same in float32, and near to it at first."""
+    shared, losses = {"order": "VQAv2", "micro_batch_size": 8}, []
+    for changes in ({}, {"precision": "bfloat16", "checkpointing": True}):
+        made = config(**shared, **changes)
+        assert run(made)["finished"]
+        losses.append([row["loss"] for row in rows(made.folder / "train.jsonl")])
+    assert losses[0] != losses[1]
+    assert losses[0] == pytest.approx(losses[1], rel=0.05)
 
 
-def test_the_tiny_backbone_takes_no_device_map(data: Path, toy_suite: Path, tmp_path: Path) -> None:
+def test_the_tiny_backbone_takes_no_device_map(config: Make) -> None:
     with pytest.raises(UserError, match="takes no device map, got 'balanced'"):
-        run(config(data, toy_suite, tmp_path, device_map="balanced"))
+        run(config(device_map="balanced"))
 
 
 @pytest.mark.parametrize(

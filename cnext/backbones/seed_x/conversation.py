@@ -1,4 +1,4 @@
-"""A sample as token ids, what of them is supervised, and what each is for."""
+"""Token ids, labels and position roles of a SEED-X sample."""
 
 from __future__ import annotations
 
@@ -35,12 +35,12 @@ PHRASES = (
     "My result is below.",
     "I am happy to help with that.",
 )
-"""What is said before a picture in training, where the sample has no words of its own."""
+"""Text before an image in training, for samples without a response of their own."""
 
 
 @dataclass(frozen=True)
-class Conversation:
-    """ids, labels (IGNORED where nothing is supervised) and roles (rows of BRANCH_ROLES), equally long."""
+class TokenizedSample:
+    """ids, labels (IGNORED where there is no target) and roles (see `Backbone.positions`), equally long."""
 
     ids: list[int]
     labels: list[int]
@@ -48,49 +48,48 @@ class Conversation:
 
 
 def phrase(sample: Sample) -> str:
-    """What is said before the sample's picture: its answer, or else one of `PHRASES`, by a hash of its id."""
+    """Text before the sample's target image: its answer, or else one of `PHRASES`, by a hash of its id."""
     digest = hashlib.sha256(sample.id.encode()).digest()
     return sample.turns[0].answer or PHRASES[int.from_bytes(digest[:8], "big") % len(PHRASES)]
 
 
-def _asked(tokenizer: Tokenizer, turn: Turn, views: int, first: bool) -> list[int]:
-    """Ids of "[INST] picture instruction [/INST]" and a line feed; the picture stands after unless first."""
+def _instruction(tokenizer: Tokenizer, turn: Turn, views: int, image_first: bool) -> list[int]:
+    """Ids of "[INST] image instruction [/INST]" and a line feed, or with the image after the instruction."""
     before, after = "[INST] ", " [/INST]\n"
     if not views:
         return tokenizer.encode(before + turn.instruction + after)
-    picture = tokenizer.picture(views)
-    if first:
-        return tokenizer.encode(before, picture, turn.instruction + after)
-    return tokenizer.encode(before + turn.instruction, picture, after)
+    image = tokenizer.picture(views)
+    if image_first:
+        return tokenizer.encode(before, image, turn.instruction + after)
+    return tokenizer.encode(before + turn.instruction, image, after)
 
 
-def question(tokenizer: Tokenizer, sample: Sample, views: int) -> Conversation:
-    """The first instruction alone, from whose last position the answer begins."""
-    ids = [BEGIN, *_asked(tokenizer, sample.turns[0], views, sample.image_first)]
+def question(tokenizer: Tokenizer, sample: Sample, views: int) -> TokenizedSample:
+    """The first instruction alone; its last position predicts the first token of the answer."""
+    ids = [BEGIN, *_instruction(tokenizer, sample.turns[0], views, sample.image_first)]
     labels = [IGNORED] * len(ids)
-    return Conversation(ids, labels, [*_roles(tokenizer, ids, labels)[:-1], TEXT_WRITTEN])
+    return TokenizedSample(ids, labels, [*_roles(tokenizer, ids, labels)[:-1], TEXT_WRITTEN])
 
 
 def conversation(
     tokenizer: Tokenizer, sample: Sample, views: int, *, end_every_turn: bool = False, max_length: int = 880
-) -> Conversation:
-    """All turns of a sample. Supervised are the answers and the last token, </s>; of a picture to write its phrase,
+) -> TokenizedSample:
+    """All turns of a sample. Supervised are the answers and the last token, </s>; of a target image the text before it,
     ``<img>`` and </s>.
 
     Args:
-        views: of the image that is read; 0: none is.
-        end_every_turn: whether </s> follows every answer, and not the last alone, as released.
-        max_length: text is cut there.
+        views: number of views of the image that is read; 0 without one.
+        end_every_turn: whether </s> follows every answer, and not only the last, as released.
+        max_length: most tokens; longer text is truncated.
 
     Raises:
-        UserError: the cut would leave no answer, or part of a picture.
+        UserError: truncation would leave no answer, or part of an image.
     """
-    ids = [BEGIN, *_asked(tokenizer, sample.turns[0], views, sample.image_first)]
+    ids = [BEGIN, *_instruction(tokenizer, sample.turns[0], views, sample.image_first)]
     labels = [IGNORED] * len(ids)
     whole = len(ids)
     if sample.target_image:
-        picture = tokenizer.picture(1)
-        answer = tokenizer.encode(phrase(sample), picture)
+        answer = tokenizer.encode(phrase(sample), tokenizer.picture(1))
         ids += answer
         labels += [*answer[: -TOKENS - 1], *[IGNORED] * (TOKENS + 1)]
         whole = len(ids)
@@ -109,23 +108,23 @@ def conversation(
     labels.append(END)
     if whole >= max_length:
         raise UserError(
-            f"{sample.origin or sample.id}: expected less than {max_length} tokens before the answer, pictures "
+            f"{sample.origin or sample.id}: expected less than {max_length} tokens before the answer, images "
             f"included, found {whole}; leave the sample out, or raise the backbone's max_length"
         )
     roles = _roles(tokenizer, ids, labels)
-    return Conversation(ids[:max_length], labels[:max_length], roles[:max_length])
+    return TokenizedSample(ids[:max_length], labels[:max_length], roles[:max_length])
 
 
 def _roles(tokenizer: Tokenizer, ids: Sequence[int], labels: Sequence[int]) -> list[int]:
-    """What each position is for: tokens of images are read before the first label and written after it; text is
-    written where a token is supervised, or the next one is."""
+    """The role of each position. Image tokens are read before the first label and written after it; text is written
+    where a position holds or predicts a supervised token."""
     slots = set(tokenizer.slots)
-    begun = next((place for place, label in enumerate(labels) if label != IGNORED), len(labels))
+    answer = next((index for index, label in enumerate(labels) if label != IGNORED), len(labels))
     roles = []
-    for place, (index, label) in enumerate(zip(ids, labels, strict=True)):
-        if index in slots:
-            roles.append(IMAGE_READ if place < begun else IMAGE_WRITTEN)
+    for index, (token, label) in enumerate(zip(ids, labels, strict=True)):
+        if token in slots:
+            roles.append(IMAGE_READ if index < answer else IMAGE_WRITTEN)
         else:
-            following = labels[place + 1] if place + 1 < len(labels) else IGNORED
+            following = labels[index + 1] if index + 1 < len(labels) else IGNORED
             roles.append(TEXT_READ if label == following == IGNORED else TEXT_WRITTEN)
     return roles

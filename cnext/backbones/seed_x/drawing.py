@@ -1,7 +1,7 @@
-"""The de-tokenizer: features to pixels by SDXL, whose prompt is the features and, when editing, the image edited.
+"""The de-tokenizer of SEED-X: SDXL decodes features to images, with features in place of a text prompt.
 
-The released evaluation draws every image with the first stage, edits as well: what an edit keeps of its source is then
-what the features say. The second stage sees the source's pixels too.
+The released evaluation uses the first stage for all images, edits included: an edit keeps of its source what the
+features say. The second stage is conditioned on the source image as well.
 
 Reference: SEED-X, arXiv 2404.14396; InstructPix2Pix, arXiv 2211.09800, for the guidance by two conditions.
 """
@@ -18,10 +18,10 @@ import numpy
 import torch
 from torch import Tensor
 
-from cnext.backbones.pretrained import open_picture
+from cnext.backbones.pretrained import open_image
 from cnext.backbones.seed_x.folder import NAMES, check, fill
 from cnext.backbones.seed_x.prompt_resampler import PromptResampler, PromptSizes
-from cnext.errors import UserError, parse_json
+from cnext.errors import UserError, parse_json, unknown
 from cnext.tensor_files import read_tensors
 
 SDXL = "stable-diffusion-xl-base-1.0"
@@ -34,10 +34,13 @@ IMAGES = 4
 
 @dataclass(frozen=True)
 class Drawing:
-    """Where the de-tokenizer is, and how it draws. Nothing is loaded before the first image.
+    """Location and options of the de-tokenizer. It is loaded when the first image is decoded.
 
-    root: the released folder.  edit_stage: "first" or "second", what draws images that have a source.
+    root: the released folder.  edit_stage: "first" or "second", the stage for images that have a source.
     resolution: side of an image in pixels; None: SDXL's own, 1024.  steps: of denoising.
+
+    Raises:
+        UserError: an option out of range.
     """
 
     root: Path
@@ -47,33 +50,40 @@ class Drawing:
     device: torch.device
     dtype: torch.dtype
 
+    def __post_init__(self) -> None:
+        if self.edit_stage not in STAGES:
+            raise unknown("edit_stage", self.edit_stage, STAGES)
+        if self.resolution is not None and (self.resolution < 8 or self.resolution % 8):
+            raise UserError(f"resolution must be a multiple of 8, got {self.resolution}")
+        if self.steps < 1:
+            raise UserError(f"steps must be at least 1, got {self.steps}")
+
     def stage_file(self, stage: str) -> Path:
         """The released weights of a stage."""
         folder = self.root / "seed_detokenizer" / f"{stage}_stage"
         return next((folder / name for name in NAMES if (folder / name).is_file()), folder / NAMES[0])
 
     def missing(self) -> str:
-        """What is not there, and where it is expected; "" where all is."""
+        """Which files are missing and where they are expected, as an error message; "" if none are."""
         sdxl = self.root / SDXL
         stages = dict.fromkeys(("first", self.edit_stage))
-        wanted = [self.stage_file(stage) for stage in stages]
-        wanted += [sdxl / part / "config.json" for part in ("unet", "vae")]
-        wanted.append(sdxl / "scheduler" / "scheduler_config.json")
-        lacking = [str(path.relative_to(self.root)) for path in wanted if not path.is_file()]
+        needed = [self.stage_file(stage) for stage in stages]
+        needed += [sdxl / part / "config.json" for part in ("unet", "vae")]
+        needed.append(sdxl / "scheduler" / "scheduler_config.json")
+        missing = [str(path.relative_to(self.root)) for path in needed if not path.is_file()]
         for part in ("unet", "vae"):
             if not any((sdxl / part).glob("diffusion_pytorch_model*.safetensors*")):
-                lacking.append(f"{SDXL}/{part}/diffusion_pytorch_model.safetensors")
-        if not lacking:
+                missing.append(f"{SDXL}/{part}/diffusion_pytorch_model.safetensors")
+        if not missing:
             return ""
         return (
             f"to write images SEED-X needs its de-tokenizer; expected in {self.root}, and not there: "
-            f"{', '.join(lacking)}. seed_detokenizer is at AILab-CVC/SEED-X-17B on Hugging Face, and the other at "
+            f"{', '.join(missing)}. seed_detokenizer is at AILab-CVC/SEED-X-17B on Hugging Face, and the other at "
             f"stabilityai/{SDXL}"
         )
 
-    def look(self) -> None:
-        """Raises UserError where a file is broken, as far as names and sizes of its tensors tell: it would be found
-        only when the first image is drawn."""
+    def check_files(self) -> None:
+        """Raises UserError where a file cannot be read, before a run and not at its first image."""
         from safetensors import SafetensorError, safe_open
 
         for stage in dict.fromkeys(("first", self.edit_stage)):
@@ -96,19 +106,21 @@ class Drawing:
 
     @cached_property
     def vae(self) -> Any:
-        """In float32: SDXL's overflows in half precision."""
+        """The VAE, in float32: SDXL's overflows in half precision."""
         return self._part("AutoencoderKL", "vae", torch.float32)
 
     @cached_property
     def first(self) -> Stage:
+        """The stage that is conditioned on features alone."""
         return self._stage("first")
 
     @cached_property
     def second(self) -> Stage:
+        """The stage that is conditioned on features and the source image."""
         return self._stage("second")
 
     def _read(self, kind: str, part: str, **options: Any) -> Any:
-        """A part of SDXL, as a class of diffusers. Raises UserError where it cannot be loaded."""
+        """A part of SDXL as an object of a diffusers class. Raises UserError where it cannot be loaded."""
         import diffusers
 
         folder = self.root / SDXL / part
@@ -130,7 +142,7 @@ class Drawing:
         unet = self._part("UNet2DConditionModel", "unet", self.dtype)
         state = read_tensors(file)
         if name == "second":
-            unet.conv_in = _widened(unet.conv_in)
+            unet.conv_in = _with_double_inputs(unet.conv_in)
         tuned = {key.removeprefix("unet."): tensor for key, tensor in state.items() if key.startswith("unet.")}
         own = unet.state_dict()
         check(f"{file}, unet", own, tuned, optional=".*")
@@ -151,49 +163,52 @@ class Drawing:
         return Stage(unet, resampler)
 
     @torch.no_grad()
-    def draw(self, features: Tensor, nothing: Tensor, sources: Sequence[Path | None]) -> list[numpy.ndarray]:
-        """Images (H, W, 3) uint8 of features (N, 64, width).
+    def draw(self, features: Tensor, blank: Tensor, sources: Sequence[Path | None]) -> list[numpy.ndarray]:
+        """Images, (H, W, 3) uint8 each, of features (N, 64, width).
 
         Args:
-            nothing: (64, width) features of no image, from which guidance leads away.
-            sources: of each the image that is edited, if one is.
+            blank: (64, width) features of an empty image, for classifier-free guidance.
+            sources: for each the image that is edited, or None.
         """
         edits = [self.edit_stage == "second" and source is not None for source in sources]
-        drawn: dict[int, numpy.ndarray] = {}
+        images: dict[int, numpy.ndarray] = {}
         for edit in (False, True):
-            places = [place for place, one in enumerate(edits) if one == edit]
-            for start in range(0, len(places), IMAGES):
-                chunk = places[start : start + IMAGES]
-                edited = [source for place in chunk if (source := sources[place])] if edit else None
+            indices = [index for index, one in enumerate(edits) if one == edit]
+            for start in range(0, len(indices), IMAGES):
+                chunk = indices[start : start + IMAGES]
+                edited = [source for index in chunk if (source := sources[index])] if edit else None
                 with torch.autocast(self.device.type, enabled=False):
-                    latents = self._denoised(features[chunk], nothing, edited)
-                    drawn |= {place: self._pixels(latent[None]) for place, latent in zip(chunk, latents, strict=True)}
-        return [drawn[place] for place in range(len(sources))]
+                    latents = self._denoise(features[chunk], blank, edited)
+                    images |= {index: self._pixels(latent[None]) for index, latent in zip(chunk, latents, strict=True)}
+        return [images[index] for index in range(len(sources))]
 
-    def _denoised(self, features: Tensor, nothing: Tensor, sources: list[Path] | None) -> Tensor:
-        """Latents by Euler's method, with guidance away from ``nothing``: with sources e_u + 7.5 (e_c - e_i) + 1.5
-        (e_i - e_u) of c both conditions, i the source alone, u neither; else e_u + 7.5 (e_c - e_u)."""
+    def _denoise(self, features: Tensor, blank: Tensor, sources: list[Path] | None) -> Tensor:
+        """Latents by Euler's method with classifier-free guidance.
+
+        e_u + 7.5 (e_c - e_u), or with sources e_u + 7.5 (e_c - e_i) + 1.5 (e_i - e_u), where the noise e is predicted
+        with both conditions (c), with the source alone (i), or with neither (u).
+        """
         stage = self.first if sources is None else self.second
         scheduler = self._read("EulerDiscreteScheduler", "scheduler")
         scheduler.set_timesteps(self.steps, device=self.device)
         count, side = len(features), self.side(stage.unet)
-        given = [features, *[nothing.expand_as(features)] * (1 if sources is None else 2)]
+        given = [features, *[blank.expand_as(features)] * (1 if sources is None else 2)]
         prompts, pooled = stage.resampler(torch.cat(given).to(self.device, self.dtype))
         times = torch.tensor([side, side, 0, 0, side, side], device=self.device, dtype=self.dtype)
         added = {"text_embeds": pooled, "time_ids": times.expand(len(pooled), -1)}
         conditions = None
         if sources is not None:
-            seen = self._encoded(sources, side)
-            conditions = torch.cat([seen, seen, torch.zeros_like(seen)]).to(self.dtype)
-        # The same noise for every image, on every device: an image does not depend on those drawn with it.
+            encoded = self._encode(sources, side)
+            conditions = torch.cat([encoded, encoded, torch.zeros_like(encoded)]).to(self.dtype)
+        # The same noise for every image on every device: an image does not depend on the others of its batch.
         generator = torch.Generator().manual_seed(SEED)
         shape = (self.vae.config.latent_channels, *[side // self.shrink] * 2)
         latents = torch.randn(shape, generator=generator).to(self.device).repeat(count, 1, 1, 1)
         latents = latents * scheduler.init_noise_sigma
         for time in scheduler.timesteps:
             scaled = scheduler.scale_model_input(latents, time).to(self.dtype).repeat(len(given), 1, 1, 1)
-            taken = scaled if conditions is None else torch.cat([scaled, conditions], 1)
-            noise = stage.unet(taken, time, encoder_hidden_states=prompts, added_cond_kwargs=added).sample.float()
+            inputs = scaled if conditions is None else torch.cat([scaled, conditions], 1)
+            noise = stage.unet(inputs, time, encoder_hidden_states=prompts, added_cond_kwargs=added).sample.float()
             both, *without = noise.chunk(len(given))
             guided = without[-1] + GUIDANCE * (both - without[0])
             if conditions is not None:
@@ -203,17 +218,17 @@ class Drawing:
 
     @property
     def shrink(self) -> int:
-        """Pixels per latent, along a side."""
+        """Pixels per latent along a side."""
         return 2 ** (len(self.vae.config.block_out_channels) - 1)
 
     def side(self, unet: Any) -> int:
-        """Pixels of an image along a side."""
+        """Side of an image in pixels."""
         return self.resolution or unet.config.sample_size * self.shrink
 
-    def _encoded(self, sources: Sequence[Path], side: int) -> Tensor:
-        """Latents of images: the posterior's mode, without SDXL's scaling factor, as the second stage was tuned."""
-        stretched = [numpy.asarray(open_picture(source).resize((side, side))) for source in sources]
-        pixels = torch.from_numpy(numpy.stack(stretched)).permute(0, 3, 1, 2).to(self.device)
+    def _encode(self, sources: Sequence[Path], side: int) -> Tensor:
+        """Latents of images: the posterior's mode, without SDXL's scaling factor, as the second stage was trained."""
+        resized = [numpy.asarray(open_image(source).resize((side, side))) for source in sources]
+        pixels = torch.from_numpy(numpy.stack(resized)).permute(0, 3, 1, 2).to(self.device)
         return torch.cat([self.vae.encode(one / 127.5 - 1).latent_dist.mode() for one in pixels.float().split(1)])
 
     def _pixels(self, latents: Tensor) -> numpy.ndarray:
@@ -223,14 +238,14 @@ class Drawing:
 
 @dataclass(frozen=True)
 class Stage:
-    """A UNet of diffusers, and what makes its prompts."""
+    """A UNet of diffusers, and the resampler that computes its prompts."""
 
     unet: Any
     resampler: PromptResampler
 
 
-def _widened(layer: torch.nn.Conv2d) -> torch.nn.Conv2d:
-    """The layer with as many input channels again, of weight zero."""
+def _with_double_inputs(layer: torch.nn.Conv2d) -> torch.nn.Conv2d:
+    """The layer with twice the input channels, the new ones with zero weights."""
     sizes: Any = (layer.kernel_size, layer.stride, layer.padding)
     wide = torch.nn.Conv2d(2 * layer.in_channels, layer.out_channels, *sizes)
     wide = wide.to(layer.weight).requires_grad_(False)

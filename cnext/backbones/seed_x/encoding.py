@@ -1,4 +1,4 @@
-"""One sample between its files and the language model."""
+"""Encoding of SEED-X samples: from files to inputs of the language model."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from cnext.backbones.conversation import IGNORED, TEXT_READ, TEXT_WRITTEN
-from cnext.backbones.pretrained import open_picture
+from cnext.backbones.pretrained import open_image
 from cnext.backbones.seed_x import conversation
 from cnext.backbones.seed_x.anyres import GRIDS, WHOLE, views, whole
 from cnext.backbones.seed_x.tokenizer import PAD, Tokenizer
@@ -18,11 +18,12 @@ from cnext.tasks.base import Sample
 
 
 @dataclass(frozen=True)
-class Encoded:
-    """One sample. ids, labels, roles: (L,) int64.  centres: (T, 2) of the T views read, or None.
+class SeedXInputs:
+    """One sample as model inputs.
 
-    features: (T or 1, 256, width) of the views read; (T or 1, 3, 448, 448) uint8 as prepared. See `anyres.Views`.
-    target: (64, width) of the image wanted; (3, 448, 448) uint8 as prepared.
+    ids, labels, roles: (L,) int64, see `conversation.TokenizedSample`.  centres: (T, 2) of the T views read, or None.
+    features: of the views read, (T or 1, 256, width); as prepared, (T or 1, 3, 448, 448) uint8. See `anyres.Views`.
+    target: pooled features of the target image, (64, width); as prepared, (3, 448, 448) uint8.
     """
 
     ids: Tensor
@@ -33,41 +34,43 @@ class Encoded:
     target: Tensor | None = None
 
     @property
-    def question(self) -> Encoded:
-        """The first instruction alone: all before the first token that is supervised."""
+    def question(self) -> SeedXInputs:
+        """The first instruction alone: everything before the first supervised token."""
         length = int((self.labels != IGNORED).nonzero()[0])
         roles = self.roles[:length].clone()
         roles[-1] = TEXT_WRITTEN
         return replace(self, ids=self.ids[:length], labels=self.labels[:length], roles=roles, target=None)
 
 
-def prepare(tokenizer: Tokenizer, sample: Sample, *, end_every_turn: bool = False, max_length: int | None) -> Encoded:
+def prepare(
+    tokenizer: Tokenizer, sample: Sample, *, end_every_turn: bool = False, max_length: int | None
+) -> SeedXInputs:
     """A sample with pixels in place of features.
 
     Args:
-        end_every_turn, max_length: see `conversation.conversation`. max_length None: the first instruction alone.
+        end_every_turn, max_length: see `conversation.conversation`; max_length None: the first instruction alone.
     """
     read, target = None, None
     if sample.image:
-        read = views(open_picture(sample.image), GRIDS if sample.tiled and not sample.target_image else WHOLE)
+        read = views(open_image(sample.image), GRIDS if sample.tiled and not sample.target_image else WHOLE)
     count = len(read.centres) if read else 0
     if max_length is None:
-        made = conversation.question(tokenizer, sample, count)
+        tokens = conversation.question(tokenizer, sample, count)
     else:
         options = {"end_every_turn": end_every_turn, "max_length": max_length}
-        made = conversation.conversation(tokenizer, sample, count, **options)
-        target = whole(open_picture(sample.target_image)) if sample.target_image else None
-    ids, labels, roles = (torch.tensor(values) for values in (made.ids, made.labels, made.roles))
-    return Encoded(ids, labels, roles, read.centres if read else None, read.pixels if read else None, target)
+        tokens = conversation.conversation(tokenizer, sample, count, **options)
+        target = whole(open_image(sample.target_image)) if sample.target_image else None
+    ids, labels, roles = (torch.tensor(values) for values in (tokens.ids, tokens.labels, tokens.roles))
+    return SeedXInputs(ids, labels, roles, read.centres if read else None, read.pixels if read else None, target)
 
 
-def encode(vit: VisualEncoder, prepared: Sequence[Encoded]) -> list[Encoded]:
-    """Prepared samples with features in place of pixels, all views of all samples encoded together."""
+def encode(vit: VisualEncoder, prepared: Sequence[SeedXInputs]) -> list[SeedXInputs]:
+    """Prepared samples with features in place of pixels; the views of all samples are encoded together."""
     read = [item.features for item in prepared if item.features is not None]
-    wanted = [item.target[None] for item in prepared if item.target is not None]
-    if not read + wanted:
+    written = [item.target[None] for item in prepared if item.target is not None]
+    if not read + written:
         return list(prepared)
-    features = vit.features(torch.cat(read + wanted)).split([len(views) for views in read + wanted])
+    features = vit.features(torch.cat(read + written)).split([len(views) for views in read + written])
     reads, targets = iter(features[: len(read)]), iter(features[len(read) :])
     return [
         replace(
@@ -79,8 +82,8 @@ def encode(vit: VisualEncoder, prepared: Sequence[Encoded]) -> list[Encoded]:
     ]
 
 
-def padded(items: Sequence[Encoded], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """ids, labels, roles: (B, L), with padding on the right."""
+def padded(items: Sequence[SeedXInputs], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """Ids, labels and roles, (B, L) each, padded on the right."""
 
     def pad(rows: list[Tensor], value: int) -> Tensor:
         return nn.utils.rnn.pad_sequence(rows, True, value).to(device)

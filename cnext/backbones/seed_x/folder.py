@@ -1,4 +1,4 @@
-"""The released folder: where its parts are, and tensors from its files into a model, one file at a time.
+"""The released SEED-X folder: finds its files and loads their tensors into modules, one file at a time.
 
     pretrained/
       seed_x_i/llm/                           config.json and the language model, in one file or several with an index
@@ -9,8 +9,8 @@
       seed_detokenizer/second_stage/           > to write images, see `cnext.backbones.seed_x.drawing`
       stable-diffusion-xl-base-1.0/           /
 
-Weights may be torch files (.bin, .pt) or safetensors. Torch files are read with weights_only=True: no code in them
-runs.
+Weights may be torch files (.bin, .pt) or safetensors. Torch files are read with weights_only=True, so no code in them
+is executed.
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from cnext.errors import UserError, parse_json
+from cnext.backbones.folders import shard_files
+from cnext.errors import UserError, listed
 from cnext.tensor_files import read_tensors
 
 TOKENIZER = "cvlm_llama2_tokenizer_100img_and_224loc_addpatch"
 NAMES = ("pytorch_model.bin", "model.safetensors")
-SHOWN = 4
 
 
 @dataclass(frozen=True)
 class Released:
-    """Where the parts are that every run needs. llm, tokenizer: folders.  agent, vision: files."""
+    """Paths of the parts that every run needs. llm, tokenizer: folders.  agent, vision: files."""
 
     llm: Path
     agent: Path
@@ -42,7 +42,7 @@ class Released:
 
     @classmethod
     def find(cls, root: Path | None) -> Released:
-        """Raises UserError naming everything that is not there."""
+        """The paths below a root folder. Raises UserError naming every missing file."""
         if root is None:
             raise UserError("the seed-x backbone needs the folder of its released weights: --weights FOLDER")
         inside, beside = root / "seed_x_i" / TOKENIZER, root / TOKENIZER
@@ -71,7 +71,7 @@ class Released:
 
 
 def _first(folder: Path, names: Sequence[str]) -> Path:
-    """The first of these files that is there; where none is, the first that might be."""
+    """The first of these files that exists; if none does, the first one."""
     return next((folder / name for name in names if (folder / name).is_file()), folder / names[0])
 
 
@@ -84,7 +84,7 @@ def weight_files(folder: Path) -> list[Path]:
     for name in NAMES:
         index = folder / f"{name}.index.json"
         if index.is_file():
-            return _shards(index)
+            return shard_files(index)
         if (folder / name).is_file():
             return [folder / name]
     raise UserError(
@@ -92,33 +92,10 @@ def weight_files(folder: Path) -> list[Path]:
     )
 
 
-def _shards(index: Path) -> list[Path]:
-    try:
-        names = sorted(set(parse_json(index.read_bytes())["weight_map"].values()))
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-        raise UserError(
-            f"{index}: expected an object with 'weight_map', names of tensors and files: {error!r}"
-        ) from error
-    if strange := [name for name in names if not isinstance(name, str) or Path(name).name != name]:
-        raise UserError(f"{index}: expected names of files beside it, found {strange[0]!r}")
-    missing = [name for name in names if not (index.parent / name).is_file()]
-    if missing or not names:
-        raise UserError(
-            f"{index}: expected {len(names)} files beside it, {len(missing)} are missing: {listed(missing)}; download "
-            "them again"
-        )
-    return [index.parent / name for name in names]
-
-
-def listed(names: Sequence[str]) -> str:
-    """The first names of many, and how many more there are."""
-    return ", ".join(names[:SHOWN]) + (f" and {len(names) - SHOWN} more" if len(names) > SHOWN else "")
-
-
 def check(source: str, expected: dict[str, Tensor], found: dict[str, Tensor], optional: str = "(?!)") -> None:
-    """Raises UserError naming and counting the tensors that are missing, not of the model, or of another shape.
+    """Raises UserError naming and counting tensors that are missing, not of the model, or of another shape.
 
-    optional: pattern of names that need not be there.
+    optional: regular expression of names that may be missing.
     """
     missing = [name for name in expected if name not in found and not re.fullmatch(optional, name)]
     strange = [name for name in found if name not in expected]
@@ -145,15 +122,15 @@ def fill(
     optional: str = "(?!)",
     prefix: str = "",
 ) -> None:
-    """Gives a module on the meta device its tensors, file by file: no more is in memory than the module and a file.
+    """Loads tensors into a module on the meta device, file by file: memory holds the module and one file at most.
 
     Args:
-        device: name of a tensor to where it goes.
-        ignored: pattern of names in the files that are left out.  optional: of names that need not be in them.
-        prefix: of the names in the files that are the module's; names without it are left out.
+        device: maps a tensor's name to its device.
+        ignored: regular expression of names in the files to skip.  optional: of names that the files may lack.
+        prefix: of the module's names in the files; names without it are skipped.
 
     Raises:
-        UserError: tensors missing, not of the model, or of another shape, before anything is changed.
+        UserError: tensors missing, not of the model, or of another shape; the module is then unchanged.
     """
 
     def own(file: Path) -> dict[str, Tensor]:

@@ -1,76 +1,74 @@
-"""SEED-X's greedy answers: a picture, once begun, is written to its end."""
+"""Greedy answers of SEED-X, in which an image, once begun, is completed."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from cnext.backbones.conversation import IMAGE_WRITTEN, TEXT_READ, TEXT_WRITTEN
-from cnext.backbones.decoding import Decoding, greedy
+from cnext.backbones.decoding import Decoder, greedy, pad_left
 from cnext.backbones.seed_x.sizes import TOKENS
 from cnext.backbones.seed_x.tokenizer import END, PAD, Tokenizer
 
-if TYPE_CHECKING:
-    from cnext.backbones.seed_x.model import Encoded, SeedX
 
-
-@dataclass(frozen=True)
-class Written:
-    """An answer. ids: up to </s>, which is not in it.  states: (64, hidden) of its first picture's tokens, or None."""
+class Answer(NamedTuple):
+    """ids: up to </s>, without it.  states: (64, hidden) last hidden states of the first image's tokens, or None."""
 
     ids: list[int]
     states: Tensor | None
 
 
-def successors(tokenizer: Tokenizer, device: torch.device) -> Tensor:
-    """(vocabulary,) int64: what must follow a token, ``<img>``, 64 tokens, ``</img>``; -1 where nothing must."""
-    chain = torch.tensor(tokenizer.picture(1), device=device)
-    table = torch.full((len(tokenizer),), -1, device=device)
-    table[chain[:-1]] = chain[1:]
-    return table
+def padded_prompts(
+    ids: Sequence[Tensor], roles: Sequence[Tensor], device: torch.device
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Ids, attention mask and roles of prompts, (B, L) each, padded on the left."""
+    mask = pad_left([torch.ones_like(row) for row in ids], 0, device)
+    return pad_left(ids, PAD, device), mask, pad_left(roles, TEXT_READ, device)
 
 
-def generate(model: SeedX, asked: Sequence[Encoded], max_new_tokens: int) -> list[Written]:
-    """Greedy answers up to </s>. What follows ``<img>`` is forced, and only that may be it.
+def generate(
+    model: Decoder, tokenizer: Tokenizer, inputs: Tensor, mask: Tensor, roles: Tensor, max_new_tokens: int
+) -> list[Answer]:
+    """Greedy answers up to </s>. What follows ``<img>`` is forced: 64 image tokens and ``</img>``, which are banned
+    elsewhere.
 
-    The released code sets the logits of tokens that may not be to 0 and not to -inf: the same wherever the largest
-    logit is positive.
+    The released code sets the logits of banned tokens to 0 and not to -inf: the same wherever the largest logit is
+    positive.
+
+    Args:
+        model: its ``banned_ids`` are the tokens of an image after ``<img>``.
+        inputs: (B, L, hidden) embeddings of the prompts.  mask, roles: (B, L), see `padded_prompts`.
     """
-    tokenizer, device = model.tokenizer, model.device
-    pad = torch.nn.utils.rnn.pad_sequence
-    ids = pad([item.ids for item in asked], True, PAD, "left").to(device)
-    roles = pad([item.roles for item in asked], True, TEXT_READ, "left").to(device)
-    mask = pad([torch.ones_like(item.ids) for item in asked], True, 0, "left").to(device)
-    follows = successors(tokenizer, device)
-    slots = torch.zeros(len(tokenizer), dtype=torch.bool, device=device)
-    slots[tokenizer.slots] = True
+    device = model.device
+    image = torch.tensor(tokenizer.picture(1), device=device)
+    follows = torch.full((len(tokenizer),), -1, device=device)
+    follows[image[:-1]] = image[1:]
+    position_of = torch.full((len(tokenizer),), TEXT_WRITTEN, device=device)
+    position_of[tokenizer.slots] = IMAGE_WRITTEN
     states: list[Tensor] = []
     rows = greedy(
-        Decoding(model, model.inputs(ids, roles, asked), mask, roles),
-        model.llm.lm_head,
-        model.llm.model.embed_tokens,
-        stops=[END],
-        never=follows[follows >= 0],
-        pad=PAD,
-        max_new_tokens=max_new_tokens,
+        model,
+        inputs,
+        mask,
+        roles,
+        max_new_tokens,
         follows=follows,
-        position_of=lambda chosen: torch.where(slots[chosen], IMAGE_WRITTEN, TEXT_WRITTEN),
+        position_of=lambda chosen: position_of[chosen],
         states=states,
     )
+    end_of_image = tokenizer["</img>"]
     return [
-        Written([index for index in row if index != END], _first_picture(tokenizer, row, number, states))
+        Answer([token for token in row if token != END], _image_states(row, number, states, end_of_image))
         for number, row in enumerate(rows)
     ]
 
 
-def _first_picture(tokenizer: Tokenizer, ids: list[int], row: int, states: Sequence[Tensor]) -> Tensor | None:
-    """(64, hidden): the states when the tokens before the first ``</img>`` were fed, a step after each was chosen."""
-    end = tokenizer["</img>"]
-    if end not in ids:
+def _image_states(ids: list[int], row: int, states: Sequence[Tensor], end_of_image: int) -> Tensor | None:
+    """(64, hidden): the states after each token before the first ``</img>``, one step after each was chosen."""
+    if end_of_image not in ids:
         return None
-    place = ids.index(end)
-    return torch.stack([states[step][row] for step in range(place - TOKENS + 1, place + 1)])
+    index = ids.index(end_of_image)
+    return torch.stack([states[step][row] for step in range(index - TOKENS + 1, index + 1)])

@@ -1,34 +1,31 @@
-"""From the released folder to a model on its devices."""
+"""Reads the released files of SEED-X and loads them into its modules, on one device or several."""
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, NamedTuple
 
 import torch
+from torch import nn
 
 from cnext.backbones.seed_x import placing
-from cnext.backbones.seed_x.drawing import STAGES, Drawing
 from cnext.backbones.seed_x.folder import Released, fill, weight_files
-from cnext.backbones.seed_x.resampler import sinusoids
+from cnext.backbones.seed_x.resampler import Resampler, sinusoids
 from cnext.backbones.seed_x.sizes import VisionSizes
 from cnext.backbones.seed_x.tokenizer import Tokenizer
-from cnext.errors import UserError, parse_json, unknown
+from cnext.errors import UserError, parse_json
 from cnext.tensor_files import read_tensors
 
-if TYPE_CHECKING:
-    from cnext.backbones.seed_x.model import SeedX
-
 POSITIONS = r"(.*\.)?pos_embed"
-"""Names of position embeddings, which follow from their size: files need not have them."""
+"""Names of position embeddings, which follow from their size: files need not contain them."""
 
 
 def llama_config(values: Mapping[str, Any]) -> Any:
-    """The LlamaConfig of a config.json, as far as it says what the model computes.
+    """The LlamaConfig of a config.json, as far as it determines what the model computes.
 
-    pretraining_tp, of no meaning here, and pad_token_id, which would freeze a row of the embeddings, are left out.
+    pretraining_tp, which has no meaning here, and pad_token_id, which would freeze a row of the embeddings, are left
+    out.
     """
     from transformers import LlamaConfig
 
@@ -58,57 +55,55 @@ def read_config(file: Path, tokenizer: Tokenizer) -> Any:
         raise UserError(f"{file}: expected the config of a LLaMA model: {error}") from error
 
 
-def load(
-    kind: type[SeedX],
+class Parts(NamedTuple):
+    """What a model is constructed from. config: a LlamaConfig.  released: the files of its weights."""
+
+    config: Any
+    vision: VisionSizes
+    tokenizer: Tokenizer
+    released: Released
+
+
+def read_parts(weights: Path | None) -> Parts:
+    """Reads everything but the weights. Raises UserError where a file is missing or does not fit."""
+    released = Released.find(weights)
+    tokenizer = Tokenizer.from_folder(released.tokenizer)
+    config = read_config(released.llm / "config.json", tokenizer)
+    shapes = {name: tensor.shape for name, tensor in read_tensors(released.vision).items()}
+    return Parts(config, VisionSizes.of(shapes, str(released.vision)), tokenizer, released)
+
+
+def load_weights(
+    parts: Parts,
+    llm: Any,
+    vit: nn.Module,
+    agent: nn.Module,
     device: torch.device,
-    weights: Path | None,
     dtype: torch.dtype,
     device_map: str | None,
-    options: Mapping[str, Any],
-) -> SeedX:
-    """See `SeedX.load`. options: edit_stage, resolution and steps of a `Drawing`."""
-    parts = Released.find(weights)
-    assert weights is not None, "found"
-    drawing = Drawing(weights, device=device, dtype=dtype, **_checked(options))
-    if missing := drawing.missing():
-        warnings.warn(missing, stacklevel=3)
-    tokenizer = Tokenizer.read(parts.tokenizer)
-    config = read_config(parts.llm / "config.json", tokenizer)
-    files = weight_files(parts.llm)
-    shapes = {name: tensor.shape for name, tensor in read_tensors(parts.vision).items()}
-    with torch.device("meta"):
-        model = kind(config, VisionSizes.of(shapes, str(parts.vision)), tokenizer, drawing).requires_grad_(False)
-    placed = {} if device_map is None else placing.plan(model.llm.model, device_map, dtype)
+) -> None:
+    """Loads the weights into modules on the meta device.
+
+    Args:
+        llm: the LlamaForCausalLM.  vit: the visual encoder.  agent: both resamplers and ``patch_pos_embed``.
+        device: of all parts, unless ``device_map`` distributes the language model.
+    """
+    placed = {} if device_map is None else placing.plan(llm.model, device_map, dtype)
     main = placing.device_of("embed_tokens.weight", placed, device)
-    fill(model.vit, [parts.vision], dtype, lambda _: main, optional=POSITIONS)
-    beside = torch.nn.ModuleDict({"input_resampler": model.input_resampler, "output_resampler": model.output_resampler})
-    beside.register_parameter("patch_pos_embed", model.patch_pos_embed)
-    fill(beside, [parts.agent], dtype, lambda _: main, optional=POSITIONS)
-    model.patch_pos_embed = beside.get_parameter("patch_pos_embed")
-    for resampler in (model.vit.attn_pool, model.input_resampler, model.output_resampler):
+    fill(vit, [parts.released.vision], dtype, lambda _: main, optional=POSITIONS)
+    fill(agent, [parts.released.agent], dtype, lambda _: main, optional=POSITIONS)
+    for resampler in [module for part in (vit, agent) for module in part.modules() if isinstance(module, Resampler)]:
         if resampler.pos_embed.is_meta:
             queries, width = resampler.query.shape
             resampler.pos_embed = sinusoids(int(queries**0.5), width).to(main, dtype)
     fill(
-        model.llm,
-        files,
+        llm,
+        weight_files(parts.released.llm),
         dtype,
         lambda name: placing.device_of(name.removeprefix("model."), placed, main),
         ignored=r".*rotary_emb\.inv_freq",
     )
     # Its buffers are in no file, and stay in float32.
-    model.llm.model.rotary_emb = type(model.llm.model.rotary_emb)(config).to(main)
+    llm.model.rotary_emb = type(llm.model.rotary_emb)(parts.config).to(main)
     if placed:
-        placing.connect(model.llm.model, placed)
-    return model
-
-
-def _checked(options: Mapping[str, Any]) -> Mapping[str, Any]:
-    if options["edit_stage"] not in STAGES:
-        raise unknown("edit_stage", options["edit_stage"], STAGES)
-    resolution = options["resolution"]
-    if resolution is not None and (resolution < 8 or resolution % 8):
-        raise UserError(f"resolution must be a multiple of 8, got {resolution}")
-    if options["steps"] < 1:
-        raise UserError(f"steps must be at least 1, got {options['steps']}")
-    return options
+        placing.connect(llm.model, placed)

@@ -1,13 +1,14 @@
-"""SEED-X as a backbone: the model, its files, a batch through it.
+"""SEED-X as a backbone.
 
-Images are read as views of 64 tokens each, which the input resampler makes of the frozen encoder's features, and
-written as 64 tokens whose last hidden states the output resampler regresses to the pooled features of the image wanted.
+Images are read as views of 64 tokens each, which the input resampler makes of the frozen encoder's features. They are
+written as 64 tokens, whose last hidden states the output resampler regresses to the pooled features of the target.
 
 Reference: SEED-X, arXiv 2404.14396; Continual-NExT, arXiv 2602.18055, its released code.
 """
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar
@@ -17,41 +18,45 @@ from torch import Tensor, nn
 
 from cnext.backbones.base import Backbone, Output
 from cnext.backbones.conversation import IGNORED, IMAGE_READ, IMAGE_WRITTEN
-from cnext.backbones.pretrained import checkpoint_activations
+from cnext.backbones.pretrained import LLAMA_LINEARS, checkpoint_activations
 from cnext.backbones.seed_x import encoding, generation, loading
 from cnext.backbones.seed_x.anyres import patch_features
 from cnext.backbones.seed_x.drawing import Drawing
-from cnext.backbones.seed_x.encoding import Encoded, padded
+from cnext.backbones.seed_x.encoding import SeedXInputs, padded
 from cnext.backbones.seed_x.folder import Released, weight_files
 from cnext.backbones.seed_x.resampler import Resampler
 from cnext.backbones.seed_x.sizes import PATCH_FEATURES, PUBLISHED_LLM, SIDE, TOKENS, VisionSizes
-from cnext.backbones.seed_x.tokenizer import Tokenizer
+from cnext.backbones.seed_x.tokenizer import END, PAD, Tokenizer
 from cnext.backbones.seed_x.vision import VisualEncoder, pooled
 from cnext.errors import UserError
 from cnext.scoring.base import Prediction
 from cnext.tasks.base import Sample, Task
 
 BATCH = 16
-"""Samples per forward pass where nothing is learnt."""
+"""Samples per forward pass without gradient."""
 
 
 class SeedX(Backbone):
-    """SEED-X-I 17B as the paper trains it: 13.0 B parameters of LLaMA-2, 1.9 B of the visual encoder, 0.2 B between.
+    """SEED-X-I, 17 B, the paper's, from a folder of weights; reads images in tiles and writes them by SDXL.
+
+    13.0 B parameters of LLaMA-2, 1.9 B of the visual encoder, and 0.2 B between the two.
 
     Args:
         config: a transformers.LlamaConfig.
         vision: sizes of the visual encoder.
-        tokenizer: None: samples cannot be prepared, for a model that is only counted.
-        drawing: the de-tokenizer; None: images written are not drawn.
+        tokenizer: None for a model whose parameters are only counted: it cannot prepare samples.
+        drawing: the de-tokenizer; None: images written are not decoded to pixels.
         end_every_turn: whether every answer of a conversation is followed by a supervised </s>. As released only the
-            last is, while tests ask one question alone.
-        max_length: tokens that a conversation is cut to.
+            last is, while tests ask a single question.
+        max_length: tokens that a conversation is truncated to.
     """
 
     name: ClassVar[str] = "seed-x"
-    targets: ClassVar[tuple[str, ...]] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    targets: ClassVar[tuple[str, ...]] = LLAMA_LINEARS
     picture_tokens: ClassVar[tuple[int, int]] = (3 * (TOKENS + 2), TOKENS + 2)
     drawing_flops: ClassVar[float] = 6e14
+    stop_ids: tuple[int, ...] = (END,)
+    pad_id: int = PAD
 
     def __init__(
         self,
@@ -75,7 +80,7 @@ class SeedX(Backbone):
         self.input_resampler = Resampler(TOKENS, hidden, vision.output)
         self.output_resampler = Resampler(TOKENS, vision.output, hidden)
         self.patch_pos_embed = nn.Parameter(torch.zeros(PATCH_FEATURES, hidden))
-        self._nothing: Tensor | None = None
+        self._blank: Tensor | None = None
 
     @classmethod
     def load(
@@ -94,29 +99,45 @@ class SeedX(Backbone):
     ) -> SeedX:
         """The released model, frozen, from the folder that `cnext.backbones.seed_x.folder` describes.
 
-        A folder without the de-tokenizer is loaded with a warning that says what is missing: `require_drawing` fails.
+        A folder without the de-tokenizer is loaded with a warning that says what is missing, and `require_drawing`
+        raises.
 
         Args:
             end_every_turn, max_length: see the class.
-            edit_stage: de-tokenizer that draws images with a source: "first", as the paper's evaluation, or "second".
-            resolution: side of the images drawn, in pixels; None: 1024.  steps: of denoising.
+            edit_stage: de-tokenizer for images with a source: "first", as in the paper's evaluation, or "second".
+            resolution: side of images written, in pixels; None: 1024.  steps: of denoising.
         """
-        drawing = {"edit_stage": edit_stage, "resolution": resolution, "steps": steps}
-        model = loading.load(cls, torch.device(device), weights, dtype, device_map, drawing)
-        model.end_every_turn, model.max_length = end_every_turn, max_length
+        parts, place = loading.read_parts(weights), torch.device(device)
+        assert weights is not None, "read_parts refuses None"
+        drawing = Drawing(weights, edit_stage, resolution, steps, place, dtype)
+        if missing := drawing.missing():
+            warnings.warn(missing, stacklevel=2)
+        with torch.device("meta"):
+            model = cls(
+                parts.config,
+                parts.vision,
+                parts.tokenizer,
+                drawing,
+                end_every_turn=end_every_turn,
+                max_length=max_length,
+            ).requires_grad_(False)
+        agent = nn.ModuleDict({"input_resampler": model.input_resampler, "output_resampler": model.output_resampler})
+        agent.register_parameter("patch_pos_embed", model.patch_pos_embed)
+        loading.load_weights(parts, model.llm, model.vit, agent, place, dtype, device_map)
+        model.patch_pos_embed = agent.get_parameter("patch_pos_embed")
         if checkpointing:
             checkpoint_activations(model.llm)
         return model.requires_grad_(False).eval()
 
     @classmethod
     def meta(cls, weights: Path | None = None) -> SeedX:
-        """The model with the published sizes, which all that were released have, on the meta device: in no memory."""
+        """The model on the meta device, with the published sizes, which all released models have."""
         with torch.device("meta"):
             return cls(loading.llama_config(PUBLISHED_LLM), VisionSizes()).requires_grad_(False).eval()
 
     def encoding_flops(self, task: Task) -> float:
-        """Two operations per parameter and patch and attention's, for two tiles and the whole; where an image is
-        written, for the whole of each."""
+        """Two operations per parameter and patch, and those of attention, for two tiles and the whole image; where an
+        image is written, for the whole of each."""
         whole = "image" in task.writes
         seen = ("image" in task.reads) * (1 if whole else 3) + whole
         patches = (SIDE // self.vit.conv1.kernel_size[0]) ** 2
@@ -131,12 +152,27 @@ class SeedX(Backbone):
 
     @classmethod
     def missing_to_draw(cls, weights: Path | None) -> str:
-        assert weights is not None, "checked before"
+        assert weights is not None, "`check` comes first"
         return Drawing(weights, "first", None, 1, torch.device("cpu"), torch.float32).missing()
 
     @property
     def language_model(self) -> nn.Module:
         return self.llm.model
+
+    @property
+    def embed_tokens(self) -> nn.Module:
+        """The token embedding of the language model."""
+        return self.llm.model.embed_tokens
+
+    @property
+    def lm_head(self) -> nn.Module:
+        """The output head over the vocabulary."""
+        return self.llm.lm_head
+
+    @property
+    def banned_ids(self) -> list[int]:
+        """Tokens that only follow ``<img>``."""
+        return self.tokenizer.picture(1)[1:]
 
     def connections(self) -> dict[str, nn.Parameter]:
         parts = ("input_resampler.", "output_resampler.", "patch_pos_embed")
@@ -148,20 +184,23 @@ class SeedX(Backbone):
 
     def require_drawing(self) -> None:
         if self.drawing is None or (missing := self.drawing.missing()):
-            raise UserError(missing if self.drawing else "this model was made without a de-tokenizer")
-        self.drawing.look()
+            raise UserError(missing if self.drawing else "this model was constructed without a de-tokenizer")
+        self.drawing.check_files()
 
-    def prepare(self, sample: Sample) -> Encoded:
+    def prepare(self, sample: Sample) -> SeedXInputs:
         """The sample with pixels in place of features."""
         options = {"end_every_turn": self.end_every_turn, "max_length": self.max_length}
         return encoding.prepare(self.tokenizer, sample, **options)
 
-    def encode_prepared(self, prepared: Sequence[Encoded]) -> list[Encoded]:
+    def encode_prepared(self, prepared: Sequence[SeedXInputs]) -> list[SeedXInputs]:
         return encoding.encode(self.vit, prepared)
 
-    def inputs(self, ids: Tensor, roles: Tensor, items: Sequence[Encoded]) -> Tensor:
-        """Input embeddings (B, L, hidden) of ids and roles, (B, L) both; sets `positions`."""
-        embeddings = self.llm.model.embed_tokens(ids)
+    def inputs(self, ids: Tensor, roles: Tensor, items: Sequence[SeedXInputs]) -> Tensor:
+        """Input embeddings (B, L, hidden) of ids and roles, (B, L) both; sets `positions`.
+
+        items: the samples, whose images are read.
+        """
+        embeddings = self.embed_tokens(ids)
         features = [item.features for item in items if item.features is not None]
         if features:
             places = [item.centres for item in items if item.centres is not None]
@@ -174,25 +213,26 @@ class SeedX(Backbone):
         self.positions = roles
         return embeddings
 
-    def output(self, encoded: Sequence[Encoded]) -> Output:
+    def output(self, encoded: Sequence[SeedXInputs]) -> Output:
         ids, labels, roles = padded(encoded, self.device)
         supervised = labels[:, 1:] != IGNORED
-        # Causal attention and padding on the right: no position that counts sees a padded one, so no mask is needed.
+        # Attention is causal and padding is on the right: no position that counts sees padding, so no mask is needed.
         embeddings = self.inputs(ids, roles, encoded)
         hidden = self.llm.model(inputs_embeds=embeddings, use_cache=False).last_hidden_state
         targets = [item.target.float() for item in encoded if item.target is not None]
-        drawn = hidden.new_empty(0, TOKENS, self.vit.proj.shape[1], dtype=torch.float32)
+        image_pred = hidden.new_empty(0, TOKENS, self.vit.proj.shape[1], dtype=torch.float32)
         if targets:
-            drawn = self.output_resampler(hidden[roles == IMAGE_WRITTEN].unflatten(0, (-1, TOKENS))).float()
-        logits = self.llm.lm_head(hidden[:, :-1][supervised]).float()
-        return Output(logits, labels[:, 1:][supervised], drawn, torch.stack(targets) if targets else drawn)
+            image_pred = self.output_resampler(hidden[roles == IMAGE_WRITTEN].unflatten(0, (-1, TOKENS))).float()
+        logits = self.lm_head(hidden[:, :-1][supervised]).float()
+        image_target = torch.stack(targets) if targets else image_pred
+        return Output(logits, labels[:, 1:][supervised], image_pred, image_target)
 
-    def supervised(self, encoded: Sequence[Encoded]) -> tuple[int, int]:
+    def supervised(self, encoded: Sequence[SeedXInputs]) -> tuple[int, int]:
         tokens = sum(int((item.labels[1:] != IGNORED).sum()) for item in encoded)
         return tokens, sum(item.target is not None for item in encoded)
 
     @torch.no_grad()
-    def question_features(self, encoded: Sequence[Encoded]) -> Tensor:
+    def question_features(self, encoded: Sequence[SeedXInputs]) -> Tensor:
         parts = [torch.empty(0, self.llm.config.hidden_size, device=self.device, dtype=self.llm.dtype)]
         for start in range(0, len(encoded), BATCH):
             items = [item.question for item in encoded[start : start + BATCH]]
@@ -207,21 +247,25 @@ class SeedX(Backbone):
         for start in range(0, len(samples), BATCH):
             chunk = samples[start : start + BATCH]
             asked = self.encode_prepared([encoding.prepare(self.tokenizer, s, max_length=None) for s in chunk])
-            written = generation.generate(self, asked, max_new_tokens)
-            images = self._drawn(chunk, written)
+            written = self._answers(asked, max_new_tokens)
+            images = self._images(chunk, written)
             texts = [self.tokenizer.decode(answer.ids) for answer in written]
-            answers += [Prediction(text, images.get(place)) for place, text in enumerate(texts)]
+            answers += [Prediction(text, images.get(index)) for index, text in enumerate(texts)]
         return answers
 
-    def _drawn(self, samples: Sequence[Sample], written: Sequence[generation.Written]) -> dict[int, Any]:
-        """Images by the numbers of their samples; none where there is no de-tokenizer, of which `load` has warned."""
-        states = {place: answer.states for place, answer in enumerate(written) if answer.states is not None}
-        places = list(states)
-        if not places or self.drawing is None or self.drawing.missing():
+    def _answers(self, asked: Sequence[SeedXInputs], max_new_tokens: int) -> list[generation.Answer]:
+        ids, mask, roles = generation.padded_prompts([i.ids for i in asked], [i.roles for i in asked], self.device)
+        inputs = self.inputs(ids, roles, asked)
+        return generation.generate(self, self.tokenizer, inputs, mask, roles, max_new_tokens)
+
+    def _images(self, samples: Sequence[Sample], answers: Sequence[generation.Answer]) -> dict[int, Any]:
+        """Images by index of their sample; none without a de-tokenizer, of which `load` has warned."""
+        states = {index: answer.states for index, answer in enumerate(answers) if answer.states is not None}
+        if not states or self.drawing is None or self.drawing.missing():
             return {}
         features = self.output_resampler(torch.stack(list(states.values())))
-        if self._nothing is None:
-            self._nothing = pooled(self.vit.nothing())[0]
-        sources = [samples[place].image for place in places]
-        images = self.drawing.draw(features, self._nothing.to(features.dtype), sources)
-        return dict(zip(places, images, strict=True))
+        if self._blank is None:
+            self._blank = pooled(self.vit.blank())[0]
+        sources = [samples[index].image for index in states]
+        images = self.drawing.draw(features, self._blank.to(features.dtype), sources)
+        return dict(zip(states, images, strict=True))

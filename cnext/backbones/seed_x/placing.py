@@ -1,4 +1,4 @@
-"""The language model over several devices, by accelerate."""
+"""Distributes the language model over several devices, by accelerate."""
 
 from __future__ import annotations
 
@@ -16,14 +16,17 @@ DEVICE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
 def plan(
     model: nn.Module, device_map: str, dtype: torch.dtype, memory: Mapping[int | str, int | str] | None = None
 ) -> dict[str, Any]:
-    """Which device each part of a decoder of transformers goes to; decoder layers stay whole.
+    """Assigns a device to each part of a transformers decoder; decoder layers are not split.
 
     Args:
         model: on the meta device.
-        memory: bytes free on each device; None: as accelerate finds them.
+        memory: free bytes of each device; None: as accelerate measures them.
+
+    Returns:
+        Name of a part to device.
 
     Raises:
-        UserError: a map of another name, or accelerators that do not hold the model together.
+        UserError: an unknown device map, or accelerators that together have too little memory.
     """
     from accelerate import infer_auto_device_map
     from accelerate.utils import get_balanced_memory, get_max_memory
@@ -40,20 +43,20 @@ def plan(
     if accelerators and left:
         raise UserError(
             f"expected the language model to fit on {len(accelerators)} accelerators, {len(left)} of its parts do not, "
-            f"{left[0]} first; training needs all of it there: free memory, or use more of them"
+            f"{left[0]} first; training needs all of them there: free memory, or use more accelerators"
         )
     return found
 
 
 def device_of(name: str, placed: Mapping[str, Any], default: torch.device) -> torch.device:
-    """Where a tensor of that name goes."""
+    """The device of a tensor, by its name."""
     parts = name.split(".")
     prefixes = (".".join(parts[:length]) for length in range(len(parts), -1, -1))
     return next((torch.device(placed[prefix]) for prefix in prefixes if prefix in placed), default)
 
 
 def connect(model: nn.Module, placed: Mapping[str, Any]) -> None:
-    """Has the parts, which are where the plan says, hand their results on from device to device."""
+    """Adds the hooks that move activations between the devices of parts placed as in ``placed``."""
     from accelerate import dispatch_model
 
     skipped: Any = model._skip_keys_device_placement

@@ -1,4 +1,4 @@
-"""Visual features to what SDXL takes in place of a text prompt."""
+"""Resampler of the de-tokenizer: visual features to prompt embeddings of SDXL."""
 
 from __future__ import annotations
 
@@ -17,8 +17,10 @@ HEADS = 16
 
 @dataclass(frozen=True)
 class PromptSizes:
-    """queries, width, layers: of the resampler.  inner: width of its attention.  hidden: of its feed-forward layers.
-    source: width of the features.  first, second: widths of the two halves of a prompt, as of SDXL's text encoders.
+    """Sizes of a `PromptResampler`.
+
+    queries, width, layers: of its latents.  inner: width of its attention.  hidden: of its feed-forward layers.
+    source: width of the features.  first, second: widths of the two halves of a prompt, those of SDXL's text encoders.
     """
 
     queries: int = 64
@@ -32,25 +34,25 @@ class PromptSizes:
 
     @classmethod
     def of(cls, state: Mapping[str, Tensor], source: str) -> PromptSizes:
-        """Those of a state dict. Raises UserError where it is another model's."""
+        """The sizes of a state dict. Raises UserError if it is another model's."""
         names = (
             "latents proj_in.weight layers.0.0.to_q.weight layers.0.1.1.weight unet_proj_1.weight unet_proj_2.weight"
         )
-        if lacking := [name for name in names.split() if name not in state]:
-            raise UserError(f"{source}: expected resampler.{', resampler.'.join(lacking)}; found none of that name")
+        if missing := [name for name in names.split() if name not in state]:
+            raise UserError(f"{source}: expected resampler.{', resampler.'.join(missing)}; found none of that name")
         latents, taken, inner, hidden, first, second = (state[name].shape for name in names.split())
         layers = {match[1] for name in state if (match := re.match(r"layers\.(\d+)\.", name))}
         return cls(latents[1], latents[2], len(layers), inner[0], hidden[0], taken[1], first[0], second[0])
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Attention of `HEADS` heads, (N, n, width) each."""
+    """Multi-head attention with `HEADS` heads of q, k and v, (N, n, width) each."""
     q, k, v = (x.unflatten(-1, (HEADS, -1)).transpose(1, 2) for x in (q, k, v))
     return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
 
 
 class Perceiver(nn.Module):
-    """Latents attend to features and to themselves."""
+    """Perceiver attention: latents attend to features and to themselves."""
 
     def __init__(self, width: int, inner: int) -> None:
         super().__init__()
@@ -67,7 +69,7 @@ class Perceiver(nn.Module):
 
 
 class Pool(nn.Module):
-    """One vector of several: their mean, as a token among them, attends to all."""
+    """Attention pooling: the mean of the tokens attends to itself and all tokens."""
 
     def __init__(self, tokens: int, width: int, output: int) -> None:
         super().__init__()
@@ -83,7 +85,7 @@ class Pool(nn.Module):
 
 
 class PromptResampler(nn.Module):
-    """(N, 64, source) features to prompts (N, queries, first + second) and pooled prompts (N, second).
+    """Features (N, 64, source) to prompts (N, queries, first + second) and pooled prompts (N, second).
 
     Parameters as in the released de-tokenizers. Reference: SEED-X, arXiv 2404.14396.
     """

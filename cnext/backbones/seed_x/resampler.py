@@ -1,4 +1,4 @@
-"""The resampler of Qwen-VL: learnt queries that attend to features once, with 2-D positions on both sides."""
+"""The resampler of Qwen-VL: learned queries cross-attend to features, with 2-D positions on both sides."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ HEADS = 32
 
 
 def sinusoids(grid: int, width: int) -> Tensor:
-    """(grid * grid, width) float32 positions of a square, row by row.
+    """Position embeddings (grid * grid, width) float32 of a square, row by row.
 
     p = [sin(x w), cos(x w), sin(y w), cos(y w)], w_k = 10000^(-k / (width / 4)), x the column and y the row.
     """
@@ -24,7 +24,7 @@ def sinusoids(grid: int, width: int) -> Tensor:
 
 
 def resized(table: Tensor, count: int) -> Tensor:
-    """Positions (n, width) of a square resized to (count, width), of another square, bicubically."""
+    """Position embeddings (n, width) of a square, interpolated bicubically to those of another, (count, width)."""
     if len(table) == count:
         return table
     old, new = math.isqrt(len(table)), math.isqrt(count)
@@ -33,7 +33,7 @@ def resized(table: Tensor, count: int) -> Tensor:
 
 
 class Resampler(nn.Module):
-    """(N, n, source) features to (N, queries, width), by one cross-attention without residual:
+    """Features (N, n, source) to (N, queries, width), by one cross-attention without residual:
 
         q = ln_q(query) + p,   kv = ln_kv(kv_proj(x)),   y = attention(q, kv + p', kv)
 

@@ -1,4 +1,4 @@
-"""Sizes of SEED-X: the published ones, and those of whatever files a folder holds."""
+"""Sizes of SEED-X: the published ones, and those inferred from files of weights."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from cnext.errors import UserError
 
 SIDE = 448
-"""Pixels of a view along a side."""
+"""Side of a view in pixels."""
 TOKENS = 64
-"""Tokens of one view of an image in the language model, read or written."""
+"""Tokens of one view in the language model, read or written."""
 PATCH_FEATURES = 4
-"""x, y, 1 - x, 1 - y of a view's centre."""
+"""Number of position features of a view: x, y, 1 - x, 1 - y of its centre."""
 
 PUBLISHED_LLM = {
     "model_type": "llama",
@@ -27,15 +27,15 @@ PUBLISHED_LLM = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
-"""The released ``llm/config.json``, as far as it says what the model computes."""
+"""The released ``llm/config.json``, as far as it determines what the model computes."""
 
 
 @dataclass(frozen=True)
 class VisionSizes:
-    """Of the visual encoder. Heads are not among them: no file has them, and they are 16 and 32 at every size.
+    """Sizes of the visual encoder. Numbers of heads are fixed, 16 and 32: no file has them.
 
-    width, layers, mlp: of its transformer.  patch: side of a patch in pixels.  positions: position embeddings, resized
-    to the patches.  queries, output: tokens of a view and their width.
+    width, layers, mlp: of its transformer.  patch: side of a patch in pixels.  positions: number of position
+    embeddings.  queries, output: number of features of a view, and their width.
     """
 
     width: int = 1664
@@ -48,12 +48,12 @@ class VisionSizes:
 
     @classmethod
     def of(cls, shapes: Mapping[str, Sequence[int]], source: str) -> VisionSizes:
-        """Those of a state dict with these shapes. Raises UserError where it is another model's."""
+        """The sizes of a state dict, given its shapes. Raises UserError if it is another model's."""
         names = ("conv1.weight", "positional_embedding", "attn_pool.query", "transformer.resblocks.0.mlp.c_fc.weight")
-        if lacking := [name for name in names if name not in shapes]:
+        if missing := [name for name in names if name not in shapes]:
             raise UserError(
                 f"{source}: expected the state of Qwen-VL's visual encoder (model.transformer.visual.state_dict()), "
-                f"with {', '.join(lacking)}; found {', '.join(list(shapes)[:4]) or 'nothing'}"
+                f"with {', '.join(missing)}; found {', '.join(list(shapes)[:4]) or 'nothing'}"
             )
         blocks = [re.match(r"transformer\.resblocks\.(\d+)\.", name) for name in shapes]
         return cls(

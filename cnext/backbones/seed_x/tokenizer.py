@@ -1,4 +1,4 @@
-"""The tokenizer of the released models: sentencepiece, as transformers 4.30 called it, and 330 added tokens."""
+"""The tokenizer of the released SEED-X models: sentencepiece as in transformers 4.30, and 330 added tokens."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from cnext.backbones.seed_x.sizes import TOKENS
-from cnext.errors import UserError, parse_json
+from cnext.errors import UserError, listed, parse_json
 
 SLOTS = tuple(f"<img_{number:05d}>" for number in range(100))
-"""Tokens that stand for visual features; the released models use the first 64."""
+"""Placeholders of visual features; the released models use the first 64."""
 TYPED = (*(f"<loc-{number}>" for number in range(224)), "<box_start>", "<box_end>")
-"""Added tokens that may stand in a sample's text. Those of images are put in by the program alone."""
+"""Added tokens that are recognized in a sample's text. Those of images are not: only the program inserts them."""
 IMAGE = ("<img>", "</img>", "<patch>", "</patch>")
 ADDED = (*SLOTS, *TYPED, *IMAGE)
 UNKNOWN, BEGIN, END = range(3)
@@ -23,10 +23,10 @@ _MARKUP = re.compile("<[^>]*>")
 
 
 class Tokenizer:
-    """Text and added tokens to ids and back.
+    """Encodes text and added tokens to ids, and decodes ids.
 
-    Every stretch of text between added tokens is tokenized on its own, with sentencepiece's leading space, and loses
-    the white space next to added tokens: what the released models were trained with.
+    Each piece of text between added tokens is tokenized by itself, with sentencepiece's leading space and without white
+    space next to added tokens, as the released models were trained.
 
     Args:
         model: a sentencepiece.SentencePieceProcessor.
@@ -38,8 +38,8 @@ class Tokenizer:
         self.words = len(model)
 
     @classmethod
-    def read(cls, folder: Path) -> Tokenizer:
-        """From tokenizer.model and added_tokens.json. Raises UserError where these are not the released models'."""
+    def from_folder(cls, folder: Path) -> Tokenizer:
+        """Loads tokenizer.model and added_tokens.json. Raises UserError if they are not those of a released model."""
         import sentencepiece
 
         file = folder / "added_tokens.json"
@@ -48,19 +48,20 @@ class Tokenizer:
         except (OSError, RuntimeError) as error:
             raise UserError(f"{folder}: expected tokenizer.model of sentencepiece, cannot read it: {error}") from error
         try:
-            listed = parse_json(file.read_bytes())
+            table = parse_json(file.read_bytes())
         except (OSError, ValueError) as error:
             raise UserError(f"expected the added tokens at {file}, cannot read them: {error}") from error
-        if not isinstance(listed, dict) or not all(type(number) is int for number in listed.values()):
+        if not isinstance(table, dict) or not all(type(number) is int for number in table.values()):
             raise UserError(f"{file}: expected an object of names and ids")
         pieces = len(model)
-        added = {name: number for name, number in listed.items() if number >= pieces}
-        missing, strange = [name for name in ADDED if name not in added], sorted(added.keys() - set(ADDED))
-        if missing or strange:
+        added = {name: number for name, number in table.items() if number >= pieces}
+        missing, extra = [name for name in ADDED if name not in added], sorted(added.keys() - set(ADDED))
+        kinds = (("missing", missing), ("not of SEED-X", extra))
+        if missing or extra:
+            problems = "".join(f"; {what} {listed(names)}" for what, names in kinds if names)
             raise UserError(
                 f"{file}: expected the {len(ADDED)} added tokens of SEED-X (100 of images, 224 of places, 6 more), "
-                f"found {len(added)}{_named('; missing', missing)}{_named('; not of SEED-X', strange)}; take the "
-                "folder that was released with the model"
+                f"found {len(added)}{problems}; take the folder that was released with the model"
             )
         if sorted(added.values()) != list(range(pieces, pieces + len(ADDED))):
             raise UserError(f"{file}: expected the ids {pieces} to {pieces + len(ADDED) - 1}, each once")
@@ -74,16 +75,16 @@ class Tokenizer:
 
     @property
     def slots(self) -> list[int]:
-        """Ids of the tokens that stand for the features of a view."""
+        """Ids of the placeholders of a view's features."""
         return [self.added[name] for name in SLOTS[:TOKENS]]
 
     def picture(self, count: int) -> list[int]:
-        """Ids of an image of that many views: the last one, the whole, is in <img>, the others in <patch>."""
+        """Ids of an image of ``count`` views: the last, the whole image, within <img>, the others within <patch>."""
         tile = [self["<patch>"], *self.slots, self["</patch>"]]
         return tile * (count - 1) + [self["<img>"], *self.slots, self["</img>"]]
 
     def encode(self, *parts: str | Sequence[int]) -> list[int]:
-        """Ids of text and, given as ids, added tokens."""
+        """Ids of parts: text, or ids of added tokens."""
         chunks: list[str | int] = []
         for part in parts:
             if isinstance(part, str):
@@ -91,19 +92,19 @@ class Tokenizer:
             else:
                 chunks += part
         ids = []
-        for place, chunk in enumerate(chunks):
+        for index, chunk in enumerate(chunks):
             if isinstance(chunk, int):
                 ids.append(chunk)
                 continue
-            if place:
+            if index:
                 chunk = chunk.lstrip()
-            if place + 1 < len(chunks):
+            if index + 1 < len(chunks):
                 chunk = chunk.rstrip()
             ids += self.model.encode(chunk)
         return ids
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of ids, without added tokens and anything else in angle brackets."""
+        """Text of ids, without added tokens and other markup in angle brackets."""
         runs: list[list[int]] = [[]]
         for index in ids:
             if index >= self.words:
@@ -111,8 +112,3 @@ class Tokenizer:
             elif index not in (UNKNOWN, BEGIN, END):
                 runs[-1].append(index)
         return _MARKUP.sub("", " ".join(self.model.decode(run) for run in runs if run)).strip()
-
-
-def _named(label: str, names: Sequence[str]) -> str:
-    more = f" and {len(names) - 4} more" if len(names) > 4 else ""
-    return f"{label} {', '.join(names[:4])}{more}" if names else ""

@@ -1,4 +1,4 @@
-"""The visual encoder of Qwen-VL, ViT-bigG: 448 x 448 pixels to 256 features."""
+"""The visual encoder of Qwen-VL, a ViT-bigG: 448 x 448 pixels to 256 features."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ VIEWS = 32
 
 
 def normalized(pixels: Tensor) -> Tensor:
-    """(N, 3, H, W) uint8 to float32 with CLIP's mean and standard deviation."""
+    """Pixels (N, 3, H, W) uint8, normalized to float32 by CLIP's mean and standard deviation."""
     mean, std = (torch.tensor(values, device=pixels.device)[:, None, None] for values in (MEAN, STD))
     return (pixels.float() / 255 - mean) / std
 
 
 def pooled(features: Tensor) -> Tensor:
-    """(N, 256, width) to (N, 64, width): means of four successive features. What is drawn is regressed to these."""
+    """Mean-pools each four successive features: (N, 256, width) to (N, 64, width), the targets of images to write."""
     return features.unflatten(1, (TOKENS, -1)).mean(2)
 
 
 class Attention(nn.Module):
-    """Self-attention whose in_proj gives q, k and v of the first head, then of the second, and so on."""
+    """Self-attention with q, k and v packed by head: in_proj gives those of the first head, then of the second, ..."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -61,7 +61,7 @@ class Block(nn.Module):
 
 
 class VisualEncoder(nn.Module):
-    """Patches, a transformer without class token, a resampler, a norm and a projection. Parameters as released.
+    """ViT without class token, followed by a resampler, a norm and a projection. Parameter names as released.
 
     Reference: Qwen-VL, arXiv 2308.12966.
     """
@@ -78,7 +78,7 @@ class VisualEncoder(nn.Module):
         self.proj = nn.Parameter(torch.zeros(sizes.output, sizes.output))
 
     def forward(self, pixels: Tensor) -> Tensor:
-        """(N, 3, 448, 448), as `normalized`, to (N, 256, output), in the parameters' dtype."""
+        """Normalized pixels (N, 3, 448, 448) to features (N, 256, output), in the parameters' dtype."""
         x = self.conv1(pixels.to(self.proj.dtype)).flatten(2).mT
         x = self.ln_pre(x + resized(self.positional_embedding, x.shape[1]))
         for block in self.transformer["resblocks"].children():
@@ -87,14 +87,14 @@ class VisualEncoder(nn.Module):
 
     @torch.no_grad()
     def features(self, pixels: Tensor) -> Tensor:
-        """(N, 3, 448, 448) uint8 on any device to (N, 256, output), a few views at a time and never under autocast."""
+        """Pixels (N, 3, 448, 448) uint8 on any device to features (N, 256, output), in chunks and without autocast."""
         device = self.proj.device
         with torch.autocast(device.type, enabled=False):
             parts = [self(normalized(chunk.to(device))) for chunk in pixels.split(VIEWS)]
         return torch.cat(parts)
 
     @torch.no_grad()
-    def nothing(self) -> Tensor:
-        """(1, 256, output): features of zeros after normalization, the mean colour of CLIP's images."""
+    def blank(self) -> Tensor:
+        """Features (1, 256, output) of an image that is zero after normalization: CLIP's mean colour."""
         with torch.autocast(self.proj.device.type, enabled=False):
             return self(self.proj.new_zeros(1, 3, SIDE, SIDE))

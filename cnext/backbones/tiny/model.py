@@ -1,8 +1,8 @@
-"""The tiny dual-to-dual backbone, shaped like SEED-X and small enough for one core.
+"""The embedded backbone: SEED-X's architecture, small enough for one CPU core.
 
-A frozen visual encoder gives 16 features per picture; a LLaMA decoder reads them through an input projection, and
-writes a picture by the token ``<img>`` followed by 16 query positions whose last hidden states an output projection
-regresses to the features of the picture wanted. A detokenizer turns features into pixels.
+A frozen visual encoder gives 16 features per image. A LLaMA decoder reads them through an input projection. It writes
+an image as the token ``<img>`` followed by 16 query positions; an output projection regresses their last hidden states
+to the features of the target image. A de-tokenizer decodes features to pixels.
 """
 
 from __future__ import annotations
@@ -16,8 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from cnext.backbones.base import Backbone, Output
-from cnext.backbones.decoding import Decoding, greedy
-from cnext.backbones.pretrained import checkpoint_activations
+from cnext.backbones.conversation import IGNORED, IMAGE_READ, IMAGE_WRITTEN, TEXT_READ, TEXT_WRITTEN
+from cnext.backbones.decoding import greedy, pad_left
+from cnext.backbones.pretrained import LLAMA_LINEARS, checkpoint_activations
 from cnext.backbones.tiny.tokenizer import TinyTokenizer
 from cnext.backbones.tiny.vision import TOKENS, WIDTH, Detokenizer, VisualEncoder, to_image, to_input
 from cnext.errors import UserError
@@ -26,11 +27,8 @@ from cnext.tasks.base import Sample
 from cnext.tensor_files import read_tensors
 
 WEIGHTS = Path(__file__).parent / "weights.safetensors"
-IGNORED = -100
-TEXT_READ, IMAGE_READ, TEXT_WRITTEN, IMAGE_WRITTEN = range(4)
-"""Rows of cnext.adapters.BRANCH_ROLES."""
 BATCH = 100
-"""Samples per forward pass where nothing is learnt (encoding and generation)."""
+"""Samples per forward pass without gradient."""
 
 
 def pixels(path: Path) -> Tensor:
@@ -43,8 +41,12 @@ def pixels(path: Path) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Encoded:
-    """One sample as the decoder sees it. ids, labels: (L,) int64.  features, target: (16, 64) float32 or None."""
+class TinyInputs:
+    """One sample as model inputs.
+
+    ids, labels: (L,) int64.  features: of the image read.  target: of the image to write. (16, 64) float32, or None;
+    as prepared, (48, 48, 3) uint8 pixels.
+    """
 
     ids: Tensor
     labels: Tensor
@@ -53,35 +55,38 @@ class Encoded:
 
     @property
     def question(self) -> Tensor:
-        """Ids of the first instruction: all before the first token of its answer."""
+        """Ids of the first instruction: everything before the first token of its answer."""
         return self.ids[: int((self.labels != IGNORED).nonzero()[0])]
 
 
 class TinyBackbone(Backbone):
-    """The embedded default: about 0.87 M parameters in the decoder and its projections."""
+    """0.87 M parameters, embedded, shaped like SEED-X; learns six tasks on a CPU in minutes."""
 
     name: ClassVar[str] = "tiny"
     encodes_ahead: ClassVar[bool] = True
     picture_tokens: ClassVar[tuple[int, int]] = (TOKENS + 2, TOKENS + 1)
-    targets: ClassVar[tuple[str, ...]] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    targets: ClassVar[tuple[str, ...]] = LLAMA_LINEARS
 
     def __init__(self) -> None:
         from transformers import LlamaConfig, LlamaForCausalLM
 
         super().__init__()
-        self.tokenizer = TinyTokenizer()
+        self.tokenizer = token = TinyTokenizer()
+        self.pad_id = token["<pad>"]
+        self.stop_ids = (token["</s>"], token["<img>"])
+        self.banned_ids = (token["<pad>"], token["<s>"], token["<patch>"])
         hidden = 128
         self.decoder = LlamaForCausalLM(
             LlamaConfig(
-                vocab_size=len(self.tokenizer),
+                vocab_size=len(token),
                 hidden_size=hidden,
                 intermediate_size=344,
                 num_hidden_layers=4,
                 num_attention_heads=4,
                 max_position_embeddings=512,
-                bos_token_id=self.tokenizer["<s>"],
-                eos_token_id=self.tokenizer["</s>"],
-                pad_token_id=self.tokenizer["<pad>"],
+                bos_token_id=token["<s>"],
+                eos_token_id=token["</s>"],
+                pad_token_id=token["<pad>"],
                 tie_word_embeddings=False,
             )
         )
@@ -106,16 +111,16 @@ class TinyBackbone(Backbone):
         device_map: str | None = None,
         checkpointing: bool = False,
     ) -> TinyBackbone:
-        """The pretrained model, frozen; the visual parts stay in float32. Raises UserError for other weights."""
+        """The pretrained model, frozen; visual parts stay in float32. Raises UserError for another model's weights."""
         if device_map is not None:
-            raise UserError(f"the tiny backbone is for one device and takes no device map, got {device_map!r}")
+            raise UserError(f"the tiny backbone runs on one device and takes no device map, got {device_map!r}")
         model, file = cls(), weights or WEIGHTS
         try:
             model.load_state_dict({name: tensor.float() for name, tensor in read_tensors(file).items()})
         except (RuntimeError, UserError) as error:
             raise UserError(
-                f"--weights {file}: expected those of the tiny backbone, as `cnext pretrain-tiny` writes: {error}\n"
-                "leave --weights away for those that come with cnext, or name another --backbone"
+                f"--weights {file}: expected those of the tiny backbone, as cnext.pretrain_tiny writes them: {error}\n"
+                "leave out --weights for those that come with cnext, or name another --backbone"
             ) from error
         nn.Module.to(model.decoder, dtype)
         if checkpointing:
@@ -143,14 +148,24 @@ class TinyBackbone(Backbone):
         return self.decoder.model
 
     @property
+    def embed_tokens(self) -> nn.Module:
+        """The token embedding of the decoder."""
+        return self.decoder.model.embed_tokens
+
+    @property
+    def lm_head(self) -> nn.Module:
+        """The output head over the vocabulary."""
+        return self.decoder.lm_head
+
+    @property
     def device(self) -> torch.device:
         return self.image_queries.device
 
     def prompt(self, sample: Sample) -> list[int]:
-        """Ids of the first instruction: <s> [inst] <img> 16 <patch> </img> text [/inst]; no <img> without a picture."""
+        """Ids of the first instruction: <s> [inst] <img> 16 <patch> </img> text [/inst]; no <img> without an image."""
         token = self.tokenizer
-        picture = [token["<img>"], *[token["<patch>"]] * TOKENS, token["</img>"]] if sample.image else []
-        return [token["<s>"], token["[inst]"], *picture, *token.encode(sample.turns[0].instruction), token["[/inst]"]]
+        image = [token["<img>"], *[token["<patch>"]] * TOKENS, token["</img>"]] if sample.image else []
+        return [token["<s>"], token["[inst]"], *image, *token.encode(sample.turns[0].instruction), token["[/inst]"]]
 
     def _conversation(self, sample: Sample) -> tuple[list[int], list[int]]:
         token = self.tokenizer
@@ -174,19 +189,19 @@ class TinyBackbone(Backbone):
 
     @torch.no_grad()
     def features(self, images: Sequence[Tensor]) -> Tensor:
-        """The frozen encoder's features of `pixels`, (N, 16, 64) on the model's device."""
+        """Features (N, 16, 64) of images as `pixels` gives them, by the frozen encoder, on the model's device."""
         parts = [
             self.encoder(to_input(torch.stack(list(images[start : start + BATCH])).to(self.device)))
             for start in range(0, len(images), BATCH)
         ]
         return torch.cat(parts) if parts else torch.empty(0, TOKENS, WIDTH, device=self.device)
 
-    def prepare(self, sample: Sample) -> Encoded:
-        """The sample with pixels, (48, 48, 3) uint8, in place of features."""
+    def prepare(self, sample: Sample) -> TinyInputs:
+        """The sample with pixels in place of features."""
         read, written = (pixels(path) if path else None for path in (sample.image, sample.target_image))
         return self.assemble(sample, read, written)
 
-    def encode_prepared(self, prepared: Sequence[Encoded]) -> list[Encoded]:
+    def encode_prepared(self, prepared: Sequence[TinyInputs]) -> list[TinyInputs]:
         read = iter(self.features([item.features for item in prepared if item.features is not None]))
         written = iter(self.features([item.target for item in prepared if item.target is not None]))
         return [
@@ -198,19 +213,22 @@ class TinyBackbone(Backbone):
             for item in prepared
         ]
 
-    def assemble(self, sample: Sample, features: Tensor | None, target: Tensor | None) -> Encoded:
-        """A sample whose pictures are encoded already: features read and features to write, (16, 64) each or None."""
+    def assemble(self, sample: Sample, features: Tensor | None, target: Tensor | None) -> TinyInputs:
+        """A sample whose images are encoded already. features, target: see `TinyInputs`."""
         ids, labels = self._conversation(sample)
-        return Encoded(torch.tensor(ids), torch.tensor(labels), features, target)
+        return TinyInputs(torch.tensor(ids), torch.tensor(labels), features, target)
 
     def _embed(
         self, ids: Tensor, features: Sequence[Tensor | None], targets: Sequence[bool], written: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Input embeddings (B, L, hidden), and the mask (B, L) of the query positions that write a picture.
+        """Input embeddings (B, L, hidden), and the mask (B, L) of the query positions that write an image.
 
-        written: (B, L) bool, the positions from which a token of an answer is read off, or that hold one.
+        Args:
+            ids: (B, L).  features: of the image that each sample reads, (16, 64) or None.
+            targets: whether each sample writes an image.
+            written: (B, L) bool, positions that hold or predict a token of an answer.
         """
-        embeddings = self.decoder.model.embed_tokens(ids)
+        embeddings = self.embed_tokens(ids)
         slots = ids == self.tokenizer["<patch>"]
         ordinal = slots.cumsum(1)
         reads = torch.tensor([feature is not None for feature in features], device=ids.device)
@@ -229,9 +247,9 @@ class TinyBackbone(Backbone):
         self.positions = positions
         return embeddings, write_slots
 
-    def output(self, encoded: Sequence[Encoded]) -> Output:
+    def output(self, encoded: Sequence[TinyInputs]) -> Output:
         pad = nn.utils.rnn.pad_sequence
-        ids = pad([item.ids for item in encoded], True, self.tokenizer["<pad>"]).to(self.device)
+        ids = pad([item.ids for item in encoded], True, self.pad_id).to(self.device)
         labels = pad([item.labels for item in encoded], True, IGNORED).to(self.device)
         targets = [item.target for item in encoded if item.target is not None]
         supervised = labels[:, 1:] != IGNORED
@@ -239,38 +257,32 @@ class TinyBackbone(Backbone):
         embeddings, write_slots = self._embed(
             ids, [item.features for item in encoded], [item.target is not None for item in encoded], written
         )
-        # Causal attention and padding on the right: no position that counts sees a padded one, so no mask is needed.
+        # Attention is causal and padding is on the right: no position that counts sees padding, so no mask is needed.
         hidden = self.decoder.model(inputs_embeds=embeddings, use_cache=False).last_hidden_state
-        drawn = hidden.new_empty(0, TOKENS, WIDTH)
+        image_pred = hidden.new_empty(0, TOKENS, WIDTH)
         if targets:
-            drawn = self.output_projection(hidden[write_slots].float()).unflatten(0, (-1, TOKENS))
-        wanted = torch.stack(targets) if targets else drawn
-        return Output(
-            self.decoder.lm_head(hidden[:, :-1][supervised]).float(), labels[:, 1:][supervised], drawn, wanted
-        )
+            image_pred = self.output_projection(hidden[write_slots].float()).unflatten(0, (-1, TOKENS))
+        image_target = torch.stack(targets) if targets else image_pred
+        logits = self.lm_head(hidden[:, :-1][supervised]).float()
+        return Output(logits, labels[:, 1:][supervised], image_pred, image_target)
 
-    def supervised(self, encoded: Sequence[Encoded]) -> tuple[int, int]:
+    def supervised(self, encoded: Sequence[TinyInputs]) -> tuple[int, int]:
         tokens = sum(int((item.labels[1:] != IGNORED).sum()) for item in encoded)
         return tokens, sum(item.target is not None for item in encoded)
 
     @torch.no_grad()
-    def question_features(self, encoded: Sequence[Encoded]) -> Tensor:
+    def question_features(self, encoded: Sequence[TinyInputs]) -> Tensor:
         parts = []
         for start in range(0, len(encoded), BATCH):
             chunk = encoded[start : start + BATCH]
             prompts = [item.question for item in chunk]
-            ids = nn.utils.rnn.pad_sequence(prompts, True, self.tokenizer["<pad>"]).to(self.device)
+            ids = nn.utils.rnn.pad_sequence(prompts, True, self.pad_id).to(self.device)
             last = torch.tensor([len(prompt) - 1 for prompt in prompts], device=self.device)
             written = torch.arange(ids.shape[1], device=self.device) == last[:, None]
             embeddings, _ = self._embed(ids, [item.features for item in chunk], [False] * len(chunk), written)
             hidden = self.decoder.model(inputs_embeds=embeddings, use_cache=False).last_hidden_state
             parts.append(hidden[torch.arange(len(chunk), device=self.device), last])
         return torch.cat(parts) if parts else torch.empty(0, self.image_queries.shape[1], device=self.device)
-
-    def _read(self, samples: Sequence[Sample]) -> list[Tensor | None]:
-        """The features of the picture that each sample reads."""
-        read = iter(self.features([pixels(sample.image) for sample in samples if sample.image]))
-        return [next(read) if sample.image else None for sample in samples]
 
     @torch.no_grad()
     def generate(self, samples: Sequence[Sample], max_new_tokens: int) -> list[Prediction]:
@@ -280,50 +292,42 @@ class TinyBackbone(Backbone):
         return answers
 
     def _generate(self, samples: Sequence[Sample], max_new_tokens: int) -> list[Prediction]:
-        token = self.tokenizer
-        prompts = [self.prompt(sample) for sample in samples]
-        features = self._read(samples)
-        written = self._greedy(prompts, features, max_new_tokens)
+        prompts = [torch.tensor(self.prompt(sample)) for sample in samples]
+        read = iter(self.features([pixels(sample.image) for sample in samples if sample.image]))
+        features = [next(read) if sample.image else None for sample in samples]
+        ids = pad_left(prompts, self.pad_id, self.device)
+        last = torch.arange(ids.shape[1], device=self.device).expand_as(ids) == ids.shape[1] - 1
+        inputs, _ = self._embed(ids, features, [False] * len(ids), last)
+        assert self.positions is not None, "_embed sets them"
+        end, begin_image = self.stop_ids
+        written = greedy(self, inputs, (ids != self.pad_id).long(), self.positions, max_new_tokens)
+        written = [[token for token in row if token != end] for row in written]
+        begun = [index for index, row in enumerate(written) if row and row[-1] == begin_image]
         images: dict[int, Tensor] = {}
-        drawing = [index for index, ids in enumerate(written) if ids and ids[-1] == token["<img>"]]
-        if drawing:
-            pictures = self._draw(
-                [prompts[i] for i in drawing], [written[i] for i in drawing], [features[i] for i in drawing]
-            )
-            images = dict(zip(drawing, pictures, strict=True))
+        if begun:
+            drawn = self._draw([prompts[i] for i in begun], [written[i] for i in begun], [features[i] for i in begun])
+            images = dict(zip(begun, drawn, strict=True))
         return [
-            Prediction(token.decode(ids), images[index].cpu().numpy() if index in images else None)
-            for index, ids in enumerate(written)
+            Prediction(self.tokenizer.decode(row), images[index].cpu().numpy() if index in images else None)
+            for index, row in enumerate(written)
         ]
 
-    def _greedy(self, prompts: list[list[int]], features: list[Tensor | None], max_new_tokens: int) -> list[list[int]]:
-        """The most likely token after another, until </s> (dropped) or <img> (kept)."""
-        token, device = self.tokenizer, self.device
-        longest = max(map(len, prompts))
-        ids = torch.tensor([[token["<pad>"]] * (longest - len(p)) + p for p in prompts], device=device)
-        last = torch.arange(longest, device=device).expand_as(ids) == longest - 1
-        inputs, _ = self._embed(ids, features, [False] * len(prompts), last)
-        assert self.positions is not None, "_embed sets them"
-        written = greedy(
-            Decoding(self, inputs, (ids != token["<pad>"]).long(), self.positions),
-            self.decoder.lm_head,
-            self.decoder.model.embed_tokens,
-            stops=(token["</s>"], token["<img>"]),
-            never=[token["<pad>"], token["<s>"], token["<patch>"]],
-            pad=token["<pad>"],
-            max_new_tokens=max_new_tokens,
-        )
-        return [[index for index in row if index != token["</s>"]] for row in written]
+    def _draw(
+        self, prompts: Sequence[Tensor], answers: Sequence[list[int]], features: Sequence[Tensor | None]
+    ) -> Tensor:
+        """Images (N, 48, 48, 3) uint8 of answers that end in <img>, by one pass over the 16 query positions after it.
 
-    def _draw(self, prompts: list[list[int]], answers: list[list[int]], features: list[Tensor | None]) -> Tensor:
-        """Pictures for answers that end in <img>, (N, 48, 48, 3) uint8: one pass over the 16 queries after it."""
+        Args:
+            prompts: (L,) ids each.  answers: ids.  features: of the image that each reads, (16, 64) or None.
+        """
         slots = [self.tokenizer["<patch>"]] * TOKENS
-        sequences = [torch.tensor(prompt + answer + slots) for prompt, answer in zip(prompts, answers, strict=True)]
-        ids = nn.utils.rnn.pad_sequence(sequences, True, self.tokenizer["<pad>"]).to(self.device)
-        place = torch.arange(ids.shape[1], device=self.device)
+        sequences = [torch.cat([p, torch.tensor(a + slots)]) for p, a in zip(prompts, answers, strict=True)]
+        ids = nn.utils.rnn.pad_sequence(sequences, True, self.pad_id).to(self.device)
+        index = torch.arange(ids.shape[1], device=self.device)
         begin = torch.tensor([len(prompt) - 1 for prompt in prompts], device=self.device)[:, None]
         end = torch.tensor([len(sequence) for sequence in sequences], device=self.device)[:, None]
-        embeddings, write_slots = self._embed(ids, features, [True] * len(ids), (place >= begin) & (place < end))
+        embeddings, write_slots = self._embed(ids, features, [True] * len(ids), (index >= begin) & (index < end))
         hidden = self.decoder.model(inputs_embeds=embeddings, use_cache=False).last_hidden_state
-        drawn = self.output_projection(hidden[write_slots].float()).unflatten(0, (-1, TOKENS))
-        return to_image(self.detokenizer(drawn))
+        return to_image(
+            self.detokenizer(self.output_projection(hidden[write_slots].float()).unflatten(0, (-1, TOKENS)))
+        )

@@ -1,4 +1,4 @@
-"""What a paper printed, as data: ``continual_next.json`` holds the tables of arXiv 2602.18055 and their misprints."""
+"""Published results as data: ``continual_next.json`` has the tables of arXiv 2602.18055 and their misprints."""
 
 from __future__ import annotations
 

@@ -1,4 +1,8 @@
-"""Suites: a folder each, with ``suite.json`` and one manifest per task. A folder elsewhere is named by its path."""
+"""Suites: finds, loads and describes them, and resolves task orders.
+
+A suite is a folder with ``suite.json`` and one manifest per task, here or anywhere else by its path. Here are no data:
+these are in the folder that ``--data`` names.
+"""
 
 from __future__ import annotations
 
@@ -13,11 +17,11 @@ from cnext.tasks.base import Suite
 
 FOLDER = Path(__file__).parent
 ORDERS = ("reverse", "alphabet", "random:K")
-"""Orders that every suite has, beside those that it names."""
+"""Orders that every suite has, in addition to its named ones."""
 
 
 def names() -> list[str]:
-    """The suites that come with the package."""
+    """Names of the suites that come with the package."""
     return sorted(path.parent.name for path in FOLDER.glob("*/suite.json"))
 
 
@@ -28,30 +32,30 @@ def load(name: str) -> Suite:
         folder = Path(name)
         if not (folder / "suite.json").is_file():
             raise unknown("suite", name, [*names(), "or the path of a folder with suite.json"])
-    return manifests.read(folder)
+    return manifests.read_suite(folder)
 
 
 def worded(suite: Suite, prompts: str) -> Suite:
-    """The suite with its tasks that write images asked in "released" or "consistent" words. Where that changes one, the
-    suite has a name of its own: scores under different words do not compare."""
+    """The suite with "released" or "consistent" prompts in tasks that write images. If that changes a task, the suite
+    gets another name, since scores under different prompts are not comparable."""
     tasks = tuple(replace(task, prompts=prompts) if "image" in task.writes else task for task in suite.tasks)
     return suite if tasks == suite.tasks else replace(suite, name=f"{suite.name}-{prompts}", tasks=tasks)
 
 
 def summary(suite: Suite) -> str:
-    """A suite in four lines: what it is, its tasks, orders and budgets."""
+    """A suite in four lines: what it is, its tasks, orders and presets."""
     return "\n".join(
         [
             f"  {suite.name:<16} {suite.description}",
             f"    tasks          {', '.join(task.name for task in suite.tasks)}",
             f"    orders         {', '.join([*suite.orders, *ORDERS])}, or a list: a,b,c",
-            f"    budgets        {', '.join(suite.budgets)}",
+            f"    presets        {', '.join(suite.budgets)}",
         ]
     )
 
 
 def details(suite: Suite) -> str:
-    """A suite with all that its manifests say of where its files are and how many rows they have."""
+    """A suite's `summary`, and of each task its format, scorer, files and published numbers of rows."""
     known = (("annotations", suite.source), ("license", suite.license))
     lines = [summary(suite), *(f"    {label:<14} {value}" for label, value in known if value)]
     for task in suite.tasks:
@@ -66,17 +70,21 @@ def details(suite: Suite) -> str:
     return "\n".join(lines)
 
 
-def usual_order(suite: Suite) -> str:
-    """The order that is meant where none is asked for: "paper" where the suite names one so, else its first."""
+def default_order(suite: Suite) -> str:
+    """The default order: "paper" if the suite has it, else its first."""
     listed = ",".join(task.name for task in suite.tasks)
     return "paper" if "paper" in suite.orders else next(iter(suite.orders), listed)
 
 
 def order(suite: Suite, spec: str) -> tuple[str, ...]:
-    """Task names in training order, from the name of an order, "reverse", "alphabet", "random:K" or "a,b,c".
+    """Task names in training order.
 
-    "reverse" is the first named order backwards; "random:K" is a shuffle of it seeded with K; your own list may
-    leave tasks out. Raises UserError with what is wrong and the valid orders.
+    Args:
+        spec: a named order; "reverse", the first named order reversed; "alphabet"; "random:K", a shuffle with seed K;
+            or a list "a,b,c", which may omit tasks.
+
+    Raises:
+        UserError: what is wrong, and the valid orders.
     """
     known = [task.name for task in suite.tasks]
     first = next(iter(suite.orders.values()), tuple(known))

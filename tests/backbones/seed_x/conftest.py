@@ -8,7 +8,7 @@ import numpy
 import pytest
 from backbones.seed_x.released import write_released
 
-from cnext.backbones.seed_x.encoding import Encoded
+from cnext.backbones.seed_x.encoding import SeedXInputs
 from cnext.backbones.seed_x.model import SeedX
 from cnext.tasks.base import Sample, Turn
 
@@ -65,5 +65,5 @@ def tasks(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Sample]]:
 
 
 @pytest.fixture(scope="session")
-def encoded(loaded: SeedX, tasks: dict[str, list[Sample]]) -> dict[str, list[Encoded]]:
+def encoded(loaded: SeedX, tasks: dict[str, list[Sample]]) -> dict[str, list[SeedXInputs]]:
     return {task: loaded.encode(samples) for task, samples in tasks.items()}

@@ -7,14 +7,14 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from cnext.backbones.seed_x.encoding import Encoded
+from cnext.backbones.seed_x.encoding import SeedXInputs
 from cnext.backbones.seed_x.model import SeedX
 from cnext.tasks.base import Sample, Turn
 
 TASKS = ("VQAv2", "ImageNet", "Flickr30k", "OCRVQA", "RefCOCO", "HQEdit")
 
 
-def embedded(model: SeedX, item: Encoded) -> Tensor:
+def embedded(model: SeedX, item: SeedXInputs) -> Tensor:
     """(L, hidden): one sample's embeddings, token by token, each view's in the place of its tokens."""
     rows = [model.llm.model.embed_tokens.weight[index] for index in item.ids]
     if item.centres is not None:
@@ -29,7 +29,7 @@ def embedded(model: SeedX, item: Encoded) -> Tensor:
     return torch.stack(rows)
 
 
-def hidden_of(model: SeedX, item: Encoded) -> Tensor:
+def hidden_of(model: SeedX, item: SeedXInputs) -> Tensor:
     return model.llm.model(inputs_embeds=embedded(model, item)[None]).last_hidden_state[0]
 
 

@@ -65,7 +65,7 @@ def test_counts_of_what_is_trained(full: SeedX) -> None:
     assert trained + routers + 414_720 == 678_782_976
 
 
-def test_a_device_map_keeps_layers_whole_and_spreads_them(full: SeedX) -> None:
+def test_a_device_map_distributes_whole_layers(full: SeedX) -> None:
     model = full.llm.model
     placed = placing.plan(model, "balanced", torch.bfloat16, {0: 40 * GIB, 1: 40 * GIB, "cpu": 100 * GIB})
     layers = [

@@ -39,7 +39,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @torch.no_grad()
-def test_the_first_stage_draws_what_the_stock_pipeline_draws(folder: Path) -> None:
+def test_the_first_stage_equals_the_pipeline_of_diffusers(folder: Path) -> None:
     from diffusers import EulerDiscreteScheduler, StableDiffusionXLPipeline
 
     own, (wanted, nothing) = drawing(folder), features(2)
@@ -69,7 +69,7 @@ def test_the_first_stage_draws_what_the_stock_pipeline_draws(folder: Path) -> No
 
 
 @torch.no_grad()
-def test_the_second_stage_is_guided_by_features_and_source(folder: Path, source: Path) -> None:
+def test_the_second_stage_equals_a_loop_over_steps(folder: Path, source: Path) -> None:
     from diffusers import EulerDiscreteScheduler
     from PIL import Image
 
@@ -105,7 +105,7 @@ def test_the_second_stage_is_guided_by_features_and_source(folder: Path, source:
     assert (first != drawn).any()
 
 
-def test_an_image_does_not_depend_on_those_drawn_with_it(folder: Path, source: Path) -> None:
+def test_an_image_does_not_depend_on_its_batch(folder: Path, source: Path) -> None:
     own, (wanted, nothing) = drawing(folder, resolution=8, steps=1), features(6)
     sources = [None, source, None, None, source, None]
     together = own.draw(wanted, nothing, sources)
@@ -115,7 +115,7 @@ def test_an_image_does_not_depend_on_those_drawn_with_it(folder: Path, source: P
         assert numpy.abs(alone.astype(int) - together[number]).max() <= 1
 
 
-def test_tuned_weights_replace_those_of_sdxl_and_new_channels_start_as_given(folder: Path) -> None:
+def test_stage_weights_replace_those_of_sdxl(folder: Path) -> None:
     own = drawing(folder)
     file = folder / "seed_detokenizer" / "second_stage" / "pytorch_model.bin"
     tuned = torch.load(file, weights_only=True)
@@ -127,7 +127,7 @@ def test_tuned_weights_replace_those_of_sdxl_and_new_channels_start_as_given(fol
     assert torch.equal(own.first.unet.state_dict()[name], tuned[f"unet.{name}"])
 
 
-def test_parts_saved_in_half_precision_alone_are_found(folder: Path, tmp_path: Path) -> None:
+def test_parts_saved_only_in_half_precision_are_found(folder: Path, tmp_path: Path) -> None:
     sdxl = tmp_path / "stable-diffusion-xl-base-1.0"
     (tmp_path / "seed_detokenizer").symlink_to(folder / "seed_detokenizer")
     shutil.copytree(folder / sdxl.name, sdxl)
@@ -179,18 +179,16 @@ def test_parts_of_sdxl_that_cannot_be_read_are_named(folder: Path, tmp_path: Pat
     ],
     ids=["unet", "config", "first stage", "second stage"],
 )
-def test_broken_parts_are_found_before_anything_is_drawn(
-    folder: Path, tmp_path: Path, file: str, content: bytes, message: str
-) -> None:
+def test_check_files_finds_broken_parts(folder: Path, tmp_path: Path, file: str, content: bytes, message: str) -> None:
     for part in ("stable-diffusion-xl-base-1.0", "seed_detokenizer"):
         shutil.copytree(folder / part, tmp_path / part)
-    drawing(tmp_path, edit_stage="second").look()
+    drawing(tmp_path, edit_stage="second").check_files()
     (tmp_path / file).write_bytes(content)
     with pytest.raises(UserError, match=message) as caught:
-        drawing(tmp_path, edit_stage="second").look()
+        drawing(tmp_path, edit_stage="second").check_files()
     assert str(tmp_path / file) in str(caught.value)
     if "second" in file:
-        drawing(tmp_path, edit_stage="first").look()
+        drawing(tmp_path, edit_stage="first").check_files()
 
 
 def attended(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -67,14 +67,14 @@ def as_safetensors_with_index(llm: Path) -> None:
 
 
 @pytest.mark.parametrize("form", [as_one_file, as_an_old_file, as_safetensors, as_safetensors_with_index])
-def test_every_form_gives_the_same_model(copy: Path, loaded: SeedX, form: Callable[[Path], None]) -> None:
+def test_every_file_format_gives_the_same_model(copy: Path, loaded: SeedX, form: Callable[[Path], None]) -> None:
     form(copy / "seed_x_i" / "llm")
     found, expected = SeedX.load(weights=copy).state_dict(), loaded.state_dict()
     assert found.keys() == expected.keys()
     assert all(torch.equal(tensor, expected[name]) for name, tensor in found.items())
 
 
-def test_what_is_loaded_is_what_the_files_hold(folder: Path, loaded: SeedX) -> None:
+def test_loaded_tensors_equal_those_of_the_files(folder: Path, loaded: SeedX) -> None:
     llm = folder / "seed_x_i" / "llm"
     files = [
         *llm.glob("*.bin"),
@@ -93,7 +93,7 @@ def test_what_is_loaded_is_what_the_files_hold(folder: Path, loaded: SeedX) -> N
     torch.testing.assert_close(loaded.llm.model.rotary_emb.inv_freq, expected)
 
 
-def test_bfloat16_and_position_embeddings_that_a_file_lacks(copy: Path, loaded: SeedX) -> None:
+def test_bfloat16_and_missing_position_embeddings(copy: Path, loaded: SeedX) -> None:
     agent = copy / "seed_x_i" / "agent" / "pytorch_model.bin"
     state = {
         name: t
@@ -207,7 +207,7 @@ VISION = "QwenViT/qwen_vit_G.pt"
         "no config",
     ],
 )
-def test_what_does_not_fit_is_named(copy: Path, change: Callable[[Path], None], message: str) -> None:
+def test_errors_name_what_does_not_fit(copy: Path, change: Callable[[Path], None], message: str) -> None:
     change(copy)
     with pytest.raises(UserError, match=message):
         SeedX.load(weights=copy)
@@ -229,7 +229,7 @@ def test_options_out_of_range_are_refused(folder: Path, options: dict[str, objec
 
 @pytest.mark.filterwarnings("ignore:Detected pickle protocol:UserWarning")
 @pytest.mark.parametrize("zipped", [True, False], ids=["zip", "older"])
-def test_whatever_is_damaged_in_a_file_it_is_refused(copy: Path, tmp_path: Path, zipped: bool) -> None:
+def test_damaged_files_are_refused(copy: Path, tmp_path: Path, zipped: bool) -> None:
     """A flipped byte takes the reader of pickles anywhere; a user sees one message."""
     small, agent = tmp_path / "small.bin", copy / AGENT
     torch.save({"patch_pos_embed": torch.ones(2, 2)}, small, _use_new_zipfile_serialization=zipped)
@@ -245,7 +245,7 @@ def test_whatever_is_damaged_in_a_file_it_is_refused(copy: Path, tmp_path: Path,
     assert refused > 40
 
 
-def test_a_folder_without_the_detokenizer_warns_and_then_refuses_to_draw(copy: Path) -> None:
+def test_a_missing_detokenizer_warns_and_require_drawing_raises(copy: Path) -> None:
     (copy / "seed_detokenizer" / "second_stage" / "pytorch_model.bin").unlink()
     SeedX.load(weights=copy).require_drawing()
     shutil.rmtree(copy / "stable-diffusion-xl-base-1.0" / "vae")

@@ -14,7 +14,6 @@ from torch.nn import functional as F
 
 from cnext.backbones.conversation import IMAGE_WRITTEN, TEXT_WRITTEN
 from cnext.backbones.seed_x.conversation import question
-from cnext.backbones.seed_x.generation import generate
 from cnext.backbones.seed_x.model import SeedX
 from cnext.tasks.base import Sample, Turn
 
@@ -36,7 +35,7 @@ class Dictated(nn.Module):
 
 
 @torch.no_grad()
-def test_a_picture_once_begun_is_written_to_its_end(fresh: SeedX, tasks: dict[str, list[Sample]]) -> None:
+def test_an_image_once_begun_is_completed(fresh: SeedX, tasks: dict[str, list[Sample]]) -> None:
     """The second row begins a picture as its second token; the third wants the tokens of one unbidden, and gets
     others; states are those of the whole sequence in one pass."""
     token = fresh.tokenizer
@@ -47,7 +46,7 @@ def test_a_picture_once_begun_is_written_to_its_end(fresh: SeedX, tasks: dict[st
     prompts = fresh.encode_prepared([replace(fresh.prepare(sample).question, target=None) for sample in samples])
     seen: list[Tensor] = []
     fresh.llm.model.register_forward_pre_hook(lambda *_: seen.append(fresh.positions))
-    written = generate(fresh, prompts, 100)
+    written = fresh._answers(prompts, 100)
     assert written[0].ids == [red]
     assert written[0].states is None
     assert written[1].ids == [red, *chain, red]
@@ -61,13 +60,13 @@ def test_a_picture_once_begun_is_written_to_its_end(fresh: SeedX, tasks: dict[st
     torch.testing.assert_close(written[1].states, expected, rtol=1e-3, atol=1e-4)
     # A picture that the limit cuts off is none.
     fresh.llm.lm_head = Dictated([[chain[0]]], len(token))
-    assert generate(fresh, prompts[1:2], 65)[0].states is None
+    assert fresh._answers(prompts[1:2], 65)[0].states is None
     fresh.llm.lm_head = Dictated([[chain[0]]], len(token))
-    assert generate(fresh, prompts[1:2], 66)[0].states is not None
+    assert fresh._answers(prompts[1:2], 66)[0].states is not None
 
 
 @torch.no_grad()
-def test_greedy_answers_equal_a_plain_loop(loaded: SeedX, tasks: dict[str, list[Sample]]) -> None:
+def test_generation_equals_a_loop_without_cache(loaded: SeedX, tasks: dict[str, list[Sample]]) -> None:
     """The cache and the padding on the left change no token."""
     samples = [asked(sample) for task in TASKS for sample in tasks[task][:1]]
     answers = loaded.generate(samples, 6)
@@ -89,7 +88,7 @@ def test_greedy_answers_equal_a_plain_loop(loaded: SeedX, tasks: dict[str, list[
 
 
 @pytest.mark.parametrize("edit_stage", ["first", "second"])
-def test_all_tasks_are_answered_and_pictures_drawn(
+def test_all_tasks_are_answered_with_text_and_images(
     folder: Path, tasks: dict[str, list[Sample]], edit_stage: str
 ) -> None:
     model = SeedX.load(weights=folder, edit_stage=edit_stage, steps=1)
@@ -106,7 +105,7 @@ def test_all_tasks_are_answered_and_pictures_drawn(
     assert model.generate([], 5) == []
 
 
-def test_without_the_detokenizer_pictures_are_left_out(folder: Path, tmp_path: Path) -> None:
+def test_without_detokenizer_no_images_are_returned(folder: Path, tmp_path: Path) -> None:
     for name in ("seed_x_i", "QwenViT"):
         (tmp_path / name).symlink_to(folder / name)
     with pytest.warns(UserWarning, match="de-tokenizer"):

@@ -13,11 +13,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from cnext import adapters, methods
-from cnext.backbones import load
 from cnext.backbones.conversation import IGNORED, TEXT_READ, TEXT_WRITTEN
 from cnext.backbones.pretrained import checkpoint_activations
 from cnext.backbones.seed_x import placing
-from cnext.backbones.seed_x.encoding import Encoded
+from cnext.backbones.seed_x.encoding import SeedXInputs
 from cnext.backbones.seed_x.model import SeedX
 from cnext.config.run_config import RunConfig, plan
 from cnext.errors import UserError
@@ -30,7 +29,7 @@ from cnext.training.setup import load_backbone
 
 @torch.no_grad()
 @pytest.mark.parametrize("task", TASKS)
-def test_loss_by_hand(loaded: SeedX, encoded: dict[str, list[Encoded]], task: str) -> None:
+def test_loss_equals_a_loop_over_samples(loaded: SeedX, encoded: dict[str, list[SeedXInputs]], task: str) -> None:
     """CE + 6 MSE of a padded batch equals that of samples one by one."""
     loss = loaded.loss(encoded[task])
     logits, labels, drawn, wanted = [], [], [], []
@@ -52,8 +51,8 @@ def test_loss_by_hand(loaded: SeedX, encoded: dict[str, list[Encoded]], task: st
     assert bool(wanted) == (task in ("Flickr30k", "HQEdit"))
 
 
-def test_what_is_wanted_is_the_pooled_features_of_the_whole_target(
-    loaded: SeedX, tasks: dict[str, list[Sample]], encoded: dict[str, list[Encoded]]
+def test_targets_are_pooled_features_of_the_whole_image(
+    loaded: SeedX, tasks: dict[str, list[Sample]], encoded: dict[str, list[SeedXInputs]]
 ) -> None:
     from PIL import Image
 
@@ -65,7 +64,7 @@ def test_what_is_wanted_is_the_pooled_features_of_the_whole_target(
     assert [len(item.centres) for item in encoded["VQAv2"]] == [3, 2]
 
 
-def test_preparing_needs_no_parameters_and_can_be_sent(loaded: SeedX, tasks: dict[str, list[Sample]]) -> None:
+def test_prepared_samples_are_pixels_and_can_be_pickled(loaded: SeedX, tasks: dict[str, list[Sample]]) -> None:
     import pickle
 
     prepared = [loaded.prepare(sample) for samples in tasks.values() for sample in samples]
@@ -76,7 +75,7 @@ def test_preparing_needs_no_parameters_and_can_be_sent(loaded: SeedX, tasks: dic
 
 
 @pytest.mark.parametrize("task", TASKS)
-def test_mage_trains_its_roles(fresh: SeedX, encoded: dict[str, list[Encoded]], task: str) -> None:
+def test_mage_trains_its_roles(fresh: SeedX, encoded: dict[str, list[SeedXInputs]], task: str) -> None:
     """Gradients reach the task's branches and the connections it uses, and are the same with checkpointing."""
     suite = suites.load("continual-next")
     method = methods.load("mage")(dropout=0.0)
@@ -104,7 +103,7 @@ def test_mage_trains_its_roles(fresh: SeedX, encoded: dict[str, list[Encoded]], 
 
 
 def test_bfloat16_under_autocast_with_float32_connections(
-    folder: Path, loaded: SeedX, tasks: dict[str, list[Sample]], encoded: dict[str, list[Encoded]]
+    folder: Path, loaded: SeedX, tasks: dict[str, list[Sample]], encoded: dict[str, list[SeedXInputs]]
 ) -> None:
     """As a run in bfloat16: the frozen model in it, what is trained in float32."""
     model = SeedX.load(weights=folder, dtype=torch.bfloat16, checkpointing=True, steps=1)
@@ -126,8 +125,8 @@ def test_bfloat16_under_autocast_with_float32_connections(
 
 
 @torch.no_grad()
-def test_question_features_are_the_state_at_the_end_of_the_first_instruction(
-    loaded: SeedX, tasks: dict[str, list[Sample]], encoded: dict[str, list[Encoded]]
+def test_question_features_are_the_last_state_of_the_instruction(
+    loaded: SeedX, tasks: dict[str, list[Sample]], encoded: dict[str, list[SeedXInputs]]
 ) -> None:
     for task in ("VQAv2", "Flickr30k", "HQEdit"):
         found = loaded.question_features(encoded[task])
@@ -142,7 +141,7 @@ def test_question_features_are_the_state_at_the_end_of_the_first_instruction(
 
 
 @torch.no_grad()
-def test_choice_logits_are_those_where_the_answers_part(loaded: SeedX, tasks: dict[str, list[Sample]]) -> None:
+def test_choice_logits_compare_the_first_difference(loaded: SeedX, tasks: dict[str, list[Sample]]) -> None:
     samples = [asked(sample) for sample in tasks["VQAv2"]]
     words = ["A", "B"]
     tokens = [loaded.tokenizer.encode(word) for word in words]
@@ -157,8 +156,8 @@ def test_choice_logits_are_those_where_the_answers_part(loaded: SeedX, tasks: di
 
 
 @torch.no_grad()
-def test_hooks_of_a_device_map_and_adapters_change_nothing(
-    folder: Path, loaded: SeedX, encoded: dict[str, list[Encoded]]
+def test_device_map_hooks_and_adapters_change_nothing(
+    folder: Path, loaded: SeedX, encoded: dict[str, list[SeedXInputs]]
 ) -> None:
     """One device cannot show the moving between devices, but that the hooks which do it and the adapters agree."""
     from accelerate import dispatch_model
@@ -173,11 +172,7 @@ def test_hooks_of_a_device_map_and_adapters_change_nothing(
     assert placing.device_of("layers.10.mlp.up_proj.weight", spread, torch.device("meta")).type == "meta"
 
 
-def test_it_is_registered() -> None:
-    assert load("seed-x") is SeedX
-
-
-def test_an_image_to_edit_is_whole_in_tests_as_well(loaded: SeedX, tasks: dict[str, list[Sample]]) -> None:
+def test_an_image_to_edit_is_not_tiled_in_tests(loaded: SeedX, tasks: dict[str, list[Sample]]) -> None:
     sample = tasks["HQEdit"][0]
     row = {"source_image": sample.image.name, "target_image": sample.target_image.name, "instruction": "red"}
     read = READERS["editing"](row, sample.image.parent, "1", "")
@@ -185,7 +180,7 @@ def test_an_image_to_edit_is_whole_in_tests_as_well(loaded: SeedX, tasks: dict[s
     assert len(loaded.prepare(replace(evaluation.question(read), tiled=True)).centres) == 3
 
 
-def test_a_run_that_draws_stops_at_once_without_the_detokenizer(folder: Path, tmp_path: Path) -> None:
+def test_a_run_that_writes_images_needs_the_detokenizer(folder: Path, tmp_path: Path) -> None:
     for name in ("seed_x_i", "QwenViT"):
         (tmp_path / name).symlink_to(folder / name)
     planned = plan(RunConfig(backbone="seed-x", weights=tmp_path, device="cpu"))

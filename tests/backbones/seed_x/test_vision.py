@@ -37,7 +37,7 @@ def test_grids_and_token_counts(loaded: SeedX, width: int, height: int, grid: tu
     assert len(loaded.tokenizer.picture(count)) == tokens
 
 
-def test_views_are_the_tiles_of_the_stretched_image_and_the_whole() -> None:
+def test_views_are_tiles_of_the_resized_image_and_the_whole() -> None:
     from PIL import Image
 
     image = Image.fromarray(numpy.random.default_rng(0).integers(0, 255, (768, 1024, 3), dtype=numpy.uint8))

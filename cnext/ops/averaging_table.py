@@ -1,29 +1,37 @@
-"""The table of the averaging ops: their arguments, their order in the kernels, their numbers and counts."""
+"""Table of the averaging ops: operands, dtypes, scalars and reductions.
+
+Schemas, checks and fake kernels are made from it. Tests compare it with the C++, CUDA and Triton kernels, the reference
+and the public functions.
+"""
 
 from __future__ import annotations
+
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
-from cnext.errors import UserError
+from cnext.errors import unknown
 from cnext.ops.foreach import Op
 
-GUARDS = ("fallback", "clamp")
+Guard = Literal["fallback", "clamp"]
+"""What `pema_literal_` does where beta is not inside (0, 1): take a constant, or the nearer of 0 and 1."""
+GUARDS: tuple[Guard, ...] = get_args(Guard)
 _STEP = {"theta": "p", "grad": "p", "fisher": "s", "ema": "e"}
 _ADAMW = {"theta": "p", "grad": "p", "exp_avg": "s", "exp_avg_sq": "s", "fisher": "s", "ema": "e"}
 _SHARED = {name: role for name, role in _ADAMW.items() if name != "fisher"}
 _ADAMW_SCALARS = {"beta1": 0.9, "beta2": 0.999, "eps": 1e-8}
-_UNIT = {"decay": 1.0, "scale": 1.0}
+_FISHER_SCALARS = {"decay": 1.0, "scale": 1.0}
 
 
-def literal_numbers(*, guard: str = "fallback", **numbers: float) -> tuple[tuple[Tensor, ...], dict[str, float]]:
-    """The guard as a number."""
+def literal_scalars(*, guard: str = "fallback", **scalars: float) -> tuple[tuple[Tensor, ...], dict[str, float]]:
+    """The scalars of `pema_literal_`, of which the guard is one."""
     if guard not in GUARDS:
-        raise UserError(f"pema_literal_: guard is {guard!r}; expected one of {', '.join(GUARDS)}")
-    return (), {**numbers, "clamp": float(guard == "clamp")}
+        raise unknown("guard", guard, GUARDS)
+    return (), {**scalars, "clamp": float(guard == "clamp")}
 
 
-def adamw_numbers(
+def adamw_scalars(
     level: Tensor,
     *,
     step: int | Tensor,
@@ -31,15 +39,15 @@ def adamw_numbers(
     betas: tuple[float, float] = (0.9, 0.999),
     eps: float = 1e-8,
     weight_decay: float = 0.0,
-    **numbers: float,
+    **scalars: float,
 ) -> tuple[tuple[Tensor, ...], dict[str, float]]:
-    """Everything that changes from step to step as rows on the device, the rest as numbers."""
+    """What changes from step to step as rows on the device, (tensors, 4) float64, and the other numbers as scalars."""
     rows = torch.empty((len(level), 4), dtype=torch.float64, device=level.device)
     rows[:, 0] = level
     changing = (1 - lr * weight_decay, lr / (1 - betas[0] ** step), (1 - betas[1] ** step) ** 0.5)
     for k, number in enumerate(changing, 1):
         rows[:, k] = number
-    return (rows,), {"beta1": betas[0], "beta2": betas[1], "eps": eps, **numbers}
+    return (rows,), {"beta1": betas[0], "beta2": betas[1], "eps": eps, **scalars}
 
 
 OPS = {
@@ -53,7 +61,7 @@ OPS = {
             1,
             {"scale": 1.0},
         ),
-        Op("sums", ("sums",), {"tensors": "s"}, ("tensors",), 0, columns=1),
+        Op("sums", ("sums",), {"tensors": "s"}, ("tensors",), 0, reductions="+"),
         Op(
             "pema_merge_",
             ("pema_merge",),
@@ -61,7 +69,7 @@ OPS = {
             ("theta", "fisher_old", "theta_old", "fisher_new"),
             2,
             {"new_scale": None, "c": 5.0, "damping": 1e-5},
-            columns=5,
+            reductions="+++<>",
         ),
         Op("ema_step_", ("ema_step",), {"theta": "p", "ema": "e"}, ("ema", "theta"), 1, {"beta": None}),
         Op(
@@ -70,8 +78,8 @@ OPS = {
             _STEP,
             ("ema", "fisher", "theta", "grad"),
             2,
-            _UNIT,
-            columns=4,
+            _FISHER_SCALARS,
+            reductions="++++",
             rows=("level", 1),
         ),
         Op(
@@ -81,8 +89,8 @@ OPS = {
             ("ema", "fisher", "theta", "grad"),
             2,
             {"decay": 0.0, "scale": 1.0, "damping": 1e-5, "fallback": 0.99, "clamp": 0.0},
-            columns=4,
-            public=literal_numbers,
+            reductions="++++",
+            convert=literal_scalars,
         ),
         Op(
             "dema_step_",
@@ -91,7 +99,7 @@ OPS = {
             ("ema", "grad_prev", "theta", "grad"),
             2,
             {"factor": 2.0, "fallback": 0.01},
-            columns=3,
+            reductions="+++",
         ),
         Op(
             "adamw_pema_step_",
@@ -99,10 +107,10 @@ OPS = {
             _ADAMW,
             ("theta", "exp_avg", "exp_avg_sq", "ema", "fisher", "grad"),
             5,
-            _ADAMW_SCALARS | _UNIT,
-            columns=4,
+            _ADAMW_SCALARS | _FISHER_SCALARS,
+            reductions="++++",
             rows=("rows", 4),
-            public=adamw_numbers,
+            convert=adamw_scalars,
         ),
         Op(
             "adamw_pema_step_shared_",
@@ -111,9 +119,9 @@ OPS = {
             ("theta", "exp_avg", "exp_avg_sq", "ema", "grad"),
             4,
             _ADAMW_SCALARS,
-            columns=4,
+            reductions="++++",
             rows=("rows", 4),
-            public=adamw_numbers,
+            convert=adamw_scalars,
         ),
         Op(
             "pema_released_",

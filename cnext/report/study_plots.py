@@ -1,4 +1,4 @@
-"""Plots that compare the methods of a study."""
+"""Matplotlib plots that compare the methods of a study, as SVG."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def _rows(names: Sequence[str]) -> tuple[Figure, Axes]:
 
 
 def _label(axes: Axes, x: float, row: int, value: float, side: int) -> None:
-    """Writes a value left (side -1) or right (1) of a place."""
+    """Writes a value to the left (side -1) or right (1) of a point."""
     beside: dict[str, Any] = {
         "xytext": (6 * side, 0),
         "textcoords": "offset points",
@@ -44,8 +44,8 @@ def _label(axes: Axes, x: float, row: int, value: float, side: int) -> None:
 
 
 @svg
-def kept(methods: Mapping[str, tuple[Sequence[float], float | None]]) -> Figure:
-    """Avg.ACC of each method, a tick a seed and a dot their mean, and an open dot New.ACC: {name: (seeds, new)}."""
+def accuracy(methods: Mapping[str, tuple[Sequence[float], float | None]]) -> Figure:
+    """Avg.ACC of each method, {name: (of each seed, New.ACC)}: a tick a seed, a dot their mean, an open dot New.ACC."""
     figure, axes = _rows(list(methods))
     for row, (seeds, new) in enumerate(methods.values()):
         mean = float(np.mean(seeds))
@@ -62,8 +62,8 @@ def kept(methods: Mapping[str, tuple[Sequence[float], float | None]]) -> Figure:
 
 
 @svg
-def growth(methods: Mapping[str, Mapping[str, float]]) -> Figure:
-    """Forgetting of each method by error type, {name: {type: points}}; what fell is left of zero. A bar: the sum."""
+def error_types(methods: Mapping[str, Mapping[str, float]]) -> Figure:
+    """Forgetting of each method by error type, {name: {type: points}}: bars stacked from zero; mark: their sum."""
     figure, axes = _rows(list(methods))
     for row, parts in enumerate(methods.values()):
         ends = [0.0, 0.0]
@@ -82,7 +82,7 @@ def growth(methods: Mapping[str, Mapping[str, float]]) -> Figure:
 
 @svg
 def over_stages(lines: np.ndarray, chosen: int, title: str, limits: tuple[float, float]) -> Figure:
-    """One method of (methods, T) figures over the stages, from 1 on, before a ghost of all others."""
+    """One row of (methods, T) values over stages 1 to T, the other methods in grey."""
     figure, axes = panel(title)
     stages = np.arange(1, lines.shape[1] + 1)
     axes.plot(stages, np.delete(lines, chosen, 0).T, color=FAINT, lw=0.8)

@@ -1,34 +1,36 @@
-"""Every op in plain torch: the ground truth. Computes in the state's dtype, so float64 state makes it the oracle."""
+"""Reference implementations of the averaging ops in plain torch; see `cnext.ops.averaging` for each.
+
+They compute in the state's dtype: with float64 state they are what the kernels are compared with.
+"""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
+Tensors = list[Tensor]
 
-def fisher_accumulate_(fisher: list[Tensor], grad: list[Tensor], *, scale: float = 1.0) -> None:
-    """See `cnext.ops.fisher_accumulate_`."""
+
+def fisher_accumulate_(fisher: Tensors, grad: Tensors, *, scale: float) -> None:
     for f, g in zip(fisher, grad, strict=True):
         square = g.to(f.dtype).square().mul_(scale)
         f.add_(square.masked_fill_(~square.isfinite(), 0.0))
 
 
-def sums(tensors: list[Tensor]) -> Tensor:
-    """See `cnext.ops.sums`."""
+def sums(tensors: Tensors) -> Tensor:
     return torch.stack([tensor.sum(dtype=torch.float64) for tensor in tensors])
 
 
 def pema_merge_(
-    theta: list[Tensor],
-    theta_old: list[Tensor],
-    fisher_new: list[Tensor],
-    fisher_old: list[Tensor],
+    theta: Tensors,
+    theta_old: Tensors,
+    fisher_new: Tensors,
+    fisher_old: Tensors,
     *,
     new_scale: float,
-    c: float = 5.0,
-    damping: float = 1e-5,
+    c: float,
+    damping: float,
 ) -> Tensor:
-    """See `cnext.ops.pema_merge_`."""
     rows = []
     for now, old, new, past in zip(theta, theta_old, fisher_new, fisher_old, strict=True):
         f = new * new_scale
@@ -38,27 +40,18 @@ def pema_merge_(
         now_, old_ = now.to(past.dtype), old.to(past.dtype)
         now.copy_(now_ + beta * (old_ - now_))
         past.add_(f)
-        rows.append(_spread(beta))
+        rows.append(_beta_statistics(beta))
     return torch.stack(rows)
 
 
-def ema_step_(theta: list[Tensor], ema: list[Tensor], *, beta: float) -> None:
-    """See `cnext.ops.ema_step_`."""
+def ema_step_(theta: Tensors, ema: Tensors, *, beta: float) -> None:
     for now, average in zip(theta, ema, strict=True):
         _mix_(average, now, beta, now.isfinite())
 
 
 def pema_step_(
-    theta: list[Tensor],
-    grad: list[Tensor],
-    fisher: list[Tensor],
-    ema: list[Tensor],
-    level: Tensor,
-    *,
-    decay: float = 1.0,
-    scale: float = 1.0,
+    theta: Tensors, grad: Tensors, fisher: Tensors, ema: Tensors, level: Tensor, *, decay: float, scale: float
 ) -> Tensor:
-    """See `cnext.ops.pema_step_`."""
     rows = []
     for t, (now, g, f, average) in enumerate(zip(theta, grad, fisher, ema, strict=True)):
         square = g.to(f.dtype).square().mul_(scale)
@@ -69,18 +62,17 @@ def pema_step_(
 
 
 def pema_literal_(
-    theta: list[Tensor],
-    grad: list[Tensor],
-    fisher: list[Tensor],
-    ema: list[Tensor],
+    theta: Tensors,
+    grad: Tensors,
+    fisher: Tensors,
+    ema: Tensors,
     *,
-    decay: float = 0.0,
-    scale: float = 1.0,
-    damping: float = 1e-5,
-    fallback: float = 0.99,
-    clamp: float = 0.0,
+    decay: float,
+    scale: float,
+    damping: float,
+    fallback: float,
+    clamp: float,
 ) -> Tensor:
-    """See `cnext.ops.pema_literal_`."""
     below, above = (0.0, 1.0) if clamp else (fallback, fallback)
     rows = []
     for now, g, f, average in zip(theta, grad, fisher, ema, strict=True):
@@ -97,15 +89,8 @@ def pema_literal_(
 
 
 def dema_step_(
-    theta: list[Tensor],
-    grad: list[Tensor],
-    ema: list[Tensor],
-    grad_prev: list[Tensor],
-    *,
-    factor: float = 2.0,
-    fallback: float = 0.01,
+    theta: Tensors, grad: Tensors, ema: Tensors, grad_prev: Tensors, *, factor: float, fallback: float
 ) -> Tensor:
-    """See `cnext.ops.dema_step_`."""
     rows = []
     for now, g, average, previous in zip(theta, grad, ema, grad_prev, strict=True):
         state = torch.promote_types(average.dtype, torch.float32)
@@ -120,21 +105,20 @@ def dema_step_(
 
 
 def adamw_pema_step_(
-    theta: list[Tensor],
-    grad: list[Tensor],
-    exp_avg: list[Tensor],
-    exp_avg_sq: list[Tensor],
-    fisher: list[Tensor],
-    ema: list[Tensor],
+    theta: Tensors,
+    grad: Tensors,
+    exp_avg: Tensors,
+    exp_avg_sq: Tensors,
+    fisher: Tensors,
+    ema: Tensors,
     rows: Tensor,
     *,
-    beta1: float = 0.9,
-    beta2: float = 0.999,
-    eps: float = 1e-8,
-    decay: float = 1.0,
-    scale: float = 1.0,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    decay: float,
+    scale: float,
 ) -> Tensor:
-    """See `cnext.ops.adamw_pema_step_`."""
     out = []
     for t, (now, g, m, v, f, average) in enumerate(zip(theta, grad, exp_avg, exp_avg_sq, fisher, ema, strict=True)):
         gradient = g.to(m.dtype)
@@ -146,18 +130,17 @@ def adamw_pema_step_(
 
 
 def adamw_pema_step_shared_(
-    theta: list[Tensor],
-    grad: list[Tensor],
-    exp_avg: list[Tensor],
-    exp_avg_sq: list[Tensor],
-    ema: list[Tensor],
+    theta: Tensors,
+    grad: Tensors,
+    exp_avg: Tensors,
+    exp_avg_sq: Tensors,
+    ema: Tensors,
     rows: Tensor,
     *,
-    beta1: float = 0.9,
-    beta2: float = 0.999,
-    eps: float = 1e-8,
+    beta1: float,
+    beta2: float,
+    eps: float,
 ) -> Tensor:
-    """See `cnext.ops.adamw_pema_step_`."""
     out = []
     for t, (now, g, m, v, average) in enumerate(zip(theta, grad, exp_avg, exp_avg_sq, ema, strict=True)):
         gradient = g.to(m.dtype)
@@ -167,10 +150,7 @@ def adamw_pema_step_shared_(
     return torch.stack(out)
 
 
-def pema_released_(
-    theta: list[Tensor], grad: list[Tensor], ema: list[Tensor], *, damping: float = 1e-5, fallback: float = 0.99
-) -> None:
-    """See `cnext.ops.pema_released_`."""
+def pema_released_(theta: Tensors, grad: Tensors, ema: Tensors, *, damping: float, fallback: float) -> None:
     for now, g, average in zip(theta, grad, ema, strict=True):
         state = torch.promote_types(average.dtype, torch.float32)
         now_, gradient, average_ = now.to(state), g.to(state), average.to(state)
@@ -210,7 +190,7 @@ def _average_(ema: Tensor, theta: Tensor, fisher: Tensor, level: Tensor, use: Te
 def _adamw_(
     theta: Tensor, grad: Tensor, m: Tensor, v: Tensor, row: Tensor, constants: tuple[float, float, float], use: Tensor
 ) -> None:
-    """One AdamW step where ``use``, in the operations and the order of torch.optim.AdamW."""
+    """One AdamW step where ``use``, with the operations of torch.optim.AdamW in their order."""
     beta1, beta2, eps = constants
     shrink, size, correction = row[1:].tolist()
     average = m.lerp(grad, 1 - beta1)
@@ -221,8 +201,8 @@ def _adamw_(
         tensor.copy_(torch.where(use, value, tensor))
 
 
-def _spread(beta: Tensor) -> Tensor:
-    """(5,) float64: number, sum, sum of squares, least and most of beta."""
+def _beta_statistics(beta: Tensor) -> Tensor:
+    """(5,) float64: count, sum, sum of squares, minimum and maximum of beta."""
     wide = beta.double()
     if not wide.numel():
         return wide.new_tensor([0.0, 0.0, 0.0, torch.inf, -torch.inf])

@@ -1,6 +1,6 @@
-"""Examines the files of a suite: what is missing, malformed, broken, twice there, or in training and test alike.
+"""Checks a suite's data files: missing, malformed, broken or repeated rows and images, and overlap of splits.
 
-No image stays in memory, and of a row only its hashes do, so that hundreds of thousands of rows are no burden.
+Of each row only hashes are kept in memory, and no images.
 """
 
 from __future__ import annotations
@@ -22,18 +22,19 @@ from cnext.tasks.images import fault
 from cnext.tasks.rows import files
 
 LOOKS = ("none", "verify", "decode")
-"""How images are looked at: not at all, header and checksums, every pixel."""
-READERS_AT_ONCE, CHUNK = 8, 2048
+"""How images are checked: not at all, header and checksums, every pixel."""
+THREADS, CHUNK = 8, 2048
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 UNREFERENCED_LISTED = 1000
-_MANNERS = re.compile(
+"""Most unreferenced images in a report."""
+_ANSWER_FORMAT = re.compile(
     r"answer (the|each) question using a single word or phrase\.?"
     r"|when the provided information is insufficient, respond with .unanswerable.\.?"
 )
 
 
-class Watcher(Protocol):
-    """What is told how far the examination is."""
+class Progress(Protocol):
+    """Receives the progress of a check."""
 
     def begin(self, doing: str, total: int) -> None: ...
 
@@ -42,7 +43,7 @@ class Watcher(Protocol):
 
 @dataclass
 class SplitReport:
-    """One split of a task. All lists name places in files, or paths; published: rows, 0 where that is not known."""
+    """One split of a task. Lists contain origins of rows, or paths.  published: number of rows, 0 if unknown."""
 
     files: int = 0
     rows: int = 0
@@ -50,7 +51,7 @@ class SplitReport:
     without_image: int = 0
     images: int = 0
     lacking: list[str] = field(default_factory=list)
-    """Files and image folders that are not there, with the path at which they are expected."""
+    """Missing files and image folders, with the path where they are expected."""
     malformed: list[str] = field(default_factory=list)
     missing_images: list[str] = field(default_factory=list)
     broken_images: list[str] = field(default_factory=list)
@@ -59,20 +60,20 @@ class SplitReport:
 
     @property
     def miscounted(self) -> bool:
-        """Whether there are files, with other than the published number of rows."""
+        """Whether the files have another number of rows than published."""
         return bool(self.files and self.published and self.rows != self.published)
 
     @property
     def problems(self) -> int:
-        """What a run would stumble over. Rows repeated, and left out by the image filter, are told and not counted."""
+        """Number of problems for a run. Repeated rows and rows left out by the image filter do not count."""
         found = (self.lacking, self.malformed, self.missing_images, self.broken_images)
         return self.miscounted + sum(map(len, found))
 
 
 @dataclass
 class TaskReport:
-    """A task's splits. shared_items: the same question about the same image in two splits; shared_images: the same
-    image, which is told and not counted."""
+    """A task's splits. shared_items: the same question about the same image in two splits.  shared_images: the same
+    image in two splits, which does not count as a problem."""
 
     splits: dict[str, SplitReport] = field(default_factory=dict)
     shared_items: list[str] = field(default_factory=list)
@@ -81,7 +82,7 @@ class TaskReport:
 
 @dataclass
 class Report:
-    """What ``check`` found. unreferenced: image files that no row names, and the first of them."""
+    """Result of ``check``. unreferenced: number of image files that no row names, and the first of them."""
 
     suite: str
     data: str
@@ -91,30 +92,33 @@ class Report:
 
     @property
     def problems(self) -> int:
-        """0 where the data can be used as they are."""
+        """Number of problems; 0 if the data can be used."""
         splits = sum(split.problems for task in self.tasks.values() for split in task.splits.values())
         return splits + sum(len(task.shared_items) for task in self.tasks.values())
 
     def as_dict(self) -> dict[str, Any]:
-        """The report for a JSON file, every line and path in it."""
+        """The report for a JSON file, with every line and path."""
         return {"problems": self.problems, **asdict(self)}
 
 
 @dataclass
 class _Seen:
-    """What is remembered of a split: hashes of its rows, questions and images, and where each came first."""
+    """Hashes of a split's rows and questions, and its images, each with its first origin."""
 
     rows: dict[int, str] = field(default_factory=dict)
     questions: dict[int, str] = field(default_factory=dict)
     images: dict[str, str] = field(default_factory=dict)
 
 
-def check(suite: Suite, data: Path, watcher: Watcher, look: str = "verify") -> Report:
-    """Examines every row of every split of a suite's tasks and every image that they name.
+def check(suite: Suite, data: Path, progress: Progress, look: str = "verify") -> Report:
+    """Checks every row of every split of a suite's tasks and every image that they name.
 
-    Args: look: one of ``LOOKS``.
+    Args:
+        data: the data folder.
+        look: how images are checked, one of ``LOOKS``.
 
-    Raises: UserError where ``data`` is no folder.
+    Raises:
+        UserError: ``data`` is not a folder.
     """
     if not data.is_dir():
         raise UserError(f"expected a folder with the files of suite {suite.name}, found none: {data}")
@@ -124,9 +128,9 @@ def check(suite: Suite, data: Path, watcher: Watcher, look: str = "verify") -> R
         found = report.tasks[task.name] = TaskReport()
         seen = {}
         for split in task.splits:
-            found.splits[split], seen[split] = _check_split(task, data, split, watcher)
+            found.splits[split], seen[split] = _check_split(task, data, split, progress)
             if look != "none":
-                _check_images(found.splits[split], seen[split].images, faults, look == "decode", task, split, watcher)
+                _check_images(found.splits[split], seen[split].images, faults, look == "decode", task, split, progress)
                 found.splits[split].left_out = _left_out(task, data, split, faults)
             else:
                 faults |= dict.fromkeys(seen[split].images, "")
@@ -134,7 +138,7 @@ def check(suite: Suite, data: Path, watcher: Watcher, look: str = "verify") -> R
             found.shared_items += _shared(seen[one].questions, seen[other].questions)
             found.shared_images += _shared(seen[one].images, seen[other].images)
     folders = {data / task.image_folder(split) for task in suite.tasks for split in task.splits}
-    watcher.begin("images that no row names", 0)
+    progress.begin("images that no row names", 0)
     for path in _images_in(folders):
         if path not in faults:
             report.unreferenced += 1
@@ -143,13 +147,13 @@ def check(suite: Suite, data: Path, watcher: Watcher, look: str = "verify") -> R
     return report
 
 
-def _check_split(task: Task, data: Path, split: str, watcher: Watcher) -> tuple[SplitReport, _Seen]:
+def _check_split(task: Task, data: Path, split: str, progress: Progress) -> tuple[SplitReport, _Seen]:
     report, seen = SplitReport(published=getattr(task, f"{split}_count", 0)), _Seen()
     try:
         paths = files(data, getattr(task, split))
         report.files = len(paths)
-        watcher.begin(f"{task.name} {split}", sum(path.stat().st_size for path in paths))
-        for line in scan(task, data, split, watcher.advance):
+        progress.begin(f"{task.name} {split}", sum(path.stat().st_size for path in paths))
+        for line in scan(task, data, split, progress.advance):
             report.rows += 1
             if line.sample is None:
                 report.malformed.append(f"{line.origin}: {line.problem}")
@@ -159,8 +163,8 @@ def _check_split(task: Task, data: Path, split: str, watcher: Watcher) -> tuple[
             report.without_image += not shown
             for image in shown:
                 seen.images.setdefault(image, line.origin)
-            said = [words for turn in sample.turns for words in (turn.instruction, turn.answer)]
-            first = seen.rows.setdefault(_hash(*shown, *said), line.origin)
+            texts = [text for turn in sample.turns for text in (turn.instruction, turn.answer)]
+            first = seen.rows.setdefault(_hash(*shown, *texts), line.origin)
             if first != line.origin:
                 report.repeated.append(f"{line.origin} = {first}")
             for question in _questions(sample):
@@ -181,10 +185,10 @@ def _hash(*parts: str) -> int:
 
 
 def _questions(sample: Sample) -> Iterator[int]:
-    """A hash of every question about its image, without the manners that training and test ask in."""
+    """A hash of every question and its image, without the phrases in which training and test files differ."""
     image = str(sample.image)
     for turn in sample.turns:
-        bare = _MANNERS.sub("", caption_of(turn.instruction).casefold())
+        bare = _ANSWER_FORMAT.sub("", caption_of(turn.instruction).casefold())
         yield _hash(image, " ".join(bare.split()))
 
 
@@ -199,17 +203,17 @@ def _check_images(
     decode: bool,
     task: Task,
     split: str,
-    watcher: Watcher,
+    progress: Progress,
 ) -> None:
-    """Looks at every image that was not looked at before, a few at a time."""
+    """Checks every image that was not checked before, in parallel."""
     new = iter([image for image in images if image not in faults])
-    watcher.begin(f"{task.name} {split} images", len(images))
-    watcher.advance(sum(image in faults for image in images))
-    with ThreadPoolExecutor(READERS_AT_ONCE) as pool:
+    progress.begin(f"{task.name} {split} images", len(images))
+    progress.advance(sum(image in faults for image in images))
+    with ThreadPoolExecutor(THREADS) as pool:
         while chunk := list(islice(new, CHUNK)):
             for image, found in zip(chunk, pool.map(lambda image: fault(Path(image), decode), chunk), strict=True):
                 faults[image] = found
-                watcher.advance(1)
+                progress.advance(1)
     for image, origin in images.items():
         if faults[image]:
             listed = report.missing_images if faults[image] == "missing" else report.broken_images
@@ -218,16 +222,16 @@ def _check_images(
 
 
 def _left_out(task: Task, data: Path, split: str, faults: dict[str, str]) -> list[str]:
-    """The training rows that the task's image filter leaves out, of those whose images are whole."""
+    """The training rows that the task's image filter leaves out, among those with readable images."""
     if task.image_filter == "none" or split != "train" or not any(data.glob(task.train)):
         return []
     samples = (line.sample for line in scan(task, data, split) if line.sample)
-    whole = (sample for sample in samples if not any(faults.get(str(path), "missing") for path in sample.images))
-    return [f"{sample.origin}: {why}" for sample in whole if (why := left_out(sample, task, split))]
+    readable = (sample for sample in samples if not any(faults.get(str(path), "missing") for path in sample.images))
+    return [f"{sample.origin}: {why}" for sample in readable if (why := left_out(sample, task, split))]
 
 
 def _images_in(folders: Iterable[Path]) -> Iterator[str]:
-    """Every image file below some folders, each once though one folder be inside another."""
+    """Every image file below some folders, once each, also if one folder is inside another."""
     visited: set[str] = set()
     waiting = [str(folder) for folder in sorted(folders) if folder.is_dir()]
     while waiting:
@@ -245,6 +249,6 @@ def _images_in(folders: Iterable[Path]) -> Iterator[str]:
 
 
 def _above(link: str, folder: str) -> bool:
-    """Whether a link leads to the folder that it is in, or above it: a loop."""
+    """Whether a link points to the folder that contains it, or above: a loop."""
     real = os.path.realpath(folder)
     return os.path.commonpath([os.path.realpath(link), real]) == os.path.realpath(link)

@@ -13,8 +13,7 @@ from PIL import Image
 from tasks.official import SHORT, lines, listing, picture, write_continual_next
 
 from cnext.cli import main
-from cnext.errors import UserError
-from cnext.tasks import doctor, doctor_text, suites
+from cnext.tasks import data_check, data_check_text, suites
 from cnext.tasks.base import Suite
 
 VQA = "SEED-Data-VQAv2"
@@ -46,8 +45,8 @@ def data(tmp_path: Path) -> Path:
     return write_continual_next(tmp_path / "data")
 
 
-def check(data: Path, look: str = "verify") -> doctor.Report:
-    return doctor.check(suite(), data, Watch(), look)
+def check(data: Path, look: str = "verify") -> data_check.Report:
+    return data_check.check(suite(), data, Watch(), look)
 
 
 def append(path: Path, *added: str) -> None:
@@ -60,24 +59,24 @@ def test_clean_files_are_clean(data: Path) -> None:
     splits = [split for task in report.tasks.values() for split in task.splits.values()]
     assert [(split.files, split.rows) for split in splits] == [(2, 6), (1, 3)] * 6
     assert report.tasks["Flickr30k"].splits["test"].without_image == 3
-    assert "no problems" in doctor_text.text(report)
+    assert "no problems" in data_check_text.text(report)
 
 
-def test_progress_goes_to_the_end(data: Path) -> None:
+def test_progress_reaches_the_total(data: Path) -> None:
     watch = Watch()
-    doctor.check(suite(), data, watch)
+    data_check.check(suite(), data, watch)
     assert [told[0] for told in watch.told[:3]] == ["VQAv2 train", "VQAv2 train images", "VQAv2 test"]
     assert all(done == total for _, total, done in watch.told)
 
 
-def test_rows_left_out_of_training_are_told_and_no_problem(data: Path) -> None:
+def test_rows_left_out_of_training_are_no_problems(data: Path) -> None:
     picture(data / "SEED-Data-HQEdit/images/target_images/000000000001.jpg", size=(480, 399))
     report = check(data)
     (told,) = report.tasks["HQEdit"].splits["train"].left_out
     assert "output_001.jsonl:2: " in told
     assert "000000000001.jpg is 480x399" in told
     assert report.problems == 0
-    assert "HQEdit train: rows left out of training by their images' sizes, as released" in doctor_text.text(report)
+    assert "HQEdit train: rows left out of training by their images' sizes, as released" in data_check_text.text(report)
     assert all(not split.left_out for split in check(data, "none").tasks["HQEdit"].splits.values())
 
 
@@ -110,7 +109,7 @@ def test_missing_and_broken_images_are_named_with_their_paths(data: Path) -> Non
     assert check(data, "none").problems == 0
 
 
-def test_a_picture_cut_short_is_found_by_decoding(data: Path) -> None:
+def test_a_truncated_image_is_found_by_decoding(data: Path) -> None:
     path = data / IMAGES / "000000000003.jpg"
     Image.effect_noise((96, 96), 60).save(path)
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
@@ -129,7 +128,7 @@ def test_missing_files_and_folders_are_named_once(data: Path) -> None:
     assert (test.problems, test.miscounted) == (1, False)
 
 
-def test_repeated_rows_and_unreferenced_images_are_told_and_no_problem(data: Path) -> None:
+def test_repeated_rows_and_unreferenced_images_are_no_problems(data: Path) -> None:
     path = data / VQA / "annotations/output_002.jsonl"
     first, second = path.read_text().splitlines()
     path.write_text(f"{first}\n{first}\n")
@@ -140,7 +139,7 @@ def test_repeated_rows_and_unreferenced_images_are_told_and_no_problem(data: Pat
     assert report.unreferenced == len(report.unreferenced_images) == 1 + 3
 
 
-def test_overlap_is_found_across_image_roots_and_manners_of_asking(data: Path) -> None:
+def test_overlap_is_found_across_image_folders_and_phrasings(data: Path) -> None:
     """train2014/x.jpg below COCO2014 is x.jpg below COCO2014/train2014; the sentence that asks for brevity is no part
     of the question, and the later question of a conversation counts too."""
     path = data / VQA / "questions/test.json"
@@ -167,24 +166,24 @@ def test_a_caption_in_train_and_test_is_an_overlap(data: Path) -> None:
     assert len(report.tasks["Flickr30k"].shared_items) == report.problems == 1
 
 
-def test_a_link_that_leads_upwards_is_not_followed(data: Path) -> None:
+def test_a_link_to_a_folder_above_is_not_followed(data: Path) -> None:
     (data / VQA / "COCO2014/loop").symlink_to(data / VQA, target_is_directory=True)
     assert check(data).unreferenced == 3
 
 
-def test_the_text_is_short_and_the_json_whole(data: Path, tmp_path: Path) -> None:
+def test_text_is_shortened_and_json_is_complete(data: Path, tmp_path: Path) -> None:
     append(data / VQA / "annotations/output_001.jsonl", *["{"] * 30)
     report = check(data)
-    shown = doctor_text.text(report)
-    assert shown.count("is not JSON") == doctor_text.SHOWN
+    shown = data_check_text.text(report)
+    assert shown.count("is not JSON") == data_check_text.SHOWN
     assert "... and 20 more" in shown
-    doctor_text.write_json(report, tmp_path / "report.json")
+    data_check_text.write_json(report, tmp_path / "report.json")
     values = json.loads((tmp_path / "report.json").read_text())
     assert len(values["tasks"]["VQAv2"]["splits"]["train"]["malformed"]) == 30
     assert values["problems"] == report.problems == 31
 
 
-def test_the_verb_s_exit_status(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_exit_status(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = tmp_path / "small"
     folder.mkdir()
     for part in (suites.FOLDER / "continual-next").glob("*.json"):
@@ -206,11 +205,6 @@ def test_the_verb_s_exit_status(data: Path, tmp_path: Path, capsys: pytest.Captu
     assert main([*verb, "--json", str(tmp_path / "none/report.json")]) == 2
 
 
-def test_a_folder_is_needed(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="expected a folder"):
-        check(tmp_path / "none")
-
-
 def test_rows_of_other_formats_are_checked_too(tmp_path: Path) -> None:
     """CoIN: LLaVA conversations in training, question and answer in the test, images below the data folder itself."""
     coin = suites.load("coin")
@@ -220,5 +214,5 @@ def test_rows_of_other_formats_are_checked_too(tmp_path: Path) -> None:
     listing(tmp_path / task.train, [{"id": 1, "image": "./GQA/images/1.jpg", "conversations": talk}])
     lines(tmp_path / "unread.jsonl", [])
     listing(tmp_path / task.test, [{"question_id": 1, "image": "GQA/images/1.jpg", "text": "What?", "answer": "Dog"}])
-    report = doctor.check(dataclasses.replace(coin, tasks=(task,)), tmp_path, Watch())
+    report = data_check.check(dataclasses.replace(coin, tasks=(task,)), tmp_path, Watch())
     assert len(report.tasks["GQA"].shared_items) == report.problems == 1

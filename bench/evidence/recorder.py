@@ -1,4 +1,4 @@
-"""What a part of the evidence writes down: every row when it is known."""
+"""Recording of a part's results as JSON lines."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ import timing
 import torch
 
 
-class Book:
+class Recorder:
     """The rows of one part.
 
     Args:
         file: JSON lines, appended to.
         part: name of the part.
-        gpu: False where the same program is rehearsed small on a CPU.
+        gpu: False with --rehearse: small sizes on a CPU.
     """
 
     def __init__(self, file: Path, part: str, gpu: bool) -> None:
@@ -35,7 +35,7 @@ class Book:
 
     @contextmanager
     def attempt(self, name: str) -> Iterator[None]:
-        """A row that fails is written as an error, and the next ones are tried: after a fault of the GPU, none is."""
+        """Records an exception as a row with an error, and goes on; after a CUDA error it re-raises."""
         try:
             yield
         except Exception as error:
@@ -49,9 +49,9 @@ class Book:
     def race(
         self, candidates: Mapping[str, Callable[[], object]], rounds: int, graph: bool = True
     ) -> dict[str, dict[str, float]]:
-        """Milliseconds of each candidate, in turn; see `timing.race` and `timing.spread`."""
+        """Milliseconds of each candidate, alternating; see `timing.race` and `timing.percentiles`."""
         found = timing.race(candidates, rounds if self.gpu else 2, graph=graph)
-        return {name: timing.spread(times) for name, times in found.items()}
+        return {name: timing.percentiles(times) for name, times in found.items()}
 
 
 def error(mine: torch.Tensor, exact: torch.Tensor) -> float:

@@ -1,4 +1,4 @@
-"""What ``cnext data check`` shows: bars while it goes on, then a table and the problems one by one."""
+"""``cnext data check``: progress bars, then a table of counts and the list of problems."""
 
 from __future__ import annotations
 
@@ -6,15 +6,34 @@ import json
 import os
 from pathlib import Path
 
-from cnext.tasks.doctor import UNREFERENCED_LISTED, Report
+from cnext.errors import UserError
+from cnext.tasks import suites
+from cnext.tasks.data_check import UNREFERENCED_LISTED, Report, check
 
 SHOWN = 10
-"""The most lines of one kind that are shown; the JSON file has all."""
+"""Most lines shown per kind of problem; the JSON file has all."""
 COLUMNS = ("task", "split", "files", "rows", "published", "malformed", "missing", "broken", "repeated", "no image")
 
 
+def main(suite: str, folder: Path, images: str, json_file: Path | None) -> int:
+    """Checks the files of a suite and prints the report. Returns 1 if problems were found, else 0.
+
+    Raises:
+        UserError: the folder of ``json_file`` does not exist, or the suite is unknown.
+    """
+    manifest = suites.load(suite)
+    if json_file is not None and not json_file.parent.is_dir():
+        raise UserError(f"--json: expected a file in an existing folder, got {json_file}")
+    with Bars() as bars:
+        report = check(manifest, folder, bars, images)
+    if json_file is not None:
+        write_json(report, json_file)
+    print(text(report))
+    return 1 if report.problems else 0
+
+
 class Bars:
-    """How far the examination is, on standard error, in plain lines where that is no terminal: a doctor's Watcher."""
+    """Progress bars on standard error, or plain lines where that is not a terminal."""
 
     def __init__(self) -> None:
         from rich.console import Console
@@ -45,7 +64,7 @@ class Bars:
 
 
 def text(report: Report) -> str:
-    """The table of counts, then the first lines of every kind of problem, and the verdict."""
+    """The table of counts, the first lines of every kind of problem, and the number of problems."""
     table: list[list[str]] = [[*COLUMNS]]
     details: list[str] = []
     for name, task in report.tasks.items():
@@ -88,7 +107,7 @@ def _listed(title: str, lines: list[str]) -> list[str]:
 
 
 def write_json(report: Report, path: Path) -> None:
-    """Writes every line and path of a report; of the unreferenced images the first ``UNREFERENCED_LISTED``."""
+    """Writes a report with every line and path, but at most ``UNREFERENCED_LISTED`` unreferenced images."""
     assert len(report.unreferenced_images) <= UNREFERENCED_LISTED
     unfinished = path.with_name(f".{path.name}.unfinished")
     unfinished.write_text(json.dumps(report.as_dict(), indent=1) + "\n", encoding="utf-8")

@@ -1,0 +1,1 @@
+"""What methods are composed of: branches by role or by task, and penalties. The methods are in the folder above."""

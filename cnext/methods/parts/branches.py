@@ -1,0 +1,122 @@
+"""Sets of low-rank branches that methods share: one per modality role, or one per task."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from cnext import adapters
+from cnext.adapters import BRANCH_ROLES, BranchRole, roles_of
+from cnext.averaging import RULES
+from cnext.averaging.pooling import pooled
+from cnext.errors import UserError, unknown
+from cnext.methods.lora import Lora
+from cnext.tasks.base import Task
+
+GENERAL_ROLES = tuple(role for role in BRANCH_ROLES if role.side == "general")
+"""text-general and image-general."""
+
+
+@dataclass
+class RoleBranches(Lora):
+    """One branch per modality role, and a moving average: the composition behind MAGE, its ablations and variants.
+
+    A method of this family declares which roles have a branch, whether a task trains only those of its own modalities,
+    the default averaging rule, and perhaps a ``regularizer``.
+    """
+
+    rank: Annotated[int, "Rank of each branch."] = 8
+    average: Annotated[
+        str,
+        "Averaging rule: pema, pema-step, pema-literal, pema-released (diverges, as released), dema, constant, none.",
+    ] = "pema"
+    c: Annotated[
+        float, "Plasticity of pema: weight of a new task's Fisher information against that of earlier tasks."
+    ] = 5.0
+
+    roles: ClassVar[tuple[BranchRole, ...]] = BRANCH_ROLES
+    """The roles that have a branch."""
+    freeze: ClassVar[bool] = True
+    """Whether a task trains only the branches whose modality it reads (general) or writes (expert); else all."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.average not in RULES:
+            raise unknown("averaging rule", self.average, list(RULES))
+        if not self.c > 0:
+            raise UserError(f"expected c > 0, got c={self.c}")
+        if self.average != "pema" and self.c != type(self).c:
+            raise UserError(f"c={self.c} has no effect with the averaging rule {self.average}, only with pema; omit it")
+        self.rule = RULES[self.average](**({"c": self.c} if self.average == "pema" else {}))
+
+    def branches(self, tasks: Sequence[Task]) -> dict[str, int]:
+        return {role.name: self.rank for role in self.roles}
+
+    def trained_branches(self, task: Task) -> Iterable[str]:
+        trained = roles_of(task.reads, task.writes) if self.freeze else self.roles
+        return [role.name for role in self.roles if role in trained]
+
+    def trainable(self, task: Task) -> dict[str, nn.Parameter]:
+        self.groups = {name: adapters.branch_parameters(self.model, [name]) for name in self.trained_branches(task)}
+        return super().trainable(task)
+
+    def after_task(self) -> dict[str, Any] | None:
+        """Mean and standard deviation of beta, the weight of the old value, per branch, where the rule has one."""
+        assert self.rule
+        betas = self.rule.end_task()
+        return {branch: pooled(betas, group) for branch, group in self.groups.items()} if betas else None
+
+
+@dataclass
+class TaskBranches(Lora):
+    """One branch per task: the current one is trained, those of earlier tasks are frozen, those of later tasks are off.
+
+    The output is that of a model into whose W each earlier branch had been merged. ``active`` has the names of the
+    branches in use, the current one last.
+    """
+
+    rank: Annotated[int, "Rank of each task's branch."] = 32
+
+    def branches(self, tasks: Sequence[Task]) -> dict[str, int]:
+        return dict.fromkeys(self.branch_of.values(), self.rank)
+
+    def trained_branches(self, task: Task) -> Iterable[str]:
+        return self.active[-1:]
+
+    def attach(self, tasks: Sequence[Task], generator: torch.Generator) -> None:
+        self.branch_of = {task.name: f"task-{number}" for number, task in enumerate(tasks, 1)}
+        super().attach(tasks, generator)
+        self.activate(0)
+
+    def activate(self, count: int) -> None:
+        """Activates the branches of the first ``count`` tasks."""
+        self.active = list(self.branch_of.values())[:count]
+        adapters.activate(self.model, self.active)
+
+    def trainable(self, task: Task) -> dict[str, nn.Parameter]:
+        self.activate(list(self.branch_of).index(task.name) + 1)
+        return super().trainable(task)
+
+    def extra_bytes(self, tasks: int) -> int:
+        """All branches but one, and the count of active ones."""
+        one = adapters.branch_parameters(self.model, list(self.branch_of.values())[:1])
+        everything = self.adapter_parameters()
+        return 4 * sum(p.numel() for p in everything.values()) - 4 * sum(p.numel() for p in one.values()) + 8
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return super().state_dict() | {"active": torch.tensor(len(self.active))}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        super().load_state_dict(state)
+        self.activate(int(state["active"]))
+
+
+def total_width(model: nn.Module, targets: Sequence[str]) -> int:
+    """Sum of in_features + out_features over the linear layers with these name suffixes: a rank's parameter count."""
+    named = model.named_modules()
+    found = [m for name, m in named if isinstance(m, nn.Linear) and name.rpartition(".")[2] in targets]
+    return sum(module.in_features + module.out_features for module in found)
