@@ -118,7 +118,7 @@ PARTS: dict[str, Callable[[], str]] = {
     "cards": cards,
     "command-line": command_line,
     "methods": summaries,
-    "metrics": lambda: formulas(FORMULAS),
+    "metrics": lambda: formulas({name: formula for name, formula in FORMULAS.items() if name != "bwt"}),
     "reference-metrics": lambda: formulas(REFERENCE_FORMULAS),
     "results": results,
     "suites": suite_details,

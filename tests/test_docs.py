@@ -98,6 +98,15 @@ def test_names_resolve() -> None:
             place = getattr(place, part)
 
 
+def test_flags_exist() -> None:
+    text = "".join(page.read_text(encoding="utf-8") for page in PAGES)
+    code = "".join(
+        file.read_text(encoding="utf-8") for folder in ("cnext", "bench") for file in (ROOT / folder).rglob("*.py")
+    )
+    named = {flag.rpartition(".")[2] for flag in re.findall(r"`--([a-z][\w.-]+)", text)} - {"help"}
+    assert not [flag for flag in named if f'("--{flag}"' not in code and f"    {flag.replace('-', '_')}: " not in code]
+
+
 def test_paths_exist() -> None:
     missing = []
     for page in PAGES:

@@ -47,7 +47,7 @@ class Options:
     split: Literal["test", "validation"] = "test"
     """Split that is scored. Choose hyperparameters on validation."""
     out: Path = Path("runs")
-    """Output folder; a run is written to <out>/<method>/<order>/seed-<seed>."""
+    """Output folder; a run is written to `<out>/<method>/<order>/seed-<seed>`."""
     data: Path | None = None
     """Folder with the suite's files. None: a synthetic suite is generated into the cache."""
     device: str = "auto"
