@@ -272,12 +272,12 @@ def learn(model: SeedX, method: Any, name: str, data: list[Sample], recipe: Reci
     return {
         "trained_parameters": sum(parameter.numel() for parameter in parameters.values()),
         "steps": steps,
-        "losses": [row["loss"] for row, _ in rows],
+        "losses": [row.loss for row, _ in rows],
         "first_step_seconds": rows[0][1]["seconds"],
         "median_step_seconds": typical,
         "samples_per_second": len(data) / typical,
         "positions_per_second": positions / typical,
-        "supervised_tokens_per_second": rows[0][0]["tokens"] / typical,
+        "supervised_tokens_per_second": rows[0][0].tokens / typical,
         "peak_device_memory_bytes": None if None in peaks else max(peaks),
         "averaging": averaging,
     }
