@@ -96,9 +96,9 @@ def test_what_cannot_be_imported_is_named(installed: Path, point: str) -> None:
 @pytest.mark.parametrize(
     ("group", "name", "use"),
     [
-        ("backbones", "tiny", lambda: backbones.load("janus")),
-        ("scorers", "box", lambda: make_scorers()["cider"]),
-        ("readers", "llava", lambda: READERS["messages"]),
+        ("backbones", "tiny", backbones.modules),
+        ("scorers", "box", lambda: list(make_scorers())),
+        ("readers", "llava", lambda: list(READERS)),
     ],
 )
 def test_a_name_of_cnext_cannot_be_taken(installed: Path, group: str, name: str, use) -> None:
