@@ -18,7 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from cnext.backbones.pretrained import open_picture
+from cnext.backbones.pretrained import open_image
 from cnext.config.run_config import RunConfig, plan
 from cnext.errors import UserError
 from cnext.tasks import data_check, formats, suites
@@ -171,7 +171,7 @@ def test_decompression_bombs_are_refused(data: Path) -> None:
     for decode in (False, True):
         assert "decompression bomb" in fault(path, decode)
     with pytest.raises(UserError, match=r"cannot be read: .*decompression bomb"):
-        open_picture(path)
+        open_image(path)
     (data / "images" / "bomb.png").write_bytes(path.read_bytes())
     (data / "rows.jsonl").write_bytes(dumped({"image": "bomb.png", "text": "a", "answer": "b"}) + b"\n")
     with pytest.raises(UserError, match=r"rows\.jsonl:1: names an image that is broken .*decompression bomb"):
