@@ -22,7 +22,7 @@ LEVELS = (
     ("records", "registry", "tensor_files", "kv_cache", "packages", "distributed", "ops"),
     ("adapters", "averaging"),
     SIBLINGS,
-    ("config", "pretrain_tiny"),
+    ("config",),
     ("runs",),
     ("tables",),
     ("monitoring", "analysis", "judging"),

@@ -122,7 +122,7 @@ class TinyBackbone(Backbone):
             model.load_state_dict({name: tensor.float() for name, tensor in read_tensors(file).items()})
         except (RuntimeError, UserError) as error:
             raise UserError(
-                f"--weights {file}: expected those of the tiny backbone, as cnext.pretrain_tiny writes them: {error}\n"
+                f"--weights {file}: expected weights of the tiny backbone, from bench/pretrain_tiny.py: {error}\n"
                 "leave out --weights for those that come with cnext, or name another --backbone"
             ) from error
         nn.Module.to(model.decoder, dtype)

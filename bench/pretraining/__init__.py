@@ -1,4 +1,4 @@
-"""Pretraining of the tiny backbone and its CLIP from scratch: ``python -m cnext.pretrain_tiny --out FOLDER``.
+"""Pretraining of the tiny backbone and its CLIP from scratch: ``python bench/pretrain_tiny.py --out FOLDER``.
 
 Three stages: the visual encoder with its detokenizer, the decoder, and the CLIP that scores images. The decoder trains
 in two phases: first skills in templates of its own, then, for 30% of the batch, the benchmark's templates on narrower
@@ -18,8 +18,8 @@ import torch
 from torch import nn
 
 from cnext.backbones.tiny.model import TinyBackbone
-from cnext.pretrain_tiny.corpus import SEEN_ICONS
-from cnext.pretrain_tiny.stages import clip_vocabulary, pretrain_clip, pretrain_decoder, pretrain_vision
+from pretraining.corpus import SEEN_ICONS
+from pretraining.stages import clip_vocabulary, pretrain_clip, pretrain_decoder, pretrain_vision
 
 STAGES = {"vision": 2200, "decoder phase 1": 2600, "decoder phase 2": 1300, "clip": 1200}
 """Optimizer steps of each stage."""
@@ -38,7 +38,7 @@ def _save(module: nn.Module, path: Path) -> None:
 def pretrain(out: Path, seed: int = 0, scale: float = 1.0, threads: int = 1) -> None:
     """Pretrain the tiny backbone and its CLIP, and write weights, vocabulary and model card to a folder.
 
-    The folder has the package's layout: ``python -m cnext.pretrain_tiny --out cnext`` in a checkout replaces the files
+    The folder has the package's layout: ``python bench/pretrain_tiny.py --out cnext`` in a checkout replaces the files
     that ship.
 
     Args:
@@ -85,7 +85,7 @@ def _card(
     sizes = ", ".join(f"{name} {count:,}" for name, count in counts.items())
     return f"""# Model card: the tiny backbone and its CLIP
 
-Written by `python -m cnext.pretrain_tiny --seed {seed} --threads {threads}`. For tests,
+Written by `python bench/pretrain_tiny.py --seed {seed} --threads {threads}`. For tests,
 demonstrations and fast experiments on continual learning; it knows colored shapes, icons and short words in 48 x 48
 images, and nothing else.
 

@@ -15,11 +15,11 @@ from torch.nn import functional as F
 
 from cnext.backbones.tiny.model import TinyBackbone, TinyInputs
 from cnext.backbones.tiny.vision import WIDTH, to_input
-from cnext.pretrain_tiny.corpus import LETTERS, Item, Picture, corpus, new_icon, new_letters, new_scene
 from cnext.scoring.clip import build_tiny_clip
 from cnext.tasks import scenes, synthetic
 from cnext.tasks.base import Sample, Turn
 from cnext.tasks.scenes import COLORS, ICONS, PLACES, SHAPES, Scene
+from pretraining.corpus import LETTERS, Item, Picture, corpus, new_icon, new_letters, new_scene
 
 PICTURE = Path("picture")
 """Placeholder path in samples whose images are in memory only."""

@@ -6,15 +6,15 @@ import itertools
 import json
 from pathlib import Path
 
+import pretraining
 import pytest
 import torch
+from pretrain_tiny import main
+from pretraining import corpus, stages
 from safetensors.torch import load_file
 
-from cnext import pretrain_tiny
 from cnext.backbones.tiny.model import WEIGHTS, TinyBackbone
 from cnext.backbones.tiny.tokenizer import TinyTokenizer
-from cnext.pretrain_tiny import corpus, stages
-from cnext.pretrain_tiny.__main__ import main
 from cnext.scoring.clip import TINY_CLIP, load_clip
 from cnext.tasks import scenes, synthetic
 
@@ -36,7 +36,7 @@ def test_written_files_are_loaded_again(pretrained: Path) -> None:
 
 def test_the_card_states_steps_time_and_losses(pretrained: Path) -> None:
     card = (pretrained / "backbones/tiny/MODEL_CARD.md").read_text()
-    command = "`python -m cnext.pretrain_tiny --seed 0 --threads 1`"
+    command = "`python bench/pretrain_tiny.py --seed 0 --threads 1`"
     for part in (command, "vision 2,", "seconds", "pixel_mse", "phase_2_text_loss", "matched_cosine"):
         assert part in card
 
@@ -47,13 +47,13 @@ def test_the_shipped_card_matches_the_shipped_weights() -> None:
     tiny = TinyBackbone.load()
     for module in (tiny.encoder, tiny.detokenizer, tiny.decoder):
         assert f"{sum(p.numel() for p in module.parameters()):,}" in card
-    for name, steps in pretrain_tiny.STAGES.items():
+    for name, steps in pretraining.STAGES.items():
         assert f"{name} {steps}" in card
     assert json.loads((TINY_CLIP / "vocabulary.json").read_text()) == stages.clip_vocabulary()
 
 
 def test_the_same_seed_gives_the_same_weights(pretrained: Path, tmp_path: Path) -> None:
-    pretrain_tiny.pretrain(tmp_path, scale=0.001)
+    pretraining.pretrain(tmp_path, scale=0.001)
     for name in ("backbones/tiny/weights.safetensors", "scoring/tiny_clip/weights.safetensors"):
         one, other = load_file(pretrained / name), load_file(tmp_path / name)
         assert one.keys() == other.keys()

@@ -1,15 +1,15 @@
-"""``python -m cnext.pretrain_tiny``: pretrain the tiny backbone and its CLIP from scratch (about 20 minutes)."""
+"""``python bench/pretrain_tiny.py``: pretrain the tiny backbone and its CLIP from scratch (about 20 minutes)."""
 
 from __future__ import annotations
 
 import argparse
 from pathlib import Path
 
-from cnext.pretrain_tiny import pretrain
+from pretraining import pretrain
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser("python -m cnext.pretrain_tiny", description=pretrain.__doc__)
+    parser = argparse.ArgumentParser("python bench/pretrain_tiny.py", description=pretrain.__doc__)
     parser.add_argument("--out", type=Path, required=True, help="folder for the weights and the model card")
     parser.add_argument("--seed", type=int, default=0, help="random seed of data and initialization (default: 0)")
     parser.add_argument("--scale", type=float, default=1.0, help="factor on the steps of each stage (default: 1)")
