@@ -76,7 +76,7 @@ def task(name: str, suffix: str = "jsonl", **changes: str) -> Task:
     return replace(made, **changes)
 
 
-@pytest.mark.parametrize("name", READERS)
+@pytest.mark.parametrize("name", list(READERS))
 def test_rows_of_every_format(name: str, data: Path, refused_or_taken: Try) -> None:
     begun, examples = refused_or_taken.calls, 500 * FACTOR
 
