@@ -204,5 +204,5 @@ def test_missing_weights_and_those_of_another_model_are_named(tmp_path: Path) ->
     with pytest.raises(UserError, match=r"cannot read it: it is a folder\nleave --weights"):
         TinyBackbone.load(weights=tmp_path)
     torch.save({"llm.weight": torch.ones(2)}, tmp_path / "other.bin")
-    with pytest.raises(UserError, match=r"other\.bin: expected those of the tiny backbone(.|\n)*leave --weights"):
+    with pytest.raises(UserError, match=r"other\.bin: expected weights of the tiny backbone(.|\n)*leave out --weights"):
         TinyBackbone.load(weights=tmp_path / "other.bin")

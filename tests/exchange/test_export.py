@@ -39,7 +39,7 @@ def made(
     """The folder of a run as it is after some tasks, what it trains filled with noise."""
     method, model = methods.load(name)(**hyperparameters), backbones.load(backbone).load("cpu", weights)
     method.setup(model, [stand_in(task) for task in TASKS], torch.Generator().manual_seed(0))
-    if isinstance(method, methods.base.TaskBranches):
+    if isinstance(method, TaskBranches):
         method.activate(learnt)
     held = method.adapter_parameters() | trained_beside(model, trainable)
     torch.manual_seed(0)
