@@ -17,6 +17,7 @@ from cnext.cli import main
 from cnext.errors import UserError
 from cnext.exchange.export import FORMATS, export, restore, stand_in
 from cnext.exchange.importing import import_adapter
+from cnext.methods.parts.branches import TaskBranches
 from cnext.runs import checkpoint
 from cnext.training.setup import trained_beside
 
