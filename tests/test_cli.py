@@ -108,7 +108,7 @@ def test_a_disk_error_is_one_line_and_the_run_resumes(
         patch.setattr(os, "fsync", failing)
         assert run_main(flags) == 2
     shown = capsys.readouterr().err
-    full = ["): some/file", "free some space, then run the same command again"]
+    full = ["): some/file", "free some space, then run the same command again to resume from the last checkpoint"]
     expected = full if code == errno.ENOSPC and writes > 1 else [f"error: {os.strerror(code)}: some/file"]
     assert all(line.endswith(end) for line, end in zip(shown.splitlines()[-len(expected) :], expected, strict=True))
     assert "Traceback" not in shown

@@ -118,4 +118,6 @@ def test_an_editable_install_builds_the_core_in_the_tree_and_finds_everything(tm
     assert used.returncode == 0, used.stderr
     told = json.loads(used.stdout)
     assert all(made in Path(file).parents for file in told["files"])
-    assert told["cuda"].startswith("cnext was built without it: CNEXT_CUDA=0 left it out; install cnext again with")
+    assert told["cuda"].startswith(
+        "cnext was built without it: CNEXT_CUDA=0 skipped it; install a CUDA toolkit of version 12.1 or newer, then"
+    )

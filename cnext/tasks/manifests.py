@@ -6,6 +6,8 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any, TypeVar
 
+from msgspec import UNSET, UnsetType
+
 from cnext.errors import UserError, unknown
 from cnext.records import AnyPath, FileName, Record, RelativePath, convert, read
 from cnext.tasks.base import Recipe, Suite, Task
@@ -21,7 +23,7 @@ class SuiteManifest(Record):
     tasks: list[FileName]
     orders: dict[str, list[FileName]]
     budgets: dict[str, str | dict[str, Any]]
-    name: FileName | None = None
+    name: FileName | UnsetType = UNSET
     description: str = ""
     synthetic: str = ""
     clip: str = Suite.clip
@@ -79,7 +81,7 @@ def read_suite(folder: Path) -> Suite:
             raise UserError(f"{file}: Expected an object or the name of one for budget {label!r}; {ADVICE}")
         recipes[label] = _recipe(found, f"{file}, budget {label}")
     return Suite(
-        name=str(manifest.name or folder.name),
+        name=folder.name if manifest.name is UNSET else str(manifest.name),
         description=manifest.description,
         tasks=tuple(_task(folder / f"{name}.json", str(name)) for name in manifest.tasks),
         orders={label: tuple(map(str, order)) for label, order in manifest.orders.items()},

@@ -201,7 +201,7 @@ def test_encoder_and_detokenizer_agree(tiny: TinyBackbone, data: Path) -> None:
 def test_missing_weights_and_those_of_another_model_are_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"none\.safetensors: expected a file of tensors"):
         TinyBackbone.load(weights=tmp_path / "none.safetensors")
-    with pytest.raises(UserError, match=r"cannot read it: it is a folder\nleave --weights"):
+    with pytest.raises(UserError, match=r"cannot read it: it is a folder\nleave out --weights"):
         TinyBackbone.load(weights=tmp_path)
     torch.save({"llm.weight": torch.ones(2)}, tmp_path / "other.bin")
     with pytest.raises(UserError, match=r"other\.bin: expected weights of the tiny backbone(.|\n)*leave out --weights"):

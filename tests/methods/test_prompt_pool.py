@@ -116,5 +116,7 @@ def test_answers_do_not_depend_on_the_company(learnt: Sequence, data: Path) -> N
 
 
 def test_a_pool_too_small_for_top_k_is_refused(tiny: TinyBackbone) -> None:
-    with pytest.raises(UserError, match=r"312,320 parameters are 2 prompts of 1000 vectors, fewer than the 3 to find"):
+    with pytest.raises(
+        UserError, match=r"312,320 parameters are 2 prompts of 1000 vectors, fewer than the 3 to select"
+    ):
         PromptPool(length=1000, top_k=3).setup(tiny, [], torch.Generator().manual_seed(0))

@@ -170,7 +170,9 @@ def test_a_stopped_study_waits_until_every_run_has_saved(
     arguments = ["--method", "lora", "mage", "ewc", "--seeds", str(SAVES), "--out", str(tmp_path), "--jobs", "2"]
     assert run_main([*flags, *arguments]) == status
     thread.join()
-    assert f"stopped by {number.name}: all that was finished is saved; the same" in capsys.readouterr().err
+    assert (
+        f"stopped by {number.name}: everything finished is saved; run the same command again" in capsys.readouterr().err
+    )
     assert all(map(gone, pids))
     for folder in folders:
         assert (folder / "saved").is_file()
@@ -352,7 +354,7 @@ def test_a_folder_of_another_configuration_is_an_error(
     assert run_main([*flags, "--method", "lora", "--seeds", "0", "1", "--out", str(tmp_path)]) == 2
     shown = capsys.readouterr().err
     assert f"{folder} holds a run of another configuration" in shown
-    assert '  method: "mage" there, "lora" asked for' in shown
+    assert '  method: "mage" there, "lora" requested' in shown
 
 
 def test_checking_for_a_finished_run_changes_nothing(
