@@ -18,7 +18,8 @@ def headline(run: Run) -> Section:
     """The setting of the run, warnings, and the main metrics."""
     results, metrics, count = run.results, run.results.metrics, len(run.tasks)
     samples = sorted(set(results.samples.values()))
-    setting = {key: getattr(results, key) for key in ("backbone", "budget", "order", "seed", "split")}
+    setting = {"backbone": results.backbone, "preset": results.budget, "order": results.order}
+    setting |= {"seed": results.seed, "split": results.split}
     facts = [f"{key} {value}" for key, value in setting.items() if value not in ("", None)]
     facts += [f"{' to '.join(map(str, samples[:: max(1, len(samples) - 1)]))} samples a task"] if samples else []
     blocks: list[Block] = [Text(" · ".join(facts), "facts")]
@@ -26,7 +27,7 @@ def headline(run: Run) -> Section:
         text = f"Unfinished: evaluated up to stage {run.last} of {count}; all metrics are of these stages. "
         blocks.append(Text(f"{text}The same command resumes the run.", "banner"))
     if results.budget == "smoke":
-        blocks.append(Text("Budget smoke: a test that everything works; its scores mean nothing.", "banner"))
+        blocks.append(Text("Preset smoke: a test that everything works; its scores mean nothing.", "banner"))
     numbers = [
         ("Avg.ACC", metrics.get("avg_acc"), "mean score over all tasks after the last stage, in percent"),
         ("Forgetting", metrics.get("forgetting"), "mean drop since a task was learnt, all but the last, in points"),

@@ -73,11 +73,11 @@ def _head(page: Page) -> Section:
     setting = page.study.tables.setting
     orders = list(dict.fromkeys(group.order for group in page.study.groups))
     seeds = sorted({run.results.seed for run in page.study.runs})
-    facts = [f"{key} {setting[key]}" for key in ("backbone", "budget", "split")]
+    facts = [f"backbone {setting['backbone']}", f"preset {setting['budget']}", f"split {setting['split']}"]
     facts += [f"order {', '.join(orders)}", f"seeds {', '.join(map(str, seeds))}", f"{len(page.study.runs)} runs"]
     blocks: list[Block] = [Text(" · ".join(facts), "facts")]
     if setting["budget"] == "smoke":
-        blocks.append(Text("Budget smoke: a test that everything works; its scores mean nothing.", "banner"))
+        blocks.append(Text("Preset smoke: a test that everything works; its scores mean nothing.", "banner"))
     if page.study.tables.missing:
         blocks.append(Text(f"Unfinished and left out: {', '.join(page.study.tables.missing)}", "banner"))
     blocks += [Text(note, "banner") for note in page.study.tables.notes or []]

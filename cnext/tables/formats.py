@@ -78,7 +78,7 @@ def _cells(row: SeedsRow | OrdersRow | DifferenceRow, sign: str = "") -> list[st
 def blocks(study: StudyTables) -> Iterator[Table]:
     """The tables of a study."""
     setting = study.setting
-    where = f"Suite {setting['suite']}, backbone {setting['backbone']}, budget {setting['budget']}"
+    where = f"Suite {setting['suite']}, backbone {setting['backbone']}, preset {setting['budget']}"
     caption = f"{where}, {setting['split']} items, {setting['profile']} scores in percent. "
     caption += "Mean ± sample standard deviation of n runs."
     if study.missing:
