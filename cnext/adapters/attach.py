@@ -78,6 +78,8 @@ def attach(
         for name, module in model.named_modules()
         if name.rpartition(".")[2] in targets and isinstance(module, nn.Linear)
     ]
+    if not found and any(isinstance(module, AdapterLinear) for module in model.modules()):
+        raise UserError("the model has adapters already; detach them first")
     if unmatched := sorted(set(targets) - {name.rpartition(".")[2] for name, _ in found}):
         there = sorted({n.rpartition(".")[2] for n, module in model.named_modules() if isinstance(module, nn.Linear)})
         raise UserError(

@@ -288,7 +288,9 @@ def loading_options(backbone: str, given: Sequence[str]) -> dict[str, Any]:
     for text in given:
         name, _, value = text.partition("=")
         if name not in known:
-            raise unknown(f"option of backbone {backbone}", name, list(known) or ["none: it takes no options"])
+            if not known:
+                raise UserError(f"backbone {backbone} takes no options, got {name!r}; omit --backbone-options")
+            raise unknown(f"option of backbone {backbone}", name, list(known))
         if isinstance(known[name], str):
             values[name] = value
             continue

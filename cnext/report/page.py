@@ -58,8 +58,11 @@ def markdown(sections: list[Section]) -> str:
 
 
 def write_pictures(sections: list[Section], folder: Path) -> None:
-    """Writes the pictures that the Markdown shows."""
+    """Writes the pictures that the Markdown shows, and removes those of an earlier report."""
     (folder / FILES).mkdir(exist_ok=True)
-    for section in sections:
-        for picture in section.pictures():
-            (folder / FILES / picture.name).write_bytes(picture.data)
+    pictures = {picture.name: picture.data for section in sections for picture in section.pictures()}
+    for path in (folder / FILES).iterdir():
+        if path.is_file() and path.name not in pictures:
+            path.unlink()
+    for name, data in pictures.items():
+        (folder / FILES / name).write_bytes(data)

@@ -284,7 +284,7 @@ def _states_text(comparison: Comparison) -> list[str]:
     states = comparison.states
     if states is None:
         return []
-    lines = ["", f"states: bit-identical up to stage {states.same[-1]}" if states.same else "states: none is identical"]
+    lines = ["", f"states: bit-identical up to stage {states.same[-1]}" if states.same else "states: not identical"]
     if states.differ_at is not None:
         lines[-1] += f"; different from stage {states.differ_at} on"
         lines += [f"  environments differ in {line}" for line in comparison.environments]

@@ -257,7 +257,7 @@ def test_options_of_a_backbone_are_read(given: tuple[str, ...], expected: dict) 
         ("seed-x", "stage=second", "option of backbone seed-x 'stage'"),
         ("seed-x", "steps=many", "steps takes a number, true or false, got 'many'"),
         ("seed-x", "steps=true", "steps takes a value like 50, got true"),
-        ("tiny", "steps=3", "it takes no options"),
+        ("tiny", "steps=3", "takes no options, got .steps."),
     ],
     ids=["unknown", "no number", "another type", "none known"],
 )
