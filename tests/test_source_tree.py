@@ -103,7 +103,7 @@ def test_what_a_source_tree_runs_on_is_said(tree: Path) -> None:
 
 
 @pytest.mark.slow
-def test_an_editable_install_builds_the_core_in_the_tree_and_finds_everything(tmp_path: Path) -> None:
+def test_an_editable_install_builds_and_finds_everything(tmp_path: Path) -> None:
     """By what pip calls, so that no network is needed."""
     made = tmp_path / "tree"
     for folder in ("cnext", "csrc", "kernels"):

@@ -59,17 +59,6 @@ def test_the_formula(ranks: dict[str, int], shape: tuple[int, ...]) -> None:
     torch.testing.assert_close(layer(x), expected)
 
 
-def test_four_branches_are_one_lora_of_their_concatenation() -> None:
-    torch.manual_seed(0)
-    four, x = filled(5, 7, dict.fromkeys("abcd", 2)), torch.randn(3, 7)
-    one = filled(5, 7, {"lora": 8})
-    one.base = four.base
-    with torch.no_grad():
-        one.branches["lora"].A.copy_(torch.cat([branch.A for branch in four.branches.values()]))
-        one.branches["lora"].B.copy_(torch.cat([branch.B for branch in four.branches.values()], 1))
-    torch.testing.assert_close(four(x), one(x), rtol=1e-5, atol=1e-5)
-
-
 def test_a_frozen_branch_adds_to_the_output_and_gets_no_gradient() -> None:
     torch.manual_seed(0)
     layer, x = filled(5, 7, {"frozen": 2, "live": 2}), torch.randn(3, 7)

@@ -6,24 +6,14 @@ import re
 
 import pytest
 import torch
+from backbones.small_folders import LANGUAGE
 from torch import nn
 
 import cnext
 from cnext.adapters import AttachedMage, branch_parameters
 from cnext.errors import UserError
 
-TEXT = {
-    "vocab_size": 64,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 64,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
+TEXT = LANGUAGE | {"vocab_size": 64}
 
 
 def model(name: str) -> nn.Module:

@@ -10,19 +10,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import nn
+from adapters.test_adapters import filled
 from waiting import outputs
 
-from cnext.adapters import AdapterLinear, Branch
+from cnext.adapters import AdapterLinear
 from cnext.errors import UserError
 
 
 def layer(ranks: tuple[int, ...] = (2, 3, 1), dtype: torch.dtype = torch.float32, **options: float) -> AdapterLinear:
     torch.manual_seed(0)
-    branches = {str(i): Branch(torch.randn(rank, 7), 5) for i, rank in enumerate(ranks)}
-    for branch in branches.values():
-        nn.init.normal_(branch.B)
-    return AdapterLinear(nn.Linear(7, 5), branches, **options).to(dtype)
+    return filled(5, 7, {str(i): rank for i, rank in enumerate(ranks)}, **options).to(dtype)
 
 
 def joined(made: AdapterLinear) -> bool:

@@ -6,20 +6,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from backbones.test_tiny import assert_greedy, samples
 
 from cnext.adapters.prompts import Prompts
-from cnext.backbones.tiny.model import TinyBackbone, pixels
-from cnext.tasks import formats, suites
-from cnext.tasks.base import Sample
+from cnext.backbones.tiny.model import TinyBackbone
 
 
 @pytest.fixture
 def prompts(tiny: TinyBackbone) -> Prompts:
     return Prompts(tiny.language_model, 20_000, 5, 2, 3.0, torch.Generator().manual_seed(0))
-
-
-def samples(data: Path, *tasks: str) -> list[Sample]:
-    return [s for task in tasks for s in formats.read_samples(suites.load("next-tiny").task(task), data, "test")[:3]]
 
 
 def test_prompts_start_at_the_size_of_the_embeddings(tiny: TinyBackbone, prompts: Prompts) -> None:
@@ -48,35 +43,19 @@ def test_output_by_hand(tiny: TinyBackbone, prompts: Prompts, rows: int) -> None
 
 def test_cached_generation_equals_computing_everything_again(tiny: TinyBackbone, prompts: Prompts, data: Path) -> None:
     """Token by token without a cache and without padding, the prompts put in by hand; pictures after <img> as well."""
-    token, chosen = tiny.tokenizer, torch.tensor([[3, 17]])
-    mixed = samples(data, "VQAv2", "RefCOCO", "Flickr30k")
+    chosen = torch.tensor([[3, 17]])
+    mixed = [s for task in ("VQAv2", "RefCOCO", "Flickr30k") for s in samples(data, task, "test")[:3]]
     with prompts.before(chosen):
         answers = tiny.generate(mixed, 20)
     plain = tiny.generate(mixed, 20)
     assert [a.text for a in answers] != [a.text for a in plain], "the prompts matter"
     front = (3 * prompts.prompts[chosen]).flatten(1, 2)
     for sample, answer in zip(mixed, answers, strict=True):
-        features, ids, written = (
-            tiny.features([pixels(sample.image)])[0] if sample.image else None,
-            tiny.prompt(sample),
-            [],
-        )
-        for _ in range(20):
-            tokens = torch.tensor([ids + written])
-            embeddings, _ = tiny._embed(tokens, [features], [False], tokens < 0)
-            with torch.no_grad():
-                hidden = tiny.decoder.model(inputs_embeds=torch.cat([front, embeddings], 1)).last_hidden_state
-                logits = tiny.decoder.lm_head(hidden[0, -1])
-            logits[[token["<pad>"], token["<s>"], token["<patch>"]]] = -torch.inf
-            written.append(int(logits.argmax()))
-            if written[-1] in (token["</s>"], token["<img>"]):
-                break
-        assert token.decode(written) == answer.text
-        assert (written[-1] == token["<img>"]) == (answer.image is not None)
+        assert_greedy(tiny, sample, answer, front)
 
 
 def test_positions_are_of_the_input_alone(tiny: TinyBackbone, prompts: Prompts, data: Path) -> None:
-    encoded = tiny.encode(formats.read_samples(suites.load("next-tiny").task("HQEdit"), data, "train")[:3])
+    encoded = tiny.encode(samples(data, "HQEdit")[:3])
     tiny.output(encoded)
     expected = tiny.positions
     with prompts.before(torch.tensor([[0, 1]])):
@@ -86,8 +65,9 @@ def test_positions_are_of_the_input_alone(tiny: TinyBackbone, prompts: Prompts, 
 
 def test_without_prompts_the_model_is_as_it_was(tiny: TinyBackbone, prompts: Prompts, data: Path) -> None:
     """To the bit, before and after, also where what was inside failed; and it has no parameter more."""
-    mixed, base = samples(data, "VQAv2", "HQEdit"), TinyBackbone.load()
-    encoded = base.encode(formats.read_samples(suites.load("next-tiny").task("VQAv2"), data, "train")[:3])
+    mixed = [*samples(data, "VQAv2", "test")[:3], *samples(data, "HQEdit", "test")[:3]]
+    base = TinyBackbone.load()
+    encoded = base.encode(samples(data, "VQAv2")[:3])
     with pytest.raises(RuntimeError, match="size"), prompts.before(torch.zeros(2, 2, dtype=torch.int64)):
         tiny.output(encoded)
     assert torch.equal(tiny.output(encoded).logits, base.output(encoded).logits)

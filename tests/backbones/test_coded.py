@@ -13,6 +13,7 @@ import pytest
 import torch
 from backbones import stock
 from backbones.small_folders import CODES, WRITERS
+from backbones.test_tiny import TASKS, samples
 from PIL import Image
 from torch.nn import functional as F
 
@@ -20,10 +21,9 @@ from cnext import adapters, backbones, methods
 from cnext.backbones.coded import CodedBackbone
 from cnext.backbones.conversation import IGNORED, IMAGE_READ, IMAGE_WRITTEN, TEXT_READ, TEXT_WRITTEN
 from cnext.errors import UserError
-from cnext.tasks import formats, suites
+from cnext.tasks import suites
 from cnext.tasks.base import Sample, Turn
 
-TASKS = ("VQAv2", "ImageNet", "Flickr30k", "OCRVQA", "RefCOCO", "HQEdit")
 Load = Callable[..., CodedBackbone]
 
 
@@ -48,10 +48,6 @@ def load(folder: Path, loaded: dict[str, CodedBackbone]) -> Load:
         return copy.deepcopy(loaded[key])
 
     return copied
-
-
-def samples(data: Path, task: str, split: str = "train") -> list[Sample]:
-    return formats.read_samples(suites.load("next-tiny").task(task), data, split)
 
 
 def always_draws(backbone: CodedBackbone) -> CodedBackbone:

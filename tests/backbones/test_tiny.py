@@ -12,6 +12,7 @@ from cnext.backbones.tiny.model import IGNORED, TinyBackbone, pixels
 from cnext.backbones.tiny.tokenizer import TinyTokenizer
 from cnext.backbones.tiny.vision import TOKENS
 from cnext.errors import UserError
+from cnext.scoring.base import Prediction
 from cnext.tasks import formats, suites
 from cnext.tasks.base import Sample, Turn
 
@@ -105,28 +106,32 @@ def test_loss_equals_a_loop_over_samples(tiny: TinyBackbone, data: Path, task: s
     assert loss.tokens == sum(map(len, labels)) + TOKENS * len(wanted)
 
 
+@torch.no_grad()
+def assert_greedy(tiny: TinyBackbone, sample: Sample, answer: Prediction, *front: torch.Tensor) -> None:
+    """An answer is that of a loop without a cache or padding, behind embeddings if any are given."""
+    token = tiny.tokenizer
+    features = tiny.features([pixels(sample.image)])[0] if sample.image else None
+    ids, written = tiny.prompt(sample), []
+    while len(written) < 20 and not (written and written[-1] in (token["</s>"], token["<img>"])):
+        tokens = torch.tensor([ids + written])
+        embeddings, _ = tiny._embed(tokens, [features], [False], tokens < 0)
+        hidden = tiny.decoder.model(inputs_embeds=torch.cat([*front, embeddings], 1)).last_hidden_state
+        logits = tiny.decoder.lm_head(hidden[0, -1])
+        logits[[token["<pad>"], token["<s>"], token["<patch>"]]] = -torch.inf
+        written.append(int(logits.argmax()))
+    assert token.decode(written) == answer.text
+    assert (written[-1] == token["<img>"]) == (answer.image is not None)
+
+
 def test_generation_equals_a_loop_without_cache(tiny: TinyBackbone, data: Path) -> None:
     """The cache and the padding on the left change no token."""
-    token = tiny.tokenizer
     mixed = (
         samples(data, "VQAv2", "test")[:4]
         + samples(data, "RefCOCO", "test")[:4]
         + samples(data, "Flickr30k", "test")[:2]
     )
-    answers = tiny.generate(mixed, 20)
-    for sample, answer in zip(mixed, answers, strict=True):
-        features = tiny.features([pixels(sample.image)])[0] if sample.image else None
-        ids, written = tiny.prompt(sample), []
-        for _ in range(20):
-            tokens = torch.tensor([ids + written])
-            embeddings, _ = tiny._embed(tokens, [features], [False], tokens < 0)
-            logits = tiny.decoder.lm_head(tiny.decoder.model(inputs_embeds=embeddings).last_hidden_state[0, -1])
-            logits[[token["<pad>"], token["<s>"], token["<patch>"]]] = -torch.inf
-            written.append(int(logits.argmax()))
-            if written[-1] in (token["</s>"], token["<img>"]):
-                break
-        assert token.decode(written) == answer.text
-        assert (written[-1] == token["<img>"]) == (answer.image is not None)
+    for sample, answer in zip(mixed, tiny.generate(mixed, 20), strict=True):
+        assert_greedy(tiny, sample, answer)
 
 
 def test_generation_reads_no_target(tiny: TinyBackbone, data: Path) -> None:

@@ -34,12 +34,16 @@ def make(tmp_path_factory: pytest.TempPathFactory, toy_suite: Path, data: Path) 
     return lambda name: RunConfig(out=folder / name, method="mage-pull", hyperparameters={"rank": 1}, **shared)
 
 
+def finished(config: RunConfig, processes: int) -> RunConfig:
+    """A run begun or continued in so many processes, which all end well."""
+    assert [member.status for member in go(config, processes)] == [0] * processes
+    return config
+
+
 @pytest.fixture(scope="module", params=[1, 2], ids=["one process", "two processes"])
 def whole(request: pytest.FixtureRequest, make: Make) -> tuple[int, RunConfig]:
     """The number of processes, and a run in them without interruption."""
-    made = make(f"whole-{request.param}")
-    assert [member.status for member in go(made, request.param)] == [0] * request.param
-    return request.param, made
+    return request.param, finished(make(f"whole-{request.param}"), request.param)
 
 
 def same_end(config: RunConfig, whole: RunConfig) -> None:
@@ -53,9 +57,7 @@ def same_end(config: RunConfig, whole: RunConfig) -> None:
 
 @pytest.fixture(scope="module")
 def of_two(make: Make) -> RunConfig:
-    made = make("of-two")
-    assert [member.status for member in go(made, 2)] == [0, 0]
-    return made
+    return finished(make("of-two"), 2)
 
 
 LOST = [
@@ -76,8 +78,7 @@ def test_the_others_end_when_one_is_lost(seed: int, victim: int, event: str, mak
     assert f"error: rank {victim} of 2 was lost" in other.said
     assert f"everything up to the last checkpoint is saved; {RESUME}" in other.said
     assert "Traceback" not in other.said
-    assert [member.status for member in go(made, 2)] == [0, 0]
-    same_end(made, of_two)
+    same_end(finished(made, 2), of_two)
 
 
 @pytest.mark.slow
@@ -114,8 +115,7 @@ def test_a_signal_while_rank_0_saves_stops_all_ranks(make: Make, of_two: RunConf
     for member in members:
         assert member.status == 0, member.said
         assert "stopped by SIGTERM: saved after step 2 of 4 of VQAv2" in member.said
-    assert [member.status for member in go(made, 2)] == [0, 0]
-    same_end(made, of_two)
+    same_end(finished(made, 2), of_two)
 
 
 @pytest.mark.slow

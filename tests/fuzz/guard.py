@@ -30,10 +30,8 @@ class Guard:
         installed = [os.path.realpath(path) for path in places]
         self.allowed = (os.path.realpath(given), *installed)
         self.strayed: list[str] = []
-        self.calls = 0
 
     def __call__(self, work: Callable[[], object]) -> bool:
-        self.calls += 1
         _watching.append(self)
         try:
             work()

@@ -88,3 +88,10 @@ def mutated_value(value: Any, mutations: list[tuple[str, Place, int]]) -> Any:
 def dumped(value: Any) -> bytes:
     """JSON with NaN and lone surrogates, as lenient writers produce it."""
     return json.dumps(value).encode()
+
+
+def mutated(content: bytes, mutations: list[tuple[str, Place, int]]) -> bytes:
+    """JSON after mutations of its values or of its bytes, whichever they are."""
+    if mutations[0][0] in ("replace", "remove", "nest", "rename"):
+        return dumped(mutated_value(json.loads(content), mutations))
+    return mutated_bytes(content, mutations)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import pickle
@@ -12,9 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from fuzz.conftest import FACTOR
 from fuzz.mutations import BYTES, VALUES, dumped, mutated_bytes, mutated_value
-from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save, save_file
 
@@ -70,66 +69,48 @@ def header(content: bytes, mutations: list) -> bytes:
     return struct.pack("<Q", len(changed)) + changed + content[8 + length :]
 
 
-def fuzzed(
-    path: Path,
-    change: Callable[[bytes, list], bytes],
-    strategy: st.SearchStrategy,
-    examples: int,
-    work: Callable[[], bool],
-) -> None:
-    """Runs the work on many mutated versions of a file, and restores it."""
-    content, calls = path.read_bytes(), []
+@pytest.fixture(scope="module")
+def fuzzed(fuzzed_and_restored: Callable) -> Callable[..., None]:
+    """Runs the work on many mutated versions of a file, some of which must be refused, and restores it."""
 
-    @settings(max_examples=examples * FACTOR)
-    @given(strategy)
-    def try_one(mutations: list) -> None:
-        path.write_bytes(change(content, mutations))
-        calls.append(work())
+    def on(path: Path, change: Callable, strategy: st.SearchStrategy, examples: int, work: Callable) -> None:
+        change = functools.partial(change, path.read_bytes())
+        assert False in fuzzed_and_restored(path, change, strategy, examples, work), "no mutation was refused"
 
-    try:
-        try_one()
-    finally:
-        path.write_bytes(content)
-    assert len(calls) >= examples
-    assert False in calls, "no mutation was refused"
-    assert work(), "the original file is accepted"
+    return on
 
 
-def test_peft_config(peft: Path, refused_or_taken: Try) -> None:
-    def change(_: bytes, mutations: list) -> bytes:
-        return dumped(mutated_value(CONFIG, mutations))
-
-    read = lambda: refused_or_taken(lambda: read_peft(peft))  # noqa: E731
-    fuzzed(peft / "adapter_config.json", change, VALUES, 500, read)
+def test_peft_config(peft: Path, fuzzed: Callable) -> None:
+    change = lambda content, mutations: dumped(mutated_value(json.loads(content), mutations))  # noqa: E731
+    fuzzed(peft / "adapter_config.json", change, VALUES, 500, lambda: read_peft(peft))
 
 
 @pytest.mark.parametrize(("change", "strategy"), [(mutated_bytes, BYTES), (header, VALUES)], ids=["bytes", "header"])
-def test_peft_weights(change: Callable, strategy: st.SearchStrategy, peft: Path, refused_or_taken: Try) -> None:
-    path = peft / "adapter_model.safetensors"
-    fuzzed(path, change, strategy, 400, lambda: refused_or_taken(lambda: read_peft(peft)))
+def test_peft_weights(change: Callable, strategy: st.SearchStrategy, peft: Path, fuzzed: Callable) -> None:
+    fuzzed(peft / "adapter_model.safetensors", change, strategy, 400, lambda: read_peft(peft))
 
 
 @pytest.mark.filterwarnings("ignore:Detected pickle protocol:UserWarning")
-def test_released(released: Path, refused_or_taken: Try) -> None:
-    fuzzed(released, mutated_bytes, BYTES, 500, lambda: refused_or_taken(lambda: read_released(released)))
+def test_released(released: Path, fuzzed: Callable) -> None:
+    fuzzed(released, mutated_bytes, BYTES, 500, lambda: read_released(released))
 
 
 @pytest.mark.filterwarnings("ignore:Detected pickle protocol:UserWarning")
-def test_released_of_an_older_torch(released: Path, place: Path, refused_or_taken: Try) -> None:
+def test_released_of_an_older_torch(released: Path, place: Path, fuzzed: Callable) -> None:
     """A sequence of pickles instead of a zip file, where a flipped byte can have any effect."""
     path = place / "older" / "pytorch_model.bin"
     path.parent.mkdir()
     torch.save(torch.load(released, weights_only=True), path, _use_new_zipfile_serialization=False)
-    fuzzed(path, mutated_bytes, BYTES, 600, lambda: refused_or_taken(lambda: read_released(path)))
+    fuzzed(path, mutated_bytes, BYTES, 600, lambda: read_released(path))
 
 
 @pytest.mark.parametrize(("change", "strategy"), [(mutated_bytes, BYTES), (header, VALUES)], ids=["bytes", "header"])
 def test_released_safetensors(
-    change: Callable, strategy: st.SearchStrategy, released: Path, place: Path, refused_or_taken: Try
+    change: Callable, strategy: st.SearchStrategy, released: Path, place: Path, fuzzed: Callable
 ) -> None:
     path = place / "model.safetensors"
     save_file(torch.load(released, weights_only=True), path)
-    fuzzed(path, change, strategy, 300, lambda: refused_or_taken(lambda: read_released(path)))
+    fuzzed(path, change, strategy, 300, lambda: read_released(path))
 
 
 def test_a_pickle_that_runs_a_program_is_refused(place: Path, refused_or_taken: Try) -> None:
@@ -161,7 +142,7 @@ VALUED = {"tasks_done": 1, "step": 2, "ledger": {"trained": {"a": {"steps": 3}},
 @pytest.mark.parametrize(
     "name", ["manifest.json", "adapters.safetensors", "method.safetensors", "optimizer.safetensors"]
 )
-def test_a_changed_checkpoint_is_refused(name: str, place: Path, refused_or_taken: Try) -> None:
+def test_a_changed_checkpoint_is_refused(name: str, place: Path, fuzzed: Callable) -> None:
     """Whatever byte changes: the file is refused, or its values are those that were written."""
     folder = place / "checkpoint"
     checkpoint.save(folder, STATE, VALUED)
@@ -173,29 +154,22 @@ def test_a_changed_checkpoint_is_refused(name: str, place: Path, refused_or_take
             assert tensors[kind].keys() == state.keys()
             assert all(torch.equal(tensors[kind][key], tensor) for key, tensor in state.items())
 
-    fuzzed(folder / name, mutated_bytes, BYTES, 250, lambda: refused_or_taken(read))
+    fuzzed(folder / name, mutated_bytes, BYTES, 250, read)
 
 
-def test_a_manifest_from_elsewhere(place: Path, refused_or_taken: Try) -> None:
+def test_a_manifest_from_elsewhere(place: Path, fuzzed: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
     """A manifest with a valid checksum and wrong content."""
-    folder = place / "elsewhere"
+    folder, dump = place / "elsewhere", json.dumps
     checkpoint.save(folder, STATE, VALUED)
-    whole = json.loads((folder / "manifest.json").read_bytes())
-    del whole["sha256"]
 
-    def change(_: bytes, mutations: list) -> bytes:
+    def change(content: bytes, mutations: list) -> bytes:
+        whole = json.loads(content)
+        del whole["sha256"]
         changed = mutated_value(whole, mutations)
         return dumped(checkpoint._sealed(changed) if isinstance(changed, dict) else changed)
 
-    def read() -> None:
-        checkpoint.load(folder)
-
-    original = json.dumps
-    checkpoint.json.dumps = lambda value, **named: original(value, **named | {"allow_nan": True})
-    try:
-        fuzzed(folder / "manifest.json", change, VALUES, 500, lambda: refused_or_taken(read))
-    finally:
-        checkpoint.json.dumps = original
+    monkeypatch.setattr(checkpoint.json, "dumps", lambda value, **named: dump(value, **named | {"allow_nan": True}))
+    fuzzed(folder / "manifest.json", change, VALUES, 500, lambda: checkpoint.load(folder))
 
 
 @pytest.mark.parametrize("name", ["../../other/secret.txt", "/etc/passwd", "a/b.safetensors", ".."])

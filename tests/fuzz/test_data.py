@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import json
 import shutil
@@ -12,9 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from fuzz.conftest import FACTOR
 from fuzz.mutations import BYTES, VALUES, dumped, mutated_bytes, mutated_value
-from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -77,33 +76,19 @@ def task(name: str, suffix: str = "jsonl", **changes: str) -> Task:
 
 
 @pytest.mark.parametrize("name", sorted(READERS))
-def test_rows_of_every_format(name: str, data: Path, refused_or_taken: Try) -> None:
-    begun, examples = refused_or_taken.calls, 500 * FACTOR
-
-    @settings(max_examples=examples)
-    @given(st.sampled_from(ROWS[name]), VALUES, st.sampled_from(["train", "test"]))
-    def try_one(row: dict, mutations: list, split: str) -> None:
-        (data / "rows.jsonl").write_bytes(dumped(mutated_value(row, mutations)) + b"\n")
-        refused_or_taken(lambda: formats.read_samples(task(name), data, split))
-
-    try_one()
-    assert refused_or_taken.calls - begun >= examples
+def test_rows_of_every_format(name: str, data: Path, fuzzed: Callable) -> None:
+    for split in ("train", "test"):
+        work = lambda split=split: formats.read_samples(task(name), data, split)  # noqa: E731
+        change = lambda drawn: dumped(mutated_value(*drawn)) + b"\n"  # noqa: E731
+        fuzzed(data / "rows.jsonl", change, st.tuples(st.sampled_from(ROWS[name]), VALUES), 500, work)
 
 
 @pytest.mark.parametrize("suffix", ["jsonl", "json"])
-def test_files_of_rows(suffix: str, data: Path, refused_or_taken: Try) -> None:
-    begun, examples = refused_or_taken.calls, 600 * FACTOR
+def test_files_of_rows(suffix: str, data: Path, fuzzed: Callable) -> None:
     rows = ROWS["conversation"] * 2
     content = b"".join(dumped(row) + b"\n" for row in rows) if suffix == "jsonl" else dumped(rows)
-
-    @settings(max_examples=examples)
-    @given(BYTES)
-    def try_one(mutations: list) -> None:
-        (data / f"rows.{suffix}").write_bytes(mutated_bytes(content, mutations))
-        refused_or_taken(lambda: formats.read_samples(task("conversation", suffix), data, "train"))
-
-    try_one()
-    assert refused_or_taken.calls - begun >= examples
+    work = lambda: formats.read_samples(task("conversation", suffix), data, "train")  # noqa: E731
+    fuzzed(data / f"rows.{suffix}", functools.partial(mutated_bytes, content), BYTES, 600, work)
 
 
 @pytest.mark.parametrize("content", [b"[" * 100_000, b'{"a":' * 100_000, b"1" * 10_000, b"[" + b"9" * 5000 + b"]"])
@@ -119,17 +104,10 @@ def test_nesting_and_numbers_without_end(content: bytes, suffix: str, data: Path
 CAPTIONS = {"annotations": [{"image_id": 1, "caption": "a"}, {"image_id": 1, "caption": "b"}]}
 
 
-def test_captions(data: Path, refused_or_taken: Try) -> None:
-    begun, examples = refused_or_taken.calls, 300 * FACTOR
-
-    @settings(max_examples=examples)
-    @given(VALUES)
-    def try_one(mutations: list) -> None:
-        (data / "captions.json").write_bytes(dumped(mutated_value(CAPTIONS, mutations)))
-        refused_or_taken(lambda: formats.read_captions(data / "captions.json"))
-
-    try_one()
-    assert refused_or_taken.calls - begun >= examples
+def test_captions(data: Path, fuzzed: Callable) -> None:
+    path = data / "captions.json"
+    change = lambda mutations: dumped(mutated_value(CAPTIONS, mutations))  # noqa: E731
+    fuzzed(path, change, VALUES, 300, lambda: formats.read_captions(path))
 
 
 def picture(kind: str) -> bytes:
@@ -142,17 +120,9 @@ def picture(kind: str) -> bytes:
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "GIF", "BMP", "TIFF", "WEBP"])
 @pytest.mark.parametrize("decode", [False, True], ids=["header", "pixels"])
-def test_images(kind: str, decode: bool, data: Path, refused_or_taken: Try) -> None:
-    begun, examples, content = refused_or_taken.calls, 80 * FACTOR, picture(kind)
-
-    @settings(max_examples=examples)
-    @given(BYTES)
-    def try_one(mutations: list) -> None:
-        (data / "mutated.png").write_bytes(mutated_bytes(content, mutations))
-        refused_or_taken(lambda: fault(data / "mutated.png", decode))
-
-    try_one()
-    assert refused_or_taken.calls - begun >= examples
+def test_images(kind: str, decode: bool, data: Path, fuzzed: Callable) -> None:
+    path = data / "mutated.png"
+    fuzzed(path, functools.partial(mutated_bytes, picture(kind)), BYTES, 80, lambda: fault(path, decode))
 
 
 def test_other_kinds_of_files_are_no_images(data: Path) -> None:
@@ -214,31 +184,20 @@ def test_patterns_outside_are_refused(field: str, pattern: str, suite: Path, ref
 
 
 @pytest.mark.parametrize(("file", "value"), [("suite.json", SUITE), ("VQAv2.json", TASK)], ids=["suite", "task"])
-def test_manifests(file: str, value: dict, suite: Path, refused_or_taken: Try) -> None:
+def test_manifests(file: str, value: dict, suite: Path, fuzzed_and_restored: Callable) -> None:
     """Loaded, ordered, described and planned for a run."""
-    begun, examples = refused_or_taken.calls, 500 * FACTOR
-    original = (suite / file).read_bytes()
 
     def use() -> None:
         loaded = suites.load(str(suite))
         suites.details(loaded)
         plan(RunConfig(suite=str(suite), data=suite.parent, device="cpu", order="reverse"))
 
-    @settings(max_examples=examples)
-    @given(VALUES)
-    def try_one(mutations: list) -> None:
-        (suite / file).write_bytes(dumped(mutated_value(value, mutations)))
-        refused_or_taken(use)
-
-    try_one()
-    (suite / file).write_bytes(original)
-    assert refused_or_taken.calls - begun >= examples
-    assert refused_or_taken(use)
+    change = lambda mutations: dumped(mutated_value(value, mutations))  # noqa: E731
+    fuzzed_and_restored(suite / file, change, VALUES, 500, use)
 
 
-def test_task_manifests_with_data(data: Path, suite: Path, refused_or_taken: Try) -> None:
+def test_task_manifests_with_data(data: Path, suite: Path, fuzzed: Callable) -> None:
     """What passes as a manifest is examined as `cnext data check` does."""
-    begun, examples = refused_or_taken.calls, 200 * FACTOR
     (data / "rows.jsonl").write_bytes(dumped(ROWS["conversation"][0]) + b"\n")
     whole = TASK | {"train": "rows.jsonl", "test": "rows.jsonl", "train_images": "images", "test_images": "images"}
     (suite / "suite.json").write_bytes(dumped(SUITE | {"tasks": ["VQAv2"], "orders": {}}))
@@ -248,14 +207,9 @@ def test_task_manifests_with_data(data: Path, suite: Path, refused_or_taken: Try
 
         def advance(self, count: int) -> None: ...
 
-    @settings(max_examples=examples)
-    @given(VALUES)
-    def try_one(mutations: list) -> None:
-        (suite / "VQAv2.json").write_bytes(dumped(mutated_value(whole, mutations)))
-        refused_or_taken(lambda: data_check.check(suites.load(str(suite)), data, Silent()))
-
-    try_one()
-    assert refused_or_taken.calls - begun >= examples
+    change = lambda mutations: dumped(mutated_value(whole, mutations))  # noqa: E731
+    work = lambda: data_check.check(suites.load(str(suite)), data, Silent())  # noqa: E731
+    fuzzed(suite / "VQAv2.json", change, VALUES, 200, work)
 
 
 @pytest.mark.parametrize("name", ["../../other/x", "/tmp/x", ".hidden", "a/b", "", "a\nb", "x" * 300, 5, None])
@@ -268,6 +222,7 @@ def test_names_that_are_paths_are_refused(name: object, suite: Path, refused_or_
 def test_a_reference_that_is_no_box_is_named(data: Path) -> None:
     from cnext.scoring import make_scorers
 
+    (data / "rows.jsonl").write_bytes(dumped(ROWS["conversation"][0]) + b"\n")
     (sample,) = [line.sample for line in formats.scan(task("conversation", train="rows.jsonl"), data, "train")][:1]
     with pytest.raises(UserError, match="expected a reference box"):
         make_scorers()["box"](task("conversation"), [sample], [None])

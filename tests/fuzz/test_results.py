@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from fuzz.conftest import FACTOR
-from fuzz.mutations import BYTES, VALUES, dumped, mutated_bytes, mutated_value
-from hypothesis import given, settings
+from fuzz.mutations import BYTES, VALUES, dumped, mutated, mutated_bytes, mutated_value
 from hypothesis import strategies as st
 from report.fake_run import write_fake_run
 
@@ -79,21 +78,10 @@ USES = {
 
 
 @pytest.mark.parametrize(("use", "file", "examples"), USES.values(), ids=USES.keys())
-def test_results(use: Callable[[Path], None], file: str, examples: int, study: Path, refused_or_taken: Try) -> None:
-    path, begun = study / "mage" / "seed-0" / file, refused_or_taken.calls
-    value, content = json.loads(path.read_text()), path.read_bytes()
-
-    @settings(max_examples=examples * FACTOR)
-    @given(st.one_of(VALUES, BYTES))
-    def try_one(mutations: list) -> None:
-        values = mutations[0][0] in ("replace", "remove", "nest", "rename")
-        changed = mutated_value(value, mutations) if values else mutated_bytes(content, mutations)
-        path.write_bytes(dumped(changed) if values else changed)
-        refused_or_taken(lambda: use(study))
-
-    restored(path, try_one)
-    assert refused_or_taken.calls - begun >= examples
-    assert refused_or_taken(lambda: use(study))
+def test_results(use: Callable, file: str, examples: int, study: Path, fuzzed_and_restored: Callable) -> None:
+    path = study / "mage" / "seed-0" / file
+    change = functools.partial(mutated, path.read_bytes())
+    fuzzed_and_restored(path, change, st.one_of(VALUES, BYTES), examples, lambda: use(study))
 
 
 REPORTED = {
@@ -108,12 +96,14 @@ REPORTED = {
 
 
 @pytest.mark.parametrize(("file", "examples"), REPORTED.items(), ids=REPORTED.keys())
-def test_reports(file: str, examples: int, study: Path, refused_or_taken: Try, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_reports(
+    file: str, examples: int, study: Path, fuzzed_and_restored: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Drawing takes most of a report's time, and sees numbers that have been checked."""
     for name, function in vars(plots).items():
         if hasattr(function, "__wrapped__"):
             monkeypatch.setattr(plots, name, lambda *_, **__: b"<svg></svg>")
-    folder, begun = study / "mage" / "seed-0", refused_or_taken.calls
+    folder = study / "mage" / "seed-0"
     path = folder / file
     lines = path.read_bytes().splitlines(keepends=True) if file.endswith("jsonl") else [path.read_bytes()]
 
@@ -121,19 +111,13 @@ def test_reports(file: str, examples: int, study: Path, refused_or_taken: Try, m
         write_report(folder)
         analyze(RunGroups.read([folder]))
 
-    @settings(max_examples=examples * FACTOR)
-    @given(st.one_of(VALUES, BYTES), st.floats(0, 1, exclude_max=True))
-    def try_one(mutations: list, share: float) -> None:
+    def change(drawn: tuple[list, float]) -> bytes:
+        mutations, share = drawn
         at = int(share * len(lines))
-        values = mutations[0][0] in ("replace", "remove", "nest", "rename")
-        content = lines[at]
-        changed = dumped(mutated_value(json.loads(content), mutations)) if values else mutated_bytes(content, mutations)
-        path.write_bytes(b"".join([*lines[:at], changed + b"\n", *lines[at + 1 :]]))
-        refused_or_taken(use)
+        return b"".join([*lines[:at], mutated(lines[at], mutations) + b"\n", *lines[at + 1 :]])
 
-    restored(path, try_one)
-    assert refused_or_taken.calls - begun >= examples
-    assert refused_or_taken(use)
+    strategy = st.tuples(st.one_of(VALUES, BYTES), st.floats(0, 1, exclude_max=True))
+    fuzzed_and_restored(path, change, strategy, examples, use)
 
 
 CSV = b"after,A,B\nzero-shot,10,20\nA,60,25\nB,40,70\n"
@@ -150,20 +134,13 @@ MATRIX = {
 
 
 @pytest.mark.parametrize("suffix", ["csv", "json"])
-def test_matrices(suffix: str, place: Path, refused_or_taken: Try) -> None:
-    path, begun, examples = place / f"matrix.{suffix}", refused_or_taken.calls, 900
+def test_matrices(suffix: str, place: Path, fuzzed_and_restored: Callable) -> None:
+    path = place / f"matrix.{suffix}"
     path.write_bytes(CSV if suffix == "csv" else dumped(MATRIX))
-    assert refused_or_taken(lambda: metrics_text(matrix_file.read(path)))
-
-    @settings(max_examples=examples * FACTOR)
-    @given(BYTES if suffix == "csv" else VALUES)
-    def try_one(mutations: list) -> None:
-        changed = mutated_bytes(CSV, mutations) if suffix == "csv" else dumped(mutated_value(MATRIX, mutations))
-        path.write_bytes(changed)
-        refused_or_taken(lambda: metrics_text(matrix_file.read(path)))
-
-    try_one()
-    assert refused_or_taken.calls - begun >= examples
+    change, strategy = functools.partial(mutated_bytes, CSV), BYTES
+    if suffix == "json":
+        change, strategy = lambda mutations: dumped(mutated_value(MATRIX, mutations)), VALUES
+    fuzzed_and_restored(path, change, strategy, 900, lambda: metrics_text(matrix_file.read(path)))
 
 
 @pytest.mark.parametrize("content", [b"[" * 100_000, b"1" * 5000, b"\xff\xfe", b'{"a":1}{', b""])
@@ -210,10 +187,9 @@ LOGGED |= {"strict": 5.0, "paper": 5.0, "errors": {"strict": SHARES, "paper": SH
 
 
 @pytest.mark.parametrize("name", ["train.jsonl", "scores.jsonl", "config.json"])
-def test_logs_of_a_run_that_goes_on(name: str, place: Path, refused_or_taken: Try) -> None:
+def test_logs_of_a_run_that_goes_on(name: str, place: Path, fuzzed: Callable, refused_or_taken: Try) -> None:
     """A log is read up to its first row that is not whole, and a configuration that is not one is refused."""
-    path, begun, examples = place / "going" / name, refused_or_taken.calls, 300
-    row = LOGGED
+    row = dumped(LOGGED)
 
     def use() -> None:
         folder = RunFolder(place / "going", {"a": 1})
@@ -225,17 +201,8 @@ def test_logs_of_a_run_that_goes_on(name: str, place: Path, refused_or_taken: Tr
 
     shutil.rmtree(place / "going", ignore_errors=True)
     assert refused_or_taken(use)
-
-    @settings(max_examples=examples * FACTOR)
-    @given(st.one_of(VALUES, BYTES))
-    def try_one(mutations: list) -> None:
-        values = mutations[0][0] in ("replace", "remove", "nest", "rename")
-        changed = dumped(mutated_value(row, mutations)) if values else mutated_bytes(dumped(row), mutations)
-        path.write_bytes(changed + b"\n" + dumped(row) + b"\n")
-        refused_or_taken(use)
-
-    try_one()
-    assert refused_or_taken.calls - begun >= examples
+    change = lambda mutations: mutated(row, mutations) + b"\n" + row + b"\n"  # noqa: E731
+    fuzzed(place / "going" / name, change, st.one_of(VALUES, BYTES), 300, use)
 
 
 def test_a_taken_matrix_has_shares_of_a_hundred(place: Path) -> None:

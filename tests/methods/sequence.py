@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -54,8 +56,7 @@ class Sequence:
     def finish(self, trainer: TaskTrainer | None) -> None:
         """Trains the rest of a task's steps and ends the task."""
         if trainer:
-            while trainer.step < STEPS:
-                trainer.train_step()
+            train_rest(trainer)
             finish_task(self.method)
 
     def state(self) -> dict[str, torch.Tensor]:
@@ -70,6 +71,35 @@ class Sequence:
             for name, parameter in self.method.adapter_parameters().items():
                 parameter.copy_(values[name])
         self.seen = list(other.seen)
+
+
+def train_rest(trainer: TaskTrainer) -> None:
+    """Trains the rest of a task's steps, and does not end the task."""
+    while trainer.step < STEPS:
+        trainer.train_step()
+
+
+def opened(name: str, data: Path, *tasks: str, **hyperparameters: object) -> tuple[Sequence, TaskTrainer]:
+    """A method that has learnt all but the last of some tasks, and the trainer of the last."""
+    sequence = Sequence(name, data, **hyperparameters)
+    sequence.learn(*tasks[:-1])
+    return sequence, sequence.open(tasks[-1])
+
+
+@contextmanager
+def squares_of(sequence: Sequence, trainer: TaskTrainer) -> Iterator[dict[str, torch.Tensor]]:
+    """Sums the squares of the task's own gradients in the second half of the steps, in double precision."""
+    squares = {name: torch.zeros_like(p, dtype=torch.float64) for name, p in sequence.parameters.items()}
+    plain = sequence.method.transform_gradients
+
+    def observed(parameters: dict[str, torch.Tensor]) -> None:
+        for name, parameter in parameters.items() if trainer.step >= STEPS // 2 else ():
+            squares[name] += parameter.grad.double() ** 2
+        plain(parameters)
+
+    sequence.method.transform_gradients = observed
+    yield squares
+    del sequence.method.transform_gradients
 
 
 def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from methods.sequence import STEPS, Sequence, branches_of
+from methods.sequence import Sequence, branches_of, opened, train_rest
 
 from cnext import adapters
 from cnext.adapters import BRANCH_ROLES
@@ -113,17 +113,14 @@ def test_mode_trains_what_a_task_runs_through(data: Path) -> None:
         trainer = sequence.open(task)
         assert branches_of(sequence.parameters) == expected
         before = {key: p.detach().clone() for key, p in sequence.parameters.items()}
-        while trainer.step < STEPS:
-            trainer.train_step()
+        train_rest(trainer)
         moved = {key: p for key, p in sequence.parameters.items() if not torch.equal(before[key], p)}
         assert branches_of(moved) == expected
 
 
 def test_mode_distils_pictures_from_the_pretrained_model(data: Path) -> None:
     """0.3 times KL(p_0 || p) per token and the features' mean squared error, written out, with its gradient."""
-    sequence = Sequence("mode", data)
-    sequence.learn("Flickr30k")
-    trainer = sequence.open("Flickr30k")
+    sequence, trainer = opened("mode", data, "Flickr30k", "Flickr30k")
     batch = trainer.batches.encoded[:4]
     with torch.no_grad():
         wanted = TinyBackbone.load().output(batch)
@@ -141,6 +138,5 @@ def test_mode_distils_pictures_from_the_pretrained_model(data: Path) -> None:
 
 
 def test_mode_does_not_distil_text(data: Path) -> None:
-    sequence = Sequence("mode", data)
-    trainer = sequence.open("VQAv2")
+    sequence, trainer = opened("mode", data, "VQAv2")
     assert sequence.method.extra_loss(trainer.batches.encoded[:2]) is None

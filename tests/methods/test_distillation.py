@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from methods.sequence import Sequence
+from methods.sequence import Sequence, opened
 
 from cnext import adapters
 from cnext.backbones.base import Output
@@ -54,16 +54,13 @@ def test_the_gradient_of_the_text_term(tiny: TinyBackbone) -> None:
 
 
 def test_nothing_is_added_in_the_first_task(data: Path) -> None:
-    sequence = Sequence("distillation", data)
-    trainer = sequence.open("VQAv2")
+    sequence, trainer = opened("distillation", data, "VQAv2")
     assert sequence.method.extra_loss(trainer.batches.encoded[:4]) is None
 
 
 @pytest.mark.parametrize("task", ["HQEdit", "VQAv2"])
 def test_no_pull_where_the_student_is_the_teacher(data: Path, task: str) -> None:
-    sequence = Sequence("distillation", data)
-    sequence.learn("Flickr30k")
-    trainer = sequence.open(task)
+    sequence, trainer = opened("distillation", data, "Flickr30k", task)
     loss = sequence.method.extra_loss(trainer.batches.encoded[:4])
     loss.backward()
     assert abs(loss.item()) < 1e-6
@@ -72,9 +69,7 @@ def test_no_pull_where_the_student_is_the_teacher(data: Path, task: str) -> None
 
 def test_the_teacher_is_the_model_as_the_task_found_it(data: Path) -> None:
     """After two steps: the distance to what the model gave before them, and the parameters stay where they are."""
-    sequence = Sequence("distillation", data, weight=0.7)
-    sequence.learn("VQAv2")
-    trainer = sequence.open("HQEdit")
+    sequence, trainer = opened("distillation", data, "VQAv2", "HQEdit", weight=0.7)
     batch = trainer.batches.encoded[:4]
     with torch.no_grad():
         before = sequence.tiny.output(batch)
@@ -93,9 +88,8 @@ def test_the_teacher_is_the_model_as_the_task_found_it(data: Path) -> None:
 
 
 def test_the_teacher_drops_nothing_out(data: Path) -> None:
-    sequence = Sequence("distillation", data, dropout=0.5)
-    sequence.learn("VQAv2")
-    trainer, seen = sequence.open("HQEdit"), []
+    sequence, trainer = opened("distillation", data, "VQAv2", "HQEdit", dropout=0.5)
+    seen = []
     with torch.no_grad():
         expected = sequence.tiny.output(trainer.batches.encoded[:4])
     distance = sequence.method.distance

@@ -64,20 +64,21 @@ def test_runs_with_its_own_hyperparameter(installed: Path, data: Path, toy_suite
     assert (results["method"], results["hyperparameters"]["strength"], results["finished"]) == ("l2-lora", 0.5, True)
 
 
+def register(installed: Path, entry: str) -> None:
+    next(installed.glob("*.dist-info")).joinpath("entry_points.txt").write_text(f"[cnext.methods]\n{entry}\n")
+    importlib.invalidate_caches()
+
+
 @pytest.mark.parametrize("module", ["gone", "gone.inside"])
 def test_a_module_that_is_gone_is_named(installed: Path, module: str) -> None:
-    registered = next(installed.glob("*.dist-info")) / "entry_points.txt"
-    registered.write_text(f"[cnext.methods]\nl2-lora = {module}\n")
-    importlib.invalidate_caches()
+    register(installed, f"l2-lora = {module}")
     assert methods.summary("l2-lora").endswith(f"no module {module}")
     with pytest.raises(UserError, match=f"l2-lora cannot be imported from {module}"):
         methods.load("l2-lora")
 
 
 def test_a_class_may_be_named_beside_the_module(installed: Path) -> None:
-    registered = next(installed.glob("*.dist-info")) / "entry_points.txt"
-    registered.write_text("[cnext.methods]\nl2-lora = l2_lora:L2Lora\n")
-    importlib.invalidate_caches()
+    register(installed, "l2-lora = l2_lora:L2Lora")
     assert methods.load("l2-lora").__name__ == "L2Lora"
     assert methods.summary("l2-lora").startswith("LoRA with a penalty")
 
@@ -131,8 +132,7 @@ def test_a_broken_module_is_one_message(source: str, installed: Path, monkeypatc
 
 def test_a_name_of_ours_is_not_taken(installed: Path) -> None:
     """The name mage in a results file always means ours."""
-    next(installed.glob("*.dist-info")).joinpath("entry_points.txt").write_text("[cnext.methods]\nmage = l2_lora\n")
-    importlib.invalidate_caches()
+    register(installed, "mage = l2_lora")
     with pytest.raises(UserError, match="a package registers a method as mage, which cnext has; it needs another name"):
         methods.load("mage")
 

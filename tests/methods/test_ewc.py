@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from methods.sequence import STEPS, Sequence
+from methods.sequence import STEPS, Sequence, squares_of
 
 from cnext.methods.parts.penalties import QuadraticPenalty
 
@@ -40,18 +40,11 @@ def test_fisher_anchor_and_pull_against_a_plain_loop(data: Path) -> None:
     for task in ("VQAv2", "HQEdit", "Flickr30k"):
         trainer = sequence.open(task)
         start = {name: p.detach().double() for name, p in sequence.parameters.items()}
-        squares = {name: torch.zeros_like(value) for name, value in start.items()}
+        squares = dict.fromkeys(start, 0)
         while trainer.step < STEPS:
-            plain = method.transform_gradients
-
-            def observed(parameters: dict, *, plain=plain, trainer=trainer, squares=squares) -> None:
-                for name, parameter in parameters.items() if trainer.step >= STEPS // 2 else ():
-                    squares[name] += parameter.grad.double() ** 2
-                plain(parameters)
-
-            method.transform_gradients = observed
-            trainer.train_step()
-            del method.transform_gradients
+            with squares_of(sequence, trainer) as found:
+                trainer.train_step()
+            squares = {name: squares[name] + square for name, square in found.items()}
             method.extra_loss([]).backward()
             for name, parameter in sequence.parameters.items():
                 pull = 2 * 0.05 * fisher.get(name, 0) * (parameter.detach().double() - start[name])

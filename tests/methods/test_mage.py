@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from methods.sequence import STEPS, Sequence
+from methods.sequence import Sequence, opened, squares_of, train_rest
 
 from cnext import adapters, methods
 from cnext.averaging import RULES
@@ -38,15 +38,12 @@ def test_the_modalities_and_not_the_name_decide(tiny: TinyBackbone, reads: tuple
 
 def test_frozen_branches_have_no_gradient_and_no_decay(data: Path) -> None:
     """The recipe decays by 0.1; the released code shrinks its frozen branches with it."""
-    sequence = Sequence("mage", data)
-    sequence.learn("HQEdit")
-    trainer = sequence.open("Flickr30k")
+    sequence, trainer = opened("mage", data, "HQEdit", "Flickr30k")
     assert trainer.optimizer.defaults["weight_decay"] > 0
     frozen = adapters.branch_parameters(sequence.tiny.language_model, ["image-general", "text-expert"])
     before = {name: parameter.detach().clone() for name, parameter in frozen.items()}
     assert any(parameter.abs().max() > 0 for name, parameter in frozen.items() if name.endswith("image-general.B"))
-    for _ in range(STEPS):
-        trainer.train_step()
+    train_rest(trainer)
     assert all(torch.equal(before[name], parameter) for name, parameter in frozen.items())
     assert all(parameter.grad is None for parameter in frozen.values())
     optimized = {id(p) for group in trainer.optimizer.param_groups for p in group["params"]}
@@ -63,21 +60,10 @@ def test_the_merge_against_a_plain_loop(data: Path) -> None:
     for name in ("VQAv2", "HQEdit"):
         trainer = sequence.open(name)
         start = {key: p.detach().double() for key, p in sequence.parameters.items()}
-        squares = {key: torch.zeros_like(value) for key, value in start.items()}
-        plain = method.transform_gradients
-
-        def observed(parameters: dict, *, trainer=trainer, squares=squares, plain=plain) -> None:
-            if trainer.step >= STEPS // 2:
-                for key, parameter in parameters.items():
-                    squares[key] += parameter.grad.double() ** 2
-            plain(parameters)
-
-        trainer.method.transform_gradients = observed
-        while trainer.step < STEPS:
-            trainer.train_step()
+        with squares_of(sequence, trainer) as squares:
+            train_rest(trainer)
         end = {key: p.detach().double() for key, p in sequence.parameters.items()}
         method.after_task()
-        del trainer.method.transform_gradients
         mean = sum(s.sum() for s in squares.values()) / sum(s.numel() for s in squares.values())
         for key, parameter in sequence.parameters.items():
             fisher = squares[key] / mean
@@ -93,11 +79,8 @@ def test_the_merge_against_a_plain_loop(data: Path) -> None:
 
 
 def test_statistics_are_of_the_branches_trained(data: Path) -> None:
-    sequence = Sequence("mage", data)
-    sequence.learn("VQAv2")
-    trainer = sequence.open("Flickr30k")
-    while trainer.step < STEPS:
-        trainer.train_step()
+    sequence, trainer = opened("mage", data, "VQAv2", "Flickr30k")
+    train_rest(trainer)
     statistics = sequence.method.after_task()
     assert set(statistics) == {"text-general", "image-expert"}
     assert 0 < statistics["text-general"]["mean"] < 1

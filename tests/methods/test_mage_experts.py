@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from methods.sequence import TASKS, Sequence
+from methods.sequence import TASKS, Sequence, opened
 
 from cnext import adapters
 from cnext.adapters.by_question import ByQuestion
@@ -53,9 +53,7 @@ def test_before_the_first_task_any_expert_will_do() -> None:
 
 def test_features_are_those_of_the_pretrained_model(data: Path) -> None:
     """In training as at test time: trained adapters have no influence."""
-    sequence = Sequence("mage-experts", data)
-    sequence.learn("VQAv2")
-    trainer = sequence.open("Flickr30k")
+    sequence, trainer = opened("mage-experts", data, "VQAv2", "Flickr30k")
     before = {name: tensor.clone() for name, tensor in sequence.method.by_question.state().items()}
     sequence.method.before_step(trainer.batches.encoded[:5])
     x = pretrained(sequence.samples("Flickr30k")[:5]).double()
@@ -95,8 +93,7 @@ def test_an_expert_is_trained_by_its_task_alone(data: Path) -> None:
 
 def test_an_answer_uses_the_likeliest_expert_and_no_other(data: Path) -> None:
     sequence = Sequence("mage-experts", data)
-    for task in TASKS:
-        sequence.learn(task)
+    sequence.learn(*TASKS)
     sequence.tiny.eval()
     questions = [question(sample) for sample in sequence.samples("VQAv2")[:6]]
     before = [answer.text for answer in sequence.method.answer(questions, 6, None)]

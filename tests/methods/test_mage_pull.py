@@ -6,18 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from methods.sequence import STEPS, Sequence, branches_of
+from methods.sequence import branches_of, opened, squares_of, train_rest
 
-
-def opened(data: Path, **options: float) -> tuple[Sequence, object]:
-    """A second task under way, so that the penalty is not zero."""
-    sequence = Sequence("mage-pull", data, **options)
-    sequence.learn("VQAv2")
-    return sequence, sequence.open("HQEdit")
+BOTH = ("VQAv2", "HQEdit")
 
 
 def test_the_gradient_is_pull_times_fisher_times_distance(data: Path) -> None:
-    sequence, _ = opened(data, pull=0.5)
+    sequence, _ = opened("mage-pull", data, *BOTH, pull=0.5)
     start = {key: p.detach().double() for key, p in sequence.parameters.items()}
     with torch.no_grad():
         for parameter in sequence.parameters.values():
@@ -37,30 +32,19 @@ def test_the_gradient_is_pull_times_fisher_times_distance(data: Path) -> None:
 
 def test_the_fisher_information_is_of_the_task_loss_alone(data: Path) -> None:
     """F_t is summed from what ``.grad`` holds before the pull is added, also where the pull is strong."""
-    sequence, trainer = opened(data, pull=100.0)
-    squares = {key: torch.zeros_like(p) for key, p in sequence.parameters.items()}
-    plain = sequence.method.transform_gradients
-
-    def observed(parameters: dict) -> None:
-        if trainer.step >= STEPS // 2:
-            for key, parameter in parameters.items():
-                squares[key] += parameter.grad**2
-        plain(parameters)
-
-    sequence.method.transform_gradients = observed
-    while trainer.step < STEPS:
-        trainer.train_step()
+    sequence, trainer = opened("mage-pull", data, *BOTH, pull=100.0)
+    with squares_of(sequence, trainer) as squares:
+        train_rest(trainer)
     for key, total in squares.items():
-        torch.testing.assert_close(sequence.method.rule.fisher_new[key], total)
+        torch.testing.assert_close(sequence.method.rule.fisher_new[key], total.float())
 
 
 def test_a_strong_pull_stays_nearer_where_old_tasks_need_it(data: Path) -> None:
     moved = []
     for pull in (0.0, 0.1):
-        sequence, trainer = opened(data, pull=pull)
+        sequence, trainer = opened("mage-pull", data, *BOTH, pull=pull)
         start = {key: p.detach().clone() for key, p in sequence.parameters.items()}
-        while trainer.step < STEPS:
-            trainer.train_step()
+        train_rest(trainer)
         fisher = sequence.method.rule.fisher_old
         terms = [fisher[key] * (p.detach() - start[key]) ** 2 for key, p in sequence.parameters.items()]
         moved.append(float(sum(term.sum() for term in terms)))

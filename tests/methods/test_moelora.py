@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from methods.sequence import STEPS, Sequence
+from methods.sequence import Sequence, train_rest
 
 from cnext import adapters
 from cnext.backbones.tiny.model import TinyBackbone
@@ -71,8 +71,7 @@ def test_routers_learn_on_every_task(data: Path) -> None:
     for task in ("VQAv2", "Flickr30k"):
         trainer = sequence.open(task)
         before = {key: p.detach().clone() for key, p in sequence.parameters.items() if ".router." in key}
-        while trainer.step < STEPS:
-            trainer.train_step()
+        train_rest(trainer)
         assert len(before) == 28
         for key, old in before.items():
             old, new = old.flatten().double(), sequence.parameters[key].detach().flatten().double()

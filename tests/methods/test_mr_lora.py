@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from methods.sequence import TASKS, Sequence, questions
+from methods.sequence import TASKS, Sequence, opened, questions
 
 from cnext import adapters
 from cnext.backbones.tiny.model import TinyBackbone
@@ -21,8 +21,7 @@ from cnext.tasks.base import Sample, Turn
 def learnt(data: Path) -> Sequence:
     """Two of three tasks, with a router that has trained enough to tell them apart."""
     sequence = Sequence("mr-lora", data, router_steps=12)
-    for task in TASKS[:2]:
-        sequence.learn(task)
+    sequence.learn(*TASKS[:2])
     sequence.tiny.eval()
     return sequence
 
@@ -42,9 +41,7 @@ def test_a_branch_is_what_it_would_be_had_no_task_come_before(data: Path) -> Non
 
 
 def test_a_task_starts_from_the_base_model(data: Path) -> None:
-    sequence = Sequence("mr-lora", data)
-    sequence.learn("VQAv2")
-    trainer = sequence.open("HQEdit")
+    sequence, trainer = opened("mr-lora", data, "VQAv2", "HQEdit")
     base = TinyBackbone.load().output(trainer.batches.encoded[:4])
     torch.testing.assert_close(
         sequence.tiny.output(trainer.batches.encoded[:4]).image_pred, base.image_pred, rtol=0, atol=0
@@ -87,9 +84,7 @@ def test_the_router_sees_the_question_only(learnt: Sequence, data: Path, monkeyp
 
 def test_what_the_router_is_trained_on(data: Path) -> None:
     """Each task's samples with its letter, in the order learnt, and again no answer and no target."""
-    sequence = Sequence("mr-lora", data, samples=3)
-    sequence.learn("HQEdit")
-    sequence.open("VQAv2")
+    sequence, _ = opened("mr-lora", data, "HQEdit", "VQAv2", samples=3)
     kept = [
         routing_sample(s, number) for number, name in enumerate(("HQEdit", "VQAv2")) for s in sequence.samples(name)[:3]
     ]
@@ -121,8 +116,7 @@ def test_the_oracle_is_given_the_task_and_keeps_no_sample(data: Path) -> None:
     assert sequence.method.card.task_id_at_test
     assert sequence.method.card.rehearsal == 0
     router = adapters.branch_parameters(sequence.tiny.language_model, ["router"])
-    for task in TASKS[:2]:
-        sequence.learn(task)
+    sequence.learn(*TASKS[:2])
     assert not any(p.any() for name, p in router.items() if name.endswith("B"))
     shown = questions(data, "VQAv2")
     for number, task in enumerate(TASKS[:2], 1):

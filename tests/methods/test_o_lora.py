@@ -20,8 +20,7 @@ def test_the_penalty_against_a_plain_loop(data: Path) -> None:
     sequence = Sequence("o-lora", data, penalty=0.7)
     sequence.open(TASKS[0])
     assert sequence.method.extra_loss([]) is None
-    for task in TASKS[:2]:
-        sequence.learn(task)
+    sequence.learn(*TASKS[:2])
     sequence.open(TASKS[2])
     value = sequence.method.extra_loss([])
     value.backward()
@@ -42,8 +41,7 @@ def test_the_penalty_turns_the_new_branch_away(data: Path) -> None:
     overlap = []
     for penalty in (0.0, 0.5):
         sequence = Sequence("o-lora", data, penalty=penalty)
-        for task in TASKS[:2]:
-            sequence.learn(task)
+        sequence.learn(*TASKS[:2])
         layers = adapters.layers(sequence.tiny.language_model).values()
         overlap.append(sum((x.branches["task-1"].A @ x.branches["task-2"].A.T).square().sum() for x in layers))
     assert overlap[1] < 0.9 * overlap[0]
@@ -65,8 +63,7 @@ def test_the_current_branch_is_trained_and_later_ones_are_off(data: Path) -> Non
 def test_the_branches_are_as_good_as_merged(data: Path) -> None:
     """Two frozen branches and a trained one equal the trained one on a weight that the two are merged into."""
     sequence = Sequence("o-lora", data)
-    for task in TASKS:
-        sequence.learn(task)
+    sequence.learn(*TASKS)
     layer: AdapterLinear = next(iter(adapters.layers(sequence.tiny.language_model).values()))
     x = torch.randn(5, layer.base.in_features, generator=torch.Generator().manual_seed(0))
     one, two, live = (layer.branches[f"task-{k}"] for k in (1, 2, 3))
@@ -78,8 +75,7 @@ def test_the_branches_are_as_good_as_merged(data: Path) -> None:
 def test_a_resumed_run_evaluates_with_the_branches_learnt(data: Path) -> None:
     """Between tasks the number of active branches comes from the state."""
     first = Sequence("o-lora", data)
-    for task in TASKS[:2]:
-        first.learn(task)
+    first.learn(*TASKS[:2])
     second = Sequence("o-lora", data)
     second.restore(first)
     second.method.load_state_dict(first.method.state_dict())

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from methods.sequence import RECIPE, STEPS, TASKS, Sequence
+from methods.sequence import RECIPE, STEPS, TASKS, Sequence, opened
 
 from cnext import adapters
 from cnext.adapters.subspace import extended
@@ -63,9 +63,7 @@ def test_no_step_of_a_has_a_part_in_the_basis(data: Path) -> None:
 
 
 def test_the_gradient_is_projected_before_the_optimizer_sees_it(data: Path) -> None:
-    sequence = Sequence("pgp", data)
-    sequence.learn(TASKS[0])
-    trainer = sequence.open(TASKS[1])
+    sequence, trainer = opened("pgp", data, TASKS[0], TASKS[1])
     name, basis = next(iter(sequence.method.inputs.basis.items()))
     key, found = f"{name}.lora.A", []
     plain = sequence.method.transform_gradients
@@ -83,8 +81,7 @@ def test_the_gradient_is_projected_before_the_optimizer_sees_it(data: Path) -> N
 
 
 def test_the_inputs_are_those_of_the_last_steps_alone(data: Path) -> None:
-    sequence = Sequence("pgp", data, batches=2)
-    trainer = sequence.open(TASKS[0])
+    sequence, trainer = opened("pgp", data, TASKS[0], batches=2)
     name, layer = next(iter(sequence.method.inputs.layers.items()))
     expected = torch.zeros(layer.base.in_features, layer.base.in_features, dtype=torch.float64)
     for step in range(STEPS):
@@ -98,8 +95,7 @@ def test_the_inputs_are_those_of_the_last_steps_alone(data: Path) -> None:
 
 
 def test_nothing_watches_outside_training(data: Path) -> None:
-    sequence = Sequence("pgp", data)
-    trainer = sequence.open(TASKS[0])
+    sequence, trainer = opened("pgp", data, TASKS[0])
     trainer.train_step()
     seen = {name: r.clone() for name, r in sequence.method.inputs.covariance.items()}
     sequence.tiny.generate(sequence.samples(TASKS[0])[:2], 2)

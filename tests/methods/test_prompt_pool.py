@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from methods.sequence import STEPS, Sequence, questions
+from methods.sequence import STEPS, Sequence, opened, questions
 from torch.nn import functional as F
 
 from cnext.backbones.tiny.model import TinyBackbone
@@ -17,8 +17,7 @@ from cnext.methods.prompt_pool import PromptPool
 @pytest.fixture(scope="module")
 def learnt(data: Path) -> Sequence:
     sequence = Sequence("prompt-pool", data)
-    sequence.learn("VQAv2")
-    sequence.learn("Flickr30k")
+    sequence.learn("VQAv2", "Flickr30k")
     sequence.tiny.eval()
     return sequence
 
@@ -56,8 +55,7 @@ def test_questions_are_of_the_frozen_model(learnt: Sequence) -> None:
 
 def test_prompts_learn_from_the_task_and_keys_from_the_questions(data: Path) -> None:
     """The task loss reaches the prompts chosen and no key; the pull is in closed form and reaches the keys chosen."""
-    sequence = Sequence("prompt-pool", data, pull=0.3)
-    trainer = sequence.open("VQAv2")
+    sequence, trainer = opened("prompt-pool", data, "VQAv2", pull=0.3)
     pool, batch = sequence.method.pool, trainer.batches.encoded[:4]
     sequence.method.before_step(batch)
     chosen = pool.chosen
@@ -94,8 +92,7 @@ def test_training_puts_each_sample_behind_its_own_prompts(data: Path) -> None:
 
 
 def test_the_model_is_the_base_to_the_bit_between_steps(data: Path) -> None:
-    sequence = Sequence("prompt-pool", data)
-    trainer = sequence.open("HQEdit")
+    sequence, trainer = opened("prompt-pool", data, "HQEdit")
     for _ in range(STEPS):
         trainer.train_step()
         found, base = (

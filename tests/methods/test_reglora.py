@@ -43,8 +43,7 @@ def test_the_smallest_share_is_one_entry(data: Path) -> None:
 def test_the_penalty_against_dense_matrices(data: Path) -> None:
     """Entries protected by two tasks count twice in the mean, as in the release."""
     sequence = Sequence("reglora", data, penalty=3.0, share=0.5)
-    for task in TASKS[:2]:
-        sequence.learn(task)
+    sequence.learn(*TASKS[:2])
     sequence.open(TASKS[2]).train_step()
     value = sequence.method.extra_loss([])
     value.backward()

@@ -7,24 +7,20 @@ from pathlib import Path
 
 import pytest
 import torch
-from methods.sequence import STEPS, Sequence
+from methods.sequence import STEPS, opened, train_rest
 from torch.nn import functional as F
 
 from cnext.distributed import collectives
 
 
 def test_the_first_task_has_nothing_to_replay(data: Path) -> None:
-    sequence = Sequence("replay", data)
-    trainer = sequence.open("VQAv2")
+    sequence, trainer = opened("replay", data, "VQAv2")
     assert sequence.method.memory == []
     assert sequence.method.extra_loss(trainer.batches.encoded[:4]) is None
 
 
 def test_the_memory_holds_the_earlier_tasks_alone(data: Path) -> None:
-    sequence = Sequence("replay", data, samples=6)
-    sequence.learn("VQAv2")
-    sequence.learn("Flickr30k")
-    sequence.open("HQEdit")
+    sequence, _ = opened("replay", data, "VQAv2", "Flickr30k", "HQEdit", samples=6)
     earlier = [s for name in ("VQAv2", "Flickr30k") for s in sequence.samples(name)[:6]]
     expected = sequence.tiny.encode(earlier)
     assert len(sequence.method.memory) == 12
@@ -34,10 +30,7 @@ def test_the_memory_holds_the_earlier_tasks_alone(data: Path) -> None:
 
 def test_the_loss_against_a_plain_loop(data: Path) -> None:
     """Cross-entropy over all supervised tokens of the samples drawn, 6 times the squared error of their pictures."""
-    sequence = Sequence("replay", data, samples=5, weight=0.3)
-    sequence.learn("VQAv2")
-    sequence.learn("HQEdit")
-    trainer = sequence.open("Flickr30k")
+    sequence, trainer = opened("replay", data, "VQAv2", "HQEdit", "Flickr30k", samples=5, weight=0.3)
     torch.manual_seed(3)
     found = sequence.method.extra_loss(trainer.batches.encoded[:4])
     torch.manual_seed(3)
@@ -58,9 +51,7 @@ def test_shares_of_two_processes_average_to_the_loss_of_one(
     samples: int, data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Captions differ in length, so the loss is not a mean of the processes' means."""
-    sequence = Sequence("replay", data, samples=samples)
-    sequence.learn("HQEdit")
-    trainer = sequence.open("VQAv2")
+    sequence, trainer = opened("replay", data, "HQEdit", "VQAv2", samples=samples)
     method, batch = sequence.method, trainer.batches.encoded
     torch.manual_seed(3)
     expected = method.extra_loss(batch[:4])
@@ -79,9 +70,7 @@ def test_shares_of_two_processes_average_to_the_loss_of_one(
 
 def test_every_step_draws_anew_and_none_twice(data: Path) -> None:
     """Over many steps each sample is drawn as often as any other, within five standard deviations."""
-    sequence = Sequence("replay", data, samples=12)
-    sequence.learn("VQAv2")
-    trainer = sequence.open("Flickr30k")
+    sequence, trainer = opened("replay", data, "VQAv2", "Flickr30k", samples=12)
     method, steps = sequence.method, 400
     places = {id(item): place for place, item in enumerate(method.memory)}
     drawn = []
@@ -104,9 +93,8 @@ def test_draws_of_a_step_repeat(data: Path) -> None:
     """The trainer seeds the generator by the step: two runs replay the same samples in the same steps."""
     runs = []
     for _ in range(2):
-        sequence = Sequence("replay", data)
-        sequence.learn("VQAv2")
-        trainer, drawn = sequence.open("Flickr30k"), []
+        sequence, trainer = opened("replay", data, "VQAv2", "Flickr30k")
+        drawn = []
         places = {id(item): place for place, item in enumerate(sequence.method.memory)}
         original = sequence.tiny.loss
 
@@ -115,8 +103,7 @@ def test_draws_of_a_step_repeat(data: Path) -> None:
             return original(batch, *whole)
 
         sequence.tiny.loss = spy
-        while trainer.step < STEPS:
-            trainer.train_step()
+        train_rest(trainer)
         runs.append(drawn)
     assert runs[0] == runs[1]
     replayed = runs[0][1::2]
@@ -125,8 +112,6 @@ def test_draws_of_a_step_repeat(data: Path) -> None:
 
 
 def test_a_small_memory_is_replayed_whole(data: Path) -> None:
-    sequence = Sequence("replay", data, samples=2)
-    sequence.learn("VQAv2")
-    trainer = sequence.open("Flickr30k")
+    sequence, trainer = opened("replay", data, "VQAv2", "Flickr30k", samples=2)
     expected = sequence.tiny.loss(sequence.method.memory).total
     torch.testing.assert_close(sequence.method.extra_loss(trainer.batches.encoded[:4]), expected)

@@ -100,8 +100,7 @@ def test_equal_weights_are_lora(data: Path) -> None:
     ends = []
     for name in ("ew", "lora"):
         sequence = Sequence(name, data)
-        sequence.learn("VQAv2")
-        sequence.learn("HQEdit")
+        sequence.learn("VQAv2", "HQEdit")
         ends.append(torch.cat([product.flatten() for product in joined(sequence).values()]))
     assert (ends[0] - ends[1]).norm() < 0.01 * ends[1].norm()
 

@@ -157,12 +157,16 @@ def interpreted(*tests: str) -> int:
 
 
 def nvcc(source: str, capability: str, folder: Path) -> str:
-    """Compiles a file of csrc/cuda with warnings as errors, and keeps its PTX in a folder; the output of ptxas."""
+    """Compiles a file of csrc/cuda with warnings as errors, and keeps its PTX in a folder; the output of ptxas.
+
+    No kernel may have a stack frame or spill a register.
+    """
     flags = f"-std=c++17 -O3 -fmad=false -arch=sm_{capability} -Werror all-warnings -Xcompiler -Wall,-Wextra -Xptxas -v"
     output = ["-c", f"csrc/cuda/{source}.cu", "-o", str(folder / f"{source}.o"), "-keep", "--keep-dir", str(folder)]
     root = Path(__file__).parents[2]
     run = subprocess.run(["nvcc", *flags.split(), *output], cwd=root, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr[-4000:]
+    assert set(re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores", run.stderr)) == {("0", "0")}
     return run.stderr
 
 

@@ -19,8 +19,8 @@ if only := os.environ.get("CNEXT_TEST_IMPL"):
     IMPLS = [only]
 LAYERS = [i for i in ("cpp", "cuda", "triton") if i in IMPLS] or ["cpp"]
 """What `test_averaging_layers` compares with the C++ layer."""
-_INTERPRETED = IMPLS == ["triton"] and DEVICE == "cpu"
-SIZES = [(1,), (63,), (1000,), (0,), (8, 129)] if _INTERPRETED else [(1,), (63,), (1000,), (0,), (8, 513), (3, 13001)]
+INTERPRETED = IMPLS == ["triton"] and DEVICE == "cpu"
+SIZES = [(1,), (63,), (1000,), (0,), (8, 129)] if INTERPRETED else [(1,), (63,), (1000,), (0,), (8, 513), (3, 13001)]
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 
 

@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
+from ops.averaging_cases import DEVICE, IMPLS, INTERPRETED
 from torch import Tensor
 
 from cnext import ops
-from cnext.ops import branches_reference, dispatch
+from cnext.ops import branches_reference
 
-DEVICE = os.environ.get("CNEXT_TEST_DEVICE", "cpu")
-IMPLS = [i for i in ("cpp", "cuda", "triton") if not dispatch.missing(i, DEVICE)]
-if only := os.environ.get("CNEXT_TEST_IMPL"):
-    IMPLS = [only]
-INTERPRETED = IMPLS == ["triton"] and DEVICE == "cpu"
 WAYS = IMPLS if INTERPRETED else [*IMPLS, "torch", "reference"]
 SEED = torch.tensor([-8_161_640_532_671_778], device=DEVICE)
 

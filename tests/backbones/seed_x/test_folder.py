@@ -153,60 +153,54 @@ AGENT = "seed_x_i/agent/pytorch_model.bin"
 VISION = "QwenViT/qwen_vit_G.pt"
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (lambda root: next(root.glob(LLM)).unlink(), r"expected 2 files beside it, 1 are missing: pytorch_model-00001"),
-        (
-            lambda root: (root / "seed_x_i/llm" / INDEX).unlink(),
-            "expected pytorch_model.bin or model.safetensors, or an",
-        ),
-        (lambda root: replaced(root / "seed_x_i/llm" / INDEX, "[]"), "expected an object with 'weight_map'"),
-        (
-            lambda root: replaced(root / "seed_x_i/llm" / INDEX, '{"weight_map": {"a": "../x.bin"}}'),
-            r"expected names of files beside it, found '\.\./x\.bin'",
-        ),
-        (
-            lambda root: replaced(next(root.glob(LLM)), b"no weights"),
-            "expected a file of tensors, by torch or safetensors; cannot",
-        ),
-        (lambda root: replaced(next(root.glob(LLM)), pickle.dumps(Path, protocol=2)), "cannot read it"),
-        (changed_state(LLM, lambda s: s.pop("model.embed_tokens.weight")), "1 missing: model.embed_tokens.weight"),
-        (changed_state(LLM, lambda s: s.update(strange=torch.ones(1))), "1 not of this model: strange"),
-        (
-            changed_state(AGENT, lambda s: s.update(patch_pos_embed=torch.ones(4, 5))),
-            r"1 of another shape: patch_pos_embed \(4, 5\), expected \(4, 64\)",
-        ),
-        (changed_state(VISION, lambda s: s.pop("conv1.weight")), "state of Qwen-VL's visual encoder"),
-        (changed_state(VISION, lambda s: s.pop("ln_post.bias")), "1 missing: ln_post.bias"),
-        (changed_config(model_type="mistral"), "expected model_type 'llama', found 'mistral'"),
-        (
-            changed_config(vocab_size=32000),
-            r"expected vocab_size \d+, as many as the tokenizer has tokens, found 32000",
-        ),
-        (changed_config(num_hidden_layers=1), "9 not of this model: model.layers.1"),
-        (changed_config(num_attention_heads=7), "expected the (config of a LLaMA|21 tensors of the released) model"),
-        (lambda root: (root / "seed_x_i/llm/config.json").unlink(), "with seed_x_i/llm/config.json; found"),
-    ],
-    ids=[
-        "shard missing",
-        "index missing",
-        "index of another form",
-        "index leads outside",
-        "not a torch file",
-        "pickle with code",
-        "key missing",
-        "key too many",
-        "another shape",
-        "not the encoder",
-        "encoder incomplete",
-        "another architecture",
-        "another vocabulary",
-        "fewer layers",
-        "impossible config",
-        "no config",
-    ],
-)
+DAMAGED = {
+    "shard missing": (
+        lambda root: next(root.glob(LLM)).unlink(),
+        r"expected 2 files beside it, 1 are missing: pytorch_model-00001",
+    ),
+    "index missing": (
+        lambda root: (root / "seed_x_i/llm" / INDEX).unlink(),
+        "expected pytorch_model.bin or model.safetensors, or an",
+    ),
+    "index of another form": (
+        lambda root: replaced(root / "seed_x_i/llm" / INDEX, "[]"),
+        "expected an object with 'weight_map'",
+    ),
+    "index leads outside": (
+        lambda root: replaced(root / "seed_x_i/llm" / INDEX, '{"weight_map": {"a": "../x.bin"}}'),
+        r"expected names of files beside it, found '\.\./x\.bin'",
+    ),
+    "not a torch file": (
+        lambda root: replaced(next(root.glob(LLM)), b"no weights"),
+        "expected a file of tensors, by torch or safetensors; cannot",
+    ),
+    "pickle with code": (lambda root: replaced(next(root.glob(LLM)), pickle.dumps(Path, protocol=2)), "cannot read it"),
+    "key missing": (
+        changed_state(LLM, lambda s: s.pop("model.embed_tokens.weight")),
+        "1 missing: model.embed_tokens.weight",
+    ),
+    "key too many": (changed_state(LLM, lambda s: s.update(strange=torch.ones(1))), "1 not of this model: strange"),
+    "another shape": (
+        changed_state(AGENT, lambda s: s.update(patch_pos_embed=torch.ones(4, 5))),
+        r"1 of another shape: patch_pos_embed \(4, 5\), expected \(4, 64\)",
+    ),
+    "not the encoder": (changed_state(VISION, lambda s: s.pop("conv1.weight")), "state of Qwen-VL's visual encoder"),
+    "encoder incomplete": (changed_state(VISION, lambda s: s.pop("ln_post.bias")), "1 missing: ln_post.bias"),
+    "another architecture": (changed_config(model_type="mistral"), "expected model_type 'llama', found 'mistral'"),
+    "another vocabulary": (
+        changed_config(vocab_size=32000),
+        r"expected vocab_size \d+, as many as the tokenizer has tokens, found 32000",
+    ),
+    "fewer layers": (changed_config(num_hidden_layers=1), "9 not of this model: model.layers.1"),
+    "impossible config": (
+        changed_config(num_attention_heads=7),
+        "expected the (config of a LLaMA|21 tensors of the released) model",
+    ),
+    "no config": (lambda root: (root / "seed_x_i/llm/config.json").unlink(), "with seed_x_i/llm/config.json; found"),
+}
+
+
+@pytest.mark.parametrize(("change", "message"), DAMAGED.values(), ids=DAMAGED)
 def test_errors_name_what_does_not_fit(copy: Path, change: Callable[[Path], None], message: str) -> None:
     change(copy)
     with pytest.raises(UserError, match=message):
