@@ -21,18 +21,19 @@ from waiting import outputs, until
 ROOT = Path(__file__).parents[1]
 
 
-def test_they_are_measured() -> None:
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
-    child = subprocess.Popen(
-        [sys.executable, "-m", "pytest", "bench/", "--benchmark-only", "-k", "answers_at_once"],
-        cwd=ROOT,
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
+def benchmarks(folder: Path, *words: object, **environment: str) -> tuple[int, str]:
+    """Exit status and output of pytest, without the options of this one."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+    command = [sys.executable, "-m", "pytest", "--benchmark-only", *map(str, words)]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    child = subprocess.Popen(command, cwd=folder, env=kept | environment, **pipes)
     ((said, _),) = outputs([child])
-    assert child.returncode == 0, said
+    return child.returncode, said
+
+
+def test_they_are_measured() -> None:
+    status, said = benchmarks(ROOT, "bench/", "-k", "answers_at_once")
+    assert status == 0, said
     assert re.search(r"benchmark: \d+ tests", said)
     assert re.search(r"[1-9]\d* passed", said)
 
@@ -50,18 +51,9 @@ def test_a_row_is_on_disk_before_the_next_race(tmp_path: Path) -> None:
     )
     for name in ("conftest.py", "timing.py"):
         shutil.copy(ROOT / "bench" / name, tmp_path)
-    command = [sys.executable, "-m", "pytest", "--rootdir", tmp_path, "--benchmark-only", "--rows", rows]
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
-    environment |= {"PYTHONPATH": str(ROOT / "tests"), "CNEXT_BENCH_SMALL": "1"}
-    child = subprocess.Popen(
-        list(map(str, [*command, tmp_path / "bench_killed.py"])),
-        cwd=tmp_path,
-        env=environment,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    ((said, _),) = outputs([child])
-    assert child.returncode == -signal.SIGKILL, said
+    words = ("--rootdir", tmp_path, "--rows", rows, tmp_path / "bench_killed.py")
+    status, said = benchmarks(tmp_path, *words, PYTHONPATH=str(ROOT / "tests"), CNEXT_BENCH_SMALL="1")
+    assert status == -signal.SIGKILL, said
     (row,) = map(json.loads, rows.read_text().splitlines())
     assert row["what"] == "first"
     assert row["median_seconds"] > 0

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
+from tasks.official import lines
 
 from cnext.analysis.run import Run
 from cnext.runs import schemas
@@ -64,14 +65,14 @@ def answer(task: str, number: int, text: str, strict: float, **more: Any) -> dic
 
 
 def write_answers(folder: Path, stage: str, task: str, rows: list[dict]) -> None:
-    file = folder / "predictions" / stage / f"{task}.jsonl"
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    lines(folder / "predictions" / stage / f"{task}.jsonl", rows)
 
 
-def write_checkpoint(folder: Path, stage: int, adapters: dict[str, torch.Tensor]) -> Path:
+def write_checkpoint(
+    folder: Path, stage: int, adapters: dict[str, torch.Tensor], tasks: tuple[str, ...] = TASKS
+) -> Path:
     """The adapters of a stage."""
-    file = folder / "checkpoints" / f"{stage}_{TASKS[stage - 1]}" / "adapters.safetensors"
+    file = folder / "checkpoints" / f"{stage}_{tasks[stage - 1]}" / "adapters.safetensors"
     file.parent.mkdir(parents=True, exist_ok=True)
     save_file(adapters, file)
     return file

@@ -14,6 +14,7 @@ import pytest
 from analysis import small_runs
 from analysis.small_runs import TASKS, answer, write, write_answers
 from msgspec.structs import asdict
+from training.toy import change
 
 from cnext.analysis import ANALYSES, analyze, formats
 from cnext.analysis.breaks import right_but_for_format
@@ -153,13 +154,9 @@ def test_types_by_a_judge(tmp_path: Path) -> None:
     assert verdicts == "INCOMPLETE: 5 not judged"
     assert f"Without its verdicts: {three}." in found.definition
     assert "m, prompts v1 (00000000)" in found.definition
-
-
-def test_many_runs_without_verdicts_are_counted(tmp_path: Path) -> None:
-    runs = [write(tmp_path / str(seed), seed=seed) for seed in range(6)]
-    judged(runs[0])
+    more = [write(tmp_path / str(seed), seed=seed) for seed in range(3, 7)]
     _, found = ANALYSES["types"](study(tmp_path))
-    assert f"Without its verdicts: {', '.join(map(str, runs[1:4]))} and 2 other runs." in found.definition
+    assert f"Without its verdicts: {three}, {more[0]}, {more[1]} and 2 other runs." in found.definition
 
 
 def test_a_table_of_rules_is_shown_where_it_differs(tmp_path: Path) -> None:
@@ -174,8 +171,7 @@ def test_a_table_of_rules_is_shown_where_it_differs(tmp_path: Path) -> None:
 
 def test_a_judge_says_nothing_of_what_was_not_trained(tmp_path: Path) -> None:
     trained, untrained = write(tmp_path / "lora"), write(tmp_path / "zero", method="zero-shot")
-    found = json.loads((untrained / "results.json").read_text())
-    (untrained / "results.json").write_text(json.dumps(found | {"cost": {"optimizer_steps": 0}}))
+    change(untrained / "results.json", cost={"optimizer_steps": 0})
     for folder in (trained, untrained):
         judged(folder)
     assert [[row[0] for row in found.rows] for found in ANALYSES["types"](study(tmp_path))] == [["lora"], ["lora"]]
@@ -267,16 +263,11 @@ def test_answers_that_broke_by_hand(answered: Path) -> None:
 
 
 def test_a_fragment_is_lenient_and_an_empty_answer_is_not(answered: Path) -> None:
-    rows = [answer("say", n, text, 0.0, paper=100.0) for n, text in enumerate(["re", "", "re", "", "", "", "", ""])]
-    write_answers(answered, "2_draw", "say", rows)
+    said = [answer("say", n, text, 0.0, paper=100.0) for n, text in enumerate(["re", "", "re", "", "", "", "", ""])]
+    write_answers(answered, "2_draw", "say", said)
     _, by_task, _ = ANALYSES["breaks"](study(answered))
-    lenient, fixed = rows_of(by_task, "lenient", "fixed")
-    assert (lenient, fixed) == (25.0, 0.0)
-
-
-def rows_of(result: ResultTable, *head: str) -> tuple[float, ...]:
-    [cells] = rows(result, *head).values()
-    return tuple(map(value, cells))
+    [cells] = rows(by_task, "lenient", "fixed").values()
+    assert [*map(value, cells)] == [25.0, 0.0]
 
 
 def test_answers_of_different_samples_are_refused(answered: Path) -> None:

@@ -123,35 +123,33 @@ def test_what_tasks_share(drifted: tuple[Path, dict]) -> None:
             assert shown[at] == pytest.approx(norm, abs=1e-9)
 
 
+def with_checkpoints(folder: Path, branches: dict[int, str]) -> list[Path]:
+    """A run with the checkpoint of one branch after each of these stages. Returns the files of the checkpoints."""
+    write(folder)
+    tensors = {name: {f"layers.0.up.{name}.{half}": torch.ones(2, 2) for half in "AB"} for name in branches.values()}
+    return [write_checkpoint(folder, stage, tensors[name]) for stage, name in branches.items()]
+
+
 def test_a_stage_without_checkpoint_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    folder = write(tmp_path / "run")
-    for stage in (1, 3):
-        write_checkpoint(
-            folder, stage, {"layers.0.up.lora.A": torch.ones(1, 2), "layers.0.up.lora.B": torch.ones(2, 1)}
-        )
+    with_checkpoints(tmp_path / "run", {1: "lora", 3: "lora"})
     with pytest.raises(Unavailable, match="checkpoints/ lacks 2_draw"):
-        read(Run.read(folder))
-    assert main(["analyze", str(folder), "--what", "drift"]) == 2
+        read(Run.read(tmp_path / "run"))
+    assert main(["analyze", str(tmp_path / "run"), "--what", "drift"]) == 2
     assert "lacks 2_draw; copy the whole run folder, or run it again" in capsys.readouterr().err
 
 
 def test_a_damaged_checkpoint_is_named(tmp_path: Path) -> None:
-    folder = write(tmp_path / "run")
-    tensors = {f"layers.0.up.lora.{half}": torch.ones(2, 2) for half in "AB"}
-    files = [write_checkpoint(folder, stage, tensors) for stage in (1, 2, 3)]
+    files = with_checkpoints(tmp_path / "run", {1: "lora", 2: "lora", 3: "lora"})
     files[1].write_bytes(files[1].read_bytes()[:-4])
     with pytest.raises(UserError, match="is damaged") as caught:
-        read(Run.read(folder))
+        read(Run.read(tmp_path / "run"))
     assert str(files[1]) in str(caught.value)
 
 
 def test_checkpoints_of_two_runs_are_refused(tmp_path: Path) -> None:
-    folder = write(tmp_path / "run")
-    for stage, branch in ((1, "lora"), (2, "lora"), (3, "other")):
-        halves = {f"layers.0.up.{branch}.{half}": torch.ones(2, 2) for half in "AB"}
-        write_checkpoint(folder, stage, halves)
+    with_checkpoints(tmp_path / "run", {1: "lora", 2: "lora", 3: "other"})
     with pytest.raises(UserError, match="they are of different runs"):
-        read(Run.read(folder))
+        read(Run.read(tmp_path / "run"))
 
 
 def test_a_method_without_branches_is_left_out(drifted: tuple[Path, dict], tmp_path: Path) -> None:

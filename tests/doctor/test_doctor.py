@@ -17,7 +17,6 @@ from cnext import packages
 from cnext.cli import main, run_main
 from cnext.config.run_config import Options
 from cnext.doctor import checks
-from cnext.errors import UserError
 from cnext.ops import dispatch
 from cnext.packages import ERROR, EVERY_RUN, NOTE, OK, SOME_RUNS, Check
 from cnext.scoring.clip import TINY_CLIP
@@ -154,14 +153,6 @@ def test_weights_that_write_images_if_the_suite_needs_them(tmp_path: Path) -> No
     assert f"expected in {weights}, and not there: seed_detokenizer/first_stage" in found[-2].text
     shown = states(checks.check_run(Options("seed-x", "continual-next", weights=weights)))
     assert shown["seed-x images"] == ERROR
-
-
-@pytest.mark.usefixtures("importable")
-def test_a_name_that_is_not_known(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["doctor", "--backbone", "huge"]) == 2
-    assert "unknown backbone 'huge'; valid: emu3, janus, seed-x, tiny" in capsys.readouterr().err
-    with pytest.raises(UserError, match="unknown suite 'coins'"):
-        checks.check_run(Options(suite="coins"))
 
 
 def test_data(tmp_path: Path) -> None:

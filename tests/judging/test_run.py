@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from judging.judge_server import Judge, serving
 from PIL import Image
+from training.toy import rows as read_rows
 
 from cnext.cli import main
 from cnext.judging.run import JudgeConfig, judge_run
@@ -99,11 +100,11 @@ def test_rules_add_up_to_forgetting(run: Path, capsys: pytest.CaptureFixture[str
     assert found["metrics"]["avg_iuf"] == pytest.approx((80 + 100 / 3) / 2)
     assert "Forgetting 73.33" in shown
     assert "INCOMPLETE" not in shown
-    rows = read_lines(run / "judge" / "rules.jsonl")
+    rows = read_rows(run / "judge" / "rules.jsonl")
     assert len(rows) == sum(cell["errors"] for cell in found["cells"])
     scored = {}
     for file in (run / "predictions").glob("*/*.jsonl"):
-        for index, row in enumerate(read_lines(file)):
+        for index, row in enumerate(read_rows(file)):
             scored[int(file.parent.name[0]), file.stem, index] = row["error"]
     assert {(r["stage"], r["task"], r["index"]): r["error"] for r in rows}.items() <= scored.items()
     before = (run / "judge" / "rules.json").read_bytes()
@@ -173,14 +174,10 @@ def lines(rows: list[dict]) -> str:
     return "".join(json.dumps(row) + "\n" for row in rows)
 
 
-def read_lines(file: Path) -> list[dict]:
-    return [json.loads(line) for line in file.read_text().splitlines()]
-
-
 def answer_again(run: Path, stage: str, task: str, rows: list[dict]) -> None:
     """Replaces the answers to a task after a stage, with their mean score."""
     (run / "predictions" / stage / f"{task}.jsonl").write_text(lines(rows))
-    scores = read_lines(run / "scores.jsonl")
+    scores = read_rows(run / "scores.jsonl")
     for row in scores:
         if (f"{row['stage']}_{row['trained']}", row["task"]) == (stage, task):
             row["strict"] = sum(answer["strict"] for answer in rows) / len(rows)
@@ -189,7 +186,7 @@ def answer_again(run: Path, stage: str, task: str, rows: list[dict]) -> None:
 
 def test_a_part_of_the_errors_gives_estimates(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for stage in ("1_colors", "3_pictures"):
-        known = read_lines(run / "predictions" / stage / "colors.jsonl")
+        known = read_rows(run / "predictions" / stage / "colors.jsonl")
         more = [{"id": text, "text": text} for text in ("green", "pink", "cyan", "gold", "teal", "navy")]
         wrong = {"strict": 0.0, "error": "hallucination"}
         answer_again(run, stage, "colors", known + [known[-1] | wrong | row for row in more])
@@ -213,12 +210,12 @@ def test_a_part_of_the_errors_gives_estimates(run: Path, capsys: pytest.CaptureF
 
 def test_words_that_a_task_knows_are_words(run: Path) -> None:
     """A "tv" has no vowel, and is no slip of the form where the task asks about one; "djt" is."""
-    row = read_lines(run / "predictions" / "3_pictures" / "colors.jsonl")[0] | {"instruction": "What is it?"}
+    row = read_rows(run / "predictions" / "3_pictures" / "colors.jsonl")[0] | {"instruction": "What is it?"}
     asked = [("tv", "tv", 100.0, ""), ("lamp", "tv", 0.0, ""), ("lamp", "djt", 0.0, "")]
     rows = [row | dict(zip(("answer", "text", "strict", "error"), of, strict=True)) for of in asked]
     answer_again(run, "3_pictures", "colors", rows)
     judge_run(run, JudgeConfig())
-    labels = read_lines(run / "judge" / "rules.jsonl")
+    labels = read_rows(run / "judge" / "rules.jsonl")
     found = [row["error"] for row in labels if (row["stage"], row["task"]) == (3, "colors")]
     assert found == ["hallucination", "instruction_unfollowing"]
 
@@ -235,7 +232,7 @@ def test_every_run_of_a_folder_is_judged(run: Path, tmp_path: Path, capsys: pyte
 def test_replay_of_part_of_the_verdicts(run: Path) -> None:
     with serving(Judge()) as judge:
         judge_run(run, JudgeConfig(f"openai:{judge.url}", "toy"))
-    rows = read_lines(run / "judge" / "toy.jsonl")
+    rows = read_rows(run / "judge" / "toy.jsonl")
     left = set()
     for dropped in range(len(rows)):
         (run / "part.jsonl").write_text(lines(rows[:dropped] + rows[dropped + 1 :]))
@@ -273,44 +270,26 @@ def test_answers_of_another_run_are_refused(run: Path, capsys: pytest.CaptureFix
 
 
 def test_an_untrained_run_is_judged_by_its_zero_shot_answers(run: Path) -> None:
-    scores = read_lines(run / "scores.jsonl")
+    scores = read_rows(run / "scores.jsonl")
     zero = scores[0] | {"stage": 0, "trained": "zero-shot"}
     (run / "scores.jsonl").write_text(lines([zero, *scores]))
     (run / "predictions" / "1_colors").rename(run / "predictions" / "0_zero-shot")
     assert len(judge_run(run, JudgeConfig())["cells"]) == 7
 
 
-@pytest.mark.parametrize(
-    "given",
-    [["--judge", "gpt"], ["--judge", "openai:"], ["--judge", "replay:"], ["--limit", "-1"], ["--concurrency", "0"],
-     ["--timeout", "0"], ["--tries", "0"], ["--name", "../up"], ["--judge", "replay:nowhere.jsonl"]],
-    ids=lambda given: " ".join(given),
-)  # fmt: skip
-def test_bad_options_are_named(given: list[str], run: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["judge", str(run), *given]) == 2
-    assert capsys.readouterr().err.startswith("error: ")
+BAD = ("--judge gpt", "--judge openai:", "--judge replay:", "--limit -1", "--concurrency 0", "--timeout 0", "--tries 0")
+BAD += ("--name ../up", "--judge replay:nowhere.jsonl")
+USELESS = ("--limit 5", "--model toy", "--concurrency 2", "--timeout 9", "--tries 2", "--out elsewhere")
+USELESS += ("--judge replay:nowhere.jsonl --model toy",)
+
+
+@pytest.mark.parametrize("given", [*BAD, *USELESS])
+def test_bad_options_are_named(given: str, run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """An option that would change nothing is refused as well."""
+    words = given.split()
+    assert main(["judge", str(run), *words]) == 2
+    assert capsys.readouterr().err.startswith(f"error: {words[-2]} needs " if given in USELESS else "error: ")
     assert not (run / "judge").exists()
-
-
-@pytest.mark.parametrize(
-    "given",
-    [["--limit", "5"], ["--model", "toy"], ["--concurrency", "2"], ["--timeout", "9"], ["--tries", "2"],
-     ["--judge", "replay:nowhere.jsonl", "--model", "toy"], ["--out", "elsewhere"]],
-    ids=lambda given: " ".join(given),
-)  # fmt: skip
-def test_an_option_that_would_change_nothing_is_refused(
-    given: list[str], run: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert main(["judge", str(run), *given]) == 2
-    assert capsys.readouterr().err.startswith(f"error: {given[-2]} needs ")
-    assert not (run / "judge").exists()
-
-
-def test_validate_has_no_stages(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["judge", "validate", "--every-stage", "--out", str(tmp_path / "judge")]) == 2
-    assert "error: --every-stage needs run folders; leave it out" in capsys.readouterr().err
-    assert main(["judge", "validate", "--out", str(tmp_path / "judge")]) == 0
-    assert (tmp_path / "judge" / "rules.json").is_file()
 
 
 def test_validate(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -318,6 +297,8 @@ def test_validate(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert found["judged"] == 200
     assert found["confusion"]["hallucination"]["hallucination"] == 69
     assert "accuracy 0.855  kappa 0.781  judged 200  unjudged 0" in capsys.readouterr().out
+    assert main(["judge", "validate", "--out", str(tmp_path / "judge")]) == 0
+    assert (tmp_path / "judge" / "rules.json").is_file()
 
     labelled = {
         (row["instruction"], row["expected"], row["answer"]): row["error"] for row in json.loads(LABELLED.read_text())

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
+from tasks.official import lines
 
 from cnext.scoring.base import ERROR_TYPES
 from cnext.scoring.matrix import ScoreMatrix, metrics
@@ -94,12 +95,12 @@ def write_fake_run(
     environment = {"python": "3.12.1", "cores": 2, "versions": {"numpy": "2.1"}, "core": {"cpp": True}}
     _write(run / "environment.json", environment)
     noise = random.Random(0)
-    losses = (
+    losses = [
         {"stage": t, "task": task, "step": s, "loss": 0.3 + 2.5 * math.exp(-s / 18) * noise.uniform(0.6, 1.3)}
         for t, task in enumerate(tasks[:done], 1)
         for s in range(1, 101)
-    )
-    (run / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in losses))
+    ]
+    lines(run / "train.jsonl", losses)
     return run
 
 
@@ -137,8 +138,7 @@ def _answer(
                 row |= {"text": wrong[index % 3], "error": ERROR_TYPES[min(index % 3, 1)]}
         _save(source, picture(color, shape, size))
         rows.append(row)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / f"{task}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    lines(folder / f"{task}.jsonl", rows)
     return rows
 
 

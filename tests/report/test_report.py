@@ -19,9 +19,10 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 import torch
+from analysis.small_runs import write_checkpoint
 from PIL import Image
 from report.fake_run import HOSTILE, ORDER, write_fake_run
-from safetensors.torch import save_file
+from training.toy import change
 
 from cnext.analysis.run import Run, points
 from cnext.config.run_config import plan
@@ -81,34 +82,44 @@ def report(folder: Path) -> Page:
     return Page(write_report(folder)[0].read_text())
 
 
-def report_text(folder: Path) -> str:
-    return write_report(folder)[1].read_text()
-
-
 def results(folder: Path) -> dict:
     return json.loads((folder / "results.json").read_text())
 
 
-def test_page_is_one_offline_file(run: Path) -> None:
-    text = (run / "report.html").read_text()
+@pytest.fixture(scope="module")
+def text(run: Path) -> str:
+    """The run's page."""
+    return (run / "report.html").read_text()
+
+
+def titles(text: str) -> list[str]:
+    return re.findall(r"<h2 id=[^>]*>(.*?)</h2>", text)
+
+
+def offline(text: str, kind: str, more_than: int) -> Page:
+    """The page, with all its pictures of some kind within it."""
     page = Page(text)
+    images = [attributes for tag, attributes in page.elements if tag == "img"]
+    assert len(images) > more_than
+    assert all(image["src"].startswith(f"data:image/{kind}") and image["alt"] for image in images)
+    assert not re.search(r"""(src|href|url\()\s*=?\s*["']?(https?:|//|file:)""", text)
+    return page
+
+
+def test_page_is_one_offline_file(text: str) -> None:
+    page = offline(text, "", 30)
     assert not {tag for tag, _ in page.elements} & {"link", "iframe", "object"}
     [script] = re.findall("<script>(.*?)</script>", text, re.S)
     known = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     [policy] = [a["content"] for tag, a in page.elements if a.get("http-equiv") == "Content-Security-Policy"]
     assert policy.startswith("default-src 'none'; img-src data:;")
     assert policy.endswith(f"script-src 'sha256-{known}'"), "nothing else may run, whatever a model has answered"
-    images = [attributes for tag, attributes in page.elements if tag == "img"]
-    assert len(images) > 30
-    assert all(image["src"].startswith("data:image/") and image["alt"] for image in images)
-    assert not re.search(r"""(src|href|url\()\s*=?\s*["']?(https?:|//|file:)""", text)
     assert all("scope" in attributes for tag, attributes in page.elements if tag == "th")
     assert "prefers-color-scheme:dark" in text
 
 
-def test_every_section_is_there(run: Path) -> None:
-    titles = re.findall(r"<h2 id=[^>]*>(.*?)</h2>", (run / "report.html").read_text())
-    assert titles == [
+def test_every_section_is_there(run: Path, text: str) -> None:
+    assert titles(text) == [
         "Score matrix",
         "Accuracy over stages",
         "Forgetting by error type",
@@ -122,11 +133,11 @@ def test_every_section_is_there(run: Path) -> None:
         "Cost",
         "Reproduction",
     ]
-    assert re.findall(r"^## (.*)", (run / "report.md").read_text(), re.M) == titles
+    assert re.findall(r"^## (.*)", (run / "report.md").read_text(), re.M) == titles(text)
 
 
-def test_tables_hold_the_results(run: Path) -> None:
-    page, found = Page((run / "report.html").read_text()), results(run)
+def test_tables_hold_the_results(run: Path, text: str) -> None:
+    page, found = Page(text), results(run)
     matrix = page.table("after stage")
     for stage, row in enumerate(found["score_matrix"], 1):
         cells = matrix[f"{stage} {ORDER[stage - 1]}"]
@@ -142,8 +153,8 @@ def test_tables_hold_the_results(run: Path) -> None:
     assert mean[-1] == points(found["metrics"]["forgetting"], signed=True)
 
 
-def test_scores_per_task_under_both_profiles(run: Path) -> None:
-    found, row = results(run), Page((run / "report.html").read_text()).table("task", "zero-shot, strict")["ImageNet"]
+def test_scores_per_task_under_both_profiles(run: Path, text: str) -> None:
+    found, row = results(run), Page(text).table("task", "zero-shot, strict")["ImageNet"]
     matrices = [found["score_matrix"], found["profiles"]["paper"]["score_matrix"]]
     learnt, end = ([matrix[stage][1] for matrix in matrices] for stage in (1, 5))
     assert row[3:5] == [points(value) for value in learnt]
@@ -151,16 +162,16 @@ def test_scores_per_task_under_both_profiles(run: Path) -> None:
     assert row[8] == points(end[1] - end[0], signed=True)
 
 
-def test_headline_in_large_figures(run: Path) -> None:
-    text, found = (run / "report.html").read_text(), results(run)
+def test_headline_in_large_figures(run: Path, text: str) -> None:
+    found = results(run)
     large = re.findall(r"<dd><b>(.*?)</b>", text)
     metrics = [found["metrics"][name] for name in ("avg_acc", "forgetting", "new_acc")]
     assert large == [points(value) for value in [*metrics, sum(found["zero_shot"]) / 6]]
     assert 'class="banner"' not in text
 
 
-def test_untrusted_text_stays_text(run: Path) -> None:
-    text, marked = (run / "report.html").read_text(), (run / "report.md").read_text()
+def test_untrusted_text_stays_text(run: Path, text: str) -> None:
+    marked = (run / "report.md").read_text()
     assert HOSTILE not in text
     assert HOSTILE in html.unescape(text)
     assert "<script>" not in marked
@@ -199,9 +210,7 @@ def test_unfinished_run(tmp_path: Path, stages: int) -> None:
 
 def test_unfinished_matrix_may_have_empty_rows(tmp_path: Path) -> None:
     folder = write_fake_run(tmp_path, stages=2, samples=8)
-    found = results(folder)
-    found["score_matrix"] += [None, [None] * 6]
-    (folder / "results.json").write_text(json.dumps(found))
+    change(folder / "results.json", score_matrix=[*results(folder)["score_matrix"], None, [None] * 6])
     assert Run.read(folder).last == 2
 
 
@@ -215,31 +224,26 @@ def test_results_alone_are_enough(tmp_path: Path, run: Path) -> None:
 
 def test_what_was_not_trained_has_nothing_to_forget(tmp_path: Path) -> None:
     folder = write_fake_run(tmp_path, samples=4, method="zero-shot", averaging=False)
+    change(folder / "results.json", cost={"optimizer_steps": 0})
     found = results(folder)
-    found["cost"]["optimizer_steps"] = 0
-    (folder / "results.json").write_text(json.dumps(found))
     (folder / "judge").mkdir()
     table = {"judge": "openai", "model": "m", "complete": True, "unjudged": 0, "metrics": found["metrics"]}
     (folder / "judge" / "vlm.json").write_text(json.dumps(table))
     tables = report(folder).tables
     text = (folder / "report.html").read_text()
-    titles = re.findall(r"<h2 id=[^>]*>(.*?)</h2>", text)
-    assert "Errors by type" in titles
-    assert not {
-        *("Forgetting by error type", "Accuracy over stages", "Transfer between tasks", "Forgotten samples")
-    } & {*titles}
+    assert "Errors by type" in titles(text)
+    learnt = {"Forgetting by error type", "Accuracy over stages", "Transfer between tasks", "Forgotten samples"}
+    assert not learnt & {*titles(text)}
     assert re.findall(r"<dd><b>(.*?)</b>", text) == [points(found["metrics"]["avg_acc"])]
     assert not {"change since learnt", "judge"} & {table[0][0] for table in tables}
     study = write_reports([tmp_path], tmp_path / "study")[4].read_text()
-    titles = re.findall(r"<h2 id=[^>]*>(.*?)</h2>", study)
-    assert titles == ["Results", "Metrics", "Reproduction"]
+    assert titles(study) == ["Results", "Metrics", "Reproduction"]
     assert "Not shown" not in study
 
 
 def test_smoke_banner(tmp_path: Path) -> None:
-    folder = write_fake_run(tmp_path, samples=4, budget="smoke")
-    assert report(folder).elements
-    assert "its scores mean nothing" in (folder / "report.html").read_text()
+    page, _ = write_report(write_fake_run(tmp_path, samples=4, budget="smoke"))
+    assert "its scores mean nothing" in page.read_text()
 
 
 @pytest.mark.parametrize(
@@ -284,21 +288,17 @@ def test_data_left_on_another_machine(tmp_path: Path) -> None:
     folder = write_fake_run(tmp_path, ("VQAv2", "HQEdit"), samples=12)
     for file in (folder / "data").iterdir():
         file.unlink()
-    write_report(folder)
-    assert "file not found" in (folder / "report.html").read_text()
+    assert "file not found" in write_report(folder)[0].read_text()
 
 
-def test_small_pictures_are_enlarged_by_whole_pixels(tmp_path: Path) -> None:
+def test_small_pictures_are_enlarged_by_whole_pixels_and_large_ones_shrunk(tmp_path: Path) -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (32, 48, 3), np.uint8)
     Image.fromarray(pixels).save(tmp_path / "small.png")
-    shown = Image.open(io.BytesIO(picture(tmp_path / "small.png", "shown.png", "").data))
-    assert np.array_equal(np.asarray(shown), pixels.repeat(5, 0).repeat(5, 1))
-
-
-def test_large_pictures_are_shrunk(tmp_path: Path) -> None:
     Image.new("L", (1024, 512)).save(tmp_path / "large.png")
-    shown = Image.open(io.BytesIO(picture(tmp_path / "large.png", "shown.png", "").data))
-    assert shown.size == (256, 128)
+    files = [tmp_path / "small.png", tmp_path / "large.png"]
+    small, large = (Image.open(io.BytesIO(picture(file, "shown.png", "").data)) for file in files)
+    assert np.array_equal(np.asarray(small), pixels.repeat(5, 0).repeat(5, 1))
+    assert large.size == (256, 128)
 
 
 def test_loss_of_a_step_run_twice_counts_once(run: Path, tmp_path: Path) -> None:
@@ -357,15 +357,15 @@ def test_bad_files_are_named(tmp_path: Path, name: str, content: str | None, mes
     assert str(broken.parent) in str(caught.value)
 
 
+def linear_rgb(colour: str) -> np.ndarray:
+    parts = np.frombuffer(bytes.fromhex(colour[1:]), np.uint8) / 255
+    return np.where(parts <= 0.04045, parts / 12.92, ((parts + 0.055) / 1.055) ** 2.4)
+
+
 def contrast(first: str, second: str) -> float:
     """The contrast ratio of WCAG 2.1."""
-
-    def luminance(colour: str) -> float:
-        parts = np.array([int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)])
-        linear = np.where(parts <= 0.04045, parts / 12.92, ((parts + 0.055) / 1.055) ** 2.4)
-        return float(linear @ (0.2126, 0.7152, 0.0722)) + 0.05
-
-    return max(luminance(first), luminance(second)) / min(luminance(first), luminance(second))
+    darker, lighter = sorted(float(linear_rgb(name) @ (0.2126, 0.7152, 0.0722)) + 0.05 for name in (first, second))
+    return lighter / darker
 
 
 @pytest.mark.parametrize("paper", [plots.PAPER, plots.DARK[plots.PAPER]], ids=["light", "dark"])
@@ -395,10 +395,8 @@ SEEN = {
 
 def lab(colour: str, seen: np.ndarray) -> np.ndarray:
     """CIELAB of a colour, under D65."""
-    parts = np.frombuffer(bytes.fromhex(colour[1:]), np.uint8) / 255
-    linear = np.where(parts <= 0.04045, parts / 12.92, ((parts + 0.055) / 1.055) ** 2.4)
     to_xyz = [[0.4124564, 0.3575761, 0.1804375], [0.2126729, 0.7151522, 0.072175], [0.0193339, 0.119192, 0.9503041]]
-    x, y, z = np.cbrt(np.array(to_xyz) @ np.clip(np.array(seen) @ linear, 0, 1) / (0.95047, 1, 1.08883))
+    x, y, z = np.cbrt(np.array(to_xyz) @ np.clip(np.array(seen) @ linear_rgb(colour), 0, 1) / (0.95047, 1, 1.08883))
     return np.array([116 * y - 16, 500 * (x - y), 200 * (y - z)])
 
 
@@ -424,12 +422,8 @@ def study_page(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_study_is_one_offline_page(study_page: Path) -> None:
     text = study_page.read_text()
-    page = Page(text)
+    page = offline(text, "svg+xml", 5)
     assert "b" not in {tag for tag, _ in page.elements}
-    images = [attributes for tag, attributes in page.elements if tag == "img"]
-    assert len(images) > 5
-    assert all(image["src"].startswith("data:image/svg+xml") and image["alt"] for image in images)
-    assert not re.search(r"""(src|href|url\()\s*=?\s*["']?(https?:|//|file:)""", text)
     anchors = {attributes["href"][1:] for tag, attributes in page.elements if tag == "a"}
     assert anchors == {attributes["id"] for tag, attributes in page.elements if tag == "h2"}
     assert f"Unfinished and left out: {study_page.parent / 'slow' / '0'}" in html.unescape(text)
@@ -529,13 +523,10 @@ def test_judges_and_what_they_have_not_judged(tmp_path: Path) -> None:
 
 
 def test_drift_is_drawn_from_checkpoints(tmp_path: Path) -> None:
-    folder = write_fake_run(tmp_path, ("VQAv2", "HQEdit"), samples=2)
-    for stage, task in enumerate(("VQAv2", "HQEdit"), 1):
-        file = folder / "checkpoints" / f"{stage}_{task}" / "adapters.safetensors"
-        file.parent.mkdir(parents=True)
-        save_file(
-            {f"layers.{n}.up.lora.{half}": torch.full((2, 2), float(stage)) for n in (0, 1) for half in "AB"}, file
-        )
+    tasks, names = ("VQAv2", "HQEdit"), [f"layers.{n}.up.lora.{half}" for n in (0, 1) for half in "AB"]
+    folder = write_fake_run(tmp_path, tasks, samples=2)
+    for stage in (1, 2):
+        write_checkpoint(folder, stage, {name: torch.full((2, 2), float(stage)) for name in names}, tasks)
     rows = report(folder).table("branch", "VQAv2")
     assert rows["lora"] == ["100.00", "100.00"]
     drawn = ElementTree.parse(folder / "report_files" / "drift.svg")

@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 import torch
+from analysis.small_runs import write_checkpoint
 from report.browser import WIDTH, chromium, work
 from report.fake_run import ORDER, write_fake_run
-from safetensors.torch import save_file
 
 from cnext.report import write_report, write_reports
 
@@ -46,11 +46,9 @@ return { tables: before, copied, sorted, out: out.map(element => element.outerHT
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = write_fake_run(tmp_path_factory.mktemp("run"), samples=12)
     torch.manual_seed(0)
-    for stage, task in enumerate(ORDER, 1):
-        file = folder / "checkpoints" / f"{stage}_{task}" / "adapters.safetensors"
-        file.parent.mkdir(parents=True)
-        names = [f"layers.{n}.up_proj.{branch}.{half}" for n in (0, 1) for branch in ("a", "b") for half in "AB"]
-        save_file({name: torch.randn(2, 2) for name in names}, file)
+    names = [f"layers.{n}.up_proj.{branch}.{half}" for n in (0, 1) for branch in ("a", "b") for half in "AB"]
+    for stage in range(1, len(ORDER) + 1):
+        write_checkpoint(folder, stage, {name: torch.randn(2, 2) for name in names}, ORDER)
     return write_report(folder)[0]
 
 

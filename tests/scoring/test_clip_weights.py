@@ -17,7 +17,7 @@ import open_clip
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save, save_file
 
 from cnext.errors import UserError
 from cnext.scoring import make_scorers
@@ -27,6 +27,7 @@ from cnext.scoring.clip import load_clip
 from cnext.scoring.clip_weights import CONFIG_FILE, WEIGHTS_FILES
 from cnext.tasks.base import Sample, Turn
 
+Make = Callable[[Path, Path], object]
 SAFETENSORS, BIN, ARCHIVE = WEIGHTS_FILES
 TEXTS = ["Please generate the image: a red circle", "a dog on a beach"]
 SIZES = {
@@ -181,12 +182,8 @@ def test_what_a_pickle_asks_for_is_not_done(folder: Path, tmp_path: Path) -> Non
     assert (tmp_path / "made").exists()
 
 
-def _nothing(folder: Path, path: Path) -> None:
-    path.write_bytes(b"")
-
-
-def _words(folder: Path, path: Path) -> None:
-    path.write_text("not a model")
+def _content(content: bytes) -> Make:
+    return lambda folder, path: path.write_bytes(content)
 
 
 def _cut(folder: Path, path: Path) -> None:
@@ -200,33 +197,18 @@ def _spanned(folder: Path, path: Path) -> None:
     path.write_bytes(content[:end] + struct.pack("<4sLQL", b"PK\6\7", 1, 0, 2) + content[end:])
 
 
-def _other_model(folder: Path, path: Path) -> None:
-    save_file({"lm_head.weight": torch.zeros(4, 4)}, path)
+def _changed(name: str, value: torch.Tensor | None) -> Make:
+    """The weights with another tensor, or without one."""
+
+    def make(folder: Path, path: Path) -> None:
+        tensors = load_file(folder / "safetensors" / SAFETENSORS) | {name: value}
+        save_file({name: value for name, value in tensors.items() if value is not None}, path)
+
+    return make
 
 
-def _changed(folder: Path, path: Path, **changes: torch.Tensor | None) -> None:
-    tensors = load_file(folder / "safetensors" / SAFETENSORS)
-    save_file({name: value for name, value in (tensors | changes).items() if value is not None}, path)
-
-
-def _odd_width(folder: Path, path: Path) -> None:
-    _changed(folder, path, **{"token_embedding.weight": torch.zeros(49408, 60)})
-
-
-def _no_norm(folder: Path, path: Path) -> None:
-    _changed(folder, path, **{"ln_final.weight": None})
-
-
-def _wrong_shape(folder: Path, path: Path) -> None:
-    _changed(folder, path, **{"visual.proj": torch.zeros(32, 64)})
-
-
-def _packed_numbers(folder: Path, path: Path) -> None:
-    archive_with(path, folder / "archive" / ARCHIVE, {}, packed="data/0")
-
-
-def _short_storage(folder: Path, path: Path) -> None:
-    archive_with(path, folder / "archive" / ARCHIVE, {"data/0": b"1234"})
+def _archived(changed: dict[str, bytes], packed: str = "") -> Make:
+    return lambda folder, path: archive_with(path, folder / "archive" / ARCHIVE, changed, packed)
 
 
 def _cut_tree(folder: Path, path: Path) -> None:
@@ -235,24 +217,25 @@ def _cut_tree(folder: Path, path: Path) -> None:
     archive_with(path, folder / "archive" / ARCHIVE, {"data.pkl": tree[: len(tree) // 2]})
 
 
+OTHER_MODEL = save({"lm_head.weight": torch.zeros(4, 4)})
 BAD = {
-    "nothing.pt": (_nothing, "cannot read it"),
-    "words.pt": (_words, "cannot read it"),
+    "nothing.pt": (_content(b""), "cannot read it"),
+    "words.pt": (_content(b"not a model"), "cannot read it"),
     "spanned.pt": (_spanned, "cannot read it"),
-    "words.safetensors": (_words, "cannot read it"),
+    "words.safetensors": (_content(b"not a model"), "cannot read it"),
     "cut.safetensors": (_cut, "cannot read it"),
-    "other.safetensors": (_other_model, "found 1 tensors, without visual.conv1.weight"),
-    "width.safetensors": (_odd_width, "widths in multiples of 64"),
-    "norm.safetensors": (_no_norm, "ln_final.weight"),
-    "shape.safetensors": (_wrong_shape, "visual.proj"),
-    "packed.pt": (_packed_numbers, "data/0 is compressed"),
-    "short.pt": (_short_storage, "record size"),
+    "other.safetensors": (_content(OTHER_MODEL), "found 1 tensors, without visual.conv1.weight"),
+    "width.safetensors": (_changed("token_embedding.weight", torch.zeros(49408, 60)), "widths in multiples of 64"),
+    "norm.safetensors": (_changed("ln_final.weight", None), "ln_final.weight"),
+    "shape.safetensors": (_changed("visual.proj", torch.zeros(32, 64)), "visual.proj"),
+    "packed.pt": (_archived({}, "data/0"), "data/0 is compressed"),
+    "short.pt": (_archived({"data/0": b"1234"}), "record size"),
     "tree.pt": (_cut_tree, "archive of modules and tensors"),
 }
 
 
 @pytest.mark.parametrize(("name", "make", "message"), [(name, *given) for name, given in BAD.items()], ids=BAD)
-def test_what_is_no_clip_is_refused(name: str, make: Callable, message: str, folder: Path, tmp_path: Path) -> None:
+def test_what_is_no_clip_is_refused(name: str, make: Make, message: str, folder: Path, tmp_path: Path) -> None:
     make(folder, tmp_path / name)
     with pytest.raises(UserError) as refused:
         load_clip(str(tmp_path / name), "cpu")

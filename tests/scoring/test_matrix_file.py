@@ -38,19 +38,16 @@ def written(folder: Path, text: str, name: str = "matrix.csv") -> Path:
     return path
 
 
-@pytest.mark.parametrize("text", CSV.values(), ids=CSV.keys())
-def test_csv(text: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("text", "zero_shot"),
+    [*((text, None) for text in CSV.values()), *((text, [1, 2, 3]) for text in ZERO_SHOT_CSV.values())],
+    ids=[*CSV, *(f"zero-shot row, {name}" for name in ZERO_SHOT_CSV)],
+)
+def test_csv(text: str, zero_shot: list[float] | None, tmp_path: Path) -> None:
     given = read(written(tmp_path, text))
     assert given.matrix.to_rows() == ROWS
-    assert given.zero_shot is None
+    assert given.zero_shot == zero_shot
     assert given.tasks == (["A", "B", "C"] if "A" in text else ["1", "2", "3"])
-
-
-@pytest.mark.parametrize("text", ZERO_SHOT_CSV.values(), ids=ZERO_SHOT_CSV.keys())
-def test_csv_with_a_zero_shot_row(text: str, tmp_path: Path) -> None:
-    given = read(written(tmp_path, text))
-    assert given.matrix.to_rows() == ROWS
-    assert given.zero_shot == [1, 2, 3]
 
 
 def test_an_unfinished_csv(tmp_path: Path) -> None:
@@ -208,17 +205,14 @@ BAD_JSON = {
 }
 
 
-@pytest.mark.parametrize(("text", "message"), BAD_CSV.values(), ids=BAD_CSV.keys())
-def test_bad_csv_is_one_message(text: str, message: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("suffix", "text", "message"),
+    [(suffix, *case) for suffix, cases in (("csv", BAD_CSV), ("json", BAD_JSON)) for case in cases.values()],
+    ids=[f"{suffix}, {name}" for suffix, cases in (("csv", BAD_CSV), ("json", BAD_JSON)) for name in cases],
+)
+def test_a_bad_file_is_one_message(suffix: str, text: str, message: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=message) as error:
-        read(written(tmp_path, text)).metrics()
-    assert "\n" not in str(error.value)
-
-
-@pytest.mark.parametrize(("text", "message"), BAD_JSON.values(), ids=BAD_JSON.keys())
-def test_bad_json_is_one_message(text: str, message: str, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=message) as error:
-        read(written(tmp_path, text, "matrix.json")).metrics()
+        read(written(tmp_path, text, f"matrix.{suffix}")).metrics()
     assert "\n" not in str(error.value)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 
-from cnext.errors import UserError
 from cnext.scoring import published
 from cnext.scoring.matrix import metrics, points
 
@@ -135,8 +134,3 @@ def test_the_remarks_are_so() -> None:
 def test_forms_that_the_paper_does_not_print(method: str, forgetting_max: float, maa: float) -> None:
     assert computed(method)["forgetting_max"] == pytest.approx(forgetting_max, abs=0.006)
     assert computed(method)["maa"] == pytest.approx(maa, abs=0.006)
-
-
-def test_an_unknown_method_is_named_with_those_there_are() -> None:
-    with pytest.raises(UserError, match="unknown method of the paper 'o-lora'; valid: zero-shot, lora, moelora"):
-        published.score_matrix(PAPER, "o-lora")

@@ -6,10 +6,14 @@ import json
 import os
 import signal
 import sys
+import threading
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from multiprocessing.connection import Connection
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
+from typing import Any
 
 from cnext.config.run_config import RunConfig
 from cnext.errors import UserError
@@ -76,6 +80,29 @@ def child(config: RunConfig, connection: Connection) -> None:
 
 
 real_child = local._run
+
+
+def soon(holds: Callable[[], bool]) -> bool:
+    """Waits until something holds."""
+    deadline = time.monotonic() + 600
+    while not holds() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    return holds()
+
+
+@contextmanager
+def signalled(number: int, when: Callable[[], Any]) -> Iterator[list[Any]]:
+    """Sends this process a signal once ``when`` has returned in another thread. Yields a list of what it returned."""
+    found: list[Any] = []
+
+    def send() -> None:
+        found.append(when())
+        os.kill(os.getpid(), number)
+
+    thread = threading.Thread(target=send)
+    thread.start()
+    yield found
+    thread.join()
 
 
 def forever(out: str) -> None:

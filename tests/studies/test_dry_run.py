@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from training.toy import change, copy_suite
 
 from cnext import backbones
 from cnext.backbones.tiny.model import WEIGHTS, TinyBackbone
@@ -132,16 +133,9 @@ def test_a_synthetic_suite_is_made_by_its_own_generator(
 
     monkeypatch.setitem(synthetic.GENERATORS, "other", generator)
     folder = shutil.copytree(toy_suite, tmp_path / "suite")
-    manifest = json.loads((folder / "suite.json").read_text())
-    (folder / "suite.json").write_text(json.dumps(manifest | {"synthetic": "other"}))
+    change(folder / "suite.json", synthetic="other")
     assert run_main(["--suite", str(folder), "--order", "VQAv2", "--dry-run"]) == 0
     assert drawn == [(32, 8)], "no more than needed"
-
-
-def test_a_missing_device_is_an_error_with_any_launcher(flags: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    flags = [*flags, "--launcher", "slurm", "--device", "cuda:99", "--dry-run"]
-    assert run_main(flags) == 2
-    assert "device cuda:99 is not there" in capsys.readouterr().err
 
 
 def test_several_processes_are_an_error(
@@ -153,10 +147,7 @@ def test_several_processes_are_an_error(
 
 
 def test_batch_sizes_of_single_tasks(flags: list[str], toy_suite: Path, tmp_path: Path) -> None:
-    folder = shutil.copytree(toy_suite, tmp_path / "suite")
-    manifest = json.loads((folder / "suite.json").read_text())
-    manifest["budgets"]["default"]["by_task"] = {"HQEdit": {"batch_size": 3}}
-    (folder / "suite.json").write_text(json.dumps(manifest))
+    folder = copy_suite(toy_suite, tmp_path / "suite", by_task={"HQEdit": {"batch_size": 3}})
     sizes = []
     begin = trainer.TaskTrainer.train_step
 

@@ -92,20 +92,6 @@ def test_checkpointing_costs_time_and_saves_memory() -> None:
     assert figure(with_it, "GPU:") < 0.7 * figure(without, "GPU:")
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--gpus", "2"], "--gpus needs --dry-run"),
-        (["--dry-run", "--gpus", "0"], "--gpus must be at least 1"),
-        (["--dry-run", "--gpus", "3"], "--gpus 3 does not divide the batch size of VQAv2"),
-    ],
-    ids=["no dry run", "none", "uneven"],
-)
-def test_bad_input_is_named(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run_main(arguments) == 2
-    assert message in capsys.readouterr().err
-
-
 def test_a_backbone_of_unknown_size_is_an_error() -> None:
     class Unknown(TinyBackbone):
         name = "unknown"

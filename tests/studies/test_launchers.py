@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
-import os
 import signal
 import sys
-import threading
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -15,11 +13,11 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from studies.fake_child import signalled, soon
 
 from cnext.cli import run_main
 from cnext.config.run_config import RunConfig, plan
 from cnext.errors import UserError
-from cnext.runs import command_line
 from cnext.studies import launchers
 from cnext.studies.launchers import ENGINES, Ended, Work
 from cnext.tables import aggregate
@@ -55,12 +53,7 @@ def here(flags: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def seen(path: Path, words: str) -> bool:
     """Waits until a file contains some words."""
-    deadline = time.monotonic() + 600
-    while time.monotonic() < deadline:
-        if path.is_file() and words in path.read_text():
-            return True
-        time.sleep(0.02)
-    return False
+    return soon(lambda: path.is_file() and words in path.read_text())
 
 
 @pytest.mark.parametrize("engine", LAUNCHED)
@@ -69,18 +62,9 @@ def test_a_stopped_run_resumes_to_the_same_results(
 ) -> None:
     launched = [*flags, *LAUNCHED[engine], "--out", str(tmp_path)]
     log = tmp_path / FOLDER / "run.log"
-    found: list[bool] = []
-
-    def stop() -> None:
-        found.append(seen(log, "after 0 zero-shot"))
-        os.kill(os.getpid(), signal.SIGTERM)
-
-    thread = threading.Thread(target=stop)
-    thread.start()
-    status = run_main(launched)
-    thread.join()
+    with signalled(signal.SIGTERM, lambda: seen(log, "after 0 zero-shot")) as found:
+        assert run_main(launched) == 0
     assert found == [True]
-    assert status == 0
     shown = capsys.readouterr().err
     assert f"1 runs to do, 1 in parallel ({engine})" in shown
     assert f"{FOLDER}: stopped, and progress saved" in shown
@@ -175,12 +159,6 @@ def test_a_job_does_not_import_cnext_from_its_folder(
     assert (tmp_path / "out" / FOLDER / "results.json").read_bytes() == (here / "results.json").read_bytes()
 
 
-def test_options_of_a_job_are_those_of_its_run(tmp_path: Path) -> None:
-    config = RunConfig(method="mage", hyperparameters={"c": 2.0}, out=tmp_path, data=tmp_path / "data", threads=2)
-    config.folder.mkdir(parents=True)
-    assert command_line.read(command_line.write(config)) == config
-
-
 def test_options() -> None:
     given = ["slurm_partition=gpu", "timeout_min=60", "mem_gb=1.5", "slurm_comment=a=b"]
     assert launchers.options(given) == {
@@ -189,22 +167,6 @@ def test_options() -> None:
         "mem_gb": 1.5,
         "slurm_comment": "a=b",
     }
-
-
-ERRORS = {
-    "no equals sign": (["--launcher", "ray", "--launcher-option", "num_cpus"], "expects key=value, got 'num_cpus'"),
-    "twice": (["--launcher", "ray", "--launcher-option", "a=1", "a=2"], "has a more than once"),
-    "local": (["--launcher-option", "a=1"], "--launcher-option needs --launcher ray or slurm"),
-    "no Slurm": (["--launcher", "slurm"], "expected Slurm's commands on this machine"),
-}
-
-
-@pytest.mark.parametrize(("given", "message"), ERRORS.values(), ids=ERRORS)
-def test_errors(
-    given: list[str], message: str, flags: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert run_main([*flags, *given, "--out", str(tmp_path)]) == 2
-    assert message in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("engine", LAUNCHED)

@@ -21,7 +21,8 @@ from types import SimpleNamespace
 import psutil
 import pytest
 from studies import fake_child
-from studies.fake_child import CRASHES, ENDS_WELL, GOES_ON, KILLED, SAVES, USER_ERROR
+from studies.fake_child import CRASHES, ENDS_WELL, GOES_ON, KILLED, SAVES, USER_ERROR, signalled, soon
+from training.toy import change
 
 from cnext.cli import run_main
 from cnext.config.run_config import RunConfig, plan
@@ -56,13 +57,6 @@ def gone(pid: int) -> bool:
     except ProcessLookupError:
         return True
     return False
-
-
-def soon(holds: Callable[[], bool]) -> bool:
-    deadline = time.monotonic() + 600
-    while not holds() and time.monotonic() < deadline:
-        time.sleep(0.02)
-    return holds()
 
 
 def pid_in(log: Path) -> int:
@@ -134,50 +128,28 @@ def interruptible() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("fake", "interruptible")
-def test_sigint_stops_every_process(flags: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    logs = [tmp_path / f"{method}/VQAv2/seed-{GOES_ON}/run.log" for method in ("lora", "mage")]
-    pids: list[int] = []
-
-    def interrupt() -> None:
-        pids.extend(pid_in(log) for log in logs)
-        os.kill(os.getpid(), signal.SIGINT)
-
-    thread = threading.Thread(target=interrupt)
-    thread.start()
-    arguments = ["--method", "lora", "mage", "--seeds", str(GOES_ON), "--out", str(tmp_path), "--jobs", "2"]
-    assert run_main([*flags, *arguments]) == 130
-    thread.join()
-    assert "stopped by SIGINT: everything finished is saved; run the same command again" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    ("seed", "number", "status"),
+    [(GOES_ON, signal.SIGINT, 130), (SAVES, signal.SIGTERM, 0), (SAVES, signal.SIGINT, 130)],
+    ids=["nothing to save", "SIGTERM", "SIGINT"],
+)
+def test_a_stopped_study_waits_until_every_run_has_saved_and_ended(
+    seed: int, number: signal.Signals, status: int, flags: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folders = [tmp_path / f"{method}/VQAv2/seed-{seed}" for method in ("lora", "mage")]
+    arguments = ["--method", "lora", "mage", "ewc", "--seeds", str(seed), "--out", str(tmp_path), "--jobs", "2"]
+    with signalled(number, lambda: [pid_in(folder / "run.log") for folder in folders]) as found:
+        assert run_main([*flags, *arguments]) == status
+    said = f"stopped by {number.name}: everything finished is saved; run the same command again"
+    assert said in capsys.readouterr().err
+    [pids] = found
     assert len(pids) == 2
     assert all(map(gone, pids))
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
-
-
-@pytest.mark.usefixtures("fake", "interruptible")
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 0), (signal.SIGINT, 130)], ids=["SIGTERM", "SIGINT"])
-def test_a_stopped_study_waits_until_every_run_has_saved(
-    number: signal.Signals, status: int, flags: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    folders = [tmp_path / f"{method}/VQAv2/seed-{SAVES}" for method in ("lora", "mage")]
-    pids: list[int] = []
-
-    def stop() -> None:
-        pids.extend(pid_in(folder / "run.log") for folder in folders)
-        os.kill(os.getpid(), number)
-
-    thread = threading.Thread(target=stop)
-    thread.start()
-    arguments = ["--method", "lora", "mage", "ewc", "--seeds", str(SAVES), "--out", str(tmp_path), "--jobs", "2"]
-    assert run_main([*flags, *arguments]) == status
-    thread.join()
-    assert (
-        f"stopped by {number.name}: everything finished is saved; run the same command again" in capsys.readouterr().err
-    )
-    assert all(map(gone, pids))
-    for folder in folders:
+    for folder in folders if seed == SAVES else ():
         assert (folder / "saved").is_file()
         assert "stopped by SIGTERM: saved after step 3; run the same command again" in (folder / "run.log").read_text()
-    assert not (tmp_path / f"ewc/VQAv2/seed-{SAVES}/run.log").exists(), "no other run is started"
+    assert not (tmp_path / f"ewc/VQAv2/seed-{seed}/run.log").exists(), "no other run is started"
 
 
 @pytest.mark.usefixtures("fake")
@@ -531,19 +503,6 @@ def test_bad_data_is_reported_once_before_any_process(
     assert not list(tmp_path.rglob("run.log"))
 
 
-@pytest.fixture
-def renamed(toy_suite: Path, tmp_path: Path) -> Callable[[dict[str, list[str]]], Path]:
-    """The toy suite with other named orders."""
-
-    def make(orders: dict[str, list[str]]) -> Path:
-        folder = shutil.copytree(toy_suite, tmp_path / "suite")
-        manifest = json.loads((folder / "suite.json").read_text())
-        (folder / "suite.json").write_text(json.dumps(manifest | {"orders": orders}))
-        return folder
-
-    return make
-
-
 ALL = ["VQAv2", "ImageNet", "Flickr30k", "OCRVQA", "RefCOCO", "HQEdit"]
 
 
@@ -560,11 +519,13 @@ def test_the_default_order_is_one_of_the_suite(
     orders: dict[str, list[str]],
     expected: str,
     label: str,
-    renamed: Callable[[dict[str, list[str]]], Path],
+    toy_suite: Path,
+    tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    suite, ran = renamed(orders), []
+    suite, ran = shutil.copytree(toy_suite, tmp_path / "suite"), []
+    change(suite / "suite.json", orders=orders)
     config = RunConfig(suite=str(suite))
     planned = plan(config)
     assert planned.as_dict()["order"] == expected

@@ -166,13 +166,6 @@ def test_an_unfinished_run_is_compared_up_to_its_last_stage(tmp_path: Path) -> N
     assert found.metrics["avg_acc"].difference == pytest.approx(DELTA)
 
 
-def test_two_runs_of_other_budgets_are_refused(tmp_path: Path) -> None:
-    """The paper names no budget of ours, so against it none is asked for."""
-    here, there = (of_run(run(tmp_path / budget, results(budget=budget))) for budget in ("smoke", "default"))
-    with pytest.raises(UserError, match="\n  budget: smoke here, default there\n"):
-        compare(here, there)
-
-
 def test_two_runs(tmp_path: Path) -> None:
     here = of_run(run(tmp_path / "a", results("mage", seed=1, versions={"cnext": "1"})))
     there = of_run(run(tmp_path / "b", results("lora")), here.conditions["profile"])

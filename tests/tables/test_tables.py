@@ -18,6 +18,7 @@ from pathlib import Path
 import pytest
 from msgspec import convert
 from msgspec.structs import asdict
+from training.toy import change
 
 from cnext.cli import main
 from cnext.errors import UserError
@@ -197,8 +198,7 @@ def test_runs_that_do_not_go_together_are_refused(changes: dict, message: str, w
 @pytest.mark.parametrize("key", ["suite", "backbone", "split", "budget"])
 def test_another_setting_is_refused(key: str, write: Write) -> None:
     one, other = write("mage", "paper", 0, 50.0), write("lora", "paper", 0, 50.0)
-    config = json.loads((other / "config.json").read_text())
-    (other / "config.json").write_text(json.dumps(config | {key: "another"}))
+    change(other / "config.json", **{key: "another"})
     with pytest.raises(UserError, match=f'{key}: ".*" and "another"'):
         study(one, other)
 
@@ -231,10 +231,12 @@ def test_damaged_files_are_named(file: str, text: str, message: str, write: Writ
         study(folder)
 
 
-def test_a_folder_without_runs_is_named(tmp_path: Path) -> None:
+def test_a_folder_without_runs_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for path in (tmp_path, tmp_path / "none"):
         with pytest.raises(UserError, match="is no run folder and holds none"):
             aggregate.find([path])
+        assert main(["table", str(path)]) == 2
+        assert capsys.readouterr().err.startswith(f"error: {path} is no run folder")
 
 
 def test_a_run_named_twice_counts_once(runs: Path) -> None:
@@ -293,8 +295,3 @@ def test_the_verb_table_needs_no_torch(runs: Path) -> None:
 def test_the_verb_table_has_formats(name: str, runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["table", str(runs), "--format", name, "--baseline", "mage"]) == 0
     assert capsys.readouterr().out == formats.FORMATS[name](study(runs, baseline="mage"))
-
-
-def test_the_verb_table_on_nothing_is_one_message(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["table", str(tmp_path)]) == 2
-    assert capsys.readouterr().err.startswith(f"error: {tmp_path} is no run folder")

@@ -5,12 +5,14 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 from PIL import Image
 from tasks.official import SHORT, lines, listing, picture, write_continual_next
+from training.toy import change
 
 from cnext.cli import main
 from cnext.tasks import data_check, data_check_text, suites
@@ -184,13 +186,9 @@ def test_text_is_shortened_and_json_is_complete(data: Path, tmp_path: Path) -> N
 
 
 def test_exit_status(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    folder = tmp_path / "small"
-    folder.mkdir()
-    for part in (suites.FOLDER / "continual-next").glob("*.json"):
-        values = json.loads(part.read_text())
-        (folder / part.name).write_text(
-            json.dumps(values | {"train_count": 6, "test_count": 3} if part.name != "suite.json" else values)
-        )
+    folder = shutil.copytree(suites.FOLDER / "continual-next", tmp_path / "small")
+    for task in suite().tasks:
+        change(folder / f"{task.name}.json", train_count=6, test_count=3)
     verb = ["data", "check", str(data), "--suite", str(folder)]
     assert main([*verb, "--json", str(tmp_path / "report.json")]) == 0
     assert json.loads((tmp_path / "report.json").read_text())["problems"] == 0

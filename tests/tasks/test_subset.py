@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from tasks.official import listing, picture, write_continual_next
+from training.toy import rows
 
 from cnext.cli import main
 from cnext.config.run_config import RunConfig, plan
@@ -23,8 +24,14 @@ def official(tmp_path: Path) -> Path:
     return write_continual_next(tmp_path / "data")
 
 
-def rows(folder: Path, task: str) -> list[dict]:
-    return [json.loads(line) for line in (folder / task / "annotations/train_001.jsonl").read_text().splitlines()]
+def drawn(official: Path, out: Path, n: int, seed: int = 0, **options: bool) -> suites.Suite:
+    """A subset of the paper's suite, written to a folder."""
+    write_subset(suites.load("continual-next"), official, n, seed, out, **options)
+    return suites.load(str(out))
+
+
+def read(folder: Path, task: str) -> list[dict]:
+    return rows(folder / task / "annotations/train_001.jsonl")
 
 
 def test_a_subset_is_a_suite_that_runs_at_once(data: Path, tmp_path: Path) -> None:
@@ -50,8 +57,7 @@ def test_a_subset_is_a_suite_that_runs_at_once(data: Path, tmp_path: Path) -> No
 
 def test_a_subset_of_the_papers_layout_has_no_problems(official: Path, tmp_path: Path) -> None:
     out = tmp_path / "deep" / "small"
-    write_subset(suites.load("continual-next"), official, 2, 0, out)
-    suite = suites.load(str(out))
+    suite = drawn(official, out, 2)
     with Bars() as bars:
         report = data_check.check(suite, out, bars)
     assert report.problems == 0
@@ -59,41 +65,36 @@ def test_a_subset_of_the_papers_layout_has_no_problems(official: Path, tmp_path:
     assert {task.train_count for task in suite.tasks} == {2}
 
 
-def test_image_positions_are_kept(official: Path, tmp_path: Path) -> None:
+def test_image_positions_and_epochs_are_kept(official: Path, tmp_path: Path) -> None:
     """The random place of an image goes with the sample's id, which the subset keeps."""
-    write_subset(suites.load("continual-next"), official, 3, 0, tmp_path / "small")
-    whole, small = suites.load("continual-next").task("VQAv2"), suites.load(str(tmp_path / "small")).task("VQAv2")
+    suite = drawn(official, tmp_path / "small", 3)
+    whole, small = suites.load("continual-next").task("VQAv2"), suite.task("VQAv2")
     first = {sample.id: sample.image_first for sample in formats.read_samples(whole, official, "train")}
-    drawn = formats.read_samples(small, tmp_path / "small", "train")
-    assert len(drawn) == 3
-    assert all(first[sample.id] == sample.image_first for sample in drawn)
+    kept = formats.read_samples(small, tmp_path / "small", "train")
+    assert len(kept) == 3
+    assert all(first[sample.id] == sample.image_first for sample in kept)
+    recipe = suite.budgets["paper"]
+    assert (recipe.steps["VQAv2"], recipe.steps["HQEdit"], recipe.warmup_steps) == (1500, 5000, 63)
+    assert (recipe.batch_size, recipe.train_samples) == (256, 0)
 
 
 def test_rows_depend_on_the_seed_and_a_smaller_n_is_a_subset(official: Path, tmp_path: Path) -> None:
-    suite = suites.load("continual-next")
     for name, n, seed in (("a", 4, 0), ("b", 4, 0), ("c", 2, 0), ("d", 4, 1)):
-        write_subset(suite, official, n, seed, tmp_path / name)
+        drawn(official, tmp_path / name, n, seed)
     protocols = [json.loads((tmp_path / name / "suite.json").read_text())["protocol"] for name in "abcd"]
     assert protocols[0] == protocols[1]
     assert len({protocol["sha256"] for protocol in protocols}) == 3
     assert protocols[0]["rows"]["VQAv2"] == {"train": 6, "test": 3}
     for task in protocols[0]["rows"]:
-        drawn = rows(tmp_path / "a", task)
-        assert drawn == rows(tmp_path / "b", task)
-        assert [row for row in drawn if row in rows(tmp_path / "c", task)] == rows(tmp_path / "c", task)
-    assert any(rows(tmp_path / "a", task) != rows(tmp_path / "d", task) for task in protocols[0]["rows"])
-    assert [row["question_id"] for row in rows(tmp_path / "c", "VQAv2")] == ["VQAv2-train-000001", "VQAv2-train-000003"]
-
-
-def test_budgets_keep_their_epochs(official: Path, tmp_path: Path) -> None:
-    write_subset(suites.load("continual-next"), official, 3, 0, tmp_path / "small")
-    recipe = suites.load(str(tmp_path / "small")).budgets["paper"]
-    assert (recipe.steps["VQAv2"], recipe.steps["HQEdit"], recipe.warmup_steps) == (1500, 5000, 63)
-    assert (recipe.batch_size, recipe.train_samples) == (256, 0)
+        whole, part = read(tmp_path / "a", task), read(tmp_path / "c", task)
+        assert whole == read(tmp_path / "b", task)
+        assert [row for row in whole if row in part] == part
+    assert any(read(tmp_path / "a", task) != read(tmp_path / "d", task) for task in protocols[0]["rows"])
+    assert [row["question_id"] for row in read(tmp_path / "c", "VQAv2")] == ["VQAv2-train-000001", "VQAv2-train-000003"]
 
 
 def test_absolute_paths(official: Path, tmp_path: Path) -> None:
-    write_subset(suites.load("continual-next"), official, 1, 0, tmp_path / "small", absolute=True)
+    drawn(official, tmp_path / "small", 1, absolute=True)
     manifest = json.loads((tmp_path / "small/VQAv2.json").read_text())
     assert manifest["train_images"] == str(official / "SEED-Data-VQAv2/COCO2014/train2014")
     (tmp_path / "small").rename(tmp_path / "moved")
@@ -112,8 +113,8 @@ def test_captions_of_a_separate_file_go_into_the_rows(tmp_path: Path) -> None:
     (tmp_path / task.references).write_text(json.dumps({"annotations": annotations}))
     alone = suites.Suite("one", "", (task,), {"paper": ("VizWiz",)}, {})
     write_subset(alone, tmp_path, 2, 0, tmp_path / "small")
-    drawn = formats.read_samples(suites.load(str(tmp_path / "small")).task("VizWiz"), tmp_path / "small", "test")
-    assert [sample.references for sample in drawn] == [(f"{sample.id} 0", f"{sample.id} 1") for sample in drawn]
+    kept = formats.read_samples(suites.load(str(tmp_path / "small")).task("VizWiz"), tmp_path / "small", "test")
+    assert [sample.references for sample in kept] == [(f"{sample.id} 0", f"{sample.id} 1") for sample in kept]
 
 
 def test_unusable_rows_raise_and_nothing_is_written(official: Path, tmp_path: Path) -> None:
@@ -121,18 +122,18 @@ def test_unusable_rows_raise_and_nothing_is_written(official: Path, tmp_path: Pa
     content = path.read_text()
     path.write_text(content + "{oops\n")
     with pytest.raises(DataError, match=r"output_001\.jsonl:5: is not JSON(.|\n)*cnext data check"):
-        write_subset(suites.load("continual-next"), official, 2, 0, tmp_path / "small")
+        drawn(official, tmp_path / "small", 2)
     path.write_text(content)
     (official / "SEED-Data-VQAv2/COCO2014/train2014/000000000001.jpg").unlink()
     with pytest.raises(DataError, match=r"names an image that is missing: .*000000000001\.jpg"):
-        write_subset(suites.load("continual-next"), official, 2, 0, tmp_path / "small")
+        drawn(official, tmp_path / "small", 2)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["data"]
 
 
 @pytest.mark.parametrize(("n", "seed"), [(0, 0), (1, -1)])
 def test_wrong_numbers(n: int, seed: int, official: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="must be at least"):
-        write_subset(suites.load("continual-next"), official, n, seed, tmp_path / "small")
+        drawn(official, tmp_path / "small", n, seed)
 
 
 def test_command(

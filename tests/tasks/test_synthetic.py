@@ -22,17 +22,18 @@ def samples(data: Path, task: str, split: str) -> list:
     return formats.read_samples(suites.load("next-tiny").task(task), data, split)
 
 
+def disjoint(sets: list[set]) -> bool:
+    return not any(one & other for one, other in itertools.combinations(sets, 2))
+
+
 @pytest.mark.parametrize("task", TASKS)
 def test_splits_are_disjoint_by_content(task: str) -> None:
-    contents = [
-        {e.content for e in itertools.islice(synthetic.examples(task, split), 400)} for split in (*SPLITS, "pretrain")
-    ]
-    for one, other in itertools.combinations(contents, 2):
-        assert not one & other
+    drawn = [itertools.islice(synthetic.examples(task, split), 400) for split in (*SPLITS, "pretrain")]
+    assert disjoint([{example.content for example in examples} for examples in drawn])
 
 
 @pytest.mark.parametrize("task", TASKS)
-def test_splits_are_disjoint_by_pixels(data: Path, task: str) -> None:
+def test_splits_are_read_and_disjoint_by_pixels(data: Path, task: str) -> None:
     """No picture of one split has the bytes of another's (Flickr30k: no caption recurs, for that is what is read)."""
 
     def identity(sample) -> object:
@@ -40,14 +41,9 @@ def test_splits_are_disjoint_by_pixels(data: Path, task: str) -> None:
             sample.turns[0].instruction if sample.image is None else hashlib.sha256(sample.image.read_bytes()).digest()
         )
 
-    found = [{identity(sample) for sample in samples(data, task, split)} for split in SPLITS]
-    for one, other in itertools.combinations(found, 2):
-        assert not one & other
-
-
-@pytest.mark.parametrize("task", TASKS)
-def test_readers_read_every_split(data: Path, task: str) -> None:
-    assert [len(samples(data, task, split)) for split in SPLITS] == [32, 8, 8]
+    found = [samples(data, task, split) for split in SPLITS]
+    assert [len(rows) for rows in found] == [32, 8, 8]
+    assert disjoint([{identity(sample) for sample in rows} for rows in found])
 
 
 def test_same_seed_same_bytes(data: Path, tmp_path: Path) -> None:
@@ -101,6 +97,8 @@ def test_paper_formats(data: Path) -> None:
         "HQEdit": {"source_image", "target_image", "instruction"},
     }.items():
         assert set(json.loads((data / task / "questions/test.json").read_text())[0]) == keys
+    with Image.open(data / "ImageNet/images/test/00000.png") as image:
+        assert (image.size, image.mode) == ((48, 48), "RGB")
 
 
 def test_every_word_is_in_the_vocabulary() -> None:
@@ -131,8 +129,3 @@ def test_an_interrupted_writer_leaves_nothing(tmp_path: Path, monkeypatch: pytes
     with pytest.raises(OSError, match="disk full"):
         synthetic.write_next_tiny(tmp_path / "data", 2, 2)
     assert list(tmp_path.iterdir()) == []
-
-
-def test_pictures_are_48_pixels(data: Path) -> None:
-    with Image.open(data / "ImageNet/images/test/00000.png") as image:
-        assert (image.size, image.mode) == ((48, 48), "RGB")

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from training.conftest import ORDER, Make
+from training.toy import change
 
 from cnext import records, run
 from cnext.cli import main, run_main
@@ -186,8 +187,7 @@ def test_a_study_checks_environments_before_it_starts(
     for seed in (0, 1):
         folder = made.folder.with_name(f"seed-{seed}")
         copy(finished, folder, seed=seed, fingerprint=here | {"threads": 1 + seed})
-        config_file = json.loads((folder / "config.json").read_text()) | {"seed": seed}
-        (folder / "config.json").write_text(json.dumps(config_file))
+        change(folder / "config.json", seed=seed)
         (folder / "report.html").touch()
     monkeypatch.setattr(runner, "run", lambda *_: pytest.fail("a run has started"))
     assert run_main(flags) == 2

@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 from training.conftest import ORDER, Make
-from training.toy import rows
+from training.faults import damage
+from training.toy import change, rows
 from waiting import until
 
 from cnext import RunConfig, run
@@ -23,7 +24,6 @@ from cnext.errors import UserError
 from cnext.monitoring.progress import Progress
 from cnext.monitoring.signals import Stop
 from cnext.runs import checkpoint
-from cnext.runs.run_folder import RunFolder
 from cnext.runs.state_digests import StateDigest
 from cnext.training import runner
 from cnext.training.cost import StageCost
@@ -178,29 +178,15 @@ def test_a_manifest_with_an_unknown_name_is_refused(
     key: str, value: object, message: str, toy_suite: Path, tmp_path: Path, config: Make
 ) -> None:
     folder = shutil.copytree(toy_suite, tmp_path / "suite")
-    manifest = json.loads((folder / "VQAv2.json").read_text())
-    (folder / "VQAv2.json").write_text(json.dumps(manifest | {key: value}))
+    change(folder / "VQAv2.json", **{key: value})
     with pytest.raises(UserError, match=message):
         plan(config(suite=str(folder)))
-
-
-def test_two_processes_in_one_folder_are_refused(config: Make) -> None:
-    made = config()
-    planned = plan(made)
-    first = RunFolder(made.folder, planned.as_dict())
-    with pytest.raises(UserError, match="another process is running"):
-        RunFolder(made.folder, planned.as_dict())
-    first.close()
-    RunFolder(made.folder, planned.as_dict()).close()
 
 
 def test_a_run_without_a_good_checkpoint_is_refused(config: Make) -> None:
     made = config(order="VQAv2")
     run(made)
-    path = made.folder / "checkpoints" / "1_VQAv2" / "adapters.safetensors"
-    content = bytearray(path.read_bytes())
-    content[-1] ^= 1
-    path.write_bytes(content)
+    damage(made.folder / "checkpoints" / "1_VQAv2" / "adapters.safetensors", 1.0, cut=False)
     with pytest.raises(UserError, match=r"no checkpoint of this run is intact:\n.*adapters\.safetensors has changed"):
         run(made)
 

@@ -233,11 +233,6 @@ def test_a_whole_run_in_bfloat16_with_checkpointing(config: Make) -> None:
     assert losses[0] == pytest.approx(losses[1], rel=0.05)
 
 
-def test_the_tiny_backbone_takes_no_device_map(config: Make) -> None:
-    with pytest.raises(UserError, match="takes no device map, got 'balanced'"):
-        run(config(device_map="balanced"))
-
-
 @pytest.mark.parametrize(
     ("given", "expected"),
     [

@@ -1,4 +1,4 @@
-"""Copies of the toy suite with another budget, and the rows of a run's logs."""
+"""Copies of the toy suite with another budget, changes of JSON files, and the rows of a run's logs."""
 
 from __future__ import annotations
 
@@ -10,10 +10,14 @@ from pathlib import Path
 def copy_suite(toy_suite: Path, folder: Path, **budget: object) -> Path:
     """The toy suite in a new folder, with other values in its budget."""
     shutil.copytree(toy_suite, folder)
-    manifest = json.loads((folder / "suite.json").read_text())
-    manifest["budgets"]["default"] |= budget
-    (folder / "suite.json").write_text(json.dumps(manifest))
+    budgets = json.loads((folder / "suite.json").read_text())["budgets"]
+    change(folder / "suite.json", budgets=budgets | {"default": budgets["default"] | budget})
     return folder
+
+
+def change(file: Path, **values: object) -> None:
+    """Writes other values into the JSON object in a file."""
+    file.write_text(json.dumps(json.loads(file.read_text()) | values))
 
 
 def rows(path: Path) -> list[dict]:
