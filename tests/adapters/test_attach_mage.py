@@ -112,6 +112,13 @@ def test_targets_that_match_nothing_are_named() -> None:
         cnext.attach_mage(model("janus"), targets=("q_proj", "fc1", "query"))
 
 
+def test_a_second_attach_is_refused() -> None:
+    attached = model("llama")
+    cnext.attach_mage(attached)
+    with pytest.raises(UserError, match="the model has adapters already; detach them first"):
+        cnext.attach_mage(attached)
+
+
 def test_a_subclass_of_linear_is_refused_and_nothing_changes() -> None:
     class Packed(nn.Linear):
         def forward(self, x: torch.Tensor) -> torch.Tensor:

@@ -185,6 +185,9 @@ def test_untrusted_names_stay_text(tmp_path: Path) -> None:
 
 
 def test_markdown_pictures_exist_and_parse(run: Path) -> None:
+    """And those of an earlier report are gone."""
+    (run / "report_files" / "earlier.svg").touch()
+    write_report(run)
     names = re.findall(r"!\[[^\n]*?\]\(report_files/([\w.]+)\)", (run / "report.md").read_text())
     files = {file.name for file in (run / "report_files").iterdir()}
     assert set(names) == files
