@@ -231,6 +231,8 @@ def _suite(config: RunConfig) -> Suite:
 def _check_options(config: RunConfig, suite: Suite) -> None:
     from cnext import backbones
 
+    if not suite.budgets:
+        raise UserError(f"suite {suite.name} has no preset; add one to budgets in its suite.json")
     if config.preset not in suite.budgets:
         raise unknown("preset", config.preset, list(suite.budgets))
     if config.split not in SPLITS:

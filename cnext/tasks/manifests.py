@@ -34,8 +34,6 @@ class SuiteManifest(Record):
         names = set(self.tasks)
         if not names or len(names) < len(self.tasks):
             raise ValueError("Expected distinct tasks, at least one")
-        if not self.budgets:
-            raise ValueError("Expected at least one preset in budgets")
         for label, order in self.orders.items():
             if len(set(order)) < len(order) or not set(order) <= names:
                 raise ValueError(f"Expected an order of tasks, each once, got {', '.join(order)!r} for {label!r}")
