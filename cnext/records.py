@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, ClassVar, TypeVar
 
 import msgspec
 from msgspec import Meta
@@ -32,9 +33,7 @@ class Record(msgspec.Struct):
 class Checked(str):
     """A string with a condition, checked as it is decoded; the docstring is the condition in words."""
 
-    @staticmethod
-    def fits(value: str) -> bool:
-        raise NotImplementedError
+    fits: ClassVar[Callable[[str], bool]]
 
 
 class FileName(Checked):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import ClassVar, Literal
 
 import torch
@@ -106,11 +106,10 @@ class MovingAverage(ABC):
         if not isinstance(steps, int) or steps < 1:
             raise UserError(f"begin_task: steps is {steps!r}; expected a whole number of at least 1")
         self.parameters, self.step, self.steps = _named(parameters), 0, steps
-        try:
+        with ExitStack() as undo:
+            undo.callback(self.cancel_task)
             self.start()
-        except BaseException:
-            self.cancel_task()
-            raise
+            undo.pop_all()
 
     def update(self, losses: Tensor | None = None) -> None:
         """Reads one step's ``.grad`` (None counts as zero): after the backward pass, before clipping and penalties.
