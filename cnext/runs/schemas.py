@@ -12,7 +12,7 @@ from msgspec import Meta, field
 
 from cnext import records
 from cnext.errors import UserError, parse_json
-from cnext.records import FileName, Finite, Record, RelativePath
+from cnext.records import AnyPath, FileName, Finite, Record, RelativePath
 from cnext.scoring.base import ERROR_TYPES, PROFILES
 
 T = TypeVar("T")
@@ -74,8 +74,8 @@ class Answer(Record, kw_only=True):
     answer: str
     text: str
     image: RelativePath | None
-    source_image: str | None
-    target_image: str | None
+    source_image: AnyPath | None
+    target_image: AnyPath | None
     strict: Percent
     paper: Percent = 0.0
     error: str
