@@ -20,6 +20,7 @@ from cnext.ops.averaging_table import GUARDS, Guard
 from cnext.ops.branches import dropout_mask, lora_branches, lora_branches_grouped
 from cnext.ops.dispatch import BRANCH_IMPLS, IMPLS, BranchImpl, Impl, last_path
 from cnext.ops.foreach import Prepared
+from cnext.ops.kron import kron_accumulate_, kron_merge_, kron_pull_
 
 __all__ = [
     "BRANCH_IMPLS",
@@ -34,6 +35,9 @@ __all__ = [
     "dropout_mask",
     "ema_step_",
     "fisher_accumulate_",
+    "kron_accumulate_",
+    "kron_merge_",
+    "kron_pull_",
     "last_path",
     "lora_branches",
     "lora_branches_grouped",

@@ -211,8 +211,8 @@ def require_disjoint(
         UserError: two tensors share memory and the op writes at least one of them.
     """
     places = numpy.concatenate([spans(found[name], tensors[0].element_size()) for name, tensors in lists.items()])
-    count = len(next(iter(found.values())))
-    writes = numpy.repeat([name in written for name in lists], count)
+    counts = [len(found[name]) for name in lists]
+    writes = numpy.repeat([name in written for name in lists], counts)
     order = numpy.flatnonzero(places[:, 0] < places[:, 1])
     order = order[numpy.argsort(places[order, 0], kind="stable")]
     (start, end), write = places[order].T, writes[order]
@@ -220,8 +220,10 @@ def require_disjoint(
     written_reach = numpy.maximum.accumulate(numpy.where(write, end, 0))[:-1]
     clash = (start[1:] < written_reach) | (write[1:] & (start[1:] < reach))
     if clash.any():
-        name, tensor = divmod(int(order[1:][clash][0]), count)
-        raise _overlap(op, list(lists)[name], tensor, written)
+        place = int(order[1:][clash][0])
+        ends = numpy.cumsum(counts)
+        which = int(numpy.searchsorted(ends, place, side="right"))
+        raise _overlap(op, list(lists)[which], place - int(ends[which]) + counts[which], written)
     return places[order][write]
 
 

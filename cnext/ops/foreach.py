@@ -14,8 +14,8 @@ from torch import Tensor
 from cnext.errors import UserError
 from cnext.ops import averaging_reference, checks, dispatch
 
-_LIBRARY = torch.library.Library("cnext", "FRAGMENT")
-_LETTER = {torch.float32: "f", torch.bfloat16: "b", torch.float16: "h"}
+LIBRARY = torch.library.Library("cnext", "FRAGMENT")
+LETTER = {torch.float32: "f", torch.bfloat16: "b", torch.float16: "h"}
 
 
 @dataclass(frozen=True)
@@ -67,11 +67,11 @@ class Op:
 
     def register(self) -> None:
         """Registers ``torch.ops.cnext.<name>`` for every device and for fake tensors."""
-        _LIBRARY.define(self.schema)
-        _LIBRARY.impl(self.name, self.run, "CompositeExplicitAutograd")
+        LIBRARY.define(self.schema)
+        LIBRARY.impl(self.name, self.run, "CompositeExplicitAutograd")
         # No gradient flows through these ops, and their results must not require one.
-        _LIBRARY.impl(self.name, torch.library.fallthrough_kernel, "Autograd")
-        torch.library.register_fake(f"cnext::{self.name}", self.fake, lib=_LIBRARY)
+        LIBRARY.impl(self.name, torch.library.fallthrough_kernel, "Autograd")
+        torch.library.register_fake(f"cnext::{self.name}", self.fake, lib=LIBRARY)
 
     def check_rows(self, given: Sequence[Tensor], base: Sequence[Tensor]) -> None:
         """Checks the dtype, shape and device of the argument that has a row per tensor."""
@@ -194,7 +194,7 @@ class Prepared:
         else:
             if not self.once:
                 self._require_same_storages()
-            dtypes = "".join(_LETTER[whole[name][0].dtype] for name in op.order)
+            dtypes = "".join(LETTER[whole[name][0].dtype] for name in op.order)
             statistics = self._run(dtypes, rows[0].contiguous() if rows else None, list(numbers.values()))
         self.calls += 1
         torch.autograd.graph.increment_version(self._versioned)
