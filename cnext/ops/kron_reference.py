@@ -1,4 +1,4 @@
-"""Reference implementations in plain torch of the ops of the Kronecker-factored Fisher information, see `cnext.ops.kron`.
+"""Reference implementations of the ops in `cnext.ops.kron`, in plain torch.
 
 They compute in the dtype of the factors: with float64 factors they are what the kernels are compared with.
 """
