@@ -8,12 +8,13 @@ from typing import get_args
 
 from cnext.averaging.base import MovingAverage, Rule, Statistics
 from cnext.averaging.fisher import UNITS, FisherAccumulator, Unit
+from cnext.averaging.kron import PemaKron
 from cnext.averaging.pema import Pema
 from cnext.averaging.per_step import Constant, PemaLiteral, PemaStep
 from cnext.averaging.released import Dema, NoAverage, PemaReleased
 
 RULES: dict[Rule, type[MovingAverage]] = dict(
-    zip(get_args(Rule), (Pema, PemaStep, PemaLiteral, PemaReleased, Dema, Constant, NoAverage), strict=True)
+    zip(get_args(Rule), (Pema, PemaKron, PemaStep, PemaLiteral, PemaReleased, Dema, Constant, NoAverage), strict=True)
 )
 """Rule name to class."""
 
@@ -26,6 +27,7 @@ __all__ = [
     "MovingAverage",
     "NoAverage",
     "Pema",
+    "PemaKron",
     "PemaLiteral",
     "PemaReleased",
     "PemaStep",

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from cnext.errors import UserError
 
-Rule = Literal["pema", "pema-step", "pema-literal", "pema-released", "dema", "constant", "none"]
+Rule = Literal["pema", "pema-kron", "pema-step", "pema-literal", "pema-released", "dema", "constant", "none"]
 """Names of the averaging rules; `cnext.averaging.RULES` maps each to its class."""
 Statistics = dict[str, tuple[float, float]]
 """Parameter name to mean and standard deviation of beta, the weight of the old value."""
@@ -176,6 +176,14 @@ class MovingAverage(ABC):
         """The state by kind, and by parameter name within a kind: the tensors themselves, no copies."""
         return {}
 
+    def current(self, kind: str) -> Iterable[str]:
+        """The names of the open task's state of a kind of `slots`."""
+        return self.parameters
+
+    def kept_bytes(self, parameters: Mapping[str, Tensor]) -> int:
+        """Bytes that the rule keeps between tasks over these parameters."""
+        return 4 * self.persistent_statistics * sum(parameter.numel() for parameter in parameters.values())
+
     def evaluated(self) -> Mapping[str, Tensor]:
         """The values to evaluate in place of the parameters, by name; empty: the parameters themselves."""
         return {}
@@ -256,12 +264,13 @@ class MovingAverage(ABC):
         self.step = int(state["step"])
 
     def _load(self, kind: str, slot: dict[str, Tensor], tensors: Mapping[str, Tensor]) -> None:
-        if missing := [name for name in slot if name in self.parameters and name not in tensors]:
+        current = set(self.current(kind))
+        if missing := [name for name in slot if name in current and name not in tensors]:
             raise UserError(f"load_state_dict: no {kind} for {missing[0]!r}, which the open task trains")
         for name, tensor in tensors.items():
             if name in slot and slot[name].shape == tensor.shape and slot[name].dtype == tensor.dtype:
                 slot[name].copy_(tensor)
-            elif name not in slot and name not in self.parameters:
+            elif name not in slot and name not in current:
                 slot[name] = tensor.clone()
             else:
                 here = f"{tuple(slot[name].shape)} {slot[name].dtype}" if name in slot else "no such state"

@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, ClassVar
 
 import torch
@@ -101,6 +102,10 @@ class Method(ABC):
 
     rule: MovingAverage | None = None
     """Moving average of the trained parameters: opened before each task, updated at each step, applied at its end."""
+
+    observed: Mapping[str, nn.Parameter] = MappingProxyType({})
+    """Parameters that the task does not train and whose gradients `transform_gradients` reads, where they require one.
+    They are summed over processes as the others are, and dropped before the optimizer's step."""
 
     regularizer: Callable[[], Tensor | None] | None = None
     """Penalty on the trained parameters, a scalar that every step adds to the task loss; None in a step without one."""
@@ -202,8 +207,7 @@ class Method(ABC):
 
     def extra_bytes(self, tasks: int) -> int:
         """Upper bound of the bytes stored after ``tasks`` tasks beyond one adapter of rank 32, samples not counted."""
-        kept = self.rule.persistent_statistics if self.rule else 0
-        return 4 * kept * sum(parameter.numel() for parameter in self.adapter_parameters().values())
+        return self.rule.kept_bytes(self.adapter_parameters()) if self.rule else 0
 
     def state_dict(self) -> dict[str, Tensor]:
         """Tensors that a resumed run needs besides `adapter_parameters` and the optimizer's state."""

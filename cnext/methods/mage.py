@@ -10,13 +10,27 @@ Reference: Continual-NExT, arXiv 2602.18055, section 4.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Annotated
 
+from cnext.errors import unknown
 from cnext.methods.base import Card
 from cnext.methods.parts.branches import RoleBranches
+
+TRAINS = ("roles", "all")
 
 
 @dataclass
 class Mage(RoleBranches):
     """y = W x + scale * sum over the four roles of B_i A_i x."""
 
+    trains: Annotated[str, "Branches that a task trains: roles, those of its modalities, or all."] = "roles"
+    pull: Annotated[float, "Weight of pema-kron's pull towards the task's start in every step; 0: none."] = 0.01
+
+    options = RoleBranches.options | {"pull": ("pema-kron",)}
     card = Card("arXiv 2602.18055", keeps="the averaging rule's state; of pema the summed Fisher information")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.trains not in TRAINS:
+            raise unknown("branches to train", self.trains, TRAINS)
+        self.freeze = self.trains == "roles"

@@ -69,6 +69,7 @@ class MageExperts(RoleBranches):
         return super().trainable(task)
 
     def before_step(self, batch: Sequence[Any]) -> None:
+        super().before_step(batch)
         if self.by_question.wants(self.task_index):
             self.by_question.add(self.task_index, collectives.all_gather(self.features(batch)))
 

@@ -45,6 +45,7 @@ class MageSlow(RoleBranches):
         return parameters
 
     def before_step(self, batch: Sequence[Any]) -> None:
+        super().before_step(batch)
         self.before = [parameter.detach().clone() for parameter in self.general]
 
     def after_step(self) -> None:

@@ -41,7 +41,8 @@ class KronOp:
     """Declaration of an op over groups of matrices.
 
     name: as registered, and of its function in `cnext.ops.kron_reference`.
-    lists: argument names in the order of the signature, with "rows" (n,), "factor" (r, r) or "part" of each.
+    lists: argument names in the order of the signature, and what each holds: "part", or for every group "rows" (n,),
+        "values" (r,) or "factor" (r, r).
     written: the lists that are written.
     scalars: names of the scalars, in the kernels' order.
     """
@@ -159,6 +160,7 @@ def _layout(op: KronOp, lists: Mapping[str, Sequence[Tensor]], parts: Sequence[i
             shape = {
                 "part": lambda at=at: lists[matrices][at].shape,
                 "rows": lambda at=at: torch.Size([groups[at][0]]),
+                "values": lambda at=at: torch.Size([groups[at][1]]),
                 "factor": lambda at=at: torch.Size([groups[at][1]] * 2),
             }[kind]()
             allowed = checks.STATE if kind != "part" else (base.dtype,) if base.dtype in checks.PARAM else checks.PARAM
@@ -195,8 +197,8 @@ OPS = {
         KronOp("kron_accumulate_", {"rows": "rows", "factor": "factor", "grad": "part"}, ("rows", "factor")),
         KronOp(
             "kron_pull_",
-            {"grad": "part", "theta": "part", "theta_start": "part", "rows": "rows", "factor": "factor"},
-            ("grad",),
+            {"theta": "part", "theta_start": "part", "rows": "rows", "values": "values", "vectors": "factor"},
+            ("theta",),
             ("weight",),
         ),
         KronOp("kron_merge_", {**_MERGED, "rows_old": "rows", "factor_old": "factor"}, ("theta",), ("c", "damping")),
@@ -239,38 +241,42 @@ def kron_accumulate_(
 
 
 def kron_pull_(
-    grad: list[Tensor],
     theta: list[Tensor],
     theta_start: list[Tensor],
     rows: list[Tensor],
-    factor: list[Tensor],
+    values: list[Tensor],
+    vectors: list[Tensor],
     parts: list[int],
     axes: list[int],
     *,
     weight: float,
     impl: Impl | None = None,
 ) -> None:
-    """Adds the gradient of a quadratic penalty: G <- G + weight diag(rows) (Theta - Theta_start) factor, in place.
+    """A proximal step of a quadratic penalty towards the values from before a task, in place, in one pass.
 
-    The penalty is weight / 2 * sum over rows i of rows[i] d_i factor d_i^T, with d = Theta - Theta_start and a
-    symmetric factor.
+    theta_i <- theta_start_i + d_i (I + weight rows[i] R)^-1,  d_i = theta_i - theta_start_i,  for every row i, with
+    R = Q diag(values) Q^T and Q = vectors: d_i Q diag(1 / (1 + weight rows[i] values)) Q^T. The result minimizes
+    1/2 |x - theta_i|^2 + weight / 2 (x - theta_start_i) rows[i] R (x - theta_start_i)^T, for any weight.
 
     Args:
-        grad: of each group's matrices, written.
-        theta, theta_start: the matrices, and their values at the task's start, of the dtype of ``grad``.
-        rows, factor: the Fisher information of earlier tasks.
+        theta: each group's matrices, written.
+        theta_start: their values from before the task.
+        rows: the Fisher information of earlier tasks by row.
+        values, vectors: float32, (r,) not negative and (r, r): eigenvalues, and eigenvectors in columns, of its factor.
         parts, axes: see the module.
-        weight: of the penalty.
+        weight: of the penalty, at least 0.
 
     Example:
-        >>> grad, start = [torch.zeros(2, 1)], [torch.zeros(2, 1)]
-        >>> rows, factor = [torch.tensor([1.0, 2.0])], [torch.eye(1)]
-        >>> kron_pull_(grad, [torch.ones(2, 1)], start, rows, factor, [1], [1], weight=0.5)
-        >>> grad[0].flatten()
-        tensor([0.5000, 1.0000])
+        >>> theta, start = [torch.ones(2, 1)], [torch.zeros(2, 1)]
+        >>> rows, values, vectors = [torch.tensor([1.0, 3.0])], [torch.ones(1)], [torch.eye(1)]
+        >>> kron_pull_(theta, start, rows, values, vectors, [1], [1], weight=1.0)
+        >>> theta[0].flatten()
+        tensor([0.5000, 0.2500])
+
+    Reference: the project's own; decoupled from the gradient as weight decay in AdamW, arXiv 1711.05101.
     """
     if parts:
-        lists = (grad, theta, theta_start, rows, factor)
+        lists = (theta, theta_start, rows, values, vectors)
         torch.ops.cnext.kron_pull_(*lists, parts, axes, weight=weight, impl=impl)
 
 

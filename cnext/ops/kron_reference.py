@@ -45,19 +45,19 @@ def kron_accumulate_(rows: Tensors, factor: Tensors, grad: Tensors, parts: Seque
 
 
 def kron_pull_(
-    grad: Tensors,
     theta: Tensors,
     theta_start: Tensors,
     rows: Tensors,
-    factor: Tensors,
+    values: Tensors,
+    vectors: Tensors,
     parts: Sequence[int],
     axes: Sequence[int],
     *,
     weight: float,
 ) -> None:
-    for s, r, at in zip(rows, factor, _groups(parts), strict=True):
-        g, now, start = (side_by_side(tensors[at], axes[at], s.dtype) for tensors in (grad, theta, theta_start))
-        _write(grad[at], axes[at], g + (weight * s)[:, None] * ((now - start) @ r))
+    for s, v, q, at in zip(rows, values, vectors, _groups(parts), strict=True):
+        now, start = (side_by_side(tensors[at], axes[at], s.dtype) for tensors in (theta, theta_start))
+        _write(theta[at], axes[at], start + ((now - start) @ q / (1 + weight * s[:, None] * v)) @ q.T)
 
 
 def kron_merge_(

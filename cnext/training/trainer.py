@@ -102,6 +102,8 @@ class TaskTrainer:
         loss, text_loss, image_loss, tokens = sums.tolist()
         self._check_finite("loss", loss)
         self.method.transform_gradients(self.own)
+        for parameter in self.method.observed.values():
+            parameter.grad = None
         for name, gradient in penalties.items():
             parameter = self.own[name]
             parameter.grad = gradient if parameter.grad is None else parameter.grad.add_(gradient)
@@ -161,15 +163,15 @@ class TaskTrainer:
     def _reduce(self, sums: Tensor, penalties: dict[str, Tensor]) -> dict[str, Tensor]:
         """Sums the losses and ``.grad`` over all processes, in place. Returns the mean of the penalties' gradients."""
         # A parameter that no sample of this process has used may have a gradient in another process.
-        has_gradient = (float(p.grad is not None) for p in self.parameters.values())
-        used = collectives.all_reduce(*has_gradient, device=sums.device)
-        for parameter, processes in zip(self.parameters.values(), used, strict=True):
+        read = [*self.parameters.values(), *(p for p in self.method.observed.values() if p.requires_grad)]
+        used = collectives.all_reduce(*(float(p.grad is not None) for p in read), device=sums.device)
+        for parameter, processes in zip(read, used, strict=True):
             if processes and parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
         if penalties:
             filled = {name: penalties.get(name, torch.zeros_like(p)) for name, p in self.own.items()}
             penalties = {name: gradient / collectives.world_size() for name, gradient in filled.items()}
-        gradients = [p.grad for p in self.parameters.values() if p.grad is not None]
+        gradients = [p.grad for p in read if p.grad is not None]
         collectives.all_reduce_([sums, *gradients, *penalties.values()])
         return penalties
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from cnext import adapters
 from cnext.adapters import BRANCH_ROLES, BranchRole, roles_of
-from cnext.averaging import RULES
+from cnext.averaging import RULES, PemaKron
 from cnext.averaging.pooling import pooled
 from cnext.errors import UserError, unknown
 from cnext.methods.lora import Lora
@@ -32,7 +32,7 @@ class RoleBranches(Lora):
     rank: Annotated[int, "Rank of each branch."] = 8
     average: Annotated[
         str,
-        "Averaging rule: pema, pema-step, pema-literal, pema-released (diverges, as released), dema, constant, none.",
+        "Averaging rule: pema, pema-kron, pema-step, pema-literal, pema-released (diverges), dema, constant, none.",
     ] = "pema"
     c: Annotated[
         float, "Plasticity of pema: weight of a new task's Fisher information against that of earlier tasks."
@@ -40,6 +40,8 @@ class RoleBranches(Lora):
 
     roles: ClassVar[tuple[BranchRole, ...]] = BRANCH_ROLES
     """The roles that have a branch."""
+    options: ClassVar[Mapping[str, tuple[str, ...]]] = {"c": ("pema", "pema-kron")}
+    """Hyperparameters of the averaging rule, and the rules that have each."""
     freeze: ClassVar[bool] = True
     """Whether a task trains only the branches whose modality it reads (general) or writes (expert); else all."""
 
@@ -49,9 +51,14 @@ class RoleBranches(Lora):
             raise unknown("averaging rule", self.average, list(RULES))
         if not self.c > 0:
             raise UserError(f"expected c > 0, got c={self.c}")
-        if self.average != "pema" and self.c != type(self).c:
-            raise UserError(f"c={self.c} has no effect with the averaging rule {self.average}, only with pema; omit it")
-        self.rule = RULES[self.average](**({"c": self.c} if self.average == "pema" else {}))
+        for name, rules in self.options.items():
+            if self.average not in rules and (value := getattr(self, name)) != getattr(type(self), name):
+                raise UserError(
+                    f"{name}={value} has no effect with the averaging rule {self.average}, only with "
+                    f"{' and '.join(rules)}; omit it"
+                )
+        own = {name: getattr(self, name) for name, rules in self.options.items() if self.average in rules}
+        self.rule = RULES[self.average](**own)
 
     def branches(self, tasks: Sequence[Task]) -> dict[str, int]:
         return {role.name: self.rank for role in self.roles}
@@ -62,7 +69,15 @@ class RoleBranches(Lora):
 
     def trainable(self, task: Task) -> dict[str, nn.Parameter]:
         self.groups = {name: adapters.branch_parameters(self.model, [name]) for name in self.trained_branches(task)}
-        return super().trainable(task)
+        parameters = super().trainable(task)
+        if isinstance(self.rule, PemaKron):
+            others = adapters.branch_parameters(self.model)
+            self.observed = self.rule.frozen = {n: p for n, p in others.items() if n not in parameters}
+        return parameters
+
+    def before_step(self, batch: Sequence[Any]) -> None:
+        for parameter in self.observed.values():
+            parameter.requires_grad_(isinstance(self.rule, PemaKron) and self.rule.reads)
 
     def after_task(self) -> dict[str, Any] | None:
         """Mean and standard deviation of beta, the weight of the old value, per branch, where the rule has one."""
