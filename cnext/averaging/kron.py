@@ -251,7 +251,7 @@ class PemaKron(MovingAverage):
                 # In float64 and on the CPU: the same on every device and process.
                 values, vectors = torch.linalg.eigh(self._metric[key].double().cpu())
                 self._values[key] = values.clamp(min=0).to(self._metric[key])
-                self._vectors[key] = vectors.to(self._metric[key])
+                self._vectors[key] = vectors.to(self._metric[key]).contiguous()
         self._reading, self._pulling = self._calls(self.groups), self._calls(self._moved)
 
     def _normalized(self, key: str, factor: Tensor) -> Tensor:
