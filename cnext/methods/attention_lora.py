@@ -25,7 +25,7 @@ class AttentionLora(Lora):
 
     rank: Annotated[int, "Rank of a LoRA in all targets, whose parameter count is the budget here."] = 32
 
-    card = Card("arXiv 2106.09685")
+    card = Card("arXiv 2106.09685", grid={"scale": (1.0, 3.0, 6.0), "lr_factor": (0.25, 0.5, 1.0, 2.0)})
 
     def targets(self) -> Sequence[str]:
         return ("q_proj", "k_proj", "v_proj", "o_proj")

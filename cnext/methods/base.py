@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any, ClassVar
 
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from cnext import adapters
 from cnext.averaging import MovingAverage
 from cnext.backbones.base import Backbone
+from cnext.errors import UserError
 from cnext.scoring.base import Prediction
 from cnext.tasks.base import Sample, Task
 
@@ -31,12 +33,24 @@ class Card:
         keeps: what it stores between tasks besides the adapter that it trains.
         rehearsal: training samples kept of every task; 0 for a rehearsal-free method.
         task_id_at_test: whether it is given the task of a test question.
+        grid: hyperparameters that `bench/tune.py` tunes, and the values that it combines: about twelve combinations.
+        grows: of these, the ones whose values are multiplied by ``scale`` to a power, and the power.
     """
 
     paper: str
     keeps: str = "nothing"
     rehearsal: int = 0
     task_id_at_test: bool = False
+    grid: Mapping[str, Sequence[float]] = field(default_factory=dict)
+    grows: Mapping[str, int] = field(default_factory=dict)
+
+    def settings(self) -> list[dict[str, float]]:
+        """Every combination of the grid's values, by hyperparameter; the first hyperparameter varies slowest."""
+        combined = (dict(zip(self.grid, values, strict=True)) for values in itertools.product(*self.grid.values()))
+        return [
+            {name: value * each.get("scale", 1) ** self.grows.get(name, 0) for name, value in each.items()}
+            for each in combined
+        ]
 
 
 @dataclass(frozen=True)
@@ -99,6 +113,9 @@ class Method(ABC):
 
     joint: ClassVar[bool] = False
     """Whether all tasks are trained at once, as a reference, instead of one after another."""
+
+    lr_factor: float = 1.0
+    """Factor of the recipe's learning rate; a hyperparameter of methods that train."""
 
     rule: MovingAverage | None = None
     """Moving average of the trained parameters: opened before each task, updated at each step, applied at its end."""
@@ -217,6 +234,12 @@ class Method(ABC):
         """Restores `state_dict`. Within a task it is called after `before_task`."""
         if self.rule:
             self.rule.load_state_dict(state)
+
+
+def check_lr_factor(factor: float) -> None:
+    """Raises UserError for a factor of the learning rate that is not positive and finite."""
+    if not 0 < factor < float("inf"):
+        raise UserError(f"lr_factor must be positive and finite, got {factor}")
 
 
 def answer_in_groups(

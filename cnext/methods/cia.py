@@ -29,7 +29,7 @@ class Cia(Lora):
     factor: Annotated[float, "Factor of alpha; a later variant by its authors uses 0.01."] = 2.0
     fallback: Annotated[float, "alpha where the formula is not in (0, 1); a later variant uses 0.001."] = 0.01
 
-    card = Card("arXiv 2410.10868")
+    card = Card("arXiv 2410.10868", grid={"scale": (1.0, 3.0, 6.0), "factor": (0.01, 0.1, 0.5, 2.0)})
 
     def __post_init__(self) -> None:
         super().__post_init__()

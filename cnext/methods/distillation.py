@@ -34,7 +34,11 @@ class Distillation(Lora):
     weight: Annotated[float, "Weight of the distillation loss."] = 0.3
     temperature: Annotated[float, "Temperature T of both distributions over the vocabulary."] = 2.0
 
-    card = Card("arXiv 1606.09282", keeps="within a task the parameters that it started from")
+    card = Card(
+        "arXiv 1606.09282",
+        keeps="within a task the parameters that it started from",
+        grid={"scale": (1.0, 3.0, 6.0), "weight": (0.1, 0.3, 1.0, 3.0)},
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()

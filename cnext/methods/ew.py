@@ -22,4 +22,8 @@ class Ew(RoleBranches):
     average: Annotated[str, "Averaging rule, see mage."] = "none"
 
     freeze = False
-    card = Card("arXiv 2602.18055, Table 4", keeps="nothing; with an average, the rule's state")
+    card = Card(
+        "arXiv 2602.18055, Table 4",
+        keeps="nothing; with an average, the rule's state",
+        grid={"scale": (1.0, 3.0, 6.0), "lr_factor": (0.25, 0.5, 1.0, 2.0)},
+    )

@@ -30,7 +30,12 @@ class Ewc(Lora):
 
     penalty: Annotated[float, "Weight of the quadratic penalty; F has mean 1 per task, for any scale of loss."] = 0.01
 
-    card = Card("arXiv 1612.00796", keeps="the summed Fisher information of the parameters")
+    card = Card(
+        "arXiv 1612.00796",
+        keeps="the summed Fisher information of the parameters",
+        grid={"scale": (1.0, 3.0, 6.0), "penalty": (0.003, 0.01, 0.03, 0.1)},
+        grows={"penalty": 2},
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()

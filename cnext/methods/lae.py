@@ -33,7 +33,11 @@ class Lae(Lora):
 
     decay: Annotated[float, "Decay of the average per step: after n steps the old value has weight decay^n."] = 0.99
 
-    card = Card("arXiv 2303.10070", keeps="the offline copy of the adapter")
+    card = Card(
+        "arXiv 2303.10070",
+        keeps="the offline copy of the adapter",
+        grid={"scale": (1.0, 3.0, 6.0), "decay": (0.95, 0.98, 0.99, 0.995)},
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()

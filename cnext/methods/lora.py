@@ -14,7 +14,7 @@ from torch import nn
 
 from cnext import adapters
 from cnext.errors import UserError
-from cnext.methods.base import Card, Method
+from cnext.methods.base import Card, Method, check_lr_factor
 from cnext.tasks.base import Task
 
 
@@ -28,13 +28,15 @@ class Lora(Method):
     rank: Annotated[int, "Rank of the branch."] = 32
     scale: Annotated[float, "Scaling factor of the branches' output (alpha / rank)."] = 1.0
     dropout: Annotated[float, "Dropout probability on the branches' input during training."] = 0.0
+    lr_factor: Annotated[float, "Factor of the recipe's learning rate."] = 1.0
 
-    card = Card("arXiv 2106.09685")
+    card = Card("arXiv 2106.09685", grid={"scale": (1.0, 3.0, 6.0), "lr_factor": (0.25, 0.5, 1.0, 2.0)})
 
     def __post_init__(self) -> None:
         if self.rank < 1:
             raise UserError(f"rank must be at least 1, got {self.rank}")
         adapters.check_ranges({}, self.scale, self.dropout)
+        check_lr_factor(self.lr_factor)
 
     def targets(self) -> Sequence[str]:
         """Name suffixes of the linear layers that carry the branches."""

@@ -27,7 +27,11 @@ class Mage(RoleBranches):
     pull: Annotated[float, "Weight of pema-kron's pull towards the task's start in every step; 0: none."] = 0.01
 
     options = RoleBranches.options | {"pull": ("pema-kron",)}
-    card = Card("arXiv 2602.18055", keeps="the averaging rule's state; of pema the summed Fisher information")
+    card = Card(
+        "arXiv 2602.18055",
+        keeps="the averaging rule's state; of pema the summed Fisher information",
+        grid={"scale": (1.0, 3.0, 6.0), "c": (2.0, 5.0, 10.0, 20.0)},
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -45,7 +45,12 @@ class MageExperts(RoleBranches):
     pull: Annotated[float, "Weight of the penalty towards the task's start, see mage-pull."] = 0.01
 
     roles = GENERAL_ROLES
-    card = Card("own; arXiv 2602.18055, 1909.01520", keeps="summed Fisher information, moments of question features")
+    card = Card(
+        "own; arXiv 2602.18055, 1909.01520",
+        keeps="summed Fisher information, moments of question features",
+        grid={"scale": (1.0, 3.0, 6.0), "pull": (0.003, 0.01, 0.03, 0.1)},
+        grows={"pull": 2},
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -29,7 +29,12 @@ class MagePull(RoleBranches):
     c: Annotated[float, "Plasticity of the merge, see mage."] = 20.0
     pull: Annotated[float, "Weight lambda of the penalty; 0 is mage."] = 0.01
 
-    card = Card("own; arXiv 2602.18055 and 1612.00796", keeps="the summed Fisher information")
+    card = Card(
+        "own; arXiv 2602.18055 and 1612.00796",
+        keeps="the summed Fisher information",
+        grid={"scale": (1.0, 3.0, 6.0), "pull": (0.003, 0.01, 0.03, 0.1)},
+        grows={"pull": 2},
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -33,7 +33,11 @@ class MageRouted(RoleBranches):
 
     pull: Annotated[float, "Weight of a penalty towards the task's start, see mage-pull."] = 0.0
 
-    card = Card("own; arXiv 2602.18055", keeps="the averaging rule's state; of pema the summed Fisher information")
+    card = Card(
+        "own; arXiv 2602.18055",
+        keeps="the averaging rule's state; of pema the summed Fisher information",
+        grid={"scale": (1.0, 3.0, 6.0), "c": (2.0, 5.0, 10.0, 20.0)},
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()

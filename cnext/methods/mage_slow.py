@@ -31,7 +31,11 @@ class MageSlow(RoleBranches):
 
     slow: Annotated[float, "Factor of the general branches' learning rate, from 0 to 1."] = 0.5
 
-    card = Card("own; arXiv 2602.18055", keeps="the averaging rule's state; of pema the summed Fisher information")
+    card = Card(
+        "own; arXiv 2602.18055",
+        keeps="the averaging rule's state; of pema the summed Fisher information",
+        grid={"scale": (1.0, 3.0, 6.0), "slow": (0.1, 0.2, 0.5, 0.8)},
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()

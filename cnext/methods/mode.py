@@ -48,7 +48,7 @@ class Mode(MoeLora):
     distill: Annotated[float, "Weight of the distillation from the pretrained model, for batches with images."] = 0.3
 
     router = ModalityRouter
-    card = Card("arXiv 2512.03125")
+    card = Card("arXiv 2512.03125", grid={"scale": (2.0, 6.0, 12.0), "distill": (0.1, 0.3, 1.0, 3.0)})
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -47,7 +47,7 @@ class MoeLora(Lora):
     experts: Annotated[int, "Number of experts."] = 4
 
     router: ClassVar[type[Router]] = Router
-    card = Card("arXiv 2310.18339")
+    card = Card("arXiv 2310.18339", grid={"scale": (2.0, 6.0, 12.0), "lr_factor": (0.25, 0.5, 1.0, 2.0)})
 
     def __post_init__(self) -> None:
         super().__post_init__()

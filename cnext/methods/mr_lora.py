@@ -53,7 +53,13 @@ class MrLora(TaskBranches):
 
     @property
     def card(self) -> Card:
-        return Card("arXiv 2506.05453", "all branches, a router", 0 if self.oracle else self.samples, self.oracle)
+        return Card(
+            "arXiv 2506.05453",
+            "all branches, a router",
+            0 if self.oracle else self.samples,
+            self.oracle,
+            grid={"scale": (1.0, 3.0, 6.0), "router_steps": (20, 40, 80, 160)},
+        )
 
     def branches(self, tasks: Sequence[Task]) -> dict[str, int]:
         if len(tasks) > len(letters):

@@ -31,7 +31,11 @@ class OLora(TaskBranches):
 
     penalty: Annotated[float, "Weight of the orthogonality penalty."] = 0.05
 
-    card = Card("arXiv 2310.14152", keeps="a branch for every task")
+    card = Card(
+        "arXiv 2310.14152",
+        keeps="a branch for every task",
+        grid={"scale": (1.0, 3.0, 6.0), "penalty": (0.005, 0.05, 0.5, 5.0)},
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()

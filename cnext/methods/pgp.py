@@ -35,7 +35,11 @@ class Pgp(Lora):
     epsilon: Annotated[float, "Share of the inputs' squared norm that the protected subspace contains."] = 0.9
     batches: Annotated[int, "Steps at the end of a task whose inputs are counted."] = 16
 
-    card = Card("ICLR 2024, Prompt Gradient Projection", keeps="a basis of each layer's protected inputs")
+    card = Card(
+        "ICLR 2024, Prompt Gradient Projection",
+        keeps="a basis of each layer's protected inputs",
+        grid={"scale": (1.0, 3.0, 6.0), "epsilon": (0.5, 0.9, 0.97, 0.99)},
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from cnext.adapters.prompts import Prompts
 from cnext.errors import UserError
-from cnext.methods.base import Card, Method, answer_in_groups
+from cnext.methods.base import Card, Method, answer_in_groups, check_lr_factor
 from cnext.methods.parts.branches import total_width
 from cnext.scoring.base import Prediction
 from cnext.tasks.base import Sample, Task
@@ -36,13 +36,16 @@ class PromptPool(Method):
         float, "Factor of the prompts over their parameters: the published learning rate is 0.03, the suite's 0.001."
     ] = 100.0
 
-    card = Card("arXiv 2112.08654")
+    lr_factor: Annotated[float, "Factor of the recipe's learning rate."] = 1.0
+
+    card = Card("arXiv 2112.08654", grid={"scale": (10.0, 30.0, 100.0), "lr_factor": (0.25, 0.5, 1.0, 2.0)})
 
     def __post_init__(self) -> None:
         if min(self.length, self.top_k) < 1 or not 0 < self.scale < float("inf") or not 0 <= self.pull < float("inf"):
             raise UserError(
                 f"expected length and top_k of at least 1, a finite scale above 0 and a finite pull from 0, got {self}"
             )
+        check_lr_factor(self.lr_factor)
         self.trained = torch.tensor(False)
 
     def attach(self, tasks: Sequence[Task], generator: torch.Generator) -> None:

@@ -36,7 +36,11 @@ class Reglora(TaskBranches):
     penalty: Annotated[float, "Weight of the penalty."] = 25.0
     share: Annotated[float, "Share of each layer's entries that a task adds to the protected ones."] = 0.02
 
-    card = Card("arXiv 2505.02486", keeps="a branch for every task, and the places of the entries protected")
+    card = Card(
+        "arXiv 2505.02486",
+        keeps="a branch for every task, and the places of the entries protected",
+        grid={"scale": (1.0, 3.0, 6.0), "penalty": (2.5, 25.0, 250.0, 2500.0)},
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -39,7 +39,9 @@ class Replay(Lora):
 
     @property
     def card(self) -> Card:
-        return Card("arXiv 1902.10486", rehearsal=self.samples)
+        return Card(
+            "arXiv 1902.10486", rehearsal=self.samples, grid={"scale": (1.0, 3.0, 6.0), "weight": (0.3, 1.0, 3.0, 10.0)}
+        )
 
     def before_task(self, parameters: dict[str, nn.Parameter], steps: int, memory: Memory) -> None:
         *earlier, _current = memory.values()

@@ -21,4 +21,8 @@ class UpperBound(Lora):
     """y = W x + scale B A x, trained on all tasks at once."""
 
     joint = True
-    card = Card("arXiv 2602.18055, Table 1", keeps="every training sample of every task until all are there")
+    card = Card(
+        "arXiv 2602.18055, Table 1",
+        keeps="every training sample of every task until all are there",
+        grid={"scale": (1.0, 3.0, 6.0), "lr_factor": (0.25, 0.5, 1.0, 2.0)},
+    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -215,6 +216,7 @@ def begin(
 ) -> TaskTrainer:
     """Makes the trainer of a task and calls `Method.before_task`. memory: as the latter takes it."""
     recipe, seed = planned.recipe.of(task.name), (planned.config.seed, task.name)
+    recipe = dataclasses.replace(recipe, learning_rate=recipe.learning_rate * ready.method.lr_factor)
     for parameter in ready.extras.values():
         parameter.requires_grad_(True)
     trainer = TaskTrainer(
