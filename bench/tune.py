@@ -1,91 +1,139 @@
-"""Tunes the main hyperparameter of every method on validation items, with a separate seed: three values each.
+"""Tunes all methods by one protocol, on validation items, with the same number of runs for each.
 
-    python bench/tune.py --out runs/tune              # all methods, two runs at a time
-    python bench/tune.py --out runs/tune --method ewc
+    python bench/tune.py                       # every method
+    python bench/tune.py --method ewc --jobs 1
 
-Writes the metrics of each value to results/next-tiny/tuning.json; the value with the best Avg.ACC becomes the default.
-The learning rate was tuned with lora and is the same for all methods, as are rank and budget. Run again, it resumes.
+Successive halving over the grid that a method's card declares (`cnext.methods.base.Card`):
+
+1. Every combination, about 12, with seed 10 in the paper's order.
+2. The best three also with seeds 11 and 12, and with seed 10 in reverse order: 9 runs.
+
+The combination with the best mean Avg.ACC over its four runs is chosen; of those within half a point of the best, the one
+with the smallest scale. Test items are never read. A method's runs are written to results/next-tiny/tuning.json as they
+come; run again, it continues there. Runs of one process share data, encoded samples and the frozen model.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import subprocess
-import sys
-from concurrent.futures import ThreadPoolExecutor
+import multiprocessing
+import os
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
-HERE = Path(__file__).resolve().parent
-RESULTS = HERE.parent / "results" / "next-tiny" / "tuning.json"
-SEED = 10
-SHOWN = ("avg_acc", "forgetting", "new_acc")
-GRID: dict[str, tuple[str, tuple[float, ...]]] = {
-    "mage-pull": ("pull", (0.003, 0.01, 0.03)),
-    "moelora": ("scale", (1, 2, 4)),
-    "lae": ("decay", (0.95, 0.98, 0.99)),
-    "ewc": ("penalty", (0.003, 0.01, 0.03)),
-    "mage": ("c", (2, 5, 10)),
-    "pgp": ("epsilon", (0.5, 0.9, 0.97)),
-    "replay": ("weight", (0.3, 1, 3)),
-    "distillation": ("weight", (0.3, 1, 3)),
-    "o-lora": ("penalty", (0.005, 0.05, 0.5)),
-    "reglora": ("penalty", (25, 250, 2500)),
-    "mage-routed": ("c", (2, 5, 10)),
-    "mage-slow": ("slow", (0.1, 0.2, 0.5)),
-    "mage-experts": ("scale", (1, 3, 6)),
-    "mr-lora": ("router_steps", (20, 40, 80)),
-    "prompt-pool": ("scale", (10, 30, 100)),
-    "mode": ("distill", (0.1, 0.3, 1)),
-    "cia": ("factor", (0.01, 0.1, 2)),
-}
-"""Method to its main hyperparameter and the values to try; methods without one are left out."""
+from cnext import methods
+from cnext.config.run_config import RunConfig
+
+RESULTS = Path(__file__).resolve().parent.parent / "results" / "next-tiny" / "tuning.json"
+FIRST = (10, "paper")
+MORE = ((11, "paper"), (12, "paper"), (10, "reverse"))
+FINALISTS = 3
+TIE = 0.5
+"""Avg.ACC of settings within half a point counts as equal."""
+Run = tuple[str, dict[str, float], int, str]
+"""Method, hyperparameters, seed and order."""
+
+_TRIALS: Any = None
 
 
-def tried(out: Path, method: str, name: str, value: float) -> dict[str, float]:
-    """Metrics of one run in a subprocess, or of an earlier finished one."""
-    folder = out.absolute() / f"{method}-{name}-{value:g}"
-    flag = f"--{method}.{name.replace('_', '-')}"
-    command = ["-m", "cnext.cli", "run", "--method", method, "--split", "validation", "--seeds", str(SEED)]
-    command = [sys.executable, *command, "--out", str(folder), flag, f"{value:g}"]
-    # From a folder where the installed cnext is imported, not a source tree.
-    done = subprocess.run(command, cwd=HERE, capture_output=True, text=True)
-    if done.returncode:
-        raise SystemExit(f"{method} with {flag} {value:g} failed:\n{done.stderr}")
-    metrics = json.loads((folder / method / "paper" / f"seed-{SEED}" / "results.json").read_text())["metrics"]
-    print(f"{method:<14} {name} {value:<8g}" + "".join(f"{metrics[key]:8.2f}" for key in SHOWN), flush=True)
-    return {key: metrics[key] for key in SHOWN}
+def _load(preset: str) -> None:
+    """Loads, in a worker, what its runs share."""
+    global _TRIALS
+    from trials import Trials
+
+    _TRIALS = Trials(RunConfig(split="validation", preset=preset))
+
+
+def _run(method: str, settings: dict[str, float], seed: int, order: str) -> dict[str, float]:
+    return _TRIALS.run(method, settings, seed, order)
+
+
+class Table:
+    """The runs in a file, by method."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.lock = path, threading.Lock()
+        self.methods: dict[str, dict[str, Any]] = json.loads(path.read_text()) if path.is_file() else {}
+
+    def score(self, method: str, settings: dict[str, float], seed: int, order: str) -> float | None:
+        """Avg.ACC of a run; None where it has not been run."""
+        for row in self.methods.get(method, {}).get("runs", ()):
+            if (row["settings"], row["seed"], row["order"]) == (settings, seed, order):
+                return row["avg_acc"]
+        return None
+
+    def add(self, run: Run, metrics: dict[str, float]) -> None:
+        method, settings, seed, order = run
+        row = {"settings": settings, "seed": seed, "order": order, **metrics}
+        with self.lock:
+            self.methods.setdefault(method, {"chosen": None, "runs": []})["runs"].append(row)
+            self.write()
+
+    def choose(self, method: str) -> dict[str, float]:
+        """The settings with the best mean over their four runs, recorded as chosen."""
+        means = {}
+        for settings in finalists(self, method):
+            scores = [self.score(method, settings, seed, order) for seed, order in (FIRST, *MORE)]
+            means[json.dumps(settings)] = sum(score for score in scores if score is not None) / len(scores)
+        tied = [json.loads(text) for text, mean in means.items() if mean >= max(means.values()) - TIE]
+        chosen = min(tied, key=lambda settings: (settings.get("scale", 0), -means[json.dumps(settings)]))
+        with self.lock:
+            self.methods[method] |= {"chosen": chosen, "mean": means[json.dumps(chosen)]}
+            self.write()
+        return chosen
+
+    def write(self) -> None:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        part = self.path.with_suffix(".part")
+        part.write_text(json.dumps(dict(sorted(self.methods.items())), indent=1) + "\n")
+        os.replace(part, self.path)
+
+
+def finalists(table: Table, method: str) -> list[dict[str, float]]:
+    """The best settings of the first rung."""
+    scored = [(table.score(method, settings, *FIRST), settings) for settings in methods.load(method)().card.settings()]
+    return [settings for _, settings in sorted(scored, key=lambda one: -one[0])[:FINALISTS]]  # type: ignore[operator]
+
+
+def rungs(table: Table, method: str) -> Iterator[list[Run]]:
+    """The runs of a method, rung by rung; the second depends on the scores of the first."""
+    yield [(method, settings, *FIRST) for settings in methods.load(method)().card.settings()]
+    yield [(method, settings, *where) for settings in finalists(table, method) for where in MORE]
+
+
+def tune(names: list[str], table: Table, preset: str, jobs: int) -> None:
+    """Makes the runs that the table lacks and chooses: several methods at a time, one run of each."""
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(jobs, context, _load, (preset,)) as processes, ThreadPoolExecutor(jobs) as threads:
+
+        def one(name: str) -> None:
+            for rung in rungs(table, name):
+                for run in rung:
+                    if table.score(*run) is None:
+                        table.add(run, metrics := processes.submit(_run, *run).result())
+                        words = " ".join(f"{key}={value:g}" for key, value in run[1].items())
+                        print(f"{name:<14} {words:<32} {run[2]} {run[3]:<8} {metrics['avg_acc']:6.2f}", flush=True)
+            print(f"{name:<14} chosen: {table.choose(name)}", flush=True)
+
+        list(threads.map(one, names))
 
 
 def main() -> None:
+    tunable = [name for name in methods.modules() if methods.load(name)().card.grid]
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("runs/tune"), help="folder of the runs (default: %(default)s)")
+    listed = ", ".join(tunable)
     parser.add_argument(
-        "--method",
-        nargs="+",
-        choices=GRID,
-        default=list(GRID),
-        metavar="METHOD",
-        help=f"methods to tune (default: all): {', '.join(GRID)}",
+        "--method", nargs="+", choices=tunable, default=tunable, metavar="METHOD", help=f"default: all of {listed}"
     )
-    parser.add_argument("--jobs", type=int, default=2, help="runs at a time (default: %(default)s)")
+    parser.add_argument("--preset", default="default", help="training settings of the runs (default: %(default)s)")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="file of all runs (default: results/next-tiny)")
+    parser.add_argument("--jobs", type=int, default=2, help="runs at a time, one thread each (default: %(default)s)")
     arguments = parser.parse_args()
-    runs = [(method, GRID[method][0], value) for method in arguments.method for value in GRID[method][1]]
-    with ThreadPoolExecutor(arguments.jobs) as pool:
-        found = list(pool.map(lambda run: tried(arguments.out, *run), runs))
-    RESULTS.parent.mkdir(parents=True, exist_ok=True)
-    table = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {}
-    for method in arguments.method:
-        name, values = GRID[method]
-        rows = {
-            f"{value:g}": metrics
-            for run, metrics in zip(runs, found, strict=True)
-            if run[0] == method
-            for value in run[2:]
-        }
-        best = max(values, key=lambda value: rows[f"{value:g}"]["avg_acc"])
-        table[method] = {"hyperparameter": name, "chosen": best, "seed": SEED, "split": "validation", "values": rows}
-    RESULTS.write_text(json.dumps(dict(sorted(table.items())), indent=2) + "\n")
+    tune(arguments.method, Table(arguments.out), arguments.preset, arguments.jobs)
 
 
 if __name__ == "__main__":

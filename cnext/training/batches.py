@@ -66,17 +66,24 @@ class Batches:
     Args:
         size: samples of an optimizer step, over all processes.
         workers: worker processes that read and prepare samples; 0 does it in this process.
+        encoded: the samples as an earlier run's ``encoded``, by the same backbone. None: they are encoded.
     """
 
     def __init__(
-        self, backbone: Backbone, samples: Sequence[Sample], size: int, seed: tuple[object, ...], workers: int = 0
+        self,
+        backbone: Backbone,
+        samples: Sequence[Sample],
+        size: int,
+        seed: tuple[object, ...],
+        workers: int = 0,
+        encoded: list[Any] | None = None,
     ) -> None:
         self.backbone, self.samples, self.workers = backbone, samples, workers
         self._order, self._prefetched = (Order(len(samples), size, seed) for _ in range(2))
         self._loaded: Iterator[Any] = iter(())
         self._next = -1
-        self.encoded: list[Any] = []
-        if backbone.encodes_ahead:
+        self.encoded: list[Any] = encoded or []
+        if backbone.encodes_ahead and not self.encoded:
             every = self._loader([index] for index in range(len(samples)))
             self.encoded = backbone.encode_prepared([item for batch in every for item in batch])
 

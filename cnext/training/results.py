@@ -28,7 +28,7 @@ def results(planned: Plan, method: Method, state: RunState) -> dict[str, Any]:
         **{key: config[key] for key in SETTING},
         "finished": all((len(order), name) in scores for name in order),
         "joint": method.joint,
-        "card": dataclasses.asdict(method.card),
+        "card": {name: getattr(method.card, name) for name in ("paper", "keeps", "rehearsal", "task_id_at_test")},
         "tasks": list(order),
         "reads": {task.name: list(task.reads) for task in tasks},
         "writes": {task.name: list(task.writes) for task in tasks},

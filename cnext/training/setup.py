@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -21,12 +22,20 @@ from cnext.training.precision import DTYPES, in_float32
 
 @dataclass(frozen=True)
 class Prepared:
-    """The loaded parts of a run. samples: as `read_suite` returns them.  extras: as `trained_beside` returns them."""
+    """The loaded parts of a run.
+
+    Attributes:
+        samples: as `read_suite` returns them.
+        extras: as `trained_beside` returns them.
+        encoded: training samples as `Batches` encodes them, by the task's name, for the runs of one process to share.
+            None: they are not kept.
+    """
 
     samples: dict[str, dict[str, list[Sample]]]
     backbone: Backbone
     method: Method
     extras: dict[str, nn.Parameter]
+    encoded: dict[str, list[Any]] | None = None
 
     def saved_parameters(self) -> dict[str, nn.Parameter]:
         """All parameters that a checkpoint stores, by name: the method's and the extras."""

@@ -59,6 +59,7 @@ class TaskTrainer:
         seed: parts of the seed, see `stable_seed`.
         extras: parameters trained beside the method's, see `trained_beside`.
         workers: worker processes that load samples; 0 loads them in this process.
+        encoded: see `Batches`.
     """
 
     def __init__(
@@ -72,11 +73,12 @@ class TaskTrainer:
         seed: tuple[object, ...],
         extras: dict[str, nn.Parameter] | None = None,
         workers: int = 0,
+        encoded: list[Any] | None = None,
     ) -> None:
         self.backbone, self.method, self.own = backbone, method, parameters
         self.parameters = parameters | (extras or {})
         self.recipe, self.steps, self.seed = recipe, steps, seed
-        self.batches = Batches(backbone, samples, recipe.batch_size, seed, workers)
+        self.batches = Batches(backbone, samples, recipe.batch_size, seed, workers, encoded)
         self.step = 0
         self.optimizer = deepspeed.adamw(
             list(self.parameters.values()),
@@ -219,9 +221,10 @@ def begin(
     recipe = dataclasses.replace(recipe, learning_rate=recipe.learning_rate * ready.method.lr_factor)
     for parameter in ready.extras.values():
         parameter.requires_grad_(True)
-    trainer = TaskTrainer(
-        ready.backbone, ready.method, parameters, samples, recipe, steps, seed, ready.extras, planned.config.workers
-    )
+    shared = {} if ready.encoded is None else ready.encoded
+    options = {"extras": ready.extras, "workers": planned.config.workers, "encoded": shared.get(task.name)}
+    trainer = TaskTrainer(ready.backbone, ready.method, parameters, samples, recipe, steps, seed, **options)
+    shared[task.name] = trainer.batches.encoded
     with autocast(recipe.precision, ready.backbone.device):
         ready.method.before_task(parameters, steps, memory)
     return trainer
