@@ -8,9 +8,9 @@ Successive halving over the grid that a method's card declares (`cnext.methods.b
 1. Every combination, about 12, with seed 10 in the paper's order.
 2. The best three also with seeds 11 and 12, and with seed 10 in reverse order: 9 runs.
 
-The combination with the best mean Avg.ACC over its four runs is chosen; of those within half a point of the best, the one
-with the smallest scale. Test items are never read. A method's runs are written to results/next-tiny/tuning.json as they
-come; run again, it continues there. Runs of one process share data, encoded samples and the frozen model.
+The combination with the best mean Avg.ACC over its four runs is chosen; of those within half a point of the best, the
+one with the smallest scale. Test items are never read. Every run is written to results/next-tiny/tuning.json as it
+comes; run again, the program continues there. Runs of one process share data, encoded samples and the frozen model.
 """
 
 from __future__ import annotations

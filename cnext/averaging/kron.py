@@ -54,7 +54,7 @@ def groups_of(parameters: Mapping[str, Tensor], pattern: str = GROUPS) -> dict[s
     Example:
         >>> branches = {"q.text.A": torch.zeros(8, 32), "q.image.A": torch.zeros(4, 32), "q.text.B": torch.zeros(16, 8)}
         >>> [(name, group.names, group.n, group.r) for name, group in groups_of(branches).items()]
-        [('q.A', ('q.text.A', 'q.image.A'), 32, 12), ('q.B', ('q.text.B',), 16, 8)]
+        [('q.A', ('q.image.A', 'q.text.A'), 32, 12), ('q.B', ('q.text.B',), 16, 8)]
     """
     try:
         compiled = re.compile(pattern)
@@ -71,7 +71,7 @@ def groups_of(parameters: Mapping[str, Tensor], pattern: str = GROUPS) -> dict[s
         found.setdefault(key, []).append(name)
     groups: dict[str, Group] = {}
     for key, names in found.items():
-        blocks = list(_blocks(names, parameters))
+        blocks = _blocks(sorted(names), parameters)  # in whatever order a task gives them
         groups |= {key if not i else f"{key}.{i}": group for i, group in enumerate(blocks)}
     return groups
 

@@ -16,6 +16,7 @@ import pytest
 import torch
 from distributed.members import go
 from distributed.process_child import learnt
+from methods.sequence import VARIANTS
 from safetensors.torch import load_file
 from training.toy import copy_suite, rows
 from waiting import outputs
@@ -83,7 +84,7 @@ def zero(stage: int, folder: Path) -> dict[str, str]:
     return {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_CONFIG_FILE": str(folder / "zero.json")}
 
 
-NAMES = sorted(set(methods.modules()) - {"zero-shot"})
+NAMES = sorted({*methods.modules(), *VARIANTS} - {"zero-shot"})
 
 
 @pytest.fixture(scope="module", params=["replicated", pytest.param("sharded", marks=pytest.mark.slow)])

@@ -23,6 +23,8 @@ STEPS = 4
 RECIPE = Recipe(dict.fromkeys(TASKS, STEPS), batch_size=4, learning_rate=1e-2, warmup_steps=1, weight_decay=0.1)
 SHORT = {"mr-lora": {"router_steps": 2}}
 """Hyperparameters that shorten what a method trains besides the steps of its tasks."""
+VARIANTS = {"mage with pema-kron": ("mage", {"average": "pema-kron", "pull": 0.1})}
+"""A method with other hyperparameters, by the name that tests call it: it also reads frozen branches' gradients."""
 
 
 class Sequence:
@@ -30,7 +32,8 @@ class Sequence:
 
     def __init__(self, name: str, data: Path, **hyperparameters: object) -> None:
         self.data, self.tiny, self.seen = data, TinyBackbone.load(), []
-        self.method: Method = methods.load(name)(**SHORT.get(name, {}) | hyperparameters)
+        name, chosen = VARIANTS.get(name, (name, {}))
+        self.method: Method = methods.load(name)(**SHORT.get(name, {}) | chosen | hyperparameters)
         tasks = [suites.load("next-tiny").task(name) for name in TASKS]
         self.method.setup(self.tiny, tasks, torch.Generator().manual_seed(0))
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from methods.sequence import TASKS, Sequence, questions, resume, same
+from methods.sequence import TASKS, VARIANTS, Sequence, questions, resume, same
 
 from cnext import adapters, methods
 from cnext.backbones.tiny.model import TinyBackbone
@@ -23,13 +23,17 @@ KINDS = {
     "lae": "evaluates other parameters than it trains",
     "pgp": "changes gradients and steps",
     "prompt-pool": "no low-rank branches",
+    "mage with pema-kron": "reads gradients of frozen branches",
 }
 LORA = 312_320
 """Parameters of one branch of rank 32 in every target of the tiny backbone."""
 
 
 @pytest.fixture(
-    params=[pytest.param(name, marks=() if name in KINDS else pytest.mark.slow) for name in sorted(methods.modules())]
+    params=[
+        pytest.param(name, marks=() if name in KINDS else pytest.mark.slow)
+        for name in sorted({*methods.modules(), *VARIANTS})
+    ]
 )
 def name(request: pytest.FixtureRequest) -> str:
     return request.param
