@@ -27,6 +27,7 @@ from typing import Any
 
 from cnext import methods
 from cnext.config.run_config import RunConfig
+from cnext.methods.base import Card
 
 RESULTS = Path(__file__).resolve().parent.parent / "results" / "next-tiny" / "tuning.json"
 FIRST = (10, "paper")
@@ -34,6 +35,15 @@ MORE = ((11, "paper"), (12, "paper"), (10, "reverse"))
 FINALISTS = 3
 TIE = 0.5
 """Avg.ACC of settings within half a point counts as equal."""
+VARIANTS: dict[str, tuple[str, dict[str, Any], dict[str, tuple[float, ...]], dict[str, int]]] = {
+    "mage-kron": (
+        "mage",
+        {"average": "pema-kron", "trains": "all"},
+        {"scale": (1.0, 3.0, 6.0), "pull": (0.001, 0.002, 0.004, 0.008)},
+        {"pull": 1},
+    ),
+}
+"""A method with other hyperparameters than its defaults: its name, these, and grid and powers as on a card."""
 Run = tuple[str, dict[str, float], int, str]
 """Method, hyperparameters, seed and order."""
 
@@ -49,7 +59,15 @@ def _load(preset: str) -> None:
 
 
 def _run(method: str, settings: dict[str, float], seed: int, order: str) -> dict[str, float]:
-    return _TRIALS.run(method, settings, seed, order)
+    name, fixed, *_ = VARIANTS.get(method, (method, {}))
+    return _TRIALS.run(name, fixed | settings, seed, order)
+
+
+def grid(method: str) -> list[dict[str, float]]:
+    """All settings of the first rung."""
+    if method in VARIANTS:
+        return Card("", grid=VARIANTS[method][2], grows=VARIANTS[method][3]).settings()
+    return methods.load(method)().card.settings()
 
 
 class Table:
@@ -95,13 +113,13 @@ class Table:
 
 def finalists(table: Table, method: str) -> list[dict[str, float]]:
     """The best settings of the first rung."""
-    scored = [(table.score(method, settings, *FIRST), settings) for settings in methods.load(method)().card.settings()]
+    scored = [(table.score(method, settings, *FIRST), settings) for settings in grid(method)]
     return [settings for _, settings in sorted(scored, key=lambda one: -one[0])[:FINALISTS]]  # type: ignore[operator]
 
 
 def rungs(table: Table, method: str) -> Iterator[list[Run]]:
     """The runs of a method, rung by rung; the second depends on the scores of the first."""
-    yield [(method, settings, *FIRST) for settings in methods.load(method)().card.settings()]
+    yield [(method, settings, *FIRST) for settings in grid(method)]
     yield [(method, settings, *where) for settings in finalists(table, method) for where in MORE]
 
 
@@ -123,7 +141,7 @@ def tune(names: list[str], table: Table, preset: str, jobs: int) -> None:
 
 
 def main() -> None:
-    tunable = [name for name in methods.modules() if methods.load(name)().card.grid]
+    tunable = sorted({*VARIANTS, *(name for name in methods.modules() if methods.load(name)().card.grid)})
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     listed = ", ".join(tunable)
     parser.add_argument(

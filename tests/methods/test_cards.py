@@ -170,7 +170,7 @@ WRONG = [
     ("ewc", {"penalty": float("inf")}, "penalty of at least 0"),
     ("lae", {"decay": -0.1}, "decay in [0, 1]"),
     ("lae", {"decay": float("nan")}, "decay in [0, 1]"),
-    ("mage", {"average": "ema"}, "unknown averaging rule 'ema'; valid: pema, pema-step, pema-literal"),
+    ("mage", {"average": "ema"}, "unknown averaging rule 'ema'; valid: pema, pema-kron, pema-step"),
     ("mage", {"c": 0.0}, "expected c > 0, got c=0.0"),
     ("mage", {"c": float("nan")}, "expected c > 0, got c=nan"),
     ("mage", {"average": "dema", "c": 2.0}, "c=2.0 has no effect with the averaging rule dema, only with pema"),
