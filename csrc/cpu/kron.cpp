@@ -213,10 +213,12 @@ CNEXT_HD void add_lanes(const Vector (&x)[kTall * kWide], double* sums) {
 
 // sums += the products of kTall columns with kWide others, but those whose second column plus Skip is before the first.
 template <int Skip>
-__attribute__((noinline)) void products(const float* left, const float* right, int64_t pitch, int64_t width, double* sums) {
+__attribute__((noinline)) void products(const float* left, const float* right, int64_t pitch, int64_t width, const char* next,
+                                        double* sums) {
   Vector block[kTall * kWide] = {};
 #pragma GCC unroll 1
   for (int64_t k = 0; k < width; k += kLanes) {
+    __builtin_prefetch(next + k * 4, 0, 2);
     Vector x[kTall];
 #pragma GCC unroll 4
     for (int a = 0; a < kTall; ++a) x[a] = at(left + a * pitch + k);
@@ -266,6 +268,20 @@ CNEXT_HD void sum_squares(Tile g, int64_t r, int64_t width, float* squares) {
     }
 }
 
+// Where the next tile of list 0 is in memory, as one range for each column of it.
+struct Ahead {
+  const char* ranges[kMostRank];
+  int size = 0;
+
+  Ahead(const KronGroup& group, int64_t element, int64_t begin, int64_t count) {
+    for (int64_t p = 0; p < (count > 0 ? group.count : 0); ++p) {
+      const int64_t *part = group.parts + 3 * p, rank = part[0], along = part[1], across = part[2];
+      const char* from = reinterpret_cast<const char*>(group.lists[p]) + begin * along * element;
+      for (int64_t j = 0; j < rank; ++j) ranges[size++] = from + j * (along == 1 ? across : count) * element;
+    }
+  }
+};
+
 template <class T>
 void accumulate(const KronGroup& group, int64_t begin, int64_t end, float* rows, double* sums) {
   alignas(64) float data[kTile], squares[kTile / kTall];
@@ -278,9 +294,12 @@ void accumulate(const KronGroup& group, int64_t begin, int64_t end, float* rows,
     sum_squares(g, group.r, width, squares);
     for (int64_t k = 0; k < count; ++k) rows[begin + k] += squares[k];
     double* to = sums;
+    const Ahead ahead(group, sizeof(T), begin + count, least(end - begin - count, step));
+    int64_t block = 0;
     blocks(group.r, [&](int64_t i, int64_t j) {
+      const char* next = ahead.ranges[block < ahead.size ? block++ : 0];
       const auto run = j == i ? products<0> : j - i < kTall ? products<kWide> : products<kTall>;
-      run(g.column(i), g.column(j), g.pitch, width, to);
+      run(g.column(i), g.column(j), g.pitch, width, next, to);
       to += kTall * kWide;
     });
   }

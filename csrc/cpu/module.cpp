@@ -219,8 +219,8 @@ void kron(const std::string& op, const std::string& letter, const Addresses& gro
           const Addresses& part_addresses, const Addresses& group_addresses, const std::vector<double>& scalars,
           int threads) {
   check_kron(op, letter, groups, parts, part_addresses, group_addresses, scalars.size());
-  constexpr int64_t kUnit = 65536;  // elements; a row of `kron_merge` costs far more than one of the others
-  const bool merges = op == "kron_merge";
+  constexpr int64_t kUnit = 262144;  // elements: `kron_accumulate` reads the first tile of a unit without prefetch
+  const bool merges = op == "kron_merge";  // whose rows cost far more
   const KronTable& table = *active().kron;
   const size_t type = std::string("fbh").find(letter);
   const int64_t count = groups.shape(0), matrices = parts.shape(0);
@@ -238,7 +238,7 @@ void kron(const std::string& op, const std::string& letter, const Addresses& gro
     shapes.push_back({n, r, group_rows[4 * g + 3], part_rows + 3 * first, lists + first, matrices});
     elements += n * r;
     most = std::max(most, table.sums_size(r));
-    const int64_t step = (merges ? kUnit / 16 : kUnit) / r / 64 * 64;
+    const int64_t step = (merges ? kUnit / 64 : kUnit) / r / 64 * 64;
     for (int64_t begin = 0; begin < n; begin += step) units.push_back({g, begin, std::min(step, n - begin)});
   }
   const int64_t size = int64_t(units.size());
