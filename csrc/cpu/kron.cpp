@@ -37,7 +37,7 @@ CNEXT_HD int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 CNEXT_HD int64_t up(int64_t size, int64_t block) { return (size + block - 1) / block * block; }
 CNEXT_HD Vector& at(float* p) { return *reinterpret_cast<Vector*>(p); }
 CNEXT_HD Vector at(const float* p) { return *reinterpret_cast<const Vector*>(p); }
-CNEXT_HD Vector broadcast(float x) { return Vector{} + x; }
+CNEXT_HD Vector broadcast(float x) { return x - Vector{}; }  // plus zero would be an addition
 
 // A tile: column j of the group's rows begins at data + j * pitch.
 struct Tile {
@@ -46,7 +46,7 @@ struct Tile {
   CNEXT_HD float* column(int64_t j) const { return data + j * pitch; }
 };
 
-CNEXT_HD int64_t tile_rows(int64_t r) { return kTile / up(r, kTall) / kLanes * kLanes; }
+CNEXT_HD int64_t tile_rows(int64_t r) { return kTile / up(r, kTall) / (2 * kLanes) * (2 * kLanes); }
 
 // to = from^T, of 8 x 8.
 CNEXT_HD void transpose(const float* from, int64_t from_stride, float* to, int64_t to_stride) {
@@ -140,10 +140,10 @@ void write(Tile from, const int64_t* part, int64_t begin, int64_t count, T* to) 
     for (int64_t j = 0; j < rank; ++j) store(to[k * along + j], from.column(j)[k]);
 }
 
-// Reads rows of list `which` of a group side by side, with zeros up to a multiple of kTall columns and kLanes rows.
+// Reads rows of list `which` of a group side by side, with zeros up to a multiple of kTall columns and 2 * kLanes rows.
 template <class T>
 void pack(const KronGroup& group, int which, int64_t begin, int64_t count, Tile to) {
-  const int64_t width = up(count, kLanes);
+  const int64_t width = up(count, 2 * kLanes);
   int64_t j = 0;
   for (int64_t p = 0; p < group.count; ++p) {
     const int64_t* part = group.parts + 3 * p;
@@ -325,26 +325,32 @@ void pull(const KronGroup& group, int64_t begin, int64_t end, const float* rows,
   for (int64_t i = 0; i < r; ++i)
     for (int64_t j = 0; j < wide; ++j) padded[i * wide + j] = j < r ? factor[i * r + j] : 0.0f;
   for (; begin < end; begin += step) {
-    const int64_t count = least(end - begin, step), width = up(count, kLanes);
+    const int64_t count = least(end - begin, step), width = up(count, 2 * kLanes);
     pack<T>(group, 1, begin, count, gap);
     pack<T>(group, 2, begin, count, start);
     pack<T>(group, 0, begin, count, grad);
     for (int64_t j = 0; j < r; ++j)
       for (int64_t k = 0; k < width; k += kLanes) at(gap.column(j) + k) = at(gap.column(j) + k) - at(start.column(j) + k);
     for (int64_t k = 0; k < width; ++k) scale[k] = k < count ? weight * rows[begin + k] : 0.0f;
-    for (int64_t k = 0; k < width; k += kLanes)
+    for (int64_t k = 0; k < width; k += 2 * kLanes)
       for (int64_t j = 0; j < r; j += kTall) {
-        Vector sum[kTall] = {};
+        Vector sum[2][kTall] = {};
         for (int64_t i = 0; i < r; ++i) {
-          const Vector x = at(gap.column(i) + k);
+          const Vector x = at(gap.column(i) + k), y = at(gap.column(i) + k + kLanes);
 #pragma GCC unroll 4
-          for (int a = 0; a < kTall; ++a) sum[a] = fma(x, broadcast(padded[i * wide + j + a]), sum[a]);
+          for (int a = 0; a < kTall; ++a) {
+            const Vector f = broadcast(padded[i * wide + j + a]);
+            sum[0][a] = fma(x, f, sum[0][a]);
+            sum[1][a] = fma(y, f, sum[1][a]);
+          }
         }
+#pragma GCC unroll 2
+        for (int b = 0; b < 2; ++b)
 #pragma GCC unroll 4
-        for (int a = 0; a < kTall; ++a) {
-          Vector& to = at(grad.column(j + a) + k);
-          to = fma(at(scale + k), sum[a], to);
-        }
+          for (int a = 0; a < kTall; ++a) {
+            Vector& to = at(grad.column(j + a) + k + b * kLanes);
+            to = fma(at(scale + k + b * kLanes), sum[b][a], to);
+          }
       }
     unpack<T>(grad, group, 0, begin, count);
   }
@@ -355,44 +361,69 @@ typedef double Eight __attribute__((vector_size(64)));
 
 CNEXT_HD int64_t triangle(int64_t i) { return i * (i + 1) / 2; }
 
-// Solves A x = b for symmetric matrices, x in place of b, by A = L D L^T: row i of A begins at triangle(i). No pivot of
-// A >= damping I is below damping; that a rounded factor gives a smaller one has no other effect than more damping.
-void solve(int64_t r, double damping, Eight* __restrict a, Eight* __restrict x) {
-  Eight scaled[kMostRank], inverse[kMostRank];  // row i of L D
-  for (int64_t i = 0; i < r; ++i) {
-    Eight* row = a + triangle(i);
-    Eight pivot = row[i], value = x[i];
-    for (int64_t j = 0; j < i; ++j) {
-      const Eight* other = a + triangle(j);
-      Eight sum[2] = {row[j], Eight{}};
-      int64_t k = 0;
-      for (; k + 2 <= j; k += 2) {
-        sum[0] -= scaled[k] * other[k];
-        sum[1] -= scaled[k + 1] * other[k + 1];
-      }
-      if (k < j) sum[0] -= scaled[k] * other[k];
-      scaled[j] = sum[0] + sum[1];
-      row[j] = scaled[j] * inverse[j];
-      pivot -= scaled[j] * row[j];
-      value -= row[j] * x[j];
+// l[i][j] -= sum over k < j of l[i][k] l[j][k], for `Rows` rows from row i on.
+template <int Rows>
+CNEXT_HD void eliminate(Eight* l, int64_t i, int64_t j) {
+  const Eight* other = l + triangle(j);
+  Eight *row[Rows], sum[Rows];
+#pragma GCC unroll 4
+  for (int a = 0; a < Rows; ++a) {
+    row[a] = l + triangle(i + a);
+    sum[a] = row[a][j];
+  }
+  for (int64_t k = 0; k < j; ++k) {
+    const Eight y = other[k];
+#pragma GCC unroll 4
+    for (int a = 0; a < Rows; ++a) sum[a] -= row[a][k] * y;
+  }
+#pragma GCC unroll 4
+  for (int a = 0; a < Rows; ++a) row[a][j] = sum[a];
+}
+
+// Solves A x = b for symmetric matrices by A = L D L^T, x in place of b, L in place of A, whose row i begins at
+// triangle(i). Four rows at a time read the rows above them once. No pivot of A >= damping I is below damping; where
+// factors that were rounded give a smaller one, this is more damping.
+void solve(int64_t r, double damping, Eight* __restrict l, Eight* __restrict x) {
+  Eight inverse[kMostRank];
+  for (int64_t top = 0; top < r; top += 4) {
+    const int64_t bottom = least(r, top + 4);
+    for (int64_t j = 0; j < top; ++j) {
+      if (bottom - top == 4)
+        eliminate<4>(l, top, j);
+      else
+        for (int64_t i = top; i < bottom; ++i) eliminate<1>(l, i, j);
     }
-    for (int lane = 0; lane < kEight; ++lane) inverse[i][lane] = 1.0 / (pivot[lane] > damping ? pivot[lane] : damping);
-    x[i] = value;
+    for (int64_t i = top; i < bottom; ++i) {
+      for (int64_t j = top; j < i; ++j) eliminate<1>(l, i, j);
+      Eight *row = l + triangle(i), pivot = row[i], value = x[i];
+      for (int64_t k = 0; k < i; ++k) {
+        const Eight scaled = row[k];  // of L D
+        row[k] = scaled * inverse[k];
+        pivot -= scaled * row[k];
+        value -= row[k] * x[k];
+      }
+      inverse[i] = 1.0 / (pivot > damping ? pivot : Eight{} + damping);
+      x[i] = value;
+    }
   }
-  for (int64_t i = r - 1; i >= 0; --i) {
-    Eight value = x[i] * inverse[i];
-    for (int64_t j = i + 1; j < r; ++j) value -= a[triangle(j) + i] * x[j];
-    x[i] = value;
-  }
+  for (int64_t i = r - 1; i >= 0; --i) x[i] *= inverse[i];
+  for (int64_t i = r - 1; i > 0; --i)
+    for (int64_t j = 0; j < i; ++j) x[j] -= l[triangle(i) + j] * x[i];
 }
 
 template <class T>
 void merge(const KronGroup& group, int64_t begin, int64_t end, const float* rows_new, const float* factor_new,
            const float* rows_old, const float* factor_old, double c, double damping) {
-  constexpr int kPitch = 16;
+  constexpr int kPitch = 2 * kLanes;
   alignas(64) float memory[2][kMostRank * kPitch] = {};
+  double old[kMostRank * kMostRank], fresh[kMostRank * kMostRank];
   Eight a[kMostRank * (kMostRank + 1) / 2], x[kMostRank], gap[kMostRank];
-  const int64_t r = group.r;
+  const int64_t r = group.r, wide = up(r, kTall);
+  for (int64_t i = 0; i < r; ++i)
+    for (int64_t j = 0; j < wide; ++j) {
+      old[i * wide + j] = j < r ? double(factor_old[i * r + j]) : 0.0;
+      fresh[i * wide + j] = j < r ? double(factor_new[i * r + j]) : 0.0;
+    }
   const Tile now{memory[0], kPitch}, start{memory[1], kPitch};
   for (; begin < end; begin += kEight) {
     const int64_t count = least(end - begin, kEight);
@@ -403,15 +434,17 @@ void merge(const KronGroup& group, int64_t begin, int64_t end, const float* rows
       m[k] = double(rows_old[begin + k]) / c;
       f[k] = double(rows_new[begin + k]);
     }
-    for (int64_t i = 0; i < r; ++i)
+    for (int64_t i = 0; i < wide; ++i)
       for (int k = 0; k < kEight; ++k) gap[i][k] = double(start.column(i)[k]) - double(now.column(i)[k]);
     for (int64_t i = 0; i < r; ++i) {
-      Eight sum{};
-      for (int64_t j = 0; j < r; ++j) sum += gap[j] * double(factor_old[i * r + j]);
-      x[i] = m * sum;
+      const double *p = old + i * wide, *q = fresh + i * wide;
+      Eight sum[kTall] = {};
+      for (int64_t j = 0; j < r; j += kTall)
+#pragma GCC unroll 4
+        for (int b = 0; b < kTall; ++b) sum[b] += gap[j + b] * p[j + b];
+      x[i] = m * ((sum[0] + sum[1]) + (sum[2] + sum[3]));
       Eight* row = a + triangle(i);
-      for (int64_t j = 0; j <= i; ++j)
-        row[j] = m * double(factor_old[i * r + j]) + f * double(factor_new[i * r + j]);
+      for (int64_t j = 0; j <= i; ++j) row[j] = m * p[j] + f * q[j];
       row[i] += damping;
     }
     solve(r, damping, a, x);
