@@ -47,8 +47,9 @@ void check(const Signature& kernel, const Addresses& addresses, const Addresses&
 
 // The same for the ops of cnext.ops.kron. groups: (groups, 4) of n, r, first matrix and number of matrices; parts:
 // (matrices, 3) of rank and strides along n and along the rank; addresses: (lists, matrices) and (lists, groups).
-inline void check_kron(const std::string& op, const std::string& letter, const Addresses& groups, const Addresses& parts,
-                       const Addresses& part_addresses, const Addresses& group_addresses, size_t scalars) {
+inline void check_kron(const std::string& op, const std::string& letter, const Addresses& groups,
+                       const Addresses& parts, const Addresses& part_addresses, const Addresses& group_addresses,
+                       size_t scalars) {
   struct {
     const char* op;
     int64_t part_lists, group_lists;

@@ -318,6 +318,9 @@ def kron_merge_(
         c: plasticity, positive; larger keeps less of the old.
         damping: positive, in the unit of the Fisher information.
 
+    Raises:
+        UserError: ``c`` or ``damping`` is not positive, besides what the module names.
+
     Example:
         >>> theta, one = [torch.ones(1, 2)], [torch.ones(1)]
         >>> old = [torch.tensor([[1.0, 0.5], [0.5, 1.0]])]
@@ -327,6 +330,9 @@ def kron_merge_(
 
     Reference: Continual-NExT, arXiv 2602.18055, Eq. 3 and 4, with blocks in place of numbers.
     """
+    for name, value in (("c", c), ("damping", damping)):
+        if not value > 0:
+            raise UserError(f"kron_merge_: {name} is {value}; expected a positive number")
     if parts:
         lists = (theta, theta_start, rows_new, factor_new, rows_old, factor_old)
         torch.ops.cnext.kron_merge_(*lists, parts, axes, c=c, damping=damping, impl=impl)

@@ -57,7 +57,8 @@ CNEXT_HD void transpose(const float* from, int64_t from_stride, float* to, int64
 #pragma GCC unroll 4
     for (int i = 0; i < 4; ++i) {
       const float* line = from + i * from_stride + 4 * h;
-      half[h][i] = _mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(line)), _mm_loadu_ps(line + 4 * from_stride), 1);
+      const __m128 low = _mm_loadu_ps(line), high = _mm_loadu_ps(line + 4 * from_stride);
+      half[h][i] = _mm256_insertf128_ps(_mm256_castps128_ps256(low), high, 1);
     }
 #pragma GCC unroll 2
   for (int h = 0; h < 2; ++h) {
@@ -147,7 +148,8 @@ void pack(const KronGroup& group, int which, int64_t begin, int64_t count, Tile 
   int64_t j = 0;
   for (int64_t p = 0; p < group.count; ++p) {
     const int64_t* part = group.parts + 3 * p;
-    read(reinterpret_cast<const T*>(group.lists[which * group.stride + p]), part, begin, count, Tile{to.column(j), to.pitch});
+    const T* from = reinterpret_cast<const T*>(group.lists[which * group.stride + p]);
+    read(from, part, begin, count, Tile{to.column(j), to.pitch});
     j += part[0];
   }
   for (int64_t i = 0; i < j; ++i)
@@ -161,7 +163,8 @@ void unpack(Tile from, const KronGroup& group, int which, int64_t begin, int64_t
   int64_t j = 0;
   for (int64_t p = 0; p < group.count; ++p) {
     const int64_t* part = group.parts + 3 * p;
-    write(Tile{from.column(j), from.pitch}, part, begin, count, reinterpret_cast<T*>(group.lists[which * group.stride + p]));
+    T* to = reinterpret_cast<T*>(group.lists[which * group.stride + p]);
+    write(Tile{from.column(j), from.pitch}, part, begin, count, to);
     j += part[0];
   }
 }
@@ -213,8 +216,8 @@ CNEXT_HD void add_lanes(const Vector (&x)[kTall * kWide], double* sums) {
 
 // sums += the products of kTall columns with kWide others, but those whose second column plus Skip is before the first.
 template <int Skip>
-__attribute__((noinline)) void products(const float* left, const float* right, int64_t pitch, int64_t width, const char* next,
-                                        double* sums) {
+__attribute__((noinline)) void products(const float* left, const float* right, int64_t pitch, int64_t width,
+                                        const char* next, double* sums) {
   Vector block[kTall * kWide] = {};
 #pragma GCC unroll 1
   for (int64_t k = 0; k < width; k += kLanes) {
@@ -330,7 +333,10 @@ void pull(const KronGroup& group, int64_t begin, int64_t end, const float* rows,
     pack<T>(group, 2, begin, count, start);
     pack<T>(group, 0, begin, count, grad);
     for (int64_t j = 0; j < r; ++j)
-      for (int64_t k = 0; k < width; k += kLanes) at(gap.column(j) + k) = at(gap.column(j) + k) - at(start.column(j) + k);
+      for (int64_t k = 0; k < width; k += kLanes) {
+        Vector& to = at(gap.column(j) + k);
+        to = to - at(start.column(j) + k);
+      }
     for (int64_t k = 0; k < width; ++k) scale[k] = k < count ? weight * rows[begin + k] : 0.0f;
     for (int64_t k = 0; k < width; k += 2 * kLanes)
       for (int64_t j = 0; j < r; j += kTall) {
@@ -381,8 +387,7 @@ CNEXT_HD void eliminate(Eight* l, int64_t i, int64_t j) {
 }
 
 // Solves A x = b for symmetric matrices by A = L D L^T, x in place of b, L in place of A, whose row i begins at
-// triangle(i). Four rows at a time read the rows above them once. No pivot of A >= damping I is below damping; where
-// factors that were rounded give a smaller one, this is more damping.
+// triangle(i). Four rows at a time read the rows above them once. No pivot of A >= damping I is below damping.
 void solve(int64_t r, double damping, Eight* __restrict l, Eight* __restrict x) {
   Eight inverse[kMostRank];
   for (int64_t top = 0; top < r; top += 4) {
@@ -411,6 +416,36 @@ void solve(int64_t r, double damping, Eight* __restrict l, Eight* __restrict x) 
     for (int64_t j = 0; j < i; ++j) x[j] -= l[triangle(i) + j] * x[i];
 }
 
+// out = the factor without what is of the size of its rounding to float32, which has no definite sign: without that,
+// A >= damping I for any small damping. By steps of a Cholesky factorization, the largest pivot first; what is left below
+// kRounding of the diagonal is dropped. wide: row stride of out, whose columns from r on become zeros.
+void semidefinite(int64_t r, int64_t wide, const float* factor, double* out) {
+  constexpr double kRounding = 0x1p-21;
+  double rest[kMostRank * kMostRank], line[kMostRank];
+  for (int64_t k = 0; k < r * r; ++k) rest[k] = double(factor[k]);
+  for (int64_t k = 0; k < r * wide; ++k) out[k] = 0.0;
+  for (int64_t step = 0; step < r; ++step) {
+    int64_t best = 0;
+    double share = 0.0;
+    for (int64_t i = 0; i < r; ++i)
+      if (rest[i * r + i] > share * double(factor[i * r + i])) {
+        best = i;
+        share = rest[i * r + i] / double(factor[i * r + i]);
+      }
+    if (!(share > kRounding)) return;
+    const double pivot = rest[best * r + best];
+    for (int64_t j = 0; j < r; ++j) line[j] = rest[best * r + j];
+    for (int64_t i = 0; i < r; ++i) {
+      const double scale = line[i] / pivot;
+      for (int64_t j = 0; j < r; ++j) {
+        out[i * wide + j] += scale * line[j];
+        rest[i * r + j] -= scale * line[j];
+      }
+    }
+    rest[best * r + best] = 0.0;
+  }
+}
+
 template <class T>
 void merge(const KronGroup& group, int64_t begin, int64_t end, const float* rows_new, const float* factor_new,
            const float* rows_old, const float* factor_old, double c, double damping) {
@@ -419,11 +454,8 @@ void merge(const KronGroup& group, int64_t begin, int64_t end, const float* rows
   double old[kMostRank * kMostRank], fresh[kMostRank * kMostRank];
   Eight a[kMostRank * (kMostRank + 1) / 2], x[kMostRank], gap[kMostRank];
   const int64_t r = group.r, wide = up(r, kTall);
-  for (int64_t i = 0; i < r; ++i)
-    for (int64_t j = 0; j < wide; ++j) {
-      old[i * wide + j] = j < r ? double(factor_old[i * r + j]) : 0.0;
-      fresh[i * wide + j] = j < r ? double(factor_new[i * r + j]) : 0.0;
-    }
+  semidefinite(r, wide, factor_old, old);
+  semidefinite(r, wide, factor_new, fresh);
   const Tile now{memory[0], kPitch}, start{memory[1], kPitch};
   for (; begin < end; begin += kEight) {
     const int64_t count = least(end - begin, kEight);

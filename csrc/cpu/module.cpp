@@ -238,7 +238,7 @@ void kron(const std::string& op, const std::string& letter, const Addresses& gro
     shapes.push_back({n, r, group_rows[4 * g + 3], part_rows + 3 * first, lists + first, matrices});
     elements += n * r;
     most = std::max(most, table.sums_size(r));
-    const int64_t step = (merges ? kUnit / 64 : kUnit) / r / 64 * 64;
+    const int64_t step = (merges ? kUnit / 8 : kUnit) / r / 64 * 64;
     for (int64_t begin = 0; begin < n; begin += step) units.push_back({g, begin, std::min(step, n - begin)});
   }
   const int64_t size = int64_t(units.size());
@@ -248,7 +248,8 @@ void kron(const std::string& op, const std::string& letter, const Addresses& gro
     for (int64_t u = 0; u < size; ++u) {
       const int64_t g = units[u].tensor, begin = units[u].begin, end = begin + units[u].count;
       if (merges)
-        table.merge[type](shapes[g], begin, end, list(0, g), list(1, g), list(2, g), list(3, g), scalars[0], scalars[1]);
+        table.merge[type](shapes[g], begin, end, list(0, g), list(1, g), list(2, g), list(3, g), scalars[0],
+                          scalars[1]);
       else
         table.pull[type](shapes[g], begin, end, list(0, g), list(1, g), float(scalars[0]));
     }
