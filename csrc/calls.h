@@ -45,6 +45,49 @@ void check(const Signature& kernel, const Addresses& addresses, const Addresses&
   expect("numbers in a row", size_t(kernel.row_width), rows.address ? size_t(rows.width) : 0);
 }
 
+// The same for the ops of cnext.ops.kron. groups: (groups, 4) of n, r, first matrix and number of matrices; parts:
+// (matrices, 3) of rank and strides along n and along the rank; addresses: (lists, matrices) and (lists, groups).
+inline void check_kron(const std::string& op, const std::string& letter, const Addresses& groups,
+                       const Addresses& parts, const Addresses& part_addresses, const Addresses& group_addresses,
+                       size_t scalars) {
+  struct {
+    const char* op;
+    int64_t part_lists, group_lists;
+    size_t scalars;
+  } constexpr kOps[] = {{"kron_accumulate", 1, 2, 0}, {"kron_pull", 3, 2, 1}, {"kron_merge", 2, 4, 2}};
+  const auto require = [&](bool fits, const char* what) {
+    if (!fits) throw std::invalid_argument(op + ": " + what + "; expected what cnext/ops/kron.py passes");
+  };
+  const auto shape = [](const Addresses& array, int64_t rows, int64_t columns) {
+    return array.ndim() == 2 && array.shape(0) == rows && array.shape(1) == columns;
+  };
+  const auto* found = kOps;
+  while (found != kOps + 3 && op != found->op) ++found;
+  require(found != kOps + 3, "the op must be kron_accumulate, kron_pull or kron_merge");
+  require(letter == "f" || letter == "b" || letter == "h", "letter must be f, b or h");
+  require(groups.ndim() == 2 && groups.shape(1) == 4, "groups must be (groups, 4)");
+  require(parts.ndim() == 2 && parts.shape(1) == 3, "parts must be (matrices, 3)");
+  require(shape(part_addresses, found->part_lists, parts.shape(0)), "part_addresses must be (lists, matrices)");
+  require(shape(group_addresses, found->group_lists, groups.shape(0)), "group_addresses must be (lists, groups)");
+  require(scalars == found->scalars, "a wrong number of scalars");
+  int64_t matrix = 0;
+  for (int64_t g = 0; g < groups.shape(0); ++g) {
+    const int64_t *group = groups.data(g, 0), n = group[0], r = group[1];
+    require(n > 0 && r > 0 && r <= 64, "a group must have rows, and a total rank from 1 to 64");
+    require(group[2] == matrix && group[3] > 0 && group[3] <= parts.shape(0) - matrix,
+            "groups must have the matrices one after another");
+    int64_t ranks = 0;
+    for (const int64_t end = matrix + group[3]; matrix < end; ++matrix) {
+      const int64_t *part = parts.data(matrix, 0), rank = part[0];
+      require(rank > 0 && rank <= r - ranks, "the ranks of a group's matrices must be positive and sum to its own");
+      require((part[1] == rank && part[2] == 1) || (part[1] == 1 && part[2] == n), "a matrix must be contiguous");
+      ranks += rank;
+    }
+    require(ranks == r, "the ranks of a group's matrices must be positive and sum to its own");
+  }
+  require(matrix == parts.shape(0), "every matrix must be in a group");
+}
+
 template <class Table>
 pybind11::list signatures(const Table& table) {
   pybind11::list all;

@@ -81,22 +81,27 @@ class KronOp:
         *given, parts, axes = arguments
         lists: dict[str, list[Tensor]] = dict(zip(self.lists, given, strict=True))
         tables = {name: checks.table(tensors) for name, tensors in lists.items()}
-        kinds = (rows[:, [checks.KIND, checks.LAYOUT]].tobytes() for rows in tables.values())
-        key = (self.name, tuple(parts), tuple(axes), *kinds)
-        if (layout := _KNOWN.get(key)) is None:
-            _KNOWN.clear()  # a model has one set of groups, or a few
-            layout = _KNOWN[key] = _layout(self, lists, parts, axes)
-        checks.require_disjoint(self.name, lists, tables, self.written)
-        device = layout.device
-        path = dispatch.choose(self.name, device.type, impl)
+        rows = numpy.concatenate([*tables.values()])
+        key = (self.name, tuple(parts), tuple(axes), rows[:, [checks.KIND, checks.LAYOUT]].tobytes())
+        if (known := _KNOWN.get(key)) is None:
+            known = _Known(_layout(self, lists, parts, axes))
+            if len(_KNOWN) >= MOST_KNOWN:
+                _KNOWN.clear()
+            _KNOWN[key] = known
+        addresses = rows[:, checks.ADDRESS].copy()
+        if not numpy.array_equal(addresses, known.addresses):
+            checks.require_disjoint(self.name, lists, tables, self.written)
+            known.addresses = addresses
+        layout = known.layout
+        path = dispatch.choose(self.name, layout.device.type, impl)
         if path == "reference":
             getattr(kron_reference, self.name)(*given, parts, axes, **scalars)
         else:
             over_parts, over_groups = (
-                numpy.stack(
+                numpy.concatenate(
                     [tables[name][:, checks.ADDRESS] for name, kind in self.lists.items() if (kind == "part") == of]
-                )
-                for of in (True, False)
+                ).reshape(-1, size)
+                for of, size in ((True, len(axes)), (False, len(parts)))
             )
             numbers = [float(scalars[name]) for name in self.scalars]
             _launch(path, self.name.strip("_"), layout, over_parts, over_groups, numbers)
@@ -118,8 +123,17 @@ class Layout:
     device: torch.device
 
 
-_KNOWN: dict[tuple[Any, ...], Layout] = {}
-"""Layouts of calls that were checked, by the op, ``parts``, ``axes``, dtypes, shapes and strides."""
+@dataclass
+class _Known:
+    """What calls of one layout need not check again: the layout, and addresses of which nothing overlaps."""
+
+    layout: Layout
+    addresses: numpy.ndarray | None = None
+
+
+MOST_KNOWN = 16  # a model has one set of groups, or a few, for each op
+_KNOWN: dict[tuple[Any, ...], _Known] = {}
+"""By the op, ``parts``, ``axes``, and the dtypes, shapes and strides of every list."""
 
 
 def _layout(op: KronOp, lists: Mapping[str, Sequence[Tensor]], parts: Sequence[int], axes: Sequence[int]) -> Layout:
@@ -310,6 +324,9 @@ def kron_merge_(
         c: plasticity, positive; larger keeps less of the old.
         damping: positive, in the unit of the Fisher information.
 
+    Raises:
+        UserError: ``c`` or ``damping`` is not positive, besides what the module names.
+
     Example:
         >>> theta, one = [torch.ones(1, 2)], [torch.ones(1)]
         >>> old = [torch.tensor([[1.0, 0.5], [0.5, 1.0]])]
@@ -319,6 +336,9 @@ def kron_merge_(
 
     Reference: Continual-NExT, arXiv 2602.18055, Eq. 3 and 4, with blocks in place of numbers.
     """
+    for name, value in (("c", c), ("damping", damping)):
+        if not value > 0:
+            raise UserError(f"kron_merge_: {name} is {value}; expected a positive number")
     if parts:
         lists = (theta, theta_start, rows_new, factor_new, rows_old, factor_old)
         torch.ops.cnext.kron_merge_(*lists, parts, axes, c=c, damping=damping, impl=impl)

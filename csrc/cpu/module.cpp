@@ -16,6 +16,7 @@
 #include "../tensors.h"
 #include "dropout.h"
 #include "foreach.h"
+#include "kron.h"
 #include "low_rank.h"
 
 namespace py = pybind11;
@@ -30,6 +31,7 @@ struct InstructionSet {
   KernelTable table;
   DropoutTable dropout;
   const LowRankTable* low_rank;
+  const KronTable* kron;
 };
 
 std::vector<InstructionSet> instruction_sets() {
@@ -38,13 +40,13 @@ std::vector<InstructionSet> instruction_sets() {
   sets.push_back({"avx512",
                   __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"),
-                  averaging_avx512(), branches_avx512(), low_rank_avx512()});
+                  averaging_avx512(), branches_avx512(), low_rank_avx512(), kron_avx512()});
 #endif
 #ifdef CNEXT_HAVE_avx2
   sets.push_back({"avx2", __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"), averaging_avx2(),
-                  branches_avx2(), low_rank_avx2()});
+                  branches_avx2(), low_rank_avx2(), kron_avx2()});
 #endif
-  sets.push_back({"baseline", true, averaging_baseline(), branches_baseline(), low_rank_baseline()});
+  sets.push_back({"baseline", true, averaging_baseline(), branches_baseline(), low_rank_baseline(), kron_baseline()});
   return sets;
 }
 
@@ -212,6 +214,67 @@ void grad_b(const std::string& type, uintptr_t dy, uintptr_t b, uintptr_t h, uin
                scale, reinterpret_cast<float*>(space), threads);
 }
 
+// An op of cnext.ops.kron on every group. The arrays are those of `check_kron`.
+void kron(const std::string& op, const std::string& letter, const Addresses& groups, const Addresses& parts,
+          const Addresses& part_addresses, const Addresses& group_addresses, const std::vector<double>& scalars,
+          int threads) {
+  check_kron(op, letter, groups, parts, part_addresses, group_addresses, scalars.size());
+  constexpr int64_t kUnit = 262144;  // elements: `kron_accumulate` reads the first tile of a unit without prefetch
+  const bool merges = op == "kron_merge";  // whose rows cost far more
+  const KronTable& table = *active().kron;
+  const size_t type = std::string("fbh").find(letter);
+  const int64_t count = groups.shape(0), matrices = parts.shape(0);
+  const int64_t *group_rows = groups.data(), *part_rows = parts.data(), *lists = part_addresses.data();
+  const auto list = [&](int which, int64_t group) {
+    return reinterpret_cast<float*>(group_addresses.data()[which * count + group]);
+  };
+  py::gil_scoped_release nogil;
+
+  std::vector<Chunk> units;
+  std::vector<KronGroup> shapes;
+  int64_t elements = 0, most = 0;
+  for (int64_t g = 0; g < count; ++g) {
+    const int64_t n = group_rows[4 * g], r = group_rows[4 * g + 1], first = group_rows[4 * g + 2];
+    shapes.push_back({n, r, group_rows[4 * g + 3], part_rows + 3 * first, lists + first, matrices});
+    elements += n * r;
+    most = std::max(most, table.sums_size(r));
+    const int64_t step = (merges ? kUnit / 8 : kUnit) / r / 64 * 64;
+    for (int64_t begin = 0; begin < n; begin += step) units.push_back({g, begin, std::min(step, n - begin)});
+  }
+  const int64_t size = int64_t(units.size());
+  threads = int(std::max<int64_t>(1, std::min<int64_t>(threads, std::min(size, elements / kChunk))));
+  if (op != "kron_accumulate") {
+#pragma omp parallel for schedule(dynamic) num_threads(threads)
+    for (int64_t u = 0; u < size; ++u) {
+      const int64_t g = units[u].tensor, begin = units[u].begin, end = begin + units[u].count;
+      if (merges)
+        table.merge[type](shapes[g], begin, end, list(0, g), list(1, g), list(2, g), list(3, g), scalars[0],
+                          scalars[1]);
+      else
+        table.pull[type](shapes[g], begin, end, list(0, g), list(1, g), float(scalars[0]));
+    }
+    return;
+  }
+  // Units that are computed side by side are added in order, so that no sum depends on the number of threads.
+  const int64_t batch = threads > 1 ? 16 * threads : 1;
+  std::vector<double> sums(batch * most), total(most);
+#pragma omp parallel num_threads(threads)
+  for (int64_t first = 0; first < size; first += batch) {
+    const int64_t last = std::min(size, first + batch);
+#pragma omp for schedule(dynamic)
+    for (int64_t u = first; u < last; ++u) {
+      const int64_t g = units[u].tensor, begin = units[u].begin;
+      table.accumulate[type](shapes[g], begin, begin + units[u].count, list(0, g), sums.data() + (u - first) * most);
+    }
+#pragma omp single
+    for (int64_t u = first; u < last; ++u) {
+      const int64_t g = units[u].tensor;
+      for (int64_t k = 0; k < most; ++k) total[k] = (units[u].begin ? total[k] : 0.0) + sums[(u - first) * most + k];
+      if (units[u].begin + units[u].count == shapes[g].n) table.add(shapes[g].r, total.data(), list(1, g));
+    }
+  }
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_cpu, m) {
@@ -231,6 +294,9 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("grad_a", &grad_a);
   m.def("expand", &expand);
   m.def("grad_b", &grad_b);
+  m.def("kron", &kron, py::arg("op"), py::arg("letter"), py::arg("groups").noconvert(), py::arg("parts").noconvert(),
+        py::arg("part_addresses").noconvert(), py::arg("group_addresses").noconvert(), py::arg("scalars"),
+        py::arg("threads") = 1);
   m.def("describe", &describe, py::arg("api"), py::arg("tensors"),
         "(tensors, 4) int64 through torch.Tensor.__dlpack_c_exchange_api__: address, elements, kind, layout; -1: not dense.");
   m.def("instruction_set", [] { return std::string(active().name); });
