@@ -54,7 +54,7 @@ inline void check_kron(const std::string& op, const std::string& letter, const A
     const char* op;
     int64_t part_lists, group_lists;
     size_t scalars;
-  } constexpr kOps[] = {{"kron_accumulate", 1, 2, 0}, {"kron_pull", 3, 2, 1}, {"kron_merge", 2, 4, 2}};
+  } constexpr kOps[] = {{"kron_accumulate", 1, 2, 0}, {"kron_pull", 2, 3, 1}, {"kron_merge", 2, 4, 2}};
   const auto require = [&](bool fits, const char* what) {
     if (!fits) throw std::invalid_argument(op + ": " + what + "; expected what cnext/ops/kron.py passes");
   };

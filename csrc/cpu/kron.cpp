@@ -320,45 +320,63 @@ void add(int64_t r, const double* sums, float* factor) {
   });
 }
 
+// to += from * matrix, for `width` rows. matrix: (r, wide).
+void multiply(Tile from, const float* matrix, int64_t r, int64_t wide, int64_t width, Tile to) {
+  for (int64_t k = 0; k < width; k += 2 * kLanes)
+    for (int64_t j = 0; j < r; j += kTall) {
+      Vector sum[2][kTall] = {};
+      for (int64_t i = 0; i < r; ++i) {
+        const Vector x = at(from.column(i) + k), y = at(from.column(i) + k + kLanes);
+#pragma GCC unroll 4
+        for (int a = 0; a < kTall; ++a) {
+          const Vector m = broadcast(matrix[i * wide + j + a]);
+          sum[0][a] = fma(x, m, sum[0][a]);
+          sum[1][a] = fma(y, m, sum[1][a]);
+        }
+      }
+#pragma GCC unroll 2
+      for (int b = 0; b < 2; ++b)
+#pragma GCC unroll 4
+        for (int a = 0; a < kTall; ++a) {
+          Vector& out = at(to.column(j + a) + k + b * kLanes);
+          out = out + sum[b][a];
+        }
+    }
+}
+
 template <class T>
-void pull(const KronGroup& group, int64_t begin, int64_t end, const float* rows, const float* factor, float weight) {
-  alignas(64) float memory[3][kTile], padded[kMostRank * kMostRank], scale[kTile / kTall];
+void pull(const KronGroup& group, int64_t begin, int64_t end, const float* rows, const float* values,
+          const float* vectors, float weight) {
+  alignas(64) float memory[3][kTile], scale[kTile / kTall];
+  float there[kMostRank * kMostRank], back[kMostRank * kMostRank];
   const int64_t r = group.r, wide = up(r, kTall), step = tile_rows(r);
-  const Tile gap{memory[0], step}, start{memory[1], step}, grad{memory[2], step};
+  const Tile gap{memory[0], step}, turned{memory[1], step}, start{memory[2], step};
   for (int64_t i = 0; i < r; ++i)
-    for (int64_t j = 0; j < wide; ++j) padded[i * wide + j] = j < r ? factor[i * r + j] : 0.0f;
+    for (int64_t j = 0; j < wide; ++j) {
+      there[i * wide + j] = j < r ? vectors[i * r + j] : 0.0f;
+      back[i * wide + j] = j < r ? vectors[j * r + i] : 0.0f;
+    }
   for (; begin < end; begin += step) {
     const int64_t count = least(end - begin, step), width = up(count, 2 * kLanes);
-    pack<T>(group, 1, begin, count, gap);
-    pack<T>(group, 2, begin, count, start);
-    pack<T>(group, 0, begin, count, grad);
-    for (int64_t j = 0; j < r; ++j)
+    pack<T>(group, 0, begin, count, gap);
+    pack<T>(group, 1, begin, count, start);
+    for (int64_t j = 0; j < wide; ++j)
       for (int64_t k = 0; k < width; k += kLanes) {
         Vector& to = at(gap.column(j) + k);
         to = to - at(start.column(j) + k);
+        at(turned.column(j) + k) = Vector{};
       }
+    multiply(gap, there, r, wide, width, turned);
     for (int64_t k = 0; k < width; ++k) scale[k] = k < count ? weight * rows[begin + k] : 0.0f;
-    for (int64_t k = 0; k < width; k += 2 * kLanes)
-      for (int64_t j = 0; j < r; j += kTall) {
-        Vector sum[2][kTall] = {};
-        for (int64_t i = 0; i < r; ++i) {
-          const Vector x = at(gap.column(i) + k), y = at(gap.column(i) + k + kLanes);
-#pragma GCC unroll 4
-          for (int a = 0; a < kTall; ++a) {
-            const Vector f = broadcast(padded[i * wide + j + a]);
-            sum[0][a] = fma(x, f, sum[0][a]);
-            sum[1][a] = fma(y, f, sum[1][a]);
-          }
-        }
-#pragma GCC unroll 2
-        for (int b = 0; b < 2; ++b)
-#pragma GCC unroll 4
-          for (int a = 0; a < kTall; ++a) {
-            Vector& to = at(grad.column(j + a) + k + b * kLanes);
-            to = fma(at(scale + k + b * kLanes), sum[b][a], to);
-          }
+    for (int64_t j = 0; j < r; ++j) {
+      const Vector value = broadcast(values[j]), one = broadcast(1.0f);
+      for (int64_t k = 0; k < width; k += kLanes) {
+        Vector& to = at(turned.column(j) + k);
+        to = to / (one + at(scale + k) * value);
       }
-    unpack<T>(grad, group, 0, begin, count);
+    }
+    multiply(turned, back, r, wide, width, start);
+    unpack<T>(start, group, 0, begin, count);
   }
 }
 

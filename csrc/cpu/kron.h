@@ -20,7 +20,8 @@ struct KronTable {
   void (*accumulate[3])(const KronGroup&, int64_t begin, int64_t end, float* rows, double* sums);
   // factor += sums.
   void (*add)(int64_t r, const double* sums, float* factor);
-  void (*pull[3])(const KronGroup&, int64_t begin, int64_t end, const float* rows, const float* factor, float weight);
+  void (*pull[3])(const KronGroup&, int64_t begin, int64_t end, const float* rows, const float* values,
+                  const float* vectors, float weight);
   void (*merge[3])(const KronGroup&, int64_t begin, int64_t end, const float* rows_new, const float* factor_new,
                    const float* rows_old, const float* factor_old, double c, double damping);
 };

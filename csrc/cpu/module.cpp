@@ -251,7 +251,7 @@ void kron(const std::string& op, const std::string& letter, const Addresses& gro
         table.merge[type](shapes[g], begin, end, list(0, g), list(1, g), list(2, g), list(3, g), scalars[0],
                           scalars[1]);
       else
-        table.pull[type](shapes[g], begin, end, list(0, g), list(1, g), float(scalars[0]));
+        table.pull[type](shapes[g], begin, end, list(0, g), list(1, g), list(2, g), float(scalars[0]));
     }
     return;
   }

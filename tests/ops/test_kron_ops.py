@@ -332,7 +332,7 @@ if "cpp" in IMPLS:
 
     def arrays(op: str, **changed):
         """Valid arguments of the compiled function for two groups, of no address that can be read."""
-        part_lists, group_lists = {"kron_accumulate": (1, 2), "kron_pull": (3, 2), "kron_merge": (2, 4)}[op]
+        part_lists, group_lists = {"kron_accumulate": (1, 2), "kron_pull": (2, 3), "kron_merge": (2, 4)}[op]
         given = {
             "op": op,
             "letter": "f",
@@ -367,7 +367,7 @@ if "cpp" in IMPLS:
             ({"parts": numpy.array([[2, 2, 1], [3, 1, 6], [2, 2, 1]])}, "must be contiguous"),
             ({"part_addresses": numpy.zeros((4, 3), numpy.int64)}, "part_addresses must be"),
             ({"part_addresses": numpy.zeros(3, numpy.int64)}, "part_addresses must be"),
-            ({"group_addresses": numpy.zeros((3, 2), numpy.int64)}, "group_addresses must be"),
+            ({"group_addresses": numpy.zeros((5, 2), numpy.int64)}, "group_addresses must be"),
         ],
     )
     def test_malformed_arrays_are_refused(op, change, message):
