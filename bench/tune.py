@@ -123,21 +123,22 @@ def rungs(table: Table, method: str) -> Iterator[list[Run]]:
     yield [(method, settings, *where) for settings in finalists(table, method) for where in MORE]
 
 
+def one(processes: Any, table: Table, name: str) -> None:
+    """Makes the runs of a method that the table lacks, one after another, and chooses."""
+    for rung in rungs(table, name):
+        for run in rung:
+            if table.score(*run) is None:
+                table.add(run, metrics := processes.submit(_run, *run).result())
+                words = " ".join(f"{key}={value:g}" for key, value in run[1].items())
+                print(f"{name:<14} {words:<32} {run[2]} {run[3]:<8} {metrics['avg_acc']:6.2f}", flush=True)
+    print(f"{name:<14} chosen: {table.choose(name)}", flush=True)
+
+
 def tune(names: list[str], table: Table, preset: str, jobs: int) -> None:
-    """Makes the runs that the table lacks and chooses: several methods at a time, one run of each."""
+    """Tunes several methods at a time."""
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(jobs, context, _load, (preset,)) as processes, ThreadPoolExecutor(jobs) as threads:
-
-        def one(name: str) -> None:
-            for rung in rungs(table, name):
-                for run in rung:
-                    if table.score(*run) is None:
-                        table.add(run, metrics := processes.submit(_run, *run).result())
-                        words = " ".join(f"{key}={value:g}" for key, value in run[1].items())
-                        print(f"{name:<14} {words:<32} {run[2]} {run[3]:<8} {metrics['avg_acc']:6.2f}", flush=True)
-            print(f"{name:<14} chosen: {table.choose(name)}", flush=True)
-
-        list(threads.map(one, names))
+        list(threads.map(lambda name: one(processes, table, name), names))
 
 
 def main() -> None:
@@ -151,6 +152,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=RESULTS, help="file of all runs (default: results/next-tiny)")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, one thread each (default: %(default)s)")
     arguments = parser.parse_args()
+    if arguments.out.is_dir():
+        parser.error(f"expected a file for the runs, {arguments.out} is a folder; give another --out")
     tune(arguments.method, Table(arguments.out), arguments.preset, arguments.jobs)
 
 

@@ -86,10 +86,10 @@ def test_tests_without_an_installed_package_end_in_a_line(tmp_path: Path, monkey
 
 
 def test_tuning_runs_the_installed_package(tree: Path) -> None:
-    (tree / "file").touch()
-    done = run(tree, "bench/tune.py", "--out", "file", "--method", "mage", "--jobs", "1")
-    assert done.returncode == 1
-    assert f"error: expected a folder for the runs, {tree}/file is a file" in done.stderr
+    (tree / "cnext" / "methods" / "lora.py").write_text("raise SystemExit('not installed')")
+    done = run(tree, "bench/tune.py", "--out", "bench", "--method", "mage", "--jobs", "1")
+    assert done.returncode == 2
+    assert "error: expected a file for the runs, bench is a folder" in done.stderr
 
 
 def test_what_a_source_tree_runs_on_is_said(tree: Path) -> None:

@@ -33,6 +33,9 @@ OVERRIDES = (
 RENAMED = {"block_steps": "checkpoint_interval"}
 """Fields of config.json and options.json that earlier versions wrote under another name, by that name."""
 
+ADDED = {"lr_factor": 1.0, "trains": "roles", "pull": 0.01}
+"""Hyperparameters that earlier versions did not have, and the values that act as those did."""
+
 
 @dataclass(frozen=True)
 class Options:
@@ -175,6 +178,14 @@ class Plan:
 def current_names(values: Mapping[str, Any]) -> dict[str, Any]:
     """The values of a config.json or options.json of any version, by their present names."""
     return {RENAMED.get(name, name): value for name, value in values.items()}
+
+
+def completed(values: Mapping[str, Any], present: Mapping[str, Any]) -> dict[str, Any]:
+    """A config.json of any version with the names and hyperparameters that ``present``, of this version, has."""
+    found = current_names(values)
+    if isinstance(own := found.get("hyperparameters"), dict) and found.get("method") == present["method"]:
+        found["hyperparameters"] = {n: v for n, v in ADDED.items() if n in present["hyperparameters"]} | own
+    return found
 
 
 def cache() -> Path:

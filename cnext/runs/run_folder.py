@@ -15,7 +15,7 @@ from typing import IO, Any, TypeVar
 from torch import Tensor
 
 from cnext import records
-from cnext.config.run_config import current_names
+from cnext.config.run_config import completed
 from cnext.errors import UserError, parse_json
 from cnext.runs import checkpoint, schemas
 from cnext.runs.checkpoint import Damaged
@@ -75,7 +75,7 @@ def check_free(path: Path, config: dict[str, Any]) -> None:
             old = parse_json(file.read_bytes())
         except ValueError as error:
             raise UserError(f"{file} is not JSON ({error}); give another --out or delete the folder") from error
-        changed = _differences(current_names(old) if isinstance(old, dict) else old, config)
+        changed = _differences(completed(old, config) if isinstance(old, dict) else old, config)
         if changed and (path / "scores.jsonl").exists():
             listed = "\n".join(changed)
             raise UserError(

@@ -158,12 +158,14 @@ def test_scores_after_a_damaged_checkpoint_are_remade(make: Make, whole: RunConf
 
 
 def test_a_run_folder_of_an_earlier_version_is_resumed(make: Make, whole: RunConfig) -> None:
-    """Its config.json has the checkpoint interval under its old name."""
+    """Its config.json has the checkpoint interval under its old name, and lacks a hyperparameter."""
     made = make("earlier")
     go(made, KILL, 60)
     assert checkpoints(made)
     path = made.folder / "config.json"
-    path.write_text(path.read_text().replace("checkpoint_interval", "block_steps"))
+    values = json.loads(path.read_text().replace("checkpoint_interval", "block_steps"))
+    del values["hyperparameters"]["lr_factor"]
+    path.write_text(json.dumps(values))
     status, said = go(made)
     assert status == 0, said
     assert "resuming from" in said
