@@ -271,15 +271,15 @@ CNEXT_HD void sum_squares(Tile g, int64_t r, int64_t width, float* squares) {
     }
 }
 
-// Where the next tile of list 0 is in memory, as one range for each column of it.
+// Where the next tile of a list is in memory, as one range for each column of it.
 struct Ahead {
   const char* ranges[kMostRank];
   int size = 0;
 
-  Ahead(const KronGroup& group, int64_t element, int64_t begin, int64_t count) {
+  Ahead(const KronGroup& group, int which, int64_t element, int64_t begin, int64_t count) {
     for (int64_t p = 0; p < (count > 0 ? group.count : 0); ++p) {
       const int64_t *part = group.parts + 3 * p, rank = part[0], along = part[1], across = part[2];
-      const char* from = reinterpret_cast<const char*>(group.lists[p]) + begin * along * element;
+      const char* from = reinterpret_cast<const char*>(group.lists[which * group.stride + p]) + begin * along * element;
       for (int64_t j = 0; j < rank; ++j) ranges[size++] = from + j * (along == 1 ? across : count) * element;
     }
   }
@@ -297,10 +297,10 @@ void accumulate(const KronGroup& group, int64_t begin, int64_t end, float* rows,
     sum_squares(g, group.r, width, squares);
     for (int64_t k = 0; k < count; ++k) rows[begin + k] += squares[k];
     double* to = sums;
-    const Ahead ahead(group, sizeof(T), begin + count, least(end - begin - count, step));
+    const Ahead ahead(group, 0, sizeof(T), begin + count, least(end - begin - count, step));
     int64_t block = 0;
     blocks(group.r, [&](int64_t i, int64_t j) {
-      const char* next = ahead.ranges[block < ahead.size ? block++ : 0];
+      const char* next = block < ahead.size ? ahead.ranges[block++] : reinterpret_cast<const char*>(g.data);
       const auto run = j == i ? products<0> : j - i < kTall ? products<kWide> : products<kTall>;
       run(g.column(i), g.column(j), g.pitch, width, next, to);
       to += kTall * kWide;
@@ -338,8 +338,16 @@ void pull(const KronGroup& group, int64_t begin, int64_t end, const float* rows,
         to = to - at(start.column(j) + k);
       }
     for (int64_t k = 0; k < width; ++k) scale[k] = k < count ? weight * rows[begin + k] : 0.0f;
+    const int64_t next = begin + count, more = least(end - next, step);
+    const Ahead ahead[] = {{group, 0, sizeof(T), next, more}, {group, 1, sizeof(T), next, more},
+                           {group, 2, sizeof(T), next, more}};
     for (int64_t k = 0; k < width; k += 2 * kLanes)
       for (int64_t j = 0; j < r; j += kTall) {
+        for (const Ahead& list : ahead)
+          for (int64_t i = j; i < least(list.size, j + kTall); ++i) {
+            __builtin_prefetch(list.ranges[i] + k * sizeof(T), 0, 2);
+            if constexpr (2 * kLanes * sizeof(T) > 64) __builtin_prefetch(list.ranges[i] + k * sizeof(T) + 64, 0, 2);
+          }
         Vector sum[2][kTall] = {};
         for (int64_t i = 0; i < r; ++i) {
           const Vector x = at(gap.column(i) + k), y = at(gap.column(i) + k + kLanes);
@@ -417,8 +425,8 @@ void solve(int64_t r, double damping, Eight* __restrict l, Eight* __restrict x) 
 }
 
 // out = the factor without what is of the size of its rounding to float32, which has no definite sign: without that,
-// A >= damping I for any small damping. By steps of a Cholesky factorization, the largest pivot first; what is left below
-// kRounding of the diagonal is dropped. wide: row stride of out, whose columns from r on become zeros.
+// A >= damping I for any small damping. By steps of a Cholesky factorization, the largest pivot first; what is left
+// below kRounding of the diagonal is dropped. wide: row stride of out, whose columns from r on become zeros.
 void semidefinite(int64_t r, int64_t wide, const float* factor, double* out) {
   constexpr double kRounding = 0x1p-21;
   double rest[kMostRank * kMostRank], line[kMostRank];
