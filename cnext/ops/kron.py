@@ -88,7 +88,7 @@ class KronOp:
                 _KNOWN.clear()
             _KNOWN[key] = known
         addresses = rows[:, checks.ADDRESS].copy()
-        if not numpy.array_equal(addresses, known.addresses):
+        if known.addresses is None or not numpy.array_equal(addresses, known.addresses):
             checks.require_disjoint(self.name, lists, tables, self.written)
             known.addresses = addresses
         layout = known.layout
