@@ -5,6 +5,7 @@ import inspect
 import math
 import mmap
 import sys
+from typing import Any
 
 import numpy
 import pytest
@@ -329,8 +330,7 @@ def test_tables_in_python_are_enough(monkeypatch):
 
 
 if "cpp" in IMPLS:
-    CPP = dispatch.core("cpp")
-    assert CPP is not None
+    CPP: Any = dispatch.core("cpp")
 
     def arrays(op: str, **changed):
         """Valid arguments of the compiled function for two groups, of no address that can be read."""
