@@ -34,6 +34,8 @@ from cnext.ops.foreach import LETTER, LIBRARY
 
 MOST_RANK = 64
 """Largest total rank r of a group."""
+ROUNDING = 2.0**-20
+"""Share of its largest eigenvalue below which an eigenvalue of a float32 factor may be rounding alone."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +44,7 @@ class KronOp:
 
     name: as registered, and of its function in `cnext.ops.kron_reference`.
     lists: argument names in the order of the signature, and what each holds: "part", or for every group "rows" (n,),
-        "values" (r,) or "factor" (r, r).
+        "values" (r,), "factor" (r, r) or "precise", a factor in float64; the others are float32.
     written: the lists that are written.
     scalars: names of the scalars, in the kernels' order.
     """
@@ -89,7 +91,7 @@ class KronOp:
                 _KNOWN.clear()
             _KNOWN[key] = known
         addresses = rows[:, checks.ADDRESS].copy()
-        if not numpy.array_equal(addresses, known.addresses):
+        if known.addresses is None or not numpy.array_equal(addresses, known.addresses):
             checks.require_disjoint(self.name, lists, tables, self.written)
             known.addresses = addresses
         layout = known.layout
@@ -176,8 +178,10 @@ def _layout(op: KronOp, lists: Mapping[str, Sequence[Tensor]], parts: Sequence[i
                 "rows": lambda at=at: torch.Size([groups[at][0]]),
                 "values": lambda at=at: torch.Size([groups[at][1]]),
                 "factor": lambda at=at: torch.Size([groups[at][1]] * 2),
+                "precise": lambda at=at: torch.Size([groups[at][1]] * 2),
             }[kind]()
-            allowed = checks.STATE if kind != "part" else (base.dtype,) if base.dtype in checks.PARAM else checks.PARAM
+            state = (torch.float64,) if kind == "precise" else checks.STATE
+            allowed = state if kind != "part" else (base.dtype,) if base.dtype in checks.PARAM else checks.PARAM
             checks.require_tensor(f"{name}: {label}[{at}]", tensor, allowed, shape, base.device, f"that of {label}", at)
             if not tensor.is_contiguous():
                 raise UserError(f"{name}: {label}[{at}] has strides {tensor.stride()}; expected a contiguous tensor")
@@ -204,7 +208,7 @@ def _launch(
         core.kron(*arguments, space.data_ptr(), torch.cuda.current_stream().cuda_stream)
 
 
-_MERGED = {"theta": "part", "theta_start": "part", "rows_new": "rows", "factor_new": "factor"}
+_MERGED = {"theta": "part", "theta_start": "part", "rows_new": "rows", "factor_new": "precise"}
 OPS = {
     op.name: op
     for op in (
@@ -215,11 +219,21 @@ OPS = {
             ("theta",),
             ("weight",),
         ),
-        KronOp("kron_merge_", {**_MERGED, "rows_old": "rows", "factor_old": "factor"}, ("theta",), ("c", "damping")),
+        KronOp("kron_merge_", {**_MERGED, "rows_old": "rows", "factor_old": "precise"}, ("theta",), ("c", "damping")),
     )
 }
 for _op in OPS.values():
     _op.register()
+
+
+def semidefinite(factor: Tensor) -> Tensor:
+    """A symmetric factor in float64, without what is of the size of its rounding to float32.
+
+    That has no definite sign, and in a system with little damping would become most of the solution.
+    """
+    values, vectors = torch.linalg.eigh(factor.double().cpu())
+    values = torch.where(values > ROUNDING * values[-1], values, 0.0)
+    return ((vectors * values) @ vectors.T).to(factor.device)
 
 
 def kron_accumulate_(
@@ -340,5 +354,6 @@ def kron_merge_(
         if not value > 0:
             raise UserError(f"kron_merge_: {name} is {value}; expected a positive number")
     if parts:
-        lists = (theta, theta_start, rows_new, factor_new, rows_old, factor_old)
+        precise = ([semidefinite(factor) for factor in factors] for factors in (factor_new, factor_old))
+        lists = (theta, theta_start, rows_new, next(precise), rows_old, next(precise))
         torch.ops.cnext.kron_merge_(*lists, parts, axes, c=c, damping=damping, impl=impl)

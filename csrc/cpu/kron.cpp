@@ -271,15 +271,15 @@ CNEXT_HD void sum_squares(Tile g, int64_t r, int64_t width, float* squares) {
     }
 }
 
-// Where the next tile of list 0 is in memory, as one range for each column of it.
+// Where the next tile of a list is in memory, as one range for each column of it.
 struct Ahead {
   const char* ranges[kMostRank];
   int size = 0;
 
-  Ahead(const KronGroup& group, int64_t element, int64_t begin, int64_t count) {
+  Ahead(const KronGroup& group, int which, int64_t element, int64_t begin, int64_t count) {
     for (int64_t p = 0; p < (count > 0 ? group.count : 0); ++p) {
       const int64_t *part = group.parts + 3 * p, rank = part[0], along = part[1], across = part[2];
-      const char* from = reinterpret_cast<const char*>(group.lists[p]) + begin * along * element;
+      const char* from = reinterpret_cast<const char*>(group.lists[which * group.stride + p]) + begin * along * element;
       for (int64_t j = 0; j < rank; ++j) ranges[size++] = from + j * (along == 1 ? across : count) * element;
     }
   }
@@ -297,10 +297,10 @@ void accumulate(const KronGroup& group, int64_t begin, int64_t end, float* rows,
     sum_squares(g, group.r, width, squares);
     for (int64_t k = 0; k < count; ++k) rows[begin + k] += squares[k];
     double* to = sums;
-    const Ahead ahead(group, sizeof(T), begin + count, least(end - begin - count, step));
+    const Ahead ahead(group, 0, sizeof(T), begin + count, least(end - begin - count, step));
     int64_t block = 0;
     blocks(group.r, [&](int64_t i, int64_t j) {
-      const char* next = ahead.ranges[block < ahead.size ? block++ : 0];
+      const char* next = block < ahead.size ? ahead.ranges[block++] : reinterpret_cast<const char*>(g.data);
       const auto run = j == i ? products<0> : j - i < kTall ? products<kWide> : products<kTall>;
       run(g.column(i), g.column(j), g.pitch, width, next, to);
       to += kTall * kWide;
@@ -434,46 +434,16 @@ void solve(int64_t r, double damping, Eight* __restrict l, Eight* __restrict x) 
     for (int64_t j = 0; j < i; ++j) x[j] -= l[triangle(i) + j] * x[i];
 }
 
-// out = the factor without what is of the size of its rounding to float32, which has no definite sign: without that,
-// A >= damping I for any small damping. By steps of a Cholesky factorization, the largest pivot first; what is left below
-// kRounding of the diagonal is dropped. wide: row stride of out, whose columns from r on become zeros.
-void semidefinite(int64_t r, int64_t wide, const float* factor, double* out) {
-  constexpr double kRounding = 0x1p-21;
-  double rest[kMostRank * kMostRank], line[kMostRank];
-  for (int64_t k = 0; k < r * r; ++k) rest[k] = double(factor[k]);
-  for (int64_t k = 0; k < r * wide; ++k) out[k] = 0.0;
-  for (int64_t step = 0; step < r; ++step) {
-    int64_t best = 0;
-    double share = 0.0;
-    for (int64_t i = 0; i < r; ++i)
-      if (rest[i * r + i] > share * double(factor[i * r + i])) {
-        best = i;
-        share = rest[i * r + i] / double(factor[i * r + i]);
-      }
-    if (!(share > kRounding)) return;
-    const double pivot = rest[best * r + best];
-    for (int64_t j = 0; j < r; ++j) line[j] = rest[best * r + j];
-    for (int64_t i = 0; i < r; ++i) {
-      const double scale = line[i] / pivot;
-      for (int64_t j = 0; j < r; ++j) {
-        out[i * wide + j] += scale * line[j];
-        rest[i * r + j] -= scale * line[j];
-      }
-    }
-    rest[best * r + best] = 0.0;
-  }
-}
-
 template <class T>
-void merge(const KronGroup& group, int64_t begin, int64_t end, const float* rows_new, const float* factor_new,
-           const float* rows_old, const float* factor_old, double c, double damping) {
+void merge(const KronGroup& group, int64_t begin, int64_t end, const float* rows_new, const double* factor_new,
+           const float* rows_old, const double* factor_old, double c, double damping) {
   constexpr int kPitch = 2 * kLanes;
   alignas(64) float memory[2][kMostRank * kPitch] = {};
-  double old[kMostRank * kMostRank], fresh[kMostRank * kMostRank];
+  double old[kMostRank * kMostRank];  // with zeros up to a multiple of kTall columns
   Eight a[kMostRank * (kMostRank + 1) / 2], x[kMostRank], gap[kMostRank];
   const int64_t r = group.r, wide = up(r, kTall);
-  semidefinite(r, wide, factor_old, old);
-  semidefinite(r, wide, factor_new, fresh);
+  for (int64_t i = 0; i < r; ++i)
+    for (int64_t j = 0; j < wide; ++j) old[i * wide + j] = j < r ? factor_old[i * r + j] : 0.0;
   const Tile now{memory[0], kPitch}, start{memory[1], kPitch};
   for (; begin < end; begin += kEight) {
     const int64_t count = least(end - begin, kEight);
@@ -487,7 +457,7 @@ void merge(const KronGroup& group, int64_t begin, int64_t end, const float* rows
     for (int64_t i = 0; i < wide; ++i)
       for (int k = 0; k < kEight; ++k) gap[i][k] = double(start.column(i)[k]) - double(now.column(i)[k]);
     for (int64_t i = 0; i < r; ++i) {
-      const double *p = old + i * wide, *q = fresh + i * wide;
+      const double *p = old + i * wide, *q = factor_new + i * r;
       Eight sum[kTall] = {};
       for (int64_t j = 0; j < r; j += kTall)
 #pragma GCC unroll 4

@@ -22,8 +22,8 @@ struct KronTable {
   void (*add)(int64_t r, const double* sums, float* factor);
   void (*pull[3])(const KronGroup&, int64_t begin, int64_t end, const float* rows, const float* values,
                   const float* vectors, float weight);
-  void (*merge[3])(const KronGroup&, int64_t begin, int64_t end, const float* rows_new, const float* factor_new,
-                   const float* rows_old, const float* factor_old, double c, double damping);
+  void (*merge[3])(const KronGroup&, int64_t begin, int64_t end, const float* rows_new, const double* factor_new,
+                   const float* rows_old, const double* factor_old, double c, double damping);
 };
 
 const KronTable* kron_baseline();

@@ -248,8 +248,8 @@ void kron(const std::string& op, const std::string& letter, const Addresses& gro
     for (int64_t u = 0; u < size; ++u) {
       const int64_t g = units[u].tensor, begin = units[u].begin, end = begin + units[u].count;
       if (merges)
-        table.merge[type](shapes[g], begin, end, list(0, g), list(1, g), list(2, g), list(3, g), scalars[0],
-                          scalars[1]);
+        table.merge[type](shapes[g], begin, end, list(0, g), reinterpret_cast<double*>(list(1, g)), list(2, g),
+                          reinterpret_cast<double*>(list(3, g)), scalars[0], scalars[1]);
       else
         table.pull[type](shapes[g], begin, end, list(0, g), list(1, g), list(2, g), float(scalars[0]));
     }

@@ -71,10 +71,12 @@ def run() -> None:
                     threads=threads,
                 )
         dropout(_cpu, generator)
+        kron(_cpu, generator)
         if _cpu.has_low_rank():
             low_rank(_cpu, generator)
     sets = len(_cpu.instruction_sets())
-    print(f"{len(_cpu.kernels())} kernels, dropout and low-rank products x {sets} instruction sets: clean")
+    what = "dropout, Kronecker factors and low-rank products"
+    print(f"{len(_cpu.kernels())} kernels, {what} x {sets} instruction sets: clean")
 
 
 def dropout(module: ModuleType, generator: numpy.random.Generator) -> None:
@@ -89,6 +91,37 @@ def dropout(module: ModuleType, generator: numpy.random.Generator) -> None:
                     sizes = (7, columns, columns + gap, columns)
                     addresses = (x.ctypes.data, out.ctypes.data)
                     module.dropout(letter, add, *addresses, *sizes, 5, 128, seed.ctypes.data, 3277, 2, 2)
+
+
+def kron(module: ModuleType, generator: numpy.random.Generator) -> None:
+    """The ops over Kronecker factors: sizes around those of tiles, vectors and units, both layouts, every type."""
+    groups = [(n, ranks) for n in (1, 7, 8, 33, 257, 4500) for ranks in ([1], [5, 8, 3], [8, 8, 16], [30, 34])]
+    sizes, parts = [], []
+    for n, ranks in groups:
+        sizes.append((n, sum(ranks), len(parts), len(ranks)))
+        parts += [(rank, rank, 1) if (n + k) % 2 else (rank, 1, n) for k, rank in enumerate(ranks)]
+    elements = [n * rank for n, ranks in groups for rank in ranks]
+    lists = {"kron_accumulate": (1, "sf", []), "kron_pull": (3, "sf", [0.5]), "kron_merge": (2, "sfsf", [2.0, 0.1])}
+    for (op, (matrices, kinds, scalars)), letter, threads in itertools.product(lists.items(), "fbh", (1, 3)):
+        drawn = [
+            [generator.standard_normal(size).astype("f4" if letter == "f" else "f2") for size in elements]
+            for _ in range(matrices)
+        ]
+        drawn = [[x.view("u2") if letter != "f" else x for x in one] for one in drawn]
+        if op == "kron_accumulate":
+            for x in drawn[0]:
+                x[::7] = (
+                    numpy.float16(numpy.nan).view("u2") if letter == "h" else 0x7F80 if letter == "b" else numpy.inf
+                )
+        state = [
+            [numpy.abs(generator.standard_normal(n if kind == "s" else (r, r)).astype("f4")) for n, r, *_ in sizes]
+            for kind in kinds
+        ]
+        part_addresses, group_addresses = (
+            numpy.array([[a.ctypes.data for a in one] for one in arrays], numpy.int64) for arrays in (drawn, state)
+        )
+        shapes = numpy.array(sizes, numpy.int64), numpy.array(parts, numpy.int64)
+        module.kron(op, letter, *shapes, part_addresses, group_addresses, scalars, threads)
 
 
 def low_rank(module: ModuleType, generator: numpy.random.Generator) -> None:

@@ -5,6 +5,7 @@ import inspect
 import math
 import mmap
 import sys
+from typing import Any
 
 import numpy
 import pytest
@@ -101,11 +102,12 @@ def test_merge_with_diagonal_factors_is_the_element_wise_merge(impl):
     given = case.inputs("kron_merge_")
     for k in (3, 5):
         given[k] = [tensor.diagonal().diag() for tensor in given[k]]
-    (mine, *_), numbers = case.run("kron_merge_", given, impl), NUMBERS["kron_merge_"]
+    (mine, *_) = case.run("kron_merge_", given, impl)
+    c, damping = NUMBERS["kron_merge_"].values()
     for g, at in enumerate(kron_reference._groups(case.parts)):
         theta, start = (kron_reference.side_by_side(given[k][at], case.axes[at]) for k in (0, 1))
         new, old = (given[k][g][:, None] * given[k + 1][g].diagonal() for k in (2, 4))
-        ops.pema_merge_([theta], [start], [new.contiguous()], [old.contiguous()], new_scale=1.0, **numbers)
+        ops.pema_merge_([theta], [start], [new.contiguous()], [old.contiguous()], new_scale=1.0, c=c, damping=damping)
         merged = kron_reference.side_by_side(mine[at], case.axes[at])
         torch.testing.assert_close(merged, theta, rtol=1e-5, atol=1e-6)
 
@@ -328,7 +330,7 @@ def test_tables_in_python_are_enough(monkeypatch):
 
 
 if "cpp" in IMPLS:
-    CPP = dispatch.core("cpp")
+    CPP: Any = dispatch.core("cpp")
 
     def arrays(op: str, **changed):
         """Valid arguments of the compiled function for two groups, of no address that can be read."""
