@@ -30,7 +30,7 @@ SIZES = {
 WARPS = {
     "kron_accumulate": {16: 4, 32: 8, 64: 8},
     "kron_pull": {16: 4, 32: 8, 64: 8},
-    "kron_merge": {16: 4, 32: 4, 64: 8},
+    "kron_merge": {16: 1, 32: 4, 64: 8},
 }
 """Warps of a program, by the width of its groups: without spills."""
 COMBINED = 256
