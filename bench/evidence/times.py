@@ -6,6 +6,7 @@ import copy
 import importlib
 import subprocess
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import timing
@@ -149,7 +150,7 @@ def averaging(recorder: Recorder) -> None:
 
 
 def kron(recorder: Recorder) -> None:
-    """The Kronecker ops as CUDA graphs, on the parameters of `averaging`; the merge, which runs once a task, on fewer."""
+    """The Kronecker ops as CUDA graphs, on the parameters of `averaging`; the merge on those of one layer."""
     bench: Any = importlib.import_module("bench_averaging")
     ranks = (bench.RANK,) * bench.LIVE
     layer = [(n, ranks) for linear in bench.LINEARS for n in linear]  # the A, transposed, and the B of each linear
@@ -161,12 +162,8 @@ def kron(recorder: Recorder) -> None:
         for dtype in (torch.float32, torch.bfloat16):
             with recorder.attempt(f"{name} {dtype}"):
                 given = kron_lists(name, groups, dtype, recorder.device)
-                calls = {
-                    impl: lambda impl=impl, given=given: getattr(ops.kron, name)(
-                        *given[0], *given[1:], **KRON[name], impl=impl
-                    )
-                    for impl in recorder.impls
-                }
+                op = partial(getattr(ops.kron, name), *given[0], *given[1:], **KRON[name])
+                calls = {impl: partial(op, impl=impl) for impl in recorder.impls}
                 for impl, row in recorder.race(calls, 5 if name == "kron_merge_" else 12).items():
                     size = elements * moved * dtype.itemsize + rows * of_rows * 4
                     label = f"{name}, {impl}, {str(dtype).removeprefix('torch.')}"

@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING
 
 import numpy
 import torch
+from cnext.kernels.averaging import TYPES, Tables
 
 import triton
 import triton.language as tl
-from cnext.kernels.averaging import TYPES, Tables
 from cnext.ops import dispatch
 
 if TYPE_CHECKING:
@@ -148,7 +148,7 @@ def kron_pull(addresses, columns, sizes, block_group, block_begin, matrices, gro
 def kron_merge(addresses, columns, sizes, block_group, block_begin, matrices, groups, TYPE: tl.constexpr,
                R: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
     """Gauss-Jordan elimination in float64, without pivoting: the systems are symmetric and positive definite."""
-    group, begin, end, r, transposed = _place(sizes, block_group, block_begin, ROWS)
+    group, begin, end, r, _ = _place(sizes, block_group, block_begin, ROWS)
     index = tl.arange(0, R)
     theta, stride = _column(addresses, columns, 0, group, matrices, index, R, TYPE)
     theta_start, _ = _column(addresses, columns, 1, group, matrices, index, R, TYPE)

@@ -107,12 +107,11 @@ def kron() -> Iterator[Spec]:
             for letter, dtype in kernels.TYPES.items():
                 kernel, constants = kernels.KERNELS[name], {"TYPE": dtype, "R": width, **sizes}
                 types = {n: kinds.get(n, "*i64") for n in kernel.arg_names}
-                divisible = _divisible(types, constants)
-                yield f"{name} {letter} {width}", kernel, types, constants, divisible, {"num_warps": kernels.WARPS[name][width]}
+                label, options = f"{name} {letter} {width}", {"num_warps": kernels.WARPS[name][width]}
+                yield label, kernel, types, constants, _divisible(types, constants), options
         types = {n: kinds.get(n, "*i64") for n in kernels.combine.arg_names}
         constants = {"R": width, "BLOCK": kernels.COMBINED}
-        divisible = _divisible(types, constants)
-        yield f"combine {width}", kernels.combine, types, constants, divisible, {"num_warps": 4}
+        yield f"combine {width}", kernels.combine, types, constants, _divisible(types, constants), {"num_warps": 4}
 
 
 def _divisible(types: dict[str, str], constants: dict[str, object]) -> set[str]:

@@ -1,4 +1,4 @@
-"""The Triton kernels of the Kronecker ops, interpreted, against float64, and compiled for GPUs that need not be there."""
+"""The Triton kernels of the Kronecker ops, interpreted, against float64; and both layers compiled without a GPU."""
 
 import os
 import re
