@@ -180,7 +180,7 @@ CNEXT_DEVICE void send(T* to, const Words& words, int valid) {
     }
 }
 
-// work(i, at) for the elements i of a piece, with their place in the tile: of all, as those after the end are in it too.
+// work(i, at) for the elements i of a piece, with their place in the tile. Those after the end have one in it too.
 template <int Count, class Work>
 CNEXT_DEVICE void along_rows(const Piece& p, int pitch, const Work& work) {
   int row = p.row, column = p.column;
@@ -316,7 +316,7 @@ constexpr int padded(int r) { return (r + kSide - 1) / kSide * kSide; }
 constexpr int pull_bytes(int r) { return padded(r) * (kPullPitch + padded(r)) * 4 + kMostRank * int(sizeof(Owner)); }
 
 // A block has a tile of rows, a thread 4 rows and 8 columns of the product: r multiply-adds an element, while 16 or 8
-// bytes move. Memory bounds it up to r = 64 in float32 and in the 16-bit types, by the rates above.
+// bytes move. By the rates above, memory bounds it in float32, and in the 16-bit types up to r = 56.
 template <class T>
 __global__ void __launch_bounds__(kThreads, 2) pull_kernel(const __grid_constant__ Batch<3, 2> b) {
   constexpr int pitch = kPullPitch, together = 2;
@@ -432,8 +432,8 @@ template <class T>
 __global__ void __launch_bounds__(kMergeThreads) merge_kernel(const __grid_constant__ Batch<2, 4> b) {
   Owner* const owners = reinterpret_cast<Owner*>(shared_memory());
   const int group = find_group(b), r = b.r[group], lane = int(threadIdx.x), pitch = r + 1;
-  double* const system = reinterpret_cast<double*>(owners + kMostRank);  // (r, r + 1): its last column is the right side
-  double* const gap = system + r * pitch;                                // theta_start_i - theta_i, then the solution
+  double* const system = reinterpret_cast<double*>(owners + kMostRank);  // (r, r + 1), last the right side
+  double* const gap = system + r * pitch;  // theta_start_i - theta_i, then the solution
   const int64_t n = b.n[group], begin = int64_t(int(blockIdx.x) - b.first_block[group]) * kMergeRows;
   const int64_t end = begin + kMergeRows < n ? begin + kMergeRows : n;
   const auto numbers = [&](int list) { return reinterpret_cast<const float*>(b.group[list][group]); };
@@ -531,7 +531,7 @@ int64_t workspace_floats(int64_t n, int64_t r) { return blocks_of(n, kChunk) * s
 template <int PartLists, int GroupLists, class Work>
 const char* in_batches(const KronCall& call, int scalars, int rows_of_a_block, const Work& work) {
   using B = Batch<PartLists, GroupLists>;
-  static_assert(sizeof(B) <= 32764 && kParts >= kMostRank, "within the limit of arguments, and large enough for a group");
+  static_assert(sizeof(B) <= 32764 && kParts >= kMostRank, "within the limit, and enough for a group");
   static thread_local B b;  // as large as the argument, so not on the stack
   std::copy(call.scalars, call.scalars + scalars, b.scalars);
   b.workspace = static_cast<float*>(call.workspace);
@@ -585,7 +585,8 @@ const char* run_kron(const char* op, const KronCall& call, Stream stream) {
 }
 
 bool is_op(const char* op) {
-  return std::any_of(std::begin(kKronOps), std::end(kKronOps), [&](const KronOp& o) { return !std::strcmp(op, o.name); });
+  const auto is_it = [&](const KronOp& one) { return !std::strcmp(op, one.name); };
+  return std::any_of(std::begin(kKronOps), std::end(kKronOps), is_it);
 }
 
 constexpr const char* kUnknownOp = "expected kron_accumulate, kron_pull or kron_merge";

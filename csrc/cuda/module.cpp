@@ -146,7 +146,8 @@ int64_t kron_bytes(const std::string& op, const Addresses& groups) {
 void kron(const std::string& op, const std::string& letter, const Addresses& groups, const Addresses& parts,
           const Addresses& part_addresses, const Addresses& group_addresses, const std::vector<double>& scalars,
           uintptr_t workspace_address, uintptr_t stream) {
-  const auto found = std::find_if(std::begin(kKronOps), std::end(kKronOps), [&](const KronOp& o) { return o.name == op; });
+  const auto is_it = [&](const KronOp& one) { return op == one.name; };
+  const auto found = std::find_if(std::begin(kKronOps), std::end(kKronOps), is_it);
   if (found == std::end(kKronOps)) throw std::invalid_argument("no Kronecker op " + op);
   expect_rows("groups", groups, -1, 4);
   expect_rows("parts", parts, -1, 3);

@@ -23,7 +23,8 @@ struct Matrix {
 // `before` elements into its buffer.
 template <class T>
 Matrix<T> made(int64_t n, int64_t rank, bool transposed, int64_t before) {
-  Matrix<T> m{n, rank, transposed ? 1 : rank, transposed ? n : 1, simt::buffer<T>(size_t(before + n * rank)) + before, {}};
+  T* const data = simt::buffer<T>(size_t(before + n * rank)) + before;
+  Matrix<T> m{n, rank, transposed ? 1 : rank, transposed ? n : 1, data, {}};
   for (int64_t i = 0; i < n; ++i)
     for (int64_t j = 0; j < rank; ++j) {
       store(m.at(i, j), normal(generator));
