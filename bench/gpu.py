@@ -35,6 +35,7 @@ PARTS = {
     "tests": ("programs.tests", 110),
     "sanitize": ("programs.sanitize", 60),
     "averaging": ("times.averaging", 60),
+    "kron": ("times.kron", 50),
     "branches": ("times.branches", 130),
     "layer": ("times.layer", 60),
     "run": ("programs.run", 70),

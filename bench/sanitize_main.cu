@@ -10,6 +10,7 @@
 
 #include "dropout.h"
 #include "foreach.h"
+#include "kron.h"
 #include "products.h"
 
 namespace {
@@ -116,6 +117,50 @@ void run_products(char type, const Shape& shape, int64_t gap, const Dropout& dro
   ++ran;
 }
 
+// A Kronecker op on groups of many sizes in both layouts, each matrix `beside` elements off a multiple of 16 bytes.
+void run_kron(const KronOp& op, char type, int64_t beside, cudaStream_t stream) {
+  const std::vector<std::vector<int64_t>> sizes = {{1, 1}, {7, 3, 2}, {1030, 8, 8, 8}, {300, 63, 1}, {128, 16}};
+  const int64_t width = type == 'f' ? 4 : 2;
+  std::vector<int64_t> groups, parts, of_parts, of_groups;
+  std::vector<void*> buffers;
+  const auto made = [&](int64_t bytes) {
+    buffers.push_back(filled<char>(bytes, kFill));
+    return int64_t(buffers.back());
+  };
+  for (const auto& size : sizes) {
+    const int64_t n = size[0], matrices = int64_t(size.size()) - 1;
+    int64_t r = 0;
+    for (int64_t k = 1; k <= matrices; ++k) {
+      const int64_t rank = size[size_t(k)];
+      const bool transposed = parts.size() / 3 % 2;
+      parts.insert(parts.end(), {rank, transposed ? 1 : rank, transposed ? n : 1});
+      r += rank;
+    }
+    groups.insert(groups.end(), {n, r, int64_t(parts.size()) / 3 - matrices, matrices});
+  }
+  for (int list = 0; list < op.part_lists; ++list)
+    for (const auto& size : sizes)
+      for (size_t k = 1; k < size.size(); ++k)
+        of_parts.push_back(made(width * (size[0] * size[k] + beside)) + beside * width);
+  for (int list = 0; list < op.group_lists; ++list)
+    for (size_t g = 0; g < sizes.size(); ++g) {
+      const int64_t n = groups[4 * g], r = groups[4 * g + 1];
+      of_groups.push_back(made(4 * (list % 2 ? r * r : n)));
+    }
+  int64_t bytes = 0;
+  require(kron_workspace(op.name, groups.data(), int64_t(sizes.size()), &bytes), op.name);
+  void* workspace = nullptr;  // as cudaMalloc gives it: written before it is read
+  require(cudaMalloc(&workspace, size_t(bytes) + 1), "cudaMalloc");
+  buffers.push_back(workspace);
+  const double scalars[] = {0.5, 0.125};
+  const KronCall call{type, groups.data(), int64_t(sizes.size()), parts.data(), int64_t(parts.size()) / 3,
+                      of_parts.data(), of_groups.data(), scalars, workspace};
+  require(launch_kron(op.name, call, stream), op.name);
+  require(cudaStreamSynchronize(stream), op.name);
+  for (void* one : buffers) require(cudaFree(one), "cudaFree");
+  ++ran;
+}
+
 }  // namespace
 
 int main() {
@@ -128,6 +173,9 @@ int main() {
   for (const char type : {'f', 'b', 'h'})
     for (const int64_t columns : {1, 15, 127, 128, 129, 300})
       for (const bool add : {false, true}) run_dropout(type, add, columns, seed, stream);
+  for (const KronOp& op : kKronOps)
+    for (const char type : {'f', 'b', 'h'})
+      for (const int64_t beside : {0, 1}) run_kron(op, type, beside, stream);
   for (const char type : {'b', 'h'})
     for (const int rank : {5, 16, 32, 64, 90, 128})
       for (const int64_t rows : {1, 70, 500})

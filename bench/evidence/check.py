@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from cnext import ops
-from cnext.ops import branches_reference
+from cnext.ops import branches_reference, kron, kron_reference
 from cnext.ops.averaging_table import OPS
 from cnext.ops.foreach import Op
 from evidence.recorder import Recorder, error
@@ -30,6 +30,9 @@ LAYOUTS = ("aligned", "multiples of 16", "odd", "mixed")
 """All 16-byte aligned; sizes of real models; slices of one buffer at odd offsets; a mix."""
 DTYPES = ((torch.float32, torch.float32), (torch.bfloat16, torch.float32), (torch.bfloat16, torch.bfloat16))
 
+KRON = {"kron_accumulate_": {}, "kron_pull_": {"weight": 0.3}, "kron_merge_": {"c": 0.7, "damping": 1e-3}}
+GROUPS = ((5120, (8, 8, 8)), (13824, (8, 8, 8)), (4097, (5, 3, 1)), (1030, (64,)), (77, (16, 16, 1)))
+
 
 def check(recorder: Recorder) -> None:
     """Every op in every implementation; rows have ``ok``."""
@@ -43,6 +46,11 @@ def check(recorder: Recorder) -> None:
                 if op.rules:
                     with recorder.attempt(f"{op.name} {layout} {param} {ema}"):
                         averaging_op(recorder, op, layout, param, ema)
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        for name in KRON:
+            for gap in (0, 1):
+                with recorder.attempt(f"{name} {dtype} gap {gap}"):
+                    kron_op(recorder, name, dtype, gap)
     for dtype in (torch.bfloat16, torch.float32):
         for what, options in BRANCHES.items():
             with recorder.attempt(f"branches {what} {dtype}"):
@@ -141,6 +149,55 @@ def averaging_op(recorder: Recorder, op: Op, layout: str, param: torch.dtype, em
         recorder.put(
             name=op.name, ok=ok, **described, error=worst, plain_error=theirs, counts_error=counted, not_finite=differ
         )
+
+
+def kron_lists(
+    name: str, groups: Sequence[tuple[int, Sequence[int]]], dtype: torch.dtype, device: str, gap: int = 0
+) -> tuple[list[list[Tensor]], list[int], list[int]]:
+    """Arguments of an op in `cnext.ops.kron`: groups of (n, ranks), transposed where the group's index is even.
+
+    gap: elements of its buffer before each matrix.
+    """
+
+    def matrix(*shape: int) -> Tensor:
+        return torch.randn(gap + shape[0] * shape[1], device=device).to(dtype)[gap:].view(shape)
+
+    axes = [index % 2 for index, (_, ranks) in enumerate(groups) for _ in ranks]
+    sizes = [(n, rank) for n, ranks in groups for rank in ranks]
+    lists = []
+    for kind in kron.OPS[name].lists.values():
+        if kind == "part":
+            lists.append([matrix(*(s if axis else s[::-1])) for s, axis in zip(sizes, axes, strict=True)])
+        elif kind == "rows":
+            lists.append([torch.randn(n, device=device).square() for n, _ in groups])
+        else:
+            made = [torch.randn(sum(ranks), 2 * sum(ranks), device=device) / sum(ranks) ** 0.5 for _, ranks in groups]
+            lists.append([g @ g.T for g in made])
+    return lists, [len(ranks) for _, ranks in groups], axes
+
+
+def kron_op(recorder: Recorder, name: str, dtype: torch.dtype, gap: int) -> None:
+    """Three runs of each implementation: bitwise equal, and with at most twice the error of plain torch."""
+    groups = GROUPS if recorder.gpu else ((40, (8, 8)), (7, (3, 1)))
+    lists, parts, axes = kron_lists(name, groups, dtype, recorder.device, gap)
+    if name == "kron_accumulate_":
+        lists[2][0][0, 2], lists[2][-1][1, 0] = float("nan"), float("inf")
+    plain, exact = [[[*map(Tensor.clone, xs)] for xs in lists], [[x.double() for x in xs] for xs in lists]]
+    for side in (plain, exact):
+        getattr(kron_reference, name)(*side, parts, axes, **KRON[name])
+    written = [i for i, label in enumerate(kron.OPS[name].lists) if label in kron.OPS[name].written]
+    for impl in recorder.impls:
+        runs = []
+        for _ in range(3):
+            mine = [[torch.cat([x.new_zeros(gap), x.flatten()])[gap:].view(x.shape) for x in xs] for xs in lists]
+            getattr(kron, name)(*mine, parts, axes, **KRON[name], impl=impl)
+            runs.append([x for i in written for x in mine[i]])
+        rights, theirs = ([x for i in written for x in side[i]] for side in (exact, plain))
+        repeatable = all(same(a, b) for run in runs[1:] for a, b in zip(runs[0], run, strict=True))
+        worst = max(error(a, b) for a, b in zip(runs[0], rights, strict=True))
+        most = max(error(a, b) for a, b in zip(theirs, rights, strict=True))
+        described = {"dtype": dtype, "gap": gap, "impl": impl, "repeatable": repeatable}
+        recorder.put(name=name, ok=repeatable and worst <= 2 * most + 1e-6, **described, error=worst, plain_error=most)
 
 
 BRANCHES: dict[str, dict[str, Any]] = {

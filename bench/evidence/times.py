@@ -6,6 +6,7 @@ import copy
 import importlib
 import subprocess
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import timing
@@ -14,6 +15,7 @@ import triton
 
 from cnext import ops
 from cnext.ops import dispatch
+from evidence.check import KRON, kron_lists
 from evidence.recorder import Recorder
 
 
@@ -145,6 +147,27 @@ def averaging(recorder: Recorder) -> None:
                 found = timing.kernels(call)
                 launches = sum(times for _, times, _ in found)
                 recorder.put(name=f"launches of {name}", launches=launches, kernels=[key[:80] for key, *_ in found])
+
+
+def kron(recorder: Recorder) -> None:
+    """The Kronecker ops as CUDA graphs, on the parameters of `averaging`; the merge on those of one layer."""
+    bench: Any = importlib.import_module("bench_averaging")
+    ranks = (bench.RANK,) * bench.LIVE
+    layer = [(n, ranks) for linear in bench.LINEARS for n in linear]  # the A, transposed, and the B of each linear
+    # Numbers moved per element, and per row and group.
+    traffic = {"kron_accumulate_": (1, 2), "kron_pull_": (4, 1), "kron_merge_": (3, 2)}
+    for name, (moved, of_rows) in traffic.items():
+        groups = layer if name == "kron_merge_" else layer * bench.LAYERS
+        elements, rows = (sum(n * width for n, _ in groups) for width in (sum(ranks), 1))
+        for dtype in (torch.float32, torch.bfloat16):
+            with recorder.attempt(f"{name} {dtype}"):
+                given = kron_lists(name, groups, dtype, recorder.device)
+                op = partial(getattr(ops.kron, name), *given[0], *given[1:], **KRON[name])
+                calls = {impl: partial(op, impl=impl) for impl in recorder.impls}
+                for impl, row in recorder.race(calls, 5 if name == "kron_merge_" else 12).items():
+                    size = elements * moved * dtype.itemsize + rows * of_rows * 4
+                    label = f"{name}, {impl}, {str(dtype).removeprefix('torch.')}"
+                    recorder.put(name=label, elements=elements, bytes=size, gb_per_s=size / row["ms"] / 1e6, **row)
 
 
 def branches(recorder: Recorder, names: tuple[str, ...] = ()) -> None:

@@ -2,6 +2,7 @@
 #include <pybind11/stl.h>
 
 #include <algorithm>
+#include <iterator>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -9,6 +10,7 @@
 #include "../calls.h"
 #include "dropout.h"
 #include "foreach.h"
+#include "kron.h"
 #include "products.h"
 
 namespace py = pybind11;
@@ -127,6 +129,40 @@ int64_t workspace(const std::string& what, int64_t rows, int64_t columns, int64_
   return bytes;
 }
 
+// A call's groups (groups, 4), matrices (matrices, 3) and addresses (lists, groups or matrices).
+void expect_rows(const char* what, const Addresses& array, int64_t rows, int64_t columns) {
+  if (array.ndim() != 2 || (rows >= 0 && array.shape(0) != rows) || array.shape(1) != columns)
+    throw std::invalid_argument(std::string(what) + " must be (" + (rows < 0 ? "any" : std::to_string(rows)) + ", " +
+                                std::to_string(columns) + ")");
+}
+
+int64_t kron_bytes(const std::string& op, const Addresses& groups) {
+  expect_rows("groups", groups, -1, 4);
+  int64_t bytes = 0;
+  succeed(op.c_str(), kron_workspace(op.c_str(), groups.data(), groups.shape(0), &bytes));
+  return bytes;
+}
+
+void kron(const std::string& op, const std::string& letter, const Addresses& groups, const Addresses& parts,
+          const Addresses& part_addresses, const Addresses& group_addresses, const std::vector<double>& scalars,
+          uintptr_t workspace_address, uintptr_t stream) {
+  const auto is_it = [&](const KronOp& one) { return op == one.name; };
+  const auto found = std::find_if(std::begin(kKronOps), std::end(kKronOps), is_it);
+  if (found == std::end(kKronOps)) throw std::invalid_argument("no Kronecker op " + op);
+  expect_rows("groups", groups, -1, 4);
+  expect_rows("parts", parts, -1, 3);
+  expect_rows("part_addresses", part_addresses, found->part_lists, parts.shape(0));
+  expect_rows("group_addresses", group_addresses, found->group_lists, groups.shape(0));
+  if (scalars.size() != size_t(found->scalars))
+    throw std::invalid_argument(op + ": expected " + std::to_string(found->scalars) + " scalars");
+  if (kron_bytes(op, groups) && !workspace_address)
+    throw std::invalid_argument(op + ": expected the address of a workspace");
+  const KronCall call{one_letter(letter), groups.data(), groups.shape(0), parts.data(), parts.shape(0),
+                      part_addresses.data(), group_addresses.data(), scalars.data(), at(workspace_address)};
+  py::gil_scoped_release nogil;
+  succeed(op.c_str(), launch_kron(op.c_str(), call, reinterpret_cast<Stream>(stream)));
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_cuda, m) {
@@ -159,5 +195,12 @@ PYBIND11_MODULE(_cuda, m) {
         "dh (rows, rank) = scale dy bt^T and db (columns, live) = scale dy^T h, in one pass over dy.");
   m.def("workspace", &workspace, py::arg("what"), py::arg("rows"), py::arg("columns"), py::arg("rank"), py::arg("live"),
         "Bytes of workspace that project, grad_a, expand or grad_b needs on the current device.");
+  m.def("kron_workspace", &kron_bytes, py::arg("op"), py::arg("groups").noconvert(),
+        "Bytes of workspace that a Kronecker op needs for these groups.");
+  m.def("kron", &kron, py::arg("op"), py::arg("letter"), py::arg("groups").noconvert(), py::arg("parts").noconvert(),
+        py::arg("part_addresses").noconvert(), py::arg("group_addresses").noconvert(), py::arg("scalars"),
+        py::arg("workspace_address"), py::arg("stream") = 0,
+        "Runs kron_accumulate, kron_pull or kron_merge; groups (groups, 4): n, r, first matrix, matrices; parts "
+        "(matrices, 3): rank, strides along n and along the rank.");
   m.def("blocks", &blocks, py::arg("sizes"), "Thread blocks that lists of these sizes take, all launches together.");
 }

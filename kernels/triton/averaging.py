@@ -285,7 +285,37 @@ _captured: list[tuple[torch.Tensor, ...]] = []
 """Tables that CUDA graphs read, kept forever: nothing tells when a graph is destroyed."""
 
 
-class Lists:
+class Tables:
+    """Tables in device memory, and one of addresses, which may differ between calls."""
+
+    remedy = "make the call with cnext.ops.prepare, and call it once before the capture"
+
+    def __init__(self, tables: tuple[numpy.ndarray, ...], device: torch.device) -> None:
+        self.tables, self.device = tables, device
+        self.uploaded: dict[int, tuple[torch.Tensor, ...]] = {}
+        self.addresses: tuple[int, bytes, torch.Tensor] | None = None
+
+    def on_device(self, pointers: numpy.ndarray) -> tuple[torch.Tensor, ...]:
+        """Addresses and tables, allocated on the stream that reads them, so that they are freed after its last read."""
+        stream = torch.cuda.current_stream().cuda_stream if self.device.type == "cuda" else 0
+        content = pointers.tobytes()
+        if self.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            if self.addresses is None or self.addresses[1] != content:
+                raise ValueError(
+                    "Triton reads the addresses from a table in device memory, and none can be copied there while a "
+                    f"CUDA graph is captured: {self.remedy}"
+                )
+            kept = (self.addresses[2], *self.uploaded[self.addresses[0]])
+            _captured.append(kept)
+            return kept
+        if stream not in self.uploaded:
+            self.uploaded[stream] = tuple(_upload(table, self.device) for table in self.tables)
+        if self.addresses is None or self.addresses[:2] != (stream, content):
+            self.addresses = stream, content, _upload(pointers.copy(), self.device)
+        return (self.addresses[2], *self.uploaded[stream])
+
+
+class Lists(Tables):
     """Launches rules over lists of tensors of given sizes, and keeps their tables in device memory.
 
     Args:
@@ -293,15 +323,13 @@ class Lists:
     """
 
     def __init__(self, sizes: numpy.ndarray, device: torch.device) -> None:
-        self.sizes, self.device = sizes, device
+        self.sizes = sizes
         count = -(-sizes // BLOCK)
         first = numpy.concatenate([[0], count.cumsum()])
         tensor = numpy.repeat(numpy.arange(len(sizes)), count)
         begin = (numpy.arange(len(tensor)) - first[tensor]) * BLOCK
         self.blocks = len(tensor)
-        self.tables = (sizes, tensor.astype(numpy.int32), begin, first.astype(numpy.int32))
-        self.uploaded: dict[int, tuple[torch.Tensor, ...]] = {}
-        self.addresses: tuple[int, bytes, torch.Tensor] | None = None
+        super().__init__((sizes, tensor.astype(numpy.int32), begin, first.astype(numpy.int32)), device)
 
     def __call__(
         self,
@@ -314,7 +342,7 @@ class Lists:
     ) -> None:
         """Runs a rule; see `cnext.ops.foreach`."""
         with torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext():
-            addresses, size, tensor, begin, first = self._on_device(pointers)
+            addresses, size, tensor, begin, first = self.on_device(pointers)
             # 16 where addresses and sizes allow accesses of 16 bytes.
             align = 16 if not (pointers % 16).any() and not (self.sizes % 8).any() else 2
             columns = 0 if out is None else out.shape[1]
@@ -330,25 +358,6 @@ class Lists:
                 sums_ = SUMS.get(rule, columns)
                 grid = (len(self.sizes), columns)
                 combine[grid](partial, out, first, COLUMNS=columns, SUMS=sums_, BLOCK=256)
-
-    def _on_device(self, pointers: numpy.ndarray) -> tuple[torch.Tensor, ...]:
-        """Addresses and tables, allocated on the stream that reads them, so that they are freed after its last read."""
-        stream = torch.cuda.current_stream().cuda_stream if self.device.type == "cuda" else 0
-        content = pointers.tobytes()
-        if self.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-            if self.addresses is None or self.addresses[1] != content:
-                raise ValueError(
-                    "Triton reads the addresses from a table in device memory, and none can be copied there while a "
-                    "CUDA graph is captured: make the call with cnext.ops.prepare, and call it once before the capture"
-                )
-            kept = (self.addresses[2], *self.uploaded[self.addresses[0]])
-            _captured.append(kept)
-            return kept
-        if stream not in self.uploaded:
-            self.uploaded[stream] = tuple(_upload(table, self.device) for table in self.tables)
-        if self.addresses is None or self.addresses[:2] != (stream, content):
-            self.addresses = stream, content, _upload(pointers.copy(), self.device)
-        return (self.addresses[2], *self.uploaded[stream])
 
 
 def _upload(table: numpy.ndarray, device: torch.device) -> torch.Tensor:

@@ -97,6 +97,23 @@ def branches(capability: int) -> Iterator[Spec]:
         yield name, kernel, types, constants, _divisible(types, constants), {"num_warps": 4}
 
 
+def kron() -> Iterator[Spec]:
+    """Every op with every type and width of a group."""
+    from cnext.kernels import kron as kernels
+
+    kinds = {"block_group": "*i32", "partial": "*fp32", "matrices": "i32", "groups": "i32"}
+    for width in (16, 32, 64):
+        for name, sizes in kernels.SIZES.items():
+            for letter, dtype in kernels.TYPES.items():
+                kernel, constants = kernels.KERNELS[name], {"TYPE": dtype, "R": width, **sizes}
+                types = {n: kinds.get(n, "*i64") for n in kernel.arg_names}
+                label, options = f"{name} {letter} {width}", {"num_warps": kernels.WARPS[name][width]}
+                yield label, kernel, types, constants, _divisible(types, constants), options
+        types = {n: kinds.get(n, "*i64") for n in kernels.combine.arg_names}
+        constants = {"R": width, "BLOCK": kernels.COMBINED}
+        yield f"combine {width}", kernels.combine, types, constants, _divisible(types, constants), {"num_warps": 4}
+
+
 def _divisible(types: dict[str, str], constants: dict[str, object]) -> set[str]:
     """The arguments that 16 divides as a rule."""
     multiples = {n for n, kind in types.items() if kind[0] == "*" or n.endswith(("stride", "part")) or n == "columns"}
@@ -181,5 +198,5 @@ def assert_fits(kernel: str, built: Mapping[str, int | bool], capability: int, r
 
 if __name__ == "__main__":
     capability = int(sys.argv[2])
-    specs = averaging() if sys.argv[1] == "averaging" else branches(capability)
+    specs = {"averaging": averaging, "kron": kron, "branches": lambda: branches(capability)}[sys.argv[1]]()
     print(json.dumps({spec[0]: compiled(spec, capability) for spec in specs}))

@@ -19,6 +19,7 @@
 
 #define CNEXT_DEVICE inline
 #define __global__
+#define __grid_constant__
 #define __launch_bounds__(...)
 
 using Stream = struct CUstream_st*;
