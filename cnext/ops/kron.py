@@ -44,15 +44,17 @@ class KronOp:
 
     name: as registered, and of its function in `cnext.ops.kron_reference`.
     lists: argument names in the order of the signature, and what each holds: "part", or for every group "rows" (n,),
-        "values" (r,), "factor" (r, r) or "precise", a factor in float64; the others are float32.
+        "values" (r,) or "factor" (r, r).
     written: the lists that are written.
     scalars: names of the scalars, in the kernels' order.
+    precise: the lists that kernels and reference get in float64, by `semidefinite`.
     """
 
     name: str
     lists: Mapping[str, str]
     written: tuple[str, ...]
     scalars: tuple[str, ...] = ()
+    precise: tuple[str, ...] = ()
 
     @property
     def matrices(self) -> list[str]:
@@ -95,9 +97,12 @@ class KronOp:
             checks.require_disjoint(self.name, lists, tables, self.written)
             known.addresses = addresses
         layout = known.layout
+        for name in self.precise:
+            lists[name] = [semidefinite(factor) for factor in lists[name]]
+            tables[name] = checks.table(lists[name])
         path = dispatch.choose(self.name, layout.device.type, impl)
         if path == "reference":
-            getattr(kron_reference, self.name)(*given, parts, axes, **scalars)
+            getattr(kron_reference, self.name)(*lists.values(), parts, axes, **scalars)
         else:
             over_parts, over_groups = (
                 numpy.concatenate(
@@ -178,10 +183,8 @@ def _layout(op: KronOp, lists: Mapping[str, Sequence[Tensor]], parts: Sequence[i
                 "rows": lambda at=at: torch.Size([groups[at][0]]),
                 "values": lambda at=at: torch.Size([groups[at][1]]),
                 "factor": lambda at=at: torch.Size([groups[at][1]] * 2),
-                "precise": lambda at=at: torch.Size([groups[at][1]] * 2),
             }[kind]()
-            state = (torch.float64,) if kind == "precise" else checks.STATE
-            allowed = state if kind != "part" else (base.dtype,) if base.dtype in checks.PARAM else checks.PARAM
+            allowed = checks.STATE if kind != "part" else (base.dtype,) if base.dtype in checks.PARAM else checks.PARAM
             checks.require_tensor(f"{name}: {label}[{at}]", tensor, allowed, shape, base.device, f"that of {label}", at)
             if not tensor.is_contiguous():
                 raise UserError(f"{name}: {label}[{at}] has strides {tensor.stride()}; expected a contiguous tensor")
@@ -208,7 +211,6 @@ def _launch(
         core.kron(*arguments, space.data_ptr(), torch.cuda.current_stream().cuda_stream)
 
 
-_MERGED = {"theta": "part", "theta_start": "part", "rows_new": "rows", "factor_new": "precise"}
 OPS = {
     op.name: op
     for op in (
@@ -219,7 +221,20 @@ OPS = {
             ("theta",),
             ("weight",),
         ),
-        KronOp("kron_merge_", {**_MERGED, "rows_old": "rows", "factor_old": "precise"}, ("theta",), ("c", "damping")),
+        KronOp(
+            "kron_merge_",
+            {
+                "theta": "part",
+                "theta_start": "part",
+                "rows_new": "rows",
+                "factor_new": "factor",
+                "rows_old": "rows",
+                "factor_old": "factor",
+            },
+            ("theta",),
+            ("c", "damping"),
+            precise=("factor_new", "factor_old"),
+        ),
     )
 }
 for _op in OPS.values():
@@ -354,6 +369,5 @@ def kron_merge_(
         if not value > 0:
             raise UserError(f"kron_merge_: {name} is {value}; expected a positive number")
     if parts:
-        precise = ([semidefinite(factor) for factor in factors] for factors in (factor_new, factor_old))
-        lists = (theta, theta_start, rows_new, next(precise), rows_old, next(precise))
+        lists = (theta, theta_start, rows_new, factor_new, rows_old, factor_old)
         torch.ops.cnext.kron_merge_(*lists, parts, axes, c=c, damping=damping, impl=impl)

@@ -59,7 +59,7 @@ class Case:
                 return [drawn(n).square() * (drawn(n) > -0.8) for n, _ in self.groups]
             if kind == "values":
                 return [drawn(sum(ranks)).square() for _, ranks in self.groups]
-            if kind in ("factor", "precise"):
+            if kind == "factor":
                 made = [drawn(2 * sum(ranks), sum(ranks)) for _, ranks in self.groups]
                 return [(x.T @ x + (x.T @ x).T) / len(x) / 2 for x in made]
             sizes = [(n, rank) for n, ranks in self.groups for rank in ranks]
