@@ -13,9 +13,14 @@ import pytest
 import torch
 from timing import DEVICE, GPU, SMALL
 from torch import Tensor
+from trials import Trials
 
-from cnext import ops
+from cnext import RunConfig, methods, ops
+from cnext.config.run_config import plan
 from cnext.ops import dispatch, kron_reference
+from cnext.training import trainer
+from cnext.training.setup import Prepared
+from cnext.training.trainer import TaskTrainer
 
 WIDE, NARROW, RANK, BRANCHES = 13824, 5120, 8, 4
 MATRICES = {"down": 0, "up": 1}
@@ -58,7 +63,10 @@ class Groups:
         if op == "kron_accumulate_":
             return [*self.fisher(), self.matrices(1e-3)]
         if op == "kron_pull_":
-            return [self.matrices(1e-3), self.matrices(1e-2), self.matrices(1e-2), *self.fisher()]
+            rows, factors = self.fisher()
+            found = [torch.linalg.eigh(factor) for factor in factors]
+            values, vectors = [values for values, _ in found], [vectors.contiguous() for _, vectors in found]
+            return [self.matrices(1e-2), self.matrices(1e-2), rows, values, vectors]
         return [self.matrices(1e-2), self.matrices(1e-2), *self.fisher(), *self.fisher()]
 
     def call(self, op: str, lists: list[list[Tensor]]) -> None:
@@ -75,10 +83,10 @@ class Groups:
             torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
 
 
-BYTES = {"kron_accumulate_": 1, "kron_pull_": 4, "kron_merge_": 3}
+BYTES = {"kron_accumulate_": 1, "kron_pull_": 3, "kron_merge_": 3}
 """Of a matrix element that is read or written once, in elements."""
-OPERATIONS = {"kron_accumulate_": RANK * BRANCHES, "kron_pull_": 2 * RANK * BRANCHES}
-"""For an element, a multiplication and an addition as two: half of G^T G, and a product with a factor."""
+OPERATIONS = {"kron_accumulate_": RANK * BRANCHES, "kron_pull_": 4 * RANK * BRANCHES}
+"""For an element, a multiplication and an addition as two: half of G^T G, and two products with eigenvectors."""
 
 
 def row(race, groups: Groups, op: str, **options: object) -> None:
@@ -131,3 +139,33 @@ def test_kron_accumulate_and_pull(race, size):
         rounds=10,
         path=dispatch.choose("kron_pull_", DEVICE, None),
     )
+
+
+def second_task(trials: Trials, **hyperparameters: object) -> TaskTrainer:
+    """`mage` on the tiny backbone, in the half of its second task in which the Fisher information is accumulated."""
+    planned = plan(RunConfig(method="mage", hyperparameters=hyperparameters))
+    method, backbone = methods.load("mage")(**planned.hyperparameters), copy.deepcopy(trials.backbone)
+    method.setup(backbone, [planned.suite.task(name) for name in planned.order], torch.Generator().manual_seed(0))
+    ready, steps = Prepared(trials.samples, backbone, method, {}, trials.encoded), 10_000
+    for name, count in zip(planned.order, (4, steps), strict=False):
+        task = planned.suite.task(name)
+        started = trainer.begin(planned, ready, task, method.trainable(task), trials.samples["train"][name], count, {})
+        backbone.train()
+        while started.step < 4 and count == 4:
+            started.train_step()
+        if count == 4:
+            started.finish()
+    method.rule.step = started.step = steps // 2
+    return started
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"average": "pema-kron"}, {"average": "pema-kron", "trains": "all"}],
+    ids=["frozen branches' gradients", "all branches trained"],
+)
+def test_kron_train_step(race, options):
+    """A whole training step; the baseline is that of ``--mage.average pema`` with the same branches trained."""
+    trials = Trials(RunConfig(preset="smoke"))
+    kron, pema = second_task(trials, **options), second_task(trials, **options | {"average": "pema"})
+    race.run(kron.train_step, pema.train_step, rounds=30, path="cpp")
