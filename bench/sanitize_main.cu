@@ -142,10 +142,10 @@ void run_kron(const KronOp& op, char type, int64_t beside, cudaStream_t stream) 
     for (const auto& size : sizes)
       for (size_t k = 1; k < size.size(); ++k)
         of_parts.push_back(made(width * (size[0] * size[k] + beside)) + beside * width);
-  for (int list = 0; list < op.group_lists; ++list)
+  for (const char* kind = op.group_lists; *kind; ++kind)
     for (size_t g = 0; g < sizes.size(); ++g) {
       const int64_t n = groups[4 * g], r = groups[4 * g + 1];
-      of_groups.push_back(made(4 * (list % 2 ? r * r : n)));
+      of_groups.push_back(made((*kind == 'd' ? 8 : 4) * (*kind == 'n' ? n : *kind == 'r' ? r : r * r)));
     }
   int64_t bytes = 0;
   require(kron_workspace(op.name, groups.data(), int64_t(sizes.size()), &bytes), op.name);

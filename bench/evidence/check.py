@@ -165,11 +165,16 @@ def kron_lists(
     axes = [index % 2 for index, (_, ranks) in enumerate(groups) for _ in ranks]
     sizes = [(n, rank) for n, ranks in groups for rank in ranks]
     lists = []
-    for kind in kron.OPS[name].lists.values():
+    for label, kind in kron.OPS[name].lists.items():
         if kind == "part":
             lists.append([matrix(*(s if axis else s[::-1])) for s, axis in zip(sizes, axes, strict=True)])
         elif kind == "rows":
             lists.append([torch.randn(n, device=device).square() for n, _ in groups])
+        elif kind == "values":
+            lists.append([torch.randn(sum(ranks), device=device).square() for _, ranks in groups])
+        elif label == "vectors":  # of any kind: the op does not ask for eigenvectors
+            made = [torch.randn(sum(ranks), sum(ranks), device=device) / sum(ranks) ** 0.5 for _, ranks in groups]
+            lists.append(made)
         else:
             made = [torch.randn(sum(ranks), 2 * sum(ranks), device=device) / sum(ranks) ** 0.5 for _, ranks in groups]
             lists.append([g @ g.T for g in made])

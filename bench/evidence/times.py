@@ -155,7 +155,7 @@ def kron(recorder: Recorder) -> None:
     ranks = (bench.RANK,) * bench.LIVE
     layer = [(n, ranks) for linear in bench.LINEARS for n in linear]  # the A, transposed, and the B of each linear
     # Numbers moved per element, and per row and group.
-    traffic = {"kron_accumulate_": (1, 2), "kron_pull_": (4, 1), "kron_merge_": (3, 2)}
+    traffic = {"kron_accumulate_": (1, 2), "kron_pull_": (3, 1), "kron_merge_": (3, 2)}
     for name, (moved, of_rows) in traffic.items():
         groups = layer if name == "kron_merge_" else layer * bench.LAYERS
         elements, rows = (sum(n * width for n, _ in groups) for width in (sum(ranks), 1))

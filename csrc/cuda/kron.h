@@ -10,10 +10,13 @@ constexpr int kMostRank = 64;  // of a group
 
 struct KronOp {
   const char* name;
-  int part_lists, group_lists, scalars;
+  int part_lists;
+  const char* group_lists;  // n rows (n,), r values (r,), f factor (r, r), float32; d factor in float64
+  int scalars;
 };
 
-constexpr KronOp kKronOps[] = {{"kron_accumulate", 1, 2, 0}, {"kron_pull", 3, 2, 1}, {"kron_merge", 2, 4, 2}};
+constexpr KronOp kKronOps[] = {
+    {"kron_accumulate", 1, "nf", 0}, {"kron_pull", 2, "nrf", 1}, {"kron_merge", 2, "ndnd", 2}};
 
 struct KronCall {
   char letter;  // of the matrices: f float32, b bfloat16, h float16

@@ -309,28 +309,29 @@ __global__ void __launch_bounds__(kThreads) combine_kernel(const __grid_constant
   if (row != column) add(factor + column * r + row);
 }
 
-// ---- G += weight diag(rows) (theta - theta_start) factor
+// ---- theta_i <- theta_start_i + (theta_i - theta_start_i) Q diag(1 / (1 + weight rows[i] values)) Q^T
 
 constexpr int kPullPitch = kPullRows + kPad;
 constexpr int padded(int r) { return (r + kSide - 1) / kSide * kSide; }
 constexpr int pull_bytes(int r) { return padded(r) * (kPullPitch + padded(r)) * 4 + kMostRank * int(sizeof(Owner)); }
 
-// A block has a tile of rows, a thread 4 rows and 8 columns of the product: r multiply-adds an element, while 16 or 8
-// bytes move. By the rates above, memory bounds it in float32, and in the 16-bit types up to r = 56.
+// A block has a tile of rows, a thread 4 rows and 8 columns of both products: 2 r multiply-adds an element, while 12 or
+// 6 bytes move. By the rates above, arithmetic bounds it from r = 42 on in float32, from r = 21 in the 16-bit types.
 template <class T>
-__global__ void __launch_bounds__(kThreads, 2) pull_kernel(const __grid_constant__ Batch<3, 2> b) {
+__global__ void __launch_bounds__(kThreads, 2) pull_kernel(const __grid_constant__ Batch<2, 3> b) {
   constexpr int pitch = kPullPitch, together = 2;
   static_assert(kPullRows / 4 * (kMostRank / kSide) == kThreads, "every thread has one block of the product");
   Owner* const owners = reinterpret_cast<Owner*>(shared_memory());
   float* const tile = reinterpret_cast<float*>(owners + kMostRank);
   const int group = find_group(b), r = b.r[group], thread = int(threadIdx.x);
   const int width = (r + kSide - 1) / kSide * kSide;
-  float* const factor = tile + width * pitch;
+  float* const vectors = tile + width * pitch;  // with zeros up to the width
   const int64_t n = b.n[group], row = int64_t(int(blockIdx.x) - b.first_block[group]) * kPullRows;
   const int rows = int(n - row < kPullRows ? n - row : kPullRows);
   const int count = r * (kPullRows / kPiece<T>);
   const float* const row_sums = reinterpret_cast<const float*>(b.group[0][group]);
-  const float* const given = reinterpret_cast<const float*>(b.group[1][group]);
+  const float* const values = reinterpret_cast<const float*>(b.group[1][group]);
+  const float* const given = reinterpret_cast<const float*>(b.group[2][group]);
   find_owners(owners, b, group);
   __syncthreads();
   for (int index = thread; index < count; index += together * kThreads) {
@@ -340,8 +341,8 @@ __global__ void __launch_bounds__(kThreads, 2) pull_kernel(const __grid_constant
     for (int k = 0; k < together; ++k)
       if (index + k * kThreads < count) {
         const Piece p = pieces[k] = piece<T, kPullRows>(b, owners, n, row, rows, index + k * kThreads);
-        now[k] = fetch(reinterpret_cast<const T*>(b.part[1][p.part]) + p.at, p.valid);
-        start[k] = fetch(reinterpret_cast<const T*>(b.part[2][p.part]) + p.at, p.valid);
+        now[k] = fetch(reinterpret_cast<const T*>(b.part[0][p.part]) + p.at, p.valid);
+        start[k] = fetch(reinterpret_cast<const T*>(b.part[1][p.part]) + p.at, p.valid);
       }
 #pragma unroll
     for (int k = 0; k < together; ++k) {
@@ -357,9 +358,9 @@ __global__ void __launch_bounds__(kThreads, 2) pull_kernel(const __grid_constant
         write(tile + p.column * pitch + p.row + i, Quad{{gap(i), gap(i + 1), gap(i + 2), gap(i + 3)}});
     }
   }
-  for (int i = thread; i < r * width; i += kThreads) {
+  for (int i = thread; i < width * width; i += kThreads) {
     const int from = i / width, to = i % width;
-    write(factor + i, to < r ? read<float>(given + from * r + to) : 0.0f);
+    write(vectors + i, from < r && to < r ? read<float>(given + from * r + to) : 0.0f);
   }
   __syncthreads();
   const int quad = thread % (kPullRows / 4) * 4, column = thread / (kPullRows / 4) * kSide;
@@ -369,7 +370,7 @@ __global__ void __launch_bounds__(kThreads, 2) pull_kernel(const __grid_constant
       const Quad x = read<Quad>(tile + k * pitch + quad);
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        const Quad y = read<Quad>(factor + k * width + column + 4 * half);
+        const Quad y = read<Quad>(vectors + k * width + column + 4 * half);
 #pragma unroll
         for (int j = 0; j < 4; ++j)
 #pragma unroll
@@ -384,19 +385,46 @@ __global__ void __launch_bounds__(kThreads, 2) pull_kernel(const __grid_constant
     for (int i = 0; i < 4; ++i)
       scale[i] = quad + i < rows ? float(b.scalars[0]) * read<float>(row_sums + row + quad + i) : 0.0f;
 #pragma unroll
-    for (int j = 0; j < kSide; ++j)
-      write(tile + (column + j) * pitch + quad, Quad{{scale[0] * sums[j][0], scale[1] * sums[j][1],
-                                                      scale[2] * sums[j][2], scale[3] * sums[j][3]}});
+    for (int j = 0; j < kSide; ++j) {
+      const float value = column + j < r ? read<float>(values + column + j) : 0.0f;
+      Quad scaled;
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        scaled.value[i] = sums[j][i] / (1.0f + scale[i] * value);
+        sums[j][i] = 0.0f;
+      }
+      write(tile + (column + j) * pitch + quad, scaled);
+    }
   }
+  __syncthreads();
+  if (column < r)
+    for (int k = 0; k < r; k += 4) {  // four at a time, to read rows of the vectors
+      Quad x[4];
+#pragma unroll
+      for (int i = 0; i < 4; ++i) x[i] = read<Quad>(tile + (k + i) * pitch + quad);
+#pragma unroll
+      for (int j = 0; j < kSide; ++j) {
+        const Quad y = read<Quad>(vectors + (column + j) * width + k);
+#pragma unroll
+        for (int of = 0; of < 4; ++of)
+#pragma unroll
+          for (int i = 0; i < 4; ++i) sums[j][i] = fmaf(x[of].value[i], y.value[of], sums[j][i]);
+      }
+    }
+  __syncthreads();
+  if (column < r)
+#pragma unroll
+    for (int j = 0; j < kSide; ++j)
+      write(tile + (column + j) * pitch + quad, Quad{{sums[j][0], sums[j][1], sums[j][2], sums[j][3]}});
   __syncthreads();
   for (int index = thread; index < count; index += together * kThreads) {
     Piece pieces[together];
-    Words grad[together];
+    Words result[together];  // theta_start first: near in the cache
 #pragma unroll
     for (int k = 0; k < together; ++k)
       if (index + k * kThreads < count) {
         const Piece p = pieces[k] = piece<T, kPullRows>(b, owners, n, row, rows, index + k * kThreads);
-        grad[k] = fetch(reinterpret_cast<const T*>(b.part[0][p.part]) + p.at, p.valid);
+        result[k] = fetch(reinterpret_cast<const T*>(b.part[1][p.part]) + p.at, p.valid);
       }
 #pragma unroll
     for (int k = 0; k < together; ++k) {
@@ -404,8 +432,8 @@ __global__ void __launch_bounds__(kThreads, 2) pull_kernel(const __grid_constant
       const Piece& p = pieces[k];
       const auto add = [&](int i, float more) {
         T x;
-        store(x, value<T>(grad[k], i) + more);
-        put(grad[k], i, x);
+        store(x, value<T>(result[k], i) + more);
+        put(result[k], i, x);
       };
       if (p.transposed) {
 #pragma unroll
@@ -417,7 +445,7 @@ __global__ void __launch_bounds__(kThreads, 2) pull_kernel(const __grid_constant
       } else {
         along_rows<kPiece<T>>(p, pitch, [&](int i, int at) { add(i, read<float>(tile + at)); });
       }
-      send(reinterpret_cast<T*>(b.part[0][p.part]) + p.at, grad[k], p.valid);
+      send(reinterpret_cast<T*>(b.part[0][p.part]) + p.at, result[k], p.valid);
     }
   }
 }
@@ -437,6 +465,9 @@ __global__ void __launch_bounds__(kMergeThreads) merge_kernel(const __grid_const
   const int64_t n = b.n[group], begin = int64_t(int(blockIdx.x) - b.first_block[group]) * kMergeRows;
   const int64_t end = begin + kMergeRows < n ? begin + kMergeRows : n;
   const auto numbers = [&](int list) { return reinterpret_cast<const float*>(b.group[list][group]); };
+  const auto factor = [&](int list, int i, int j) {
+    return read<double>(reinterpret_cast<const double*>(b.group[list][group]) + i * r + j);
+  };
   const auto element = [&](int list, int64_t row, int column) {
     const Owner owner = read<Owner>(owners + column);
     const int rank = b.rank[owner.part], k = column - owner.first;
@@ -451,14 +482,14 @@ __global__ void __launch_bounds__(kMergeThreads) merge_kernel(const __grid_const
     const double kept = double(read<float>(numbers(2) + row)) / b.scalars[0];
     for (int i = 0; i < r; ++i) {
       for (int j = lane; j < r; j += kMergeThreads) {
-        const double f = fresh * double(read<float>(numbers(1) + i * r + j));
-        const double m = kept * double(read<float>(numbers(3) + i * r + j));
+        const double f = fresh * factor(1, i, j);
+        const double m = kept * factor(3, i, j);
         write(system + i * pitch + j, f + m + (i == j ? b.scalars[1] : 0.0));
       }
     }
     for (int i = lane; i < r; i += kMergeThreads) {
       double sum = 0;
-      for (int j = 0; j < r; ++j) sum += kept * double(read<float>(numbers(3) + i * r + j)) * read<double>(gap + j);
+      for (int j = 0; j < r; ++j) sum += kept * factor(3, i, j) * read<double>(gap + j);
       write(system + i * pitch + r, sum);
     }
     __syncthreads();
@@ -576,7 +607,7 @@ const char* run_kron(const char* op, const KronCall& call, Stream stream) {
       return error ? error : launch(combine_kernel, dim3(unsigned(b.groups), sums), kThreads, 0, stream, b);
     });
   if (!std::strcmp(op, "kron_pull"))
-    return in_batches<3, 2>(call, 1, kPullRows, [&](const Batch<3, 2>& b, unsigned blocks, int largest) {
+    return in_batches<2, 3>(call, 1, kPullRows, [&](const Batch<2, 3>& b, unsigned blocks, int largest) {
       return launch(pull_kernel<T>, dim3(blocks), kThreads, pull_bytes(largest), stream, b);
     });
   return in_batches<2, 4>(call, 2, kMergeRows, [&](const Batch<2, 4>& b, unsigned blocks, int largest) {

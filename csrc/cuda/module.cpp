@@ -2,7 +2,6 @@
 #include <pybind11/stl.h>
 
 #include <algorithm>
-#include <iterator>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -129,15 +128,8 @@ int64_t workspace(const std::string& what, int64_t rows, int64_t columns, int64_
   return bytes;
 }
 
-// A call's groups (groups, 4), matrices (matrices, 3) and addresses (lists, groups or matrices).
-void expect_rows(const char* what, const Addresses& array, int64_t rows, int64_t columns) {
-  if (array.ndim() != 2 || (rows >= 0 && array.shape(0) != rows) || array.shape(1) != columns)
-    throw std::invalid_argument(std::string(what) + " must be (" + (rows < 0 ? "any" : std::to_string(rows)) + ", " +
-                                std::to_string(columns) + ")");
-}
-
 int64_t kron_bytes(const std::string& op, const Addresses& groups) {
-  expect_rows("groups", groups, -1, 4);
+  if (groups.ndim() != 2 || groups.shape(1) != 4) throw std::invalid_argument(op + ": groups must be (groups, 4)");
   int64_t bytes = 0;
   succeed(op.c_str(), kron_workspace(op.c_str(), groups.data(), groups.shape(0), &bytes));
   return bytes;
@@ -146,18 +138,10 @@ int64_t kron_bytes(const std::string& op, const Addresses& groups) {
 void kron(const std::string& op, const std::string& letter, const Addresses& groups, const Addresses& parts,
           const Addresses& part_addresses, const Addresses& group_addresses, const std::vector<double>& scalars,
           uintptr_t workspace_address, uintptr_t stream) {
-  const auto is_it = [&](const KronOp& one) { return op == one.name; };
-  const auto found = std::find_if(std::begin(kKronOps), std::end(kKronOps), is_it);
-  if (found == std::end(kKronOps)) throw std::invalid_argument("no Kronecker op " + op);
-  expect_rows("groups", groups, -1, 4);
-  expect_rows("parts", parts, -1, 3);
-  expect_rows("part_addresses", part_addresses, found->part_lists, parts.shape(0));
-  expect_rows("group_addresses", group_addresses, found->group_lists, groups.shape(0));
-  if (scalars.size() != size_t(found->scalars))
-    throw std::invalid_argument(op + ": expected " + std::to_string(found->scalars) + " scalars");
+  check_kron(op, letter, groups, parts, part_addresses, group_addresses, scalars.size());
   if (kron_bytes(op, groups) && !workspace_address)
     throw std::invalid_argument(op + ": expected the address of a workspace");
-  const KronCall call{one_letter(letter), groups.data(), groups.shape(0), parts.data(), parts.shape(0),
+  const KronCall call{letter[0], groups.data(), groups.shape(0), parts.data(), parts.shape(0),
                       part_addresses.data(), group_addresses.data(), scalars.data(), at(workspace_address)};
   py::gil_scoped_release nogil;
   succeed(op.c_str(), launch_kron(op.c_str(), call, reinterpret_cast<Stream>(stream)));

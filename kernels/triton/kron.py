@@ -56,8 +56,8 @@ def _column(addresses, columns, k, group, matrices, column, R: tl.constexpr, TYP
 
 
 @triton.jit
-def _numbers(addresses, k, group, groups):
-    return tl.load(addresses + k * groups + group).to(tl.pointer_type(tl.float32))
+def _numbers(addresses, k, group, groups, TYPE: tl.constexpr = tl.float32):
+    return tl.load(addresses + k * groups + group).to(tl.pointer_type(TYPE))
 
 
 @triton.jit
@@ -73,8 +73,8 @@ def _tile(first, stride, inside, rows, end, transposed):
 
 
 @triton.jit
-def _add(at, more, mask):
-    tl.store(at, (tl.load(at, mask, 0.0).to(tl.float32) + more).to(at.dtype.element_ty), mask)
+def _put_sum(to, start, more, mask):
+    tl.store(to, (tl.load(start, mask, 0.0).to(tl.float32) + more).to(to.dtype.element_ty), mask)
 
 
 @triton.jit
@@ -122,26 +122,37 @@ def kron_pull(addresses, columns, sizes, block_group, block_begin, matrices, gro
               R: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
     group, begin, end, r, transposed = _place(sizes, block_group, block_begin, ROWS)
     rows, column = begin + tl.arange(0, BLOCK), tl.arange(0, R)
-    numbers = addresses + 3 * matrices
-    factor = _numbers(numbers, 1, group, groups)
-    product = tl.zeros((BLOCK, R), tl.float32)
+    numbers = addresses + 2 * matrices
+    vectors, inside = _numbers(numbers, 2, group, groups), column < r
+    turned = tl.zeros((BLOCK, R), tl.float32)
     # Without tensor cores all of a product's inner dimension is in registers at once: 16 columns at a time.
     for k in range(0, r, 16):
         some = k + tl.arange(0, 16)
-        first, stride = _column(addresses, columns, 1, group, matrices, some, R, TYPE)
+        first, stride = _column(addresses, columns, 0, group, matrices, some, R, TYPE)
         gap = _tile(first, stride, some < r, rows, end, transposed)
-        first, stride = _column(addresses, columns, 2, group, matrices, some, R, TYPE)
+        first, stride = _column(addresses, columns, 1, group, matrices, some, R, TYPE)
         gap -= _tile(first, stride, some < r, rows, end, transposed)
-        shares = tl.load(factor + some[:, None] * r + column[None, :], (some < r)[:, None] & (column < r)[None, :], 0.0)
-        product = tl.dot(gap, shares, product, input_precision="ieee")
-    weight = tl.load(numbers + 2 * groups).to(tl.float64, bitcast=True).to(tl.float32)
+        shares = tl.load(vectors + some[:, None] * r + column[None, :], (some < r)[:, None] & inside[None, :], 0.0)
+        turned = tl.dot(gap, shares, turned, input_precision="ieee")
+    weight = tl.load(numbers + 3 * groups).to(tl.float64, bitcast=True).to(tl.float32)
     scale = weight * tl.load(_numbers(numbers, 0, group, groups) + rows, rows < end, 0.0)
-    more, inside = scale[:, None] * product, column < r
-    first, stride = _column(addresses, columns, 0, group, matrices, column, R, TYPE)
+    values = tl.load(_numbers(numbers, 1, group, groups) + column, inside, 0.0)
+    turned = tl.reshape(turned / (1.0 + scale[:, None] * values[None, :]), (BLOCK, R // 16, 16))
+    product = tl.zeros((BLOCK, R), tl.float32)
+    for k in range(0, r, 16):
+        some = k + tl.arange(0, 16)
+        mine = tl.sum(tl.where(tl.arange(0, R // 16)[None, :, None] == k // 16, turned, 0.0), 1)
+        shares = tl.load(vectors + column[None, :] * r + some[:, None], (some < r)[:, None] & inside[None, :], 0.0)
+        product = tl.dot(mine, shares, product, input_precision="ieee")
+    theta, stride = _column(addresses, columns, 0, group, matrices, column, R, TYPE)
+    start, _ = _column(addresses, columns, 1, group, matrices, column, R, TYPE)
     if transposed:
-        _add(first[:, None] + stride[:, None] * rows[None, :], tl.trans(more), inside[:, None] & (rows < end)[None, :])
+        across = stride[:, None] * rows[None, :]
+        mask = inside[:, None] & (rows < end)[None, :]
+        _put_sum(theta[:, None] + across, start[:, None] + across, tl.trans(product), mask)
     else:
-        _add(first[None, :] + stride[None, :] * rows[:, None], more, (rows < end)[:, None] & inside[None, :])
+        down = stride[None, :] * rows[:, None]
+        _put_sum(theta[None, :] + down, start[None, :] + down, product, (rows < end)[:, None] & inside[None, :])
 
 
 @_jit
@@ -159,9 +170,9 @@ def kron_merge(addresses, columns, sizes, block_group, block_begin, matrices, gr
         now = tl.load(theta + stride * row, index < r, 0.0).to(tl.float64)
         gap = tl.load(theta_start + stride * row, index < r, 0.0).to(tl.float64) - now
         kept = tl.load(_numbers(numbers, 2, group, groups) + row).to(tl.float64) / c
-        m = kept * _square(_numbers(numbers, 3, group, groups), r, R).to(tl.float64)
+        m = kept * _square(_numbers(numbers, 3, group, groups, tl.float64), r, R)
         fresh = tl.load(_numbers(numbers, 0, group, groups) + row).to(tl.float64)
-        system = fresh * _square(_numbers(numbers, 1, group, groups), r, R).to(tl.float64) + m
+        system = fresh * _square(_numbers(numbers, 1, group, groups, tl.float64), r, R) + m
         # Read here, so that no tile of it is kept in registers over the loop.
         damping = tl.load(numbers + 4 * groups + 1).to(tl.float64, bitcast=True)
         # Rows of the identity fill up the system.

@@ -47,6 +47,7 @@ struct Call {
   std::vector<int64_t> groups, parts, part_addresses, group_addresses;
   std::vector<std::vector<Matrix<T>>> lists;
   std::vector<std::vector<float*>> of_groups;
+  std::vector<std::vector<double*>> precise;
   int64_t matrices = 0;
 
   int64_t r(size_t g) const { return groups[4 * g + 1]; }
@@ -96,13 +97,21 @@ struct Call {
           if (list == 0) parts.insert(parts.end(), {int64_t(rank), m.stride_n, m.stride_rank});
         }
     }
-    for (int list = 0; list < op.group_lists; ++list) {
+    for (const char* kind = op.group_lists; *kind; ++kind) {
       of_groups.emplace_back();
+      precise.emplace_back();
       for (size_t g = 0; g < sizes.size(); ++g) {
-        const int64_t size = list % 2 ? r(g) * r(g) : n(g);
+        const int64_t size = *kind == 'n' ? n(g) : *kind == 'r' ? r(g) : r(g) * r(g);
+        if (*kind == 'd') {
+          double* factor = simt::buffer<double>(size_t(size) + 1) + 1;  // at an address that 8 bytes divide only
+          gram(factor, r(g));
+          precise.back().push_back(factor);
+          group_addresses.push_back(int64_t(factor));
+          continue;
+        }
         float* values = simt::buffer<float>(size_t(size) + 1) + 1;  // at an address that 4 bytes divide only
-        for (int64_t i = 0; i < n(g) && list % 2 == 0; ++i) values[i] = std::fabs(normal(generator)) * float(i % 7);
-        if (list % 2) gram(values, r(g));
+        for (int64_t i = 0; i < size && *kind != 'f'; ++i) values[i] = std::fabs(normal(generator)) * float(i % 7);
+        if (*kind == 'f') gram(values, r(g));
         of_groups.back().push_back(values);
         group_addresses.push_back(int64_t(values));
       }
@@ -114,12 +123,13 @@ struct Call {
     }
   }
 
-  static void gram(float* factor, int64_t r) {  // of full rank
-    std::vector<float> x(size_t(r * (r + 2)));
-    for (float& one : x) one = normal(generator) / std::sqrt(float(r));
+  template <class F>
+  static void gram(F* factor, int64_t r) {  // of full rank
+    std::vector<F> x(size_t(r * (r + 2)));
+    for (F& one : x) one = F(normal(generator)) / std::sqrt(F(r));
     for (int64_t i = 0; i < r; ++i)
       for (int64_t j = 0; j < r; ++j) {
-        float sum = 0;
+        F sum = 0;
         for (int64_t k = 0; k < r + 2; ++k) sum += x[size_t(k * r + i)] * x[size_t(k * r + j)];
         factor[i * r + j] = sum;
       }
@@ -205,19 +215,33 @@ template <class T>
 void pull(const std::vector<Group>& sizes) {
   Call<T> call(sizes, kKronOps[1]);
   const double weight = 0.3;
+  for (size_t g = 0; g < sizes.size(); ++g)  // not symmetric
+    for (int64_t i = 0; i < call.r(g) * call.r(g); ++i)
+      call.of_groups[2][g][i] = normal(generator) / std::sqrt(float(call.r(g)));
   require(call.run(kKronOps[1], {weight}));
   Compare<T> compare{"pull"};
   for (size_t g = 0; g < sizes.size(); ++g) {
     const int64_t r = call.r(g);
-    const Side grad = call.side_by_side(0, g), now = call.side_by_side(1, g), start = call.side_by_side(2, g);
-    const float *rows = call.of_groups[0][g], *factor = call.of_groups[1][g];
-    call.each(0, g, [&](double got, int64_t i, int64_t j) {
-      double sum = grad[size_t(i * r + j)], magnitude = std::fabs(sum);
+    const Side now = call.side_by_side(0, g), start = call.side_by_side(1, g);
+    const float *rows = call.of_groups[0][g], *values = call.of_groups[1][g], *vectors = call.of_groups[2][g];
+    Side turned, sizes_turned;  // (theta - theta_start) Q / (1 + weight rows values), and the sum of its terms' sizes
+    for (int64_t i = 0; i < call.n(g); ++i)
       for (int64_t k = 0; k < r; ++k) {
-        const size_t at = size_t(i * r + k);
-        const double term = weight * rows[i] * (now[at] - start[at]) * factor[k * r + j];
-        sum += term;
-        magnitude += std::fabs(term);
+        double sum = 0, magnitude = 0;
+        for (int64_t j = 0; j < r; ++j) {
+          const double term = (now[size_t(i * r + j)] - start[size_t(i * r + j)]) * vectors[j * r + k];
+          sum += term;
+          magnitude += std::fabs(term);
+        }
+        const double shrunk = 1 + weight * rows[i] * values[k];
+        turned.push_back(sum / shrunk);
+        sizes_turned.push_back(magnitude / shrunk);
+      }
+    call.each(0, g, [&](double got, int64_t i, int64_t j) {
+      double sum = start[size_t(i * r + j)], magnitude = std::fabs(sum);
+      for (int64_t k = 0; k < r; ++k) {
+        sum += turned[size_t(i * r + k)] * vectors[j * r + k];
+        magnitude += sizes_turned[size_t(i * r + k)] * std::fabs(double(vectors[j * r + k]));
       }
       compare(got, sum, kUnit<T> * std::fabs(sum) + kLeast<T> + 1e-6 * magnitude, int64_t(g), i, j);
     });
@@ -254,8 +278,8 @@ void merge(const std::vector<Group>& sizes) {
       std::vector<std::vector<long double>> system(size_t(r), std::vector<long double>(size_t(r) + 1));
       for (int64_t j = 0; j < r; ++j)
         for (int64_t k = 0; k < r; ++k) {
-          const double m = double(call.of_groups[2][g][i]) / c * double(call.of_groups[3][g][j * r + k]);
-          const double f = double(call.of_groups[0][g][i]) * double(call.of_groups[1][g][j * r + k]);
+          const double m = double(call.of_groups[2][g][i]) / c * call.precise[3][g][j * r + k];
+          const double f = double(call.of_groups[0][g][i]) * call.precise[1][g][j * r + k];
           system[size_t(j)][size_t(k)] = m + f + (j == k ? damping : 0);
           system[size_t(j)][size_t(r)] += m * (start[size_t(i * r + k)] - now[size_t(i * r + k)]);
         }

@@ -27,7 +27,7 @@ if INTERPRETED or DEVICE == "cuda":
     every_op = pytest.mark.parametrize("name", OPS)
 
     def drawn(name, groups, dtype):
-        """The arguments of an op: matrices in both layouts, and factors of full rank."""
+        """The arguments of an op: matrices in both layouts, factors of full rank, and eigenvectors that are none."""
         generator = torch.Generator().manual_seed(len(groups))
 
         def draw(*shape):
@@ -36,12 +36,16 @@ if INTERPRETED or DEVICE == "cuda":
         lists = []
         ranks = [(n, rank) for n, matrices in groups for rank in matrices]
         axes = [at // 2 % 2 for at in range(len(ranks))]
-        for kind in OPS[name].lists.values():
+        for label, kind in OPS[name].lists.items():
             if kind == "part":
                 shapes = [(n, rank) if axis else (rank, n) for (n, rank), axis in zip(ranks, axes, strict=True)]
                 made = [draw(*shape).to(dtype) for shape in shapes]
             elif kind == "rows":
                 made = [draw(n).square() * (torch.arange(n) % 5) for n, _ in groups]
+            elif kind == "values":
+                made = [draw(sum(m)).square() for _, m in groups]
+            elif label == "vectors":
+                made = [draw(sum(m), sum(m)) / sum(m) ** 0.5 for _, m in groups]
             else:
                 made = [(g := draw(sum(m), sum(m) + 2) / sum(m) ** 0.5) @ g.T for _, m in groups]
             lists.append([tensor.to(DEVICE) for tensor in made])
