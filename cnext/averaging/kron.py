@@ -108,7 +108,8 @@ class _Call:
         self.groups = list(groups)
         self.names = [name for group in groups.values() for name in group.names]
         self.diagonal = [group.diagonal for group in groups.values() for _ in group.names]
-        self.layout = [len(g.names) for g in groups.values()], [axis for g in groups.values() for axis in g.axes]
+        self.parts = [len(group.names) for group in groups.values()]
+        self.axes = [axis for group in groups.values() for axis in group.axes]
 
     def factors(self, *slots: Mapping[str, Tensor]) -> list[list[Tensor]]:
         """Lists over groups."""
@@ -288,12 +289,12 @@ class PemaKron(MovingAverage):
             every = {**self.parameters, **self.frozen}
             for call in self._reading:
                 gradients = {name: match_strides(every[name].grad, every[name]) for name in call.names}
-                factors = call.factors(self.rows_new, self.factor_new)
-                ops.kron_accumulate_(*factors, call.matrices(gradients), *call.layout)
+                rows, factor = call.factors(self.rows_new, self.factor_new)
+                ops.kron_accumulate_(rows, factor, call.matrices(gradients), call.parts, call.axes)
         for call in self._pulling if self.pull and self._past else ():
-            matrices = map(call.matrices, (self.parameters, self.theta_start))
-            factors = call.factors(self.rows_old, self._values, self._vectors)
-            ops.kron_pull_(*matrices, *factors, *call.layout, weight=self.pull)
+            theta, start = call.matrices(self.parameters), call.matrices(self.theta_start)
+            rows, values, vectors = call.factors(self.rows_old, self._values, self._vectors)
+            ops.kron_pull_(theta, start, rows, values, vectors, call.parts, call.axes, weight=self.pull)
 
     def finish(self) -> Statistics:
         if self.step <= self.steps // 2:
@@ -316,11 +317,12 @@ class PemaKron(MovingAverage):
         for call in self._pulling:
             theta, start = call.matrices(self.parameters), call.matrices(self.theta_start)
             before = [tensor.clone() for tensor in theta]
-            rows_new, factor_new, *old = call.factors(self.rows_new, self.factor_new, self.rows_old, self._metric)
-            rows_new = [scale * rows for rows in rows_new]
-            factor_new = [self._normalized(key, factor) for key, factor in zip(call.groups, factor_new, strict=True)]
-            ops.kron_merge_(theta, start, rows_new, factor_new, *old, *call.layout, c=self.c, damping=self.damping)
-            for name, axis, now, then, first in zip(call.names, call.layout[1], theta, before, start, strict=True):
+            rows_new = [scale * self.rows_new[key] for key in call.groups]
+            factor_new = [self._normalized(key, self.factor_new[key]) for key in call.groups]
+            rows_old, factor_old = call.factors(self.rows_old, self._metric)
+            lists = (theta, start, rows_new, factor_new, rows_old, factor_old)
+            ops.kron_merge_(*lists, call.parts, call.axes, c=self.c, damping=self.damping)
+            for name, axis, now, then, first in zip(call.names, call.axes, theta, before, start, strict=True):
                 gap, moved = (first - then).float(), (now - then).float()
                 beta = (gap * moved).sum(axis) / gap.square().sum(axis).clamp(min=1e-30)
                 statistics[name] = beta.mean().item(), beta.std(correction=0).item()

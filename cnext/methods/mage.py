@@ -9,12 +9,14 @@ Reference: Continual-NExT, arXiv 2602.18055, section 4.
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 from cnext.errors import unknown
 from cnext.methods.base import Card
 from cnext.methods.parts.branches import RoleBranches
+from cnext.tasks.base import Task
 
 TRAINS = ("roles", "all")
 
@@ -26,7 +28,7 @@ class Mage(RoleBranches):
     trains: Annotated[str, "Branches that a task trains: roles, those of its modalities, or all."] = "roles"
     pull: Annotated[float, "Weight of pema-kron's pull towards the task's start in every step; 0: none."] = 0.01
 
-    options = RoleBranches.options | {"pull": ("pema-kron",)}
+    options: ClassVar[Mapping[str, tuple[str, ...]]] = {**RoleBranches.options, "pull": ("pema-kron",)}
     card = Card(
         "arXiv 2602.18055",
         keeps="the averaging rule's state; of pema the summed Fisher information",
@@ -37,4 +39,6 @@ class Mage(RoleBranches):
         super().__post_init__()
         if self.trains not in TRAINS:
             raise unknown("branches to train", self.trains, TRAINS)
-        self.freeze = self.trains == "roles"
+
+    def trained_branches(self, task: Task) -> Iterable[str]:
+        return super().trained_branches(task) if self.trains == "roles" else self.branches([task])
