@@ -126,7 +126,7 @@ def kron_pull(addresses, columns, sizes, block_group, block_begin, matrices, gro
     vectors, inside = _numbers(numbers, 2, group, groups), column < r
     turned = tl.zeros((BLOCK, R), tl.float32)
     # Without tensor cores all of a product's inner dimension is in registers at once: 16 columns at a time.
-    for k in range(0, r, 16):
+    for k in tl.static_range(0, R, 16):
         some = k + tl.arange(0, 16)
         first, stride = _column(addresses, columns, 0, group, matrices, some, R, TYPE)
         gap = _tile(first, stride, some < r, rows, end, transposed)
@@ -139,7 +139,7 @@ def kron_pull(addresses, columns, sizes, block_group, block_begin, matrices, gro
     values = tl.load(_numbers(numbers, 1, group, groups) + column, inside, 0.0)
     turned = tl.reshape(turned / (1.0 + scale[:, None] * values[None, :]), (BLOCK, R // 16, 16))
     product = tl.zeros((BLOCK, R), tl.float32)
-    for k in range(0, r, 16):
+    for k in tl.static_range(0, R, 16):
         some = k + tl.arange(0, 16)
         mine = tl.sum(tl.where(tl.arange(0, R // 16)[None, :, None] == k // 16, turned, 0.0), 1)
         shares = tl.load(vectors + column[None, :] * r + some[:, None], (some < r)[:, None] & inside[None, :], 0.0)

@@ -101,7 +101,7 @@ def kron(module: ModuleType, generator: numpy.random.Generator) -> None:
         sizes.append((n, sum(ranks), len(parts), len(ranks)))
         parts += [(rank, rank, 1) if (n + k) % 2 else (rank, 1, n) for k, rank in enumerate(ranks)]
     elements = [n * rank for n, ranks in groups for rank in ranks]
-    lists = {"kron_accumulate": (1, "sf", []), "kron_pull": (3, "sf", [0.5]), "kron_merge": (2, "sfsf", [2.0, 0.1])}
+    lists = {"kron_accumulate": (1, "nf", []), "kron_pull": (2, "nrf", [0.5]), "kron_merge": (2, "ndnd", [2.0, 0.1])}
     for (op, (matrices, kinds, scalars)), letter, threads in itertools.product(lists.items(), "fbh", (1, 3)):
         drawn = [
             [generator.standard_normal(size).astype("f4" if letter == "f" else "f2") for size in elements]
@@ -114,7 +114,12 @@ def kron(module: ModuleType, generator: numpy.random.Generator) -> None:
                     numpy.float16(numpy.nan).view("u2") if letter == "h" else 0x7F80 if letter == "b" else numpy.inf
                 )
         state = [
-            [numpy.abs(generator.standard_normal(n if kind == "s" else (r, r)).astype("f4")) for n, r, *_ in sizes]
+            [
+                numpy.abs(generator.standard_normal({"n": n, "r": r}.get(kind, r * r))).astype(
+                    "f8" if kind == "d" else "f4"
+                )
+                for n, r, *_ in sizes
+            ]
             for kind in kinds
         ]
         part_addresses, group_addresses = (
