@@ -9,8 +9,8 @@ Successive halving over the grid that a method's card declares (`cnext.methods.b
 2. The best three also with seeds 11 and 12, and with seed 10 in reverse order: 9 runs.
 
 The combination with the best mean Avg.ACC over its four runs is chosen; of those within half a point of the best, the
-one with the smallest scale. Test items are never read. Every run is written to results/next-tiny/tuning.json as it
-comes; run again, the program continues there. Runs of one process share data, encoded samples and the frozen model.
+one with the smallest scale. Test items are never read. Every run is written to results/next-tiny/tuning-runs.json as
+it comes; run again, the program continues there. Runs of one process share data, encoded samples and the frozen model.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from cnext import methods
 from cnext.config.run_config import RunConfig
 from cnext.methods.base import Card
 
-RESULTS = Path(__file__).resolve().parent.parent / "results" / "next-tiny" / "tuning.json"
+RESULTS = Path(__file__).resolve().parent.parent / "results" / "next-tiny" / "tuning-runs.json"
 FIRST = (10, "paper")
 MORE = ((11, "paper"), (12, "paper"), (10, "reverse"))
 FINALISTS = 3
