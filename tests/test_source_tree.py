@@ -86,7 +86,6 @@ def test_tests_without_an_installed_package_end_in_a_line(tmp_path: Path, monkey
 
 
 def test_tuning_runs_the_installed_package(tree: Path) -> None:
-    (tree / "cnext" / "methods" / "lora.py").write_text("raise SystemExit('not installed')")
     done = run(tree, "bench/tune.py", "--out", "bench", "--method", "mage", "--jobs", "1")
     assert done.returncode == 2
     assert "error: expected a file for the runs, bench is a folder" in done.stderr

@@ -222,8 +222,8 @@ def begin(
     for parameter in ready.extras.values():
         parameter.requires_grad_(True)
     shared = {} if ready.encoded is None else ready.encoded
-    options = {"extras": ready.extras, "workers": planned.config.workers, "encoded": shared.get(task.name)}
-    trainer = TaskTrainer(ready.backbone, ready.method, parameters, samples, recipe, steps, seed, **options)
+    options = ready.extras, planned.config.workers, shared.get(task.name)
+    trainer = TaskTrainer(ready.backbone, ready.method, parameters, samples, recipe, steps, seed, *options)
     shared[task.name] = trainer.batches.encoded
     with autocast(recipe.precision, ready.backbone.device):
         ready.method.before_task(parameters, steps, memory)

@@ -7,8 +7,9 @@ Sums are in a fixed order, without atomics: `combine` adds the parts of a factor
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from functools import lru_cache
-from typing import TYPE_CHECKING
+from typing import Any
 
 import numpy
 import torch
@@ -16,10 +17,6 @@ from cnext.kernels.averaging import TYPES, Tables
 
 import triton
 import triton.language as tl
-from cnext.ops import dispatch
-
-if TYPE_CHECKING:
-    from cnext.ops.kron import Layout
 
 SIZES = {
     "kron_accumulate": {"ROWS": 1024, "BLOCK": 16},
@@ -229,12 +226,12 @@ def _groups(op: str, groups: bytes, parts: bytes, device: torch.device) -> Group
     return Groups(*tables, SIZES[op]["ROWS"], device)
 
 
-def run(op: str, layout: Layout, parts: numpy.ndarray, groups: numpy.ndarray, scalars: list[float]) -> None:
-    """Runs an op; see `cnext.ops.kron`."""
+def run(op: str, layout: Any, parts: numpy.ndarray, groups: numpy.ndarray, scalars: list[float]) -> None:
+    """Runs an op. layout: a `cnext.ops.kron.Layout`, whose device the tensors are on."""
     tables = _groups(op, layout.groups.tobytes(), layout.parts.tobytes(), layout.device)
     # Scalars are arguments in float32 only: here they are bits in the table of addresses.
     numbers = numpy.asarray(scalars, numpy.float64).view(numpy.int64)
-    with dispatch.on(layout.device):
+    with torch.cuda.device(layout.device) if layout.device.type == "cuda" else nullcontext():
         addresses, columns, sizes, of, begin, first = tables.on_device(
             numpy.concatenate([parts.ravel(), groups.ravel(), numbers])
         )

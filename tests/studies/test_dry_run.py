@@ -64,7 +64,7 @@ def test_options_reach_the_dry_run_as_they_reach_a_run(
         return load(cls, *given, **(more | {"device_map": None}))
 
     def make(self: TaskTrainer, backbone: Any, method: Any, parameters: dict, samples: Any, *given: Any) -> None:
-        recipe, _steps, _seed, extras, workers = given
+        recipe, _steps, _seed, extras, workers, _encoded = given
         seen[-1] += [type(method), sorted(parameters), samples[0], recipe, sorted(extras), workers]
         seen[-1].append(next(backbone.decoder.parameters()).dtype)
         made(self, backbone, method, parameters, samples, *given)

@@ -259,7 +259,7 @@ def test_errors_are_found_before_any_run_starts(
         (["--mage.cc", "1"], "Unrecognized options: --mage.cc, 1; perhaps you meant --mage.c FLOAT"),
         (
             ["--mage.strength", "1"],
-            "hyperparameters of these methods: --mage.rank, --mage.scale, --mage.dropout, --mage.average,",
+            "hyperparameters of these methods: --mage.rank, --mage.scale, --mage.dropout, --mage.lr-factor,",
         ),
         (["--split", "train"], "Expected one of ('test', 'validation')"),
         (["--mage.average", "foo"], "unknown averaging rule 'foo'; valid: pema"),
