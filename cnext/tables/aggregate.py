@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 import os
 import random
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from math import fsum
 from pathlib import Path
 from typing import Any
 
@@ -33,13 +33,18 @@ LEAST_PAIRS = 3
 
 
 class Summary(Record):
-    """A mean over n values. sd: sample standard deviation (n - 1).  low, high: a range or an interval."""
+    """A mean over n values. sd: sample standard deviation (n - 1).  low, high: a range or an interval.
+
+    Of differences also above, the number of positive values, and p, see `sign_test`.
+    """
 
     n: int
     mean: float | None
     sd: float | None
     low: float | UnsetType | None = UNSET
     high: float | UnsetType | None = UNSET
+    above: int | UnsetType = UNSET
+    p: float | UnsetType | None = UNSET
 
     @property
     def ends(self) -> tuple[float, float] | None:
@@ -72,7 +77,10 @@ class OrdersRow(Record):
 
 
 class DifferenceRow(Record):
-    """A method minus the baseline, over pairs of the same order and seed. low, high: 95% bootstrap interval."""
+    """A method minus the baseline, over pairs of the same order and seed.
+
+    low, high: 95% bootstrap interval.  above, p: sign test.
+    """
 
     method: str
     n: int
@@ -273,7 +281,7 @@ def tabulate(
 
 def summary(values: Sequence[float]) -> Summary:
     """n, mean and sample standard deviation (n - 1); None where undefined."""
-    mean = fsum(values) / len(values) if values else None
+    mean = math.fsum(values) / len(values) if values else None
     return Summary(len(values), mean, statistics.stdev(values) if len(values) > 1 else None)
 
 
@@ -313,8 +321,27 @@ def _paired(
         values = [(a[metric], b[metric]) for a, b in pairs]
         known = [here - there for here, there in values if here is not None and there is not None]
         low, high = interval(known)
-        found[metric] = changed(summary(known), low=low, high=high)
+        above, p = sign_test(known)
+        found[metric] = changed(summary(known), low=low, high=high, above=above, p=p)
     return DifferenceRow(method=method, n=len(pairs), **found)
+
+
+def sign_test(differences: Sequence[float]) -> tuple[int, float | None]:
+    """How many differences are positive, and the p-value of the exact two-sided sign test that as many should be negative.
+
+    Zeros are left out. p is at least 2^(1 - n) for n differences, 0.25 for three; None without differences.
+
+    Reference: Dixon and Mood, The Statistical Sign Test, 1946.
+
+    Example:
+        >>> sign_test([1.0, 0.5, 2.0, -0.1])
+        (3, 0.625)
+    """
+    above, n = sum(value > 0 for value in differences), sum(value != 0 for value in differences)
+    if not n:
+        return above, None
+    tail = sum(math.comb(n, k) for k in range(max(above, n - above), n + 1)) / 2**n
+    return above, min(1.0, 2 * tail)
 
 
 @functools.cache
@@ -331,6 +358,6 @@ def interval(values: Sequence[float]) -> tuple[float | None, float | None]:
     n = len(values)
     if n < LEAST_PAIRS:
         return None, None
-    means = sorted(fsum(map(values.__getitem__, indices)) / n for indices in _resamples(n))
+    means = sorted(math.fsum(map(values.__getitem__, indices)) / n for indices in _resamples(n))
     outside = round(0.025 * RESAMPLES)
     return means[outside], means[-1 - outside]

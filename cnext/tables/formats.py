@@ -91,8 +91,15 @@ def blocks(study: StudyTables) -> Iterator[Table]:
         rows = [[row.method, str(len(row.orders)), str(row.n), *_cells(row)] for row in study.orders]
         yield Table(caption, ["method", "orders", "n", *METRICS.values()], rows)
     if study.differences:
-        rows = [[row.method, str(row.n), *_cells(row, "+")] for row in study.differences]
-        yield Table(_difference_caption(study), ["method", "pairs", *METRICS.values()], rows)
+        rows = [[row.method, str(row.n), *_cells(row, "+"), *_signs(row.avg_acc)] for row in study.differences]
+        head = ["method", "pairs", *METRICS.values(), f"{METRICS['avg_acc']} higher in", "p"]
+        yield Table(_difference_caption(study), head, rows)
+
+
+def _signs(found: Summary) -> list[str]:
+    p = found.p
+    shown = NOTHING if not isinstance(p, float | int) else "<0.001" if p < 0.0005 else f"{p:.3f}"
+    return [f"{found.above} of {found.n}" if found.n else NOTHING, shown]
 
 
 def _difference_caption(study: StudyTables) -> str:
@@ -105,6 +112,8 @@ def _difference_caption(study: StudyTables) -> str:
         )
     if min(pairs) < LEAST_PAIRS:
         caption += f". No interval with fewer than {LEAST_PAIRS} pairs"
+    least = 2.0 ** (1 - max(pairs)) if max(pairs) else 1.0
+    caption += f". p: exact two-sided sign test of Avg.ACC over the pairs; with {max(pairs)} it is at least {least:.2g}"
     return caption + "."
 
 
@@ -147,10 +156,13 @@ def as_latex(tables: Iterable[Table]) -> str:
 
 
 def comma_separated(study: StudyTables) -> str:
-    """A line per table, method, order and metric. low, high: of the orders' means, or of the 95% interval."""
+    """A line per table, method, order and metric. low, high: of the orders' means, or of the 95% interval.
+
+    above, p: of differences, see `cnext.tables.aggregate.sign_test`.
+    """
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    figures = ["n", "mean", "sd", "low", "high"]
+    figures = ["n", "mean", "sd", "low", "high", "above", "p"]
     writer.writerow(["table", "method", "order", "metric", *figures])
     for table in ("rows", "orders", "differences"):
         for row in getattr(study, table):

@@ -110,6 +110,29 @@ def test_differences_are_paired_by_order_and_seed(runs: Path) -> None:
     assert row.forgetting.low == pytest.approx(-row.avg_acc.high), "the same resamples for every metric"
 
 
+def test_a_difference_has_the_sign_test_of_its_pairs(runs: Path) -> None:
+    (row,) = study(runs).differences
+    assert (row.avg_acc.above, row.forgetting.above, row.n) == (6, 0, 6)
+    assert row.avg_acc.p == row.forgetting.p == 2 / 2**6
+    (line,) = [line for line in formats.markdown(study(runs)).splitlines() if " of 6 " in line]
+    assert [cell.strip() for cell in line.split("|")[-3:-1]] == ["6 of 6", "0.031"]
+    assert "with 6 it is at least 0.031" in formats.markdown(study(runs))
+
+
+@pytest.mark.parametrize("n", range(1, 14))
+def test_the_sign_test_is_the_share_of_sign_patterns_at_least_as_uneven(n: int) -> None:
+    """Under the null hypothesis all 2^n patterns of signs are as probable."""
+    patterns = [sum(pattern) for pattern in itertools.product((0, 1), repeat=n)]
+    for above in range(n + 1):
+        uneven = sum(abs(2 * other - n) >= abs(2 * above - n) for other in patterns)
+        values = [0.1] * above + [0.0] + [-7.0] * (n - above)
+        assert aggregate.sign_test(values) == (above, pytest.approx(uneven / 2**n))
+
+
+def test_pairs_that_are_level_have_no_sign() -> None:
+    assert aggregate.sign_test([0.0, 0.0]) == aggregate.sign_test([]) == (0, None)
+
+
 def test_the_baseline_can_be_named(runs: Path) -> None:
     assert study(runs).baseline == "lora"
     found = study(runs, baseline="mage")
@@ -258,6 +281,7 @@ def test_csv_holds_every_figure_unrounded(runs: Path) -> None:
     (row,) = [row for row in rows if row["table"] == "differences" and row["metric"] == "new_acc"]
     expected = asdict(found.differences[0].new_acc)
     assert {key: float(row[key]) for key in expected} == expected
+    assert expected.keys() == {"n", "mean", "sd", "low", "high", "above", "p"}
 
 
 def test_json_is_the_study(runs: Path) -> None:
