@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 
 from cnext import methods
 from cnext.config.run_config import RunConfig, plan
+from cnext.methods.base import Method
 from cnext.scoring import make_scorers
 from cnext.training import setup, trainer
 from cnext.training.batches import stable_seed
@@ -35,13 +36,20 @@ class Trials:
         self.encoded: dict[str, list[Any]] = {}
 
     def run(
-        self, method: str, hyperparameters: Mapping[str, Any], seed: int, order: str, learnt: bool = False
+        self,
+        method: str,
+        hyperparameters: Mapping[str, Any],
+        seed: int,
+        order: str,
+        learnt: bool = False,
+        kind: Callable[..., Method] | None = None,
     ) -> dict[str, float]:
         """The metrics of a run, to the bit those of `cnext.run`.
 
         Args:
             hyperparameters: those that differ from the method's defaults.
             learnt: whether each task is also scored when it has been learnt, for Forgetting and New.ACC.
+            kind: a subclass of the method's class to use in its place.
 
         Returns:
             "avg_acc", the mean of the tasks' scores at the end, in percent; with ``learnt`` also "new_acc", their mean
@@ -49,7 +57,7 @@ class Trials:
         """
         given = {"method": method, "hyperparameters": dict(hyperparameters), "seed": seed, "order": order}
         planned = plan(dataclasses.replace(self.config, **given))
-        backbone, made = copy.deepcopy(self.backbone), methods.load(method)(**planned.hyperparameters)
+        backbone, made = copy.deepcopy(self.backbone), (kind or methods.load(method))(**planned.hyperparameters)
         tasks = [planned.suite.task(name) for name in planned.order]
         made.setup(backbone, tasks, torch.Generator().manual_seed(stable_seed(seed, "adapters")))
         ready = setup.Prepared(self.samples, backbone, made, {}, self.encoded)

@@ -327,7 +327,7 @@ def _paired(
 
 
 def sign_test(differences: Sequence[float]) -> tuple[int, float | None]:
-    """How many differences are positive, and the p-value of the exact two-sided sign test that as many should be negative.
+    """How many differences are positive, and the p-value of the exact two-sided sign test.
 
     Zeros are left out. p is at least 2^(1 - n) for n differences, 0.25 for three; None without differences.
 

@@ -1,0 +1,307 @@
+"""What each part of mage brings: variants that differ in one part, on validation items, in two orders of the tasks.
+
+    python bench/ablate.py                        # every variant, three seeds, two orders
+    python bench/ablate.py --variant base diagonal --jobs 1
+    python bench/ablate.py --show                 # the table of the runs so far
+
+Every run is written to results/next-tiny/ablation.json as it comes; run again, the program continues there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import statistics
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tune import Run, Table
+
+from cnext import adapters
+from cnext.averaging import PemaKron
+from cnext.config.run_config import RunConfig
+from cnext.methods.base import Memory, Method
+from cnext.methods.mage import Mage
+from cnext.methods.parts.branches import GENERAL_ROLES, RoleBranches
+from cnext.tasks.base import Task
+
+RESULTS = Path(__file__).resolve().parent.parent / "results" / "next-tiny" / "ablation.json"
+SEEDS = (10, 11, 12)
+ORDERS = ("paper", "reverse")
+NEW = {"average": "pema-kron", "trains": "all", "scale": 6.0, "pull": 0.006}
+"""What bench/tune.py chose."""
+
+
+class Diagonal(Mage):
+    """Only the diagonal of R: every parameter has its own Fisher information, still s_i R_jj / tr R."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.rule = PemaKron(pull=self.pull, c=self.c, shrinkage=1.0)
+
+
+class Unobserved(Mage):
+    """R over the branches that a task trains alone: the gradients of frozen ones are not read."""
+
+    def trainable(self, task: Task) -> dict[str, nn.Parameter]:
+        parameters = RoleBranches.trainable(self, task)
+        assert isinstance(self.rule, PemaKron)
+        # A group has the same matrices in every task, so those of other roles take part with a gradient of zero.
+        self.zeros, self.observed = self.observed, {}
+        return parameters
+
+    def transform_gradients(self, parameters: dict[str, nn.Parameter]) -> None:
+        for parameter in self.zeros.values():
+            parameter.grad = torch.zeros_like(parameter)
+        super().transform_gradients(parameters)
+        for parameter in self.zeros.values():
+            parameter.grad = None
+
+
+class General12(Mage):
+    """Ranks 12 and 4 in place of 8 and 8: a task trains 16 to 28 of 32."""
+
+    general = 12
+
+    def branches(self, tasks: Sequence[Task]) -> dict[str, int]:
+        return {role.name: self.general if role in GENERAL_ROLES else 16 - self.general for role in self.roles}
+
+
+class General4(General12):
+    """Ranks 4 and 12: a task trains 16 to 20 of 32."""
+
+    general = 4
+
+
+class FixedA(Mage):
+    """A is fixed after the first task: the output is then linear in what moves, and averages of B are averages of W."""
+
+    begun = False
+
+    def trainable(self, task: Task) -> dict[str, nn.Parameter]:
+        parameters = super().trainable(task)
+        if self.begun:
+            for name in [name for name in parameters if name.endswith(".A")]:
+                parameters.pop(name).requires_grad_(False)
+            self.groups = {
+                branch: {n: p for n, p in of.items() if n in parameters} for branch, of in self.groups.items()
+            }
+            assert isinstance(self.rule, PemaKron)
+            self.observed = self.rule.frozen = {}
+        self.begun = True
+        return parameters
+
+
+class TailMean(Mage):
+    """The merge starts from the mean of the parameters over the second half of the task's steps."""
+
+    def before_task(self, parameters: dict[str, nn.Parameter], steps: int, memory: Memory) -> None:
+        super().before_task(parameters, steps, memory)
+        self.moving, self.mean, self.seen, self.left = list(parameters.values()), [], 0, steps - steps // 2
+
+    @torch.no_grad()
+    def after_step(self) -> None:
+        self.left -= 1
+        if self.left >= 0:
+            return
+        self.seen += 1
+        if self.seen == 1:
+            self.mean = [parameter.clone() for parameter in self.moving]
+        torch._foreach_lerp_(self.mean, self.moving, 1 / self.seen)
+
+    @torch.no_grad()
+    def after_task(self) -> dict[str, Any] | None:
+        torch._foreach_copy_(self.moving, self.mean)
+        return super().after_task()
+
+
+class HeldRule(PemaKron):
+    """F_old counts four times, in pull and merge, on branches that are not the task's own."""
+
+    held: Collection[str] = ()
+
+    def _normalized(self, key: str, factor: Tensor) -> Tensor:
+        whole = super()._normalized(key, factor)
+        if factor is not self.factor_old[key]:
+            return whole
+        names = [name for name in self.groups[key].names if name in self.parameters]
+        ranks = [min(self.parameters[name].shape) for name in names]
+        weight = torch.cat(
+            [torch.full((r,), 2.0 if n in self.held else 1.0) for n, r in zip(names, ranks, strict=True)]
+        )
+        return weight[:, None] * whole * weight
+
+
+class Held(Mage):
+    """All branches are trained; those that are not the task's own are held by four times the pull, and by C / 4."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.rule = HeldRule(pull=self.pull, c=self.c)
+
+    def trainable(self, task: Task) -> dict[str, nn.Parameter]:
+        parameters = super().trainable(task)
+        own = adapters.branch_parameters(self.model, RoleBranches.trained_branches(self, task))
+        assert isinstance(self.rule, HeldRule)
+        self.rule.held = set(parameters) - set(own)
+        return parameters
+
+
+class Asymmetric(Mage):
+    """The loss is over the tokens that the task's answers have had so far: words of other tasks are not unlearnt."""
+
+    forgets = False
+    """Whether it is over those of the batch alone, as in ER-ACE (arXiv 2104.05025)."""
+
+    def before_task(self, parameters: dict[str, nn.Parameter], steps: int, memory: Memory) -> None:
+        super().before_task(parameters, steps, memory)
+        backbone: Any = self.backbone
+        whole, seen = type(backbone).output, torch.empty(0, dtype=torch.int64)
+
+        def output(encoded: Any) -> Any:
+            nonlocal seen
+            out = whole(backbone, encoded)
+            if not backbone.training:
+                return out
+            seen = torch.cat([seen[:0] if self.forgets else seen, out.labels]).unique()
+            absent = torch.ones(out.logits.shape[1], dtype=torch.bool).index_fill(0, seen, False)
+            out.logits.masked_fill_(absent, -torch.inf)
+            return out
+
+        backbone.output = output
+
+
+class AsymmetricBatch(Asymmetric):
+    forgets = True
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A row of the table: what it is, hyperparameters of mage that differ from `NEW`, and perhaps another class.
+
+    method: another method, with ``changed`` on its defaults.
+    """
+
+    what: str
+    changed: Mapping[str, Any] = field(default_factory=dict)
+    kind: Callable[..., Method] | None = None
+    method: str = "mage"
+
+    @property
+    def hyperparameters(self) -> dict[str, Any]:
+        return {**(NEW if self.method == "mage" else {}), **self.changed}
+
+
+ROLES = {"trains": "roles"}
+OLD = {"average": "pema", "trains": "roles", "pull": Mage.pull}
+VARIANTS = {
+    "base": Variant("as tuned"),
+    "scale-1": Variant("scale 1, pull .001", {"scale": 1.0, "pull": 0.001}),
+    "scale-3": Variant("scale 3, pull .003", {"scale": 3.0, "pull": 0.003}),
+    "diagonal": Variant("Fisher information diagonal in a row", {}, Diagonal),
+    "pull-alone": Variant("pull, no merge", {"c": float("inf")}),
+    "merge-alone": Variant("merge, no pull", {"pull": 0.0}),
+    "roles": Variant("roles: other branches frozen, their gradients read", ROLES),
+    "roles-unread": Variant("roles: other branches frozen, their gradients not read", ROLES, Unobserved),
+    "held": Variant("other branches held by four times F_old", {}, Held),
+    "general-12": Variant("roles, rank 12 for general branches and 4 for experts", ROLES, General12),
+    "general-4": Variant("roles, rank 4 for general branches and 12 for experts", ROLES, General4),
+    "paper-scale-6": Variant("roles, pema (diagonal merge), scale 6", OLD),
+    "paper-scale-1": Variant("roles, pema (diagonal merge), scale 1", OLD | {"scale": 1.0}),
+    "all-pema": Variant("all branches, pema (diagonal merge), scale 6", OLD | {"trains": "all"}),
+    "fixed-a": Variant("A fixed after the first task", {}, FixedA),
+    "tail-mean": Variant("merge from the mean of the second half's iterates", {}, TailMean),
+    "asymmetric": Variant("loss over the tokens that the task has had", {}, Asymmetric),
+    "asymmetric-batch": Variant("loss over the tokens of the batch", {}, AsymmetricBatch),
+    "ewc": Variant("ewc as tuned, scale 6", {"scale": 6.0, "penalty": 0.108}, method="ewc"),
+}
+
+_TRIALS: Any = None
+
+
+def _load() -> None:
+    """Loads, in a worker, what its runs share."""
+    global _TRIALS
+    from trials import Trials
+
+    _TRIALS = Trials(RunConfig(split="validation"))
+
+
+def _run(name: str, seed: int, order: str) -> dict[str, float]:
+    variant = VARIANTS[name]
+    return _TRIALS.run(variant.method, variant.hyperparameters, seed, order, learnt=True, kind=variant.kind)
+
+
+def table(runs: Table, orders: Iterable[str] = ORDERS) -> str:
+    """Markdown: Avg.ACC, Forgetting and New.ACC of every variant, mean over seeds, and Avg.ACC less that of base.
+
+    The difference is paired by seed and order: its mean, and in how many pairs it is positive.
+    """
+    orders = list(orders)
+    lines = [
+        "| variant | what | " + " | ".join(orders) + " | mean | against base | better in |",
+        "|---|---|" + "---|" * (len(orders) + 3),
+    ]
+    rows = {
+        name: {(row["seed"], row["order"]): row for row in found["runs"] if row["order"] in orders}
+        for name, found in runs.methods.items()
+    }
+    for name, variant in VARIANTS.items():
+        found = rows.get(name, {})
+        cells = []
+        for order in orders:
+            of_order = [row for (_, where), row in found.items() if where == order]
+            cells.append(_cell(of_order))
+        pairs = [found[key]["avg_acc"] - row["avg_acc"] for key, row in rows.get("base", {}).items() if key in found]
+        better = f"{sum(pair > 0 for pair in pairs)} of {len(pairs)}" if name != "base" else ""
+        against = f"{statistics.fmean(pairs):+.1f}" if pairs and name != "base" else ""
+        lines.append(
+            f"| {name} | {variant.what} | {' | '.join(cells)} | {_cell(found.values())} | {against} | {better} |"
+        )
+    return "\n".join(lines)
+
+
+def _cell(rows: Iterable[Mapping[str, float]]) -> str:
+    rows = list(rows)
+    means = [statistics.fmean(row[key] for row in rows) for key in ("avg_acc", "forgetting", "new_acc")] if rows else []
+    return " / ".join(f"{mean:.1f}" for mean in means)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--variant",
+        nargs="+",
+        choices=VARIANTS,
+        default=list(VARIANTS),
+        metavar="NAME",
+        help=f"default: all of {', '.join(VARIANTS)}",
+    )
+    parser.add_argument("--seeds", nargs="+", type=int, default=SEEDS, help="default: 10 11 12")
+    parser.add_argument("--orders", nargs="+", default=ORDERS, help="default: paper reverse")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="file of all runs (default: results/next-tiny)")
+    parser.add_argument("--jobs", type=int, default=2, help="runs at a time, one thread each (default: %(default)s)")
+    parser.add_argument("--show", action="store_true", help="print the table of the runs so far and stop")
+    arguments = parser.parse_args()
+    runs = Table(arguments.out)
+    wanted: list[Run] = [
+        (name, {}, seed, order) for name in arguments.variant for seed in arguments.seeds for order in arguments.orders
+    ]
+    missing = [] if arguments.show else [run for run in wanted if runs.score(*run) is None]
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(arguments.jobs, context, _load) as processes:
+        for run, future in [(run, processes.submit(_run, run[0], *run[2:])) for run in missing]:
+            metrics = future.result()
+            runs.add(run, metrics)
+            print(f"{run[0]:<14} {run[2]} {run[3]:<8} {json.dumps(metrics)}", flush=True)
+    print(table(runs, arguments.orders))
+
+
+if __name__ == "__main__":
+    main()
