@@ -42,6 +42,12 @@ VARIANTS: dict[str, tuple[str, dict[str, Any], dict[str, tuple[float, ...]], dic
         {"scale": (1.0, 3.0, 6.0), "pull": (0.001, 0.002, 0.004, 0.008)},
         {"pull": 1},
     ),
+    "mage-fixed-a": (
+        "mage",
+        {"average": "pema-kron", "trains": "all", "a": "fixed"},
+        {"scale": (3.0, 6.0, 12.0), "pull": (0.00025, 0.0005, 0.001, 0.002)},
+        {"pull": 1},
+    ),
 }
 """A method with other hyperparameters than its defaults: its name, these, and grid and powers as on a card."""
 Run = tuple[str, dict[str, float], int, str]

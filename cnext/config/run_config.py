@@ -33,7 +33,7 @@ OVERRIDES = (
 RENAMED = {"block_steps": "checkpoint_interval"}
 """Fields of config.json and options.json that earlier versions wrote under another name, by that name."""
 
-ADDED = {"lr_factor": 1.0, "trains": "roles", "pull": 0.01}
+ADDED = {"lr_factor": 1.0, "trains": "roles", "a": "trained", "pull": 0.01}
 """Hyperparameters that earlier versions did not have, and the values that act as those did."""
 
 

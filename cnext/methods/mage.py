@@ -2,9 +2,10 @@
 
 Text and image have a general branch each (trained on tasks that read the modality) and an expert branch each (trained
 on tasks that write it). At the end of a task every trained parameter is averaged with its value from before the task,
-see `cnext.averaging.Pema`.
+see `cnext.averaging.Pema`. With A fixed, as in LoRA-FA, the output is linear in what is trained, so that an average of
+parameters is the same average of the branches' weights B A.
 
-Reference: Continual-NExT, arXiv 2602.18055, section 4.
+Reference: Continual-NExT, arXiv 2602.18055, section 4; LoRA-FA, arXiv 2308.03303.
 """
 
 from __future__ import annotations
@@ -13,12 +14,16 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Annotated, ClassVar
 
+from torch import nn
+
+from cnext.averaging import PemaKron
 from cnext.errors import unknown
 from cnext.methods.base import Card
 from cnext.methods.parts.branches import RoleBranches
 from cnext.tasks.base import Task
 
 TRAINS = ("roles", "all")
+MATRIX_A = ("trained", "fixed")
 
 
 @dataclass
@@ -26,6 +31,7 @@ class Mage(RoleBranches):
     """y = W x + scale * sum over the four roles of B_i A_i x."""
 
     trains: Annotated[str, "Branches that a task trains: roles, those of its modalities, or all."] = "roles"
+    a: Annotated[str, "Matrix A of every branch: trained, or fixed at its random initial value."] = "trained"
     pull: Annotated[float, "Weight of pema-kron's pull towards the task's start in every step; 0: none."] = 0.01
 
     options: ClassVar[Mapping[str, tuple[str, ...]]] = {**RoleBranches.options, "pull": ("pema-kron",)}
@@ -39,6 +45,29 @@ class Mage(RoleBranches):
         super().__post_init__()
         if self.trains not in TRAINS:
             raise unknown("branches to train", self.trains, TRAINS)
+        if self.a not in MATRIX_A:
+            raise unknown("value of a", self.a, MATRIX_A)
 
     def trained_branches(self, task: Task) -> Iterable[str]:
         return super().trained_branches(task) if self.trains == "roles" else self.branches([task])
+
+    def trainable(self, task: Task) -> dict[str, nn.Parameter]:
+        parameters = super().trainable(task)
+        if self.a == "trained":
+            return parameters
+        for name, parameter in parameters.items():
+            parameter.requires_grad_(name.endswith(".B"))
+        self.groups = {branch: only_b(of) for branch, of in self.groups.items()}
+        self.observed = only_b(self.observed)
+        if isinstance(self.rule, PemaKron):
+            self.rule.frozen = self.observed
+        return only_b(parameters)
+
+    def extra_bytes(self, tasks: int) -> int:
+        parameters = self.adapter_parameters()
+        return self.rule.kept_bytes(parameters if self.a == "trained" else only_b(parameters)) if self.rule else 0
+
+
+def only_b(parameters: Mapping[str, nn.Parameter]) -> dict[str, nn.Parameter]:
+    """The B matrices of branches' parameters by name."""
+    return {name: parameter for name, parameter in parameters.items() if name.endswith(".B")}

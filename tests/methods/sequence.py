@@ -23,8 +23,11 @@ STEPS = 4
 RECIPE = Recipe(dict.fromkeys(TASKS, STEPS), batch_size=4, learning_rate=1e-2, warmup_steps=1, weight_decay=0.1)
 SHORT = {"mr-lora": {"router_steps": 2}}
 """Hyperparameters that shorten what a method trains besides the steps of its tasks."""
-VARIANTS = {"mage with pema-kron": ("mage", {"average": "pema-kron", "pull": 0.1})}
-"""A method with other hyperparameters, by the name that tests call it: it also reads frozen branches' gradients."""
+VARIANTS = {
+    "mage with pema-kron": ("mage", {"average": "pema-kron", "pull": 0.1}),
+    "mage with A fixed": ("mage", {"average": "pema-kron", "a": "fixed", "pull": 0.1}),
+}
+"""Methods with other hyperparameters, by the name that tests call them: these also read frozen branches' gradients."""
 
 
 class Sequence:

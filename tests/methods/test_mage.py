@@ -8,11 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from methods.sequence import Sequence, opened, squares_of, train_rest
+from methods.sequence import Sequence, branches_of, opened, squares_of, train_rest
 
 from cnext import adapters, methods
 from cnext.averaging import RULES
 from cnext.backbones.tiny.model import TinyBackbone
+from cnext.errors import UserError
 from cnext.methods.mage import Mage
 from cnext.tasks.base import Task
 
@@ -76,6 +77,32 @@ def test_the_merge_against_a_plain_loop(data: Path) -> None:
     fresh = [key for key in sequence.parameters if ".image-expert." in key]
     assert fresh
     assert all(torch.equal(sequence.parameters[key].detach().double(), end[key]) for key in fresh)
+
+
+@pytest.mark.parametrize("trains", ["roles", "all"])
+def test_a_fixed_a_is_neither_trained_nor_read(data: Path, trains: str) -> None:
+    """Over two tasks: A keeps its initial value to the bit, no optimizer and no average has it, and every B learns."""
+    sequence = Sequence("mage", data, a="fixed", average="pema-kron", trains=trains, pull=0.1)
+    added = sequence.method.adapter_parameters
+    initial = {name: parameter.detach().clone() for name, parameter in added().items()}
+    for name in ("VQAv2", "HQEdit"):
+        trainer = sequence.open(name)
+        optimized = {id(p) for group in trainer.optimizer.param_groups for p in group["params"]}
+        train_rest(trainer)
+        assert optimized == {id(p) for name, p in added().items() if name in sequence.parameters}
+        assert all(name.endswith(".B") for name in {**sequence.parameters, **sequence.method.observed})
+        statistics = sequence.method.after_task()
+    assert set(statistics) == branches_of(sequence.parameters)
+    moved = {name for name, parameter in added().items() if not torch.equal(parameter, initial[name])}
+    assert moved == {name for name in initial if name.endswith(".B")}
+    kept = {name: tensor for name, tensor in sequence.method.state_dict().items() if tensor.ndim}
+    assert sum(4 * tensor.numel() for tensor in kept.values()) == sequence.method.extra_bytes(3)
+    assert not any(name.endswith("A") for name in kept)
+
+
+def test_what_a_may_be(data: Path) -> None:
+    with pytest.raises(UserError, match="unknown value of a 'frozen'; valid: trained, fixed"):
+        Mage(a="frozen")
 
 
 def test_statistics_are_of_the_branches_trained(data: Path) -> None:
