@@ -21,7 +21,7 @@ import multiprocessing
 import os
 import threading
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
@@ -130,13 +130,14 @@ def rungs(table: Table, method: str) -> Iterator[list[Run]]:
 
 
 def one(processes: Any, table: Table, name: str) -> None:
-    """Makes the runs of a method that the table lacks, one after another, and chooses."""
+    """Makes the runs of a method that the table lacks, and chooses."""
     for rung in rungs(table, name):
-        for run in rung:
-            if table.score(*run) is None:
-                table.add(run, metrics := processes.submit(_run, *run).result())
-                words = " ".join(f"{key}={value:g}" for key, value in run[1].items())
-                print(f"{name:<14} {words:<32} {run[2]} {run[3]:<8} {metrics['avg_acc']:6.2f}", flush=True)
+        pending = {processes.submit(_run, *run): run for run in rung if table.score(*run) is None}
+        for future in as_completed(pending):
+            run, metrics = pending[future], future.result()
+            table.add(run, metrics)
+            words = " ".join(f"{key}={value:g}" for key, value in run[1].items())
+            print(f"{name:<14} {words:<32} {run[2]} {run[3]:<8} {metrics['avg_acc']:6.2f}", flush=True)
     print(f"{name:<14} chosen: {table.choose(name)}", flush=True)
 
 
