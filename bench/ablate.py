@@ -10,11 +10,10 @@ Every run is written to results/next-tiny/ablation.json as it comes; run again, 
 from __future__ import annotations
 
 import argparse
-import json
 import multiprocessing
 import statistics
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Callable, Collection, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,15 +26,24 @@ from cnext import adapters
 from cnext.averaging import PemaKron
 from cnext.config.run_config import RunConfig
 from cnext.methods.base import Memory, Method
-from cnext.methods.mage import Mage
+from cnext.methods.ewc import Ewc
+from cnext.methods.mage import Mage, only_b
 from cnext.methods.parts.branches import GENERAL_ROLES, RoleBranches
 from cnext.tasks.base import Task
 
 RESULTS = Path(__file__).resolve().parent.parent / "results" / "next-tiny" / "ablation.json"
 SEEDS = (10, 11, 12)
-ORDERS = ("paper", "reverse")
-NEW = {"average": "pema-kron", "trains": "all", "scale": 6.0, "pull": 0.006}
-"""What bench/tune.py chose."""
+ORDERS = {
+    "paper": "paper",
+    "reverse": "reverse",
+    "alphabet": "alphabet",
+    "interleaved": "VQAv2,Flickr30k,ImageNet,HQEdit,OCRVQA,RefCOCO",
+}
+DEFAULT_ORDERS = ("paper", "reverse")
+NEW = {"average": "pema-kron", "trains": "all", "a": "fixed", "scale": 12.0, "pull": 0.006}
+"""mage as bench/tune.py chose it."""
+NOTHING = 1e30
+"""A C with which nothing is merged."""
 
 
 class Diagonal(Mage):
@@ -50,8 +58,7 @@ class Unobserved(Mage):
     """R over the branches that a task trains alone: the gradients of frozen ones are not read."""
 
     def trainable(self, task: Task) -> dict[str, nn.Parameter]:
-        parameters = RoleBranches.trainable(self, task)
-        assert isinstance(self.rule, PemaKron)
+        parameters = super().trainable(task)
         # A group has the same matrices in every task, so those of other roles take part with a gradient of zero.
         self.zeros, self.observed = self.observed, {}
         return parameters
@@ -79,7 +86,7 @@ class General4(General12):
     general = 4
 
 
-class FixedA(Mage):
+class FirstA(Mage):
     """A is fixed after the first task: the output is then linear in what moves, and averages of B are averages of W."""
 
     begun = False
@@ -156,9 +163,6 @@ class Held(Mage):
 class Asymmetric(Mage):
     """The loss is over the tokens that the task's answers have had so far: words of other tasks are not unlearnt."""
 
-    forgets = False
-    """Whether it is over those of the batch alone, as in ER-ACE (arXiv 2104.05025)."""
-
     def before_task(self, parameters: dict[str, nn.Parameter], steps: int, memory: Memory) -> None:
         super().before_task(parameters, steps, memory)
         backbone: Any = self.backbone
@@ -169,7 +173,7 @@ class Asymmetric(Mage):
             out = whole(backbone, encoded)
             if not backbone.training:
                 return out
-            seen = torch.cat([seen[:0] if self.forgets else seen, out.labels]).unique()
+            seen = torch.cat([seen, out.labels]).unique()
             absent = torch.ones(out.logits.shape[1], dtype=torch.bool).index_fill(0, seen, False)
             out.logits.masked_fill_(absent, -torch.inf)
             return out
@@ -177,8 +181,14 @@ class Asymmetric(Mage):
         backbone.output = output
 
 
-class AsymmetricBatch(Asymmetric):
-    forgets = True
+class EwcB(Ewc):
+    """ewc with A fixed at its initial value."""
+
+    def trainable(self, task: Task) -> dict[str, nn.Parameter]:
+        parameters = super().trainable(task)
+        for name, parameter in parameters.items():
+            parameter.requires_grad_(name.endswith(".B"))
+        return only_b(parameters)
 
 
 @dataclass(frozen=True)
@@ -199,27 +209,31 @@ class Variant:
 
 
 ROLES = {"trains": "roles"}
-OLD = {"average": "pema", "trains": "roles", "pull": Mage.pull}
+TRAINED_A = {"a": "trained", "scale": 6.0, "pull": 0.006}
+PEMA = {"average": "pema", "pull": Mage.pull}
 VARIANTS = {
-    "base": Variant("as tuned"),
-    "scale-1": Variant("scale 1, pull .001", {"scale": 1.0, "pull": 0.001}),
-    "scale-3": Variant("scale 3, pull .003", {"scale": 3.0, "pull": 0.003}),
+    "base": Variant("mage as tuned"),
+    "scale-6": Variant("scale 6, half the pull", {"scale": 6.0, "pull": 0.003}),
+    "scale-3": Variant("scale 3, a quarter of the pull", {"scale": 3.0, "pull": 0.0015}),
     "diagonal": Variant("Fisher information diagonal in a row", {}, Diagonal),
-    "pull-alone": Variant("pull, no merge", {"c": float("inf")}),
-    "merge-alone": Variant("merge, no pull", {"pull": 0.0}),
+    "pull": Variant("pull alone, no merge", {"c": NOTHING}),
+    "merge": Variant("merge alone, no pull", {"pull": 0.0}),
+    "neither": Variant("no average at all", {"c": NOTHING, "pull": 0.0}),
     "roles": Variant("roles: other branches frozen, their gradients read", ROLES),
     "roles-unread": Variant("roles: other branches frozen, their gradients not read", ROLES, Unobserved),
-    "held": Variant("other branches held by four times F_old", {}, Held),
+    "held": Variant("C and pull of other branches: a quarter, four times", {}, Held),
     "general-12": Variant("roles, rank 12 for general branches and 4 for experts", ROLES, General12),
     "general-4": Variant("roles, rank 4 for general branches and 12 for experts", ROLES, General4),
-    "paper-scale-6": Variant("roles, pema (diagonal merge), scale 6", OLD),
-    "paper-scale-1": Variant("roles, pema (diagonal merge), scale 1", OLD | {"scale": 1.0}),
-    "all-pema": Variant("all branches, pema (diagonal merge), scale 6", OLD | {"trains": "all"}),
-    "fixed-a": Variant("A fixed after the first task", {}, FixedA),
+    "a-trained": Variant("A trained (scale 6, pull .006, tuned alike)", TRAINED_A),
+    "a-first": Variant("A trained by the first task", TRAINED_A | {"pull": 0.002}, FirstA),
+    "a-roles": Variant("A trained, roles", TRAINED_A | ROLES),
+    "pema": Variant("A trained, roles, pema: the paper's form", PEMA | ROLES | {"a": "trained", "scale": 1.0}),
+    "pema-6": Variant("the same at scale 6", PEMA | ROLES | {"a": "trained", "scale": 6.0}),
+    "pema-all": Variant("A fixed, all branches, pema", PEMA),
     "tail-mean": Variant("merge from the mean of the second half's iterates", {}, TailMean),
     "asymmetric": Variant("loss over the tokens that the task has had", {}, Asymmetric),
-    "asymmetric-batch": Variant("loss over the tokens of the batch", {}, AsymmetricBatch),
-    "ewc": Variant("ewc as tuned, scale 6", {"scale": 6.0, "penalty": 0.108}, method="ewc"),
+    "ewc": Variant("ewc as tuned (scale 6, penalty .108)", {"scale": 6.0, "penalty": 0.108}, method="ewc"),
+    "ewc-a": Variant("the same with A fixed", {"scale": 6.0, "penalty": 0.108}, EwcB, "ewc"),
 }
 
 _TRIALS: Any = None
@@ -235,71 +249,70 @@ def _load() -> None:
 
 def _run(name: str, seed: int, order: str) -> dict[str, float]:
     variant = VARIANTS[name]
-    return _TRIALS.run(variant.method, variant.hyperparameters, seed, order, learnt=True, kind=variant.kind)
+    return _TRIALS.run(variant.method, variant.hyperparameters, seed, ORDERS[order], learnt=True, kind=variant.kind)
 
 
-def table(runs: Table, orders: Iterable[str] = ORDERS) -> str:
-    """Markdown: Avg.ACC, Forgetting and New.ACC of every variant, mean over seeds, and Avg.ACC less that of base.
+def table(runs: Table, orders: Sequence[str] = DEFAULT_ORDERS) -> str:
+    """Markdown: Avg.ACC / Forgetting / New.ACC of every variant, mean over seeds, and Avg.ACC less that of base.
 
     The difference is paired by seed and order: its mean, and in how many pairs it is positive.
     """
-    orders = list(orders)
     lines = [
-        "| variant | what | " + " | ".join(orders) + " | mean | against base | better in |",
+        f"| variant | | {' | '.join(orders)} | mean | against base | better in |",
         "|---|---|" + "---|" * (len(orders) + 3),
     ]
     rows = {
-        name: {(row["seed"], row["order"]): row for row in found["runs"] if row["order"] in orders}
-        for name, found in runs.methods.items()
+        name: {
+            (row["seed"], row["order"]): row
+            for row in runs.methods.get(name, {}).get("runs", ())
+            if row["order"] in orders and row["settings"] == variant.hyperparameters
+        }
+        for name, variant in VARIANTS.items()
     }
-    for name, variant in VARIANTS.items():
-        found = rows.get(name, {})
-        cells = []
-        for order in orders:
-            of_order = [row for (_, where), row in found.items() if where == order]
-            cells.append(_cell(of_order))
-        pairs = [found[key]["avg_acc"] - row["avg_acc"] for key, row in rows.get("base", {}).items() if key in found]
-        better = f"{sum(pair > 0 for pair in pairs)} of {len(pairs)}" if name != "base" else ""
-        against = f"{statistics.fmean(pairs):+.1f}" if pairs and name != "base" else ""
-        lines.append(
-            f"| {name} | {variant.what} | {' | '.join(cells)} | {_cell(found.values())} | {against} | {better} |"
+    for name, found in rows.items():
+        if not found:
+            continue
+        by_order = [[row for (_, where), row in found.items() if where == order] for order in orders]
+        cells = " | ".join(map(_cell, [*by_order, list(found.values())]))
+        pairs = [row["avg_acc"] - rows["base"][key]["avg_acc"] for key, row in found.items() if key in rows["base"]]
+        against = (
+            f"{statistics.fmean(pairs):+.1f} | {sum(pair > 0 for pair in pairs)} of {len(pairs)}" if pairs else " | "
         )
+        lines.append(f"| `{name}` | {VARIANTS[name].what} | {cells} | {against if name != 'base' else ' | '} |")
     return "\n".join(lines)
 
 
-def _cell(rows: Iterable[Mapping[str, float]]) -> str:
-    rows = list(rows)
+def _cell(rows: Sequence[Mapping[str, float]]) -> str:
     means = [statistics.fmean(row[key] for row in rows) for key in ("avg_acc", "forgetting", "new_acc")] if rows else []
     return " / ".join(f"{mean:.1f}" for mean in means)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    names = ", ".join(VARIANTS)
+    several = {"nargs": "+", "metavar": "NAME"}
     parser.add_argument(
-        "--variant",
-        nargs="+",
-        choices=VARIANTS,
-        default=list(VARIANTS),
-        metavar="NAME",
-        help=f"default: all of {', '.join(VARIANTS)}",
+        "--variant", choices=VARIANTS, default=list(VARIANTS), help=f"default: all of {names}", **several
     )
     parser.add_argument("--seeds", nargs="+", type=int, default=SEEDS, help="default: 10 11 12")
-    parser.add_argument("--orders", nargs="+", default=ORDERS, help="default: paper reverse")
+    help = f"of {', '.join(ORDERS)}; default: {' '.join(DEFAULT_ORDERS)}"
+    parser.add_argument("--orders", choices=ORDERS, default=DEFAULT_ORDERS, help=help, **several)
     parser.add_argument("--out", type=Path, default=RESULTS, help="file of all runs (default: results/next-tiny)")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, one thread each (default: %(default)s)")
     parser.add_argument("--show", action="store_true", help="print the table of the runs so far and stop")
     arguments = parser.parse_args()
     runs = Table(arguments.out)
+    places = [(seed, order) for seed in arguments.seeds for order in arguments.orders]
     wanted: list[Run] = [
-        (name, {}, seed, order) for name in arguments.variant for seed in arguments.seeds for order in arguments.orders
+        (name, VARIANTS[name].hyperparameters, *place) for name in arguments.variant for place in places
     ]
     missing = [] if arguments.show else [run for run in wanted if runs.score(*run) is None]
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(arguments.jobs, context, _load) as processes:
-        for run, future in [(run, processes.submit(_run, run[0], *run[2:])) for run in missing]:
-            metrics = future.result()
+    with ProcessPoolExecutor(arguments.jobs, multiprocessing.get_context("spawn"), _load) as processes:
+        pending = {processes.submit(_run, run[0], *run[2:]): run for run in missing}
+        for future in as_completed(pending):
+            run, metrics = pending[future], future.result()
             runs.add(run, metrics)
-            print(f"{run[0]:<14} {run[2]} {run[3]:<8} {json.dumps(metrics)}", flush=True)
+            print(f"{run[0]:<16} {run[2]} {run[3]:<11} {metrics['avg_acc']:6.2f}", flush=True)
     print(table(runs, arguments.orders))
 
 
