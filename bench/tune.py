@@ -45,7 +45,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any], dict[str, tuple[float, ...]], dic
     "mage-fixed-a": (
         "mage",
         {"average": "pema-kron", "trains": "all", "a": "fixed"},
-        {"scale": (3.0, 6.0, 12.0), "pull": (0.00025, 0.0005, 0.001, 0.002)},
+        {"scale": (3.0, 6.0, 12.0), "pull": (0.0005, 0.001, 0.002, 0.004)},
         {"pull": 1},
     ),
 }

@@ -57,6 +57,8 @@ class MovingAverage(ABC):
         """Steps of the open task that `update` has seen."""
         self.steps = 0
         """Steps that the open task will take; 0 between tasks."""
+        self.rate = 1.0
+        """What `update` was given."""
         self.statistics: Statistics = {}
         """What the last `end_task` returned."""
         self._training_values: dict[str, Tensor] | None = None
@@ -111,20 +113,27 @@ class MovingAverage(ABC):
             self.start()
             undo.pop_all()
 
-    def update(self, losses: Tensor | None = None) -> None:
+    def update(self, losses: Tensor | None = None, *, rate: float = 1.0) -> None:
         """Reads one step's ``.grad`` (None counts as zero): after the backward pass, before clipping and penalties.
 
         Args:
             losses: (batch,) the samples' own losses with their graph, for a rule that was made with ``unit="sample"``.
+            rate: learning rate of this step over the schedule's largest, for a rule that pulls (`PemaKron`).
 
         Raises:
-            UserError: no task is open, it has had all its steps, or the average is swapped in.
+            UserError: no task is open, it has had all its steps, the average is swapped in, or the rate is not from 0
+                to 1.
         """
         if not self.steps:
             raise UserError("update: no task is open; call begin_task first, or update inside `with average.task(...)`")
         if self.step >= self.steps:
             raise UserError(f"update: the task has {self.steps} steps and this is one more; begin it with its steps")
         self._require_swapped_out("update")
+        if not 0 <= rate <= 1:
+            raise UserError(
+                f"update: expected rate, the learning rate over the schedule's largest, from 0 to 1, got {rate}"
+            )
+        self.rate = rate
         self.read_gradients(losses)
         self.step += 1
 

@@ -132,12 +132,14 @@ class PemaKron(MovingAverage):
     the unit in which F_t has mean 1 over all diagonal elements of the task, so that tasks whose losses differ in scale
     weigh the same. R is shrunk towards its diagonal. F_old is made of the sums of s and R over earlier tasks.
 
-        every step:  Theta_i <- Theta_start_i + (Theta_i - Theta_start_i) (I + pull F_old,i)^-1
+        every step:  Theta_i <- Theta_start_i + (Theta_i - Theta_start_i) (I + rate pull F_old,i)^-1
         task's end:  Theta_i <- Theta_i + (Theta_start_i - Theta_i) beta_i,  beta_i = M_i (M_i + F_t,i + damping I)^-1,
                      M = F_old / c
 
     for every row i, with blocks F_i = s_i R / tr R. The step is a proximal one, decoupled from the gradient as AdamW's
-    weight decay is: the optimizer's scaling would pull least where the gradients, and F, are large.
+    weight decay is: the optimizer's scaling would pull least where the gradients, and F, are large. As that decay, it
+    follows the learning rate: ``update(rate=...)`` takes the step's over the largest. A pull that stays where the
+    learning rate falls undoes what the task has learnt.
 
     With r = 1, or a diagonal R, the merge is that of `Pema`. The first task is neither pulled nor merged. A row of G
     with a square that is not finite is skipped.
@@ -146,7 +148,8 @@ class PemaKron(MovingAverage):
     and within a task as many again and a copy of the parameters (Theta_start).
 
     Args:
-        pull: weight of a step's pull, at least 0. `update` changes the parameters, before the optimizer's step.
+        pull: weight of a step's pull at the largest learning rate, at least 0. `update` changes the parameters, before
+            the optimizer's step.
         c: plasticity of the merge, positive; larger keeps less of the old, infinity merges nothing.
         damping: positive, in units of F_t.
         shrinkage: weight, in [0, 1], of R's diagonal in R; 1 ignores its other elements.
@@ -291,10 +294,11 @@ class PemaKron(MovingAverage):
                 gradients = {name: match_strides(every[name].grad, every[name]) for name in call.names}
                 rows, factor = call.factors(self.rows_new, self.factor_new)
                 ops.kron_accumulate_(rows, factor, call.matrices(gradients), call.parts, call.axes)
-        for call in self._pulling if self.pull and self._past else ():
+        weight = self.rate * self.pull
+        for call in self._pulling if weight and self._past else ():
             theta, start = call.matrices(self.parameters), call.matrices(self.theta_start)
             rows, values, vectors = call.factors(self.rows_old, self._values, self._vectors)
-            ops.kron_pull_(theta, start, rows, values, vectors, call.parts, call.axes, weight=self.pull)
+            ops.kron_pull_(theta, start, rows, values, vectors, call.parts, call.axes, weight=weight)
 
     def finish(self) -> Statistics:
         if self.step <= self.steps // 2:
