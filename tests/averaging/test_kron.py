@@ -12,6 +12,8 @@ from cnext.averaging.kron import groups_of
 from cnext.errors import UserError
 
 STEPS = 4
+RATES = (0.25, 1.0, 0.5, 0.0)
+"""Learning rates of the steps over the largest; the descent below does not follow them."""
 SHAPES = {"q.one.A": (2, 5), "q.two.A": (3, 5), "q.one.B": (7, 2), "q.two.B": (7, 3), "norm": (5,)}
 """A layer with two branches side by side, and a vector."""
 
@@ -31,7 +33,7 @@ def steps(average: PemaKron, given: dict[str, nn.Parameter], task: int, moved: l
     for step in range(average.step, average.step + count):
         for name, parameter in given.items():
             parameter.grad = gradient(task, step, name)
-        average.update()
+        average.update(rate=RATES[step])
         with torch.no_grad():
             for name in moved:
                 given[name].add_(given[name].grad, alpha=-0.1)
@@ -91,7 +93,8 @@ def test_pull_and_merge_are_those_of_dense_blocks(moved: list[str]) -> None:
         first = side_by_side(start, side)
         theta = first.clone()
         for step in range(STEPS):
-            pulled = torch.linalg.solve(torch.eye(int(live.sum())) + 0.3 * m, (theta - first)[:, live, None])[..., 0]
+            pull = torch.eye(int(live.sum())) + RATES[step] * 0.3 * m
+            pulled = torch.linalg.solve(pull, (theta - first)[:, live, None])[..., 0]
             grad = side_by_side({name: gradient(1, step, name) for name in SHAPES}, side)
             theta[:, live] = first[:, live] + pulled - 0.1 * grad[:, live]
         gap = (first - theta)[:, live]
@@ -138,6 +141,15 @@ def test_a_vector_is_averaged_as_by_pema() -> None:
                 steps(average, {"norm": vector}, task, ["norm"])
     torch.testing.assert_close(kron, plain, rtol=1e-5, atol=1e-6)
     assert one.statistics["norm"] == pytest.approx(other.statistics["norm"], rel=1e-4)
+
+
+@pytest.mark.parametrize("rate", [-0.1, 1.1, float("nan"), float("inf")])
+def test_a_rate_is_a_share_of_the_largest(rate: float) -> None:
+    average = PemaKron()
+    average.begin_task(parameters(), steps=1)
+    with pytest.raises(UserError, match=r"expected rate, .* from 0 to 1, got"):
+        average.update(rate=rate)
+    assert average.step == 0
 
 
 def test_strengths_of_zero_and_infinity_leave_training_alone() -> None:

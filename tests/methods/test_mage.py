@@ -8,11 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from methods.sequence import Sequence, branches_of, opened, squares_of, train_rest
+from methods.sequence import RECIPE, STEPS, Sequence, branches_of, opened, squares_of, train_rest
 
 from cnext import adapters, methods
 from cnext.averaging import RULES
 from cnext.backbones.tiny.model import TinyBackbone
+from cnext.config.schedules import SCHEDULES
 from cnext.errors import UserError
 from cnext.methods.mage import Mage
 from cnext.tasks.base import Task
@@ -98,6 +99,17 @@ def test_a_fixed_a_is_neither_trained_nor_read(data: Path, trains: str) -> None:
     kept = {name: tensor for name, tensor in sequence.method.state_dict().items() if tensor.ndim}
     assert sum(4 * tensor.numel() for tensor in kept.values()) == sequence.method.extra_bytes(3)
     assert not any(name.endswith("A") for name in kept)
+
+
+def test_the_pull_follows_the_learning_rate(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sequence, trainer = opened("mage", data, "VQAv2", "HQEdit", average="pema-kron", pull=0.1)
+    rates: list[float] = []
+    update = sequence.method.rule.update
+    monkeypatch.setattr(sequence.method.rule, "update", lambda *, rate: (rates.append(rate), update(rate=rate)))
+    train_rest(trainer)
+    scheduled = [SCHEDULES["cosine"](RECIPE, step, STEPS) for step in range(STEPS)]
+    assert rates == pytest.approx([rate / RECIPE.learning_rate for rate in scheduled])
+    assert rates[0] == 1.0 > rates[-1]
 
 
 def test_what_a_may_be(data: Path) -> None:
