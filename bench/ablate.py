@@ -40,7 +40,7 @@ ORDERS = {
     "interleaved": "VQAv2,Flickr30k,ImageNet,HQEdit,OCRVQA,RefCOCO",
 }
 DEFAULT_ORDERS = ("paper", "reverse")
-NEW = {"average": "pema-kron", "trains": "all", "a": "fixed", "scale": 6.0, "pull": 0.006}
+NEW: dict[str, Any] = {"average": "pema-kron", "trains": "all", "a": "fixed", "scale": 12.0, "pull": 0.024}
 """mage as bench/tune.py chose it."""
 NOTHING = 1e30
 """A C with which nothing is merged."""
@@ -181,6 +181,14 @@ class Asymmetric(Mage):
         backbone.output = output
 
 
+class ConstantPull(Mage):
+    """The pull does not follow the learning rate."""
+
+    def transform_gradients(self, parameters: dict[str, nn.Parameter]) -> None:
+        self.rate = 1.0
+        super().transform_gradients(parameters)
+
+
 class EwcB(Ewc):
     """ewc with A fixed at its initial value."""
 
@@ -210,14 +218,23 @@ class Variant:
 
 ROLES = {"trains": "roles"}
 TRAINED_A = {"a": "trained"}
+EWC = {"scale": 6.0, "penalty": 0.108}
 PEMA = {"average": "pema", "pull": Mage.pull}
+
+
+def at_scale(scale: float) -> dict[str, float]:
+    """With a pull as large in proportion, as in the grid of bench/tune.py."""
+    return {"scale": scale, "pull": NEW["pull"] * scale / NEW["scale"]}
+
+
 VARIANTS = {
     "base": Variant("mage as tuned"),
-    "scale-12": Variant("scale 12", {"scale": 12.0}),
-    "scale-3": Variant("scale 3, half the pull", {"scale": 3.0, "pull": 0.003}),
-    "scale-1": Variant("scale 1, a sixth of the pull", {"scale": 1.0, "pull": 0.001}),
+    **{
+        f"scale-{scale}": Variant(f"scale {scale}", at_scale(scale)) for scale in (12, 6, 3, 1) if scale != NEW["scale"]
+    },
     "diagonal": Variant("Fisher information diagonal in a row", {}, Diagonal),
     "pull": Variant("pull alone, no merge", {"c": NOTHING}),
+    "constant": Variant("half the pull, at every step", {"pull": NEW["pull"] / 2}, ConstantPull),
     "merge": Variant("merge alone, no pull", {"pull": 0.0}),
     "neither": Variant("no average at all", {"c": NOTHING, "pull": 0.0}),
     "roles": Variant("roles: other branches frozen, their gradients read", ROLES),
@@ -225,16 +242,18 @@ VARIANTS = {
     "held": Variant("C and pull of other branches: a quarter, four times", {}, Held),
     "general-12": Variant("roles, rank 12 for general branches and 4 for experts", ROLES, General12),
     "general-4": Variant("roles, rank 4 for general branches and 12 for experts", ROLES, General4),
-    "a-trained": Variant("A trained; the same scale and pull were chosen for it", TRAINED_A),
-    "a-first": Variant("A trained by the first task, a third of the pull", TRAINED_A | {"pull": 0.002}, FirstA),
+    "a-trained": Variant("A trained", TRAINED_A),
+    "a-first": Variant("A trained by the first task", TRAINED_A, FirstA),
     "a-roles": Variant("A trained, roles", TRAINED_A | ROLES),
     "pema": Variant("A trained, roles, pema: the paper's form", PEMA | ROLES | {"a": "trained", "scale": 1.0}),
     "pema-6": Variant("the same at scale 6", PEMA | ROLES | {"a": "trained", "scale": 6.0}),
     "pema-all": Variant("A fixed, all branches, pema", PEMA),
     "tail-mean": Variant("merge from the mean of the second half's iterates", {}, TailMean),
     "asymmetric": Variant("loss over the tokens that the task has had", {}, Asymmetric),
-    "ewc": Variant("ewc as tuned (scale 6, penalty .108)", {"scale": 6.0, "penalty": 0.108}, method="ewc"),
-    "ewc-a": Variant("the same with A fixed", {"scale": 6.0, "penalty": 0.108}, EwcB, "ewc"),
+    "ewc": Variant("ewc as tuned (scale 6, penalty .108)", EWC, method="ewc"),
+    "ewc-12": Variant("ewc at scale 12, penalty .432", EWC | {"scale": 12.0, "penalty": 0.432}, method="ewc"),
+    "ewc-a": Variant("ewc as tuned, with A fixed", EWC, EwcB, "ewc"),
+    "ewc-a-12": Variant("the same at scale 12", EWC | {"scale": 12.0, "penalty": 0.432}, EwcB, "ewc"),
 }
 
 _TRIALS: Any = None

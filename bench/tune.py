@@ -36,12 +36,6 @@ FINALISTS = 3
 TIE = 0.5
 """Avg.ACC of settings within half a point counts as equal."""
 VARIANTS: dict[str, tuple[str, dict[str, Any], dict[str, tuple[float, ...]], dict[str, int]]] = {
-    "mage-kron": (
-        "mage",
-        {"average": "pema-kron", "trains": "all"},
-        {"scale": (1.0, 3.0, 6.0), "pull": (0.001, 0.002, 0.004, 0.008)},
-        {"pull": 1},
-    ),
     "mage-fixed-a": (
         "mage",
         {"average": "pema-kron", "trains": "all", "a": "fixed"},

@@ -138,6 +138,11 @@ def test_the_loss_has_no_gradient_for_tokens_that_have_not_occurred(trials: Tria
         assert labels <= reached <= occurred
 
 
+def test_the_readme_has_the_table_of_the_runs() -> None:
+    text = ablate.RESULTS.with_name("README.md").read_text(encoding="utf-8")
+    assert ablate.table(Table(ablate.RESULTS)) in text
+
+
 def test_the_table_pairs_by_seed_and_order(tmp_path: Path) -> None:
     runs = Table(tmp_path / "runs.json")
     scores = {"base": (60.0, 50.0), "roles": (59.0, 51.5)}

@@ -68,3 +68,21 @@ def test_the_other_readme_says_what_its_folders_hold() -> None:
             rule = re.search(r"average=([a-z-]+)", row.method)
             expected[name or (rule[1] if rule else row.method)] = figures(row)
     assert shown(RESULTS / "README.md") == expected
+
+
+def test_the_readme_says_what_the_four_orders_hold() -> None:
+    """A row for every order, and the paired difference with its sign test."""
+    folder = RESULTS.with_name("next-tiny-orders")
+    study = aggregate.of_folders(sorted(aggregate.find([folder])), "ewc")
+    (mage,) = {row.method for row in study.rows} - {"ewc"}
+    cells = {(row.method, row.order.partition(",")[0]): " / ".join(figures(row)) for row in study.rows}
+    text = (RESULTS / "README.md").read_text(encoding="utf-8")
+    for name, order in (("paper", "paper"), ("reverse", "reverse"), ("alphabet", "alphabet"), ("interleaved", "VQAv2")):
+        assert f"| {name} | {cells[mage, order]} | {cells['ewc', order]} |" in text
+    every = {row.method: " / ".join(f"{getattr(row, m).mean:.1f}" for m in aggregate.METRICS) for row in study.orders}
+    assert f"| all | {every[mage]} | {every['ewc']} |" in text
+    (found,) = study.differences
+    assert found.n == 12
+    difference = f"{found.avg_acc.mean:+.1f} points of Avg.ACC over `ewc`, in {found.avg_acc.above} of 12 pairs"
+    assert f"{difference} (sign test: p = {found.avg_acc.p:.4f})" in " ".join(text.split())
+    assert (folder / "study.md").read_text(encoding="utf-8") == formats.markdown(study)
