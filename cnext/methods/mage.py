@@ -32,7 +32,9 @@ class Mage(RoleBranches):
 
     trains: Annotated[str, "Branches that a task trains: roles, those of its modalities, or all."] = "roles"
     a: Annotated[str, "Matrix A of every branch: trained, or fixed at its random initial value."] = "trained"
-    pull: Annotated[float, "Weight of pema-kron's pull towards the task's start in every step; 0: none."] = 0.01
+    pull: Annotated[float, "Weight of pema-kron's pull to the task's start, at the largest learning rate; 0: none."] = (
+        0.01
+    )
 
     options: ClassVar[Mapping[str, tuple[str, ...]]] = {**RoleBranches.options, "pull": ("pema-kron",)}
     card = Card(
