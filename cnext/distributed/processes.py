@@ -71,6 +71,8 @@ def process_group(device: str) -> Iterator[str]:
         )
     PartialState(cpu=device == "cpu", timeout=TIMEOUT)
     try:
+        # No rank leaves, as one does whose configuration is refused, while another still connects.
+        distributed.barrier()
         yield own_device(device)
         # No rank leaves while another still sends.
         distributed.barrier()

@@ -33,24 +33,26 @@ LEAST_PAIRS = 3
 
 
 class Summary(Record):
-    """A mean over n values. sd: sample standard deviation (n - 1).  low, high: a range or an interval.
-
-    Of differences also above, the number of positive values, and p, see `sign_test`.
-    """
+    """A mean over n values. sd: sample standard deviation (n - 1).  low, high: a range or an interval."""
 
     n: int
     mean: float | None
     sd: float | None
     low: float | UnsetType | None = UNSET
     high: float | UnsetType | None = UNSET
-    above: int | UnsetType = UNSET
-    p: float | UnsetType | None = UNSET
 
     @property
     def ends(self) -> tuple[float, float] | None:
         """low and high, where known."""
         low, high = self.low, self.high
         return (low, high) if isinstance(low, float | int) and isinstance(high, float | int) else None
+
+
+class Differences(Summary, kw_only=True):
+    """A mean over n paired differences. above: the number of positive ones.  p: of the sign test, see `sign_test`."""
+
+    above: int
+    p: float | None
 
 
 class SeedsRow(Record):
@@ -84,9 +86,9 @@ class DifferenceRow(Record):
 
     method: str
     n: int
-    avg_acc: Summary
-    forgetting: Summary
-    new_acc: Summary
+    avg_acc: Differences
+    forgetting: Differences
+    new_acc: Differences
 
 
 class RunRow(Record):
@@ -322,7 +324,8 @@ def _paired(
         known = [here - there for here, there in values if here is not None and there is not None]
         low, high = interval(known)
         above, p = sign_test(known)
-        found[metric] = changed(summary(known), low=low, high=high, above=above, p=p)
+        mean = summary(known)
+        found[metric] = Differences(mean.n, mean.mean, mean.sd, low, high, above=above, p=p)
     return DifferenceRow(method=method, n=len(pairs), **found)
 
 

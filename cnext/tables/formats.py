@@ -16,6 +16,7 @@ from cnext.tables.aggregate import (
     METRICS,
     RESAMPLES,
     DifferenceRow,
+    Differences,
     OrdersRow,
     SeedsRow,
     StudyTables,
@@ -96,9 +97,8 @@ def blocks(study: StudyTables) -> Iterator[Table]:
         yield Table(_difference_caption(study), head, rows)
 
 
-def _signs(found: Summary) -> list[str]:
-    p = found.p
-    shown = NOTHING if not isinstance(p, float | int) else "<0.001" if p < 0.0005 else f"{p:.3f}"
+def _signs(found: Differences) -> list[str]:
+    shown = NOTHING if found.p is None else "<0.001" if found.p < 0.0005 else f"{found.p:.3f}"
     return [f"{found.above} of {found.n}" if found.n else NOTHING, shown]
 
 
@@ -167,7 +167,8 @@ def comma_separated(study: StudyTables) -> str:
     for table in ("rows", "orders", "differences"):
         for row in getattr(study, table):
             for metric in METRICS:
-                values = [None if (v := getattr(getattr(row, metric), figure)) is UNSET else v for figure in figures]
+                found = (getattr(getattr(row, metric), figure, UNSET) for figure in figures)
+                values = [None if value is UNSET else value for value in found]
                 writer.writerow([table, row.method, getattr(row, "order", ""), metric, *values])
     return text.getvalue()
 
