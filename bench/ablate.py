@@ -185,7 +185,7 @@ class ConstantPull(Mage):
     """The pull does not follow the learning rate."""
 
     def transform_gradients(self, parameters: dict[str, nn.Parameter]) -> None:
-        self.rate = 1.0
+        self.relative_rate = 1.0
         super().transform_gradients(parameters)
 
 

@@ -117,7 +117,7 @@ class Method(ABC):
     lr_factor: float = 1.0
     """Factor of the recipe's learning rate; a hyperparameter of methods that train."""
 
-    rate: float = 1.0
+    relative_rate: float = 1.0
     """Learning rate of the step to come, over the recipe's; the trainer sets it before `transform_gradients`."""
 
     rule: MovingAverage | None = None
@@ -175,7 +175,7 @@ class Method(ABC):
         Called once per optimizer step, after gradients are summed over micro-batches and processes.
         """
         if self.rule:
-            self.rule.update(rate=self.rate)
+            self.rule.update(rate=self.relative_rate)
 
     def extra_loss(self, batch: Sequence[Any]) -> Tensor | None:
         """A penalty to add to the task loss: a scalar, or None. batch: the encoded samples of the forward pass."""

@@ -98,7 +98,7 @@ class TaskTrainer:
         rate = SCHEDULES[self.recipe.schedule](self.recipe, self.step, self.steps)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        self.method.rate = min(rate / self.recipe.learning_rate, 1.0)  # the division rounds
+        self.method.relative_rate = min(rate / self.recipe.learning_rate, 1.0)  # the division rounds
         # Dropout masks differ between processes; rank 0 has the seed of a run in one process.
         rank = [collectives.rank()] if collectives.rank() else []
         torch.manual_seed(stable_seed(*self.seed, "step", self.step, *rank))
