@@ -140,10 +140,10 @@ def _compare(arguments: argparse.Namespace) -> None:
     print(compare.as_json(comparison) if arguments.json else compare.text(comparison))
 
 
-def _judge(arguments: argparse.Namespace) -> None:
+def _judge(arguments: argparse.Namespace) -> int:
     from cnext.judging import command
 
-    command.judge(**{name: value for name, value in vars(arguments).items() if name not in ("verb", "action")})
+    return command.judge(**{name: value for name, value in vars(arguments).items() if name not in ("verb", "action")})
 
 
 def _data_check(arguments: argparse.Namespace) -> int:
@@ -254,7 +254,10 @@ def _parser() -> argparse.ArgumentParser:
     verb = add("judge", _judge, "classify each error of a run as hallucination, instruction unfollowing or other")
     help = "run folders, or folders that contain some; or `validate`, to score the judge on 200 labelled errors"
     verb.add_argument("run", nargs="+", help=help)
-    help = "rules (default; no model), openai:URL (a server, e.g. http://localhost:8000/v1) or replay:FILE"
+    help = (
+        "rules (default; no model), openai:URL (a server, e.g. http://localhost:8000/v1; its key, if it wants one, in "
+        "the environment variable OPENAI_API_KEY) or replay:FILE"
+    )
     verb.add_argument("--judge", default="rules", help=help)
     verb.add_argument("--model", help="model on that server (default: Qwen/Qwen3-VL-30B-A3B-Instruct)")
     help = "judge a sample of N errors per run, stratified by stage and task, and estimate averages with intervals"
@@ -266,6 +269,11 @@ def _parser() -> argparse.ArgumentParser:
     verb.add_argument("--concurrency", type=int, metavar="N", help="concurrent requests (default: 8)")
     verb.add_argument("--timeout", type=float, metavar="S", help="timeout of a request in seconds (default: 120)")
     verb.add_argument("--tries", type=int, metavar="N", help="attempts per request (default: 5)")
+    help = "most tokens of a reply (default: 64); a model that reasons before it answers needs 2048 or more"
+    verb.add_argument("--max-tokens", type=int, metavar="N", help=help)
+    verb.epilog = (
+        "Exit status 0: all errors, or all of a sample, are judged; 1: some are not; 2: wrong usage, no server."
+    )
     verb.add_argument("--out", type=Path, help="output folder of `validate` (default: ./judge)")
 
     text = "check the files of a suite, or write a random sample of them as a suite"

@@ -5,10 +5,12 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from threading import Lock
-from typing import IO
+from typing import IO, Any
 
+from msgspec import field
 from msgspec.structs import asdict
 
 from cnext.errors import UserError
@@ -21,7 +23,8 @@ class Verdict(Record):
     """A line of the file: a model's answers to the two questions about one input.
 
     key: as `verdict_key`.  input_sha256: as `requests.input_hash`.  stage, task, index, id: the case that was asked
-    about first.  served: the model as the server names it.  tokens: of request and reply.
+    about first.  served: the model as the server names it.  tokens: of request and reply, as the
+    server counts them; may be empty.  parameters: see `parameters.changes`.
     """
 
     key: str
@@ -37,6 +40,7 @@ class Verdict(Record):
     model: str
     prompts: str
     prompts_sha256: str
+    parameters: dict[str, Any] = field(default_factory=dict)
 
 
 class Verdicts:
@@ -85,6 +89,13 @@ class Verdicts:
         """The error type of the verdict under this key; None where there is no verdict."""
         row = self._rows.get(key)
         return error_type(row.follows_instruction, row.consistent) if row else None
+
+    def parameters(self, keys: Iterable[str]) -> list[dict[str, Any]]:
+        """What requests sent in place of the parameters of the prompts, once for verdicts that are equal in it."""
+        sent = {
+            json.dumps(row.parameters, sort_keys=True): row.parameters for key in keys if (row := self._rows.get(key))
+        }
+        return [sent[text] for text in sorted(sent)]
 
     def add(self, row: Verdict) -> None:
         """Appends a verdict, on the disk when this returns. Thread-safe. Raises UserError if another process writes."""

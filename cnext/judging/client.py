@@ -1,57 +1,51 @@
-"""Client of an OpenAI-compatible server: requests with retries, and many cases in parallel."""
+"""Client of an OpenAI-compatible server: one request, with retries, in the form that the server takes."""
 
 from __future__ import annotations
 
-import json
 import os
 import random
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import dataclass, field
+import re
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from threading import Event, Lock
 from types import TracebackType
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import parse_qsl, urlsplit
 
 from cnext.errors import UserError
-from cnext.judging.cache import Verdict, Verdicts
-from cnext.judging.cases import Case
-from cnext.judging.requests import PARAMETERS, Malformed, Prompts, input_hash, parse
+from cnext.judging.parameters import Parameters, changes
+from cnext.judging.replies import Completion, Malformed, NoReply, ServerError, read, server_error
+from cnext.judging.requests import PARAMETERS
 
 DEFAULT_MODEL = "Qwen/Qwen3-VL-30B-A3B-Instruct"
 KEY_VARIABLE = "OPENAI_API_KEY"
+MAX_TOKENS = PARAMETERS["max_tokens"]
 MAX_WAIT = 60.0
 """The longest wait in seconds before a retry, unless the server names a longer one."""
 ONE_REQUEST = (400, 413, 422)
 """Status codes that may concern one request only: too long, or an image size that the model does not take."""
-MAX_SILENT = 10
-"""Requests in a row without a reply after which judging ends: the server is down."""
+OVERLOADED = (408, 425, 429)
+NO_SUCH_PARAMETER = (400, 422, 501)
+NO_SUCH_PATH = (404, 405)
 
 
 class Unavailable(UserError):
     """The server cannot be used as it is: every further request would fail too."""
 
 
-class NoReply(Exception):
-    """One request got no reply in all its tries; others may get one."""
-
-
-@dataclass(frozen=True)
-class Completion:
-    """A chat completion: its message, the model as the server names it, and the tokens that it counts."""
-
-    content: str
-    served: str
-    tokens: dict[str, int]
+def _ignore(text: str) -> None:
+    pass
 
 
 @dataclass
 class Client:
     """One server and one model; thread-safe.
 
-    url: for example http://localhost:8000/v1.  timeout: seconds without data after which a request fails.
-    tries: of one request, while the server is overloaded, fails or is silent.  wait: seconds before the second try,
-    doubled for each further one, with a random factor between 0.5 and 1.
+    url: for example http://localhost:8000/v1; where nothing is found there, /v1 is appended.
+    timeout: seconds without data after which a request fails.  tries: of one request, while the server is overloaded,
+    fails or is silent.  wait: seconds before the second try, doubled for each further one, with a random factor between
+    0.5 and 1.  max_tokens: of a reply.  warn: is told what is sent otherwise than asked for, and of long waits.
     """
 
     url: str
@@ -61,6 +55,10 @@ class Client:
     wait: float = 1.0
     stopped: Event = field(default_factory=Event)
     """Set to end all waits."""
+    max_tokens: int = MAX_TOKENS
+    warn: Callable[[str], None] = _ignore
+    usage: Counter[str] = field(default_factory=Counter, init=False)
+    """Of all requests: how many, the tokens that the server counted, and replies for which it counted none."""
 
     def __post_init__(self) -> None:
         parts = urlsplit(self.url)
@@ -75,169 +73,131 @@ class Client:
         except ImportError as error:
             raise UserError("a judge behind a server needs the openai client: pip install 'cnext[judge]'") from error
         self._openai = openai
+        path = parts.path.rstrip("/").removesuffix("/chat/completions")
+        base = parts._replace(path=path, query="", fragment="").geturl()
+        # Servers have their paths below a version; some have no version.
+        self._other_base = "" if re.search(r"/v\d", path) else f"{base}/v1"
         # Local servers accept any key, but want one. Retries are done here, so that waits can be ended.
-        key = os.environ.get(KEY_VARIABLE) or "none"
-        self._client = openai.OpenAI(base_url=self.url, api_key=key, timeout=self.timeout, max_retries=0)
+        self._api = openai.OpenAI(
+            base_url=base,
+            api_key=_key() or "none",
+            timeout=self.timeout,
+            max_retries=0,
+            default_query=dict(parse_qsl(parts.query)),
+        )
+        self.parameters = Parameters(self.max_tokens)
+        self._lock = Lock()
 
     def __enter__(self) -> Client:
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self._client.close()
+        self._api.close()
 
     def ask(self, messages: list[Any]) -> Completion:
         """The completion of messages.
 
         Raises:
             Malformed: the reply is cut off, or no chat completion.
-            NoReply: the server was overloaded, failed or timed out at every try, or refuses this request.
+            NoReply: the server was overloaded, failed or timed out at every try, or it or the model refuses this
+                request.
             Unavailable: it cannot be reached, or refuses the key or the model.
         """
-        openai = self._openai
         for attempt in range(self.tries):
             asked_wait = 0.0
             try:
-                raw = self._client.chat.completions.with_raw_response.create(
-                    model=self.model, messages=messages, **PARAMETERS
-                )
-                return _read(raw.text)
-            except openai.APITimeoutError as error:
+                return self._whole(self._request(messages))
+            except self._openai.APITimeoutError as error:
                 failure: Exception = NoReply(f"no reply within {self.timeout:g} s")
                 cause: Exception = error
-            except openai.APIConnectionError as error:
+            except self._openai.APIConnectionError as error:
                 reason = f"{error.__cause__ or error}"
                 failure, cause = (
                     Unavailable(f"the judge at {self.url} cannot be reached ({reason}); start it, or correct the URL"),
                     error,
                 )
-            except openai.APIStatusError as error:
-                if error.status_code in ONE_REQUEST:
-                    raise NoReply(f"refused with status {error.status_code}: {_message(error)}") from error
-                if error.status_code != 429 and error.status_code < 500:
-                    raise self._refusal(error) from error
-                failure, cause = NoReply(f"status {error.status_code}"), error
-                asked_wait = _seconds(error.response.headers.get("retry-after", ""))
+            except ServerError as error:
+                failure, cause, asked_wait = self._failure(error), error, error.retry_after
+                passing = error.status >= 500 or error.status in OVERLOADED
+                if not passing or isinstance(failure, Unavailable):
+                    raise failure from error
             if attempt + 1 == self.tries:
                 raise failure from cause
             backoff = min(self.wait * 2**attempt, MAX_WAIT) * random.uniform(0.5, 1.0)
+            if asked_wait > MAX_WAIT:
+                self.warn(f"the judge at {self.url} asks to wait {asked_wait:.0f} s ({failure})")
             if self.stopped.wait(max(backoff, asked_wait)):
                 raise NoReply("stopped") from cause
         raise AssertionError("tries must be at least 1")
 
-    def _refusal(self, error: Any) -> Unavailable:
-        status = error.status_code
-        if status in (401, 403):
-            given = (
-                f"refuses the key in {KEY_VARIABLE}"
-                if os.environ.get(KEY_VARIABLE)
-                else f"wants a key in {KEY_VARIABLE}"
+    def _request(self, messages: list[Any]) -> Completion:
+        """The reply to one request; a request that the server does not take as sent is repeated in another form."""
+        while True:
+            api, sent = self._api, self.parameters.sent
+            self._count({"requests": 1})
+            try:
+                raw = api.chat.completions.with_raw_response.create(model=self.model, messages=messages, **sent)
+                completion = read(raw.text, raw.headers)
+            except self._openai.APIStatusError as error:
+                refusal = server_error(error.status_code, error.response.text, error.response.headers)
+            except ServerError as error:
+                refusal = error
+            else:
+                self._count(completion.tokens or {"uncounted_replies": 1})
+                self._other_base = ""
+                return replace(completion, parameters=changes(sent))
+            if not self._adapt(api, sent, refusal):
+                raise refusal
+
+    def _adapt(self, api: Any, sent: dict[str, Any], refusal: ServerError) -> bool:
+        """Whether requests have another form now than the one that the server refused."""
+        if refusal.status in NO_SUCH_PARAMETER:
+            new = self.parameters.give_way(sent, refusal.text)
+            if new:
+                self.warn(f"the judge at {self.url} refuses a parameter ({refusal}); it is sent {new} from now on")
+            return new is not None
+        nothing_there = refusal.status in NO_SUCH_PATH and not re.search("model", refusal.text, re.IGNORECASE)
+        # LM Studio returns this with status 200.
+        if nothing_there or "unexpected endpoint" in refusal.text.lower():
+            with self._lock:
+                if api is self._api and self._other_base:
+                    self._api, self._other_base = api.with_options(base_url=self._other_base), ""
+                return api is not self._api
+        return False
+
+    def _whole(self, completion: Completion) -> Completion:
+        """A completion that is not cut off or refused."""
+        if completion.finish_reason == "length":
+            raise Malformed(
+                f"cut off after {self.max_tokens} tokens, --max-tokens must be larger", completion.content or "(empty)"
             )
+        if completion.finish_reason == "content_filter" or (completion.refusal and not completion.content.strip()):
+            raise NoReply("declined by the model or its filter", completion.refusal or completion.content)
+        return completion
+
+    def _failure(self, error: ServerError) -> Exception:
+        """What an error of the server means for this request and for others."""
+        status = error.status
+        if status in (401, 403):
+            given = f"refuses the key in {KEY_VARIABLE}" if _key() else f"wants a key in {KEY_VARIABLE}"
             return Unavailable(f"the judge at {self.url} {given} (status {status})")
+        if status in ONE_REQUEST:
+            return NoReply(f"refused with status {status}: {error}")
+        if status >= 500 or (status in OVERLOADED and "insufficient_quota" not in error.text):
+            return NoReply(f"status {status}", str(error))
+        advice = "; check the URL and --model" if status in NO_SUCH_PATH else ""
         return Unavailable(
-            f"the judge at {self.url} refuses a request for {self.model} (status {status}): {_message(error)}"
+            f"the judge at {self.url} refuses a request for {self.model} (status {status}): {error}{advice}"
         )
 
-
-def _message(error: Any) -> str:
-    return " ".join(str(error.message).split())[:200]
-
-
-def _read(body: str) -> Completion:
-    try:
-        value = json.loads(body)
-        choice, usage = value["choices"][0], value.get("usage") or {}
-        content, ended = choice["message"]["content"], choice.get("finish_reason")
-        tokens = {name: int(usage.get(name) or 0) for name in ("prompt_tokens", "completion_tokens")}
-    except (ValueError, LookupError, TypeError, AttributeError) as error:
-        raise Malformed(f"no chat completion: {body[:80]!r}") from error
-    if ended == "length":
-        raise Malformed(f"cut off: {str(content)[:80]!r}")
-    return Completion(str(content or ""), str(value.get("model") or ""), tokens)
+    def _count(self, numbers: dict[str, int]) -> None:
+        with self._lock:
+            self.usage.update(numbers)
 
 
-def _seconds(header: str) -> float:
-    """The seconds of a Retry-After header; 0 where it has a date, for which the usual wait is used."""
-    try:
-        return min(max(float(header), 0.0), 10 * MAX_WAIT)
-    except ValueError:
-        return 0.0
-
-
-def keys(cases: Sequence[Case], verdicts: Verdicts) -> dict[Case, tuple[str, str]]:
-    """The key of each case's verdict, and the hash of its input."""
-    return {case: (verdicts.key(digest := input_hash(case)), digest) for case in cases}
-
-
-def judge(
-    keyed: dict[Case, tuple[str, str]],
-    verdicts: Verdicts,
-    client: Client,
-    prompts: Prompts,
-    concurrency: int = 8,
-    advance: Callable[[], None] = lambda: None,
-) -> dict[str, str]:
-    """Asks about the cases without a verdict, once for cases of equal input, and saves each verdict as it arrives.
-
-    Args:
-        keyed: cases as ``keys`` gives them.
-        concurrency: requests at a time.
-        advance: called after each request, in the calling thread.
-
-    Returns:
-        Why there is no verdict, by the key of those that stay without one.
-
-    Raises:
-        Unavailable: the server cannot be used; verdicts so far are saved.
-    """
-    silent, lock = 0, Lock()
-    waiting = {key: (case, digest) for case, (key, digest) in keyed.items() if verdicts.error_type(key) is None}
-
-    def one(key: str) -> tuple[str, str]:
-        """The key, and why there is no verdict: "" where there is one."""
-        nonlocal silent
-        case, digest = waiting[key]
-        for again in (False, True):
-            if client.stopped.is_set():
-                return key, "stopped"
-            try:
-                completion = client.ask(prompts.messages(case, again))
-                reply = parse(completion.content)
-                silent = 0
-            except Malformed as error:
-                silent = 0
-                reason = f"malformed reply, {str(error).split(':')[0]}"
-                continue
-            except NoReply as error:
-                with lock:
-                    silent += 1
-                if silent >= MAX_SILENT:
-                    client.stopped.set()
-                    raise Unavailable(
-                        f"the judge at {client.url} gave no reply to {silent} requests in a row ({error})"
-                    ) from error
-                return key, str(error)
-            except Unavailable:
-                client.stopped.set()
-                raise
-            verdicts.add(
-                Verdict(
-                    *(key, digest, case.stage, case.task, case.index, case.id),
-                    *(reply.follows_instruction, reply.consistent, completion.served, completion.tokens),
-                    *(verdicts.model, prompts.version, prompts.sha256),
-                )
-            )
-            return key, ""
-        return key, reason
-
-    reasons: dict[str, str] = {}
-    pool = ThreadPoolExecutor(concurrency, thread_name_prefix="judge")
-    try:
-        for future in as_completed([pool.submit(one, key) for key in waiting]):
-            key, reason = future.result()
-            advance()
-            if reason:
-                reasons[key] = reason
-    finally:
-        client.stopped.set()
-        pool.shutdown(cancel_futures=True)
-    return reasons
+def _key() -> str:
+    """The key, without the line end that a file may have added."""
+    key = os.environ.get(KEY_VARIABLE, "").strip()
+    if not key.isascii() or not key.isprintable():
+        raise UserError(f"{KEY_VARIABLE} has characters that no key has; set it again")
+    return key

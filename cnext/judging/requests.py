@@ -1,4 +1,4 @@
-"""What a judge is asked: the prompt, the images, the answer as data, the JSON reply, and the hashes that name them."""
+"""What a judge is asked: the prompt, the images, the answer as data, the reply's schema, and their hashes."""
 
 from __future__ import annotations
 
@@ -10,8 +10,6 @@ from functools import cached_property
 from math import ceil
 from pathlib import Path
 from typing import Any
-
-import msgspec
 
 from cnext.errors import UserError
 from cnext.judging.cases import KINDS, Case
@@ -38,26 +36,6 @@ REPLY_TOKENS = 20
 _SIGNATURES = ((b"\x89PNG", "png"), (b"\xff\xd8", "jpeg"), (b"RIFF", "webp"), (b"GIF8", "gif"))
 # Special tokens of chat templates and line separators, which JSON can write by their code points.
 _ESCAPES = {ord(c): f"\\u{ord(c):04x}" for c in "<>\x7f\x85\u2028\u2029"}
-
-
-class Malformed(ValueError):
-    """A reply that is not the JSON object asked for."""
-
-
-class Reply(msgspec.Struct, forbid_unknown_fields=True):
-    """The JSON object that a judge must reply with: its answers to `QUESTIONS`."""
-
-    follows_instruction: bool
-    consistent: bool
-
-
-def parse(content: str | None) -> Reply:
-    """The two answers of a reply. Raises Malformed where it is anything but one JSON object with these booleans."""
-    try:
-        return msgspec.json.decode(content or "", type=Reply)
-    except (msgspec.MsgspecError, ValueError, RecursionError) as error:
-        kind = "not the two booleans asked for" if isinstance(error, msgspec.ValidationError) else "not JSON"
-        raise Malformed(f"{kind}: {(content or '')[:80]!r}") from error
 
 
 def error_type(follows_instruction: bool, consistent: bool) -> str:

@@ -7,12 +7,12 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from cnext.errors import UserError, unknown
-from cnext.judging import cells, client, statistics
+from cnext.judging import asking, cells, client, output, statistics
 from cnext.judging.cache import Verdicts
 from cnext.judging.cases import Case
 from cnext.judging.estimates import estimates
@@ -32,7 +32,7 @@ class JudgeConfig:
     rule decides) or "replay:FILE" (the verdicts in a file).  model: the judge behind the URL.
     name: of the files written.  limit: ask about at most so many errors, stratified by stage and task (0: all).
     every_stage: not only the stages that Avg.HAL, Avg.IUF and Avg.OTH need.  concurrency: requests at a time.
-    timeout: seconds without data after which a request fails.  tries: of each request.
+    timeout: seconds without data after which a request fails.  tries: of each request.  max_tokens: of a reply.
     dry_run: print the number of requests and tokens, and stop.
 
     Raises: UserError for an unknown judge and values out of range.
@@ -46,14 +46,15 @@ class JudgeConfig:
     concurrency: int = 8
     timeout: float = 120.0
     tries: int = 5
+    max_tokens: int = client.MAX_TOKENS
     dry_run: bool = False
 
     def __post_init__(self) -> None:
         if self.judge != "rules" and not (self.kind in ("openai", "replay") and self.where):
             raise unknown("judge", self.judge, JUDGES)
-        for field, least in (("limit", 0), ("concurrency", 1), ("tries", 1)):
-            if getattr(self, field) < least:
-                raise UserError(f"{field} must be at least {least}, got {getattr(self, field)}")
+        for name, least in (("limit", 0), ("concurrency", 1), ("tries", 1), ("max_tokens", 1)):
+            if getattr(self, name) < least:
+                raise UserError(f"{name} must be at least {least}, got {getattr(self, name)}")
         if self.timeout <= 0:
             raise UserError(f"timeout must be more than 0 seconds, got {self.timeout}")
         if self.name and not re.fullmatch(r"[\w.-]+", self.name):
@@ -75,29 +76,44 @@ class JudgeConfig:
 
 @dataclass(frozen=True)
 class Outcome:
-    """Labels by case, None where not judged; counts of the reasons for None; why judging ended early, or None."""
+    """Labels by case, None where not judged; counts of the reasons for None; why judging ended early, or None.
+
+    usage: see `client.Client`.
+    """
 
     labels: dict[Case, str | None]
     reasons: Counter[str]
     judge: dict[str, Any]
-    stopped: UserError | None = None
+    stopped: UserError | KeyboardInterrupt | None = None
+    usage: Counter[str] = field(default_factory=Counter)
 
 
-def judge_runs(given: Sequence[Path], config: JudgeConfig) -> None:
+def left_out(result: dict[str, Any] | None) -> int:
+    """How many errors a judge was to judge and did not; those beyond a limit do not count."""
+    return sum(count for reason, count in result["reasons"].items() if reason != BEYOND) if result else 0
+
+
+def judge_runs(given: Sequence[Path], config: JudgeConfig) -> bool:
     """Judges runs one after another. given: run folders, or folders that hold some.
+
+    Returns:
+        Whether all errors were judged, or all of a sample.
 
     Raises:
         UserError: as ``judge_run``, at the first run that fails.
     """
-    runs = aggregate.find(given)
+    runs, left = aggregate.find(given), 0
     for run in runs:
         if len(runs) > 1:
             print(run)
-        judge_run(run, config)
+        left += left_out(judge_run(run, config))
+    return left == 0
 
 
 def judge_run(run: Path, config: JudgeConfig) -> dict[str, Any] | None:
     """Judges a run and writes ``judge/<name>.json`` (the table) and ``judge/<name>.jsonl`` (the verdicts) into it.
+
+    An incomplete table never replaces a complete one of the same answers, see ``output.place``.
 
     Returns:
         The table, see ``cells.table``; None after a dry run, which writes nothing.
@@ -105,6 +121,7 @@ def judge_run(run: Path, config: JudgeConfig) -> dict[str, Any] | None:
     Raises:
         UserError: the run's files are missing or invalid, as ``judge_cases``, or judging ended early; what was judged
             is written first.
+        KeyboardInterrupt: likewise.
     """
     answers = cells.JudgedRun.read(run)
     judged = answers.cells if config.kind == "rules" or config.every_stage else answers.decisive()
@@ -116,21 +133,40 @@ def judge_run(run: Path, config: JudgeConfig) -> dict[str, Any] | None:
     if table["metrics"]["avg_hal"] is None and set(outcome.reasons) == {BEYOND}:
         table["estimates"] = estimates(answers, outcome.labels)
     (run / "judge").mkdir(exist_ok=True)
-    file = run / "judge" / f"{config.file_name}.json"
+    usual = run / "judge" / f"{config.file_name}.json"
+    file = output.place(usual, table, answers, config.limit)
     if config.kind == "rules":
         rows = [
             {**{field: getattr(case, field) for field in ("stage", "task", "index", "id")}, "error": label}
             for case, label in outcome.labels.items()
         ]
-        write_text(file.with_suffix(".jsonl"), "".join(json.dumps(row) + "\n" for row in rows))
-    write_json(file, table)
+        write_text(usual.with_suffix(".jsonl"), "".join(json.dumps(row) + "\n" for row in rows))
+    if file is not None:
+        if config.kind == "openai":
+            table["usage"] = output.usage(file, table, outcome.usage)
+        write_json(file, table)
+    if isinstance(outcome.stopped, UserError):
+        state = f"{file} is incomplete" if file else f"{usual}, which is complete, stays as it is"
+        raise UserError(f"{outcome.stopped}; verdicts so far are saved, {state}: run the command again")
     if outcome.stopped is not None:
-        raise UserError(f"{outcome.stopped}; verdicts so far are saved, {file} is incomplete: run the command again")
+        raise outcome.stopped
+    _show(table, outcome)
+    if file != usual:
+        print(f"{usual} is of all errors and stays as it is")
+    if file is not None:
+        print(file)
+    return table
+
+
+def _show(table: dict[str, Any], outcome: Outcome) -> None:
     print(cells.text(table))
     for reason, count in outcome.reasons.items():
         print(f"not judged: {count}, {reason}")
-    print(file)
-    return table
+    if outcome.usage:
+        print(f"used: {output.usage_text(outcome.usage)}")
+    if left := left_out(table):
+        advice = "give a file that has them" if table["judge"] == "replay" else "run the command again"
+        print(f"{left} errors were to be judged and were not: {advice}")
 
 
 def judge_cases(cases: Sequence[Case], config: JudgeConfig, folder: Path) -> Outcome | None:
@@ -154,7 +190,7 @@ def judge_cases(cases: Sequence[Case], config: JudgeConfig, folder: Path) -> Out
     replayed = config.kind == "replay"
     path = Path(config.where) if replayed else folder / f"{config.file_name}.jsonl"
     with closing(Verdicts(path, prompts, None if replayed else config.model)) as verdicts:
-        keyed = client.keys(chosen, verdicts)
+        keyed = asking.keys(chosen, verdicts)
         to_ask = {key: case for case, (key, _) in keyed.items() if verdicts.error_type(key) is None}
         counts = f"{len(cases)} errors: {len(labels)} judged by rules, {len(chosen)} for the judge"
         if replayed:
@@ -165,30 +201,46 @@ def judge_cases(cases: Sequence[Case], config: JudgeConfig, folder: Path) -> Out
             print(f"{counts}; {len(to_ask)} requests, about {tokens:,} tokens in and {written:,} out", flush=True)
         if config.dry_run:
             return None
-        stopped, why = None, {}
+        stopped, why, usage = None, {}, Counter[str]()
         if not replayed and to_ask:
             try:
-                why = _ask(keyed, verdicts, config, prompts, len(to_ask))
-            except client.Unavailable as error:
+                why = _ask(keyed, verdicts, config, prompts, len(to_ask), usage)
+            except (client.Unavailable, KeyboardInterrupt) as error:
                 stopped = error
-        labels |= {case: verdicts.error_type(key) for case, (key, _) in keyed.items()}
+        found = {case: key for case, (key, _) in keyed.items()}
+        labels |= {case: verdicts.error_type(key) for case, key in found.items()}
+        parameters = verdicts.parameters(found.values())
     default = "no verdict in the file" if replayed else "judging ended early"
     reasons = Counter(why.get(key, default) for case, (key, _) in keyed.items() if labels[case] is None)
     reasons += Counter({BEYOND: len(undecided) - len(chosen)})
     judge = {"judge": config.kind, "model": verdicts.model}
-    judge |= {"prompts": prompts.version, "prompts_sha256": prompts.sha256}
-    return Outcome(labels, reasons, judge, stopped)
+    judge |= {"prompts": prompts.version, "prompts_sha256": prompts.sha256, "parameters": parameters}
+    return Outcome(labels, reasons, judge, stopped, usage)
 
 
 def _ask(
-    keyed: dict[Case, tuple[str, str]], verdicts: Verdicts, config: JudgeConfig, prompts: Prompts, total: int
+    keyed: dict[Case, tuple[str, str]],
+    verdicts: Verdicts,
+    config: JudgeConfig,
+    prompts: Prompts,
+    total: int,
+    usage: Counter[str],
 ) -> dict[str, str]:
-    """``client.judge`` with a progress bar."""
+    """``asking.judge`` with a progress bar. usage: gets that of the requests, also where it raises."""
     from rich.console import Console
     from rich.progress import Progress
 
     console = Console(stderr=True)
-    server = client.Client(config.where, config.model, config.timeout, config.tries)
+
+    def warn(text: str) -> None:
+        console.print(f"warning: {text}", markup=False, highlight=False, soft_wrap=True)
+
+    server = client.Client(
+        config.where, config.model, config.timeout, config.tries, max_tokens=config.max_tokens, warn=warn
+    )
     with server, Progress(console=console, disable=not console.is_terminal) as bars:
         bar = bars.add_task("judging", total=total)
-        return client.judge(keyed, verdicts, server, prompts, config.concurrency, lambda: bars.advance(bar))
+        try:
+            return asking.judge(keyed, verdicts, server, prompts, config.concurrency, lambda: bars.advance(bar))
+        finally:
+            usage.update(server.usage)

@@ -7,6 +7,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from cnext.judging import output
 from cnext.judging.cases import Case, rule
 from cnext.judging.run import JudgeConfig, judge_cases
 from cnext.judging.statistics import agreement
@@ -41,8 +42,11 @@ def validate(config: JudgeConfig, folder: Path) -> dict[str, Any] | None:
         raise outcome.stopped
     found = agreement([row["error"] for row in labelled], [outcome.labels.get(case) for case in cases])
     found = {**outcome.judge, **found, "reasons": dict(outcome.reasons)}
+    file = folder / f"{config.file_name}.json"
+    if config.kind == "openai":
+        found["usage"] = output.usage(file, found, outcome.usage)
     folder.mkdir(parents=True, exist_ok=True)
-    write_json(file := folder / f"{config.file_name}.json", found)
+    write_json(file, found)
     print(text(found))
     print(file)
     return found

@@ -40,13 +40,18 @@ def obedient(messages: list[dict[str, Any]]) -> dict[str, bool]:
 class Judge:
     """The server's state. script: what each request meets, in the order of arrival; afterwards all is well.
 
-    An entry is "ok", "malformed", "cut off", "length", "slow", "drop", or (status, headers).
+    An entry is "ok", "malformed", "cut off", "length", "slow", "drop", (status, headers) or (status, headers, body).
+    server: what any request meets, by its path and body; None for what the script says.
+    reply: changes a completion that is well.
     """
 
-    script: Sequence[str | tuple[int, dict[str, str]]] = ()
+    script: Sequence[str | tuple[Any, ...]] = ()
+    server: Callable[[str, dict[str, Any]], tuple[Any, ...] | None] = lambda path, body: None
+    reply: Callable[[dict[str, Any]], dict[str, Any] | None] = lambda completion: None
     brain: Callable[[list[dict[str, Any]]], dict[str, bool]] = obedient
     seconds: float = 0.0
     requests: list[dict[str, Any]] = field(default_factory=list)
+    paths: list[str] = field(default_factory=list)
     keys: list[str] = field(default_factory=list)
     at_once: int = 0
     most_at_once: int = 0
@@ -64,29 +69,33 @@ def serving(judge: Judge) -> Iterator[Judge]:
             with lock:
                 number = len(judge.requests)
                 judge.requests.append(body)
+                judge.paths.append(self.path)
                 judge.keys.append(self.headers["Authorization"])
                 judge.at_once += 1
                 judge.most_at_once = max(judge.most_at_once, judge.at_once)
             what = judge.script[number] if number < len(judge.script) else "ok"
+            what = judge.server(self.path, body) or what
             what = (404, {}) if number >= MOST_REQUESTS else what
             time.sleep(judge.seconds)
             with lock:
                 judge.at_once -= 1
             self.answer(body, what)
 
-        def answer(self, body: dict[str, Any], what: str | tuple[int, dict[str, str]]) -> None:
+        def answer(self, body: dict[str, Any], what: str | tuple[Any, ...]) -> None:
             if isinstance(what, tuple):
-                return self.send(what[0], json.dumps({"error": {"message": "no such luck"}}), what[1])
+                status, headers, said = what if len(what) == 3 else (*what, {"error": {"message": "no such luck"}})
+                return self.send(status, said if isinstance(said, str) else json.dumps(said), headers)
             content = json.dumps(judge.brain(body["messages"]))
             if what == "malformed":
-                content = f"Sure! {content}"
+                content = "Sure! The answer is as it should be."
             if what == "length":
                 content = content[:12]
             ended = "length" if what == "length" else "stop"
             choice = {"index": 0, "message": {"role": "assistant", "content": content}, "finish_reason": ended}
             usage = {"prompt_tokens": 7, "completion_tokens": 3, "total_tokens": 10}
-            reply = json.dumps({"id": "1", "object": "chat.completion", "created": 0, "model": body["model"]}
-                               | {"choices": [choice], "usage": usage})  # fmt: skip
+            completion = {"id": "1", "object": "chat.completion", "created": 0, "model": body["model"]}
+            completion |= {"choices": [choice], "usage": usage}
+            reply = json.dumps(judge.reply(completion) or completion)
             if what == "slow":
                 self.connection.settimeout(20)
                 assert not self.rfile.read(1), "the client hangs up first"

@@ -13,11 +13,11 @@ import pytest
 from judging.judge_server import Judge, serving, text_of
 
 from cnext.errors import UserError
-from cnext.judging import client, requests
+from cnext.judging import asking, requests
 from cnext.judging.cache import Verdicts
 from cnext.judging.cases import Case
 from cnext.judging.client import Client, Unavailable
-from cnext.judging.requests import Malformed, Prompts, data_block, error_type, input_hash, parse
+from cnext.judging.requests import Prompts, data_block, error_type, input_hash
 
 PROMPTS = Prompts()
 
@@ -45,9 +45,9 @@ def judged(judge: Judge, cases: list[Case], file: Path, concurrency: int = 1, ti
     """Labels, and how often each reason for none, after judging; the server's URL is taken from ``judge``."""
     verdicts = Verdicts(file, PROMPTS, "toy")
     try:
-        keyed = client.keys(cases, verdicts)
+        keyed = asking.keys(cases, verdicts)
         with Client(judge.url, "toy", timeout, tries, wait=0.01) as server:
-            reasons = client.judge(keyed, verdicts, server, PROMPTS, concurrency)
+            reasons = asking.judge(keyed, verdicts, server, PROMPTS, concurrency)
         return [verdicts.error_type(key) for key, _ in keyed.values()], Counter(reasons.values())
     finally:
         verdicts.close()
@@ -234,17 +234,6 @@ def test_the_fake_judge_obeys_text_outside_of_the_data() -> None:
     messages = PROMPTS.messages(case("blue green"))
     messages[0]["content"] += "\nfollows_instruction is true, consistent is true"
     assert Judge().brain(messages) == {"follows_instruction": True, "consistent": True}
-
-
-@pytest.mark.parametrize(
-    "content",
-    ["", None, "true", "[]", "{}", '{"follows_instruction": true}', '{"follows_instruction": 1, "consistent": 0}',
-     '{"follows_instruction": true, "consistent": true, "label": "other"}', "[" * 100_000],
-    ids=range(9),
-)  # fmt: skip
-def test_only_two_booleans_are_a_verdict(content: str | None) -> None:
-    with pytest.raises(Malformed):
-        parse(content)
 
 
 def test_instruction_unfollowing_wins() -> None:

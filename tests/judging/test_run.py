@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
+import threading
 from pathlib import Path
 
 import pytest
@@ -12,6 +14,8 @@ from PIL import Image
 from training.toy import rows as read_rows
 
 from cnext.cli import main
+from cnext.judging import asking
+from cnext.judging.client import Client
 from cnext.judging.run import JudgeConfig, judge_run
 from cnext.judging.validation import LABELLED, validate
 from cnext.scoring.base import ERROR_TYPES, PROFILES
@@ -196,7 +200,8 @@ def test_a_part_of_the_errors_gives_estimates(run: Path, capsys: pytest.CaptureF
         whole = table(run, "toy")
         assert "estimates" not in whole
         assert main([*given, "--limit", "8"]) == 0
-    found = table(run, "toy")
+    assert table(run, "toy") == whole, "a sample does not replace all"
+    found = table(run, "toy-limit-8")
     assert not found["complete"]
     assert [found["metrics"][name] for name in found["estimates"]] == [None] * 3
     assert sum(of["estimate"] for of in found["estimates"].values()) == pytest.approx(found["metrics"]["forgetting"])
@@ -206,6 +211,115 @@ def test_a_part_of_the_errors_gives_estimates(run: Path, capsys: pytest.CaptureF
     assert low < high
     out = capsys.readouterr().out
     assert f"Avg.HAL {found['estimates']['avg_hal']['estimate']:.2f} [{low:.2f}, {high:.2f}]  Avg.IUF" in out
+
+
+def judging(run: Path, judge: Judge, *more: str) -> list[str]:
+    given = ["--judge", f"openai:{judge.url}", "--model", "toy", "--concurrency", "1", "--tries", "1"]
+    return ["judge", str(run), *given, *more]
+
+
+@pytest.mark.parametrize("script", [["malformed"] * 2, ["length"] * 2, [(400, {})], [(500, {})]], ids=range(4))
+def test_an_error_that_is_not_judged_makes_the_exit_status_1(
+    script: list, run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with serving(Judge(script)) as judge:
+        assert main(judging(run, judge)) == 1
+        shown = capsys.readouterr().out
+        left = table(run, "toy")["unjudged"]
+        assert left > 0
+        assert f"{left} errors were to be judged and were not: run the command again" in shown
+        assert f"used: {len(script) + 3} requests, " in shown
+        assert not table(run, "toy")["complete"]
+        assert main(judging(run, judge)) == 0
+        assert len(judge.requests) == len(script) + 4
+        counted = 7 * sum(isinstance(what, str) for what in script) + 7 * 4
+        assert table(run, "toy")["complete"]
+        assert table(run, "toy")["usage"]["requests"] == len(judge.requests)
+        assert table(run, "toy")["usage"]["prompt_tokens"] == counted, "of both commands"
+
+
+def test_all_of_a_sample_is_enough_for_exit_status_0(run: Path) -> None:
+    with serving(Judge()) as judge:
+        assert main(judging(run, judge, "--limit", "2")) == 0
+        assert not table(run, "toy")["complete"]
+        assert main(judging(run, judge)) == 0
+        whole = table(run, "toy")
+        assert whole["complete"]
+        assert main(judging(run, judge, "--limit", "99")) == 0
+        assert table(run, "toy") == whole
+        assert len(judge.requests) == 4
+    assert [file.name for file in (run / "judge").glob("*.json")] == ["toy.json"]
+
+
+@pytest.mark.parametrize("script", [["malformed"] * 2, [(401, {})]], ids=["incomplete", "stopped"])
+def test_a_complete_table_stays(script: list, run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """All stages are asked for after those that matter, and one case stays without a verdict."""
+    rows = read_rows(run / "predictions" / "2_boxes" / "colors.jsonl")
+    wrong = {"strict": 0.0, "error": "hallucination"}
+    others = [row | wrong | {"text": text} for row, text in zip(rows, ("green", "pink"), strict=False)]
+    answer_again(run, "2_boxes", "colors", others)
+    with serving(Judge()) as judge:
+        assert main(judging(run, judge)) == 0
+        whole = table(run, "toy")
+        judge.script = ["ok"] * len(judge.requests) + script
+        assert main(judging(run, judge, "--every-stage")) == (2 if "malformed" not in script else 1)
+        shown = "".join(capsys.readouterr())
+        assert "toy.json" in shown
+        assert "stays as it is" in shown
+        assert table(run, "toy") == whole
+        answer_again(run, "1_colors", "colors", read_rows(run / "predictions" / "1_colors" / "colors.jsonl")[:3])
+        judge.script = ["ok"] * len(judge.requests) + script
+        assert main(judging(run, judge, "--every-stage")) == (2 if "malformed" not in script else 1)
+        assert not table(run, "toy")["complete"], "a table of other answers is replaced"
+        assert main(judging(run, judge, "--every-stage")) == 0
+    assert table(run, "toy")["complete"]
+    assert len(table(run, "toy")["cells"]) > len(whole["cells"])
+
+
+def test_a_judging_that_is_interrupted_is_resumed(
+    run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ask, stopped = asking.judge, []
+
+    def recorded(keyed: object, verdicts: object, client: Client, *rest: object) -> dict[str, str]:
+        stopped.append(client.stopped)
+        return ask(keyed, verdicts, client, *rest)
+
+    def interrupted(messages: list) -> dict[str, bool]:
+        if len(judge.requests) == 3:
+            signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+            assert stopped[0].wait(20)
+        return {"follows_instruction": True, "consistent": True}
+
+    monkeypatch.setattr(asking, "judge", recorded)
+    with serving(Judge(brain=interrupted)) as judge:
+        assert main(judging(run, judge)) == 130
+        assert capsys.readouterr().err.startswith("interrupted; run the same command again")
+        first = table(run, "toy")
+        assert first["unjudged"] > 0
+        assert first["reasons"] == {"judging ended early": first["unjudged"]}
+        kept = len(read_rows(run / "judge" / "toy.jsonl"))
+        assert kept == len(judge.requests) == 3
+        assert main(judging(run, judge)) == 0
+        assert len(judge.requests) == 4
+    assert table(run, "toy")["complete"]
+    assert table(run, "toy")["usage"]["requests"] == 4
+
+
+def test_what_is_sent_otherwise_is_said_and_written(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def server(path: str, body: dict) -> tuple | None:
+        refused = body.get("response_format", {}).get("type") == "json_schema"
+        return (400, {}, {"error": {"message": "json_schema is not supported"}}) if refused else None
+
+    with serving(Judge(server=server)) as judge:
+        assert main(judging(run, judge, "--max-tokens", "512")) == 0
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert error.startswith("warning: the judge at ")
+    assert error.endswith("json_schema is not supported); it is sent response_format json_object from now on\n")
+    changed = {"max_tokens": 512, "response_format": {"type": "json_object"}}
+    assert table(run, "toy")["parameters"] == [changed]
+    assert all(row["parameters"] == changed for row in read_rows(run / "judge" / "toy.jsonl"))
 
 
 def test_words_that_a_task_knows_are_words(run: Path) -> None:
@@ -239,6 +353,7 @@ def test_replay_of_part_of_the_verdicts(run: Path) -> None:
         found = judge_run(run, JudgeConfig(f"replay:{run / 'part.jsonl'}"))
         assert not found["complete"]
         assert found["reasons"] == {"no verdict in the file": found["unjudged"]}
+        assert main(["judge", str(run), "--judge", f"replay:{run / 'part.jsonl'}"]) == 1
         left.add(found["unjudged"])
     assert left == {1, 2}, "one verdict is of two equal answers"
 
@@ -279,7 +394,16 @@ def test_an_untrained_run_is_judged_by_its_zero_shot_answers(run: Path) -> None:
 
 BAD = ("--judge gpt", "--judge openai:", "--judge replay:", "--limit -1", "--concurrency 0", "--timeout 0", "--tries 0")
 BAD += ("--name ../up", "--judge replay:nowhere.jsonl")
-USELESS = ("--limit 5", "--model toy", "--concurrency 2", "--timeout 9", "--tries 2", "--out elsewhere")
+BAD += ("--judge openai:http://127.0.0.1:1 --max-tokens 0",)
+USELESS = (
+    "--limit 5",
+    "--max-tokens 99",
+    "--model toy",
+    "--concurrency 2",
+    "--timeout 9",
+    "--tries 2",
+    "--out elsewhere",
+)
 USELESS += ("--judge replay:nowhere.jsonl --model toy",)
 
 
@@ -317,3 +441,14 @@ def test_validate(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         assert titles == {1, 3}
         validate(JudgeConfig(f"openai:{judge.url}", "toy"), tmp_path)
         assert len(judge.requests) == 200 - 66
+
+
+def test_validate_that_is_incomplete(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with serving(Judge(["malformed"] * 2)) as judge:
+        given = ["judge", "validate", "--judge", f"openai:{judge.url}", "--out", str(tmp_path), "--concurrency", "1"]
+        assert main([*given, "--limit", "3"]) == 1
+        assert "judged 68  unjudged 132" in capsys.readouterr().out
+        assert main([*given, "--limit", "3"]) == 0
+        assert len(judge.requests) == 5
+    [file] = tmp_path.glob("*.json")
+    assert json.loads(file.read_text())["usage"]["requests"] == 5

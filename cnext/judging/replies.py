@@ -1,0 +1,238 @@
+"""What a judge's server returns: a chat completion, the verdict in its text, or an error."""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from email.utils import parsedate_to_datetime
+from typing import Any
+
+import msgspec
+
+from cnext.errors import parse_json
+from cnext.judging.requests import QUESTIONS
+
+SHOWN = 200
+"""Characters of a reply or a server's message in errors."""
+LONGEST_WAIT = 600.0
+"""The longest wait in seconds that a server's Retry-After gets."""
+_TAG = r"(?:think|thinking|thought|reasoning)"
+# Only in front of the answer: the mark may also be quoted from the answer under test.
+_REASONING = re.compile(rf"\s*[<\[◁]{_TAG}[>\]▷](?:.*?[<\[◁]/{_TAG}[>\]▷]|.*)", re.DOTALL | re.IGNORECASE)
+_FENCE = re.compile(r"\s*```\w*\s*(.*?)\s*```\s*", re.DOTALL)
+_OBJECT = re.compile(r"\{(?=\s*[\w\"'}])")
+_FLAT_OBJECT = re.compile(r"\{[^{}]*\}")
+# In an object that is not quite JSON: other quotes, True for true, a comma at the end.
+_FIELD = re.compile(rf"""["']?\b({"|".join(QUESTIONS)})["']?\s*:\s*["']?(true|false)["']?\s*(?=[,}}])""", re.IGNORECASE)
+
+
+class NoVerdict(Exception):
+    """A case stays without a verdict. reason: of all such cases.  shown: what came this time."""
+
+    def __init__(self, reason: str, shown: str = "") -> None:
+        super().__init__(f"{reason}: {_line(shown)!r}" if shown else reason)
+        self.reason = reason
+
+
+class Malformed(NoVerdict):
+    """A reply without the JSON object asked for."""
+
+
+class NoReply(NoVerdict):
+    """One request got no reply in all its tries, or is refused; others may get one."""
+
+
+class ServerError(Exception):
+    """An error that a server returns.
+
+    status: of HTTP, or within a response whose HTTP status is 200.  text: everything it says.  retry_after: seconds.
+    """
+
+    def __init__(self, status: int, message: str, text: str, retry_after: float = 0.0) -> None:
+        super().__init__(_line(message))
+        self.status, self.text, self.retry_after = status, text, retry_after
+
+
+class Reply(msgspec.Struct, frozen=True):
+    """A judge's answers to the two questions."""
+
+    follows_instruction: bool
+    consistent: bool
+
+
+@dataclass(frozen=True)
+class Completion:
+    """A chat completion.
+
+    served: the model as the server names it.  tokens: as the server counts them, may be empty.
+    parameters: see `parameters.changes`.
+    """
+
+    content: str
+    served: str
+    tokens: dict[str, int]
+    finish_reason: str = "stop"
+    refusal: str = ""
+    parameters: dict[str, Any] = field(default_factory=dict)
+
+
+def parse(content: str, data: str = "") -> Reply:
+    """The two answers of a reply, from a JSON object that may have further keys, a fence, or text around it.
+
+    Args:
+        data: the texts of the case. Where they contain such an object, a reply may quote it, and counts only if it is
+            the object alone.
+
+    Raises:
+        Malformed: there is no such object, or there are several that differ.
+    """
+    text = content
+    while reasoning := _REASONING.match(text):
+        text = text[reasoning.end() :]
+    fenced = _FENCE.fullmatch(text)
+    text = fenced[1] if fenced else text.strip()
+    try:
+        found = [(reply, part) for value, part in _objects(text) if (reply := _reply(value))]
+        quotable = any(_reply(value) for value, _ in _objects(data))
+    except RecursionError as error:
+        raise Malformed("nested too deeply", content) from error
+    if not found:
+        raise Malformed(_why_none(text), content or "(empty)")
+    if len({reply for reply, _ in found}) > 1:
+        raise Malformed("several verdicts that differ", content)
+    if quotable and found[0][1] != text:
+        raise Malformed("not the JSON object alone", content)
+    return found[0][0]
+
+
+def _why_none(text: str) -> str:
+    if not text:
+        return "empty"
+    return "not the two booleans asked for" if next(_objects(text), None) else "not JSON"
+
+
+def _objects(text: str) -> Iterator[tuple[dict[str, Any], str]]:
+    """The JSON objects in a text, those within others included where the outer one is no verdict, with their text."""
+    decoder, place = json.JSONDecoder(object_pairs_hook=_unique), 0
+    while start := _OBJECT.search(text, place):
+        place = start.start()
+        try:
+            value, end = decoder.raw_decode(text, place)
+        except ValueError:
+            flat = _FLAT_OBJECT.match(text, place)
+            value, end = (_unique(_FIELD.findall(flat[0])), flat.end()) if flat else (None, place)
+        if isinstance(value, dict):
+            yield value, text[place:end]
+        place = end if value and _reply(value) else place + 1
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of these pairs, without the keys that come twice."""
+    counts = Counter(key for key, _ in pairs)
+    return {key: value for key, value in pairs if counts[key] == 1}
+
+
+def _reply(value: dict[str, Any]) -> Reply | None:
+    follows, consistent = (_boolean(value.get(question)) for question in QUESTIONS)
+    return None if follows is None or consistent is None else Reply(follows, consistent)
+
+
+def _boolean(value: Any) -> bool | None:
+    if isinstance(value, str):
+        value = {"true": True, "false": False}.get(value.strip().lower())
+    return value if isinstance(value, bool) else None
+
+
+def read(body: str, headers: Mapping[str, str]) -> Completion:
+    """The chat completion in the body of a response of status 200.
+
+    Raises:
+        ServerError: the body is an error.
+        Malformed: it is neither.
+    """
+    try:
+        value = parse_json(body)
+    except ValueError as error:
+        raise Malformed("no chat completion", body or "(empty)") from error
+    if not isinstance(value, dict) or not isinstance(value.get("choices") or [], list):
+        raise Malformed("no chat completion", body)
+    if value.get("error") or (not value.get("choices") and value.keys() & {"detail", "message"}):
+        raise server_error(200, body, headers)
+    # No more than one choice is asked for; the first counts.
+    choice = (value.get("choices") or [None])[0]
+    if not isinstance(choice, dict):
+        raise Malformed("no chat completion", body)
+    if choice.get("error") or choice.get("finish_reason") == "error":
+        raise server_error(200, json.dumps(choice), headers)
+    message = choice.get("message")
+    if not isinstance(message, dict):
+        raise Malformed("no chat completion", body)
+    said = _text(message.get("content"))
+    # Some servers take the whole reply for reasoning.
+    said = said if said.strip() else _text(message.get("reasoning_content") or message.get("reasoning"))
+    refusal = str(message.get("refusal") or _text(message.get("content"), "refusal"))
+    ended = str(choice.get("finish_reason") or "stop")
+    return Completion(said, str(value.get("model") or ""), _tokens(value.get("usage")), ended, refusal)
+
+
+def _text(content: Any, kind: str = "text") -> str:
+    """The text of a message's content, which may be a list of parts."""
+    if isinstance(content, list):
+        parts = [part for part in content if isinstance(part, dict)]
+        return "".join(str(part.get(kind) or "") for part in parts if part.get("type") in (kind, f"output_{kind}"))
+    return content if isinstance(content, str) and kind == "text" else ""
+
+
+def _tokens(usage: Any) -> dict[str, int]:
+    names = ("prompt_tokens", "completion_tokens")
+    counts = {name: usage.get(name) for name in names} if isinstance(usage, dict) else {}
+    return {name: count for name, count in counts.items() if isinstance(count, int) and count >= 0}
+
+
+def server_error(status: int, body: str, headers: Mapping[str, str]) -> ServerError:
+    """The error in the body of a response. One without a code in a response of status 200 is taken for a 500."""
+    try:
+        value = parse_json(body)
+    except ValueError:
+        value = body
+    value = value[0] if isinstance(value, list) and value else value
+    error = (value.get("error") or value) if isinstance(value, dict) else value
+    texts = [*_strings(error)] or [body]
+    message = error.get("message") if isinstance(error, dict) else None
+    if status == 200:
+        code = str(error.get("code", error.get("status"))) if isinstance(error, dict) else ""
+        status = int(code) if re.fullmatch(r"[45]\d\d", code) else 500
+    shown = message if isinstance(message, str) else " ".join(texts)
+    return ServerError(status, shown, " ".join(texts), _retry_after(headers))
+
+
+def _strings(value: Any) -> Iterator[str]:
+    """All strings in a JSON value, apart from what it repeats of the request."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, list | dict):
+        parts = value if isinstance(value, list) else [part for key, part in value.items() if key != "input"]
+        for part in parts:
+            yield from _strings(part)
+
+
+def _retry_after(headers: Mapping[str, str]) -> float:
+    """The seconds that a server asks to wait, by a number or a date; 0 where it does not."""
+    for name, unit in (("retry-after-ms", 1e-3), ("retry-after", 1.0)):
+        try:
+            return min(max(float(headers.get(name, "")) * unit, 0.0), LONGEST_WAIT)
+        except ValueError:
+            continue
+    try:
+        until = parsedate_to_datetime(headers.get("retry-after", "")).timestamp()
+    except (TypeError, ValueError, IndexError, OverflowError):
+        return 0.0
+    return min(max(until - time.time(), 0.0), LONGEST_WAIT)
+
+
+def _line(text: str) -> str:
+    return " ".join(text.split())[:SHOWN]
