@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from math import exp, fsum, log, sqrt
 from typing import TYPE_CHECKING
 
+from cnext.scoring.answers import plain
 from cnext.scoring.base import Prediction, Score
 
 if TYPE_CHECKING:
@@ -26,8 +27,12 @@ def grams(text: str) -> dict[int, Grams]:
     return {n: Counter(tuple(words[i : i + n]) for i in range(len(words) - n + 1)) for n in ORDERS}
 
 
-def cider_d(answers: Sequence[str], references: Sequence[Sequence[str]]) -> list[float]:
+def cider_d(
+    answers: Sequence[str], references: Sequence[Sequence[str]], spelling: Callable[[str], str] = plain
+) -> list[float]:
     """CIDEr-D of each answer without its factor of 10: 1 is an answer equal to each of its references.
+
+    spelling: applied to every text first; ``str`` leaves texts as they are.
 
     For n-grams w of order n, with h(w) their count, f(w) the number of items with w in a reference, N items:
     g(w) = h(w) log(N / max(1, f(w)))
@@ -40,7 +45,7 @@ def cider_d(answers: Sequence[str], references: Sequence[Sequence[str]]) -> list
 
     Reference: Vedantam et al., CIDEr, arXiv 1411.5726, section 5.1.
     """
-    counted = [[grams(reference) for reference in accepted] for accepted in references]
+    counted = [[grams(spelling(reference)) for reference in accepted] for accepted in references]
     found = Counter(gram for accepted in counted for gram in {g for each in accepted for n in ORDERS for g in each[n]})
     items = len(answers)
 
@@ -49,7 +54,7 @@ def cider_d(answers: Sequence[str], references: Sequence[Sequence[str]]) -> list
 
     scores = []
     for answer, accepted in zip(answers, counted, strict=True):
-        counts_of_answer = grams(answer)
+        counts_of_answer = grams(spelling(answer))
         parts = []
         for reference in accepted:
             nearness = exp(-((counts_of_answer[1].total() - reference[1].total()) ** 2) / (2 * SIGMA**2))
@@ -68,15 +73,22 @@ def cider(task: Task, samples: Sequence[Sample], predictions: Sequence[Predictio
     """Captions by CIDEr-D over the list of answers.
 
     strict: 100 times ``cider_d``, 0 where an image was generated.
-    paper: 100 times CIDEr-D with its factor of 10, as captioning papers print it, so up to 1000; only the text counts.
+    paper: 100 times CIDEr-D with its factor of 10, of the texts as they are, as captioning papers print it, so up to
+    1000; only the text counts. UCIT's ``eval_caption.py`` prints it too, and reports the mean of it and six others.
     """
-    found = cider_d([prediction.text for prediction in predictions], [sample.answers for sample in samples])
+    answers, accepted = [prediction.text for prediction in predictions], [sample.answers for sample in samples]
+    of_plain = found = cider_d(answers, accepted)
+    if any(plain(text) != text for texts in (answers, *accepted) for text in texts):
+        found = cider_d(answers, accepted, str)
     scores = []
-    for value, prediction in zip(found, predictions, strict=True):
-        # Rounding may put an answer equal to its references slightly above or below 1.
-        value = 1.0 if value > 1 - 1e-12 else value
+    for value, as_it_is, prediction in zip(map(_at_most_one, of_plain), found, predictions, strict=True):
         strict = 100.0 * value if prediction.image is None else 0.0
         unfollowed = prediction.image is not None or not prediction.text.strip()
         error = "" if strict == 100.0 else "instruction_unfollowing" if unfollowed else "other"
-        scores.append(Score(strict=strict, paper=1000.0 * value, error=error))
+        scores.append(Score(strict=strict, paper=1000.0 * _at_most_one(as_it_is), error=error))
     return scores
+
+
+def _at_most_one(value: float) -> float:
+    """Rounding may put an answer equal to its references slightly above or below 1."""
+    return 1.0 if value > 1 - 1e-12 else value

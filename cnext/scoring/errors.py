@@ -9,7 +9,7 @@ from collections.abc import Collection, Sequence
 from math import fsum
 
 from cnext.scoring import kinds
-from cnext.scoring.answers import contains_words, normalise, repeats_a_word
+from cnext.scoring.answers import contains_words, normalise, plain, repeats_a_word
 from cnext.scoring.base import ERROR_TYPES, Prediction, Score
 
 MAX_WORDS = 5
@@ -32,7 +32,7 @@ def text_error(
         known: the words of the task's questions and references; None where answers are read from
             an image and need not be words.
     """
-    text = prediction.text
+    text, reference = plain(prediction.text), plain(reference)
     allowed = max(MAX_WORDS, len(reference.split()))
     malformed = (
         prediction.image is not None

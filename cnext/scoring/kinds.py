@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Iterable
 
-from cnext.scoring.answers import normalise
+from cnext.scoring.answers import normalise, plain
 
 YES_NO = frozenset("yes no maybe unsure unknown".split())
 COUNTS = frozenset(
@@ -33,7 +33,7 @@ _OPTION = re.compile(r"\(?[A-Za-z][.):]\s")
 
 def words(text: str) -> list[str]:
     """The words of a text in lower case, without punctuation."""
-    return re.findall(r"\w+", text.casefold())
+    return re.findall(r"\w+", plain(text).casefold())
 
 
 def known_words(texts: Iterable[str]) -> frozenset[str]:
