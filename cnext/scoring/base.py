@@ -6,6 +6,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from cnext.registry import Registry
+
 if TYPE_CHECKING:
     import numpy
 
@@ -40,3 +42,35 @@ class Score:
 
 Scorer = Callable[["Task", Sequence["Sample"], Sequence[Prediction]], list[Score]]
 """Scores a task's whole list of answers at once, in order; one Score per sample."""
+
+
+@dataclass(frozen=True)
+class Flaw:
+    """What is wrong with a sample's reference. usable: whether a run may start, with scores that the text explains."""
+
+    text: str
+    usable: bool = False
+
+
+REFERENCE_CHECKS = Registry(
+    "check of references",
+    "cnext.reference_checks",
+    {
+        "box": "cnext.scoring.boxes:reference_flaw",
+        "coin_grounding": "cnext.scoring.boxes:reference_flaw",
+        "coin_scienceqa": "cnext.scoring.coin:option_flaw",
+        "coin_textvqa": "cnext.scoring.coin:annotators_flaw",
+        "mllm_cl_ocr": "cnext.scoring.mllm_cl:category_flaw",
+    },
+)
+"""By the name of a scorer: a function from `Sample` to `Flaw` or None. Most scorers take any text and have none.
+
+Another package adds one by an entry point of the group ``cnext.reference_checks``: ``scorer = "module:function"``.
+"""
+
+
+def reference_check(task: Task) -> Callable[[Sample], Flaw | None]:
+    """The check of a task's test samples: what keeps a reference from being scored as the task's scorer needs it."""
+    if task.scorer in REFERENCE_CHECKS:
+        return REFERENCE_CHECKS[task.scorer]
+    return lambda sample: None

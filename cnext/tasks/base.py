@@ -52,6 +52,7 @@ class Sample:
     tiled: whether a backbone that splits images into tiles may split it; as released, not where an image is written.
     prompt: the instruction in tests, if it differs from the first turn's, by which the answer is scored; otherwise "".
     references: all accepted answers to the first instruction, if there are several.
+    category: the row's "answer_type", the kind of question; "" if it has none.
     """
 
     id: str
@@ -64,6 +65,7 @@ class Sample:
     tiled: bool = True
     prompt: str = ""
     references: tuple[str, ...] = ()
+    category: str = ""
 
     @property
     def images(self) -> list[Path]:
@@ -86,7 +88,8 @@ class Task:
     train, test, validation: paths or glob patterns relative to the data folder.
     train_images, test_images: image folders relative to the data folder, or absolute.
     max_new_tokens: most text tokens of an answer.
-    references: a file with several captions per test item in COCO's format; item k has image_id k, from 1.
+    references: a file with several answers per test item. In COCO's format, captions of item k have image_id k, from 1;
+        in TextVQA's, answers have the item's question_id. A row's own list of answers serves where the file is missing.
     image_position: "first", or "random" for before or after the first instruction of a training sample, by a hash of
         its id. Always "first" in tests.
     prompts: of tasks that write images. "released" keeps the files' wording, which differs between training and test;

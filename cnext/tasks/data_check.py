@@ -1,4 +1,4 @@
-"""Checks a suite's data files: missing, malformed, broken or repeated rows and images, and overlap of splits.
+"""Checks a suite's data files: missing, malformed or repeated rows, references, broken images, overlap of splits.
 
 Of each row only hashes are kept in memory, and no images.
 """
@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from cnext.errors import UserError
+from cnext.scoring.base import reference_check
 from cnext.tasks.base import DataError, Sample, Suite, Task, caption_of
 from cnext.tasks.formats import left_out, scan
 from cnext.tasks.images import fault
@@ -53,6 +54,8 @@ class SplitReport:
     lacking: list[str] = field(default_factory=list)
     """Missing files and image folders, with the path where they are expected."""
     malformed: list[str] = field(default_factory=list)
+    references: list[str] = field(default_factory=list)
+    """Test rows with a reference that the scorer cannot use, or to which no answer is right."""
     missing_images: list[str] = field(default_factory=list)
     broken_images: list[str] = field(default_factory=list)
     repeated: list[str] = field(default_factory=list)
@@ -66,7 +69,7 @@ class SplitReport:
     @property
     def problems(self) -> int:
         """Number of problems for a run. Repeated rows and rows left out by the image filter do not count."""
-        found = (self.lacking, self.malformed, self.missing_images, self.broken_images)
+        found = (self.lacking, self.malformed, self.references, self.missing_images, self.broken_images)
         return self.miscounted + sum(map(len, found))
 
 
@@ -149,6 +152,7 @@ def check(suite: Suite, data: Path, progress: Progress, look: str = "verify") ->
 
 def _check_split(task: Task, data: Path, split: str, progress: Progress) -> tuple[SplitReport, _Seen]:
     report, seen = SplitReport(published=getattr(task, f"{split}_count", 0)), _Seen()
+    unscored = None if split == "train" else reference_check(task)
     try:
         paths = files(data, getattr(task, split))
         report.files = len(paths)
@@ -159,6 +163,8 @@ def _check_split(task: Task, data: Path, split: str, progress: Progress) -> tupl
                 report.malformed.append(f"{line.origin}: {line.problem}")
                 continue
             sample = line.sample
+            if unscored and (flaw := unscored(sample)):
+                report.references.append(f"{line.origin}: {flaw.text}")
             shown = [str(image) for image in sample.images]
             report.without_image += not shown
             for image in shown:

@@ -76,6 +76,7 @@ def text(report: Report) -> str:
             if split.miscounted:
                 details.append(f"{name} {label}: {split.rows:,} rows, {split.published:,} published")
             details += _listed(f"{name} {label}: malformed", split.malformed)
+            details += _listed(f"{name} {label}: references that cannot be scored", split.references)
             details += _listed(f"{name} {label}: missing images", split.missing_images)
             details += _listed(f"{name} {label}: broken images", split.broken_images)
             title = "rows left out of training by their images' sizes, as released (not counted as a problem)"

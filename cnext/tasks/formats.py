@@ -8,11 +8,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
-from cnext.errors import parse_json, unknown
+from cnext.errors import listed, parse_json, unknown
+from cnext.scoring.base import reference_check
 from cnext.tasks.base import DataError, Sample, Task, caption_of
 from cnext.tasks.images import fault, unfit
 from cnext.tasks.readers import READERS
-from cnext.tasks.rows import Row, files, rows, text
+from cnext.tasks.rows import Row, answers, files, rows, text
 
 DRAW = "Please generate the image: "
 """How instructions to generate an image begin in the released test files, and everywhere with consistent prompts."""
@@ -27,23 +28,53 @@ class Line(NamedTuple):
     problem: str
 
 
-def read_captions(path: Path) -> dict[int, tuple[str, ...]]:
-    """Several captions per item from a file in COCO's format: {"annotations": [{"image_id", "caption"}, ...]}.
+def read_captions(path: Path) -> dict[int | str, tuple[str, ...]]:
+    """Several accepted answers per item from a file in one of two formats.
 
     Returns:
-        image_id to captions.
+        COCO's {"annotations": [{"image_id", "caption"}, ...]}: image_id, a number, to captions.
+        TextVQA's {"data": [{"question_id", "answers": [...]}, ...]}: question_id, as a string, to answers.
 
     Raises:
         DataError: the file cannot be read or has another format.
     """
+    found: dict[int | str, list[str]] = {}
     try:
-        listed = parse_json(path.read_bytes())["annotations"]
-        found: dict[int, list[str]] = {}
-        for annotation in listed:
-            found.setdefault(int(annotation["image_id"]), []).append(text(annotation, "caption"))
-    except (OSError, ValueError, KeyError, TypeError, OverflowError) as error:
-        raise DataError(f"cannot read the captions {path}: expected COCO's 'annotations': {error!r}") from error
+        content = parse_json(path.read_bytes())
+        if "data" in content:
+            found |= {str(item["question_id"]): [*answers(item, "answers")] for item in content["data"]}
+        else:
+            for annotation in content["annotations"]:
+                found.setdefault(int(annotation["image_id"]), []).append(text(annotation, "caption"))
+    except (OSError, ValueError, KeyError, TypeError, OverflowError, AttributeError) as error:
+        expected = "COCO's 'annotations' or TextVQA's 'data'"
+        raise DataError(f"cannot read the captions or answers {path}: expected {expected}: {error!r}") from error
     return {item: tuple(accepted) for item, accepted in found.items()}
+
+
+class _References:
+    """A task's file of references, which is read when the first row needs it."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.known: dict[int | str, tuple[str, ...]] | None = None
+
+    def add_to(self, row: Row, number: int) -> None:
+        """Gives the row of that number, from 1, its accepted answers.
+
+        Raises:
+            DataError: the file cannot be read, and the row has no list of answers of its own.
+            ValueError: it is TextVQA's, and has no answers to this question.
+        """
+        if isinstance(row.get("answer"), list) and not self.path.exists():
+            return
+        if self.known is None:
+            self.known = read_captions(self.path)
+        question = str(row.get("question_id"))
+        if found := self.known.get(question) or self.known.get(number):
+            row["answer"] = [*found]
+        elif any(isinstance(item, str) for item in self.known):
+            raise ValueError(f"'question_id' must be one of those in {self.path}, got {question}")
 
 
 def scan(task: Task, data: Path, split: str, advance: Callable[[int], None] | None = None) -> Iterator[Line]:
@@ -63,21 +94,29 @@ def scan(task: Task, data: Path, split: str, advance: Callable[[int], None] | No
     if not pattern:
         raise DataError(f"task {task.name} has no {split} split")
     root = data / task.image_folder(split)
-    several = read_captions(data / task.references) if task.references and split == "test" else {}
+    references = _References(data / task.references) if task.references and split == "test" else None
     number = 0
     for path in files(data, pattern):
         for origin, row in rows(path, advance):
             try:
                 if isinstance(row, ValueError):
                     raise row
-                if several and number + 1 in several:
-                    row["answer"] = [*several[number + 1]]
+                if references:
+                    references.add_to(row, number + 1)
                 name = str(row.get("question_id", row.get("id", f"{task.name}-{split}-{number:06d}")))
-                sample = reader(row, root, name, origin)
+                sample = _with_category(reader(row, root, name, origin), row)
                 yield Line(origin, row, _with_image_position(_with_prompts(sample, task, split), task, split), "")
+            except DataError:
+                raise
             except ValueError as error:
                 yield Line(origin, {}, None, str(error))
             number += 1
+
+
+def _with_category(sample: Sample, row: Row) -> Sample:
+    """The sample with the row's "answer_type"; files of other tasks mean other things by it, which nothing reads."""
+    category = row.get("answer_type")
+    return replace(sample, category=category) if isinstance(category, str) else sample
 
 
 def _with_prompts(sample: Sample, task: Task, split: str) -> Sample:
@@ -115,12 +154,13 @@ def read_samples(task: Task, data: Path, split: str, limit: int = 0) -> list[Sam
         limit: most samples; 0: all.
 
     Raises:
-        DataError: naming every line of all files that is malformed, or names an image that is missing, broken or
-            outside the image folder; or there are no samples.
+        DataError: naming every line of all files that is malformed, names an image that is missing, broken or outside
+            the image folder, or has a reference that the task's scorer cannot use; or there are no samples.
     """
     samples: list[Sample] = []
     problems: list[str] = []
     faults: dict[Path, str] = {}
+    check = None if split == "train" else reference_check(task)
     for line in scan(task, data, split):
         if limit and len(samples) >= limit:
             break
@@ -129,6 +169,9 @@ def read_samples(task: Task, data: Path, split: str, limit: int = 0) -> list[Sam
             if image not in faults:
                 faults[image] = fault(image)
             problem = f"names an image that is {faults[image]}: {image}" if faults[image] else problem
+        flaw = check(line.sample) if check and line.sample else None
+        if flaw and not flaw.usable:
+            problem = problem or flaw.text
         if problem or line.sample is None:
             problems.append(f"{line.origin}: {problem}")
         elif not left_out(line.sample, task, split):
@@ -142,3 +185,10 @@ def read_samples(task: Task, data: Path, split: str, limit: int = 0) -> list[Sam
     if "image" in task.reads and not any(sample.image for sample in samples):
         raise DataError(f"task {task.name} reads images, and none of its {len(samples)} rows in {place} names one")
     return samples
+
+
+def usable_flaws(task: Task, samples: list[Sample]) -> str:
+    """A line on the test samples whose references have a flaw that `read_samples` lets pass; "" if there are none."""
+    check = reference_check(task)
+    found = [f"{sample.origin}: {flaw.text}" for sample in samples if (flaw := check(sample))]
+    return f"warning: {task.name}: {len(found)} of {len(samples)} references: {listed(found, 3)}" if found else ""

@@ -30,7 +30,7 @@ from cnext.tasks.base import Task
 from cnext.training import cost, results
 from cnext.training.evaluation import evaluate
 from cnext.training.precision import autocast
-from cnext.training.setup import prepare
+from cnext.training.setup import prepare, reference_warnings
 from cnext.training.stages import Stage, rehearsal_memory, stages
 from cnext.training.state import RunState, Trained
 from cnext.training.trainer import TaskTrainer, begin
@@ -138,6 +138,8 @@ class Runner:
     def load(self) -> None:
         """Reads the data and loads backbone, method and scorers."""
         self.ready = prepare(self.plan)
+        for line in reference_warnings(self.plan, self.ready.samples):
+            self.progress.say(line)
         self.backbone, self.method = self.ready.backbone, self.ready.method
         self.parameters = self.ready.saved_parameters()
         self.uneven = processes.sharded(self.backbone.language_model, self.parameters.values())

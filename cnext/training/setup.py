@@ -89,6 +89,13 @@ def read_suite(planned: Plan, data: Path) -> dict[str, dict[str, list[Sample]]]:
     return samples
 
 
+def reference_warnings(planned: Plan, samples: dict[str, dict[str, list[Sample]]]) -> list[str]:
+    """A line for each task with references to which no answer can be right, or whose scores are not as published."""
+    read = samples[planned.config.split]
+    lines = (formats.usable_flaws(planned.suite.task(name), read[name]) for name in planned.order)
+    return [line for line in lines if line]
+
+
 def load_backbone(planned: Plan) -> Backbone:
     """The backbone on its device, at its precision. Raises UserError where a task needs images that it cannot write."""
     config, recipe = planned.config, planned.recipe

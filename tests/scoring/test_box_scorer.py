@@ -7,7 +7,7 @@ import pytest
 
 from cnext.scoring import make_scorers
 from cnext.scoring.base import Prediction, Score
-from cnext.scoring.boxes import iou, parse_box, parse_box_as_released
+from cnext.scoring.boxes import iou, parse_box, parse_box_as_coin, parse_box_as_released, reference_flaw
 from cnext.tasks.base import DataError, Sample, Turn
 
 SCORERS = make_scorers()
@@ -37,6 +37,18 @@ def score(text: str, reference: str, size: tuple[int, int] | None = None, image:
         ("[nan,0,1,1]", None),
         ("[0.1.2,0,1,1]", None),
         ("", None),
+        ("[1e-05,0.62,0.98,9.5E-1]", (1e-05, 0.62, 0.98, 0.95)),
+        ("[0,0,1e+2,1.e2]", (0.0, 0.0, 100.0, 100.0)),
+        ("(0.65,0.62),(0.98,0.95)", (0.65, 0.62, 0.98, 0.95)),
+        ("<box>( 12, 7 ) , (900 ,1e3)</box>", (12.0, 7.0, 900.0, 1000.0)),
+        ("\uff3b\uff10.2\uff0c0.1\uff0c0.4\uff0c0.5\uff3d", (0.2, 0.1, 0.4, 0.5)),
+        ("[\u22120.1,0,1,1]", (-0.1, 0.0, 1.0, 1.0)),
+        ("(0.98,0.95),(0.65,0.62)", None),
+        ("(0,0),(1,1) or [0,0,1,1]", None),
+        ("(0,0),(1,1),(2,2),(3,3)", None),
+        ("(0,0) (1,1)", None),
+        ("[1e,0,1,1]", None),
+        ("[0,0,1e999,1]", None),
     ],
 )
 def test_parse_box(text: str, box: tuple | None) -> None:
@@ -61,6 +73,66 @@ def test_parse_box(text: str, box: tuple | None) -> None:
 )
 def test_parse_box_as_released(text: str, box: tuple | None) -> None:
     assert parse_box_as_released(text) == box
+
+
+@pytest.mark.parametrize(
+    ("text", "box"),
+    [
+        ("(0.27,0.42,0.83,0.73)", (0.27, 0.42, 0.83, 0.73)),
+        ("[0.27,0.42,0.83,0.73]\n", (0.27, 0.42, 0.83, 0.7)),
+        ("[1.00,0.42,0.83,0.73]", (0.0, 0.42, 0.83, 0.7)),
+        ("[(0.27,0.42,0.83,0.73)]", (0.27, 0.42, 0.83, 0.73)),
+        ("(0.27,0.42),(0.83,0.73)", None),
+        ("[11e-05,0.42,0.83,0.73]", (1e-05, 0.42, 0.83, 0.7)),
+        ("", None),
+    ],
+)
+def test_parse_box_as_coin(text: str, box: tuple | None) -> None:
+    assert parse_box_as_coin(text) == box
+
+
+@pytest.mark.parametrize("scorer", ["box", "coin_grounding"])
+def test_coin_differs_from_the_benchmark_in_round_brackets_alone(scorer: str) -> None:
+    def paper(text: str, reference: str) -> float:
+        sample = Sample("7", (Turn("Where?", reference),), size=(640, 480))
+        return SCORERS[scorer](None, [sample], [Prediction(text)])[0].paper
+
+    # Of (.27, .60, .83, .69) the released parser loses the 9: (.27, .60, .83, .6) has no area.
+    assert paper("(0.27,0.60,0.83,0.69)", "[0.27,0.60,0.83,0.69]") == (100 if scorer == "coin_grounding" else 0)
+    assert paper("[0.27,0.60,0.83,0.69]", "[0.27,0.60,0.83,0.69]") == 0
+    assert paper("[0.27,0.42,0.83,0.73]", "[0.27,0.42,0.83,0.73]") == 100
+
+
+@pytest.mark.parametrize(
+    "reference", ["[31,29,15,15]", "[0.2,0.7,0.8,0.7]", "[0.5,0.5,0.5,0.5]", "(0.98,0.95),(0.65,0.62)"]
+)
+@pytest.mark.parametrize("scorer", ["box", "coin_grounding"])
+def test_a_reference_without_area_scores_nothing(scorer: str, reference: str) -> None:
+    sample = Sample("7", (Turn("Where?", reference),), origin="test.json#7")
+    for said in (reference, "[0,0,1,1]", "somewhere"):
+        (result,) = SCORERS[scorer](None, [sample], [Prediction(said)])
+        assert (result.strict, result.paper) == (0, 0)
+    flaw = reference_flaw(sample)
+    assert flaw is not None
+    assert flaw.usable
+    assert reference in flaw.text
+
+
+@pytest.mark.parametrize(
+    "reference", ["somewhere", "", "[0,0,1]", "[0,0,1,1] [0,0,1,1]", "[0,0,1e999,1]", "31 29 15 15"]
+)
+def test_a_reference_that_is_no_box_has_a_flaw(reference: str) -> None:
+    flaw = reference_flaw(Sample("7", (Turn("Where?", reference),)))
+    assert flaw is not None
+    assert not flaw.usable
+    assert "expected a reference box [x1,y1,x2,y2]" in flaw.text
+
+
+@pytest.mark.parametrize(
+    "reference", ["[0,0,1,1]", "[1e-05,0.62,0.98,0.95]", "(0.65,0.62),(0.98,0.95)", "at [0,0,9,9]."]
+)
+def test_a_box_has_no_flaw(reference: str) -> None:
+    assert reference_flaw(Sample("7", (Turn("Where?", reference),))) is None
 
 
 def test_iou_equals_counting_cells() -> None:

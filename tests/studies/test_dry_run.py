@@ -159,3 +159,31 @@ def test_batch_sizes_of_single_tasks(flags: list[str], toy_suite: Path, tmp_path
         patch.setattr(TaskTrainer, "train_step", step)
         assert run_main([*flags, "--suite", str(folder), "--dry-run"]) == 0
     assert sizes == [(16, 16)] * 4 + [(3, 3)] * 4
+
+
+@pytest.mark.parametrize(
+    ("reference", "status", "said"),
+    [
+        ("left", 2, "test.json#7: expected a reference box [x1,y1,x2,y2] with x1 < x2 and y1 < y2, got 'left'"),
+        ("[31,29,15,15]", 0, "warning: RefCOCO: 1 of 8 references: "),
+        ("[1e-05,0.62,0.98,0.95]", 0, ""),
+    ],
+)
+def test_boxes_are_checked_before_a_run(
+    reference: str, status: int, said: str, flags: list[str], data: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    """Of two tasks the second's last box: refused, or warned of, before anything is trained."""
+    folder = shutil.copytree(data, tmp_path / "boxes")
+    path = folder / "RefCOCO/questions/test.json"
+    rows = json.loads(path.read_text())
+    rows[-1]["answer_bbox"] = reference
+    path.write_text(json.dumps(rows))
+    asked = [*flags, "--data", str(folder), "--order", "VQAv2,RefCOCO", "--method", "lora"]
+    for more in (["--dry-run"], []):
+        assert run_main([*asked, *more]) == status
+        shown = capsys.readouterr()
+        lines = [line for line in (shown.out + shown.err).splitlines() if "RefCOCO/questions/test.json#7" in line]
+        assert len(lines) == bool(said)
+        assert all(said in line for line in lines)
+    (log,) = tmp_path.glob("runs/lora/*/seed-0/run.log")
+    assert ("warning: RefCOCO" in log.read_text()) == (reference == "[31,29,15,15]")
