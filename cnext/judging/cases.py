@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy
 
+from cnext.scoring import BOXES, SHORT_ANSWERS
 from cnext.scoring.base import Prediction
 from cnext.scoring.boxes import parse_box
 from cnext.scoring.errors import box_error, image_error, text_error
@@ -16,7 +17,6 @@ KINDS = ("text", "box", "draw", "edit")
 """Kinds of tasks, each with a prompt of its own: short answers, bounding boxes, text to image, image editing."""
 OCR = "ocr_answer"
 """The scorer of answers that are read letter by letter and need not be words."""
-SHORT_ANSWERS = ("short_answer", OCR, "exact_answer", "contained_answer")
 _ANY_IMAGE = numpy.zeros((1, 1, 3), numpy.uint8)
 
 
@@ -78,7 +78,7 @@ def rule(
     prediction = Prediction(text, image=_ANY_IMAGE if generated else None)
     if scorer in SHORT_ANSWERS:
         return text_error(prediction, expected, instruction, None if scorer == OCR else known)
-    if scorer == "box":
+    if scorer in BOXES:
         return box_error(prediction, parsable=parse_box(text) is not None)
     if scorer in ("clip_text", "clip_image"):
         return image_error(prediction)

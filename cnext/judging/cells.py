@@ -17,6 +17,7 @@ from cnext.judging.statistics import wilson
 from cnext.records import Record
 from cnext.runs import schemas
 from cnext.runs.schemas import Answer, StageScore
+from cnext.scoring import BOXES
 from cnext.scoring.base import ERROR_TYPES
 from cnext.scoring.kinds import known_words
 from cnext.scoring.matrix import IDENTITY_TOLERANCE, ScoreMatrix, metrics
@@ -112,7 +113,7 @@ def _cell(run: Path, row: StageScore, zero_shot: StageScore | None, writes: dict
 
 def _case(run: Path, row: StageScore, answer: Answer, index: int, known: frozenset[str], draws: bool) -> Case:
     source, target = (Path(path) if path else None for path in (answer.source_image, answer.target_image))
-    kind = ("edit" if source else "draw") if draws else "box" if row.scorer == "box" else "text"
+    kind = ("edit" if source else "draw") if draws else "box" if row.scorer in BOXES else "text"
     image, expected = run / answer.image if answer.image else None, "" if draws else answer.answer
     by_rule = rule(row.scorer, answer.text, bool(image), expected, answer.instruction, known, answer.error or "other")
     texts = (kind, answer.instruction, expected, answer.text)

@@ -12,6 +12,7 @@ from cnext.judging.cases import Case, rule
 from cnext.judging.run import JudgeConfig, judge_cases
 from cnext.judging.statistics import agreement
 from cnext.runs.checkpoint import write_json
+from cnext.scoring import BOXES
 from cnext.scoring.base import ERROR_TYPES
 from cnext.scoring.kinds import known_words
 from cnext.scoring.matrix_file import read_json
@@ -81,7 +82,7 @@ def _cases(labelled: list[dict[str, Any]], folder: Path, draw: bool) -> list[Cas
             return path
 
         draws = "image" in task.writes
-        kind = ("edit" if "image" in task.reads else "draw") if draws else "box" if task.scorer == "box" else "text"
+        kind = ("edit" if "image" in task.reads else "draw") if draws else "box" if task.scorer in BOXES else "text"
         right = "target" if kind == "edit" else "picture"
         for row in rows:
             instruction, expected, answer = asked = (row["instruction"], row["expected"], row["answer"])

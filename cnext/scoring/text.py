@@ -28,7 +28,7 @@ def short_answer(task: Task, samples: Sequence[Sample], predictions: Sequence[Pr
         a, b = answer.upper().strip(), reference.upper().strip()
         return not repeats_a_word(answer) and (a in b or b in a)
 
-    return _scores(samples, predictions, released)
+    return text_scores(samples, predictions, released)
 
 
 def ocr_answer(task: Task, samples: Sequence[Sample], predictions: Sequence[Prediction]) -> list[Score]:
@@ -44,51 +44,66 @@ def ocr_answer(task: Task, samples: Sequence[Sample], predictions: Sequence[Pred
         a, b = answer.lower().strip(), reference.lower().strip()
         return not repeats_a_word(answer) and "Unanswerable" not in answer and (a in b or b in a)
 
-    return _scores(samples, predictions, released, read=True)
+    return text_scores(samples, predictions, released, read=True)
 
 
 def exact_answer(task: Task, samples: Sequence[Sample], predictions: Sequence[Prediction]) -> list[Score]:
-    """A word or phrase against the reference, 100 or 0, as CoIN scores it.
+    """A word or phrase against the reference, 100 or 0: CoIN's VQAv2 and VizWiz, and UCIT's tasks but for captions.
 
-    strict: as ``short_answer``.  paper: equal when lower-cased and stripped. Only the text counts.
+    strict: as ``short_answer``.  paper: equal when upper-cased. Only the text counts.
 
-    Reference: CoIN, arXiv 2403.08350, ``eval_vqav2.py``.
+    Reference: CoIN, arXiv 2403.08350, ``eval_vqav2.py`` and ``eval_vizwiz.py``; UCIT, arXiv 2503.12941,
+    ``eval_deepseek_r1.py``.
     """
-    return _scores(samples, predictions, lambda answer, reference: _folded(answer) == _folded(reference))
+    return text_scores(samples, predictions, lambda answer, reference: answer.strip().upper() == reference.upper())
 
 
 def contained_answer(task: Task, samples: Sequence[Sample], predictions: Sequence[Prediction]) -> list[Score]:
-    """Whether the answer contains the reference, 100 or 0, as MLLM-CL scores most of its tasks.
+    """Whether the answer contains the reference, 100 or 0: MLLM-CL's Med.
 
-    strict: as ``short_answer``.  paper: lower-cased and stripped, the reference is a substring of the answer. Only the
-    text counts.
+    strict: as ``short_answer``.  paper: lower-cased, the reference is a substring of the answer, and an answer with
+    "Unanswerable" in it, so capitalised, is wrong. Only the text counts.
 
     Reference: MLLM-CL, arXiv 2506.05453, ``eval_pvqa.py``.
     """
-    return _scores(samples, predictions, lambda answer, reference: _folded(reference) in _folded(answer))
+
+    def released(answer: str, reference: str) -> bool:
+        return "Unanswerable" not in answer and reference.lower() in answer.strip().lower()
+
+    return text_scores(samples, predictions, released)
 
 
-def _folded(text: str) -> str:
-    return text.lower().strip()
+Rule = Callable[[str, str], float]
+"""What a released evaluator gives an answer against one reference, from 0 to 1."""
 
 
-def _scores(
-    samples: Sequence[Sample],
-    predictions: Sequence[Prediction],
-    released: Callable[[str, str], bool],
-    read: bool = False,
+def text_scores(
+    samples: Sequence[Sample], predictions: Sequence[Prediction], released: Rule, read: bool = False
 ) -> list[Score]:
-    """Scores by the strict and by the released rule; of several accepted answers the best counts.
+    """Scores by the strict and by a released rule; of several accepted answers the best counts.
 
     read: whether answers are read from an image letter by letter, and need not be words.
     """
+
+    def best(sample: Sample, answer: str) -> float:
+        return max(released(answer, reference) for reference in sample.answers)
+
+    return sample_scores(samples, predictions, best, read)
+
+
+def sample_scores(
+    samples: Sequence[Sample],
+    predictions: Sequence[Prediction],
+    released: Callable[[Sample, str], float],
+    read: bool = False,
+) -> list[Score]:
+    """As `text_scores`, with a released rule that sees the whole sample."""
     asked = [(sample.turns[0].instruction, sample.answers[0]) for sample in samples]
     known = None if read else known_words(text for pair in asked for text in pair)
     scores = []
     for sample, prediction in zip(samples, predictions, strict=True):
         accepted = sample.answers
         hit = prediction.image is None and normalise(prediction.text) in map(normalise, accepted)
-        paper_hit = any(released(prediction.text, reference) for reference in accepted)
         error = "" if hit else text_error(prediction, accepted[0], sample.turns[0].instruction, known)
-        scores.append(Score(strict=100.0 * hit, paper=100.0 * paper_hit, error=error))
+        scores.append(Score(strict=100.0 * hit, paper=100.0 * released(sample, prediction.text), error=error))
     return scores
