@@ -132,8 +132,8 @@ def _score(sample: Sample, prediction: Prediction, released: Callable[[str], Box
         where = sample.origin or sample.id
         raise DataError(f"{where}: {_expected(sample.turns[0].answer)}; correct the file or remove the sample")
     answer = parse_box(prediction.text)
-    readable = answer is not None and prediction.image is None
-    hit = readable and has_area(reference) and iou(answer, reference) >= 0.5
+    overlap = iou(answer, reference) if answer is not None and has_area(reference) else 0.0
+    hit = prediction.image is None and overlap >= 0.5
 
     found = released(prediction.text)
     # The common scale cancels in IoU but for rounding, which decides boxes at exactly one half.

@@ -47,8 +47,9 @@ def read_captions(path: Path) -> dict[int | str, tuple[str, ...]]:
             for annotation in content["annotations"]:
                 found.setdefault(int(annotation["image_id"]), []).append(text(annotation, "caption"))
     except (OSError, ValueError, KeyError, TypeError, OverflowError, AttributeError) as error:
-        expected = "COCO's 'annotations' or TextVQA's 'data'"
-        raise DataError(f"cannot read the captions or answers {path}: expected {expected}: {error!r}") from error
+        expected = f"COCO's 'annotations' or TextVQA's 'data': {error!r}"
+        advice = "put the file there, or a list of accepted answers into every test row"
+        raise DataError(f"cannot read the captions or answers {path}: expected {expected}; {advice}") from error
     return {item: tuple(accepted) for item, accepted in found.items()}
 
 

@@ -168,6 +168,10 @@ class Runner:
         under_way = next((stage.number for stage in self.stages if stage.number > done), done)
         folder.cut_steps(under_way if step else done, step or (sys.maxsize if done else 0))
         self.state.scores = folder.scores(done)
+        for task in self.tasks:
+            if others := {row.scorer for row in self.state.scores.values() if row.task == task.name} - {task.scorer}:
+                before = f"{task.name} was scored by {', '.join(sorted(others))} and is by {task.scorer} from here"
+                self.progress.say(f"warning: {before}: scores that do not compare; run it anew with another --out")
         if self.plan.config.log == "tensorboard":
             folder.mirror(EventLog(folder.path / "tensorboard", self._last_steps()))
 

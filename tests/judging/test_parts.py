@@ -17,7 +17,7 @@ from cnext.judging.cache import Verdict, Verdicts
 from cnext.judging.cases import Case, rule
 from cnext.judging.requests import Prompts
 from cnext.judging.statistics import agreement, stratified, wilson
-from cnext.scoring import make_scorers
+from cnext.scoring import BOXES, SHORT_ANSWERS, make_scorers
 from cnext.scoring.answers import normalise
 from cnext.scoring.base import Prediction
 from cnext.scoring.boxes import iou, parse_box
@@ -119,12 +119,13 @@ SAID = [
 ]
 
 
-@pytest.mark.parametrize("scorer", ["short_answer", "ocr_answer", "exact_answer", "contained_answer", "box"])
+@pytest.mark.parametrize("scorer", [*SHORT_ANSWERS, *BOXES])
 @pytest.mark.parametrize("drawn", [False, True], ids=["words", "picture"])
 def test_a_judge_has_the_rules_of_the_scorer(scorer: str, drawn: bool) -> None:
     """What a scorer calls malformed is decided without a model, and nothing else is."""
-    asked, expected = "What color is the dog?", "[0.2,0.2,0.5,0.5]" if scorer == "box" else "blue"
-    samples = [Sample(str(number), (Turn(asked, expected),)) for number in range(len(SAID))]
+    asked, expected = "What color is the dog?", "[0.2,0.2,0.5,0.5]" if scorer in BOXES else "blue"
+    given = (expected,) * 10 if scorer == "coin_textvqa" else ()
+    samples = [Sample(str(number), (Turn(asked, expected),), references=given) for number in range(len(SAID))]
     picture = numpy.zeros((2, 2, 3), numpy.uint8) if drawn else None
     scores = make_scorers()[scorer](None, samples, [Prediction(text, picture) for text in SAID])
     known = known_words([asked, expected])
@@ -132,7 +133,7 @@ def test_a_judge_has_the_rules_of_the_scorer(scorer: str, drawn: bool) -> None:
     assert ruled == [score.error for score in scores]
     case = Case(1, "t", 0, "0", "text", asked, expected, "", None, None, None, IUF)
     assert [replace(case, by_rule=label).decided for label in ruled] == [label == IUF for label in ruled]
-    if scorer != "box" and not drawn:
+    if scorer not in BOXES and not drawn:
         alone = dict(zip(SAID, ruled, strict=True))
         assert [alone[text] for text in ("[ a", "djt")] == [IUF, IUF], "no color, whatever else"
         labels = [rule(scorer, "[ a", False, "boat", "What is it?", frozenset(), "")]

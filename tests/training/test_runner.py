@@ -14,7 +14,7 @@ import pytest
 import torch
 from training.conftest import ORDER, Make
 from training.faults import damage
-from training.toy import change, rows
+from training.toy import change, copy_suite, rows
 from waiting import until
 
 from cnext import RunConfig, run
@@ -214,6 +214,18 @@ def test_zero_shot_scores_stay(config: Make) -> None:
     assert results["metrics"]["forgetting"] == 0
     assert results["score_matrix"][-1] == results["zero_shot"]
     assert results["cost"]["trainable_params"] == 0
+
+
+def test_another_scorer_in_the_middle_of_a_run_is_warned_of(config: Make, toy_suite: Path, tmp_path: Path) -> None:
+    """A suite whose tasks have other scorers than when the run began, as after an update."""
+    suite = copy_suite(toy_suite, tmp_path / "suite")
+    made = config(suite=str(suite), order="VQAv2,OCRVQA", method="zero-shot")
+    for scorer, warned in (("short_answer", False), ("exact_answer", True)):
+        change(suite / "VQAv2.json", scorer=scorer)
+        run(made)
+        log = (made.folder / "run.log").read_text()
+        assert ("warning: VQAv2 was scored by short_answer and is by exact_answer from here" in log) == warned
+    assert "OCRVQA was scored" not in log
 
 
 def test_data_is_checked_before_anything_is_trained(
