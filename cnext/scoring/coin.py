@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 OPTIONS = "ABCDE"
 _ONE_CHARACTER = re.compile(r"\b(\w)\b")
+_OPTION = re.compile(r"\s*(\(?[A-E]\)?\.?\s*\Z|[A-E]\. )")
 
 
 def coin_scienceqa(task: Task, samples: Sequence[Sample], predictions: Sequence[Prediction]) -> list[Score]:
@@ -52,9 +53,9 @@ def option_letter(text: str) -> str:
 def option_flaw(sample: Sample) -> Flaw | None:
     """Says that the reference of ScienceQA names no option."""
     reference = sample.turns[0].answer
-    if option_letter(reference) in tuple(OPTIONS):
+    if _OPTION.match(reference):
         return None
-    return Flaw(f"expected the letter of an option, A to E, as the answer, got {reference!r}")
+    return Flaw(f"expected the letter of an option, A to E, as the answer, got {reference!r}; correct the file")
 
 
 def coin_textvqa(task: Task, samples: Sequence[Sample], predictions: Sequence[Prediction]) -> list[Score]:

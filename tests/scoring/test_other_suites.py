@@ -240,6 +240,9 @@ def test_ocrbench(category: str, said: str, accepted: tuple[str, ...], score: fl
     [
         ("coin", "ScienceQA", "the north pole", False),
         ("coin", "ScienceQA", "", False),
+        ("coin", "ScienceQA", "a dog", False),
+        ("coin", "ScienceQA", "A dog", False),
+        ("coin", "ScienceQA", "F", False),
         ("coin", "TextVQA", "stop", False),
         ("coin", "Grounding", "left", False),
         ("coin", "Grounding", "[31,29,15,15]", True),
@@ -252,7 +255,10 @@ def test_references_that_a_script_could_not_use(suite: str, task: str, reference
     assert flaw.usable == usable
 
 
-@pytest.mark.parametrize(("suite", "task", "reference"), [("coin", "ScienceQA", "B"), ("ucit", "IconQA", "")])
+@pytest.mark.parametrize(
+    ("suite", "task", "reference"),
+    [*(("coin", "ScienceQA", letter) for letter in ("B", "(C)", "D.", "E. an emu")), ("ucit", "IconQA", "")],
+)
 def test_references_that_are_all_right(suite: str, task: str, reference: str) -> None:
     assert reference_check(suites.load(suite).task(task))(Sample("1", (Turn("?", reference),))) is None
 
