@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
@@ -10,12 +11,19 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
+from cnext.averaging.task_parameters import named, require_past, require_supported
+from cnext.distributed.wrapped_names import without_wrappers
 from cnext.errors import UserError
 
 Rule = Literal["pema", "pema-kron", "pema-step", "pema-literal", "pema-released", "dema", "constant", "none"]
 """Names of the averaging rules; `cnext.averaging.RULES` maps each to its class."""
 Statistics = dict[str, tuple[float, float]]
 """Parameter name to mean and standard deviation of beta, the weight of the old value."""
+NO_GRADIENT = (
+    "update: no parameter of the task has a gradient, every .grad is None; call update after the backward pass and "
+    "before the optimizer's step and zero_grad, and begin the task with the parameters of the model that is trained; "
+    "in a callback of transformers' Trainer that is on_pre_optimizer_step, not on_step_end"
+)
 
 
 class MovingAverage(ABC):
@@ -27,7 +35,8 @@ class MovingAverage(ABC):
     place on their own device, and nothing synchronizes with the device before `end_task`. Under data parallelism every
     rank computes the same average, because ``.grad`` is read after its reduction.
 
-    Parameters: float32, bfloat16 or float16, of any shape. Memory: see the rules.
+    Parameters: float32, bfloat16 or float16, of any shape. Memory: see the rules. They are known by their names,
+    without the prefixes of torch.compile, DistributedDataParallel and FSDP: a model may be wrapped between tasks.
 
     Example:
         >>> import torch
@@ -49,6 +58,8 @@ class MovingAverage(ABC):
     name: ClassVar[str]
     persistent_statistics: ClassVar[int] = 0
     """float32 values per parameter that the rule keeps between tasks."""
+    reads_gradients: ClassVar[bool] = True
+    """Whether the rule reads gradients, so that a task without any is an error."""
 
     def __init__(self) -> None:
         self.parameters: dict[str, nn.Parameter] = {}
@@ -62,9 +73,10 @@ class MovingAverage(ABC):
         self.statistics: Statistics = {}
         """What the last `end_task` returned."""
         self._training_values: dict[str, Tensor] | None = None
+        self._seen_gradient = False
 
     def task(
-        self, parameters: nn.Module | Mapping[str, nn.Parameter], *, steps: int
+        self, parameters: nn.Module | Mapping[str, nn.Parameter], *, steps: int, untrained: bool = False
     ) -> AbstractContextManager[MovingAverage]:
         """`begin_task` and `end_task` as a context, which yields this average.
 
@@ -75,6 +87,7 @@ class MovingAverage(ABC):
         Args:
             parameters: a module, of which the parameters that require a gradient are taken, or the parameters by name.
             steps: optimizer steps of the task, at least 1.
+            untrained: see `begin_task`.
 
         Raises:
             UserError: on entering, as `begin_task`, or because the context was entered before; on leaving, as
@@ -88,18 +101,26 @@ class MovingAverage(ABC):
             ...     model(torch.ones(1, 2)).sum().backward()
             ...     average.update()
         """
-        return _TaskContext(self, parameters, steps)
+        return _TaskContext(self, parameters, steps, untrained)
 
-    def begin_task(self, parameters: nn.Module | Mapping[str, nn.Parameter], steps: int) -> None:
+    def begin_task(
+        self, parameters: nn.Module | Mapping[str, nn.Parameter], steps: int, *, untrained: bool = False
+    ) -> None:
         """Opens a task that trains these parameters from their present values.
 
         Args:
             parameters: a module, of which the parameters that require a gradient are taken, or the parameters by name.
-                A name is the same in every task.
+                A name is the same in every task. The prefixes of wrappers, ``_orig_mod.`` and ``module.``, are dropped.
             steps: optimizer steps of the task, at least 1.
+            untrained: whether it is right that no earlier task trained any of the parameters.
 
         Raises:
-            UserError: a task is open, ``steps`` is not positive, or there is nothing to train.
+            UserError: a task is open, ``steps`` is not positive, there is nothing to train, or a parameter cannot be
+                averaged: it is integer, complex, float64 or sparse, on the meta device, or shares memory with another.
+                Or the names are those of earlier tasks with another prefix.
+
+        Warns:
+            RuntimeWarning: no earlier task trained any of the parameters, though there were some.
         """
         if self.steps:
             raise UserError(
@@ -107,22 +128,31 @@ class MovingAverage(ABC):
             )
         if not isinstance(steps, int) or steps < 1:
             raise UserError(f"begin_task: steps is {steps!r}; expected a whole number of at least 1")
-        self.parameters, self.step, self.steps = _named(parameters), 0, steps
+        self.parameters, self.step, self.steps = named(parameters), 0, steps
         with ExitStack() as undo:
             undo.callback(self.cancel_task)
+            self.check_parameters()
+            if not untrained:
+                past = {name: tensor.shape for name, tensor in self.past().items() if bool(tensor.any())}
+                require_past(self.sizes_of_past(), past)
             self.start()
             undo.pop_all()
 
     def update(self, losses: Tensor | None = None, *, rate: float = 1.0) -> None:
-        """Reads one step's ``.grad`` (None counts as zero): after the backward pass, before clipping and penalties.
+        """Reads one step's ``.grad``: after the backward pass, before clipping and penalties.
+
+        A parameter without a gradient, as in a branch that the step did not use, counts as one with a gradient of zero.
 
         Args:
             losses: (batch,) the samples' own losses with their graph, for a rule that was made with ``unit="sample"``.
             rate: learning rate of this step over the schedule's largest, for a rule that pulls (`PemaKron`).
 
         Raises:
-            UserError: no task is open, it has had all its steps, the average is swapped in, or the rate is not from 0
-                to 1.
+            UserError: no task is open, it has had all its steps, the average is swapped in, the rate is not from 0 to
+                1, or no parameter has had a gradient since the task began.
+
+        Warns:
+            RuntimeWarning: no parameter has a gradient, unlike in earlier steps.
         """
         if not self.steps:
             raise UserError("update: no task is open; call begin_task first, or update inside `with average.task(...)`")
@@ -133,6 +163,7 @@ class MovingAverage(ABC):
             raise UserError(
                 f"update: expected rate, the learning rate over the schedule's largest, from 0 to 1, got {rate}"
             )
+        self._require_gradient()
         self.rate = rate
         self.read_gradients(losses)
         self.step += 1
@@ -165,7 +196,50 @@ class MovingAverage(ABC):
 
     def _close(self) -> None:
         self.reset()
-        self.parameters, self.step, self.steps = {}, 0, 0
+        self.parameters, self.step, self.steps, self._seen_gradient = {}, 0, 0, False
+
+    def _require_gradient(self) -> None:
+        """Raises UserError in a task's first step without a gradient or with sparse ones. Warns in a later one."""
+        if not self.reads_gradients:
+            return
+        found = self.has_gradient()
+        if found and not self._seen_gradient:
+            for name, parameter in self.parameters.items():
+                if parameter.grad is not None and parameter.grad.layout != torch.strided:
+                    raise UserError(
+                        f"update: the gradient of {name!r} is {parameter.grad.layout}; expected a dense one"
+                    )
+            self._seen_gradient = True
+        elif not found and not self._seen_gradient:
+            raise UserError(NO_GRADIENT)
+        elif not found:
+            warnings.warn(f"{NO_GRADIENT}. It counts as zero", RuntimeWarning, stacklevel=3)
+
+    def has_gradient(self) -> bool:
+        """Whether the step left a gradient in any parameter, be it zero."""
+        return any(parameter.grad is not None for parameter in self.parameters.values())
+
+    def warn_of_zeros(self, total: float) -> None:
+        """Called at a task's end. total: sum of the squared gradients that the rule has read."""
+        if not total:
+            warnings.warn(
+                f"{self.name}: every gradient that was read was zero or not finite, and the task has no weight in the "
+                "average; call update where .grad holds the step's gradient, before zero_grad",
+                RuntimeWarning,
+                stacklevel=4,
+            )
+
+    def check_parameters(self) -> None:
+        """Called by `begin_task`: raises UserError for parameters that the rule cannot average."""
+        require_supported(self.parameters)
+
+    def past(self) -> Mapping[str, Tensor]:
+        """What is kept of earlier tasks, zero where it says nothing."""
+        return {}
+
+    def sizes_of_past(self) -> Mapping[str, torch.Size]:
+        """The shapes of `past` for the open task's parameters."""
+        return {name: parameter.shape for name, parameter in self.parameters.items()}
 
     @abstractmethod
     def start(self) -> None:
@@ -250,6 +324,8 @@ class MovingAverage(ABC):
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Restores what `state_dict` returned. For a state saved inside a task, first call `begin_task` as then.
 
+        The prefixes of wrappers in the names do not count.
+
         Raises:
             UserError: the state belongs to another rule, or to a task over other parameters or steps.
         """
@@ -268,7 +344,8 @@ class MovingAverage(ABC):
                 f"load_state_dict: the state was saved in a task of {int(state['steps'])} steps, and the open task has "
                 f"{self.steps} (0: no task); call begin_task with the same arguments first"
             )
-        for kind, tensors in loaded.items():
+        plain = {kind: without_wrappers(tensors, f"load_state_dict: {kind}") for kind, tensors in loaded.items()}
+        for kind, tensors in plain.items():
             self._load(kind, slots[kind], tensors)
         self.step = int(state["step"])
 
@@ -291,13 +368,20 @@ class MovingAverage(ABC):
 class _TaskContext(AbstractContextManager[MovingAverage]):
     """What `MovingAverage.task` returns."""
 
-    def __init__(self, average: MovingAverage, parameters: nn.Module | Mapping[str, nn.Parameter], steps: int) -> None:
-        self.average, self.parameters, self.steps, self.entered = average, parameters, steps, False
+    def __init__(
+        self,
+        average: MovingAverage,
+        parameters: nn.Module | Mapping[str, nn.Parameter],
+        steps: int,
+        untrained: bool,
+    ) -> None:
+        self.average, self.parameters, self.steps, self.untrained = average, parameters, steps, untrained
+        self.entered = False
 
     def __enter__(self) -> MovingAverage:
         if self.entered:
             raise UserError("task: this context was entered before; call average.task(...) again for another task")
-        self.average.begin_task(self.parameters, self.steps)
+        self.average.begin_task(self.parameters, self.steps, untrained=self.untrained)
         self.entered = True
         return self.average
 
@@ -308,19 +392,6 @@ class _TaskContext(AbstractContextManager[MovingAverage]):
         finally:
             if self.average.steps:
                 self.average.cancel_task()
-
-
-def _named(parameters: nn.Module | Mapping[str, nn.Parameter]) -> dict[str, nn.Parameter]:
-    """A task's parameters by name."""
-    if isinstance(parameters, Mapping):
-        return dict(parameters)
-    if not isinstance(parameters, nn.Module):
-        kind = type(parameters).__name__
-        raise UserError(f"begin_task: parameters is a {kind}; expected a module, or a mapping of name to parameter")
-    found = {name: parameter for name, parameter in parameters.named_parameters() if parameter.requires_grad}
-    if not found:
-        raise UserError("begin_task: no parameter of the module requires a gradient; unfreeze those to train")
-    return found
 
 
 def _unshared(tensor: Tensor) -> Tensor:

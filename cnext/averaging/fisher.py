@@ -41,7 +41,7 @@ class FisherAccumulator:
 
     Raises:
         UserError: the unit is unknown. `open`: a unit other than "step" with several processes. `step`: losses are
-            missing, or given where the unit takes none.
+            missing, without a graph, or given where the unit takes none, or a sample's loss depends on no parameter.
 
     Example:
         >>> import torch
@@ -67,6 +67,7 @@ class FisherAccumulator:
         self.fisher: Mapping[str, Tensor] = {}
         self._hooks: list[RemovableHandle] = []
         self._groups: list[tuple[list[nn.Parameter], ops.Prepared]] = []
+        self._seen = False
 
     def __getstate__(self) -> dict[str, object]:
         # A copy has other tensors and prepares its own calls.
@@ -93,7 +94,11 @@ class FisherAccumulator:
         self.parameters, self.fisher, self.active = parameters, fisher, active
         self._groups = self._prepared() if self.unit == "step" else []
         if self.unit == "micro-batch":
-            self._hooks = [parameter.register_hook(self._hook(name)) for name, parameter in parameters.items()]
+            self._hooks = [p.register_hook(self._hook(name)) for name, p in self._trained().items()]
+
+    def has_gradient(self) -> bool:
+        """Whether gradients came since the last step. Those of samples are computed by `step`, which checks them."""
+        return self.unit == "sample" or self._seen
 
     def step(self, losses: Tensor | None = None) -> None:
         """Accumulates one step, after its backward passes (for the unit "sample", before or after them).
@@ -104,19 +109,30 @@ class FisherAccumulator:
         if (losses is not None) != (self.unit == "sample"):
             expected = "the samples' losses, (batch,)" if self.unit == "sample" else "no losses"
             raise UserError(f"unit {self.unit!r} expects {expected}; got {'none' if losses is None else 'losses'}")
+        self._seen = False
+        if losses is not None and not losses.requires_grad:
+            raise UserError("the samples' losses have no graph; expected them as the model gave them, not detached")
         if not self.active():
             return
         if losses is not None:
-            names, parameters = list(self.parameters), list(self.parameters.values())
-            for loss in losses.unbind():
-                found = torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True)
-                self._add(dict(zip(names, found, strict=True)))
+            self._add_samples(losses)
         elif self.unit == "step":
             self._groups = self._groups or self._prepared()
             for parameters, add in self._groups:
                 gradients = [parameter.grad for parameter in parameters]
                 if any(gradient is not None for gradient in gradients):
                     add(grad=gradients)
+
+    def _add_samples(self, losses: Tensor) -> None:
+        trained = self._trained()
+        for loss in losses.unbind():
+            found = torch.autograd.grad(loss, list(trained.values()), retain_graph=True, allow_unused=True)
+            if all(gradient is None for gradient in found):
+                raise UserError("a sample's loss depends on no parameter of the task; expected the losses of its model")
+            self._add(dict(zip(trained, found, strict=True)))
+
+    def _trained(self) -> dict[str, nn.Parameter]:
+        return {name: parameter for name, parameter in self.parameters.items() if parameter.requires_grad}
 
     def close(self) -> None:
         """Stops accumulating: removes the hooks and drops all references."""
@@ -136,6 +152,7 @@ class FisherAccumulator:
 
     def _hook(self, name: str) -> Callable[[Tensor], None]:
         def add(gradient: Tensor) -> None:
+            self._seen = True
             if self.active():
                 self._add({name: gradient})
 

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 
 from cnext import ops
 from cnext.averaging.base import MovingAverage, Statistics, match_strides
+from cnext.averaging.task_parameters import require_supported
+from cnext.distributed.wrapped_names import without_wrappers
 from cnext.errors import UserError
 from cnext.ops.kron import MOST_RANK
 
@@ -124,6 +126,21 @@ class _Call:
         ]
 
 
+def _require_one_kind(key: str, members: Sequence[tuple[str, Tensor]], diagonal: bool) -> None:
+    """Raises UserError for parameters of a group that its ops would refuse in a task's second half."""
+    first, like = members[0]
+    for name, parameter in members:
+        if not parameter.numel():
+            raise UserError(f"begin_task: {name!r} has no elements; leave it out")
+        if not diagonal and not parameter.is_contiguous():
+            raise UserError(f"begin_task: {name!r} has strides {parameter.stride()}; expected a contiguous matrix")
+        if (parameter.dtype, parameter.device) != (like.dtype, like.device):
+            raise UserError(
+                f"begin_task: {name!r} is {parameter.dtype} on {parameter.device}; expected {like.dtype} on "
+                f"{like.device}, as {first!r} of the same group {key!r}"
+            )
+
+
 class PemaKron(MovingAverage):
     """PEMA whose Fisher information is a block per row, as a penalty during training and as a merge at a task's end.
 
@@ -225,8 +242,24 @@ class PemaKron(MovingAverage):
     def current(self, kind: str) -> Iterable[str]:
         return self.parameters if kind == "theta_start" else self.groups
 
+    def past(self) -> dict[str, Tensor]:
+        return self.rows_old
+
+    def sizes_of_past(self) -> dict[str, torch.Size]:
+        return {key: torch.Size([group.n]) for key, group in groups_of(self._every(), self.pattern).items()}
+
+    def check_parameters(self) -> None:
+        self.frozen = without_wrappers(self.frozen, "begin_task")
+        every = self._every()
+        require_supported(every)
+        for key, group in groups_of(every, self.pattern).items():
+            _require_one_kind(key, [(name, every[name]) for name in group.names], group.diagonal)
+
+    def _every(self) -> dict[str, nn.Parameter]:
+        return {**self.parameters, **self.frozen}
+
     def start(self) -> None:
-        every = {**self.parameters, **self.frozen}
+        every = self._every()
         self.groups = groups_of(every, self.pattern)
         self.theta_start = {name: parameter.detach().clone() for name, parameter in self.parameters.items()}
         for key, group in self.groups.items():
@@ -265,7 +298,7 @@ class PemaKron(MovingAverage):
         own = torch.tensor([name in self.parameters for name in self.groups[key].names], device=factor.device)
         if bool(own.all()):
             return whole.contiguous()
-        every = {**self.parameters, **self.frozen}
+        every = self._every()
         axes = self.groups[key].axes
         ranks = [every[name].shape[axis] for name, axis in zip(self.groups[key].names, axes, strict=True)]
         columns = own.repeat_interleave(torch.tensor(ranks, device=factor.device)).nonzero().flatten()
@@ -273,7 +306,7 @@ class PemaKron(MovingAverage):
 
     def _calls(self, groups: Mapping[str, Group]) -> list[_Call]:
         """The groups by device and dtype."""
-        every = {**self.parameters, **self.frozen}
+        every = self._every()
         kinds: dict[tuple[torch.device, torch.dtype], dict[str, Group]] = {}
         for key, group in groups.items():
             first = every[group.names[0]]
@@ -289,7 +322,7 @@ class PemaKron(MovingAverage):
         if losses is not None:
             raise UserError("update: pema-kron reads the gradients of steps and takes no losses")
         if self.reads:
-            every = {**self.parameters, **self.frozen}
+            every = self._every()
             for call in self._reading:
                 gradients = {name: match_strides(every[name].grad, every[name]) for name in call.names}
                 rows, factor = call.factors(self.rows_new, self.factor_new)
@@ -307,6 +340,7 @@ class PemaKron(MovingAverage):
                 "begin the task with the number of its steps, or call cancel_task"
             )
         total = float(torch.stack([rows.double().sum().cpu() for rows in self.rows_new.values()]).sum())
+        self.warn_of_zeros(total)
         scale = sum(group.n * group.r for group in self.groups.values()) / total if total > 0 else 0.0
         statistics = self._merged(scale) if self._past and self.c < math.inf else {}
         for new, old in ((self.rows_new, self.rows_old), (self.factor_new, self.factor_old)):

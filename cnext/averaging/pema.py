@@ -62,6 +62,12 @@ class Pema(MovingAverage):
     def slots(self) -> dict[str, dict[str, Tensor]]:
         return {"fisher_old": self.fisher_old, "fisher_new": self.fisher_new, "theta_start": self.theta_start}
 
+    def past(self) -> dict[str, Tensor]:
+        return self.fisher_old
+
+    def has_gradient(self) -> bool:
+        return self.accumulator.has_gradient() or super().has_gradient()
+
     def start(self) -> None:
         for name, parameter in self.parameters.items():
             zeros = torch.zeros_like(parameter, dtype=torch.float32, requires_grad=False)
@@ -84,6 +90,7 @@ class Pema(MovingAverage):
             )
         groups = list(by_kind(self.parameters))
         total = sum(float(ops.sums([self.fisher_new[name] for name in names]).sum()) for names in groups)
+        self.warn_of_zeros(total)
         size = sum(tensor.numel() for tensor in self.fisher_new.values())
         statistics = {}
         for names in groups:

@@ -11,6 +11,7 @@ from torch import Tensor
 from cnext import ops
 from cnext.averaging.base import MovingAverage, Statistics, by_kind, mean_and_std
 from cnext.errors import UserError, unknown
+from cnext.ops import checks
 
 
 class PerStepAverage(MovingAverage):
@@ -25,6 +26,8 @@ class PerStepAverage(MovingAverage):
 
     def __init__(self, dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
+        if dtype not in checks.PARAM:
+            raise UserError(f"expected the dtype of an average, {', '.join(map(str, checks.PARAM))}, got {dtype}")
         self.dtype = dtype
         self.ema: dict[str, Tensor] = {}
         self._prepared: dict[int, ops.Prepared] = {}
@@ -38,6 +41,11 @@ class PerStepAverage(MovingAverage):
 
     def evaluated(self) -> Mapping[str, Tensor]:
         return self.ema
+
+    def check_parameters(self) -> None:
+        super().check_parameters()
+        for parameter in self.parameters.values():
+            checks.require_one_16_bit_dtype("begin_task", {"ema": self.dtype, "theta": parameter.dtype})
 
     def start(self) -> None:
         for name, parameter in self.parameters.items():
@@ -102,6 +110,7 @@ class Constant(PerStepAverage):
     """
 
     name = "constant"
+    reads_gradients = False
 
     def __init__(self, retention: float = 0.13, beta: float | None = None, dtype: torch.dtype = torch.float32) -> None:
         super().__init__(dtype)
@@ -190,6 +199,7 @@ class PemaStep(PerStepAverage):
 
     def finish(self) -> Statistics:
         self._average(0.0)
+        self.warn_of_zeros(sum(float(level.sum()) for level in self._levels))
         rows = {
             n: row
             for names, rows in zip(self.groups, self._rows, strict=True)
@@ -269,6 +279,7 @@ class PemaLiteral(PerStepAverage):
     def finish(self) -> Statistics:
         number, inside = (sum(float(counted[:, k].sum()) for counted in self._counted) for k in (0, 1))
         self.inside = inside / number if number else float("nan")
+        self.warn_of_zeros(sum(float(fisher.sum()) for fisher in self.fisher.values()))
         super().finish()
         if number and self.inside < 0.01:
             warnings.warn(

@@ -65,6 +65,7 @@ class Dema(PerStepAverage):
             step(theta=theta, grad=self.gradients(names), factor=self.factor, fallback=self.fallback)
 
     def finish(self) -> Statistics:
+        self.warn_of_zeros(sum(float(gradient.count_nonzero()) for gradient in self.grad_prev.values()))
         for names in self.groups:
             ops.ema_step_(self.listed(self.parameters, names), self.listed(self.ema, names), beta=WITHOUT_GRADIENT)
         return super().finish()
@@ -87,6 +88,7 @@ class PemaReleased(PerStepAverage):
         >>> from cnext.averaging import PemaReleased
         >>> bias, average = torch.nn.Parameter(torch.zeros(1)), PemaReleased()
         >>> with average.task({"bias": bias}, steps=1):
+        ...     bias.grad = torch.ones(1)
         ...     average.update()
         ...     bias.data[:] = 1.0  # in place of an optimizer's step
         >>> round(bias.item(), 4)
@@ -132,6 +134,10 @@ class NoAverage(MovingAverage):
     """
 
     name = "none"
+    reads_gradients = False
+
+    def check_parameters(self) -> None:
+        return
 
     def start(self) -> None:
         return

@@ -164,7 +164,8 @@ class Method(ABC):
             memory: as many samples of each task as the card asks for; empty for a rehearsal-free method.
         """
         if self.rule:
-            self.rule.begin_task(parameters, steps)
+            # Tasks of a method may train branches that no earlier one trained.
+            self.rule.begin_task(parameters, steps, untrained=True)
 
     def before_step(self, batch: Sequence[Any]) -> None:
         """Called before each forward pass of training. batch: encoded samples, as ``backbone.output`` takes them."""

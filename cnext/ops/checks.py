@@ -33,7 +33,7 @@ def _exchange() -> tuple[Any, Any] | None:
 
 
 @cache
-def _require_memory(kind: type) -> None:
+def require_memory(kind: type) -> None:
     """Refuses a class that is no tensor, or a tensor subclass with a __torch_dispatch__: a wrapper without storage."""
     if kind is type(None):
         return
@@ -55,11 +55,11 @@ def table(tensors: Sequence[Tensor | None]) -> numpy.ndarray:
         UserError: something is no tensor, or a wrapper without storage of its own, such as a DTensor.
     """
     for kind in set(map(type, tensors)):
-        _require_memory(kind)
+        require_memory(kind)
     if (found := _exchange()) is not None:
         core, api = found
         return core.describe(api, list(tensors))
-    rows = [_row(tensor) if tensor is not None and _dense(tensor) else (-1,) * 4 for tensor in tensors]
+    rows = [_row(tensor) if tensor is not None and dense(tensor) else (-1,) * 4 for tensor in tensors]
     return numpy.array(rows, dtype=numpy.int64).reshape(-1, 4)
 
 
@@ -69,7 +69,7 @@ def _row(tensor: Tensor) -> tuple[int, int, int, int]:
     return tensor.data_ptr(), tensor.numel(), hash((str(tensor.dtype), str(tensor.device))), shape
 
 
-def _dense(tensor: Tensor) -> bool:
+def dense(tensor: Tensor) -> bool:
     """Whether the elements fill a contiguous range of memory, in any order of dimensions."""
     if tensor.layout != torch.strided:
         return False
@@ -186,7 +186,7 @@ def require_layout(op: str, lists: Mapping[str, Sequence[Tensor]]) -> None:
     (first, base), *_ = lists.items()
     for name, tensors in lists.items():
         for i, tensor in enumerate(tensors):
-            if not _dense(tensor):
+            if not dense(tensor):
                 raise UserError(
                     f"{op}: {name}[{i}] has gaps or is not strided; expected a dense layout, see contiguous()"
                 )

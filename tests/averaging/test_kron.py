@@ -254,7 +254,9 @@ def test_what_does_not_fit_together_is_refused() -> None:
         UserError, match=r"'q.A' has a factor of shape \(3, 3\), and had \(5, 5\) before; a group has the same"
     ):
         average.begin_task(fewer, STEPS)
-    average.begin_task(parameters(), STEPS)
+    given = parameters()
+    average.begin_task(given, STEPS)
+    given["norm"].grad = torch.ones(5)
     with pytest.raises(UserError, match="takes no losses"):
         average.update(torch.ones(1))
     with pytest.raises(UserError, match="end_task after 0 of 4 steps"):

@@ -128,6 +128,7 @@ def test_task_contexts_are_neither_nested_nor_entered_twice():
         average.update()
     with pytest.raises(UserError, match=r"entered before; call average.task\(...\) again"), task:
         pass
+    net[0].weight.grad = torch.ones(4, 5)
     with pytest.raises(UserError, match="end_task after 1 of 4 steps"), (pema := Pema()).task(net, steps=4):
         pema.update()
     assert pema.steps == 0, "a task whose end failed is closed"
@@ -194,12 +195,12 @@ def test_pema_first_task_and_parameters_that_a_task_leaves_out():
     assert torch.equal(average.fisher_old["0.weight"], kept)
 
 
-def test_pema_without_gradients_keeps_the_old_and_stays_finite():
-    weight = nn.Parameter(torch.ones(3))
+def test_pema_keeps_the_old_where_a_parameter_has_no_gradient_and_stays_finite():
+    weight, used = nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(3))
     average = Pema(damping=0.0)
     for gradient, value in ((torch.ones(3), 2.0), (None, 5.0)):
-        average.begin_task({"w": weight}, 1)
-        weight.grad = gradient
+        average.begin_task({"w": weight, "used": used}, 1)
+        weight.grad, used.grad = gradient, torch.ones(3)
         average.update()
         weight.data.fill_(value)
         average.end_task()
@@ -328,11 +329,10 @@ def test_average_of_a_float16_model_in_either_dtype(rule, dtype):
 
 def test_average_of_another_16_bit_dtype_is_refused():
     net, average = nn.Linear(4, 2).half(), PemaStep(dtype=torch.bfloat16)
-    average.begin_task(dict(net.named_parameters()), 1)
     with pytest.raises(
         UserError, match=r"theta has dtype torch\.float16; expected torch\.float32 or torch\.bfloat16, that of ema"
     ):
-        average.update()
+        average.begin_task(dict(net.named_parameters()), 1)
 
 
 @every_rule
@@ -366,6 +366,7 @@ def test_misuse_is_refused():
     average.begin_task({"w": weight}, 2)
     with pytest.raises(UserError, match=r"a task is open.*call end_task or cancel_task first"):
         average.begin_task({"w": weight}, 2)
+    weight.grad = torch.ones(3)
     average.update()
     with pytest.raises(UserError, match="end_task after 1 of 2 steps"):
         average.end_task()

@@ -13,6 +13,7 @@ from cnext import adapters
 from cnext.adapters import BRANCH_ROLES, BranchRole, roles_of
 from cnext.averaging import RULES, PemaKron
 from cnext.averaging.pooling import pooled
+from cnext.distributed.wrapped_names import without_wrappers
 from cnext.errors import UserError, unknown
 from cnext.methods.lora import Lora
 from cnext.tasks.base import Task
@@ -83,7 +84,8 @@ class RoleBranches(Lora):
         """Mean and standard deviation of beta, the weight of the old value, per branch, where the rule has one."""
         assert self.rule
         betas = self.rule.end_task()
-        return {branch: pooled(betas, group) for branch, group in self.groups.items()} if betas else None
+        groups = {branch: without_wrappers(group, branch) for branch, group in self.groups.items()}
+        return {branch: pooled(betas, group) for branch, group in groups.items()} if betas else None
 
 
 @dataclass

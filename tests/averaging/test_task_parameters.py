@@ -1,0 +1,335 @@
+"""What an average is given: names under wrappers, parameters that it cannot average, a past, and gradients at all."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load, save
+from torch import nn
+
+from cnext.averaging import RULES, UNITS, Constant, MovingAverage, Pema, PemaKron, PemaStep
+from cnext.distributed.wrapped_names import unwrapped
+from cnext.errors import UserError
+
+STEPS = 4
+READING = {name: rule for name, rule in RULES.items() if rule.reads_gradients}
+COMPUTING = {name: rule for name, rule in RULES.items() if name != "none"}
+WITH_PAST = {"pema": Pema, "pema-kron": PemaKron}
+pytestmark = pytest.mark.filterwarnings("ignore:pema-literal")
+
+
+def every(rules: dict[str, type[MovingAverage]]) -> pytest.MarkDecorator:
+    return pytest.mark.parametrize("rule", rules.values(), ids=rules)
+
+
+def network() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 3))
+
+
+def train(net: nn.Module, average: MovingAverage, given: dict[str, Any], task: int, *, late: bool = False) -> None:
+    """A task of plain descent. late: `update` comes after the gradients were dropped."""
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    average.begin_task(given, STEPS)
+    for step in range(STEPS):
+        seen = torch.randn(8, 5, generator=torch.Generator().manual_seed(10 * task + step))
+        (net(seen) - task).square().mean().backward()
+        if not late:
+            average.update()
+        optimizer.step()
+        optimizer.zero_grad()
+        if late:
+            average.update()
+    average.end_task()
+
+
+@every(READING)
+def test_an_update_without_any_gradient_is_refused(rule: type[MovingAverage]) -> None:
+    net, average = network(), rule()
+    with pytest.raises(UserError, match=r"every \.grad is None; call update after the backward pass .* on_step_end"):
+        train(net, average, dict(net.named_parameters()), 0, late=True)
+    assert average.step == 0
+    average.cancel_task()
+    other = copy.deepcopy(net)
+    with pytest.raises(UserError, match="with the parameters of the model that is trained"):
+        train(net, average, dict(other.named_parameters()), 0)
+
+
+@every({name: rule for name, rule in RULES.items() if name not in READING})
+def test_rules_that_read_no_gradient_need_none(rule: type[MovingAverage]) -> None:
+    net = network()
+    train(net, rule(), dict(net.named_parameters()), 0, late=True)
+
+
+@every(READING)
+def test_sparse_gradients_are_refused_at_the_first_step(rule: type[MovingAverage]) -> None:
+    words, average = nn.Embedding(5, 3, sparse=True), rule()
+    average.begin_task(words, STEPS)
+    words(torch.tensor([1, 2])).sum().backward()
+    with pytest.raises(UserError, match=r"gradient of 'weight' is torch\.sparse_coo; expected a dense one"):
+        average.update()
+
+
+@every(READING)
+def test_branches_that_a_step_leaves_out_need_no_gradient(rule: type[MovingAverage]) -> None:
+    weights = {name: nn.Parameter(torch.ones(3, 2)) for name in ("one", "two", "never")}
+    average = rule()
+    average.begin_task(weights, 2)
+    for used in ("one", "two"):
+        for parameter in weights.values():
+            parameter.grad = None
+        weights[used].grad = torch.ones(3, 2)
+        average.update()
+    average.end_task()
+
+
+@every(READING)
+def test_a_later_step_without_any_gradient_is_told(rule: type[MovingAverage]) -> None:
+    weight, average = nn.Parameter(torch.ones(3, 2)), rule()
+    average.begin_task({"weight": weight}, 4)
+    for step in range(4):
+        weight.grad = None if step == 1 else torch.ones(3, 2)
+        if step == 1:
+            with pytest.warns(RuntimeWarning, match=r"every \.grad is None; .* It counts as zero"):
+                average.update()
+        else:
+            average.update()
+    average.end_task()
+
+
+@every({name: rule for name, rule in READING.items() if name != "pema-released"})
+def test_gradients_that_are_all_zero_are_told_at_the_end(rule: type[MovingAverage]) -> None:
+    """As after ``zero_grad(set_to_none=False)``."""
+    weight, average = nn.Parameter(torch.ones(3, 2)), rule()
+    average.begin_task({"weight": weight}, 2)
+    for _ in range(2):
+        weight.grad = torch.zeros(3, 2)
+        average.update()
+    with pytest.warns(RuntimeWarning, match=f"{rule.name}: every gradient that was read was zero or not finite"):
+        average.end_task()
+
+
+@pytest.mark.parametrize("unit", UNITS)
+def test_each_unit_is_satisfied_by_its_own_gradients(unit: Any) -> None:
+    """Of micro-batches they were read by hooks; a frozen parameter beside the trained ones has none."""
+    net, average = network(), Pema(unit=unit)
+    net[0].weight.requires_grad_(False)
+    average.begin_task(dict(net.named_parameters()), 2)
+    for step in range(2):
+        losses = net(torch.randn(8, 5, generator=torch.Generator().manual_seed(step))).square().sum(1)
+        if unit == "sample":
+            average.update(losses)
+        losses.mean().backward()
+        if unit == "step":
+            average.update()
+        net.zero_grad()
+        if unit == "micro-batch":
+            average.update()
+    assert average.fisher_new["0.bias"].any()
+    average.end_task()
+
+
+def test_losses_that_tell_nothing_are_refused() -> None:
+    net, average = network(), Pema(unit="sample")
+    average.begin_task(net, 1)
+    losses = net(torch.ones(2, 5)).sum(1)
+    with pytest.raises(UserError, match="losses have no graph"):
+        average.update(losses.detach())
+    with pytest.raises(UserError, match="depends on no parameter of the task"):
+        average.update(network()(torch.ones(2, 5)).sum(1))
+
+
+WRAPPED = {
+    "torch.compile": lambda net: torch.compile(net, backend="eager").named_parameters(),
+    "DataParallel": lambda net: nn.DataParallel(net).named_parameters(),
+    "compiled and parallel": lambda net: nn.DataParallel(torch.compile(net, backend="eager")).named_parameters(),
+    "parallel and compiled": lambda net: torch.compile(nn.DataParallel(net), backend="eager").named_parameters(),
+    "two times": lambda net: nn.DataParallel(nn.DataParallel(net)).named_parameters(),
+    "a compiled layer": lambda net: [(n.replace("0.", "0._orig_mod."), p) for n, p in net.named_parameters()],
+    "FSDP": lambda net: [(f"_fsdp_wrapped_module.{n}", p) for n, p in net.named_parameters()],
+    "checkpointing": lambda net: [
+        (n.replace("2.", "2._checkpoint_wrapped_module."), p) for n, p in net.named_parameters()
+    ],
+}
+
+
+@every(WITH_PAST)
+@pytest.mark.parametrize("wrapped", WRAPPED.values(), ids=WRAPPED)
+def test_wrapping_a_model_between_tasks_changes_nothing(rule: type[MovingAverage], wrapped: Callable[..., Any]) -> None:
+    plain, other = network(), network()
+    one, two = rule(), rule()
+    for task in range(3):
+        train(plain, one, dict(plain.named_parameters()), task)
+        train(other, two, dict(wrapped(other) if task == 1 else other.named_parameters()), task)
+    assert one.statistics == two.statistics
+    assert all(torch.equal(a, b) for a, b in zip(plain.parameters(), other.parameters(), strict=True))
+    assert one.state_dict().keys() == two.state_dict().keys()
+
+
+@every(WITH_PAST)
+@pytest.mark.parametrize("prefix", ["_orig_mod.", "module.", "module._orig_mod."])
+def test_a_state_file_of_a_wrapped_model_is_taken(rule: type[MovingAverage], prefix: str) -> None:
+    """As earlier versions wrote it, in a task and between tasks."""
+    net, average = network(), rule()
+    given = dict(net.named_parameters())
+    train(net, average, given, 0)
+    for inside in (False, True):
+        if inside:
+            average.begin_task(given, STEPS)
+        state = average.state_dict()
+        renamed = {".".join((kind, prefix + name)) if name else kind: t for key, t in state.items()
+                   for kind, _, name in [key.partition(".")]}  # fmt: skip
+        again = rule()
+        if inside:
+            again.begin_task({prefix + name: p for name, p in given.items()}, STEPS)
+        again.load_state_dict(load(save(renamed)))
+        assert again.state_dict().keys() == state.keys()
+        assert all(torch.equal(tensor, state[key]) for key, tensor in again.state_dict().items())
+
+
+def test_a_state_file_with_a_parameter_under_two_names_is_refused() -> None:
+    net, average = network(), Pema()
+    train(net, average, dict(net.named_parameters()), 0)
+    state = average.state_dict()
+    state["fisher_old._orig_mod.0.bias"] = state["fisher_old.0.bias"].clone()
+    with pytest.raises(UserError, match=r"'0.bias' and '_orig_mod.0.bias' are one name, '0.bias'"):
+        Pema().load_state_dict(state)
+    weight = nn.Parameter(torch.ones(2))
+    with pytest.raises(UserError, match=r"begin_task: 'w' and 'module.w' are one name"):
+        Pema().begin_task({"w": weight, "module.w": nn.Parameter(torch.ones(2))}, 1)
+
+
+def test_only_whole_parts_of_a_name_are_prefixes() -> None:
+    for name in ("module", "modules.0.w", "block.module.w", "my_orig_mod.w", "submodule.w"):
+        assert unwrapped(name) == name
+
+
+@every(WITH_PAST)
+@pytest.mark.parametrize("prefix", ["base_model.model.", "student.", "model.language_model."])
+def test_names_with_a_prefix_that_is_not_known_are_refused(rule: type[MovingAverage], prefix: str) -> None:
+    net, average = network(), rule()
+    given = dict(net.named_parameters())
+    longer = {prefix + name: parameter for name, parameter in given.items()}
+    for first, second in ((given, longer), (longer, given)):
+        average = rule()
+        train(net, average, first, 0)
+        with pytest.raises(UserError, match=r"differ from earlier ones by a prefix.*pass untrained=True"):
+            average.begin_task(second, STEPS)
+        assert not average.parameters
+        average.begin_task(second, STEPS, untrained=True)
+
+
+@every(WITH_PAST)
+def test_a_task_that_nothing_is_known_of_is_told(rule: type[MovingAverage]) -> None:
+    net, average = network(), rule()
+    train(net, average, dict(net.named_parameters()), 0)
+    numbered = {f"p{index}": parameter for index, parameter in enumerate(net.parameters())}
+    with pytest.warns(RuntimeWarning, match=r"no past is known of 'p0', 'p1', 'p2' and 1 more, only of"):
+        average.begin_task(numbered, STEPS)
+    average.cancel_task()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with average.task(numbered, steps=1, untrained=True):
+            net(torch.ones(2, 5)).sum().backward()
+            average.update()
+
+
+def test_a_part_that_has_another_prefix_is_told() -> None:
+    net, average = network(), Pema()
+    train(net, average, dict(net.named_parameters()), 0)
+    mixed = {name if name.startswith("0") else f"head.{name}": p for name, p in net.named_parameters()}
+    with pytest.warns(
+        RuntimeWarning, match=r"differ from earlier ones by a prefix.*'head.2.weight', earlier '2.weight'"
+    ):
+        average.begin_task(mixed, STEPS)
+
+
+def test_a_cancelled_first_task_is_no_past() -> None:
+    net, average = network(), Pema()
+    average.begin_task(net, STEPS)
+    average.cancel_task()
+    average.begin_task({f"p{index}": parameter for index, parameter in enumerate(net.parameters())}, STEPS)
+
+
+def frozen(dtype: torch.dtype) -> nn.Parameter:
+    return nn.Parameter(torch.zeros(4, 1, dtype=dtype), requires_grad=False)
+
+
+class Wrapper(torch.Tensor):
+    """A tensor subclass whose values are elsewhere, as quantized weights are."""
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return func(*args, **(kwargs or {}))
+
+
+TIED = nn.Parameter(torch.ones(4, 2))
+REFUSED: dict[str, tuple[dict[str, Any], str]] = {
+    "codes of a quantized weight": ({"w": frozen(torch.uint8)}, r"'w' has dtype torch.uint8; .*; pass the module"),
+    "int64": ({"w": frozen(torch.int64)}, "'w' has dtype torch.int64"),
+    "bool": ({"w": frozen(torch.bool)}, "'w' has dtype torch.bool"),
+    "float64": ({"w": nn.Parameter(torch.ones(2).double())}, "'w' has dtype torch.float64; expected torch.float32, "),
+    "complex": ({"w": nn.Parameter(torch.ones(2) + 0j)}, "'w' has dtype torch.complex64"),
+    "float8": ({"w": frozen(torch.float8_e4m3fn)}, "'w' has dtype torch.float8_e4m3fn"),
+    "sparse": ({"w": nn.Parameter(torch.eye(3).to_sparse())}, "'w' has layout torch.sparse_coo or gaps"),
+    "gaps": ({"w": nn.Parameter(torch.ones(4, 6)[:, :3])}, "'w' has layout torch.strided or gaps"),
+    "meta": ({"w": nn.Parameter(torch.ones(2, device="meta"))}, "'w' is on the meta device, without values"),
+    "no shape yet": (dict(nn.LazyLinear(3).named_parameters()), "'weight' has no shape yet; run the model once"),
+    "wrapper": ({"w": torch.ones(2).as_subclass(Wrapper)}, "'w' cannot be averaged: a Wrapper has no storage"),
+    "number": ({"w": 1.0}, "'w' is a float; expected a parameter"),
+    "tied": ({"a": TIED, "b": TIED}, "'a' and 'b' share memory, as tied weights do"),
+    "overlap": ({"a": TIED, "b": nn.Parameter(TIED.detach()[1:])}, "'a' and 'b' share memory"),
+    "nothing": ({}, "the mapping of parameters is empty"),
+}
+
+
+@every(COMPUTING)
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_cannot_be_averaged_is_refused_when_the_task_begins(rule: type[MovingAverage], case: str) -> None:
+    given, message = REFUSED[case]
+    average = rule()
+    with pytest.raises(UserError, match=message):
+        average.begin_task(given, 1)
+    assert not average.steps
+    if case != "nothing":
+        average.begin_task({"fine": nn.Parameter(torch.ones(2, 2))}, 1)
+
+
+def test_views_of_one_matrix_side_by_side_are_no_overlap() -> None:
+    whole = torch.ones(6, 3)
+    with Constant().task({str(i): nn.Parameter(part) for i, part in enumerate(whole.split(2))}, steps=1):
+        pass
+
+
+GROUPED: dict[str, tuple[dict[str, nn.Parameter], str]] = {
+    "dtypes": (
+        {"q.a.A": nn.Parameter(torch.ones(2, 8)), "q.b.A": nn.Parameter(torch.ones(2, 8).bfloat16())},
+        "'q.b.A' is torch.bfloat16 on cpu; expected torch.float32 on cpu",
+    ),
+    "transposed": ({"q.a.A": nn.Parameter(torch.ones(8, 2).T)}, r"'q.a.A' has strides \(1, 2\)"),
+    "empty": ({"q.a.A": nn.Parameter(torch.ones(0, 8))}, "'q.a.A' has no elements"),
+    "frozen": (
+        {"q.a.A": nn.Parameter(torch.ones(2, 8)), "codes": frozen(torch.uint8)},
+        "'codes' has dtype torch.uint8",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", GROUPED)
+def test_kron_refuses_groups_that_it_could_not_read(case: str) -> None:
+    given, message = GROUPED[case]
+    average = PemaKron()
+    average.frozen = {name: given[name] for name in given if name == "codes"}
+    with pytest.raises(UserError, match=message):
+        average.begin_task({name: given[name] for name in given if name != "codes"}, 1)
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float64, torch.complex64], ids=str)
+def test_a_dtype_that_an_average_cannot_have_is_refused(dtype: torch.dtype) -> None:
+    with pytest.raises(UserError, match=f"got {dtype}"):
+        PemaStep(dtype=dtype)
