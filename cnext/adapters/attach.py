@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from cnext.adapters.linear import AdapterLinear, Branch
 from cnext.adapters.shared_input import join, part
+from cnext.adapters.targets import linear_targets
 from cnext.errors import UserError, unknown
 
 SHARED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
@@ -49,6 +50,8 @@ def attach(
 ) -> nn.Module:
     """Replaces every linear layer whose name ends in a target by an `AdapterLinear`, and freezes all other parameters.
 
+    A layer that is at several places of the model stays one layer: all of them get the same `AdapterLinear`.
+
     A is initialized as in PEFT, uniform in +-1/sqrt(in_features), and B with zeros. All branches of a layer are sampled
     in one draw: methods that divide the same total rank differently, or add to it, start from the same values.
 
@@ -66,43 +69,46 @@ def attach(
 
     Raises:
         UserError: a rank below 1, a dropout outside [0, 1), targets that match no linear layer (all are named), or a
-            layer whose weight is not that of a plain torch.nn.Linear. The model is then unchanged.
+            layer that an adapter could not compute: its weight is quantized, sharded, parametrized, offloaded or on
+            the meta device, it has hooks, or another name of it is no target. The model is then unchanged. (A model
+            that is on the meta device as a whole can have adapters, to be counted.)
 
     Example:
         >>> attach(model, ("q_proj", "v_proj"), {"lora": 16}, scale=2.0)
         >>> optimizer = torch.optim.AdamW(set_trainable(model, ["lora"]).values(), 1e-4)
     """
     check_ranges(ranks, scale, dropout)
-    found = [
-        (name, module)
-        for name, module in model.named_modules()
-        if name.rpartition(".")[2] in targets and isinstance(module, nn.Linear)
-    ]
-    if not found and any(isinstance(module, AdapterLinear) for module in model.modules()):
-        raise UserError("the model has adapters already; detach them first")
-    if unmatched := sorted(set(targets) - {name.rpartition(".")[2] for name, _ in found}):
-        there = sorted({n.rpartition(".")[2] for n, module in model.named_modules() if isinstance(module, nn.Linear)})
-        raise UserError(
-            f"no linear layer of the model is named {', '.join(unmatched)}; its linear layers are named "
-            f"{', '.join(there) or 'nothing'}"
-        )
-    for name, module in found:
-        if type(module).forward is not nn.Linear.forward:
-            raise UserError(f"{name} is a {type(module).__name__}; adapters need the plain weight of a torch.nn.Linear")
+    found = linear_targets(model, targets)
     model.requires_grad_(False)
-    for name, module in found:
+    made: dict[nn.Module, nn.Module] = {}
+    for module in found.values():
         # A generator per layer: the first rows are the same for every total rank.
         own = torch.Generator().manual_seed(int(torch.randint(2**62, (1,), generator=generator)))
         bound = module.in_features**-0.5
         values = torch.empty(sum(ranks.values()), module.in_features).uniform_(-bound, bound, generator=own)
         parts = trained_like(values, module.weight).split(list(ranks.values()))
         branches = {key: Branch(part, module.out_features) for key, part in zip(ranks, parts, strict=True)}
-        parent, _, child = name.rpartition(".")
-        layer = AdapterLinear(module, branches, scale, dropout, independent).train(module.training)
-        setattr(model.get_submodule(parent), child, layer)
-    for parent in {name.rpartition(".")[0]: None for name, _ in found}:
-        join(model.get_submodule(parent), shared)
+        made[module] = AdapterLinear(module, branches, scale, dropout, independent).train(module.training)
+    for parent in replace_modules(model, made):
+        join(parent, shared)
     return model
+
+
+def replace_modules(model: nn.Module, others: Mapping[nn.Module, nn.Module]) -> list[nn.Module]:
+    """Replaces modules by others wherever the model has them: one module may be at several places.
+
+    Returns:
+        The modules whose children have changed.
+    """
+    changed = []
+    for parent in list(model.modules()):
+        found = {
+            name: others[child] for name, child in parent._modules.items() if child is not None and child in others
+        }
+        for name, other in found.items():
+            setattr(parent, name, other)
+        changed += [parent] if found else []
+    return changed
 
 
 def layers(model: nn.Module) -> dict[str, AdapterLinear]:
@@ -115,12 +121,11 @@ def detach(model: nn.Module) -> nn.Module:
 
     Whether parameters require a gradient stays as it is; see `AttachedMage.detach`.
     """
-    for name, layer in layers(model).items():
+    found = layers(model).values()
+    for layer in found:
         if layer.merged:
             layer.unmerge()
-        name, _, child = name.rpartition(".")
-        parent = model.get_submodule(name)
-        setattr(parent, child, layer.base)
+    for parent in replace_modules(model, {layer: layer.base for layer in found}):
         part(parent)
     return model
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from cnext.adapters.attach import layers
+from cnext.adapters.attach import layers, replace_modules
 from cnext.errors import UserError, listed
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -62,6 +62,22 @@ def refuse_routed(model: nn.Module, to: str) -> None:
         raise UserError(
             f"{to} holds branches that are always active, and these are routed by their input; only --format authors "
             "can hold routers, those of moelora"
+        )
+
+
+def refuse_tied(model: nn.Module) -> None:
+    """Raises UserError where a layer's weight is another module's too: whoever loads the model would tie them again."""
+    adapted = {layer.base: (name, layer) for name, layer in layers(model).items()}
+    owners: dict[int, list[str]] = {}
+    for name, module in model.named_modules():
+        label, layer = adapted.get(module, (name, None))
+        for weight in [layer.unmerged_weight] if layer else module.parameters(recurse=False):
+            owners.setdefault(weight.data_ptr(), []).append(label)
+    tied = [names for names in owners.values() if len(names) > 1 and any(name in names for name, _ in adapted.values())]
+    if tied:
+        raise UserError(
+            f"a merged model cannot hold branches in weights that several layers own: {' is '.join(tied[0])}; loading "
+            "it would tie them again; --format peft and authors hold the branches beside the weights"
         )
 
 
@@ -122,19 +138,18 @@ def merged(model: nn.Module) -> Iterator[nn.Module]:
     """Context in which each adapter layer is replaced by its base layer, with the active branches merged into it.
 
     Raises:
-        UserError: the branches are routed.
+        UserError: the branches are routed, or a layer's weight is another module's too.
     """
     refuse_routed(model, "a merged model")
-    found = layers(model)
-    own = [layer for layer in found.values() if not layer.merged]
+    refuse_tied(model)
+    found = layers(model).values()
+    own = [layer for layer in found if not layer.merged]
     for layer in own:
         layer.merge()
     try:
-        for name, layer in found.items():
-            model.set_submodule(name, layer.base)
+        replace_modules(model, {layer: layer.base for layer in found})
         yield model
     finally:
-        for name, layer in found.items():
-            model.set_submodule(name, layer)
+        replace_modules(model, {layer.base: layer for layer in found})
         for layer in own:
             layer.unmerge()

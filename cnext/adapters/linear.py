@@ -68,7 +68,8 @@ class AdapterLinear(nn.Module):
         self.active: Sequence[str] = tuple(branches)
         self.router: Callable[[Tensor], Tensor] | None = None
         self.observer: Callable[[Tensor], None] | None = None
-        self._unmerged: Tensor | None = None
+        # In a tuple, so that it is no parameter of this module.
+        self._unmerged: tuple[nn.Parameter] | None = None
         self._join()
 
     def forward(self, x: Tensor) -> Tensor:
@@ -122,12 +123,18 @@ class AdapterLinear(nn.Module):
         """Whether the branches are merged into the base weight."""
         return self._unmerged is not None
 
+    @property
+    def unmerged_weight(self) -> nn.Parameter:
+        """The base weight without the branches, merged or not."""
+        return self.base.weight if self._unmerged is None else self._unmerged[0]
+
+    @torch.inference_mode(mode=False)
     @torch.no_grad()
     def merge(self) -> None:
-        """Adds the active branches to the base weight, W + scale * sum over branches of B_i A_i.
+        """Gives the base another weight, W + scale * sum over the active branches of B_i A_i.
 
         Summed in float32 at least, then cast to W's dtype. The layer then costs as much as its base. The branches are
-        kept, and a copy of W for `unmerge`.
+        kept, and W for `unmerge`. W itself is not written: other layers may own it too, as embeddings tied to a head.
 
         Raises:
             UserError: merged already, or routed: weights that depend on x cannot be merged.
@@ -142,19 +149,18 @@ class AdapterLinear(nn.Module):
         for name in self.active:
             branch = self.branches[name]
             total.addmm_(branch.B.to(wide), branch.A.to(wide), alpha=self.scale)
-        self._unmerged = weight.detach().clone()
-        weight.copy_(total)
+        self._unmerged = (weight,)
+        self.base.weight = nn.Parameter(total.to(weight.dtype), requires_grad=weight.requires_grad)
 
-    @torch.no_grad()
     def unmerge(self) -> None:
-        """Restores the base weight from before `merge`, bit for bit.
+        """Gives the base its weight from before `merge` again.
 
         Raises:
             UserError: not merged.
         """
         if self._unmerged is None:
             raise UserError("unmerge: the branches are not merged; call merge first")
-        self.base.weight.copy_(self._unmerged)
+        (self.base.weight,) = self._unmerged
         self._unmerged = None
 
     @torch.no_grad()
@@ -169,7 +175,8 @@ class AdapterLinear(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> AdapterLinear:
         super()._apply(fn, recurse)
         if self._unmerged is not None:
-            self._unmerged = fn(self._unmerged)
+            (weight,) = nn.ParameterList(self._unmerged)._apply(fn, recurse)
+            self._unmerged = (weight,)
         self._join()
         return self
 

@@ -10,6 +10,8 @@ from torch import nn
 from cnext.adapters.attach import SHARED, attach, detach, layers, set_trainable
 from cnext.adapters.linear import AdapterLinear
 from cnext.adapters.roles import BRANCH_ROLES, roles_of
+from cnext.adapters.targets import linear_targets
+from cnext.errors import UserError, listed
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
@@ -60,6 +62,8 @@ class AttachedMage:
 
     def merge(self) -> None:
         """Merges the branches into the weights: the model then runs as fast as without them. See `AdapterLinear.merge`.
+
+        A weight that another module owns too, such as an embedding tied to the head, stays there as it is.
 
         Raises:
             UserError: merged already.
@@ -116,7 +120,8 @@ def attach_mage(
         A handle to train, merge and detach the branches.
 
     Raises:
-        UserError: targets that match nothing, or a layer whose weight is not plain; the model is then unchanged.
+        UserError: targets that match nothing, or layers that branches cannot compute, see `cnext.adapters.attach`, such
+            as those on the meta device; the model is then unchanged.
 
     Example:
         >>> mage = attach_mage(model)
@@ -132,6 +137,7 @@ def attach_mage(
         for name in ("language_model", "text_model"):
             language_model = getattr(language_model, name, language_model)
     assert language_model is not None, "get_decoder of transformers returns a decoder"
+    _require_own_layers(model, language_model, targets)
     before = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     ranks = {role.name: rank for role in BRANCH_ROLES}
     attach(
@@ -148,3 +154,21 @@ def attach_mage(
         if name in before:
             parameter.requires_grad_(False)
     return AttachedMage(model, before)
+
+
+def _require_own_layers(model: nn.Module, language_model: nn.Module, targets: Sequence[str]) -> None:
+    """Raises UserError for layers without values, and for those that the rest of the model has too."""
+    found = linear_targets(language_model, targets)
+    if on_meta := [name for name, layer in found.items() if layer.weight.is_meta]:
+        raise UserError(f"{listed(on_meta, 3)}: on the meta device, without values; load the weights first")
+    outside, pending = set(), [model]
+    while pending:
+        module = pending.pop()
+        if module is not language_model and module not in outside:
+            outside.add(module)
+            pending += module.children()
+    if shared := [name for name, layer in found.items() if layer in outside]:
+        raise UserError(
+            f"{listed(shared, 3)}: the model has this layer outside of its language model too; pass "
+            "language_model=model, and targets that name it at every place"
+        )
