@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
@@ -98,6 +98,16 @@ def branches_of(model: nn.Module) -> Branches:
         for name, layer in found.items()
     }
     return Branches(pairs, scales.pop())
+
+
+def with_zero_branches(model: nn.Module, branches: Branches, names: Collection[str]) -> Branches:
+    """The branches, and for further layers of a model its own A with a B of zeros, which add nothing."""
+    found = layers(model)
+    zeros = {
+        name: {key: (one.A.detach(), torch.zeros_like(one.B.detach())) for key, one in found[name].branches.items()}
+        for name in names
+    }
+    return replace(branches, pairs=branches.pairs | zeros)
 
 
 @torch.no_grad()

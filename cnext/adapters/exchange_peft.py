@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -10,11 +12,13 @@ from msgspec import Meta
 from torch import Tensor, nn
 
 from cnext.adapters.exchange import Branches, branches_of, not_finite, refuse_routed
+from cnext.distributed.wrapped_names import unwrapped
 from cnext.errors import UserError, listed, parse_json
 from cnext.records import Finite, Record, convert
+from cnext.tensor_files import read_tensors
 
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-KEY = re.compile(r"base_model\.model\.(?P<layer>.+)\.lora_(?P<half>[AB])\.weight")
+CONFIG, WEIGHTS, OLD_WEIGHTS = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
+KEY = re.compile(r"(base_model\.model\.)?(?P<layer>.+)\.lora_(?P<half>[AB])(\.(?P<adapter>[^.]+))?\.weight")
 PLAIN = {
     "peft_type": ("LORA",),
     "use_dora": (False, None),
@@ -29,14 +33,26 @@ PLAIN = {
 }
 """Settings of a PEFT adapter that is W + scale B A with an unchanged W, the same in every layer. (Initializations that
 are not listed, such as pissa, change W.)"""
+ANY_VALUE = {
+    *("r", "lora_alpha", "use_rslora", "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"),
+    *("auto_mapping", "base_model_name_or_path", "revision", "task_type", "peft_version", "inference_mode"),
+    *("lora_dropout", "eva_config", "qalora_group_size", "megatron_config", "megatron_core", "runtime_config"),
+}
+"""Settings that are read, or without effect on what a plain adapter computes."""
+OFF = (None, False, {}, [])
+"""Values with which a setting that is unknown here has no effect."""
 
 
-class Scale(Record):
-    """The rank and what scales B A, in adapter_config.json."""
+class Settings(Record):
+    """The rank, what scales B A, and which layers have an adapter, in adapter_config.json."""
 
     r: Annotated[int, Meta(ge=1, lt=2**31)]
     lora_alpha: Finite
     use_rslora: bool | None = None
+    target_modules: list[str] | str | None = None
+    exclude_modules: list[str] | str | None = None
+    layers_to_transform: list[int] | int | None = None
+    layers_pattern: list[str] | str | None = None
 
 
 def save_peft(model: nn.Module, folder: Path, one: bool = False) -> list[Path]:
@@ -99,13 +115,14 @@ def is_peft(folder: Path) -> bool:
 def read_peft(folder: Path) -> Branches:
     """Reads a PEFT adapter as a branch "lora", or the adapters in subfolders as branches of the subfolders' names.
 
+    Tensors may be named with their adapter (``lora_A.default.weight``) and with the prefixes of torch.compile, data
+    parallelism and FSDP.
+
     Raises:
-        UserError: no adapter, a file that cannot be read, settings or tensors that are not plain LoRA (all are named),
-            or adapters of different scales or layers.
+        UserError: no adapter, a file that cannot be read, settings or tensors that are not plain LoRA or not known (all
+            are named), or adapters of different scales or layers.
     """
-    parts = {path.parent.name: path.parent for path in sorted(folder.glob(f"*/{CONFIG}"))}
-    if (folder / CONFIG).is_file():
-        parts = {"lora": folder}
+    parts = _parts(folder)
     if not parts:
         raise UserError(f"expected {CONFIG} in {folder} or in its subfolders, found none")
     found = {name: _read_adapter(part) for name, part in parts.items()}
@@ -120,28 +137,112 @@ def read_peft(folder: Path) -> Branches:
     return Branches({layer: {name: pairs[layer] for name, (pairs, _) in found.items()} for layer in own}, scale)
 
 
-def _read_adapter(folder: Path) -> tuple[dict[str, tuple[Tensor, Tensor]], float]:
-    """Layer to (A, B), and the scale."""
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
+def _parts(folder: Path) -> dict[str, Path]:
+    """The folders of the adapters by branch."""
+    if (folder / CONFIG).is_file():
+        return {"lora": folder}
+    return {path.parent.name: path.parent for path in sorted(folder.glob(f"*/{CONFIG}"))}
 
+
+def layers_without(folder: Path, branches: Branches, layers: Collection[str]) -> list[str]:
+    """Those of a model's layers that an adapter was not made for, as with q_proj and v_proj as target modules.
+
+    Args:
+        folder: what `read_peft` read.
+        branches: what it returned.
+        layers: names of the model's adapter layers.
+
+    Raises:
+        UserError: the adapter was made for layers that its file lacks.
+    """
+    missing = [name for name in layers if name not in branches.pairs]
+    if len(missing) == len(layers) or branches.pairs.keys() - set(layers):
+        return []  # an adapter of another model
+    settings = [_settings(part)[0] for part in _parts(folder).values()]
+    if lost := [name for name in missing if any(_targets(each, name, folder) for each in settings)]:
+        raise UserError(
+            f"{folder}: the adapter lacks layers that its target_modules name: {listed(lost)}; copy or save it again"
+        )
+    return missing
+
+
+def _targets(settings: Settings, layer: str, folder: Path) -> bool:
+    """Whether PEFT gives a layer an adapter with these settings."""
+    from peft import LoraConfig
+    from peft.tuners.tuners_utils import check_target_module_exists
+
+    if settings.target_modules in (None, "all-linear"):
+        return settings.target_modules is not None
+    names = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
+    try:
+        config = LoraConfig(**{name: getattr(settings, name) for name in names})
+        found = check_target_module_exists(config, layer)
+    except (ValueError, re.error) as error:
+        raise UserError(f"{folder / CONFIG}: cannot tell which layers have an adapter: {error}") from error
+    # A match, or for an excluded layer an object of PEFT's own.
+    return found is True or isinstance(found, re.Match)
+
+
+def unread(folder: Path) -> list[str]:
+    """What `read_peft` leaves unread in a folder: other files, such as trained weights beside the adapter."""
+    parts = _parts(folder)
+    read = {part / name for part in parts.values() for name in (CONFIG, _weights(part).name, "README.md")}
+    places = dict.fromkeys([folder, *parts.values()])
+    found = [path for place in places for path in sorted(place.iterdir()) if path not in places and path not in read]
+    return [f"{path.relative_to(folder)}{'/' if path.is_dir() else ''}" for path in found if path.name[0] != "."]
+
+
+def _weights(folder: Path) -> Path:
+    """The file of an adapter's tensors: PEFT, too, prefers the newer format."""
+    old = folder / OLD_WEIGHTS
+    return old if old.is_file() and not (folder / WEIGHTS).is_file() else folder / WEIGHTS
+
+
+def _settings(folder: Path) -> tuple[Settings, dict[str, Any]]:
+    """The settings that are read, and all of them."""
     try:
         config = parse_json((folder / CONFIG).read_bytes())
-        tensors = load_file(folder / WEIGHTS)
-    except (OSError, ValueError, SafetensorError) as error:
-        raise UserError(f"expected {CONFIG} and {WEIGHTS} of a PEFT adapter in {folder}: {error}") from error
-    given = convert(config, Scale, folder / CONFIG, "save the adapter again")
-    strange = [f"{key} {config[key]!r}" for key, plain in PLAIN.items() if key in config and config[key] not in plain]
+    except (OSError, ValueError) as error:
+        raise UserError(f"expected {CONFIG} of a PEFT adapter in {folder}: {error}") from error
+    return convert(config, Settings, folder / CONFIG, "save the adapter again"), config
+
+
+def _require_plain(config: Mapping[str, Any], file: Path) -> None:
+    """Raises UserError for settings with which an adapter is no plain LoRA, or that are not known."""
+    from peft import LoraConfig
+
+    usual = {field.name: getattr(LoraConfig(), field.name) for field in dataclasses.fields(LoraConfig)}
+    strange = [
+        f"{key} {value!r}"
+        for key, value in config.items()
+        if key not in ANY_VALUE and value not in PLAIN.get(key, (usual.get(key), *OFF))
+    ]
     if strange:
-        found = listed(strange)
-        raise UserError(f"{folder / CONFIG}: expected a plain LoRA, the same in every layer, found {found}")
+        raise UserError(
+            f"{file}: expected a plain LoRA, the same in every layer, found {listed(strange)}; merge the adapter by "
+            "PEFT, or train one without"
+        )
+
+
+def _read_adapter(folder: Path) -> tuple[dict[str, tuple[Tensor, Tensor]], float]:
+    """Layer to (A, B), and the scale."""
+    given, config = _settings(folder)
+    _require_plain(config, folder / CONFIG)
+    file = _weights(folder)
+    if not file.is_file():
+        raise UserError(f"expected {WEIGHTS} or {OLD_WEIGHTS} of a PEFT adapter in {folder}, found neither")
+    tensors = read_tensors(file)
     halves: dict[str, dict[str, Tensor]] = {}
-    unknown = []
+    unknown, twice, adapters = [], [], set()
     for key, tensor in tensors.items():
-        if match := KEY.fullmatch(key):
-            halves.setdefault(match["layer"], {})[match["half"]] = tensor
-        else:
+        match = KEY.fullmatch(unwrapped(key))
+        if match is None:
             unknown.append(key)
+            continue
+        adapters.add(match["adapter"] or "default")
+        pair = halves.setdefault(match["layer"], {})
+        if pair.setdefault(match["half"], tensor) is not tensor:
+            twice.append(key)
     alone = [layer for layer, pair in halves.items() if len(pair) < 2]
     unfit = [
         f"{layer}.{half} {tuple(tensor.shape)}"
@@ -153,6 +254,8 @@ def _read_adapter(folder: Path) -> tuple[dict[str, tuple[Tensor, Tensor]], float
         f"{what}: {listed(names)}"
         for what, names in (
             ("unknown keys", unknown),
+            ("several adapters", sorted(adapters) if len(adapters) > 1 else []),
+            ("a second spelling of a key", twice if len(adapters) < 2 else []),
             ("A without B", alone),
             ("not of rank r", unfit),
             ("not finite numbers", not_finite(tensors)),
@@ -160,6 +263,6 @@ def _read_adapter(folder: Path) -> tuple[dict[str, tuple[Tensor, Tensor]], float
         if names
     ]
     if problems or not halves:
-        raise UserError(f"{folder / WEIGHTS}: {'; '.join(problems) or 'no lora_A and lora_B in it'}")
+        raise UserError(f"{file}: {'; '.join(problems) or 'no lora_A and lora_B in it'}")
     scale = given.lora_alpha / (given.r**0.5 if given.use_rslora else given.r)
     return {layer: (pair["A"], pair["B"]) for layer, pair in halves.items()}, scale

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from cnext import backbones, methods, packages
-from cnext.adapters import exchange, exchange_authors, exchange_peft
+from cnext.adapters import exchange, exchange_authors, exchange_peft, layers
 from cnext.adapters.exchange_authors import BESIDE, KINDS, LANGUAGE_MODEL, ROLES, Released
 from cnext.backbones.base import Backbone
-from cnext.errors import UserError, unknown
+from cnext.errors import UserError, listed, unknown
 from cnext.exchange.export import EXTRAS, REFERENCE, new_folder, outer_model
 from cnext.exchange.logit_check import Reference, agrees
 from cnext.runs import checkpoint, schemas
@@ -56,7 +56,9 @@ def import_adapter(
         made.setup(model, [], torch.Generator().manual_seed(0))
         outer = outer_model(model)
         own = exchange.branches_of(outer).ranks
-        exchange.put_branches(outer, found.branches.regrouped(own))
+        branches = found.branches.regrouped(own)
+        zero = exchange_peft.layers_without(path, branches, layers(outer)) if _is_peft(path) else []
+        exchange.put_branches(outer, exchange.with_zero_branches(outer, branches, zero))
         exchange_authors.put_routers(outer, found.routers)
         exchange_authors.put_extras(outer, found.extras)
         _put_connections(model, found.extras)
@@ -69,13 +71,20 @@ def import_adapter(
     counted = ", ".join(f"{name} (rank {rank})" for name, rank in own.items())
     lines = [f"{to}: {method} on {backbone}, {len(found.branches.pairs)} layers, branches {counted}"]
     lines += [f"scale {found.branches.scale:g}; reference logits {checked}"]
+    lines += [f"zero branches in {len(zero)} layers that the adapter is not for: {listed(zero)}"] if zero else []
     lines += [f"also imported: {kind}, {len(part)} tensors" for kind, part in found.extras.items()]
     lines += [f"ignored: {kind}, {number} tensors" for kind, number in found.ignored.items()]
+    unread = [name for name in exchange_peft.unread(path) if name != REFERENCE] if _is_peft(path) else []
+    lines += [f"ignored files beside the adapter: {listed(unread)}"] if unread else []
     return "\n".join(lines)
 
 
+def _is_peft(path: Path) -> bool:
+    return path.is_dir() and exchange_peft.is_peft(path)
+
+
 def _read(path: Path, method: str | None, beside: Collection[str]) -> tuple[Released, str]:
-    if path.is_dir() and exchange_peft.is_peft(path):
+    if _is_peft(path):
         if method == "moelora":
             raise UserError("a PEFT adapter has no routers, which moelora needs; --method mage or lora")
         branches = exchange_peft.read_peft(path)
