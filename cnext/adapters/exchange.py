@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from cnext.adapters.attach import layers, replace_modules
+from cnext.adapters.linear import AdapterLinear
 from cnext.errors import UserError, listed
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -67,7 +68,9 @@ def refuse_routed(model: nn.Module, to: str) -> None:
 
 def refuse_tied(model: nn.Module) -> None:
     """Raises UserError where a layer's weight is another module's too: whoever loads the model would tie them again."""
-    adapted = {layer.base: (name, layer) for name, layer in layers(model).items()}
+    adapted: dict[nn.Module, tuple[str, AdapterLinear]] = {
+        layer.base: (name, layer) for name, layer in layers(model).items()
+    }
     owners: dict[int, list[str]] = {}
     for name, module in model.named_modules():
         label, layer = adapted.get(module, (name, None))

@@ -126,7 +126,7 @@ class AdapterLinear(nn.Module):
     @property
     def unmerged_weight(self) -> nn.Parameter:
         """The base weight without the branches, merged or not."""
-        return self.base.weight if self._unmerged is None else self._unmerged[0]
+        return self.base.get_parameter("weight") if self._unmerged is None else self._unmerged[0]
 
     @torch.inference_mode(mode=False)
     @torch.no_grad()
@@ -143,7 +143,7 @@ class AdapterLinear(nn.Module):
             raise UserError("merge: the branches are merged already; call unmerge first")
         if self.router is not None:
             raise UserError("merge: the branches are routed by their input, so no one weight has them in it")
-        weight = self.base.weight
+        weight = self.base.get_parameter("weight")
         wide = torch.promote_types(weight.dtype, torch.float32)
         total = weight.to(wide, copy=True)
         for name in self.active:

@@ -38,7 +38,7 @@ def linear_targets(model: nn.Module, targets: Sequence[str]) -> dict[str, nn.Lin
             problem = f"is the same module as {name}, which no target names; name both or neither"
             problems.setdefault(problem, []).append(found[module])
         if last in targets and not isinstance(module, nn.Linear) and (vars(module).keys() & IN_FEATURES):
-            problems.setdefault(f"is a {_class(module)}; adapters need a torch.nn.Linear", []).append(name)
+            problems.setdefault(f"is a {_library_class(module)}; adapters need a torch.nn.Linear", []).append(name)
     readers = {child: one for one in model.modules() if isinstance(one, READS_WEIGHTS) for child in one.children()}
     sizes_alone = all(parameter.is_meta for parameter in model.parameters())
     for module, name in found.items():
@@ -60,7 +60,7 @@ def _require_all_matched(
     if not found and any(isinstance(module, AdapterLinear) for module in modules):
         raise UserError("the model has adapters already; detach them first")
     there = {last for _, last, module in named if isinstance(module, nn.Linear)}
-    others = sorted({_class(m) for _, last, m in named if last in targets - there})
+    others = sorted({_library_class(m) for _, last, m in named if last in targets - there})
     if unmatched := sorted(targets - there):
         kinds = f" (there is {', '.join(others)} of that name)" if others else ""
         raise UserError(
@@ -71,6 +71,11 @@ def _require_all_matched(
 
 def _class(module: nn.Module) -> str:
     return type(module).__name__
+
+
+def _library_class(module: nn.Module) -> str:
+    """As "peft.Linear": other libraries' classes have torch's names."""
+    return f"{type(module).__module__.partition('.')[0]}.{_class(module)}"
 
 
 def _problem(layer: nn.Linear, sizes_alone: bool) -> str | None:

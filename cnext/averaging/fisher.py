@@ -41,7 +41,7 @@ class FisherAccumulator:
 
     Raises:
         UserError: the unit is unknown. `open`: a unit other than "step" with several processes. `step`: losses are
-            missing, without a graph, or given where the unit takes none, or a sample's loss depends on no parameter.
+            missing, without a graph, or given where the unit takes none; no parameter has had a gradient since `open`.
 
     Example:
         >>> import torch
@@ -67,7 +67,7 @@ class FisherAccumulator:
         self.fisher: Mapping[str, Tensor] = {}
         self._hooks: list[RemovableHandle] = []
         self._groups: list[tuple[list[nn.Parameter], ops.Prepared]] = []
-        self._seen = False
+        self._seen, self._ever_seen = False, False
 
     def __getstate__(self) -> dict[str, object]:
         # A copy has other tensors and prepares its own calls.
@@ -92,12 +92,15 @@ class FisherAccumulator:
                 f"unit {self.unit!r} reads gradients before their reduction, so ranks would differ; use unit 'step'"
             )
         self.parameters, self.fisher, self.active = parameters, fisher, active
+        self._seen, self._ever_seen = False, False
         self._groups = self._prepared() if self.unit == "step" else []
         if self.unit == "micro-batch":
             self._hooks = [p.register_hook(self._hook(name)) for name, p in self._trained().items()]
 
     def has_gradient(self) -> bool:
-        """Whether gradients came since the last step. Those of samples are computed by `step`, which checks them."""
+        """Whether there is a gradient to read. Those of samples are computed by `step`, which checks them."""
+        if self.unit == "step":
+            return any(parameter.grad is not None for parameter in self.parameters.values())
         return self.unit == "sample" or self._seen
 
     def step(self, losses: Tensor | None = None) -> None:
@@ -109,7 +112,12 @@ class FisherAccumulator:
         if (losses is not None) != (self.unit == "sample"):
             expected = "the samples' losses, (batch,)" if self.unit == "sample" else "no losses"
             raise UserError(f"unit {self.unit!r} expects {expected}; got {'none' if losses is None else 'losses'}")
+        self._ever_seen = self._ever_seen or self.has_gradient()
         self._seen = False
+        if not self._ever_seen:
+            raise UserError(
+                "no parameter has a gradient; expected a step after its backward pass, before the gradients are dropped"
+            )
         if losses is not None and not losses.requires_grad:
             raise UserError("the samples' losses have no graph; expected them as the model gave them, not detached")
         if not self.active():

@@ -66,7 +66,7 @@ class Pema(MovingAverage):
         return self.fisher_old
 
     def has_gradient(self) -> bool:
-        return self.accumulator.has_gradient() or super().has_gradient()
+        return self.accumulator.has_gradient()
 
     def start(self) -> None:
         for name, parameter in self.parameters.items():

@@ -106,5 +106,7 @@ def test_misuse_is_refused():
     with pytest.raises(UserError, match=r"expects the samples' losses, \(batch,\); got none"):
         accumulator.step(None)
     _, _, accumulator = setup("step")
+    with pytest.raises(UserError, match="no parameter has a gradient; expected a step after its backward pass"):
+        accumulator.step()
     with pytest.raises(UserError, match="expects no losses; got losses"):
         accumulator.step(losses(net, torch.ones(1, 3)))
