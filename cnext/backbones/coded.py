@@ -23,8 +23,9 @@ from torch.nn.utils.rnn import pad_sequence
 from cnext.backbones.base import Output
 from cnext.backbones.conversation import IGNORED, IMAGE_WRITTEN, TEXT_READ, CodedInputs, PromptTemplate, SequenceBuilder
 from cnext.backbones.decoding import CachedDecoding, greedy
-from cnext.backbones.pretrained import PretrainedBackbone, open_image
+from cnext.backbones.pretrained import PretrainedBackbone
 from cnext.errors import UserError
+from cnext.image_files import open_image
 from cnext.scoring.base import Prediction
 from cnext.tasks.base import Sample, Task, Turn
 
@@ -121,7 +122,9 @@ class CodedBackbone(PretrainedBackbone):
         if side:
             image = ImageOps.fit(image, (side, side), method=self.image_processor.resample)
         try:
-            return self.image_processor(images=image, do_resize=not side, return_tensors="pt")["pixel_values"][0]
+            # Said, as the processor would take the rows of an image 1 or 3 pixels high for its channels.
+            given = {"images": image, "input_data_format": "channels_last", "return_tensors": "pt"}
+            return self.image_processor(**given, do_resize=not side)["pixel_values"][0]
         except ValueError as error:
             raise UserError(f"image {path} cannot be resized for {self.name}: {error}") from error
 

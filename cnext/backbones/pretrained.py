@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -13,22 +13,8 @@ from cnext.backbones.base import Backbone
 from cnext.backbones.folders import check_config, check_folder, load_parts
 from cnext.errors import UserError
 
-if TYPE_CHECKING:
-    from PIL.Image import Image
-
 LLAMA_LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 """Names of the linear layers of a decoder that is built as LLaMA."""
-
-
-def open_image(path: Path) -> Image:
-    """An image file in RGB. Raises UserError where it is missing, broken, or a decompression bomb."""
-    from PIL import Image
-
-    try:
-        with Image.open(path) as image:
-            return image.convert("RGB")
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise UserError(f"image {path} cannot be read: {error}\n`cnext data check` lists every such file") from error
 
 
 def checkpoint_activations(model: Any) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from cnext.errors import UserError
+from cnext.image_files import for_web, image_size
 from cnext.judging.cases import KINDS, Case
 
 FOLDER = Path(__file__).parent / "prompts"
@@ -33,7 +34,6 @@ PARAMETERS: dict[str, Any] = {
 CHARACTERS_PER_TOKEN, PIXELS_PER_TOKEN = 4, 32
 """For estimates: English text, and the side of the square that is one token in Qwen3-VL."""
 REPLY_TOKENS = 20
-_SIGNATURES = ((b"\x89PNG", "png"), (b"\xff\xd8", "jpeg"), (b"RIFF", "webp"), (b"GIF8", "gif"))
 # Special tokens of chat templates and line separators, which JSON can write by their code points.
 _ESCAPES = {ord(c): f"\\u{ord(c):04x}" for c in "<>\x7f\x85\u2028\u2029"}
 
@@ -71,15 +71,10 @@ class Prompts:
 
     def tokens(self, case: Case) -> int:
         """The estimated tokens of a request. Raises UserError for an image that cannot be read."""
-        from PIL import Image
-
         count = ceil((len(self.texts[case.kind]) + len(data_block(case))) / CHARACTERS_PER_TOKEN)
         for _, path in case.images:
-            try:
-                with Image.open(path) as image:
-                    count += ceil(image.width / PIXELS_PER_TOKEN) * ceil(image.height / PIXELS_PER_TOKEN)
-            except OSError as error:
-                raise _unreadable(path, error) from error
+            width, height = image_size(path)
+            count += ceil(width / PIXELS_PER_TOKEN) * ceil(height / PIXELS_PER_TOKEN)
         return count
 
 
@@ -110,10 +105,7 @@ def _digest(value: Any) -> str:
 
 
 def _url(path: Path) -> str:
-    content = _bytes(path)
-    kind = next((kind for signature, kind in _SIGNATURES if content.startswith(signature)), "")
-    if not kind:
-        raise UserError(f"{path}: expected a PNG, JPEG, WebP or GIF image, got something else; replace the file")
+    kind, content = for_web(path)
     return f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
 
 

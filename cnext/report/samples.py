@@ -8,7 +8,7 @@ from pathlib import Path
 from cnext.analysis.breaks import NO_PREDICTIONS
 from cnext.analysis.run import Run, points
 from cnext.analysis.samples import most_changed
-from cnext.errors import UserError
+from cnext.image_files import open_image
 from cnext.report.blocks import Block, Frame, Picture, Section, Strip, Text
 from cnext.runs.schemas import Answer
 
@@ -98,11 +98,7 @@ def picture(path: Path, name: str, alt: str) -> Picture:
     """An image file as a PNG of the report's size. Raises UserError naming a file that is not an image."""
     from PIL import Image
 
-    try:
-        with Image.open(path) as file:
-            image = file.convert("RGB")
-    except OSError as error:
-        raise UserError(f"{path}: expected an image, could not read one ({error}); run cnext-run again") from error
+    image = open_image(path)
     longest = max(image.size)
     if longest <= SMALL:
         factor = 2 * SMALL // longest

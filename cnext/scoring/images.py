@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from cnext.image_files import open_image
 from cnext.scoring.base import Prediction, Score
 from cnext.scoring.errors import image_error
 from cnext.tasks.base import DataError, caption_of
@@ -113,9 +114,6 @@ def _image_pred(prediction: Prediction) -> Image:
 
 
 def _image_target(sample: Sample) -> Image:
-    from PIL import Image
-
     if sample.target_image is None:
         raise DataError(f"{sample.origin or sample.id}: expected a target image to score against, got none")
-    with Image.open(sample.target_image) as image:
-        return image.convert("RGB")
+    return open_image(sample.target_image)

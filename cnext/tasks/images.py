@@ -1,35 +1,18 @@
-"""Checks of image files: whether they can be read, and the released filter by size."""
+"""Checks of the images that rows name: whether they can be read, and the released filter by size."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-FORMATS = ("BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP")
-"""Accepted formats, whatever a file's suffix. Some other formats are programs, which Pillow passes to interpreters."""
+from cnext.image_files import image_size, inspect
+
 LEAST_SIDE, LEAST_RATIO = 400, 0.6
 """The released limits of images to edit: pixels of the shorter side, and its ratio to the longer one."""
 
 
 def fault(path: Path, decode: bool = False) -> str:
-    """What is wrong with an image: "missing", "broken (why)", or "" if it can be read.
-
-    Args:
-        decode: decode every pixel, which detects a truncated JPEG; otherwise only the header and, where the format has
-            them, checksums are checked.
-    """
-    from PIL import Image
-
-    try:
-        if not path.is_file():
-            return "missing"
-        with Image.open(path, formats=FORMATS) as image:
-            if decode:
-                image.load()
-            else:
-                image.verify()
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        return f"broken ({error})"
-    return ""
+    """What is wrong with an image: "missing", "broken (why)", or "" if it can be read. decode: see `inspect`."""
+    return inspect(path, decode).fault
 
 
 def unfit(path: Path) -> str:
@@ -37,10 +20,7 @@ def unfit(path: Path) -> str:
 
     An image is kept if its shorter side has 400 pixels or more, and 0.6 <= height / width <= 1 / 0.6.
     """
-    from PIL import Image
-
-    with Image.open(path) as image:
-        width, height = image.size
+    width, height = image_size(path)
     if min(width, height) >= LEAST_SIDE and LEAST_RATIO <= height / width <= 1 / LEAST_RATIO:
         return ""
     return f"{width}x{height}"

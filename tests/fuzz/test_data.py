@@ -17,9 +17,9 @@ from fuzz.mutations import BYTES, VALUES, dumped, mutated_bytes, mutated_value
 from hypothesis import strategies as st
 from PIL import Image
 
-from cnext.backbones.pretrained import open_image
 from cnext.config.run_config import RunConfig, plan
 from cnext.errors import UserError
+from cnext.image_files import open_image
 from cnext.tasks import data_check, formats, suites
 from cnext.tasks.base import Task
 from cnext.tasks.images import fault

@@ -18,10 +18,10 @@ import numpy
 import torch
 from torch import Tensor
 
-from cnext.backbones.pretrained import open_image
 from cnext.backbones.seed_x.folder import NAMES, check, fill
 from cnext.backbones.seed_x.prompt_resampler import PromptResampler, PromptSizes
 from cnext.errors import UserError, parse_json, unknown
+from cnext.image_files import open_image
 from cnext.tensor_files import read_tensors
 
 SDXL = "stable-diffusion-xl-base-1.0"

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from cnext.backbones.conversation import IGNORED, TEXT_READ, TEXT_WRITTEN
-from cnext.backbones.pretrained import open_image
 from cnext.backbones.seed_x import conversation
 from cnext.backbones.seed_x.anyres import GRIDS, WHOLE, views, whole
 from cnext.backbones.seed_x.tokenizer import PAD, Tokenizer
 from cnext.backbones.seed_x.vision import VisualEncoder, pooled
+from cnext.image_files import open_image
 from cnext.tasks.base import Sample
 
 

@@ -22,6 +22,7 @@ from cnext.backbones.pretrained import LLAMA_LINEARS, checkpoint_activations
 from cnext.backbones.tiny.tokenizer import TinyTokenizer
 from cnext.backbones.tiny.vision import TOKENS, WIDTH, Detokenizer, VisualEncoder, to_image, to_input
 from cnext.errors import UserError
+from cnext.image_files import open_image
 from cnext.scoring.base import Prediction
 from cnext.tasks.base import Sample
 from cnext.tensor_files import read_tensors
@@ -34,10 +35,8 @@ BATCH = 100
 def pixels(path: Path) -> Tensor:
     """An image file as (48, 48, 3) uint8."""
     import numpy
-    from PIL import Image
 
-    with Image.open(path) as image:
-        return torch.from_numpy(numpy.asarray(image.convert("RGB").resize((48, 48))).copy())
+    return torch.from_numpy(numpy.array(open_image(path).resize((48, 48))))
 
 
 @dataclass(frozen=True)
