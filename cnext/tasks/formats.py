@@ -106,6 +106,8 @@ def scan(task: Task, data: Path, split: str, advance: Callable[[int], None] | No
                     references.add_to(row, number + 1)
                 name = str(row.get("question_id", row.get("id", f"{task.name}-{split}-{number:06d}")))
                 sample = _with_category(reader(row, root, name, origin), row)
+                if split != "train" and len(sample.turns) > 1:
+                    raise ValueError(f"asks {len(sample.turns)} questions; in a test each must be a row of its own")
                 yield Line(origin, row, _with_image_position(_with_prompts(sample, task, split), task, split), "")
             except DataError:
                 raise

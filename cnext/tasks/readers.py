@@ -6,10 +6,11 @@ editing        {"source_image", "target_image", "instruction"[, "instruction_new
 llava          {"id", "image", "conversations": [{"from": "human" | "gpt", "value"}, ...]}  |  a conversation test row
 messages       {"messages": [{"role": "user" | "assistant", "content"}, ...], "images": [path, ...]}
 
-"answer" may be a list of accepted answers. A row without "image", or with null, "", "none" or a name that contains
-"null", is a text-only sample, as released.
-``<image>`` in llava and messages gives the position of the image: before the question, or after it. In messages, an
-``<image>`` of the assistant is an image to write.
+conversation, llava and messages also read {"instruction", "input", "output"[, "history", "images"]}, and a "system"
+beside the conversation. "answer" may be a list of accepted answers. ``cnext.tasks.row_images`` says how an image is
+named. A row that names none, or names null, "", "none", "null" or a file null.* that is not there, is text alone.
+``<image>`` gives the position of the image: before the question, or after it; in an answer it is an image to write.
+An answer before the first question is left out, as LLaVA does.
 
 Another package adds a format by an entry point of the group ``cnext.readers``: ``name = "module:reader"``.
 """
@@ -22,10 +23,11 @@ from typing import Any
 
 from cnext.registry import Registry
 from cnext.tasks.base import Sample, Turn
-from cnext.tasks.rows import Row, answers, image, inside, optional_image, text
+from cnext.tasks.row_images import MARK, named, named_one, placed, refuse_others, slots, tag, without_slots
+from cnext.tasks.rows import Row, answers, image, text
 
-MARK = "<image>"
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
+Message = tuple[str, str]
 
 
 def _turns(row: Row) -> tuple[Turn, ...]:
@@ -46,13 +48,17 @@ def _size(row: Row) -> tuple[int, int] | None:
 
 def conversation(row: Row, root: Path, name: str, origin: str) -> Sample:
     """A question about an image, or a conversation of several."""
-    read = optional_image(row, "image", root)
     if "data" in row:
-        return Sample(name, _turns(row), read, origin=origin)
+        turns = _turns(row)
+        said = [message for turn in turns for message in (("user", turn.instruction), ("assistant", turn.answer))]
+        return _chat(row, said, root, name, origin)
+    if _is_instruction(row):
+        return _chat(row, _instruction(row), root, name, origin)
     accepted = answers(row, "answer_bbox" if "answer_bbox" in row else "answer")
-    turns = (Turn(text(row, "text"), accepted[0]),)
+    sample = _chat(row, [("user", text(row, "text")), ("assistant", "")], root, name, origin)
     several = accepted if len(accepted) > 1 else ()
-    return Sample(name, turns, read, size=_size(row), origin=origin, references=several)
+    turns = (replace(sample.turns[0], answer=accepted[0]),)
+    return replace(sample, turns=turns, size=_size(row), references=several)
 
 
 def generation(row: Row, root: Path, name: str, origin: str) -> Sample:
@@ -61,9 +67,12 @@ def generation(row: Row, root: Path, name: str, origin: str) -> Sample:
         (turn, *more) = _turns(row)
         if more:
             raise ValueError("'data' of an image to write must be one pair: instruction and caption")
-        target = image(row, "image", root)
-        return Sample(name, (Turn(f"{turn.instruction} {turn.answer}"),), None, target, origin=origin)
-    return Sample(name, (Turn(text(row, "text")),), None, optional_image(row, "image", root), origin=origin)
+        caption, target = f"{turn.instruction} {turn.answer}", named_one(row, root, needed=True)
+    else:
+        caption, target = text(row, "text"), named_one(row, root)
+    if slots([caption], root):
+        raise ValueError(f"has {MARK} in the caption of an image to write, which reads none")
+    return Sample(name, (Turn(caption),), None, target, origin=origin)
 
 
 def editing(row: Row, root: Path, name: str, origin: str) -> Sample:
@@ -71,68 +80,109 @@ def editing(row: Row, root: Path, name: str, origin: str) -> Sample:
     instruction = text(row, "instruction_new" if "instruction_new" in row else "instruction")
     response = text(row, "response") if "response" in row else ""
     source, target = image(row, "source_image", root), image(row, "target_image", root)
-    return Sample(name, (Turn(instruction, response),), source, target, origin=origin, tiled=False)
+    refuse_others(row, [source, target], row)
+    placed([instruction, response], [source], root)
+    bare, first = without_slots(instruction)
+    return Sample(name, (Turn(bare, response),), source, target, origin=origin, image_first=first, tiled=False)
 
 
 def llava(row: Row, root: Path, name: str, origin: str) -> Sample:
     """A conversation in LLaVA's format."""
     if "conversations" not in row:
         return conversation(row, root, name, origin)
-    messages = _messages(row, "conversations", "from", "value")
-    read = optional_image(row, "image", root)
-    return _chat(messages, [] if read is None else [read], name, origin)
+    return _chat(row, _messages(row, "conversations", "from", "value"), root, name, origin)
 
 
 def messages(row: Row, root: Path, name: str, origin: str) -> Sample:
     """A conversation as chat templates take it, with a list of images in the order of their ``<image>``."""
-    images = row.get("images") or []
-    if not (isinstance(images, list) and all(isinstance(path, str) for path in images)):
-        raise ValueError("'images' must be a list of paths")
-    return _chat(
-        _messages(row, "messages", "role", "content"), [inside(path, root, "images") for path in images], name, origin
-    )
+    if "messages" not in row and _is_instruction(row):
+        return conversation(row, root, name, origin)
+    return _chat(row, _messages(row, "messages", "role", "content"), root, name, origin)
+
+
+def _is_instruction(row: Row) -> bool:
+    return "instruction" in row and "output" in row
+
+
+def _instruction(row: Row) -> list[Message]:
+    """The messages of a row in Alpaca's format."""
+    pairs = row.get("history") or []
+    if not (isinstance(pairs, list) and all(isinstance(pair, list) and len(pair) == 2 for pair in pairs)):
+        raise ValueError("'history' must be a list of pairs: question, answer")
+    asked = [text(row, "instruction"), text(row, "input") if row.get("input") else ""]
+    said = [message for pair in pairs for message in pair] + ["\n".join(filter(None, asked)), text(row, "output")]
+    if not all(isinstance(message, str) for message in said):
+        raise ValueError("'history' must be a list of pairs of strings: question, answer")
+    return list(zip(["user", "assistant"] * (len(said) // 2), said, strict=True))
 
 
 def _message_text(value: Any) -> str:
-    """A message's text: a string, or a list of parts {"type": "text", "text"} and {"type": "image"}."""
+    """A message's text: a string, or a list of parts as chat templates and OpenAI's servers take them."""
     if isinstance(value, str):
-        return value
+        return value.strip()
     if isinstance(value, list) and all(isinstance(part, dict) for part in value):
-        return "".join(MARK if part.get("type") == "image" else text(part, "text") for part in value)
+        return "".join(map(_part_text, value)).strip()
     raise ValueError(f"a message must be a string or a list of parts, got {type(value).__name__}")
 
 
-def _messages(row: Row, key: str, role: str, content: str) -> list[tuple[str, str]]:
-    """(role, text) of every message; a leading system message is prepended to the first question."""
+def _part_text(part: dict[str, Any]) -> str:
+    """A part's text; of an image its place, with the path if it has one."""
+    kind = part.get("type") or next((key for key in ("text", "image", "image_url") if key in part), "text")
+    if kind == "text":
+        return text(part, "text")
+    if kind not in ("image", "image_url"):
+        raise ValueError(f"has a part of a message that is not read, of type {kind!r}; text and image are")
+    values = [part[key] for key in ("image", "image_url", "path", "url") if part.get(key)]
+    found = [value.get("url") or value.get("path") if isinstance(value, dict) else value for value in values]
+    if not all(isinstance(path, str) for path in found) or len(found) > 1:
+        raise ValueError(f"a part of type {kind!r} must have one path")
+    return tag(found[0].strip()) if found else MARK
+
+
+def _messages(row: Row, key: str, role: str, content: str) -> list[Message]:
+    """(role, text) of every message."""
     rows = row.get(key)
     if not (isinstance(rows, list) and rows and all(isinstance(message, dict) for message in rows)):
         raise ValueError(f"lacks {key!r}, a list of objects with {role!r} and {content!r}")
     roles = [message.get(role) for message in rows]
     if unknown := sorted({repr(one) for one in roles if not isinstance(one, str) or one not in ROLES}):
         raise ValueError(f"{role!r} must be one of {', '.join(ROLES)}, got {', '.join(unknown)}")
-    found = [(ROLES[message[role]], _message_text(message.get(content))) for message in rows]
-    if found[0][0] == "system" and len(found) > 1:
-        found[:2] = [(found[1][0], f"{found[0][1]}\n{found[1][1]}")]
-    order = [one for one, _ in found]
-    if order != ["user", "assistant"] * (len(found) // 2):
-        raise ValueError(f"{key!r} must alternate question, answer, question, answer, ...: got {', '.join(order)}")
-    return found
+    return [(ROLES[message[role]], _message_text(message.get(content))) for message in rows]
 
 
-def _chat(messages: list[tuple[str, str]], images: list[Path], name: str, origin: str) -> Sample:
-    places = [index for index, (_, text) in enumerate(messages) for _ in range(text.count(MARK))]
-    if not places and len(images) == 1:
-        places = [0]
-    if len(places) != len(images):
-        raise ValueError(f"has {len(places)} {MARK} for {len(images)} images")
-    if len(set(places)) < len(places) or any(index > 1 for index in places):
-        raise ValueError(f"has {len(images)} images; the first question may read one, and the first answer write one")
-    shown = dict(zip(places, images, strict=True))
-    bare = [text.replace(MARK, "").strip() for _, text in messages]
+def _chat(row: Row, said: list[Message], root: Path, name: str, origin: str) -> Sample:
+    """The sample of a conversation, with the images and the system that the row has beside it."""
+    system, texts = _alternating(_with_system(row, said), root)
+    shown = placed(texts, named(row, root), root)
+    first = without_slots(texts[0])[1]
+    bare = [without_slots(text)[0] for text in texts]
+    bare[0] = f"{system}\n{bare[0]}" if system else bare[0]
     turns = tuple(Turn(question, answer) for question, answer in zip(bare[::2], bare[1::2], strict=True))
-    sample = Sample(name, turns, shown.get(0), shown.get(1), origin=origin)
-    first = not messages[0][1].strip().endswith(MARK) or bare[0] == ""
-    return replace(sample, image_first=first, tiled=sample.target_image is None)
+    return Sample(name, turns, shown.get(0), shown.get(1), origin=origin, image_first=first, tiled=shown.get(1) is None)
+
+
+def _with_system(row: Row, said: list[Message]) -> list[Message]:
+    """The messages, with the row's "system" as one of them."""
+    if not row.get("system"):
+        return said
+    system = text(row, "system").strip()
+    if said[0][0] == "system" and said[0][1] != system:
+        raise ValueError("has a 'system' and another system message; keep one")
+    return said if said[0][0] == "system" else [("system", system), *said]
+
+
+def _alternating(said: list[Message], root: Path) -> tuple[str, list[str]]:
+    """The system message that some messages begin with, or "", and question, answer, question, ..."""
+    system, rest = (said[0][1], said[1:]) if said[0][0] == "system" and len(said) > 1 else ("", said)
+    unasked = rest[0][0] == "assistant"
+    if slots([system, rest[0][1] if unasked else ""], root):
+        raise ValueError("begins with an answer or a system message that has an image, which is not read")
+    rest = rest[unasked:]
+    order = [one for one, _ in rest]
+    if not rest or order != ["user", "assistant"] * (len(rest) // 2):
+        given = ", ".join(one for one, _ in said)
+        raise ValueError(f"must alternate question, answer, question, answer, ...: got {given}")
+    return system, [text for _, text in rest]
 
 
 READERS = Registry(

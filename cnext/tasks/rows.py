@@ -36,29 +36,38 @@ def answers(row: Row, name: str) -> tuple[str, ...]:
 def inside(relative: str, root: Path, name: str) -> Path:
     """The path of an image within its folder; its existence is not checked.
 
+    Args:
+        relative: may also be absolute, or begin with a slash and still be relative to the folder.
+
     Raises:
-        ValueError: a path that leaves the folder, or a PDF.
+        ValueError: a path that leaves the folder, an address or encoded image in its place, or a PDF.
     """
+    given = relative.removeprefix("file://")
+    if "://" in given or given.startswith("data:"):
+        raise ValueError(f"{name!r} names no file: {given[:80]}; save the image in the image folder {root}")
     # Compared as text and not resolved, so that a link inside the root may point to another disk.
-    normal = os.path.normpath(relative)
-    if os.path.isabs(relative) or normal == ".." or normal.startswith(f"..{os.sep}"):
+    normal = os.path.normpath(given)
+    if os.path.isabs(normal):
+        normal = _below(normal, root)
+    if os.path.isabs(normal) or normal == ".." or normal.startswith(f"..{os.sep}"):
         raise ValueError(f"{name!r} leaves the image folder {root}: {relative}")
     if normal.lower().endswith(".pdf"):
         raise ValueError(f"{name!r} names a PDF, which is not read: {relative}; save its first page as a PNG")
     return root / normal
 
 
+def _below(absolute: str, root: Path) -> str:
+    """An absolute path relative to a folder that holds it, or a slash before a file of the folder; else unchanged."""
+    for folder in (os.path.abspath(root), os.path.realpath(root)):
+        if absolute.startswith(f"{folder.rstrip(os.sep)}{os.sep}"):
+            return os.path.relpath(absolute, folder)
+    relative = absolute.lstrip(os.sep)
+    return relative if os.path.isfile(root / relative) else absolute
+
+
 def image(row: Row, name: str, root: Path) -> Path:
     """The path in a field that must name an image."""
     return inside(text(row, name), root, name)
-
-
-def optional_image(row: Row, name: str, root: Path) -> Path | None:
-    """The path in a field that may name an image; as released, null, "", "none" and names with "null" are None."""
-    value = row.get(name)
-    if value is None or (isinstance(value, str) and (value.lower() in ("", "none") or "null" in value.lower())):
-        return None
-    return image(row, name, root)
 
 
 def files(data: Path, pattern: str) -> list[Path]:

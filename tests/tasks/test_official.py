@@ -101,7 +101,7 @@ def test_a_row_without_an_image_is_text_alone(tmp_path: Path, value: dict[str, A
 
 
 def test_a_task_that_reads_images_needs_some(tmp_path: Path) -> None:
-    lines(tmp_path / "SEED-Data-VQAv2/annotations/output_001.jsonl", [{"img": "a.jpg", "data": ["q", "a"]}])
+    lines(tmp_path / "SEED-Data-VQAv2/annotations/output_001.jsonl", [{"data": ["q", "a"]}])
     with pytest.raises(DataError, match=r"VQAv2 reads images, and none of its 1 rows .* names one"):
         read(tmp_path, "VQAv2", "train")
 
