@@ -147,9 +147,11 @@ def _judge(arguments: argparse.Namespace) -> int:
 
 
 def _data_check(arguments: argparse.Namespace) -> int:
+    from cnext import backbones
     from cnext.tasks import data_check_text
 
-    return data_check_text.main(arguments.suite, arguments.dir, arguments.images, arguments.json)
+    need = backbones.unmet_need(*filter(None, [arguments.backbone]))
+    return data_check_text.main(arguments.suite, arguments.dir, arguments.images, arguments.json, need)
 
 
 def _data_subset(arguments: argparse.Namespace) -> None:
@@ -282,8 +284,9 @@ def _parser() -> argparse.ArgumentParser:
     text = "read and count every file of a suite; exit status 0: no problems, 1: problems found, 2: wrong usage"
     check = add("check", _data_check, text, parts)
     check.add_argument("--json", type=Path, metavar="FILE", help="write all problems, with lines and paths, to a file")
-    help = "check of images: none, verify (header and checksums) or decode (every pixel) (default: verify)"
-    check.add_argument("--images", choices=("none", "verify", "decode"), default="verify", help=help)
+    help = "check of images: none, verify (complete files) or decode (every pixel) (default: decode)"
+    check.add_argument("--images", choices=("none", "verify", "decode"), default="decode", help=help)
+    check.add_argument("--backbone", metavar="NAME", help="report images that it cannot read (default: any of cnext's)")
     subset = add("subset", _data_subset, "write a random sample of every split as a suite of its own", parts)
     subset.add_argument("--n", type=int, default=500, help="rows per split (default: 500)")
     subset.add_argument("--seed", type=int, default=0, help="random seed of the sample (default: 0)")

@@ -6,6 +6,8 @@ package adds a backbone by an entry point of the group ``cnext.backbones``: ``na
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from cnext.registry import Registry
 
 BACKBONES = Registry(
@@ -33,3 +35,12 @@ def load(name: str) -> type:
 def summary(name: str) -> str:
     """A backbone in one line."""
     return BACKBONES.summary(name)
+
+
+def unmet_need(*names: str) -> Callable[[tuple[int, int]], str]:
+    """A function that says why one of these backbones cannot read an image of some width and height, "" if all can.
+
+    names: of backbones; none: all that come with cnext.
+    """
+    kinds = [load(name) for name in names or BACKBONES.own]
+    return lambda size: next(filter(None, (kind.unmet_need(size) for kind in kinds)), "")

@@ -187,6 +187,18 @@ class Backbone(ABC, nn.Module):
         """
         return ""
 
+    @classmethod
+    def unmet_need(cls, size: tuple[int, int]) -> str:
+        """Why an image of this width and height cannot be read, "" if it can. Asked before a run loads weights."""
+        return ""
+
+    def check_length(self, sample: Sample) -> None:
+        """Asked of every sample before training, of test samples with the question alone. Decodes no image.
+
+        Raises:
+            UserError: as `prepare`, for a sample that is too long.
+        """
+
     def connections(self) -> dict[str, nn.Parameter]:
         """Parameters of `connection_names`, by name: trained if a recipe's ``trainable`` says so."""
         return {

@@ -143,14 +143,30 @@ class CodedBackbone(PretrainedBackbone):
         """
         read = self.pixels(sample.image) if sample.image else None
         written = self.pixels(sample.target_image, self.side) if sample.target_image else None
+        return self._sequence(sample, read).build(read, written)
+
+    def check_length(self, sample: Sample) -> None:
+        read = torch.empty(3, *self.shape_read(sample.image), device="meta") if sample.image else None
+        self._sequence(sample, read)
+
+    def shape_read(self, path: Path) -> tuple[int, int]:
+        """Height and width of `pixels` of an image to read, without decoding it."""
+        side = self.image_processor.size["height"]
+        return side, side
+
+    def _sequence(self, sample: Sample, read: Tensor | None) -> SequenceBuilder:
+        """The sequence of a sample. Raises UserError where it is too long.
+
+        read: pixels (3, H, W) of the image to read, of which the size alone counts.
+        """
         sequence = SequenceBuilder()
         for index, turn in enumerate(sample.turns):
             image = read if index == 0 else None
             self._add_instruction(sequence, turn.instruction.strip(), index == 0, image, sample.image_first)
             sequence.add_target(self.text_ids(f" {turn.answer}") if turn.answer else [])
-            if written is None or index + 1 < len(sample.turns):
+            if sample.target_image is None or index + 1 < len(sample.turns):
                 sequence.add_target([self.eos_id])
-        if written is not None:
+        if sample.target_image is not None:
             sequence.add_target(self.begin_image)
             for _ in range(self.grid[0]):
                 sequence.add_codes(self.grid[1], self.pad_id)
@@ -163,7 +179,7 @@ class CodedBackbone(PretrainedBackbone):
                 f"sample {sample.origin or sample.id} is {len(sequence.rows):,} tokens long, {self.name} reads "
                 f"{limit:,} at most: leave it out, or let preprocessor_config.json give smaller images"
             )
-        return sequence.build(read, written)
+        return sequence
 
     def _add_instruction(
         self, sequence: SequenceBuilder, instruction: str, first: bool, image: Tensor | None, image_first: bool

@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -24,8 +25,11 @@ from torch.nn import functional as F
 from cnext.backbones.coded import CodedBackbone
 from cnext.backbones.conversation import IGNORED, IMAGE_READ, TEXT_READ, CodedInputs, PromptTemplate, SequenceBuilder
 from cnext.errors import UserError
+from cnext.image_files import image_size
 
 SYSTEM = "You are a helpful assistant. "
+MOST_RATIO = 200
+"""The longest image that the image processor of transformers resizes: its longer side by its shorter one."""
 ROW_END = "<|extra_200|>"
 
 
@@ -74,6 +78,19 @@ class Emu3Backbone(CodedBackbone):
         self.begin_image = self._opening(*self.grid)
         self.end_image = [frame_end, stop, self.eos_id]
         self.banned_ids = [self.pad_id, self.bos_id, wrapper, stop, self.row_end, frame_end, *codes]
+
+    @classmethod
+    def unmet_need(cls, size: tuple[int, int]) -> str:
+        if max(size) <= MOST_RATIO * min(size):
+            return ""
+        return f"of which {cls.name} reads none with one side over {MOST_RATIO} times the other"
+
+    def shape_read(self, path: Path) -> tuple[int, int]:
+        from transformers.models.emu3.image_processing_emu3 import smart_resize
+
+        width, height = image_size(path)
+        processor = self.image_processor
+        return smart_resize(height, width, processor.spatial_factor, processor.min_pixels, processor.max_pixels)
 
     @property
     def language_model(self) -> nn.Module:

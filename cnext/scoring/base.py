@@ -57,6 +57,7 @@ REFERENCE_CHECKS = Registry(
     "cnext.reference_checks",
     {
         "box": "cnext.scoring.boxes:reference_flaw",
+        "clip_image": "cnext.scoring.images:target_flaw",
         "coin_grounding": "cnext.scoring.boxes:reference_flaw",
         "coin_scienceqa": "cnext.scoring.coin:option_flaw",
         "coin_textvqa": "cnext.scoring.coin:annotators_flaw",

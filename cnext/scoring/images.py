@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from cnext.image_files import open_image
-from cnext.scoring.base import Prediction, Score
+from cnext.scoring.base import Flaw, Prediction, Score
 from cnext.scoring.errors import image_error
 from cnext.tasks.base import DataError, caption_of
 
@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
     from cnext.scoring.clip import Clip
     from cnext.tasks.base import Sample, Task
+
+NO_TARGET = "names no target image, with which the scorer clip_image compares"
 
 
 @dataclass(frozen=True)
@@ -115,5 +117,10 @@ def _image_pred(prediction: Prediction) -> Image:
 
 def _image_target(sample: Sample) -> Image:
     if sample.target_image is None:
-        raise DataError(f"{sample.origin or sample.id}: expected a target image to score against, got none")
+        raise DataError(f"{sample.origin or sample.id}: {NO_TARGET}")
     return open_image(sample.target_image)
+
+
+def target_flaw(sample: Sample) -> Flaw | None:
+    """Asked of every sample of `clip_image`, see `cnext.scoring.base.REFERENCE_CHECKS`."""
+    return None if sample.target_image else Flaw(NO_TARGET)

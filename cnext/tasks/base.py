@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -135,6 +135,15 @@ class Task:
     def image_folder(self, split: str) -> str:
         """The image folder of a split, relative to the data folder or absolute."""
         return self.train_images if split == "train" else self.test_images
+
+
+ImageNeed = Callable[[tuple[int, int]], str]
+"""Why a backbone cannot read an image of this width and height, "" if it can."""
+
+
+def any_size(size: tuple[int, int]) -> str:
+    """The `ImageNeed` of a backbone that reads every image."""
+    return ""
 
 
 def joined(tasks: Sequence[Task]) -> Task:

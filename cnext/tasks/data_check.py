@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from itertools import combinations, islice
@@ -16,14 +16,14 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from cnext.errors import UserError
+from cnext.image_files import Inspection, inspect
 from cnext.scoring.base import reference_check
-from cnext.tasks.base import DataError, Sample, Suite, Task, caption_of
+from cnext.tasks.base import DataError, ImageNeed, Sample, Suite, Task, any_size, caption_of
 from cnext.tasks.formats import left_out, scan
-from cnext.tasks.images import fault
 from cnext.tasks.rows import files
 
 LOOKS = ("none", "verify", "decode")
-"""How images are checked: not at all, header and checksums, every pixel."""
+"""How images are checked: not at all, whether their files are complete, every pixel."""
 THREADS, CHUNK = 8, 2048
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 UNREFERENCED_LISTED = 1000
@@ -60,6 +60,8 @@ class SplitReport:
     broken_images: list[str] = field(default_factory=list)
     repeated: list[str] = field(default_factory=list)
     left_out: list[str] = field(default_factory=list)
+    converted: dict[str, list[str]] = field(default_factory=dict)
+    """Images that are not shown as they are stored, by what is done to them; known where every pixel is decoded."""
 
     @property
     def miscounted(self) -> bool:
@@ -68,7 +70,8 @@ class SplitReport:
 
     @property
     def problems(self) -> int:
-        """Number of problems for a run. Repeated rows and rows left out by the image filter do not count."""
+        """Number of problems for a run. Repeated rows, rows left out by the image filter and images that are converted
+        do not count."""
         found = (self.lacking, self.malformed, self.references, self.missing_images, self.broken_images)
         return self.miscounted + sum(map(len, found))
 
@@ -106,19 +109,21 @@ class Report:
 
 @dataclass
 class _Seen:
-    """Hashes of a split's rows and questions, and its images, each with its first origin."""
+    """Hashes of a split's rows and questions, and its images, each with its first origin. read: images to read."""
 
     rows: dict[int, str] = field(default_factory=dict)
     questions: dict[int, str] = field(default_factory=dict)
     images: dict[str, str] = field(default_factory=dict)
+    read: set[str] = field(default_factory=set)
 
 
-def check(suite: Suite, data: Path, progress: Progress, look: str = "verify") -> Report:
+def check(suite: Suite, data: Path, progress: Progress, look: str = "decode", need: ImageNeed = any_size) -> Report:
     """Checks every row of every split of a suite's tasks and every image that they name.
 
     Args:
         data: the data folder.
         look: how images are checked, one of ``LOOKS``.
+        need: of the backbone that will read the images.
 
     Raises:
         UserError: ``data`` is not a folder.
@@ -126,24 +131,26 @@ def check(suite: Suite, data: Path, progress: Progress, look: str = "verify") ->
     if not data.is_dir():
         raise UserError(f"expected a folder with the files of suite {suite.name}, found none: {data}")
     report = Report(suite.name, str(data.absolute()))
-    faults: dict[str, str] = {}
+    looked: dict[str, Inspection] = {}
     for task in suite.tasks:
         found = report.tasks[task.name] = TaskReport()
         seen = {}
         for split in task.splits:
             found.splits[split], seen[split] = _check_split(task, data, split, progress)
             if look != "none":
-                _check_images(found.splits[split], seen[split].images, faults, look == "decode", task, split, progress)
-                found.splits[split].left_out = _left_out(task, data, split, faults)
+                progress.begin(f"{task.name} {split} images", len(seen[split].images))
+                _look(seen[split].images, looked, look == "decode", progress)
+                _report_images(found.splits[split], seen[split], looked, need)
+                found.splits[split].left_out = _left_out(task, data, split, looked)
             else:
-                faults |= dict.fromkeys(seen[split].images, "")
+                looked |= dict.fromkeys(seen[split].images, Inspection())
         for one, other in combinations(task.splits, 2):
             found.shared_items += _shared(seen[one].questions, seen[other].questions)
             found.shared_images += _shared(seen[one].images, seen[other].images)
     folders = {data / task.image_folder(split) for task in suite.tasks for split in task.splits}
     progress.begin("images that no row names", 0)
     for path in _images_in(folders):
-        if path not in faults:
+        if path not in looked:
             report.unreferenced += 1
             if report.unreferenced <= UNREFERENCED_LISTED:
                 report.unreferenced_images.append(path)
@@ -165,6 +172,7 @@ def _check_split(task: Task, data: Path, split: str, progress: Progress) -> tupl
             sample = line.sample
             if unscored and (flaw := unscored(sample)):
                 report.references.append(f"{line.origin}: {flaw.text}")
+            seen.read |= {str(sample.image)} if sample.image else set()
             shown = [str(image) for image in sample.images]
             report.without_image += not shown
             for image in shown:
@@ -202,37 +210,39 @@ def _shared(one: dict[Any, str], other: dict[Any, str]) -> list[str]:
     return sorted(f"{other[key]} = {origin}" for key, origin in one.items() if key in other)
 
 
-def _check_images(
-    report: SplitReport,
-    images: dict[str, str],
-    faults: dict[str, str],
-    decode: bool,
-    task: Task,
-    split: str,
-    progress: Progress,
-) -> None:
-    """Checks every image that was not checked before, in parallel."""
-    new = iter([image for image in images if image not in faults])
-    progress.begin(f"{task.name} {split} images", len(images))
-    progress.advance(sum(image in faults for image in images))
+def _look(images: Collection[str], looked: dict[str, Inspection], decode: bool, progress: Progress) -> None:
+    """Inspects every image that was not inspected before, in parallel."""
+    new = iter([image for image in images if image not in looked])
+    progress.advance(sum(image in looked for image in images))
     with ThreadPoolExecutor(THREADS) as pool:
         while chunk := list(islice(new, CHUNK)):
-            for image, found in zip(chunk, pool.map(lambda image: fault(Path(image), decode), chunk), strict=True):
-                faults[image] = found
+            for image, found in zip(chunk, pool.map(lambda image: inspect(Path(image), decode), chunk), strict=True):
+                looked[image] = found
                 progress.advance(1)
-    for image, origin in images.items():
-        if faults[image]:
-            listed = report.missing_images if faults[image] == "missing" else report.broken_images
-            why = "" if faults[image] == "missing" else f" {faults[image].removeprefix('broken ')}"
-            listed.append(f"{image}{why}, named first by {origin}")
 
 
-def _left_out(task: Task, data: Path, split: str, faults: dict[str, str]) -> list[str]:
+def _report_images(report: SplitReport, seen: _Seen, looked: dict[str, Inspection], need: ImageNeed) -> None:
+    """Adds what was found of a split's images to its report."""
+    for image, origin in seen.images.items():
+        found = looked[image]
+        named = f"named first by {origin}"
+        if found.fault == "missing":
+            report.missing_images.append(f"{image}, {named}")
+        elif found.fault:
+            report.broken_images.append(f"{image} {found.fault.removeprefix('broken ')}, {named}")
+        elif image in seen.read and (why := need(found.size)):
+            report.broken_images.append(f"{image} ({found.size[0]} x {found.size[1]} pixels, {why}), {named}")
+        for conversion in found.converted:
+            report.converted.setdefault(conversion, []).append(f"{image}, {named}")
+
+
+def _left_out(task: Task, data: Path, split: str, looked: dict[str, Inspection]) -> list[str]:
     """The training rows that the task's image filter leaves out, among those with readable images."""
     if task.image_filter == "none" or split != "train" or not any(data.glob(task.train)):
         return []
     samples = (line.sample for line in scan(task, data, split) if line.sample)
-    readable = (sample for sample in samples if not any(faults.get(str(path), "missing") for path in sample.images))
+    missing = Inspection("missing")
+    readable = (s for s in samples if not any(looked.get(str(path), missing).fault for path in s.images))
     return [f"{sample.origin}: {why}" for sample in readable if (why := left_out(sample, task, split))]
 
 

@@ -8,15 +8,18 @@ from pathlib import Path
 
 from cnext.errors import UserError
 from cnext.tasks import suites
+from cnext.tasks.base import ImageNeed, any_size
 from cnext.tasks.data_check import UNREFERENCED_LISTED, Report, check
 
-SHOWN = 10
-"""Most lines shown per kind of problem; the JSON file has all."""
+SHOWN, CONVERTED_SHOWN = 10, 2
+"""Most lines shown per kind of problem, and per conversion of images; the JSON file has all."""
 COLUMNS = ("task", "split", "files", "rows", "published", "malformed", "missing", "broken", "repeated", "no image")
 
 
-def main(suite: str, folder: Path, images: str, json_file: Path | None) -> int:
+def main(suite: str, folder: Path, images: str, json_file: Path | None, need: ImageNeed = any_size) -> int:
     """Checks the files of a suite and prints the report. Returns 1 if problems were found, else 0.
+
+    need: as for `check`.
 
     Raises:
         UserError: the folder of ``json_file`` does not exist, or the suite is unknown.
@@ -25,7 +28,7 @@ def main(suite: str, folder: Path, images: str, json_file: Path | None) -> int:
     if json_file is not None and not json_file.parent.is_dir():
         raise UserError(f"--json: expected a file in an existing folder, got {json_file}")
     with Bars() as bars:
-        report = check(manifest, folder, bars, images)
+        report = check(manifest, folder, bars, images, need)
     if json_file is not None:
         write_json(report, json_file)
     print(text(report))
@@ -79,6 +82,9 @@ def text(report: Report) -> str:
             details += _listed(f"{name} {label}: references that cannot be scored", split.references)
             details += _listed(f"{name} {label}: missing images", split.missing_images)
             details += _listed(f"{name} {label}: broken images", split.broken_images)
+            for conversion, converted in split.converted.items():
+                title = f"{name} {label}: images {conversion} (not counted as a problem)"
+                details += _listed(title, converted, CONVERTED_SHOWN)
             title = "rows left out of training by their images' sizes, as released (not counted as a problem)"
             details += _listed(f"{name} {label}: {title}", split.left_out)
             details += _listed(f"{name} {label}: repeated rows (not counted as a problem)", split.repeated)
@@ -100,11 +106,11 @@ def _aligned(table: list[list[str]]) -> list[str]:
     ]
 
 
-def _listed(title: str, lines: list[str]) -> list[str]:
+def _listed(title: str, lines: list[str], shown: int = SHOWN) -> list[str]:
     if not lines:
         return []
-    more = [f"  ... and {len(lines) - SHOWN:,} more"] if len(lines) > SHOWN else []
-    return [f"{title}: {len(lines):,}", *(f"  {line}" for line in lines[:SHOWN]), *more]
+    more = [f"  ... and {len(lines) - shown:,} more"] if len(lines) > shown else []
+    return [f"{title}: {len(lines):,}", *(f"  {line}" for line in lines[:shown]), *more]
 
 
 def write_json(report: Report, path: Path) -> None:

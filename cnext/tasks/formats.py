@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 from cnext.errors import listed, parse_json, unknown
+from cnext.image_files import Inspection, inspect
 from cnext.scoring.base import reference_check
-from cnext.tasks.base import DataError, Sample, Task, caption_of
-from cnext.tasks.images import fault, unfit
+from cnext.tasks.base import DataError, ImageNeed, Sample, Task, any_size, caption_of
+from cnext.tasks.images import unfit
 from cnext.tasks.readers import READERS
 from cnext.tasks.rows import Row, answers, files, rows, text
 
@@ -148,33 +149,43 @@ def left_out(sample: Sample, task: Task, split: str) -> str:
     return ", ".join(f"{image} is {size}" for image in sample.images if (size := unfit(image)))
 
 
-def read_samples(task: Task, data: Path, split: str, limit: int = 0) -> list[Sample]:
+def _image_problem(sample: Sample, looked: dict[Path, Inspection], need: ImageNeed) -> str:
+    """What is wrong with a sample's images, or "". looked: what is known of images so far, which is added to."""
+    for image in sample.images:
+        found = looked.get(image) or looked.setdefault(image, inspect(image, decode=False))
+        if found.fault:
+            return f"names an image that is {found.fault}: {image}"
+        if image == sample.image and (why := need(found.size)):
+            return f"names an image that cannot be read: {image}, {found.size[0]} x {found.size[1]} pixels, {why}"
+    return ""
+
+
+def read_samples(task: Task, data: Path, split: str, limit: int = 0, need: ImageNeed = any_size) -> list[Sample]:
     """Reads a task's samples of one split, without those that its image filter leaves out.
 
     Args:
         data: the data folder.
         split: "train", "test" or "validation".
         limit: most samples; 0: all.
+        need: of the backbone that will read the images.
 
     Raises:
         DataError: naming every line of all files that is malformed, names an image that is missing, broken or outside
-            the image folder, or has a reference that the task's scorer cannot use; or there are no samples.
+            the image folder or unfit for the backbone, or has a reference that the task's scorer cannot use; or there
+            are no samples.
     """
     samples: list[Sample] = []
     problems: list[str] = []
-    faults: dict[Path, str] = {}
+    looked: dict[Path, Inspection] = {}
     check = None if split == "train" else reference_check(task)
     for line in scan(task, data, split):
         if limit and len(samples) >= limit:
             break
         problem = line.problem
-        for image in line.sample.images if line.sample else ():
-            if image not in faults:
-                faults[image] = fault(image)
-            problem = f"names an image that is {faults[image]}: {image}" if faults[image] else problem
-        flaw = check(line.sample) if check and line.sample else None
-        if flaw and not flaw.usable:
-            problem = problem or flaw.text
+        if line.sample is not None:
+            flaw = check(line.sample) if check else None
+            unusable = flaw.text if flaw and not flaw.usable else ""
+            problem = _image_problem(line.sample, looked, need) or unusable
         if problem or line.sample is None:
             problems.append(f"{line.origin}: {problem}")
         elif not left_out(line.sample, task, split):

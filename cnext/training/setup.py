@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +12,13 @@ from torch import nn
 from cnext import backbones, methods, packages
 from cnext.backbones.base import Backbone
 from cnext.config.run_config import Plan, cache, loading_options
+from cnext.errors import UserError
 from cnext.methods.base import Method
 from cnext.scoring.clip import load_clip
 from cnext.tasks import formats, synthetic
 from cnext.tasks.base import DataError, Sample
 from cnext.training.batches import stable_seed
+from cnext.training.evaluation import question
 from cnext.training.precision import DTYPES, in_float32
 
 
@@ -52,6 +54,7 @@ def prepare(planned: Plan, generated: Path | None = None) -> Prepared:
     check_clip(planned, planned.device)
     samples = read_suite(planned, data_folder(planned, generated))
     backbone = load_backbone(planned)
+    check_lengths(backbone, samples)
     method = methods.load(planned.config.method)(**planned.hyperparameters)
     generator = torch.Generator().manual_seed(stable_seed(planned.config.seed, "adapters"))
     method.setup(backbone, [planned.suite.task(name) for name in planned.order], generator)
@@ -77,11 +80,12 @@ def read_suite(planned: Plan, data: Path) -> dict[str, dict[str, list[Sample]]]:
     """
     limits = {"train": planned.recipe.train_samples, planned.config.split: planned.recipe.test_samples}
     samples: dict[str, dict[str, list[Sample]]] = {split: {} for split in limits}
+    need = backbones.unmet_need(planned.config.backbone)
     problems = []
     for name in planned.order:
         for split, limit in limits.items():
             try:
-                samples[split][name] = formats.read_samples(planned.suite.task(name), data, split, limit)
+                samples[split][name] = formats.read_samples(planned.suite.task(name), data, split, limit, need)
             except DataError as error:
                 problems.append(str(error))
     if problems:
@@ -94,6 +98,21 @@ def reference_warnings(planned: Plan, samples: dict[str, dict[str, list[Sample]]
     read = samples[planned.config.split]
     lines = (formats.usable_flaws(planned.suite.task(name), read[name]) for name in planned.order)
     return [line for line in lines if line]
+
+
+def check_lengths(backbone: Backbone, samples: dict[str, dict[str, list[Sample]]]) -> None:
+    """Asks the backbone about every sample of a run. Raises DataError that names all that are too long."""
+    problems = []
+    for split, by_task in samples.items():
+        for sample in (one for listed in by_task.values() for one in listed):
+            try:
+                backbone.check_length(
+                    sample if split == "train" else replace(question(sample), id=sample.id, origin=sample.origin)
+                )
+            except UserError as error:
+                problems.append(str(error))
+    if problems:
+        raise DataError("\n".join([f"{len(problems)} samples are too long", *problems]))
 
 
 def load_backbone(planned: Plan) -> Backbone:

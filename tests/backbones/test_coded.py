@@ -6,8 +6,9 @@ import copy
 import pickle
 import shutil
 from collections.abc import Callable
-from itertools import groupby
+from itertools import groupby, product
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -346,3 +347,45 @@ def test_bad_images_and_long_sequences_are_named(load: Load, tmp_path: Path) -> 
             backbone.prepare(Sample("", (Turn("what?", "red"),), path))
     with pytest.raises(UserError, match=r"file.json#3 is 1,\d\d\d tokens long, .* reads 1,024 at most"):
         backbone.prepare(Sample("", (Turn("what? " * 200, "red"),), origin="file.json#3"))
+
+
+@pytest.mark.parametrize("size", [(40, 1), (40, 3), (1, 1), (3, 3), (1, 40)])
+def test_thin_images_keep_their_colors(size: tuple[int, int], load: Load, tmp_path: Path) -> None:
+    """Of an image one or three pixels high the processor alone takes the rows for channels."""
+    for name, each in (("thin.png", size), ("square.png", (40, 40))):
+        Image.new("RGB", each, (255, 0, 0)).save(tmp_path / name)
+    backbone = load()
+    thin, square = (backbone.pixels(tmp_path / name).flatten(1) for name in ("thin.png", "square.png"))
+    assert torch.allclose(thin[0].max(), square[0].max())
+    assert torch.allclose(thin[1:].amin(1), square[1:].amin(1))
+
+
+def test_too_long_samples_are_found_without_decoding(load: Load, tmp_path: Path) -> None:
+    """At the limit to the token, with and without images."""
+    backbone = load()
+    Image.new("RGB", (24, 16)).save(tmp_path / "a.png")
+    config: Any = backbone.language_model.config
+    for read, written in product((None, tmp_path / "a.png"), repeat=2):
+        sample = Sample("", (Turn("what?", "red"),), read, written, origin="file.json#3")
+        length = len(backbone.prepare(sample))
+        backbone.check_length(sample)
+        config.max_position_embeddings, before = length - 1, config.max_position_embeddings
+        for ask in (backbone.prepare, backbone.check_length):
+            with pytest.raises(UserError, match=rf"json#3 is {length} tokens long, .* reads {length - 1} at most"):
+                ask(sample)
+        config.max_position_embeddings = before
+
+
+def test_images_that_are_too_long_for_a_backbone(load: Load, tmp_path: Path) -> None:
+    backbone = load()
+    for size in ((8, 1820), (2000, 1)):
+        Image.new("RGB", size).save(tmp_path / "long.png")
+        sample = Sample("", (Turn("what?", "red"),), tmp_path / "long.png")
+        if backbone.name == "emu3":
+            assert "reads none with one side over 200 times the other" in backbone.unmet_need(size)
+            with pytest.raises(UserError, match=r"long\.png cannot be resized for emu3"):
+                backbone.prepare(sample)
+        else:
+            assert not backbone.unmet_need(size)
+            backbone.prepare(sample)
+    assert not backbone.unmet_need((1, 200))

@@ -14,10 +14,11 @@ from PIL import Image
 from tasks.official import SHORT, lines, listing, picture, write_continual_next
 from training.toy import change
 
-from cnext.cli import main
+from cnext.cli import main, run_main
 from cnext.tasks import data_check, data_check_text, suites
-from cnext.tasks.base import Suite
+from cnext.tasks.base import ImageNeed, Suite, Task, any_size
 
+TALK = [{"role": "user", "content": "What?"}, {"role": "assistant", "content": "A dog."}]
 VQA = "SEED-Data-VQAv2"
 IMAGES = f"{VQA}/COCO2014/train2014"
 
@@ -47,8 +48,8 @@ def data(tmp_path: Path) -> Path:
     return write_continual_next(tmp_path / "data")
 
 
-def check(data: Path, look: str = "verify") -> data_check.Report:
-    return data_check.check(suite(), data, Watch(), look)
+def check(data: Path, look: str = "verify", need: ImageNeed = any_size) -> data_check.Report:
+    return data_check.check(suite(), data, Watch(), look, need)
 
 
 def append(path: Path, *added: str) -> None:
@@ -118,6 +119,40 @@ def test_a_truncated_image_is_found(look: str, data: Path) -> None:
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     (line,) = check(data, look).tasks["VQAv2"].splits["train"].broken_images
     assert "truncated" in line
+
+
+def test_images_that_are_converted_are_counted(data: Path) -> None:
+    one, two, three = (data / IMAGES / f"{index:012d}.jpg" for index in (0, 1, 2))
+    exif = Image.Exif()
+    exif[274] = 6
+    Image.new("RGB", (8, 6)).save(one, exif=exif)
+    Image.new("LA", (8, 6), (0, 128)).save(two, "PNG")
+    Image.new("RGBA", (8, 6), (0, 0, 0, 128)).save(three, "PNG", exif=exif)
+    report = check(data, "decode")
+    rows = f"named first by {data / VQA}/annotations/output_001.jsonl"
+    assert report.tasks["VQAv2"].splits["train"].converted == {
+        "turned by their orientation tag": [f"{one}, {rows}:1", f"{three}, {rows}:3"],
+        "with transparency, put on white": [f"{two}, {rows}:2", f"{three}, {rows}:3"],
+    }
+    assert report.problems == 0
+    shown = data_check_text.text(report)
+    assert "VQAv2 train: images turned by their orientation tag (not counted as a problem): 2\n" in shown
+
+
+def test_images_without_black_and_white_are_problems(data: Path) -> None:
+    path = data / IMAGES / "000000000000.jpg"
+    Image.new("F", (8, 6), 0.5).save(path, "TIFF")
+    for look in ("verify", "decode"):
+        (line,) = check(data, look).tasks["VQAv2"].splits["train"].broken_images
+        assert line.startswith(f"{path} (it has floating-point pixels, ")
+
+
+def test_what_a_backbone_needs_of_images_is_asked(data: Path) -> None:
+    picture(data / IMAGES / "000000000001.jpg", size=(80, 1))
+    report = check(data, need=lambda size: "too thin" if size[0] > 79 * size[1] else "")
+    (line,) = report.tasks["VQAv2"].splits["train"].broken_images
+    assert f"{IMAGES}/000000000001.jpg (80 x 1 pixels, too thin), named first by " in line
+    assert report.problems == 1
 
 
 def test_missing_files_and_folders_are_named_once(data: Path) -> None:
@@ -201,6 +236,53 @@ def test_exit_status(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert main(["data", "check", str(data / "none")]) == 2
     assert "expected a folder with the files of suite continual-next" in capsys.readouterr().err
     assert main([*verb, "--json", str(tmp_path / "none/report.json")]) == 2
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A suite with one task of edits in chat messages, one row of which has no target, and its data."""
+    picture(tmp_path / "images/a.png")
+    talk = [{"role": "user", "content": "<image>Make it red."}, {"role": "assistant", "content": "Done. <image>"}]
+    bare = [talk[0], {"role": "assistant", "content": "Done."}]
+    good = {"messages": talk, "images": ["a.png", "a.png"]}
+    listing(tmp_path / "train.json", [good, {"messages": bare, "images": ["a.png"]}])
+    listing(tmp_path / "test.json", [good, {"messages": bare, "images": ["a.png"]}])
+    task = {
+        "reads": ["text", "image"], "writes": ["text", "image"], "format": "messages", "scorer": "clip_image",
+        "train": "train.json", "test": "test.json", "train_images": "images", "test_images": "images",
+    }  # fmt: skip
+    listing(tmp_path / "Edits.json", task)
+    listing(
+        tmp_path / "suite.json", {"tasks": ["Edits"], "orders": {}, "budgets": {"default": {"steps": {"Edits": 1}}}}
+    )
+    return tmp_path
+
+
+def test_a_test_row_without_the_target_that_its_scorer_needs(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Found by the check, by a run's start, and by its dry run; a training row needs none."""
+    wanted = f"{folder}/test.json#1: names no target image, with which the scorer clip_image compares"
+    main(["data", "check", str(folder), "--suite", str(folder)])
+    assert wanted in capsys.readouterr().out
+    run = ["--suite", str(folder), "--data", str(folder), "--method", "lora", "--device", "cpu", "--clip", "tiny"]
+    for more in ([], ["--dry-run"]):
+        assert run_main([*run, "--out", str(folder / "runs"), *more]) == 2
+        error = capsys.readouterr().err
+        assert wanted in error
+        assert "train.json" not in error
+
+
+@pytest.mark.parametrize(("backbone", "status"), [("emu3", 1), ("tiny", 0), (None, 1)])
+def test_a_backbone_s_needs_are_asked(backbone: str | None, status: int, folder: Path, capsys: Any) -> None:
+    picture(folder / "images/a.png", size=(300, 1))
+    change(folder / "Edits.json", scorer="short_answer")
+    listing(folder / "test.json", [{"messages": TALK, "image": "a.png"}])
+    listing(folder / "train.json", [{"messages": [{**TALK[0], "content": "Where?"}, TALK[1]], "image": "a.png"}])
+    options = ["--backbone", backbone] if backbone else []
+    assert main(["data", "check", str(folder), "--suite", str(folder), *options]) == status
+    reason = (
+        "images/a.png (300 x 1 pixels, of which emu3 reads none with one side over 200 times the other), named first"
+    )
+    assert (reason in capsys.readouterr().out) == bool(status)
 
 
 def test_rows_of_other_formats_are_checked_too(tmp_path: Path) -> None:

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from cnext.backbones.conversation import IGNORED, TEXT_READ, TEXT_WRITTEN
 from cnext.backbones.seed_x import conversation
-from cnext.backbones.seed_x.anyres import GRIDS, WHOLE, views, whole
+from cnext.backbones.seed_x.anyres import GRIDS, WHOLE, best_grid, views, whole
 from cnext.backbones.seed_x.tokenizer import PAD, Tokenizer
 from cnext.backbones.seed_x.vision import VisualEncoder, pooled
-from cnext.image_files import open_image
+from cnext.image_files import image_size, open_image
 from cnext.tasks.base import Sample
 
 
@@ -52,7 +53,7 @@ def prepare(
     """
     read, target = None, None
     if sample.image:
-        read = views(open_image(sample.image), GRIDS if sample.tiled and not sample.target_image else WHOLE)
+        read = views(open_image(sample.image), _grids(sample))
     count = len(read.centres) if read else 0
     if max_length is None:
         tokens = conversation.question(tokenizer, sample, count)
@@ -62,6 +63,19 @@ def prepare(
         target = whole(open_image(sample.target_image)) if sample.target_image else None
     ids, labels, roles = (torch.tensor(values) for values in (tokens.ids, tokens.labels, tokens.roles))
     return SeedXInputs(ids, labels, roles, read.centres if read else None, read.pixels if read else None, target)
+
+
+def _grids(sample: Sample) -> Sequence[tuple[int, int]]:
+    return GRIDS if sample.tiled and not sample.target_image else WHOLE
+
+
+def check_length(tokenizer: Tokenizer, sample: Sample, **options: Any) -> None:
+    """Raises UserError as `conversation.conversation` for a sample that is too long. options: as there."""
+    count = 0
+    if sample.image:
+        columns, rows = best_grid(*image_size(sample.image), _grids(sample))
+        count = columns * rows + 1
+    conversation.conversation(tokenizer, sample, count, **options)
 
 
 def encode(vit: VisualEncoder, prepared: Sequence[SeedXInputs]) -> list[SeedXInputs]:

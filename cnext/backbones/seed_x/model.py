@@ -184,6 +184,12 @@ class SeedX(Backbone):
         options = {"end_every_turn": self.end_every_turn, "max_length": self.max_length}
         return encoding.prepare(self.tokenizer, sample, **options)
 
+    def check_length(self, sample: Sample) -> None:
+        """A question alone may have any length."""
+        if sample.turns[0].answer or sample.target_image:
+            options = {"end_every_turn": self.end_every_turn, "max_length": self.max_length}
+            encoding.check_length(self.tokenizer, sample, **options)
+
     def encode_prepared(self, prepared: Sequence[SeedXInputs]) -> list[SeedXInputs]:
         return encoding.encode(self.vit, prepared)
 
