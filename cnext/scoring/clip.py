@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from cnext.errors import UserError
-from cnext.scoring.clip_weights import WEIGHTS_FILES, load_weights
+from cnext.scoring.clip_weights import WEIGHTS_FILES, load_weights, weights_in
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -98,8 +98,9 @@ def load_clip(name: str, device: str) -> Clip:
 
     Args:
         name: "tiny", the small CLIP installed with cnext; "<tag>/<model>", weights that open_clip knows and downloads
-            on first use, as "openai/ViT-B-32" of the benchmark; the path of such weights or of their folder (see
-            ``clip_weights``); or a small CLIP's folder.
+            on first use, as "openai/ViT-B-32" of the benchmark; the path of such weights or of their folder, or of
+            transformers' (see ``clip_weights``); a small CLIP's folder; or the name of a repository in Hugging Face's
+            cache on this machine, as "openai/clip-vit-base-patch32" or "hf-hub:laion/...".
         device: where it runs.
 
     Raises:
@@ -114,8 +115,8 @@ def load_clip(name: str, device: str) -> Clip:
         model, transform, tokenizer = _load_folder(TINY_CLIP)
     elif path.is_file():
         model, transform, tokenizer = load_weights(path)
-    elif weights := [path / file for file in WEIGHTS_FILES if (path / file).is_file()]:
-        model, transform, tokenizer = load_weights(weights[0])
+    elif weights := weights_in(path):
+        model, transform, tokenizer = load_weights(weights)
     elif path.is_dir():
         model, transform, tokenizer = _load_folder(path)
     elif (model_name, tag) in open_clip.list_pretrained():
@@ -135,13 +136,26 @@ def load_clip(name: str, device: str) -> Clip:
         finally:
             logging.disable(before)
         tokenizer = open_clip.get_tokenizer(model_name)
+    elif weights := _cached_weights(name):
+        model, transform, tokenizer = load_weights(weights)
     else:
         raise UserError(
             f"unknown CLIP {name!r}, and no such file; valid: tiny, a file or folder with {' or '.join(WEIGHTS_FILES)}"
             f", a folder with {MODEL_FILE}, {VOCABULARY_FILE} and {WEIGHTS_FILE}, "
-            "or <tag>/<model> as open_clip.list_pretrained() has them, as in openai/ViT-B-32"
+            "<tag>/<model> as open_clip.list_pretrained() has them, as in openai/ViT-B-32, or a repository in Hugging "
+            "Face's cache on this machine, into which `hf download openai/clip-vit-base-patch32` puts one"
         )
     return Clip(model.to(device).eval(), transform, tokenizer, device)
+
+
+def _cached_weights(name: str) -> Path | None:
+    """The weights of a repository in Hugging Face's cache, or None. Downloads nothing."""
+    from huggingface_hub import snapshot_download
+
+    try:
+        return weights_in(Path(snapshot_download(name.removeprefix("hf-hub:"), local_files_only=True)))
+    except (OSError, ValueError):  # it is not there, or the name is none
+        return None
 
 
 def build_tiny_clip(

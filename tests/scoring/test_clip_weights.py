@@ -11,6 +11,7 @@ import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy
 import open_clip
@@ -28,7 +29,7 @@ from cnext.scoring.clip_weights import CONFIG_FILE, WEIGHTS_FILES
 from cnext.tasks.base import Sample, Turn
 
 Make = Callable[[Path, Path], object]
-SAFETENSORS, BIN, ARCHIVE = WEIGHTS_FILES
+SAFETENSORS, BIN, ARCHIVE, *_ = WEIGHTS_FILES
 TEXTS = ["Please generate the image: a red circle", "a dog on a beach"]
 SIZES = {
     "embed_dim": 64,
@@ -255,3 +256,122 @@ def test_half_of_an_archive_is_no_archive(folder: Path, tmp_path: Path) -> None:
 def test_a_path_that_is_not_there_is_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"nowhere/ViT-B-32\.pt', and no such file"):
         load_clip(str(tmp_path / "nowhere" / "ViT-B-32.pt"), "cpu")
+
+
+@pytest.fixture(scope="module", params=["quick_gelu", "gelu"])
+def stock(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
+    """A CLIP of transformers in its folder, with heads that are not 64 wide and narrow inner layers, and the model."""
+    from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "hidden_act": request.param}
+    text = sizes | {"vocab_size": 49408, "num_attention_heads": 4, "bos_token_id": 49406, "eos_token_id": 49407}
+    vision = sizes | {"num_attention_heads": 2, "image_size": 64, "patch_size": 32}
+    model = CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=48)).eval()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    folder = tmp_path_factory.mktemp(request.param)
+    model.save_pretrained(folder)
+    made = CLIPImageProcessor(image_mean=[0.1, 0.2, 0.3], image_std=[0.4, 0.5, 0.6])
+    made.save_pretrained(folder)
+    return folder, model
+
+
+def by_transformers(model: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """Unit embeddings of `pictures` and `TEXTS` by the stock model."""
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in ([0.1, 0.2, 0.3], [0.4, 0.5, 0.6]))
+    _, _, transform = open_clip.create_model_and_transforms(
+        "ViT-B-32", force_image_size=64, image_mean=(0, 0, 0), image_std=(1, 1, 1)
+    )
+    seen = torch.stack([(transform(Image.fromarray(one)) - mean) / std for one in pictures(2)])
+    ids = open_clip.get_tokenizer("ViT-B-32")(TEXTS)
+    with torch.no_grad():
+        output = model(input_ids=ids, pixel_values=seen)
+    return tuple(
+        torch.nn.functional.normalize(one.double(), dim=-1) for one in (output.image_embeds, output.text_embeds)
+    )
+
+
+@pytest.mark.parametrize("place", ["folder", "file", "repository", "hub"])
+def test_a_clip_of_transformers(place: str, stock: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As nearly everybody has it on a machine without a network: a folder, or Hugging Face's cache."""
+    folder, model = stock
+    name = {"folder": str(folder), "file": str(folder / "model.safetensors"), "repository": "some/clip"}.get(place)
+    if place in ("repository", "hub"):
+        cache = tmp_path / "models--some--clip"
+        shutil.copytree(folder, cache / "snapshots/abc")
+        (cache / "refs").mkdir()
+        (cache / "refs/main").write_text("abc")
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    load_clip.cache_clear()
+    clip = load_clip(name or "hf-hub:some/clip", "cpu")
+    images, texts = by_transformers(model)
+    assert torch.allclose(clip.encode_images(map(Image.fromarray, pictures(2))), images, atol=1e-5)
+    assert torch.allclose(clip.encode_texts(TEXTS), texts, atol=1e-5)
+
+
+def config_with(**changes: object) -> Callable[[Path], object]:
+    def write(folder: Path) -> None:
+        config = json.loads((folder / "config.json").read_text())
+        for part in ("text_config", "vision_config"):
+            config[part] |= changes
+        (folder / "config.json").write_text(json.dumps(config))
+
+    return write
+
+
+BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
+    "no config": (lambda folder: (folder / "config.json").unlink(), "expected config.json of a CLIP beside weights"),
+    "no JSON": (lambda folder: (folder / "config.json").write_text("{"), "expected config.json of a CLIP"),
+    "another model's": (lambda folder: (folder / "config.json").write_text("{}"), "KeyError"),
+    "another activation": (config_with(hidden_act="relu"), "whose activation is quick_gelu or gelu: KeyError"),
+    "no heads": (config_with(num_attention_heads=0), "ZeroDivisionError"),
+    "a tensor less": (
+        lambda folder: save_file(
+            {n: t for n, t in load_file(folder / "model.safetensors").items() if "layers.1.self_attn.k_proj" not in n},
+            folder / "model.safetensors",
+        ),
+        "expected the weights of a CLIP like OpenAI's",
+    ),
+    "fewer tokens": (
+        lambda folder: save_file(
+            {
+                n: t[:99].clone() if "token_embedding" in n else t
+                for n, t in load_file(folder / "model.safetensors").items()
+            },
+            folder / "model.safetensors",
+        ),
+        "expected a CLIP with OpenAI's 49,408 tokens, got one with 99",
+    ),
+}
+
+
+@pytest.mark.parametrize(("spoil", "reason"), BROKEN.values(), ids=BROKEN.keys())
+def test_folders_of_transformers_that_are_no_clip(spoil: Callable, reason: str, stock: Any, tmp_path: Path) -> None:
+    folder = shutil.copytree(stock[0], tmp_path / "clip")
+    spoil(folder)
+    with pytest.raises(UserError, match=reason):
+        load_clip(str(folder), "cpu")
+
+
+@pytest.mark.parametrize("name", ["openai/clip-vit-nowhere", "hf-hub:laion/nothing", "a b", "x/y/z"])
+def test_a_repository_that_is_not_in_the_cache(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(UserError, match=r"unknown CLIP .*`hf download openai/clip-vit-base-patch32` puts one"):
+        load_clip(name, "cpu")
+
+
+def test_heads_of_open_clips_configuration(tmp_path: Path) -> None:
+    """Of 80 in ViT-H: no shape tells."""
+    torch.manual_seed(0)
+    wide = {"vision_cfg": {**SIZES["vision_cfg"], "width": 320, "head_width": 80}}
+    text = {"text_cfg": {**SIZES["text_cfg"], "width": 128, "heads": 4}}
+    model, _, _ = open_clip.create_model_and_transforms("ViT-B-32", embed_dim=64, **wide, **text)
+    save_file(model.state_dict(), tmp_path / SAFETENSORS)
+    (tmp_path / CONFIG_FILE).write_text(json.dumps({"model_cfg": {"embed_dim": 64, **wide, **text}}))
+    ids = open_clip.get_tokenizer("ViT-B-32")(TEXTS)
+    clip = load_clip(str(tmp_path), "cpu")
+    seen = torch.rand(1, 3, 64, 64)
+    with torch.no_grad():
+        assert torch.equal(clip.model.encode_image(seen), model.eval().encode_image(seen))
+        assert torch.equal(clip.model.encode_text(ids), model.encode_text(ids))
