@@ -15,11 +15,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy
-
 from cnext.errors import UserError
 
 if TYPE_CHECKING:
+    import numpy
     from PIL.Image import Image
     from PIL.ImageFile import ImageFile
 
@@ -139,7 +138,8 @@ def _require_range(image: ImageFile) -> None:
 def _tag(image: ImageFile, number: int, default: int) -> int:
     """A number in the tags of a TIFF, the first of several; the default for other formats."""
     tags: Any = getattr(image, "tag_v2", {})
-    return int(numpy.atleast_1d(tags.get(number, default))[0])
+    value = tags.get(number, default)
+    return int(value[0] if isinstance(value, tuple) else value)
 
 
 def _deep(image: ImageFile) -> bool:
@@ -185,6 +185,8 @@ CONVERSIONS: dict[str, Callable[[Any], bool]] = {
 
 def _eight_bits(image: ImageFile) -> numpy.ndarray:
     """A gray image of 12 or 16 bits at 8, (H, W) uint8; white where it is transparent."""
+    import numpy
+
     white = 2 ** _tag(image, _BITS, 16) - 1
     values = numpy.asarray(image).astype(numpy.int64)
     gray = ((values * 255 + white // 2) // white).clip(0, 255).astype(numpy.uint8)

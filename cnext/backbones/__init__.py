@@ -7,6 +7,8 @@ package adds a backbone by an entry point of the group ``cnext.backbones``: ``na
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
+from typing import Any
 
 from cnext.registry import Registry
 
@@ -40,7 +42,13 @@ def summary(name: str) -> str:
 def unmet_need(*names: str) -> Callable[[tuple[int, int]], str]:
     """A function that says why one of these backbones cannot read an image of some width and height, "" if all can.
 
-    names: of backbones; none: all that come with cnext.
+    names: of backbones; none: all that come with cnext, which the first call imports.
     """
-    kinds = [load(name) for name in names or BACKBONES.own]
-    return lambda size: next(filter(None, (kind.unmet_need(size) for kind in kinds)), "")
+
+    @cache
+    def kinds() -> list[Any]:
+        return [load(name) for name in names or BACKBONES.own]
+
+    if names:
+        kinds()
+    return lambda size: next(filter(None, (kind.unmet_need(size) for kind in kinds())), "")

@@ -60,7 +60,8 @@ class Options:
     checkpoint_interval: int = 50
     """Optimizer steps between two checkpoints: the most that an interruption can lose."""
     clip: str | None = None
-    """CLIP that scores images: a file or folder of weights, <tag>/<model> of open_clip, or a name in the Hugging Face cache. None: the suite's."""
+    """CLIP that scores images: a file or folder of weights, <tag>/<model> of open_clip, or a repository in the cache of
+    Hugging Face. None: the suite's."""
     prompts: Literal["released", "consistent"] | None = None
     """Prompts of tasks that write images: as released, or the same in training and test. None: the suite's."""
     learning_rate: float | None = None
