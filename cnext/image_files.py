@@ -216,4 +216,5 @@ def _upright(image: ImageFile, shown: Image) -> Image:
 def _size(image: ImageFile) -> tuple[int, int]:
     """Width and height as shown. Pillow swaps those of a TIFF itself, and decodes a PNG to look for tags at its end."""
     tagged = "exif" in image.info or image.format in ("JPEG", "MPO")
-    return image.size[::-1] if tagged and _orientation(image) >= _SIDEWAYS else image.size
+    width, height = image.size
+    return (height, width) if tagged and _orientation(image) >= _SIDEWAYS else (width, height)

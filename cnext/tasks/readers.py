@@ -56,9 +56,9 @@ def conversation(row: Row, root: Path, name: str, origin: str) -> Sample:
         return _chat(row, _instruction(row), root, name, origin)
     accepted = answers(row, "answer_bbox" if "answer_bbox" in row else "answer")
     sample = _chat(row, [("user", text(row, "text")), ("assistant", "")], root, name, origin)
+    turn = Turn(sample.turns[0].instruction, accepted[0])
     several = accepted if len(accepted) > 1 else ()
-    turns = (replace(sample.turns[0], answer=accepted[0]),)
-    return replace(sample, turns=turns, size=_size(row), references=several)
+    return replace(sample, turns=(turn,), size=_size(row), references=several)
 
 
 def generation(row: Row, root: Path, name: str, origin: str) -> Sample:
@@ -133,10 +133,12 @@ def _part_text(part: dict[str, Any]) -> str:
     if kind not in ("image", "image_url"):
         raise ValueError(f"has a part of a message that is not read, of type {kind!r}; text and image are")
     values = [part[key] for key in ("image", "image_url", "path", "url") if part.get(key)]
+    if not values:
+        return MARK
     found = [value.get("url") or value.get("path") if isinstance(value, dict) else value for value in values]
-    if not all(isinstance(path, str) for path in found) or len(found) > 1:
+    if len(found) > 1 or not isinstance(found[0], str):
         raise ValueError(f"a part of type {kind!r} must have one path")
-    return tag(found[0].strip()) if found else MARK
+    return tag(found[0].strip())
 
 
 def _messages(row: Row, key: str, role: str, content: str) -> list[Message]:
