@@ -15,8 +15,10 @@ from tasks.official import SHORT, lines, listing, picture, write_continual_next
 from training.toy import change
 
 from cnext.cli import main, run_main
+from cnext.errors import UserError
 from cnext.tasks import data_check, data_check_text, suites
-from cnext.tasks.base import ImageNeed, Suite, Task, any_size
+from cnext.tasks.base import DataError, ImageNeed, Sample, Suite, Task, Turn, any_size
+from cnext.training.setup import check_lengths
 
 TALK = [{"role": "user", "content": "What?"}, {"role": "assistant", "content": "A dog."}]
 VQA = "SEED-Data-VQAv2"
@@ -269,6 +271,20 @@ def test_a_test_row_without_the_target_that_its_scorer_needs(folder: Path, capsy
         error = capsys.readouterr().err
         assert wanted in error
         assert "train.json" not in error
+
+
+def test_all_samples_that_are_too_long_are_named() -> None:
+    """By a backbone that reads 20 characters: of training rows with their answers, of test rows the question alone."""
+
+    class Short:
+        def check_length(self, sample: Sample) -> None:
+            if sum(len(turn.instruction + turn.answer) for turn in sample.turns) > 20:
+                raise UserError(f"{sample.origin} is too long")
+
+    rows = [Sample("x", (Turn("what?", "red" * length),), origin=f"#{length}") for length in (1, 5, 6, 9)]
+    with pytest.raises(DataError) as error:
+        check_lengths(Short(), {"train": {"a": rows[:2], "b": rows[2:]}, "test": {"a": rows}})
+    assert str(error.value).splitlines() == ["2 samples are too long", "#6 is too long", "#9 is too long"]
 
 
 @pytest.mark.parametrize(("backbone", "status"), [("emu3", 1), ("tiny", 0), (None, 1)])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,7 +22,7 @@ from cnext.backbones.seed_x.model import SeedX
 from cnext.config.run_config import RunConfig, plan
 from cnext.errors import UserError
 from cnext.tasks import suites
-from cnext.tasks.base import Sample
+from cnext.tasks.base import Sample, Turn
 from cnext.tasks.readers import READERS
 from cnext.training import evaluation
 from cnext.training.setup import load_backbone
@@ -191,3 +192,22 @@ def test_a_run_that_writes_images_needs_the_detokenizer(folder: Path, tmp_path: 
         load_backbone(planned)
     with pytest.warns(UserWarning, match="de-tokenizer"):
         load_backbone(replace(planned, order=("VQAv2",)))
+
+
+def test_too_long_samples_are_found_without_decoding(fresh: SeedX, tasks: dict[str, list[Sample]]) -> None:
+    """At the limit to the token, for tiled images, whole ones and images that are written."""
+
+    def fits(ask: Callable[[Sample], object], sample: Sample, length: int) -> bool:
+        fresh.max_length = length
+        try:
+            ask(sample)
+        except UserError as error:
+            return "file.json#3: expected less than" not in str(error)
+        return True
+
+    for sample in (replace(one, origin="file.json#3") for listed in tasks.values() for one in listed):
+        least = next(length for length in range(1000) if fits(fresh.check_length, sample, length))
+        assert least > 10
+        assert fits(fresh.prepare, sample, least)
+        assert not fits(fresh.prepare, sample, least - 1)
+        assert fits(fresh.check_length, Sample("", (Turn("what? " * 500),), sample.image), 40)
