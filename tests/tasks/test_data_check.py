@@ -17,7 +17,7 @@ from training.toy import change
 from cnext.cli import main, run_main
 from cnext.errors import UserError
 from cnext.tasks import data_check, data_check_text, suites
-from cnext.tasks.base import DataError, ImageNeed, Sample, Suite, Task, Turn, any_size
+from cnext.tasks.base import DataError, ImageNeed, Sample, Suite, Turn, any_size
 from cnext.training.setup import check_lengths
 
 TALK = [{"role": "user", "content": "What?"}, {"role": "assistant", "content": "A dog."}]
