@@ -90,8 +90,8 @@ def data_block(case: Case) -> str:
 
 
 def input_hash(case: Case) -> str:
-    """SHA-256 of all that a judge is shown of a case: its texts and the bytes of its images."""
-    pictures = [(title, hashlib.sha256(_bytes(path)).hexdigest()) for title, path in case.images]
+    """SHA-256 of all that a judge is shown of a case: its texts and its images."""
+    pictures = [(title, _picture_hash(path)) for title, path in case.images]
     return _digest([case.kind, case.instruction, case.expected, case.answer, pictures])
 
 
@@ -102,6 +102,14 @@ def verdict_key(prompts_sha256: str, model: str, case_sha256: str) -> str:
 
 def _digest(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def _picture_hash(path: Path) -> str:
+    """SHA-256 of an image file, another one where the judge is sent a PNG of what it shows in its place."""
+    content = _bytes(path)
+    # Not of the PNG, whose bytes depend on the version of Pillow.
+    converted = b"" if for_web(path)[1] == content else b"converted"
+    return hashlib.sha256(converted + content).hexdigest()
 
 
 def _url(path: Path) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 import time
@@ -11,6 +12,7 @@ from threading import Event
 
 import pytest
 from judging.judge_server import Judge, serving, text_of
+from PIL import Image
 
 from cnext.errors import UserError
 from cnext.judging import asking, requests
@@ -244,14 +246,30 @@ def test_instruction_unfollowing_wins() -> None:
 
 def test_another_picture_is_another_input(tmp_path: Path) -> None:
     path = tmp_path / "a.png"
-    path.write_bytes(b"\x89PNG1")
+    Image.new("RGB", (4, 4), "red").save(path)
     first = input_hash(case("blue", source=path))
     assert first == input_hash(case("blue", 7, source=path, stage=3)), "the judge is blind to stage and place"
-    path.write_bytes(b"\x89PNG2")
+    Image.new("RGB", (4, 4), "blue").save(path)
     assert input_hash(case("blue", source=path)) != first
     path.unlink()
     with pytest.raises(UserError, match=r"a\.png: a judge needs this image"):
         input_hash(case("blue", source=path))
+
+
+def test_a_picture_that_is_converted_is_not_its_file(tmp_path: Path) -> None:
+    """Verdicts on the bytes of such files, which earlier versions sent, are asked for again; those on others stay."""
+    plain, turned = tmp_path / "a.jpg", tmp_path / "b.jpg"
+    Image.new("RGB", (8, 4), "red").save(plain)
+    tags = Image.Exif()
+    tags[274] = 6
+    Image.new("RGB", (8, 4), "red").save(turned, exif=tags)
+    for path, as_file in ((plain, True), (turned, False)):
+        shown = case("blue", source=path)
+        ((title, _),) = shown.images
+        pictures = [(title, hashlib.sha256(path.read_bytes()).hexdigest())]
+        told = [shown.kind, shown.instruction, shown.expected, shown.answer, pictures]
+        earlier = hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
+        assert (input_hash(shown) == earlier) is as_file
 
 
 @pytest.mark.parametrize("url", ["localhost:8000", "ftp://a/v1", "http://me:pass@localhost/v1", ""])
