@@ -16,7 +16,7 @@ from platform import python_version
 from typing import Any
 
 import cnext
-from cnext.errors import RESUME, UserError
+from cnext.errors import UserError
 from cnext.monitoring.signals import Stop, Stopped
 from cnext.monitoring.streams import tolerate_closed_pipes
 
@@ -41,8 +41,8 @@ def _exit_status(verb: Callable[[], int | None]) -> int:
         except Stopped as stopped:
             print(stopped, file=sys.stderr)
             return stopped.status
-        except KeyboardInterrupt:
-            print(f"interrupted; {RESUME}", file=sys.stderr)
+        except KeyboardInterrupt as interrupt:
+            print(str(interrupt) or "interrupted; the same command continues from what was saved", file=sys.stderr)
             return 130
 
 
