@@ -20,16 +20,20 @@ Box = tuple[float, float, float, float]
 # Unambiguous, so that matching takes linear time.
 _NUMBER = r"\s*([+-]?(?:\d+(?:\.\d*)?|\.\d+)(?:[eE][+-]?\d+)?)\s*"
 _CORNER = rf"\({_NUMBER},{_NUMBER}\)"
+# The last one may be cut off, as where an answer ends at the most tokens.
+_CORNERS = re.compile(rf"\({_NUMBER},{_NUMBER}(?:\)|\Z)")
 _BOX = re.compile(rf"\[{','.join([_NUMBER] * 4)}\]|{_CORNER}\s*,\s*{_CORNER}")
 
 
 def read_box(text: str) -> Box | None:
     """The one [x1,y1,x2,y2] or (x1,y1),(x2,y2) in a text; None where there is none, or more than one.
 
-    Words around the box and exponents (1e-05) are allowed. The corners may be in any order.
+    Words around the box and exponents (1e-05) are allowed. The corners may be in any order. Of three corners or more,
+    as of a polygon, none make a box.
     """
-    found = _BOX.findall(plain(text))
-    if len(found) != 1:
+    spelled = plain(text)
+    found = _BOX.findall(spelled)
+    if len(found) != 1 or (found[0][-1] and len(_CORNERS.findall(spelled)) != 2):
         return None
     x1, y1, x2, y2 = (float(number) for number in found[0] if number)
     return (x1, y1, x2, y2) if all(map(isfinite, (x1, y1, x2, y2))) else None

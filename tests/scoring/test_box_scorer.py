@@ -47,6 +47,14 @@ def score(text: str, reference: str, size: tuple[int, int] | None = None, image:
         ("(0,0),(1,1) or [0,0,1,1]", None),
         ("(0,0),(1,1),(2,2),(3,3)", None),
         ("(0,0) (1,1)", None),
+        ("(0.1,0.1),(0.5,0.5),(0.2,0.9)", None),
+        ("(0,0),(1,1), (2,2)", None),
+        ("(0,0),(1,1) and (2,2)", None),
+        ("(2,2); (0,0),(1,1)", None),
+        ("(0,0),(1,1),(2,2),(3,3),(4,4)", None),
+        ("(0,0),(1,1),(2,2", None),
+        ("(0,0),(1,1) (see (a), 2)", (0.0, 0.0, 1.0, 1.0)),
+        ("the one at (0.5,0.5): [0,0,1,1]", (0.0, 0.0, 1.0, 1.0)),
         ("[1e,0,1,1]", None),
         ("[0,0,1e999,1]", None),
     ],
@@ -119,7 +127,8 @@ def test_a_reference_without_area_scores_nothing(scorer: str, reference: str) ->
 
 
 @pytest.mark.parametrize(
-    "reference", ["somewhere", "", "[0,0,1]", "[0,0,1,1] [0,0,1,1]", "[0,0,1e999,1]", "31 29 15 15"]
+    "reference",
+    ["somewhere", "", "[0,0,1]", "[0,0,1,1] [0,0,1,1]", "[0,0,1e999,1]", "31 29 15 15", "(0,0),(1,1),(2,2)"],
 )
 def test_a_reference_that_is_no_box_has_a_flaw(reference: str) -> None:
     flaw = reference_flaw(Sample("7", (Turn("Where?", reference),)))
