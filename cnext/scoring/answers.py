@@ -17,6 +17,7 @@ _HYPHENS = "\u2010\u2011\u2012\u2013\u2212"
 _SPELLING = str.maketrans(
     _SINGLE + _DOUBLE + _HYPHENS, "'" * len(_SINGLE) + '"' * len(_DOUBLE) + "-" * len(_HYPHENS), _INVISIBLE
 )
+_FINAL_PERIOD = re.compile(r"[.。]\Z")
 
 
 def plain(text: str) -> str:
@@ -40,12 +41,12 @@ def _of_usual_width(character: str) -> str:
 def normalise(text: str) -> str:
     """The form in which the strict profile compares answers.
 
-    The spelling is that of ``plain``, case is folded, runs of white space become one space, one final period is
-    removed, and a leading article that is followed by further words ("A cat." and "cat" agree; the answer "A" stays
-    "a").
+    The spelling is that of ``plain``, case is folded, runs of white space become one space, one final period, "." or
+    "。", is removed, and a leading article that is followed by further words ("A cat." and "cat" agree; the answer "A"
+    stays "a").
     """
     folded = unicodedata.normalize("NFC", plain(text).casefold())
-    words = folded.strip().removesuffix(".").split()
+    words = _FINAL_PERIOD.sub("", folded.strip()).split()
     if len(words) > 1 and words[0] in ARTICLES:
         words = words[1:]
     return " ".join(words)
