@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from cnext.registry import Registry
+from cnext.scoring import SHORT_ANSWERS
 
 if TYPE_CHECKING:
     import numpy
@@ -56,6 +57,7 @@ REFERENCE_CHECKS = Registry(
     "check of references",
     "cnext.reference_checks",
     {
+        **dict.fromkeys((*SHORT_ANSWERS, "cider"), "cnext.scoring.text:content_flaw"),
         "box": "cnext.scoring.boxes:reference_flaw",
         "clip_image": "cnext.scoring.images:target_flaw",
         "coin_grounding": "cnext.scoring.boxes:reference_flaw",
@@ -64,7 +66,7 @@ REFERENCE_CHECKS = Registry(
         "mllm_cl_ocr": "cnext.scoring.mllm_cl:category_flaw",
     },
 )
-"""By the name of a scorer: a function from `Sample` to `Flaw` or None. Most scorers take any text and have none.
+"""By the name of a scorer: a function from `Sample` to `Flaw` or None.
 
 Another package adds one by an entry point of the group ``cnext.reference_checks``: ``scorer = "module:function"``.
 """

@@ -12,8 +12,9 @@ import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from cnext.scoring.answers import normalise
 from cnext.scoring.base import Flaw, Prediction, Score
-from cnext.scoring.text import sample_scores, text_scores
+from cnext.scoring.text import content_flaw, sample_scores, text_scores
 from cnext.scoring.vqa_accuracy import ANNOTATORS, soft_accuracy
 from cnext.tasks.base import DataError
 
@@ -77,10 +78,10 @@ def coin_textvqa(task: Task, samples: Sequence[Sample], predictions: Sequence[Pr
 
 
 def annotators_flaw(sample: Sample) -> Flaw | None:
-    """Says that a sample of TextVQA has not the answers of ten people."""
+    """Says that a sample of TextVQA has not the answers of ten people, of whom some may have written nothing."""
     count = len(sample.answers)
     if count == ANNOTATORS:
-        return None
+        return None if any(map(normalise, sample.answers)) else content_flaw(sample)
     return Flaw(f"expected the answers of {ANNOTATORS} people, of TextVQA_0.5.1_val.json or as a list, got {count}")
 
 

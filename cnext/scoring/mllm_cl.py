@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from cnext.scoring.base import Flaw, Prediction, Score
-from cnext.scoring.text import sample_scores, text_scores
+from cnext.scoring.text import content_flaw, sample_scores, text_scores
 
 if TYPE_CHECKING:
     from cnext.tasks.base import Sample, Task
@@ -117,9 +117,9 @@ def mllm_cl_ocr(task: Task, samples: Sequence[Sample], predictions: Sequence[Pre
 
 
 def category_flaw(sample: Sample) -> Flaw | None:
-    """Says that a row of OCR has no category, so that a formula among them cannot be told from words."""
-    if sample.category:
-        return None
+    """Says that a row of OCR has an empty reference, or no category, so that it is not known to be a formula."""
+    if (flaw := content_flaw(sample)) or sample.category:
+        return flaw
     return Flaw(
         "lacks 'answer_type', the category of OCRBench: 'paper' scores it as words, not as a formula", usable=True
     )

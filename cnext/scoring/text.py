@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from cnext.scoring.answers import normalise, repeats_a_word
-from cnext.scoring.base import Prediction, Score
+from cnext.scoring.base import Flaw, Prediction, Score
 from cnext.scoring.errors import text_error
 from cnext.scoring.kinds import known_words
 
@@ -102,8 +102,16 @@ def sample_scores(
     known = None if read else known_words(text for pair in asked for text in pair)
     scores = []
     for sample, prediction in zip(samples, predictions, strict=True):
-        accepted = sample.answers
-        hit = prediction.image is None and normalise(prediction.text) in map(normalise, accepted)
+        accepted, said = sample.answers, normalise(prediction.text)
+        hit = prediction.image is None and bool(said) and said in map(normalise, accepted)
         error = "" if hit else text_error(prediction, accepted[0], sample.turns[0].instruction, known)
         scores.append(Score(strict=100.0 * hit, paper=100.0 * released(sample, prediction.text), error=error))
     return scores
+
+
+def content_flaw(sample: Sample) -> Flaw | None:
+    """Says that a reference has nothing in it to be compared: it is empty, or white space and a period alone."""
+    empty = [answer for answer in sample.answers if not normalise(answer)]
+    if not empty:
+        return None
+    return Flaw(f"expected a reference with a word or number in it, got {empty[0]!r}; correct the file")

@@ -247,6 +247,10 @@ def test_ocrbench(category: str, said: str, accepted: tuple[str, ...], score: fl
         ("coin", "Grounding", "left", False),
         ("coin", "Grounding", "[31,29,15,15]", True),
         ("mllm-cl-ability", "OCR", "stop", True),
+        ("mllm-cl-ability", "OCR", "", False),
+        ("mllm-cl-ability", "VP", "\n", False),
+        ("ucit", "IconQA", "", False),
+        ("continual-next", "VQAv2", " . ", False),
     ],
 )
 def test_references_that_a_script_could_not_use(suite: str, task: str, reference: str, usable: bool) -> None:
@@ -257,7 +261,7 @@ def test_references_that_a_script_could_not_use(suite: str, task: str, reference
 
 @pytest.mark.parametrize(
     ("suite", "task", "reference"),
-    [*(("coin", "ScienceQA", letter) for letter in ("B", "(C)", "D.", "E. an emu")), ("ucit", "IconQA", "")],
+    [*(("coin", "ScienceQA", letter) for letter in ("B", "(C)", "D.", "E. an emu")), ("ucit", "IconQA", "0")],
 )
 def test_references_that_are_all_right(suite: str, task: str, reference: str) -> None:
     assert reference_check(suites.load(suite).task(task))(Sample("1", (Turn("?", reference),))) is None

@@ -12,8 +12,10 @@ import pytest
 from tasks.official import listing, picture
 
 from cnext.cli import main
+from cnext.scoring import SHORT_ANSWERS, make_scorers
+from cnext.scoring.base import Prediction, reference_check
 from cnext.tasks import data_check, formats, subset, suites
-from cnext.tasks.base import DataError, Suite, Task
+from cnext.tasks.base import DataError, Sample, Suite, Task, Turn
 
 GROUNDING = Task(
     "Grounding", ("text", "image"), ("text",), "conversation", "box", "train.json", "test.json", ".", ".", "held.json"
@@ -101,6 +103,34 @@ def test_data_check_ends_with_status_1(
     assert shown.endswith("1 problem\n")
 
 
+@pytest.mark.parametrize("scorer", [*SHORT_ANSWERS, "cider"])
+@pytest.mark.parametrize(
+    "reference", ["", ".", " ", "\n", "\u3000", "\u3002", "\u200b", ["", ""], ["yes", ""]], ids=ascii
+)
+def test_a_reference_without_content_is_refused(scorer: str, reference: str | list[str], tmp_path: Path) -> None:
+    """Before a run: an empty answer is equal to it, and every answer contains it."""
+    task = dataclasses.replace(GROUNDING, scorer=scorer)
+    picture(tmp_path / "a.png")
+    rows = [{"question_id": 1, "image": "a.png", "text": "What?", "answer": each} for each in (reference, reference)]
+    listing(tmp_path / "test.json", rows)
+    with pytest.raises(DataError, match="2 unusable rows"):
+        formats.read_samples(task, tmp_path, "test")
+    assert len(report(tmp_path, task).tasks["Grounding"].splits["test"].references) == 2
+
+
+@pytest.mark.parametrize("scorer", sorted({*SHORT_ANSWERS} - {"coin_textvqa"}))
+@pytest.mark.parametrize("said", ["", ".", " \n", "\u3002"], ids=ascii)
+def test_an_empty_answer_is_never_right_in_strict(scorer: str, said: str) -> None:
+    (score,) = make_scorers()[scorer](None, [Sample("1", (Turn("What?", ""),))], [Prediction(said)])
+    assert (score.strict, score.error) == (0, "instruction_unfollowing")
+
+
+@pytest.mark.parametrize("reference", ["0", "?", "a", "the", "-", "\u65e5", "$", "..."])
+def test_a_reference_of_one_character_has_content(reference: str) -> None:
+    task = dataclasses.replace(GROUNDING, scorer="short_answer")
+    assert reference_check(task)(Sample("1", (Turn("What?", reference),))) is None
+
+
 TEXTVQA = suites.load("coin").task("TextVQA")
 TEN = [*["stop"] * 2, *["stop sign"] * 8]
 
@@ -121,6 +151,16 @@ def test_ten_answers_from_the_file_of_textvqa(tmp_path: Path) -> None:
     textvqa(tmp_path, *rows, data={"dataset_type": "val", "data": listed})
     samples = formats.read_samples(TEXTVQA, tmp_path, "test")
     assert [sample.answers for sample in samples] == [("34602",) * 10, ("34603",) * 10]
+
+
+@pytest.mark.parametrize(("empty", "refused"), [(1, False), (9, False), (10, True)])
+def test_of_ten_people_some_may_have_written_nothing(empty: int, refused: bool) -> None:
+    given = ("",) * empty + ("stop",) * (10 - empty)
+    sample = Sample("1", (Turn("What?", given[0]),), references=given)
+    assert (reference_check(TEXTVQA)(sample) is not None) == refused
+    if not refused:
+        (score,) = make_scorers()["coin_textvqa"](TEXTVQA, [sample], [Prediction("")])
+        assert score.strict == 0
 
 
 def test_ten_answers_of_a_row_need_no_file(tmp_path: Path) -> None:
