@@ -26,6 +26,8 @@ MAX_WAIT = 60.0
 ONE_REQUEST = (400, 413, 422)
 """Status codes that may concern one request only: too long, or an image size that the model does not take."""
 OVERLOADED = (408, 425, 429)
+BROKEN_REPLY = ("ReadError", "RemoteProtocolError", "DecodingError")
+"""Names of errors of httpx, or of httpx2 where the openai client builds on that."""
 NO_SUCH_PARAMETER = (400, 422, 501)
 NO_SUCH_PATH = (404, 405)
 
@@ -99,8 +101,8 @@ class Client:
 
         Raises:
             Malformed: the reply is cut off, or no chat completion.
-            NoReply: the server was overloaded, failed or timed out at every try, or it or the model refuses this
-                request.
+            NoReply: the server was overloaded, failed, timed out or sent a broken reply at every try, or it or the
+                model refuses this request.
             Unavailable: it cannot be reached, or refuses the key or the model.
         """
         for attempt in range(self.tries):
@@ -111,11 +113,7 @@ class Client:
                 failure: Exception = NoReply(f"no reply within {self.timeout:g} s")
                 cause: Exception = error
             except self._openai.APIConnectionError as error:
-                reason = f"{error.__cause__ or error}"
-                failure, cause = (
-                    Unavailable(f"the judge at {self.url} cannot be reached ({reason}); start it, or correct the URL"),
-                    error,
-                )
+                failure, cause = self._unread(error), error
             except ServerError as error:
                 failure, cause, asked_wait = self._failure(error), error, error.retry_after
                 passing = error.status >= 500 or error.status in OVERLOADED
@@ -174,6 +172,13 @@ class Client:
         if completion.finish_reason == "content_filter" or (completion.refusal and not completion.content.strip()):
             raise NoReply("declined by the model or its filter", completion.refusal or completion.content)
         return completion
+
+    def _unread(self, error: Exception) -> Exception:
+        """What it means that no whole reply came: of a server that was reached, others may come."""
+        reason = f"{error.__cause__ or error}"
+        if type(error.__cause__).__name__ in BROKEN_REPLY:
+            return NoReply("the reply broke off or cannot be unpacked", reason)
+        return Unavailable(f"the judge at {self.url} cannot be reached ({reason}); start it, or correct the URL")
 
     def _failure(self, error: ServerError) -> Exception:
         """What an error of the server means for this request and for others."""

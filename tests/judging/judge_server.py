@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -40,7 +41,8 @@ def obedient(messages: list[dict[str, Any]]) -> dict[str, bool]:
 class Judge:
     """The server's state. script: what each request meets, in the order of arrival; afterwards all is well.
 
-    An entry is "ok", "malformed", "cut off", "length", "slow", "drop", (status, headers) or (status, headers, body).
+    An entry is "ok", "malformed", "cut off", "length", "slow", "drop", "reset", (status, headers) or
+    (status, headers, body).
     server: what any request meets, by its path and body; None for what the script says.
     reply: changes a completion that is well.
     """
@@ -99,6 +101,10 @@ def serving(judge: Judge) -> Iterator[Judge]:
             if what == "slow":
                 self.connection.settimeout(20)
                 assert not self.rfile.read(1), "the client hangs up first"
+                return None
+            if what == "reset":
+                self.close_connection = True
+                self.connection.shutdown(socket.SHUT_RDWR)
                 return None
             if what == "cut off":
                 return self.send(200, reply[:40], {})

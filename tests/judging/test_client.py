@@ -22,6 +22,8 @@ from cnext.judging.client import Client, Unavailable
 from cnext.judging.requests import Prompts, data_block, error_type, input_hash
 
 PROMPTS = Prompts()
+GZIP = {"Content-Encoding": "gzip"}
+BROKEN = "the reply broke off or cannot be unpacked"
 
 
 @pytest.fixture(autouse=True)
@@ -66,9 +68,11 @@ def judged(judge: Judge, cases: list[Case], file: Path, concurrency: int = 1, ti
         (["cut off"], 2),
         (["length"], 2),
         (["drop"], 2),
+        (["reset"], 2),
+        ([(200, GZIP, "no gzip")], 2),
         (["slow"], 2),
     ],
-    ids=["well", "500", "500-503", "429", "malformed", "cut-off", "length", "dropped", "slow"],
+    ids=["well", "500", "500-503", "429", "malformed", "cut-off", "length", "dropped", "reset", "gzip", "slow"],
 )
 def test_failed_requests_are_retried(script: list, requests: int, tmp_path: Path) -> None:
     with serving(Judge(script)) as judge:
@@ -143,9 +147,19 @@ def test_the_hash_names_this_version_of_the_prompts(monkeypatch: pytest.MonkeyPa
         (["cut off"] * 2, "malformed reply, no chat completion"),
         ([(500, {})] * 3, "status 500"),
         (["slow"] * 3, "no reply within 1 s"),
+        (["drop"] * 3, BROKEN),
+        (["reset"] * 3, BROKEN),
+        ([(200, GZIP, "no gzip")] * 3, BROKEN),
+        ([(500, GZIP, "no gzip")] * 3, BROKEN),
+        ([(200, {"Content-Encoding": "deflate"}, "no zlib")] * 3, BROKEN),
+        ([(200, {"Transfer-Encoding": "chunked"}, "no chunks")] * 3, BROKEN),
+        ([(200, {"Content-Length": "many"}, "{}")] * 3, BROKEN),
         *(([(status, {})], f"refused with status {status}") for status in (400, 413, 422)),
     ],
-    ids=["malformed", "length", "cut-off", "500", "slow", "bad-request", "too-large", "not-processable"],
+    ids=(
+        "malformed length cut-off 500 slow dropped reset gzip gzip-500 deflate chunks no-length bad-request too-large "
+        "not-processable"
+    ).split(),
 )
 def test_no_label_is_guessed(script: list, reason: str, tmp_path: Path) -> None:
     with serving(Judge(script)) as judge:
@@ -183,6 +197,14 @@ def test_nobody_listens(tmp_path: Path) -> None:
         pass
     with pytest.raises(Unavailable, match="cannot be reached"):
         judged(judge, [case("blue")], tmp_path / "toy.jsonl")
+
+
+@pytest.mark.parametrize("script", [["drop"] * 60, [(200, GZIP, "no gzip")] * 60], ids=["dropped", "gzip"])
+def test_a_server_that_sends_broken_replies_alone_is_given_up(script: list, tmp_path: Path) -> None:
+    with serving(Judge(script)) as judge:
+        with pytest.raises(Unavailable, match=rf"no reply to 10 requests in a row \({BROKEN}"):
+            judged(judge, [case(f"blue{i}", i) for i in range(40)], tmp_path / "toy.jsonl", tries=1)
+        assert len(judge.requests) == 10
 
 
 @pytest.mark.parametrize(("status", "why"), [(500, "status 500"), (400, "refused with status 400: .*no such luck")])
