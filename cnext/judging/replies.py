@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 import time
-from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from email.utils import parsedate_to_datetime
@@ -23,11 +22,15 @@ LONGEST_WAIT = 600.0
 _TAG = r"(?:think|thinking|thought|reasoning)"
 # Only in front of the answer: the mark may also be quoted from the answer under test.
 _REASONING = re.compile(rf"\s*[<\[◁]{_TAG}[>\]▷](?:.*?[<\[◁]/{_TAG}[>\]▷]|.*)", re.DOTALL | re.IGNORECASE)
+_REASONING_ENDS = re.compile(rf"[<\[◁]/{_TAG}[>\]▷]", re.IGNORECASE)
 _FENCE = re.compile(r"\s*```\w*\s*(.*?)\s*```\s*", re.DOTALL)
 _OBJECT = re.compile(r"\{(?=\s*[\w\"'}])")
 _FLAT_OBJECT = re.compile(r"\{[^{}]*\}")
+_BOOLEANS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
+_SEPARATORS = re.compile(r"[\W_]+")
+_KEYS = "|".join(question.replace("_", r"[\s_-]*") for question in QUESTIONS)
 # In an object that is not quite JSON: other quotes, True for true, a comma at the end.
-_FIELD = re.compile(rf"""["']?\b({"|".join(QUESTIONS)})["']?\s*:\s*["']?(true|false)["']?\s*(?=[,}}])""", re.IGNORECASE)
+_FIELD = re.compile(rf"""["']?\b({_KEYS})["']?\s*:\s*["']?({"|".join(_BOOLEANS)})["']?\s*(?=[,}}])""", re.IGNORECASE)
 
 
 class NoVerdict(Exception):
@@ -83,6 +86,8 @@ class Completion:
 def parse(content: str, data: str = "") -> Reply:
     """The two answers of a reply, from a JSON object that may have further keys, a fence, or text around it.
 
+    What stands before the end of the model's reasoning does not count.
+
     Args:
         data: the texts of the case. Where they contain such an object, a reply may quote it, and counts only if it is
             the object alone.
@@ -93,6 +98,9 @@ def parse(content: str, data: str = "") -> Reply:
     text = content
     while reasoning := _REASONING.match(text):
         text = text[reasoning.end() :]
+    # A chat template may open the reasoning itself. Such a mark in the case's texts may be quoted.
+    if not _REASONING_ENDS.search(data):
+        text = _REASONING_ENDS.split(text)[-1]
     fenced = _FENCE.fullmatch(text)
     text = fenced[1] if fenced else text.strip()
     try:
@@ -115,36 +123,37 @@ def _why_none(text: str) -> str:
     return "not the two booleans asked for" if next(_objects(text), None) else "not JSON"
 
 
-def _objects(text: str) -> Iterator[tuple[dict[str, Any], str]]:
-    """The JSON objects in a text, those within others included where the outer one is no verdict, with their text."""
-    decoder, place = json.JSONDecoder(object_pairs_hook=_unique), 0
+def _objects(text: str) -> Iterator[tuple[dict[str, bool | None], str]]:
+    """The answers of each JSON object in a text, with its text; also of those within one that is no verdict."""
+    decoder, place = json.JSONDecoder(object_pairs_hook=_clear), 0
     while start := _OBJECT.search(text, place):
         place = start.start()
         try:
             value, end = decoder.raw_decode(text, place)
         except ValueError:
             flat = _FLAT_OBJECT.match(text, place)
-            value, end = (_unique(_FIELD.findall(flat[0])), flat.end()) if flat else (None, place)
+            value, end = (_clear(_FIELD.findall(flat[0])), flat.end()) if flat else (None, place)
         if isinstance(value, dict):
             yield value, text[place:end]
         place = end if value and _reply(value) else place + 1
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """An object of these pairs, without the keys that come twice."""
-    counts = Counter(key for key, _ in pairs)
-    return {key: value for key, value in pairs if counts[key] == 1}
+def _clear(pairs: list[tuple[str, Any]]) -> dict[str, bool | None]:
+    """The questions that an object of these pairs answers, but for those that it answers twice and differently."""
+    said: dict[str, set[bool | None]] = {}
+    for key, value in pairs:
+        said.setdefault(_SEPARATORS.sub("", key).lower(), set()).add(_boolean(value))
+    found = {question: said.get(question.replace("_", ""), set()) for question in QUESTIONS}
+    return {question: values.pop() for question, values in found.items() if len(values) == 1}
 
 
-def _reply(value: dict[str, Any]) -> Reply | None:
-    follows, consistent = (_boolean(value.get(question)) for question in QUESTIONS)
+def _reply(value: dict[str, bool | None]) -> Reply | None:
+    follows, consistent = (value.get(question) for question in QUESTIONS)
     return None if follows is None or consistent is None else Reply(follows, consistent)
 
 
 def _boolean(value: Any) -> bool | None:
-    if isinstance(value, str):
-        value = {"true": True, "false": False}.get(value.strip().lower())
-    return value if isinstance(value, bool) else None
+    return _BOOLEANS.get(str(value).strip().lower()) if isinstance(value, str | int) else None
 
 
 def read(body: str, headers: Mapping[str, str]) -> Completion:
@@ -171,7 +180,7 @@ def read(body: str, headers: Mapping[str, str]) -> Completion:
     message = choice.get("message")
     if not isinstance(message, dict):
         raise Malformed("no chat completion", body)
-    said = _text(message.get("content"))
+    said = "\n".join(part for part in (_text(message.get("content")), *_arguments(message)) if part.strip())
     # Some servers take the whole reply for reasoning.
     said = said if said.strip() else _text(message.get("reasoning_content") or message.get("reasoning"))
     refusal = str(message.get("refusal") or _text(message.get("content"), "refusal"))
@@ -185,6 +194,15 @@ def _text(content: Any, kind: str = "text") -> str:
         parts = [part for part in content if isinstance(part, dict)]
         return "".join(str(part.get(kind) or "") for part in parts if part.get("type") in (kind, f"output_{kind}"))
     return content if isinstance(content, str) and kind == "text" else ""
+
+
+def _arguments(message: dict[str, Any]) -> Iterator[str]:
+    """The arguments of the functions that a message calls, as JSON."""
+    calls = message.get("tool_calls")
+    called = [call.get("function") for call in calls if isinstance(call, dict)] if isinstance(calls, list) else []
+    for function in (*called, message.get("function_call")):
+        given = function.get("arguments") if isinstance(function, dict) else None
+        yield given if isinstance(given, str) else json.dumps(given) if given else ""
 
 
 def _tokens(usage: Any) -> dict[str, int]:

@@ -44,6 +44,23 @@ OTHER = '{"follows_instruction": true, "consistent": true}'
         f'{{"verdict": {VERDICT}}}',
         f"[{VERDICT}]",
         f"{VERDICT}\n{VERDICT}",
+        f"{OTHER}</think>{VERDICT}",
+        f"Perhaps {OTHER}? No.\n</think>\n\n```json\n{VERDICT}\n```",
+        f"Perhaps {OTHER}.[/THINK]{VERDICT} The color is wrong.",
+        f"Perhaps.</think>Or {OTHER}.</think>{VERDICT}",
+        f"I begin. <think>Perhaps {OTHER}.</think>{VERDICT}",
+        '{"Follows_Instruction": true, "CONSISTENT": false}',
+        '{"follows instruction": true, "consistent": false}',
+        '{"followsInstruction": true, " consistent ": false}',
+        '{"follows-instruction": true, "Consistent": false}',
+        '{"follows_instruction": "yes", "consistent": "no"}',
+        '{"follows_instruction": "Yes", "consistent": " NO "}',
+        '{"follows_instruction": 1, "consistent": 0}',
+        '{"follows_instruction": "1", "consistent": "0"}',
+        "{'Follows instruction': Yes, 'Consistent': No}",
+        '{"follows_instruction": true, "consistent": false, "consistent": false}',
+        '{"follows_instruction": true, "Follows instruction": "yes", "consistent": 0, "consistent": "false"}',
+        "{'follows_instruction': True, 'consistent': False, 'consistent': False}",
     ],
 )
 def test_a_verdict_is_understood(content: str) -> None:
@@ -61,8 +78,13 @@ def test_a_verdict_is_understood(content: str) -> None:
         ('{"follows_instruction": true}', "not the two booleans asked for"),
         ('{"follows_instruction": true, "consistent": null}', "not the two booleans asked for"),
         ('{"follows_instruction": true or false, "consistent": true or false}', "not the two booleans asked for"),
-        ('{"follows_instruction": "yes", "consistent": "no"}', "not the two booleans asked for"),
-        ('{"follows_instruction": 1, "consistent": 0}', "not the two booleans asked for"),
+        ('{"follows_instruction": "yes", "consistent": "partly"}', "not the two booleans asked for"),
+        ('{"follows_instruction": "yes or no", "consistent": "no"}', "not the two booleans asked for"),
+        ('{"follows_instruction": 2, "consistent": 0}', "not the two booleans asked for"),
+        ('{"follows_instruction": 0.5, "consistent": 0}', "not the two booleans asked for"),
+        ('{"follows_instruction": [true], "consistent": [false]}', "not the two booleans asked for"),
+        ('{"Follows instruction": true, "consistent": true, "Consistent": false}', "not the two booleans asked for"),
+        ('{"follows_instruction": true, "consistent": true, "consistent": null}', "not the two booleans asked for"),
         ('{"follows_instruction": true, "consistent": true, "consistent": false}', "not the two booleans asked for"),
         ("{'follows_instruction': True, 'consistent': True, 'consistent': False}", "not the two booleans asked for"),
         ('{"follows_instruction": true}{"consistent": true}', "not the two booleans asked for"),
@@ -70,12 +92,13 @@ def test_a_verdict_is_understood(content: str) -> None:
         (f"<think>Perhaps {VERDICT}", "empty"),
         (f"<think>Perhaps {VERDICT}</think>", "empty"),
         (f"{VERDICT} or rather {OTHER}", "several verdicts that differ"),
-        (f"{OTHER}</think>{VERDICT}", "several verdicts that differ"),
+        (f"Perhaps {VERDICT}</think>", "empty"),
+        (f"{VERDICT}</think>{VERDICT} or rather {OTHER}", "several verdicts that differ"),
         ("[" * 100_000, "not JSON"),
         ("{" * 100_000, "not JSON"),
         ('{"a":' * 100_000, "nested too deeply"),
     ],
-    ids=range(21),
+    ids=range(27),
 )
 def test_no_verdict_is_guessed(content: str, why: str) -> None:
     with pytest.raises(Malformed) as error:
@@ -92,6 +115,13 @@ def test_a_verdict_that_is_quoted_from_the_answer_does_not_count(quoted: str) ->
         parse(f"The answer {quoted} is no color: {VERDICT}", quoted)
     for alone in (VERDICT, f"```json\n{VERDICT}\n```", f"<think>It says {quoted}.</think>{VERDICT}"):
         assert parse(alone, quoted) == Reply(True, False)
+
+
+@pytest.mark.parametrize("mark", ["</think>", "[/THINK]", "red </Reasoning>"])
+def test_the_end_of_reasoning_may_be_quoted_from_the_answer(mark: str) -> None:
+    quoted = f"{mark}{OTHER}"
+    with pytest.raises(Malformed, match="several verdicts that differ"):
+        parse(f"{VERDICT} The answer is {quoted}", quoted)
 
 
 def completion(message: dict[str, Any], **choice: Any) -> dict[str, Any]:
@@ -112,6 +142,13 @@ def completion(message: dict[str, Any], **choice: Any) -> dict[str, Any]:
         {"reasoning_content": VERDICT},
         {"content": VERDICT, "reasoning_content": OTHER},
         {"content": VERDICT, "refusal": None, "tool_calls": None},
+        {"content": None, "tool_calls": [{"type": "function", "function": {"name": "judge", "arguments": VERDICT}}]},
+        {"content": "", "tool_calls": [{"function": {"arguments": json.loads(VERDICT)}}], "reasoning": OTHER},
+        {"content": "I call it.", "tool_calls": [{"function": {"name": "judge", "arguments": VERDICT}}]},
+        {"content": VERDICT, "tool_calls": [{"function": {"name": "judge", "arguments": VERDICT}}]},
+        {"content": VERDICT, "tool_calls": [{"function": {"name": "look", "arguments": "{}"}}, {"function": None}, 3]},
+        {"content": VERDICT, "tool_calls": "none"},
+        {"tool_calls": [], "function_call": {"name": "judge", "arguments": VERDICT}},
     ],
 )  # fmt: skip
 def test_the_text_of_a_message(message: dict[str, Any]) -> None:
