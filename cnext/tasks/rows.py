@@ -6,6 +6,7 @@ import json
 import os
 import re
 from collections.abc import Callable, Iterator
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +27,25 @@ def text(row: Row, name: str) -> str:
 
 
 def answers(row: Row, name: str) -> tuple[str, ...]:
-    """A field with one accepted answer, or a list of them."""
+    """A field with one accepted answer, or a list of them. A number is read as text, four of a box as one answer."""
     value = row.get(name)
-    if isinstance(value, list) and value and all(isinstance(answer, str) for answer in value):
-        return tuple(value)
-    return (text(row, name),)
+    if name not in row or isinstance(value, str):
+        return (text(row, name),)
+    given = value if isinstance(value, list) else [value]
+    numbers = [each for each in given if _is_number(each)]
+    if name == "answer_bbox" and numbers:
+        if isinstance(value, list) and len(numbers) == len(given) == 4:
+            return (f"[{','.join(map(json.dumps, numbers))}]",)
+        raise ValueError(f"{name!r} must be a box of four numbers, got {len(numbers)} in {len(given)} values")
+    others = [type(each).__name__ for each in given if not isinstance(each, str) and not _is_number(each)]
+    if others or not given:
+        found = others[0] if others else "an empty list"
+        raise ValueError(f"{name!r} must be a string, a number or a list of these, got {found}")
+    return tuple(each if isinstance(each, str) else json.dumps(each) for each in given)
+
+
+def _is_number(value: Any) -> bool:
+    return (isinstance(value, int) and not isinstance(value, bool)) or (isinstance(value, float) and isfinite(value))
 
 
 def inside(relative: str, root: Path, name: str) -> Path:

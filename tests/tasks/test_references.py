@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import shutil
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from cnext.scoring import SHORT_ANSWERS, make_scorers
 from cnext.scoring.base import Prediction, reference_check
 from cnext.tasks import data_check, formats, subset, suites
 from cnext.tasks.base import DataError, Sample, Suite, Task, Turn
+from cnext.tasks.rows import answers
 
 GROUNDING = Task(
     "Grounding", ("text", "image"), ("text",), "conversation", "box", "train.json", "test.json", ".", ".", "held.json"
@@ -129,6 +131,62 @@ def test_an_empty_answer_is_never_right_in_strict(scorer: str, said: str) -> Non
 def test_a_reference_of_one_character_has_content(reference: str) -> None:
     task = dataclasses.replace(GROUNDING, scorer="short_answer")
     assert reference_check(task)(Sample("1", (Turn("What?", reference),))) is None
+
+
+@pytest.mark.parametrize(
+    ("key", "given", "accepted"),
+    [
+        ("answer_bbox", [0.1, 0.2, 0.3, 0.4], ("[0.1,0.2,0.3,0.4]",)),
+        ("answer_bbox", [0, 1e-05, 1, 0.95], ("[0,1e-05,1,0.95]",)),
+        ("answer_bbox", "[0.1,0.2,0.3,0.4]", ("[0.1,0.2,0.3,0.4]",)),
+        ("answer_bbox", ["[0,0,1,1]"], ("[0,0,1,1]",)),
+        ("answer", 3, ("3",)),
+        ("answer", 0, ("0",)),
+        ("answer", -1.5, ("-1.5",)),
+        ("answer", [3, 4], ("3", "4")),
+        ("answer", [3, "three"], ("3", "three")),
+        ("answer", ["red", "crimson"], ("red", "crimson")),
+        ("answer", "red", ("red",)),
+    ],
+)
+def test_answers_may_be_numbers(key: str, given: Any, accepted: tuple[str, ...], tmp_path: Path) -> None:
+    task = dataclasses.replace(GROUNDING, scorer="box" if key == "answer_bbox" else "short_answer")
+    picture(tmp_path / "a.png")
+    row = {"question_id": 1, "image": "a.png", "text": "Where?", key: given}
+    listing(tmp_path / "test.json", [row])
+    assert formats.read_samples(task, tmp_path, "test")[0].answers == accepted
+
+
+@pytest.mark.parametrize("key", ["answer", "answer_bbox"])
+@pytest.mark.parametrize(
+    "given",
+    [
+        [],
+        [[]],
+        [[0, 0, 1, 1]],
+        True,
+        [True],
+        None,
+        [None],
+        {},
+        {"a": 1},
+        math.nan,
+        [math.inf] * 4,
+        [10**400, "x", None],
+    ],
+    ids=range(12),
+)
+def test_other_answers_are_refused(key: str, given: Any) -> None:
+    with pytest.raises(ValueError, match=rf"^'{key}' must be a "):
+        answers({key: given}, key)
+
+
+@pytest.mark.parametrize(
+    "given", [3, [0.1, 0.2, 0.3], [0, 0, 1, 1, 0.9], [0, 0, 1, "1"], [0, 0, 1, math.nan], [1, None]]
+)
+def test_numbers_that_are_no_box_are_refused(given: Any) -> None:
+    with pytest.raises(ValueError, match="'answer_bbox' must be a box of four numbers, got "):
+        answers({"answer_bbox": given}, "answer_bbox")
 
 
 TEXTVQA = suites.load("coin").task("TextVQA")
