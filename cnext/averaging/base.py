@@ -6,6 +6,7 @@ import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
+from numbers import Integral
 from typing import ClassVar, Literal
 
 import torch
@@ -110,7 +111,8 @@ class MovingAverage(ABC):
 
         Args:
             parameters: a module, of which the parameters that require a gradient are taken, or the parameters by name.
-                A name is the same in every task. The prefixes of wrappers, ``_orig_mod.`` and ``module.``, are dropped.
+                A name is the same in every task. The prefixes of wrappers are dropped: ``_orig_mod.``, and ``module.``
+                where all names begin with it.
             steps: optimizer steps of the task, at least 1.
             untrained: whether it is right that no earlier task trained any of the parameters.
 
@@ -126,9 +128,9 @@ class MovingAverage(ABC):
             raise UserError(
                 "begin_task: a task is open, and tasks cannot be nested; call end_task or cancel_task first"
             )
-        if not isinstance(steps, int) or steps < 1:
+        if isinstance(steps, bool) or not isinstance(steps, Integral) or steps < 1:
             raise UserError(f"begin_task: steps is {steps!r}; expected a whole number of at least 1")
-        self.parameters, self.step, self.steps = named(parameters), 0, steps
+        self.parameters, self.step, self.steps = named(parameters, self.past()), 0, int(steps)
         with ExitStack() as undo:
             undo.callback(self.cancel_task)
             self.check_parameters()
@@ -176,11 +178,16 @@ class MovingAverage(ABC):
             ``statistics``.
 
         Raises:
-            UserError: no task is open, or the average is swapped in.
+            UserError: no task is open, the average is swapped in, or `update` has seen too few of the task's steps:
+                none for a rule that averages at every step, at most half of them for `Pema` and `PemaKron`.
+
+        Warns:
+            RuntimeWarning: a rule that averages at every step has seen fewer steps than the task was begun with.
         """
         if not self.steps:
             raise UserError("end_task: no task is open; call begin_task first")
         self._require_swapped_out("end_task")
+        self.require_steps()
         self.statistics = self.finish()
         self._close()
         return self.statistics
@@ -240,6 +247,9 @@ class MovingAverage(ABC):
     def sizes_of_past(self) -> Mapping[str, torch.Size]:
         """The shapes of `past` for the open task's parameters."""
         return {name: parameter.shape for name, parameter in self.parameters.items()}
+
+    def require_steps(self) -> None:
+        """Called by `end_task` first: raises UserError where `update` has seen too few steps for the rule."""
 
     @abstractmethod
     def start(self) -> None:
@@ -344,7 +354,9 @@ class MovingAverage(ABC):
                 f"load_state_dict: the state was saved in a task of {int(state['steps'])} steps, and the open task has "
                 f"{self.steps} (0: no task); call begin_task with the same arguments first"
             )
-        plain = {kind: without_wrappers(tensors, f"load_state_dict: {kind}") for kind, tensors in loaded.items()}
+        plain = {
+            kind: without_wrappers(tensors, f"load_state_dict: {kind}", slots[kind]) for kind, tensors in loaded.items()
+        }
         for kind, tensors in plain.items():
             self._load(kind, slots[kind], tensors)
         self.step = int(state["step"])

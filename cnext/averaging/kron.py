@@ -333,12 +333,14 @@ class PemaKron(MovingAverage):
             rows, values, vectors = call.factors(self.rows_old, self._values, self._vectors)
             ops.kron_pull_(theta, start, rows, values, vectors, call.parts, call.axes, weight=weight)
 
-    def finish(self) -> Statistics:
+    def require_steps(self) -> None:
         if self.step <= self.steps // 2:
             raise UserError(
                 f"end_task after {self.step} of {self.steps} steps: the Fisher information comes from the second half; "
                 "begin the task with the number of its steps, or call cancel_task"
             )
+
+    def finish(self) -> Statistics:
         total = float(torch.stack([rows.double().sum().cpu() for rows in self.rows_new.values()]).sum())
         self.warn_of_zeros(total)
         scale = sum(group.n * group.r for group in self.groups.values()) / total if total > 0 else 0.0

@@ -82,12 +82,14 @@ class Pema(MovingAverage):
     def read_gradients(self, losses: Tensor | None) -> None:
         self.accumulator.step(losses)
 
-    def finish(self) -> Statistics:
+    def require_steps(self) -> None:
         if self.step <= self.steps // 2:
             raise UserError(
                 f"end_task after {self.step} of {self.steps} steps: the Fisher information comes from the second half; "
                 "begin the task with the number of its steps, or call cancel_task"
             )
+
+    def finish(self) -> Statistics:
         groups = list(by_kind(self.parameters))
         total = sum(float(ops.sums([self.fisher_new[name] for name in names]).sum()) for names in groups)
         self.warn_of_zeros(total)

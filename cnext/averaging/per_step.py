@@ -63,6 +63,20 @@ class PerStepAverage(MovingAverage):
             self._prepared[group] = ops.prepare(op, *lists)
         return self._prepared[group]
 
+    def require_steps(self) -> None:
+        if not self.step:
+            raise UserError(
+                f"end_task: update was not called in this task of {self.steps} steps, so the average holds the values "
+                "from before it; call update at every step, or cancel_task to keep what was trained"
+            )
+        if self.step < self.steps:
+            warnings.warn(
+                f"end_task after {self.step} of {self.steps} steps: {self.name} keeps more of the old than it would "
+                "after all of them; begin the task with the number of its steps, and call update at each",
+                RuntimeWarning,
+                stacklevel=3,
+            )
+
     def finish(self) -> Statistics:
         with torch.no_grad():
             for name, parameter in self.parameters.items():
@@ -119,13 +133,31 @@ class Constant(PerStepAverage):
         self.retention, self.beta = retention, beta
 
     def read_gradients(self, losses: Tensor | None) -> None:
+        self._seen_gradient = self._seen_gradient or self.has_gradient()
+        self._average()
+
+    def _average(self) -> None:
         beta = self.retention ** (1 / self.steps) if self.beta is None else self.beta
         for k, names in enumerate(self.groups):
             self.prepared(k, "ema_step_", None, self.ema)(theta=self.listed(self.parameters, names), beta=beta)
 
     def finish(self) -> Statistics:
-        self.read_gradients(None)
+        seen = self._seen_gradient or self.has_gradient()
+        if not seen and all(_close(self.ema[name], p) for name, p in self.parameters.items()):
+            warnings.warn(
+                "constant: no parameter of the task has had a gradient or another value since it began; begin the task "
+                "with the parameters of the model that is trained, not of a copy",
+                RuntimeWarning,
+                stacklevel=3,
+            )
+        self._average()
         return super().finish()
+
+
+def _close(average: Tensor, parameter: Tensor) -> bool:
+    """Whether an average holds a parameter's values, but for rounding."""
+    rounding = 2 * torch.finfo(average.dtype).eps
+    return torch.allclose(average, parameter.detach().to(average.dtype), rtol=rounding, atol=0)
 
 
 class PemaStep(PerStepAverage):

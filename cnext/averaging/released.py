@@ -53,19 +53,30 @@ class Dema(PerStepAverage):
     def start(self) -> None:
         super().start()
         self.grad_prev |= self.like()
+        self._read = [self._norms(names) for names in self.groups]
+
+    def _norms(self, names: list[str]) -> Tensor:
+        """The sizes of the gradients in ``grad_prev``, without elements that are not finite."""
+        gradients = self.listed(self.grad_prev, names)
+        return torch.stack([g.nan_to_num(0, 0, 0).abs().sum(dtype=torch.float64) for g in gradients])
 
     def read_gradients(self, losses: Tensor | None) -> None:
         for k, names in enumerate(self.groups):
             if self.step == 0:
                 found = [match_strides(self.parameters[name].grad, self.parameters[name]) for name in names]
                 torch._foreach_copy_(self.listed(self.grad_prev, names), found)
+                self._read[k] += self._norms(names)
                 continue
             step = self.prepared(k, "dema_step_", None, None, self.ema, self.grad_prev)
             theta = self.listed(self.parameters, names)
-            step(theta=theta, grad=self.gradients(names), factor=self.factor, fallback=self.fallback)
+            norms = step(theta=theta, grad=self.gradients(names), factor=self.factor, fallback=self.fallback)
+            assert norms is not None, "dema_step_ returns norms"
+            self._read[k] += norms[:, 1].nan_to_num(0, 0, 0)
 
     def finish(self) -> Statistics:
-        self.warn_of_zeros(sum(float(gradient.count_nonzero()) for gradient in self.grad_prev.values()))
+        # A state that was loaded has the last gradients alone.
+        both = zip(self._read, map(self._norms, self.groups), strict=True)
+        self.warn_of_zeros(sum(float((read + last).sum()) for read, last in both))
         for names in self.groups:
             ops.ema_step_(self.listed(self.parameters, names), self.listed(self.ema, names), beta=WITHOUT_GRADIENT)
         return super().finish()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from itertools import pairwise
 
 import torch
@@ -17,24 +17,26 @@ from cnext.ops import checks
 ONLY_TRAINED = "pass the module, or those of its parameters that require a gradient"
 
 
-def named(parameters: nn.Module | Mapping[str, nn.Parameter]) -> dict[str, nn.Parameter]:
-    """A task's parameters by name, without the prefixes of wrappers.
+def named(parameters: nn.Module | Mapping[str, nn.Parameter], known: Collection[str]) -> dict[str, nn.Parameter]:
+    """A task's parameters by name, without the prefixes of wrappers. known: names of earlier tasks' parameters.
 
     Raises:
         UserError: what came is neither a module nor a mapping, there is nothing to train, or two names are one.
     """
     if isinstance(parameters, Mapping):
-        found = dict(parameters)
+        found = without_wrappers(parameters, "begin_task", known)
         nothing = "the mapping of parameters is empty; expected those to train, by name"
     elif isinstance(parameters, nn.Module):
-        found = {name: parameter for name, parameter in parameters.named_parameters() if parameter.requires_grad}
+        # Frozen ones too say whether a first part of the names is a wrapper's.
+        every = without_wrappers(dict(parameters.named_parameters()), "begin_task", known)
+        found = {name: parameter for name, parameter in every.items() if parameter.requires_grad}
         nothing = "no parameter of the module requires a gradient; unfreeze those to train"
     else:
         kind = type(parameters).__name__
         raise UserError(f"begin_task: parameters is a {kind}; expected a module, or a mapping of name to parameter")
     if not found:
         raise UserError(f"begin_task: {nothing}")
-    return without_wrappers(found, "begin_task")
+    return found
 
 
 def require_supported(parameters: Mapping[str, Tensor]) -> None:

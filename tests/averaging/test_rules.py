@@ -121,6 +121,7 @@ def test_an_exception_in_a_task_leaves_the_parameters(rule):
 
 def test_task_contexts_are_neither_nested_nor_entered_twice():
     net, average = model(), Constant()
+    net[0].weight.grad = torch.ones(4, 5)
     task = average.task(net, steps=1)
     with task:
         with pytest.raises(UserError, match="tasks cannot be nested; call end_task"), average.task(net, steps=1):
@@ -128,7 +129,6 @@ def test_task_contexts_are_neither_nested_nor_entered_twice():
         average.update()
     with pytest.raises(UserError, match=r"entered before; call average.task\(...\) again"), task:
         pass
-    net[0].weight.grad = torch.ones(4, 5)
     with pytest.raises(UserError, match="end_task after 1 of 4 steps"), (pema := Pema()).task(net, steps=4):
         pema.update()
     assert pema.steps == 0, "a task whose end failed is closed"

@@ -7,18 +7,20 @@ import warnings
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load, save
 from torch import nn
 
-from cnext.averaging import RULES, UNITS, Constant, MovingAverage, Pema, PemaKron, PemaStep
+from cnext.averaging import RULES, UNITS, Constant, Dema, MovingAverage, Pema, PemaKron, PemaStep
 from cnext.distributed.wrapped_names import unwrapped
 from cnext.errors import UserError
 
 STEPS = 4
 READING = {name: rule for name, rule in RULES.items() if rule.reads_gradients}
 COMPUTING = {name: rule for name, rule in RULES.items() if name != "none"}
+READ_FINITE = {name: rule for name, rule in READING.items() if name != "pema-released"}
 WITH_PAST = {"pema": Pema, "pema-kron": PemaKron}
 pytestmark = pytest.mark.filterwarnings("ignore:pema-literal")
 
@@ -102,7 +104,7 @@ def test_a_later_step_without_any_gradient_is_told(rule: type[MovingAverage]) ->
     average.end_task()
 
 
-@every({name: rule for name, rule in READING.items() if name != "pema-released"})
+@every(READ_FINITE)
 def test_gradients_that_are_all_zero_are_told_at_the_end(rule: type[MovingAverage]) -> None:
     """As after ``zero_grad(set_to_none=False)``."""
     weight, average = nn.Parameter(torch.ones(3, 2)), rule()
@@ -200,8 +202,8 @@ def test_a_state_file_with_a_parameter_under_two_names_is_refused() -> None:
     with pytest.raises(UserError, match=r"'0.bias' and '_orig_mod.0.bias' are one name, '0.bias'"):
         Pema().load_state_dict(state)
     weight = nn.Parameter(torch.ones(2))
-    with pytest.raises(UserError, match=r"begin_task: 'w' and 'module.w' are one name"):
-        Pema().begin_task({"w": weight, "module.w": nn.Parameter(torch.ones(2))}, 1)
+    with pytest.raises(UserError, match=r"begin_task: 'w' and '_orig_mod.w' are one name"):
+        Pema().begin_task({"w": weight, "_orig_mod.w": nn.Parameter(torch.ones(2))}, 1)
 
 
 def test_only_whole_parts_of_a_name_are_prefixes() -> None:
@@ -302,8 +304,7 @@ def test_what_cannot_be_averaged_is_refused_when_the_task_begins(rule: type[Movi
 
 def test_views_of_one_matrix_side_by_side_are_no_overlap() -> None:
     whole = torch.ones(6, 3)
-    with Constant().task({str(i): nn.Parameter(part) for i, part in enumerate(whole.split(2))}, steps=1):
-        pass
+    Constant().begin_task({str(i): nn.Parameter(part) for i, part in enumerate(whole.split(2))}, 1)
 
 
 GROUPED: dict[str, tuple[dict[str, nn.Parameter], str]] = {
@@ -333,3 +334,122 @@ def test_kron_refuses_groups_that_it_could_not_read(case: str) -> None:
 def test_a_dtype_that_an_average_cannot_have_is_refused(dtype: torch.dtype) -> None:
     with pytest.raises(UserError, match=f"got {dtype}"):
         PemaStep(dtype=dtype)
+
+
+PER_STEP = {name: rule for name, rule in COMPUTING.items() if name not in WITH_PAST}
+
+
+@every(PER_STEP)
+@pytest.mark.parametrize("context", [False, True])
+def test_a_task_without_any_update_is_not_discarded(rule: type[MovingAverage], context: bool) -> None:
+    weight, average = nn.Parameter(torch.zeros(2, 2)), rule()
+    task = average.task({"weight": weight}, steps=3)
+    task.__enter__()
+    weight.data.fill_(1.0)
+    with pytest.raises(UserError, match=r"update was not called in this task of 3 steps.*cancel_task to keep"):
+        task.__exit__(None, None, None) if context else average.end_task()
+    average.cancel_task()
+    assert bool((weight == 1).all()), "what was trained stays"
+
+
+@every(PER_STEP)
+@pytest.mark.parametrize("seen", [1, 3])
+def test_a_task_with_fewer_updates_than_its_steps_is_told(rule: type[MovingAverage], seen: int) -> None:
+    weight, average = nn.Parameter(torch.eye(2)), rule()
+    average.begin_task({"weight": weight}, 10)
+    for _ in range(seen):
+        weight.grad = torch.eye(2)
+        average.update()
+    with pytest.warns(RuntimeWarning, match=f"end_task after {seen} of 10 steps: {rule.name} keeps more of the old"):
+        average.end_task()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_constant_average_of_a_copy_that_is_not_trained_is_told(dtype: torch.dtype) -> None:
+    net = network().to(dtype)
+    copied, average = copy.deepcopy(net), Constant(dtype=dtype)
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    average.begin_task(copied, 3)
+    for _ in range(3):
+        net(torch.ones(2, 5, dtype=dtype)).square().sum().backward()
+        average.update()
+        optimizer.step()
+    with pytest.warns(RuntimeWarning, match="the model that is trained, not of a copy"):
+        average.end_task()
+
+
+@pytest.mark.parametrize("steps", [np.int64(2), np.uint8(2)])
+def test_steps_may_be_any_whole_number(steps: Any) -> None:
+    average = Constant()
+    average.begin_task(network(), steps)
+    assert average.state_dict()["steps"].dtype == torch.int64
+    assert type(average.steps) is int
+
+
+@pytest.mark.parametrize("steps", [True, np.bool_(True), 2.0, np.float64(2), "2", None, np.int64(0)])
+def test_what_is_no_number_of_steps_is_refused(steps: Any) -> None:
+    with pytest.raises(UserError, match="expected a whole number of at least 1"):
+        Constant().begin_task(network(), steps)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@every(READ_FINITE)
+def test_gradients_that_are_never_finite_are_told_at_the_end(rule: type[MovingAverage], value: float) -> None:
+    weight, average = nn.Parameter(torch.ones(3, 2)), rule()
+    average.begin_task({"weight": weight}, 2)
+    for _ in range(2):
+        weight.grad = torch.full((3, 2), value)
+        average.update()
+    with pytest.warns(RuntimeWarning, match=f"{rule.name}: every gradient that was read was zero or not finite"):
+        average.end_task()
+
+
+@pytest.mark.parametrize("last", [0.0, float("nan")])
+@pytest.mark.parametrize("finite", [0, 1])
+def test_dema_tells_of_no_zeros_where_one_step_had_a_gradient(finite: int, last: float) -> None:
+    weight, average = nn.Parameter(torch.ones(3, 2)), Dema()
+    average.begin_task({"weight": weight}, 3)
+    for step in range(3):
+        weight.grad = torch.full((3, 2), 1.0 if step == finite else last)
+        average.update()
+    average.end_task()
+    assert bool(weight.isfinite().all())
+
+
+class Inner(nn.Module):
+    """A model with a child that has the name of a wrapper."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.weight = nn.Parameter(torch.randn(5, 5))
+        self.module = nn.Linear(5, 5, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.module(x @ self.weight)
+
+
+@every(WITH_PAST)
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_a_child_named_module_is_no_wrapper(rule: type[MovingAverage], wrapped: bool) -> None:
+    plain, other = Inner(), Inner()
+    average, expected = rule(), rule()
+    for task in range(2):
+        train(plain, expected, dict(plain.named_parameters()), task)
+        prefix = "module." if wrapped and task else ""
+        train(other, average, {prefix + name: p for name, p in other.named_parameters()}, task)
+    assert average.statistics.keys() == {"weight", "module.weight"}
+    assert average.statistics == expected.statistics
+    fresh = rule()
+    fresh.load_state_dict(load(save(average.state_dict())))
+    assert fresh.past().keys() == average.past().keys()
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_a_child_named_module_that_is_trained_alone_keeps_its_past(frozen: bool) -> None:
+    net, average = Inner(), Pema()
+    train(net, average, dict(net.named_parameters()), 0)
+    net.weight.requires_grad_(not frozen)
+    given = net if frozen else {"module.weight": net.module.weight}
+    average.begin_task(given, STEPS)
+    assert average.parameters == {"module.weight": net.module.weight}

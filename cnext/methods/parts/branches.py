@@ -84,7 +84,9 @@ class RoleBranches(Lora):
         """Mean and standard deviation of beta, the weight of the old value, per branch, where the rule has one."""
         assert self.rule
         betas = self.rule.end_task()
-        groups = {branch: without_wrappers(group, branch) for branch, group in self.groups.items()}
+        every = {name: parameter for group in self.groups.values() for name, parameter in group.items()}
+        names = dict(zip(every, without_wrappers(every, "after_task"), strict=True))
+        groups = {branch: {names[name]: p for name, p in group.items()} for branch, group in self.groups.items()}
         return {branch: pooled(betas, group) for branch, group in groups.items()} if betas else None
 
 
