@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from cnext.adapters.linear import AdapterLinear, Branch
 from cnext.adapters.shared_input import join, part
 from cnext.adapters.targets import linear_targets
-from cnext.errors import UserError, unknown
+from cnext.errors import UserError, listed, unknown
 
 SHARED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 """Names of sibling linear layers that read the same x in most decoders of transformers."""
@@ -171,11 +171,23 @@ def activate(model: nn.Module, branches: Iterable[str]) -> None:
     """Makes exactly these branches active, in every layer that has them; [] disables the adapters.
 
     Raises:
-        UserError: a branch that no layer has.
+        UserError: a branch that no layer has, or another choice than what is merged.
     """
     asked = _named(model, branches)
-    for layer in layers(model).values():
-        layer.active = tuple(name for name in asked if name in layer.branches)
+    chosen = {layer: tuple(name for name in asked if name in layer.branches) for layer in layers(model).values()}
+    _require_unmerged(model, (layer for layer, names in chosen.items() if names != tuple(layer.active)), "activate")
+    for layer, names in chosen.items():
+        layer.active = names
+
+
+def _require_unmerged(model: nn.Module, chosen: Iterable[AdapterLinear], what: str) -> None:
+    """Raises UserError where any of the layers is merged, and the branches themselves are not computed."""
+    names = {layer: name for name, layer in layers(model).items()}
+    if found := [names[layer] for layer in chosen if layer.merged]:
+        raise UserError(
+            f"{what}: the branches are merged into the weights of {listed(found, 3)}, where they always act and cannot "
+            "be trained; call unmerge first"
+        )
 
 
 @contextmanager
@@ -223,9 +235,10 @@ def set_trainable(model: nn.Module, branches: Iterable[str]) -> dict[str, nn.Par
         no gradient, no optimizer state and no weight decay.
 
     Raises:
-        UserError: a branch that no layer has.
+        UserError: a branch that no layer has, or the branches are merged.
     """
     chosen = branch_parameters(model, branches)
+    _require_unmerged(model, layers(model).values(), "set_trainable")
     model.requires_grad_(False)
     for parameter in chosen.values():
         parameter.requires_grad_(True)

@@ -70,6 +70,8 @@ class AdapterLinear(nn.Module):
         self.observer: Callable[[Tensor], None] | None = None
         # In a tuple, so that it is no parameter of this module.
         self._unmerged: tuple[nn.Parameter] | None = None
+        self._merge_after_loading = False
+        self.register_load_state_dict_post_hook(_merge_again)
         self._join()
 
     def forward(self, x: Tensor) -> Tensor:
@@ -118,6 +120,27 @@ class AdapterLinear(nn.Module):
         if isinstance(self.router, nn.Module):
             yield from self.router.named_parameters("router")
 
+    # The four attributes of a linear layer that models ask for, as for the dtype of a weight.
+    @property
+    def weight(self) -> nn.Parameter:
+        """The base layer's weight; without the branches unless they are merged."""
+        return self.base.weight
+
+    @property
+    def bias(self) -> nn.Parameter | None:
+        """The base layer's bias."""
+        return self.base.bias
+
+    @property
+    def in_features(self) -> int:
+        """The base layer's input size."""
+        return self.base.in_features
+
+    @property
+    def out_features(self) -> int:
+        """The base layer's output size."""
+        return self.base.out_features
+
     @property
     def merged(self) -> bool:
         """Whether the branches are merged into the base weight."""
@@ -163,6 +186,22 @@ class AdapterLinear(nn.Module):
         (self.base.weight,) = self._unmerged
         self._unmerged = None
 
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """As of any module, with the unmerged weight where the branches are merged: loading cannot add them twice."""
+        found = super().state_dict(*args, **kwargs)
+        if self._unmerged is not None:
+            (weight,), prefix = self._unmerged, args[1] if len(args) > 1 else kwargs.get("prefix", "")
+            keep = args[2] if len(args) > 2 else kwargs.get("keep_vars", False)
+            found[f"{prefix}base.weight"] = weight if keep else weight.detach()
+        return found
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        # The state has the unmerged weight, and the branches from which `_merge_again` makes the merged one.
+        if self.merged:
+            self.unmerge()
+            self._merge_after_loading = True
+        super()._load_from_state_dict(*args, **kwargs)
+
     @torch.no_grad()
     def _join(self) -> None:
         """Moves every A into one matrix. The parameters stay the same objects."""
@@ -183,3 +222,10 @@ class AdapterLinear(nn.Module):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._join()
+
+
+def _merge_again(layer: nn.Module, _: object) -> None:
+    """Ends the loading of a state into a layer that was merged."""
+    if isinstance(layer, AdapterLinear) and layer._merge_after_loading:
+        layer._merge_after_loading = False
+        layer.merge()

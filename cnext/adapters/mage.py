@@ -49,7 +49,7 @@ class AttachedMage:
             optimizer, which then keeps no state for frozen branches.
 
         Raises:
-            UserError: a modality is unknown.
+            UserError: a modality is unknown, or the branches are merged.
 
         Example:
             >>> handle = cnext.attach_mage(model)  # doctest: +SKIP
@@ -66,19 +66,35 @@ class AttachedMage:
         A weight that another module owns too, such as an embedding tied to the head, stays there as it is.
 
         Raises:
-            UserError: merged already.
+            UserError: a layer is merged already or routed, or the branches were detached; nothing is changed.
         """
-        for layer in self.layers.values():
+        found = self._attached("merge")
+        if merged := [name for name, layer in found.items() if layer.merged]:
+            raise UserError(f"merge: the branches of {listed(merged, 3)} are merged already; call unmerge first")
+        if routed := [name for name, layer in found.items() if layer.router is not None]:
+            raise UserError(
+                f"merge: the branches of {listed(routed, 3)} are routed by their input, so no one weight has them in it"
+            )
+        for layer in found.values():
             layer.merge()
 
     def unmerge(self) -> None:
         """Restores the weights from before `merge`, bit for bit.
 
         Raises:
-            UserError: not merged.
+            UserError: a layer is not merged, or the branches were detached; nothing is changed.
         """
-        for layer in self.layers.values():
+        found = self._attached("unmerge")
+        if apart := [name for name, layer in found.items() if not layer.merged]:
+            raise UserError(f"unmerge: the branches of {listed(apart, 3)} are not merged; call merge first")
+        for layer in found.values():
             layer.unmerge()
+
+    def _attached(self, what: str) -> dict[str, AdapterLinear]:
+        """The layers. Raises UserError where there are none any more."""
+        if not self.layers:
+            raise UserError(f"{what}: the model has no branches any more, they were detached; attach them again")
+        return self.layers
 
     def detach(self) -> nn.Module:
         """Removes the branches, and restores which parameters require a gradient.

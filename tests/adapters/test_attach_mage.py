@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 
 import pytest
@@ -10,7 +11,7 @@ from backbones.small_folders import LANGUAGE
 from torch import nn
 
 import cnext
-from cnext.adapters import AttachedMage, branch_parameters
+from cnext.adapters import AttachedMage, activate, activated, branch_parameters
 from cnext.errors import UserError
 
 TEXT = LANGUAGE | {"vocab_size": 64}
@@ -179,3 +180,92 @@ def test_gradient_checkpointing_changes_nothing(dropout: float) -> None:
         logits(plain).square().mean().backward()
         gradients.append([p.grad for p in branch_parameters(plain).values()])
     assert all(torch.equal(one, other) for one, other in zip(*gradients, strict=True))
+
+
+def merged_model() -> tuple[nn.Module, AttachedMage]:
+    plain = model("llama").eval()
+    handle = cnext.attach_mage(plain, rank=2)
+    disturb(handle)
+    return plain, handle
+
+
+@pytest.mark.parametrize("saved", [False, True])
+@pytest.mark.parametrize("into", [False, True])
+@pytest.mark.parametrize("assign", [False, True])
+def test_a_state_means_the_same_merged_or_not(saved: bool, into: bool, assign: bool) -> None:
+    plain, handle = merged_model()
+    expected, state = logits(plain), {name: tensor.clone() for name, tensor in plain.state_dict().items()}
+    if saved:
+        handle.merge()
+        assert all(torch.equal(tensor, state[name]) for name, tensor in plain.state_dict().items())
+        state = {name: tensor.clone() for name, tensor in plain.state_dict().items()}
+    other = model("llama").eval()
+    with torch.no_grad():
+        other.lm_head.weight.normal_()
+    fresh = cnext.attach_mage(other, rank=2)
+    disturb(fresh)
+    if into:
+        fresh.merge()
+    other.load_state_dict(state, assign=assign)
+    assert all(layer.merged == into for layer in fresh.layers.values())
+    torch.testing.assert_close(logits(other), expected, rtol=1e-4, atol=1e-4)
+    if into:
+        fresh.unmerge()
+    assert torch.equal(logits(other), expected)
+
+
+def test_a_copy_of_a_merged_model_saves_and_loads_alike() -> None:
+    plain, handle = merged_model()
+    expected, state = logits(plain), {name: tensor.clone() for name, tensor in plain.state_dict().items()}
+    handle.merge()
+    copied = copy.deepcopy(plain)
+    with torch.no_grad():
+        for layer in handle.layers.values():
+            layer.unmerged_weight.zero_()
+    assert all(torch.equal(tensor, state[name]) for name, tensor in copied.state_dict().items())
+    plain.load_state_dict(copied.state_dict())
+    torch.testing.assert_close(logits(plain), expected, rtol=1e-4, atol=1e-4)
+    layer = next(iter(handle.layers.values()))
+    assert layer.state_dict(keep_vars=True)["base.weight"] is layer.unmerged_weight
+    assert layer.state_dict(prefix="x.")["x.base.weight"].data_ptr() == layer.unmerged_weight.data_ptr()
+
+
+def test_what_has_no_effect_on_merged_branches_is_refused() -> None:
+    plain, handle = merged_model()
+    active = next(iter(handle.layers.values())).active
+    handle.merge()
+    expected = logits(plain)
+    for names in ([], ["text-general"], list(active)[::-1]):
+        with pytest.raises(UserError, match=r"activate: the branches are merged into .*call unmerge first"):
+            activate(plain, names)
+        with pytest.raises(UserError, match="call unmerge first"), activated(plain, names):
+            pass
+    activate(plain, active)
+    with pytest.raises(UserError, match=r"set_trainable: the branches are merged into .* and 11 more"):
+        handle.train_on(reads=["text"], writes=["text"])
+    assert torch.equal(logits(plain), expected)
+
+
+def test_merging_changes_all_layers_or_none() -> None:
+    _, handle = merged_model()
+    names = list(handle.layers)
+    last = handle.layers[names[-1]]
+    last.merge()
+    with pytest.raises(UserError, match=f"merge: the branches of {re.escape(names[-1])} are merged already"):
+        handle.merge()
+    assert [layer.merged for layer in handle.layers.values()] == [False] * 13 + [True]
+    with pytest.raises(UserError, match=r"unmerge: the branches of .* and 10 more are not merged"):
+        handle.unmerge()
+    last.unmerge()
+    last.router = nn.Linear(last.in_features, 4)
+    with pytest.raises(UserError, match="are routed by their input"):
+        handle.merge()
+    assert not any(layer.merged for layer in handle.layers.values())
+
+
+def test_branches_that_were_detached_cannot_be_merged() -> None:
+    _, handle = merged_model()
+    handle.detach()
+    for call in (handle.merge, handle.unmerge):
+        with pytest.raises(UserError, match="the model has no branches any more, they were detached"):
+            call()
