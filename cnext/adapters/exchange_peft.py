@@ -11,7 +11,7 @@ from typing import Annotated, Any
 from msgspec import Meta
 from torch import Tensor, nn
 
-from cnext.adapters.exchange import Branches, branches_of, not_finite, refuse_routed
+from cnext.adapters.exchange import FLOATS, Branches, branches_of, not_finite, refuse_routed
 from cnext.distributed.wrapped_names import unwrapped
 from cnext.errors import UserError, listed, parse_json
 from cnext.records import Finite, Record, convert
@@ -36,9 +36,18 @@ are not listed, such as pissa, change W.)"""
 ANY_VALUE = {
     *("r", "lora_alpha", "use_rslora", "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"),
     *("auto_mapping", "base_model_name_or_path", "revision", "task_type", "peft_version", "inference_mode"),
-    *("lora_dropout", "eva_config", "qalora_group_size", "megatron_config", "megatron_core", "runtime_config"),
+    *(
+        "fan_in_fan_out",
+        "lora_dropout",
+        "eva_config",
+        "qalora_group_size",
+        "megatron_config",
+        "megatron_core",
+        "runtime_config",
+    ),
 }
-"""Settings that are read, or without effect on what a plain adapter computes."""
+"""Settings that are read, or without effect on what a plain adapter computes. (PEFT turns fan_in_fan_out off itself for
+a torch.nn.Linear.)"""
 OFF = (None, False, {}, [])
 """Values with which a setting that is unknown here has no effect."""
 
@@ -153,12 +162,20 @@ def layers_without(folder: Path, branches: Branches, layers: Collection[str]) ->
         layers: names of the model's adapter layers.
 
     Raises:
-        UserError: the adapter was made for layers that its file lacks.
+        UserError: the adapter was made for layers that its file lacks, or its file has layers that PEFT would leave
+            out with these settings.
     """
     missing = [name for name in layers if name not in branches.pairs]
     if len(missing) == len(layers) or branches.pairs.keys() - set(layers):
         return []  # an adapter of another model
     settings = [_settings(part)[0] for part in _parts(folder).values()]
+    chosen = [each for each in settings if each.target_modules is not None]
+    if extra := [name for name in branches.pairs if not all(_targets(each, name, folder) for each in chosen)]:
+        raise UserError(
+            f"{folder}: the adapter has layers that its settings (target_modules, exclude_modules, "
+            f"layers_to_transform, layers_pattern) leave out, as PEFT would: {listed(extra)}; correct {CONFIG}, or save "
+            "the adapter again"
+        )
     if lost := [name for name in missing if any(_targets(each, name, folder) for each in settings)]:
         raise UserError(
             f"{folder}: the adapter lacks layers that its target_modules name: {listed(lost)}; copy or save it again"
@@ -171,11 +188,14 @@ def _targets(settings: Settings, layer: str, folder: Path) -> bool:
     from peft import LoraConfig
     from peft.tuners.tuners_utils import check_target_module_exists
 
-    if settings.target_modules in (None, "all-linear"):
-        return settings.target_modules is not None
+    if settings.target_modules is None:
+        return False
     names = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
+    given = {name: getattr(settings, name) for name in names}
+    if settings.target_modules == "all-linear":
+        given["target_modules"] = [layer.rpartition(".")[2]]
     try:
-        config = LoraConfig(**{name: getattr(settings, name) for name in names})
+        config = LoraConfig(**given)
         found = check_target_module_exists(config, layer)
     except (ValueError, re.error) as error:
         raise UserError(f"{folder / CONFIG}: cannot tell which layers have an adapter: {error}") from error
@@ -228,6 +248,8 @@ def _read_adapter(folder: Path) -> tuple[dict[str, tuple[Tensor, Tensor]], float
     """Layer to (A, B), and the scale."""
     given, config = _settings(folder)
     _require_plain(config, folder / CONFIG)
+    if not given.lora_alpha:
+        raise UserError(f"{folder / CONFIG}: lora_alpha is 0, with which the adapter adds nothing; correct it")
     file = _weights(folder)
     if not file.is_file():
         raise UserError(f"expected {WEIGHTS} or {OLD_WEIGHTS} of a PEFT adapter in {folder}, found neither")
@@ -250,6 +272,7 @@ def _read_adapter(folder: Path) -> tuple[dict[str, tuple[Tensor, Tensor]], float
         for half, tensor in pair.items()
         if tensor.ndim != 2 or tensor.shape["AB".index(half)] != given.r
     ]
+    quantized = [f"{key} is {tensor.dtype}" for key, tensor in tensors.items() if tensor.dtype not in FLOATS]
     problems = [
         f"{what}: {listed(names)}"
         for what, names in (
@@ -258,7 +281,8 @@ def _read_adapter(folder: Path) -> tuple[dict[str, tuple[Tensor, Tensor]], float
             ("a second spelling of a key", twice if len(adapters) < 2 else []),
             ("A without B", alone),
             ("not of rank r", unfit),
-            ("not finite numbers", not_finite(tensors)),
+            ("integers or numbers of 8 bits, expected float32, bfloat16, float16 or float64", quantized),
+            ("not finite numbers", not_finite(tensors) if not quantized else []),
         )
         if names
     ]

@@ -153,6 +153,7 @@ def attach_mage(
         for name in ("language_model", "text_model"):
             language_model = getattr(language_model, name, language_model)
     assert language_model is not None, "get_decoder of transformers returns a decoder"
+    _require_targets_inside(model, language_model, targets)
     _require_own_layers(model, language_model, targets)
     before = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     ranks = {role.name: rank for role in BRANCH_ROLES}
@@ -170,6 +171,20 @@ def attach_mage(
         if name in before:
             parameter.requires_grad_(False)
     return AttachedMage(model, before)
+
+
+def _require_targets_inside(model: nn.Module, language_model: nn.Module, targets: Sequence[str]) -> None:
+    """Raises UserError for targets that the model has, but its language model has not."""
+    inside, everywhere = (
+        {name.rpartition(".")[2] for name, module in part.named_modules() if isinstance(module, nn.Linear)}
+        for part in (language_model, model)
+    )
+    outside = [target for target in targets if target not in inside]
+    if outside and everywhere.issuperset(outside) and not layers(language_model):
+        raise UserError(
+            f"{listed(outside, 3)}: the model has a linear layer of this name, but outside of its language model, "
+            f"{type(language_model).__name__}; pass language_model=model to search the whole model"
+        )
 
 
 def _require_own_layers(model: nn.Module, language_model: nn.Module, targets: Sequence[str]) -> None:

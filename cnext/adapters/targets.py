@@ -10,6 +10,7 @@ from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
 from cnext.adapters.linear import AdapterLinear
+from cnext.adapters.weight_reads import weight_readers
 from cnext.errors import UserError, listed
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -39,7 +40,8 @@ def linear_targets(model: nn.Module, targets: Sequence[str]) -> dict[str, nn.Lin
             problems.setdefault(problem, []).append(found[module])
         if last in targets and not isinstance(module, nn.Linear) and (vars(module).keys() & IN_FEATURES):
             problems.setdefault(f"is a {_library_class(module)}; adapters need a torch.nn.Linear", []).append(name)
-    readers = {child: one for one in model.modules() if isinstance(one, READS_WEIGHTS) for child in one.children()}
+    readers = weight_readers(model)
+    readers |= {child: one for one in model.modules() if isinstance(one, READS_WEIGHTS) for child in one.children()}
     sizes_alone = all(parameter.is_meta for parameter in model.parameters())
     for module, name in found.items():
         problem = _problem(module, sizes_alone)

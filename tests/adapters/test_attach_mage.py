@@ -269,3 +269,12 @@ def test_branches_that_were_detached_cannot_be_merged() -> None:
     for call in (handle.merge, handle.unmerge):
         with pytest.raises(UserError, match="the model has no branches any more, they were detached"):
             call()
+
+
+def test_a_layer_outside_of_the_language_model_is_told_how_to_be_reached() -> None:
+    with pytest.raises(UserError, match=r"lm_head: .*outside of its language model, LlamaModel; pass language_model="):
+        cnext.attach_mage(model("llama"), targets=("lm_head", "q_proj"))
+    whole = model("llama")
+    assert "lm_head" in cnext.attach_mage(whole, targets=("lm_head", "q_proj"), language_model=whole).layers
+    with pytest.raises(UserError, match=r"fc1: .*outside of its language model"):
+        cnext.attach_mage(model("janus"), targets=("fc1",))

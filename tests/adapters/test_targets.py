@@ -205,3 +205,72 @@ def test_layers_of_several_dtypes_side_by_side_under_autocast() -> None:
         with torch.autocast("cpu", torch.bfloat16):
             results.append(logits(plain).float())
     torch.testing.assert_close(*results, rtol=0.05, atol=0.05)
+
+
+def t5(projection: str) -> nn.Module:
+    import transformers as t
+
+    config = t.T5Config(
+        vocab_size=64, d_model=32, d_kv=8, d_ff=48, num_layers=1, num_heads=4, feed_forward_proj=projection,
+        decoder_start_token_id=0,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    return t.T5ForConditionalGeneration(config).eval()
+
+
+@pytest.mark.parametrize("projection", ["relu", "gated-gelu"])
+def test_a_model_that_asks_for_the_dtype_of_a_weight_is_computed(projection: str) -> None:
+    net, ids = t5(projection), torch.arange(3, 11)[None]
+    before = net(input_ids=ids, labels=ids).logits
+    handle = cnext.attach_mage(net, targets=("wo", "q"), language_model=net, rank=2)
+    torch.testing.assert_close(net(input_ids=ids, labels=ids).logits, before)
+    disturb(handle)
+    branched = net(input_ids=ids, labels=ids).logits
+    assert not torch.allclose(branched, before)
+    handle.merge()
+    torch.testing.assert_close(net(input_ids=ids, labels=ids).logits, branched, rtol=1e-4, atol=1e-4)
+
+
+class Reading(nn.Module):
+    """Calls proj and down, and computes with the weights of raw, scaled and inner.deep."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.proj, self.down, self.raw, self.scaled, self.started = (nn.Linear(8, 8) for _ in range(5))
+        self.inner = nn.ModuleDict({"deep": nn.Linear(8, 8)})
+        nn.init.ones_(self.started.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.down(self.proj(x).to(self.down.weight.dtype))
+        if self.proj.weight is not None and x.shape[-1] == self.proj.weight.shape[0]:
+            x = x @ self.raw.weight.t() + self.started(x)
+        return self.fast_forward(x)
+
+    def fast_forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(x, 2 * self.scaled.weight) + nn.functional.linear(x, self.inner.deep.weight)
+
+
+@pytest.mark.parametrize("target", ["raw", "scaled", "deep"])
+def test_layers_that_a_forward_computes_by_itself_are_refused(target: str) -> None:
+    net = nn.Sequential(Reading())
+    with pytest.raises(UserError, match=f"{target} is part of a Reading, which reads its weight without calling it"):
+        adapters.attach(net, ("proj", target), {"lora": 2})
+
+
+def test_layers_whose_weights_say_a_dtype_or_size_alone_are_taken() -> None:
+    net = adapters.attach(nn.Sequential(Reading()), ("proj", "down", "started"), {"lora": 2})
+    layer = adapters.layers(net)["0.proj"]
+    assert (layer.in_features, layer.out_features) == (8, 8)
+    assert layer.weight is layer.base.weight
+    assert layer.bias is layer.base.bias
+    net(torch.ones(1, 8))
+
+
+@pytest.mark.parametrize("target", ["dt_proj", "x_proj"])
+def test_mamba_computes_with_weights_of_its_projections(target: str) -> None:
+    import transformers as t
+
+    net = t.MambaForCausalLM(t.MambaConfig(vocab_size=64, hidden_size=32, state_size=4, num_hidden_layers=1))
+    with pytest.raises(UserError, match=f"{target} is part of a MambaMixer"):
+        cnext.attach_mage(net, targets=("in_proj", target), language_model=net)
+    assert cnext.attach_mage(net, targets=("in_proj",), language_model=net).layers

@@ -124,7 +124,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "quantization-aware": ({"use_qalora": True}, "found use_qalora True"),
     "block-diagonal": ({"use_bdlora": {"nblocks": 2}}, "found use_bdlora"),
     "parameters": ({"target_parameters": ["experts.w"]}, "found target_parameters"),
-    "transposed": ({"fan_in_fan_out": True}, "found fan_in_fan_out True"),
+    "without a scale": ({"lora_alpha": 0}, "lora_alpha is 0, with which the adapter adds nothing"),
     "two": (
         {"use_dora": True, "kasa_config": {"beta": 1}},
         "found use_dora True, kasa_config|found kasa_config .*use_dora",
@@ -151,6 +151,42 @@ def test_settings_that_are_not_known_to_be_plain_are_refused(case: str, plain: A
 def test_a_setting_of_a_later_version_that_is_off_changes_nothing(off: Any, plain: Any, tmp_path: Path) -> None:
     config, tensors = plain
     assert "28 layers" in import_adapter(written(tmp_path / "a", config | {"later": off}, tensors), tmp_path / "run")
+
+
+LEFT_OUT: dict[str, tuple[dict[str, Any], str]] = {
+    "one target": ({"target_modules": ["q_proj"]}, r"layers\.0\.self_attn\.k_proj.* and \d+ more"),
+    "a pattern": ({"target_modules": r".*(q|k|v|o|gate|up)_proj"}, r"layers\.0\.mlp\.down_proj"),
+    "excluded": ({"exclude_modules": ["o_proj"]}, r"layers\.0\.self_attn\.o_proj"),
+    "excluded of all": ({"target_modules": "all-linear", "exclude_modules": ["up_proj"]}, r"layers\.0\.mlp\.up_proj"),
+    "one block": ({"layers_to_transform": [0]}, r"model\.layers\.1\."),
+    "one block of all": ({"target_modules": "all-linear", "layers_to_transform": 1}, r"model\.layers\.0\."),
+    "another pattern": ({"layers_to_transform": [0], "layers_pattern": "blocks"}, r"model\.layers\.0\."),
+}
+
+
+@pytest.mark.parametrize("case", LEFT_OUT)
+def test_layers_that_peft_would_leave_out_are_refused(case: str, plain: Any, tmp_path: Path) -> None:
+    config, tensors = plain
+    change, name = LEFT_OUT[case]
+    with pytest.raises(UserError, match=f"has layers that its settings .* leave out, as PEFT would: .*{name}"):
+        import_adapter(written(tmp_path / "adapter", config | change, tensors), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    "change", [{"fan_in_fan_out": True}, {"target_modules": None}, {"target_modules": EVERY[::-1]}]
+)
+def test_settings_that_change_nothing_are_taken(change: dict[str, Any], plain: Any, tmp_path: Path) -> None:
+    config, tensors = plain
+    assert "28 layers" in import_adapter(written(tmp_path / "a", config | change, tensors), tmp_path / "run")
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.int64, torch.uint8, torch.float8_e4m3fn], ids=str)
+def test_quantized_adapters_are_refused(dtype: torch.dtype, plain: Any, tmp_path: Path) -> None:
+    config, tensors = plain
+    changed = {name: tensor.to(dtype) for name, tensor in tensors.items()}
+    with pytest.raises(UserError, match=rf"integers or numbers of 8 bits, expected float32.* is {dtype}"):
+        import_adapter(written(tmp_path / "adapter", config, changed), tmp_path / "run")
 
 
 def test_an_adapter_that_lacks_layers_of_its_own_is_refused(plain: Any, tmp_path: Path) -> None:
