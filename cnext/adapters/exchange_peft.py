@@ -173,8 +173,8 @@ def layers_without(folder: Path, branches: Branches, layers: Collection[str]) ->
     if extra := [name for name in branches.pairs if not all(_targets(each, name, folder) for each in chosen)]:
         raise UserError(
             f"{folder}: the adapter has layers that its settings (target_modules, exclude_modules, "
-            f"layers_to_transform, layers_pattern) leave out, as PEFT would: {listed(extra)}; correct {CONFIG}, or save "
-            "the adapter again"
+            f"layers_to_transform, layers_pattern) leave out, as PEFT would: {listed(extra)}; correct {CONFIG}, or "
+            "save the adapter again"
         )
     if lost := [name for name in missing if any(_targets(each, name, folder) for each in settings)]:
         raise UserError(
