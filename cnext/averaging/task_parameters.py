@@ -89,14 +89,20 @@ def require_past(own: Mapping[str, torch.Size], past: Mapping[str, torch.Size]) 
         UserError: none has a past, and the names differ by a prefix.
 
     Warns:
-        RuntimeWarning: none has a past, or the names of some differ by a prefix.
+        RuntimeWarning: none has a past, the names of some differ by a prefix, or some have no past while others of
+            their shapes, which have one, are not in the task.
     """
     renamed, known = _renamed(own, past), own.keys() & past
-    if not past or (known and not renamed):
+    shapes = {past[name] for name in past.keys() - own}
+    alike = [name for name in own if name not in past and own[name] in shapes]
+    if not past or (known and not renamed and not alike):
         return
     if renamed:
         pairs = listed((f"{new!r}, earlier {old!r}" for new, old in renamed.items()), 3)
         told = f"these names differ from earlier ones by a prefix, and would lose their past: {pairs}"
+    elif known:
+        ones, others = (listed(map(repr, names), 3) for names in (alike, [name for name in past if name not in own]))
+        told = f"no past is known of {ones}; these have one, and are of the same shapes, but not in the task: {others}"
     else:
         ones, others = (listed(map(repr, names), 3) for names in (own, past))
         told = f"this is as a first task: no past is known of {ones}, only of {others}"

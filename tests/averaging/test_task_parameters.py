@@ -453,3 +453,15 @@ def test_a_child_named_module_that_is_trained_alone_keeps_its_past(frozen: bool)
     given = net if frozen else {"module.weight": net.module.weight}
     average.begin_task(given, STEPS)
     assert average.parameters == {"module.weight": net.module.weight}
+
+
+@pytest.mark.parametrize("untrained", [False, True])
+def test_a_part_that_has_other_names_is_told(untrained: bool) -> None:
+    net, average = network(), Pema()
+    train(net, average, dict(net.named_parameters()), 0)
+    mixed = {name if name.startswith("0") else f"p{name[-4:]}": p for name, p in net.named_parameters()}
+    if untrained:
+        average.begin_task(mixed, STEPS, untrained=True)
+        return
+    with pytest.warns(RuntimeWarning, match=r"no past is known of 'pight', 'pbias'; .* not in the task: '2.weight'"):
+        average.begin_task(mixed, STEPS)
