@@ -32,6 +32,9 @@ _ORIENTATION, _BITS, _PHOTOMETRIC, _SAMPLE_FORMAT = 274, 258, 262, 339
 _SIDEWAYS = 5
 _SIGNED = 2
 _JPEG_END = b"\xff\xd9"
+_PNG_TEXTS = (b"tEXt", b"zTXt", b"iTXt")
+_PNG_TAGS = (b"Raw profile type exif\0", b"XML:com.adobe.xmp\0")
+"""Texts of a PNG that may have an orientation."""
 
 
 class Unreadable(UserError):
@@ -60,11 +63,15 @@ class Inspection:
 @contextmanager
 def _opened(path: Path) -> Iterator[ImageFile]:
     """The file as Pillow opens it. Raises Unreadable, also for errors in the ``with`` block."""
-    from PIL import Image
+    from PIL import Image, UnidentifiedImageError
 
     try:
-        with Image.open(path, formats=FORMATS) as image:
+        # Of a path, Pillow maps an uncompressed TIFF into memory with the sides of the turned image.
+        with path.open("rb") as file, Image.open(file, formats=FORMATS) as image:
             yield image
+    except UnidentifiedImageError as error:
+        kinds = f"{', '.join(FORMATS)} with pixels that Pillow reads"
+        raise Unreadable(path, f"cannot identify image file; expected {kinds}: save it as an 8-bit PNG") from error
     except (*DAMAGED, Image.DecompressionBombError) as error:
         raise Unreadable(path, str(error) or type(error).__name__) from error
 
@@ -78,24 +85,27 @@ def open_image(path: Path) -> Image:
 def image_size(path: Path) -> tuple[int, int]:
     """Width and height of an image as shown, from its header. Raises UserError as `open_image`."""
     with _opened(path) as image:
-        return _size(image)
+        return _size(image, path)
 
 
 def inspect(path: Path, decode: bool = True) -> Inspection:
     """Looks for faults in an image file.
 
     Args:
-        decode: decode every pixel. Otherwise a PNG's checksums and the end of a JPEG are checked, which finds files
-            that were not copied to their end, and of other images every pixel.
+        decode: decode every pixel. Otherwise the end of a JPEG is checked, which finds files that were not copied to
+            their end, and of other images every pixel. A PNG's checksums are checked in both cases.
     """
     try:
         if not path.is_file():
             return Inspection("missing")
         with _opened(path) as image:
-            size = _size(image)
-            if decode or not _complete(image, path):
-                return Inspection("", size, _shown(image)[1])
+            size = None if _tagged_png(image, path) else _size(image, path)
+            complete = _complete(image, path)
+        if size and complete and not decode:
             return Inspection("", size)
+        with _opened(path) as image:
+            shown, converted = _shown(image)
+            return Inspection("", shown.size, converted)
     except (OSError, Unreadable) as error:
         return Inspection(f"broken ({error.reason if isinstance(error, Unreadable) else error})")
 
@@ -116,9 +126,10 @@ def _complete(image: ImageFile, path: Path) -> bool:
     """Whether a file is complete, where that shows without decoding it; a PNG cannot be decoded afterwards. Raises an
     error of `DAMAGED` for a broken PNG, and for pixels that are refused."""
     _require_range(image)
-    if image.format == "PNG" and not image.has_transparency_data:
+    if image.format == "PNG":
+        clear = image.has_transparency_data
         image.verify()
-        return True
+        return not clear
     with path.open("rb") as file:
         file.seek(-len(_JPEG_END), io.SEEK_END)
         return image.format == "JPEG" and file.read() == _JPEG_END
@@ -152,10 +163,19 @@ def _shown(image: ImageFile) -> tuple[Image, tuple[str, ...]]:
     _require_range(image)
     conversions = [text for text, applies in CONVERSIONS.items() if applies(image)]
     tag = _tag(image, _ORIENTATION, 1)  # which Pillow removes on turning a TIFF
+    _scale_key(image)
     image.load()
     if max(tag, _orientation(image)) > 1:
         conversions.append("turned by their orientation tag")
     return _upright(image, _in_rgb(image)), tuple(conversions)
+
+
+def _scale_key(image: ImageFile) -> None:
+    """Scales the transparent gray of a PNG of 1, 2 or 4 bits to 8, as Pillow does its pixels. It is not loaded yet."""
+    key = image.info.get("transparency")
+    if image.format == "PNG" and image.mode in ("1", "L") and isinstance(key, int) and image.tile:
+        white = {"1": 1, "L;2": 3, "L;4": 15}.get(image.tile[0][3], 255)
+        image.info["transparency"] = (key & white) * 255 // white
 
 
 def _in_rgb(image: ImageFile) -> Image:
@@ -213,8 +233,25 @@ def _upright(image: ImageFile, shown: Image) -> Image:
     return ImageOps.exif_transpose(shown)
 
 
-def _size(image: ImageFile) -> tuple[int, int]:
-    """Width and height as shown. Pillow swaps those of a TIFF itself, and decodes a PNG to look for tags at its end."""
-    tagged = "exif" in image.info or image.format in ("JPEG", "MPO")
+def _size(image: ImageFile, path: Path) -> tuple[int, int]:
+    """Width and height as shown. Pillow swaps those of a TIFF with an orientation tag itself."""
     width, height = image.size
-    return (height, width) if tagged and _orientation(image) >= _SIDEWAYS else (width, height)
+    as_stored = image.format == "PNG" and not _tagged_png(image, path)
+    if as_stored or _ORIENTATION in getattr(image, "tag_v2", {}) or _orientation(image) < _SIDEWAYS:
+        return (width, height)
+    return (height, width)
+
+
+def _tagged_png(image: ImageFile, path: Path) -> bool:
+    """Whether a PNG has tags, before its pixels or behind them; Pillow decodes it to look for them."""
+    if image.format != "PNG":
+        return False
+    with path.open("rb") as file:
+        file.seek(8)
+        while len(head := file.read(8)) == 8:
+            length, kind = struct.unpack(">I4s", head)
+            following = file.tell() + length + 4
+            if kind == b"eXIf" or (kind in _PNG_TEXTS and file.read(min(length, 40)).startswith(_PNG_TAGS)):
+                return True
+            file.seek(following)
+    return False

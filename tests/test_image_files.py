@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import base64
 import io
+import struct
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -295,3 +297,112 @@ def test_a_model_server_gets_what_the_model_saw(write: Callable[[Path], Path], t
     with Image.open(io.BytesIO(for_web(path)[1])) as sent:
         assert (sent.mode, sent.getexif().get(274)) == ("RGB", None)
         assert numpy.array_equal(sent, open_image(path))
+
+
+SIDED = numpy.repeat(numpy.repeat([[255, 0]], 5, 0), [3, 4], 1).astype(numpy.uint8)
+MODES = ("L", "P", "RGB", "RGBA", "CMYK", "I;16")
+
+
+@pytest.mark.parametrize("tag", [5, 6, 7, 8])
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("compression", [None, "tiff_lzw"])
+def test_a_tiff_on_its_side_is_upright_in_every_mode(mode: str, tag: int, compression: str | None, tmp_path: Path):
+    stored = numpy.ascontiguousarray(ORIENTED[tag](SIDED))
+    image = Image.fromarray(stored.astype(numpy.uint16) * 257) if mode == "I;16" else Image.fromarray(stored)
+    image.convert(mode).save(tmp_path / "x.tif", tiffinfo={274: tag}, compression=compression)
+    shown = open_image(tmp_path / "x.tif")
+    assert numpy.array_equal(numpy.asarray(shown)[..., 0] > 127, SIDED > 127)
+    assert image_size(tmp_path / "x.tif") == inspect(tmp_path / "x.tif", decode=False).size == shown.size == (7, 5)
+
+
+def chunk(kind: bytes, content: bytes) -> bytes:
+    return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+
+def png(bits: int, row: bytes, width: int, *before: bytes, after: bytes = b"", end: bool = True) -> bytes:
+    """A gray PNG of one row, written by hand: Pillow writes neither 2 nor 4 bits, and tags before the pixels."""
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, 1, bits, 0, 0, 0, 0))
+    pixels = chunk(b"IDAT", zlib.compress(b"\0" + row))
+    return b"\x89PNG\r\n\x1a\n" + header + b"".join(before) + pixels + after + chunk(b"IEND", b"") * end
+
+
+@pytest.mark.parametrize(
+    ("bits", "row", "key", "shown"),
+    [
+        (1, b"\x40", 0, [255, 255]),
+        (1, b"\x40", 1, [0, 255]),
+        (2, b"\x1b", 0, [255, 85, 170, 255]),
+        (2, b"\x1b", 1, [0, 255, 170, 255]),
+        (2, b"\x1b", 2, [0, 85, 255, 255]),
+        (4, b"\x0a\x5f", 10, [0, 255, 85, 255]),
+        (4, b"\x0a\x5f", 5, [0, 170, 255, 255]),
+        (8, b"\x05\x0a", 10, [5, 255]),
+    ],
+)
+def test_the_transparent_gray_of_few_bits(bits: int, row: bytes, key: int, shown: list[int], tmp_path: Path) -> None:
+    (tmp_path / "x.png").write_bytes(png(bits, row, len(shown), chunk(b"tRNS", struct.pack(">H", key))))
+    assert numpy.asarray(open_image(tmp_path / "x.png"))[0, :, 0].tolist() == shown
+
+
+CLEAR_ONE = chunk(b"tRNS", b"\0\0")
+UNFINISHED = {
+    "no end": png(8, b"\x05\x0a", 2, end=False),
+    "no end, transparent": png(8, b"\x05\x0a", 2, CLEAR_ONE, end=False),
+    "wrong checksum": png(8, b"\x05\x0a", 2).replace(chunk(b"IDAT", zlib.compress(b"\0\x05\x0a"))[-4:], b"oops"),
+    "wrong checksum behind": png(8, b"\x05\x0a", 2, after=chunk(b"tEXt", b"a\0b")[:-1] + b"x"),
+}
+
+
+@pytest.mark.parametrize("content", UNFINISHED.values(), ids=UNFINISHED.keys())
+def test_both_checks_find_the_same_faults(content: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "x.png"
+    path.write_bytes(content)
+    decoded, verified = inspect(path), inspect(path, decode=False)
+    assert decoded == verified
+    assert decoded.fault.startswith("broken (")
+
+
+def test_an_animated_png_with_transparency_is_complete(tmp_path: Path) -> None:
+    first, second = Image.new("RGBA", (4, 4), (9, 9, 9, 99)), Image.new("RGBA", (4, 4), "blue")
+    first.save(tmp_path / "x.png", save_all=True, append_images=[second])
+    assert inspect(tmp_path / "x.png", decode=False).fault == inspect(tmp_path / "x.png").fault == ""
+
+
+def sideways() -> bytes:
+    exif = Image.Exif()
+    exif[274] = 6
+    return exif.tobytes()
+
+
+RAW = b"\nexif\n%8d\n%b\n" % (len(sideways()), sideways().hex().encode())
+XMP = b"XML:com.adobe.xmp\0\0\0\0\0" + b'<x tiff:Orientation="6"/>'
+TAGGED = {
+    "before": png(8, b"\x05\x0a", 2, chunk(b"eXIf", sideways()[6:])),
+    "behind": png(8, b"\x05\x0a", 2, after=chunk(b"eXIf", sideways()[6:])),
+    "raw profile": png(8, b"\x05\x0a", 2, chunk(b"zTXt", b"Raw profile type exif\0\0" + zlib.compress(RAW))),
+    "raw profile behind": png(8, b"\x05\x0a", 2, after=chunk(b"tEXt", b"Raw profile type exif\0" + RAW)),
+    "xmp behind": png(8, b"\x05\x0a", 2, after=chunk(b"iTXt", XMP)),
+}
+
+
+@pytest.mark.parametrize("content", TAGGED.values(), ids=TAGGED.keys())
+def test_the_size_of_a_png_with_tags_anywhere(content: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "x.png"
+    path.write_bytes(content)
+    sizes = {image_size(path), open_image(path).size, inspect(path).size, inspect(path, decode=False).size}
+    assert sizes == {(1, 2)}
+
+
+def test_the_size_of_a_webp_with_xmp(tmp_path: Path) -> None:
+    path = saved(tmp_path / "x.webp", DRAWN, xmp=b'<x tiff:Orientation="6"/>')
+    assert image_size(path) == open_image(path).size == inspect(path, decode=False).size == (5, 7)
+
+
+def test_pixels_that_pillow_does_not_read_say_what_to_do(tmp_path: Path) -> None:
+    content = ImageFileDirectory_v2()
+    for number, value in {256: 2, 257: 1, 258: (32, 32, 32), 259: 1, 262: 2, 277: 3, 279: 24, 339: (3, 3, 3)}.items():
+        content[number] = value
+        content.tagtype[number] = 3
+    content[273], content.tagtype[273] = 0, 4
+    (tmp_path / "x.tif").write_bytes(b"II*\0\x08\0\0\0" + content.tobytes(8) + bytes(24))
+    assert "save it as an 8-bit PNG" in inspect(tmp_path / "x.tif").fault
