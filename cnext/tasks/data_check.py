@@ -19,7 +19,7 @@ from cnext.errors import UserError
 from cnext.image_files import Inspection, inspect
 from cnext.scoring.base import reference_check
 from cnext.tasks.base import DataError, ImageNeed, Sample, Suite, Task, any_size, caption_of
-from cnext.tasks.formats import left_out, scan
+from cnext.tasks.formats import left_out, no_image, scan
 from cnext.tasks.rows import files
 
 LOOKS = ("none", "verify", "decode")
@@ -185,6 +185,9 @@ def _check_split(task: Task, data: Path, split: str, progress: Progress) -> tupl
                 seen.questions.setdefault(question, line.origin)
     except DataError as error:
         report.lacking.append(str(error))
+    sound = report.rows - len(report.malformed)
+    if "image" in task.reads and sound and not seen.read:
+        report.lacking.append(no_image(task, data, split, sound))
     report.images = len(seen.images)
     root = data / task.image_folder(split)
     if report.images and not root.is_dir():

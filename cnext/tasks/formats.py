@@ -197,8 +197,14 @@ def read_samples(task: Task, data: Path, split: str, limit: int = 0, need: Image
         why = " that its image filter leaves in" if task.image_filter != "none" and split == "train" else ""
         raise DataError(f"task {task.name}: no {split} samples in {place}{why}")
     if "image" in task.reads and not any(sample.image for sample in samples):
-        raise DataError(f"task {task.name} reads images, and none of its {len(samples)} rows in {place} names one")
+        raise DataError(no_image(task, data, split, len(samples)))
     return samples
+
+
+def no_image(task: Task, data: Path, split: str, count: int) -> str:
+    """What is wrong with a task that reads images, where none of the rows of a split names one."""
+    place = data / getattr(task, split)
+    return f"task {task.name} reads images, and none of its {count} rows in {place} names one"
 
 
 def usable_flaws(task: Task, samples: list[Sample]) -> str:

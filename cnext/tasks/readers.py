@@ -23,10 +23,15 @@ from typing import Any
 
 from cnext.registry import Registry
 from cnext.tasks.base import Sample, Turn
-from cnext.tasks.row_images import MARK, named, named_one, placed, refuse_others, slots, tag, without_slots
-from cnext.tasks.rows import Row, answers, image, text
+from cnext.tasks.row_images import MARK, field_image, named, named_one, placed, refuse_others, slots, tag, without_slots
+from cnext.tasks.rows import Row, answers, text
 
-ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
+ROLES = {
+    "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "model": "assistant",
+    "system": "system",
+}  # fmt: skip
+_TRAINING_MARKS = ("loss", "weight", "train", "trainable", "loss_weight", "train_on_turn")
+_CALLS = ("tool_calls", "function_call")
 Message = tuple[str, str]
 
 
@@ -41,9 +46,14 @@ def _size(row: Row) -> tuple[int, int] | None:
     size = row.get("size")
     if size is None:
         return None
-    if not (isinstance(size, list) and len(size) == 2 and all(type(side) is int and side > 0 for side in size)):
+    if not (isinstance(size, list) and len(size) == 2 and all(_whole(side) and side > 0 for side in size)):
         raise ValueError(f"'size' must be [width, height] in pixels, got {size!r}")
-    return (size[0], size[1])
+    return (int(size[0]), int(size[1]))
+
+
+def _whole(value: Any) -> bool:
+    """Whether a value of JSON is a whole number."""
+    return type(value) is int or (type(value) is float and value.is_integer())
 
 
 def conversation(row: Row, root: Path, name: str, origin: str) -> Sample:
@@ -63,6 +73,7 @@ def conversation(row: Row, root: Path, name: str, origin: str) -> Sample:
 
 def generation(row: Row, root: Path, name: str, origin: str) -> Sample:
     """A caption of an image to write. In a test file the image is optional, and is only shown in the report."""
+    _refuse_systems(row, ("system", "system_prompt"))
     if "data" in row:
         (turn, *more) = _turns(row)
         if more:
@@ -77,27 +88,31 @@ def generation(row: Row, root: Path, name: str, origin: str) -> Sample:
 
 def editing(row: Row, root: Path, name: str, origin: str) -> Sample:
     """An image and an instruction to edit it."""
-    instruction = text(row, "instruction_new" if "instruction_new" in row else "instruction")
-    response = text(row, "response") if "response" in row else ""
-    source, target = image(row, "source_image", root), image(row, "target_image", root)
-    refuse_others(row, [source, target], row)
-    placed([instruction, response], [source], root)
+    _refuse_systems(row, ("system", "system_prompt"))
+    instruction = text(row, "instruction_new" if row.get("instruction_new") is not None else "instruction")
+    response = text(row, "response") if row.get("response") is not None else ""
+    source, target = field_image(row, "source_image", root), field_image(row, "target_image", root)
+    refuse_others(row, [source, target], row, root)
+    placed([instruction], [source], root)
+    placed([response], [target], root)
     bare, first = without_slots(instruction)
-    return Sample(name, (Turn(bare, response),), source, target, origin=origin, image_first=first, tiled=False)
+    return Sample(
+        name, (Turn(bare, without_slots(response)[0]),), source, target, origin=origin, image_first=first, tiled=False
+    )
 
 
 def llava(row: Row, root: Path, name: str, origin: str) -> Sample:
     """A conversation in LLaVA's format."""
     if "conversations" not in row:
         return conversation(row, root, name, origin)
-    return _chat(row, _messages(row, "conversations", "from", "value"), root, name, origin)
+    return _chat(row, _messages(row, "conversations", "from", "value", root), root, name, origin)
 
 
 def messages(row: Row, root: Path, name: str, origin: str) -> Sample:
     """A conversation as chat templates take it, with a list of images in the order of their ``<image>``."""
     if "messages" not in row and _is_instruction(row):
         return conversation(row, root, name, origin)
-    return _chat(row, _messages(row, "messages", "role", "content"), root, name, origin)
+    return _chat(row, _messages(row, "messages", "role", "content", root), root, name, origin)
 
 
 def _is_instruction(row: Row) -> bool:
@@ -128,12 +143,16 @@ def _message_text(value: Any) -> str:
 def _part_text(part: dict[str, Any]) -> str:
     """A part's text; of an image its place, with the path if it has one."""
     kind = part.get("type") or next((key for key in ("text", "image", "image_url") if key in part), "text")
-    if kind == "text":
+    if kind in ("text", "input_text"):
         return text(part, "text")
-    if kind not in ("image", "image_url"):
+    if kind not in ("image", "image_url", "input_image"):
         raise ValueError(f"has a part of a message that is not read, of type {kind!r}; text and image are")
     values = [part[key] for key in ("image", "image_url", "path", "url") if part.get(key)]
     if not values:
+        if others := sorted(key for key, value in part.items() if key not in ("type", "detail") and value):
+            raise ValueError(
+                f"a part of type {kind!r} names no path, only {', '.join(others)}; save the image as a file"
+            )
         return MARK
     found = [value.get("url") or value.get("path") if isinstance(value, dict) else value for value in values]
     if len(found) > 1 or not isinstance(found[0], str):
@@ -141,19 +160,38 @@ def _part_text(part: dict[str, Any]) -> str:
     return tag(found[0].strip())
 
 
-def _messages(row: Row, key: str, role: str, content: str) -> list[Message]:
+def _messages(row: Row, key: str, role: str, content: str, root: Path) -> list[Message]:
     """(role, text) of every message."""
     rows = row.get(key)
     if not (isinstance(rows, list) and rows and all(isinstance(message, dict) for message in rows)):
         raise ValueError(f"lacks {key!r}, a list of objects with {role!r} and {content!r}")
     roles = [message.get(role) for message in rows]
-    if unknown := sorted({repr(one) for one in roles if not isinstance(one, str) or one not in ROLES}):
+    if unknown := sorted({repr(one) for one in roles if not isinstance(one, str) or one.lower() not in ROLES}):
         raise ValueError(f"{role!r} must be one of {', '.join(ROLES)}, got {', '.join(unknown)}")
-    return [(ROLES[message[role]], _message_text(message.get(content))) for message in rows]
+    for message in rows:
+        rest = {name: value for name, value in message.items() if name not in (role, content)}
+        _refuse_message_keys(rest, ROLES[message[role].lower()], root)
+    return [(ROLES[message[role].lower()], _message_text(message.get(content))) for message in rows]
+
+
+def _refuse_message_keys(message: Row, speaker: str, root: Path) -> None:
+    """Raises ValueError where a message has an image or a call beside its text, or is not to be trained on as others.
+
+    message: without its role and text.
+    """
+    refuse_others(message, [], message, root, " of a message")
+    for key in _CALLS:
+        if message.get(key):
+            raise ValueError(f"has a message with {key!r}, which is not read; leave the row out")
+    for key in _TRAINING_MARKS:
+        if speaker == "assistant" and message.get(key) not in (None, 1):
+            what = f"has a message with {key!r}: {message[key]!r}, which is not read"
+            raise ValueError(f"{what}: every answer is trained on alike; remove the key, or the message")
 
 
 def _chat(row: Row, said: list[Message], root: Path, name: str, origin: str) -> Sample:
     """The sample of a conversation, with the images and the system that the row has beside it."""
+    _refuse_systems(row, ("system_prompt",))
     system, texts = _alternating(_with_system(row, said), root)
     shown = placed(texts, named(row, root), root)
     first = without_slots(texts[0])[1]
@@ -161,6 +199,14 @@ def _chat(row: Row, said: list[Message], root: Path, name: str, origin: str) -> 
     bare[0] = f"{system}\n{bare[0]}" if system else bare[0]
     turns = tuple(Turn(question, answer) for question, answer in zip(bare[::2], bare[1::2], strict=True))
     return Sample(name, turns, shown.get(0), shown.get(1), origin=origin, image_first=first, tiled=shown.get(1) is None)
+
+
+def _refuse_systems(row: Row, keys: tuple[str, ...]) -> None:
+    """Raises ValueError where a row has a system under a key that its format does not read."""
+    for key in keys:
+        if row.get(key):
+            advice = "name it 'system'" if keys == ("system_prompt",) else "write it into the instruction"
+            raise ValueError(f"has {key!r}, which is not read; {advice}")
 
 
 def _with_system(row: Row, said: list[Message]) -> list[Message]:

@@ -22,16 +22,36 @@ KEYS = (
 """Fields that name the image to read, without regard to case; the first that names one is read."""
 READ = frozenset(
     "id question_id data text answer answer_bbox size conversations messages system instruction instruction_new "
-    "response input output history source_image target_image".split()
+    "response input output history".split()
 )
-"""Fields that readers read; in their texts an image's name is a word."""
+"""Fields that readers read as text; an image's name in it is a word."""
 _KIND = r"(image|img|picture|pic|photo|video|audio)s?"
 _LIKE_IMAGE = re.compile(rf"{_KIND}_?(\d+|(path|file|filename|name|ur[il]|bytes|base64|b64|data|list|src|values)s?)?")
-_FILE = re.compile(
-    r"[^\n]{0,1000}\.(jpe?g|png|webp|bmp|gif|tiff?|mp4|avi|mov|mkv|webm|wav|mp3|flac)(\?[^\n]*)?|data:image.*",
-    re.IGNORECASE | re.DOTALL,
+_OTHER_IMAGE = re.compile(r"image|img|picture|photo|video|audio|mask|depth")
+"""Keys that may name a further image beside the one that is read."""
+_ABOUT = re.compile(r"\D*(?P<kind>name|id|ur[il]|link)s?")
+"""Of those, the keys that tell of the image that is read."""
+_SUFFIX = (
+    r"\.(jpe?g|jpe|jfif|jp2|j2k|png|apng|webp|bmp|gif|tiff?|avif|hei[cf]|p[pgbn]m|svg|tga|ico|psd|exr|hdr|dng"
+    r"|mp4|m4v|avi|mov|mkv|webm|mpe?g|wmv|flv|wav|mp3|m4a|ogg|flac)"
 )
-_SLOT = re.compile(r"(?:Picture \d+:\s*)?<img>(?P<path>[^<>\n]*)</img>|<image>")
+_FILE = re.compile(rf"[^\n]{{0,1000}}{_SUFFIX}(\?[^\n]*)?|data:image.*", re.IGNORECASE | re.DOTALL)
+_SLOT = re.compile(
+    r"(?:Picture \d+:\s*)?<(?P<tag>img|image)>(?P<path>[^<>]*)</(?P=tag)>"
+    r"|(?:<\|vision_start\|>)?(?:<image>|<image[_ ]?1>|<\|image(?:_1|_pad)?\|>|<image_?here>|<image_placeholder>"
+    r"|<start_of_image>)(?:<\|vision_end\|>)?|(?-i:\[IMG\])",
+    re.IGNORECASE,
+)
+_OTHER_MARK = re.compile(
+    r"</?image(?:[_ ]?\d+|_\w+)?>|<im_(?:start|end|patch)>|<img_context>"
+    r"|<\|[a-z_]*(?:image|img|vision|video|audio)\w*\|>"
+    rf"|\[IMG_\w+\]|<img>\s*[^\s<>]+{_SUFFIX}|(?:^|\n)[ \t]*<(?:video|audio)>(?![\s\S]*</)|<(?:video|audio)>\s*$",
+    re.IGNORECASE,
+)
+_LINK = re.compile(
+    r"""<img\s[^<>]*?src\s*=\s*["']?(?P<html>[^"'<>\s]+)|!\[[^\]\n]*\]\(\s*(?P<markdown>[^()\s]+)""", re.IGNORECASE
+)
+"""Links in HTML and Markdown are words, as in code, unless they name a file of the image folder."""
 _NO_IMAGE = ("", "none", "null")
 
 
@@ -50,12 +70,32 @@ def tag(path: str) -> str:
 
 
 def slots(texts: Sequence[str], root: Path) -> list[Slot]:
-    """The places of images in some texts, in order."""
-    return [
-        Slot(index, None if found["path"] is None else inside(found["path"], root, "<img>"))
-        for index, text in enumerate(texts)
-        for found in _SLOT.finditer(text)
-    ]
+    """The places of images in some texts, in order. Raises ValueError for a place that is written in an unknown way."""
+    for text in texts:
+        _refuse_marks(_SLOT.sub("", text), root)
+    return [Slot(index, _own_path(found, root)) for index, text in enumerate(texts) for found in _SLOT.finditer(text)]
+
+
+def _own_path(found: re.Match[str], root: Path) -> Path | None:
+    """The path that a place in a text names itself; of ``<image></image>`` and of marks None."""
+    path = (found["path"] or "").strip()
+    if not found["tag"] or (not path and found["tag"].lower() == "image"):
+        return None
+    if not path:
+        raise ValueError(f"names an image that is missing: {found[0]} has no path; write <img>path</img>, or remove it")
+    return inside(path, root, "<img>")
+
+
+def _refuse_marks(text: str, root: Path) -> None:
+    """Raises ValueError where the rest of a text marks an image in another way, or links to one of the folder."""
+    found = _OTHER_MARK.search(text)
+    for link in _LINK.finditer(text):
+        if os.path.isfile(root / (link["html"] or link["markdown"]).lstrip(os.sep)):
+            found = found or link
+    if found:
+        raise ValueError(
+            f"marks an image in a way that is not read: {found[0].strip()[:80]!r}; write {MARK} in its place"
+        )
 
 
 def without_slots(text: str) -> tuple[str, bool]:
@@ -99,8 +139,16 @@ def named(row: Row, root: Path) -> list[Path]:
     images: list[Path] = []
     for key in keys:
         images = images or [inside(path, root, key) for path in _paths(row[key], key) if not _no_image(path, root)]
-    refuse_others(row, images, keys)
+    refuse_others(row, images, keys, root)
     return images
+
+
+def field_image(row: Row, key: str, root: Path) -> Path:
+    """The image that a field must name, and no other."""
+    found = _paths(row.get(key), key)
+    if len(found) != 1:
+        raise ValueError(f"must name one image in {key!r}, names {len(found)}; it has: {', '.join(sorted(row))}")
+    return inside(found[0], root, key)
 
 
 def named_one(row: Row, root: Path, needed: bool = False) -> Path | None:
@@ -111,7 +159,7 @@ def named_one(row: Row, root: Path, needed: bool = False) -> Path | None:
     return found[0] if found else None
 
 
-def refuse_others(row: Row, images: Sequence[Path], keys: Collection[str]) -> None:
+def refuse_others(row: Row, images: Sequence[Path], keys: Collection[str], root: Path, where: str = "") -> None:
     """Raises ValueError where a field that no reader reads names another image than those of the row.
 
     A row with an image may have other paths and addresses beside it, but none under a key that is an image's.
@@ -119,19 +167,31 @@ def refuse_others(row: Row, images: Sequence[Path], keys: Collection[str]) -> No
     Args:
         images: those that are read.
         keys: fields of `KEYS` and `READ` to look at as well.
+        where: what the row is, if it is part of another.
     """
-    names = {path.stem for path in images}
     for key in row:
-        like_image = _LIKE_IMAGE.fullmatch(_plain(key)) is not None
         for value in _strings(row[key]) if key in keys or _plain(key) not in {*KEYS, *READ} else ():
             is_file = _FILE.fullmatch(value) is not None
             if images:
-                lost = like_image and is_file and PurePath(value).stem not in names and "://" not in value
+                lost = is_file and _is_other(_plain(key), value, images, root)
             else:
-                lost = is_file or (like_image and value.lower() not in _NO_IMAGE)
+                lost = is_file or (_LIKE_IMAGE.fullmatch(_plain(key)) and value.lower() not in _NO_IMAGE)
             if lost and not (is_file and PurePath(value).stem.lower() == "null"):
                 shown = value if len(value) <= 80 else f"{value[:80]}..."
-                raise ValueError(f"names an image that is not read, in {key!r}: {shown}; name it in 'image'")
+                raise ValueError(f"names an image that is not read, in {key!r}{where}: {shown}; name it in 'image'")
+
+
+def _is_other(key: str, value: str, images: Sequence[Path], root: Path) -> bool:
+    """Whether a file's name or address under a key is that of another image than those that are read."""
+    if not (_LIKE_IMAGE.fullmatch(key) or _OTHER_IMAGE.search(key) or key in KEYS):
+        return False
+    about = _ABOUT.fullmatch(key)
+    if about and (about["kind"] == "id" or "://" in value or PurePath(value).stem in {path.stem for path in images}):
+        return False
+    try:
+        return inside(value, root, key) not in images
+    except ValueError:
+        return True
 
 
 def _plain(key: str) -> str:
@@ -143,9 +203,11 @@ def _paths(value: Any, key: str) -> list[str]:
     if value is None:
         return []
     if isinstance(value, str):
-        return [value]
-    if isinstance(value, dict) and isinstance(value.get("path"), str) and not value.get("bytes"):
-        return [value["path"]]
+        return [value.strip()]
+    if isinstance(value, dict) and not value.get("bytes"):
+        paths = [value[key].strip() for key in ("path", "url") if isinstance(value.get(key), str)]
+        if len(paths) == 1:
+            return paths
     if not isinstance(value, list):
         raise ValueError(f"{key!r} must be a string or a list of paths, got {type(value).__name__}")
     if any(isinstance(item, list) for item in value):

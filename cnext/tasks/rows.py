@@ -80,11 +80,6 @@ def _below(absolute: str, root: Path) -> str:
     return relative if os.path.isfile(root / relative) else absolute
 
 
-def image(row: Row, name: str, root: Path) -> Path:
-    """The path in a field that must name an image."""
-    return inside(text(row, name), root, name)
-
-
 def files(data: Path, pattern: str) -> list[Path]:
     """The files that match a pattern, sorted. Raises DataError if there are none, with what the folder contains."""
     found = sorted(path for path in data.glob(pattern) if path.is_file())

@@ -312,3 +312,16 @@ def test_rows_of_other_formats_are_checked_too(tmp_path: Path) -> None:
     listing(tmp_path / task.test, [{"question_id": 1, "image": "GQA/images/1.jpg", "text": "What?", "answer": "Dog"}])
     report = data_check.check(dataclasses.replace(coin, tasks=(task,)), tmp_path, Watch())
     assert len(report.tasks["GQA"].shared_items) == report.problems == 1
+
+
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_a_task_that_reads_images_and_has_none(split: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Found by the check as by a run."""
+    change(folder / "Edits.json", scorer="short_answer")
+    row = {"messages": TALK, "image": "a.png"}
+    listing(folder / "train.json", [row])
+    listing(folder / "test.json", [{"messages": [{**TALK[0], "content": "Where?"}, TALK[1]], "image": "a.png"}])
+    assert main(["data", "check", str(folder), "--suite", str(folder)]) == 0
+    listing(folder / f"{split}.json", [{"messages": [{**TALK[0], "content": "When?"}, TALK[1]]}])
+    assert main(["data", "check", str(folder), "--suite", str(folder)]) == 1
+    assert "task Edits reads images, and none of its 1 rows in" in capsys.readouterr().out

@@ -356,3 +356,176 @@ def test_a_row_of_alpaca_with_all_its_fields(root: Path) -> None:
     asked = [(f"{SYSTEM}\nHello", "Hi"), ("Describe it.\nIn one word.", "Dog.")]
     assert [(turn.instruction, turn.answer) for turn in sample.turns] == asked
     assert sample.image is None
+
+
+def message_with(role: str, **more: Any) -> list[dict[str, Any]]:
+    return [{**message, **more} if message["role"] == role else message for message in ASK]
+
+
+def asked(text: str, **more: Any) -> dict[str, Any]:
+    return {"conversations": talk(text, "A dog."), **more}
+
+
+LOST: dict[str, tuple[str, dict[str, Any], str]] = {
+    "of a message": ("messages", {"messages": message_with("user", image="a.png")}, "in 'image' of a message: a.png"),
+    "list of a message": ("messages", {"messages": message_with("user", images=["a.png"])}, "in 'images' of a message"),
+    "of a turn": ("llava", {"conversations": [{**TALK[0], "image": "a.png"}, TALK[1]]}, "in 'image' of a message"),
+    "same name elsewhere": ("llava", {"image": "a.png", "image2": "sub/a.png", "conversations": TALK}, "in 'image2'"),
+    "list, elsewhere": ("llava", {"image": "a.png", "images": ["sub/a.png"], "conversations": TALK}, "in 'images'"),
+    "address of a second": (
+        "llava", {"image": "a.png", "image2": "https://x.org/b.png", "conversations": TALK}, "in 'image2': https"
+    ),
+    "source": ("llava", {"source_image": "a.png", "conversations": TALK}, "in 'source_image': a.png"),
+    "target": ("llava", {"image": "a.png", "target_image": "b.png", "conversations": TALK}, "in 'target_image': b.png"),
+    "target of data": ("conversation", {"image": "a.png", "target_image": "b.png", "data": ["q", "a"]}, "'target_imag"),
+    "heic": ("llava", {"foo": "a.heic", "conversations": TALK}, "in 'foo': a.heic"),
+    "avif": ("llava", {"foo": "a.AVIF", "conversations": TALK}, "in 'foo': a.AVIF"),
+    "jfif": ("llava", {"foo": "a.jfif", "conversations": TALK}, "in 'foo': a.jfif"),
+    "jp2": ("llava", {"foo": "a.jp2", "conversations": TALK}, "in 'foo': a.jp2"),
+    "ppm": ("llava", {"foo": "a.ppm", "conversations": TALK}, "in 'foo': a.ppm"),
+    "svg": ("llava", {"foo": "a.svg", "conversations": TALK}, "in 'foo': a.svg"),
+    "mask": ("llava", {"image": "a.png", "mask": "b.png", "conversations": TALK}, "in 'mask': b.png"),
+    "mask_image": ("llava", {"image": "a.png", "mask_image": "b.png", "conversations": TALK}, "in 'mask_image'"),
+    "depth_image": ("llava", {"image": "a.png", "depth_image": "b.png", "conversations": TALK}, "in 'depth_image'"),
+    "second_image": ("llava", {"image": "a.png", "second_image": "b.png", "conversations": TALK}, "in 'second_image'"),
+    "image_b": ("llava", {"image": "a.png", "image_b": "b.png", "conversations": TALK}, "in 'image_b': b.png"),
+    "tag, not closed": ("llava", asked("<img>a.png What?"), "marks an image in a way that is not read: '<img>a.png'"),
+    "html": ("llava", asked('<img src="a.png">What?'), "not read: '<img src=\"a.png'; write <image>"),
+    "markdown": ("llava", asked("![x](a.png) What?"), "marks an image in a way that is not read"),
+    "video": ("llava", asked("<video>\nWhat?"), "not read: '<video>'"),
+    "second of two": ("llava", asked("<image_1> and <image_2>?", image="a.png"), "not read: '<image_2>'"),
+    "closed only": ("llava", asked("What?</image>", image="a.png"), "not read: '</image>'"),
+    "other token": ("llava", asked("<|vision_start|>What?", image="a.png"), "not read: '<|vision_start|>'"),
+    "in a system": ("llava", asked("What?", image="a.png", system="<im_start>"), "not read: '<im_start>'"),
+    "in an answer": ("llava", {"conversations": talk("q", "![x](a.png)")}, "marks an image in a way"),
+    "token alone": ("llava", asked("<|image|>What?"), "has 1 <image> for 0 images"),
+    "loss": ("messages", {"messages": message_with("assistant", loss=False)}, "has a message with 'loss': False"),
+    "weight": ("messages", {"messages": message_with("assistant", weight=0)}, "has a message with 'weight': 0"),
+    "calls": ("messages", {"messages": message_with("assistant", tool_calls=[{"id": 1}])}, "message with 'tool_calls'"),
+    "system_prompt": ("llava", asked("What?", system_prompt="Be brief."), "has 'system_prompt', which is not read"),
+    "encoded part": (
+        "messages", {"messages": said([{"type": "image", "source": {"data": "x"}}], "A")}, "no path, only source; save"
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("form", "row", "reason"), LOST.values(), ids=LOST.keys())
+def test_further_images_and_marks_that_would_be_lost(form: str, row: dict[str, Any], reason: str, root: Path) -> None:
+    picture(root / "images/sub/a.png")
+    with pytest.raises(DataError, match=r"train\.json#1: ") as error:
+        read(root, form, row)
+    assert reason in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"image_url": "https://x.org/17.jpg"},
+        {"image_id": "b.png"},
+        {"image_name": "a.png"},
+        {"image2": "a.png", "images": ["./a.png"]},
+        {"original_image": "a.png"},
+        {"conversations": [{**TALK[0], "weight": 0, "image": None}, {**TALK[1], "loss": True, "weight": 1}]},
+        {"image": " a.png "},
+        {"image": [{"url": "a.png"}]},
+        {"conversations": [{"from": "Human", "value": "What?"}, {"from": "GPT", "value": "A dog."}]},
+        {"conversations": [{"from": "User", "value": "What?"}, {"from": "model", "value": "A dog."}]},
+        {"system_prompt": None},
+    ],
+    ids=str,
+)
+def test_what_tells_of_the_image_that_is_read(more: dict[str, Any], root: Path) -> None:
+    assert read(root, "llava", {"image": "a.png", "conversations": TALK, **more}).image == root / "images/a.png"
+
+
+MARKS = (
+    "<Image>", "<image_1>", "<image 1>", "<|image|>", "<|image_1|>", "<ImageHere>", "<image_placeholder>", "[IMG]",
+    "<|vision_start|><|image_pad|><|vision_end|>", "<image></image>", "<start_of_image>", "<IMG>a.png</IMG>",
+    "<Img>a.png</Img>", "<img>\na.png\n</img>", "<img> a.png </img>", "<image>a.png</image>",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("mark", MARKS)
+def test_marks_of_other_tools_are_places(mark: str, root: Path) -> None:
+    before, after = (read(root, "llava", asked(text, image="a.png")) for text in (f"{mark}What?", f"What?\n{mark}"))
+    assert before.image == after.image == root / "images/a.png"
+    assert before.turns[0].instruction == after.turns[0].instruction == "What?"
+    assert (before.image_first, after.image_first) == (True, False)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "What does the <img> tag do?", '<img src="logo.png" alt="x">', "![badge](https://x.org/b.png)",
+        "<video>\n<source src='x'>\n</video>", "Is <images> valid XML?", "How do I close <video> here?",
+    ],
+)  # fmt: skip
+def test_code_in_a_text_is_words(text: str, root: Path) -> None:
+    sample = read(root, "llava", asked(text))
+    assert (sample.image, sample.turns[0].instruction) == (None, text)
+
+
+EDIT = {"source_image": "a.png", "target_image": "b.png", "instruction": "Make it red."}
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"source_image": ["a.png"], "target_image": {"path": "b.png", "bytes": None}},
+        {"instruction_new": None, "response": None, "system": ""},
+        {"response": "<image>"},
+        {"response": "<img>b.png</img>", "instruction": "<img>a.png</img>Make it red."},
+    ],
+    ids=str,
+)
+def test_edits_that_are_clear_are_read(more: dict[str, Any], root: Path) -> None:
+    listing(root / "train.json", [{**EDIT, **more}])
+    (sample,) = formats.read_samples(task("editing"), root, "train")
+    assert (sample.image, sample.target_image) == (root / "images/a.png", root / "images/b.png")
+    assert (sample.turns[0].instruction, sample.turns[0].answer) == ("Make it red.", "")
+
+
+@pytest.mark.parametrize(
+    ("form", "row", "reason"),
+    [
+        ("editing", {**EDIT, "system": "Be kind."}, "has 'system', which is not read; write it into the instruction"),
+        ("editing", {**EDIT, "mask": "sub/null island.png"}, "not read, in 'mask'"),
+        ("editing", {**EDIT, "response": "<img>a.png</img>"}, "has 0 <image> for 1 images"),
+        ("editing", {**EDIT, "source_image": ["a.png", "b.png"]}, "must name one image in 'source_image', names 2"),
+        ("editing", {**EDIT, "target_image": None}, "must name one image in 'target_image', names 0"),
+        ("generation", {"text": "a dog", "target_image": "a.png"}, "not read, in 'target_image'"),
+        ("generation", {"text": "a dog", "source_image": "a.png"}, "not read, in 'source_image'"),
+        ("generation", {"text": "a dog", "system_prompt": "Be kind."}, "has 'system_prompt', which is not read"),
+        ("generation", {"text": "a dog ![x](a.png)"}, "marks an image in a way that is not read"),
+    ],
+)
+def test_edits_and_drawings_that_lose_something(form: str, row: dict[str, Any], reason: str, root: Path) -> None:
+    listing(root / "train.json", [row])
+    with pytest.raises(DataError, match="#0: ") as error:
+        formats.read_samples(task(form), root, "train")
+    assert reason in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("fields", "answers"),
+    [
+        ({"answer": 3}, ("3",)),
+        ({"answer_bbox": [0.1, 0.2, 0.3, 0.4], "size": [30.0, 20.0]}, ("[0.1, 0.2, 0.3, 0.4]",)),
+    ],
+)
+def test_numbers_of_a_test_row(fields: dict[str, Any], answers: tuple[str, ...], root: Path) -> None:
+    sample = read(root, "conversation", {"image": "a.png", "text": "q", **fields}, "test")
+    assert sample.answers == answers
+    assert sample.size in (None, (30, 20))
+
+
+@pytest.mark.parametrize("answer", [[], [3, 4], [None], True])
+def test_answers_that_are_no_text(answer: Any, root: Path) -> None:
+    with pytest.raises(DataError, match=r"#1: 'answer' must be a string"):
+        read(root, "conversation", {"image": "a.png", "text": "q", "answer": answer}, "test")
+
+
+def test_parts_of_openai_s_responses(root: Path) -> None:
+    parts = [{"type": "input_image", "image_url": "a.png"}, {"type": "input_text", "text": "What?"}]
+    sample = read(root, "messages", {"messages": said(parts, "A dog.")})
+    assert (sample.image, sample.turns[0].instruction) == (root / "images/a.png", "What?")
