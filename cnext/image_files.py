@@ -174,7 +174,7 @@ def _scale_key(image: ImageFile) -> None:
     """Scales the transparent gray of a PNG of 1, 2 or 4 bits to 8, as Pillow does its pixels. It is not loaded yet."""
     key = image.info.get("transparency")
     if image.format == "PNG" and image.mode in ("1", "L") and isinstance(key, int) and image.tile:
-        white = {"1": 1, "L;2": 3, "L;4": 15}.get(image.tile[0][3], 255)
+        white = {"1": 1, "L;2": 3, "L;4": 15}.get(str(image.tile[0][3]), 255)
         image.info["transparency"] = (key & white) * 255 // white
 
 

@@ -122,7 +122,7 @@ class AdapterLinear(nn.Module):
 
     # The four attributes of a linear layer that models ask for, as for the dtype of a weight.
     @property
-    def weight(self) -> nn.Parameter:
+    def weight(self) -> Tensor:
         """The base layer's weight; without the branches unless they are merged."""
         return self.base.weight
 
