@@ -294,7 +294,7 @@ def test_a_judging_that_is_interrupted_is_resumed(
     monkeypatch.setattr(asking, "judge", recorded)
     with serving(Judge(brain=interrupted)) as judge:
         assert main(judging(run, judge)) == 130
-        assert capsys.readouterr().err.startswith("interrupted; run the same command again")
+        assert capsys.readouterr().err.startswith("interrupted; the same command continues")
         first = table(run, "toy")
         assert first["unjudged"] > 0
         assert first["reasons"] == {"judging ended early": first["unjudged"]}
