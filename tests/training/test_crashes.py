@@ -140,7 +140,7 @@ def test_a_second_interrupt_leaves_at_once(make: Make, whole: RunConfig) -> None
     status, said = go(made, TWICE, 40)
     assert status == 130
     assert "SIGINT: saving at the end of this step; interrupt again to leave at once" in said
-    assert f"interrupted; {RESUME}" in said
+    assert f"interrupted twice, left at once; {RESUME}" in said
     assert json.loads((made.folder / ".heartbeat.json").read_text())["state"] == "stopped"
     assert go(made)[0] == 0
     same_end(made, whole)
