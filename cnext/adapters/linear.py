@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from cnext import ops
+from cnext.adapters.weight_reads import ReadOnlyWeight
 from cnext.errors import UserError
 
 
@@ -123,8 +124,8 @@ class AdapterLinear(nn.Module):
     # The four attributes of a linear layer that models ask for, as for the dtype of a weight.
     @property
     def weight(self) -> Tensor:
-        """The base layer's weight; without the branches unless they are merged."""
-        return self.base.weight
+        """The base layer's weight, only to be asked for its dtype, device and shape unless the branches are merged."""
+        return self.base.weight if self.merged else self.base.weight.detach().as_subclass(ReadOnlyWeight)
 
     @property
     def bias(self) -> nn.Parameter | None:

@@ -1,4 +1,7 @@
-"""Which layers' weights a module's forward computes with by itself, found in its source."""
+"""Layers whose weight a module computes with by itself, without calling the layer: branches would be left out.
+
+Such reads are found in the source of a module's forward where they are sure to happen. Others meet `ReadOnlyWeight`.
+"""
 
 from __future__ import annotations
 
@@ -8,17 +11,42 @@ import textwrap
 from collections.abc import Iterator
 from functools import cache
 from types import FunctionType
+from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+
+from cnext.errors import UserError
 
 ABOUT = {"dtype", "device", "shape", "ndim", "size", "dim", "numel", "layout", "is_cuda", "requires_grad"}
 """Attributes of a weight that say nothing of its values."""
 
 
+class ReadOnlyWeight(Tensor):
+    """A weight that tells its dtype, device and shape, and refuses to be computed with.
+
+    Raises:
+        UserError: by any other use, such as ``x @ weight``.
+    """
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        # The getter of an attribute is a method "__get__" of it.
+        name = func.__self__.__name__ if func.__name__ == "__get__" else func.__name__
+        if name not in ABOUT and name != "__repr__":
+            raise UserError(
+                f"the weight of a layer that has branches is read ({name}), which leaves the branches out; do not "
+                "attach them to this layer, or merge them first"
+            )
+        with torch._C.DisableTorchFunctionSubclass():
+            return func(*args, **(kwargs or {}))
+
+
 def weight_readers(model: nn.Module) -> dict[nn.Module, nn.Module]:
     """Layers to a module whose forward, or a method with "forward" in its name, reads their weight's values.
 
-    Found are reads such as ``self.proj.weight @ x``; not found are those in other functions.
+    Found are reads such as ``self.proj.weight @ x``; not found are those in other functions, and those that a setting
+    of the module turns on, as in ``if self.slow_but_exact:``.
     """
     found: dict[nn.Module, nn.Module] = {}
     for module in model.modules():
@@ -53,7 +81,7 @@ def _reads(method: FunctionType) -> Iterator[tuple[str, ...]]:
             harmless.update(node.args)
         elif isinstance(node, ast.Compare) and isinstance(node.ops[0], (ast.Is, ast.IsNot)):
             harmless.update((node.left, *node.comparators))
-    for node in ast.walk(tree):
+    for node in _without_settings(tree):
         if isinstance(node, ast.Attribute) and node.attr == "weight" and node not in harmless:
             path, place = [], node.value
             while isinstance(place, ast.Attribute):
@@ -61,3 +89,18 @@ def _reads(method: FunctionType) -> Iterator[tuple[str, ...]]:
                 place = place.value
             if path and isinstance(place, ast.Name) and place.id == "self":
                 yield tuple(reversed(path))
+
+
+def _without_settings(node: ast.AST) -> Iterator[ast.AST]:
+    """The nodes of a tree, without what follows an ``if`` of nothing but the module's own attributes."""
+    yield node
+    optional = node.body if isinstance(node, ast.If) and _is_setting(node.test) else []
+    for child in ast.iter_child_nodes(node):
+        if child not in optional:
+            yield from _without_settings(child)
+
+
+def _is_setting(test: ast.expr) -> bool:
+    names = {node.id for node in ast.walk(test) if isinstance(node, ast.Name)}
+    attributes = {node.attr for node in ast.walk(test) if isinstance(node, ast.Attribute)}
+    return names == {"self"} and "training" not in attributes

@@ -1,18 +1,13 @@
-"""Checks of the images that rows name: whether they can be read, and the released filter by size."""
+"""The released filter of images by size."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from cnext.image_files import image_size, inspect
+from cnext.image_files import image_size
 
 LEAST_SIDE, LEAST_RATIO = 400, 0.6
 """The released limits of images to edit: pixels of the shorter side, and its ratio to the longer one."""
-
-
-def fault(path: Path, decode: bool = False) -> str:
-    """What is wrong with an image: "missing", "broken (why)", or "" if it can be read. decode: see `inspect`."""
-    return inspect(path, decode).fault
 
 
 def unfit(path: Path) -> str:

@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from cnext.errors import UserError
+from cnext.image_files import inspect
 from cnext.tasks.base import DataError, Recipe, Suite, Task
 from cnext.tasks.formats import Line, scan
-from cnext.tasks.images import fault
 
 
 def write_subset(suite: Suite, data: Path, n: int, seed: int, out: Path, absolute: bool = False) -> str:
@@ -102,7 +102,7 @@ def sample_rows(task: Task, data: Path, split: str, n: int, seed: int) -> tuple[
     lines = [line for _, _, line in chosen]
     for line in lines:
         for image in line.sample.images if line.sample else ():
-            found = fault(image)
+            found = inspect(image, decode=False).fault
             if found:
                 problems.append(f"{line.origin}: names an image that is {found}: {image}")
     if problems:

@@ -261,9 +261,66 @@ def test_layers_whose_weights_say_a_dtype_or_size_alone_are_taken() -> None:
     net = adapters.attach(nn.Sequential(Reading()), ("proj", "down", "started"), {"lora": 2})
     layer = adapters.layers(net)["0.proj"]
     assert (layer.in_features, layer.out_features) == (8, 8)
-    assert layer.weight is layer.base.weight
     assert layer.bias is layer.base.bias
     net(torch.ones(1, 8))
+
+
+def test_a_weight_without_its_branches_is_not_computed_with() -> None:
+    net = adapters.attach(nn.Sequential(nn.Linear(8, 4)), ("0",), {"lora": 2})
+    layer, x = adapters.layers(net)["0"], torch.ones(3, 8)
+    weight = layer.weight
+    assert (weight.dtype, weight.device, weight.shape, weight.size(0), weight.dim()) == (
+        torch.float32, x.device, (4, 8), 4, 2,
+    )  # fmt: skip
+    assert "ReadOnlyWeight" in repr(weight)
+    uses = (
+        lambda: x @ weight.t(), lambda: x @ weight.T, lambda: nn.functional.linear(x, weight), lambda: 2 * weight,
+        lambda: weight[0], lambda: weight.data, lambda: weight.float(), lambda: weight.sum().item(),
+        lambda: weight.copy_(torch.zeros(4, 8)), lambda: weight.numpy(), lambda: torch.equal(weight, weight),
+    )  # fmt: skip
+    for use in uses:
+        with pytest.raises(UserError, match="the weight of a layer that has branches is read"):
+            use()
+    layer.merge()
+    torch.testing.assert_close(nn.functional.linear(x, layer.weight, layer.bias), net(x))
+
+
+class Bloom(nn.Module):
+    """As BLOOM's projections: the weight is read only where a setting says so."""
+
+    def __init__(self, exact: bool) -> None:
+        super().__init__()
+        self.dense, self.slow_but_exact, self.slices = nn.Linear(8, 8), exact, 2
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.slices > 1 and self.slow_but_exact:
+            return x @ self.dense.weight.t()
+        return self.dense(x)
+
+
+def test_a_read_that_a_setting_turns_on_is_refused_where_it_happens() -> None:
+    for exact in (False, True):
+        net = adapters.attach(nn.Sequential(Bloom(exact)), ("dense",), {"lora": 2})
+        if exact:
+            with pytest.raises(UserError, match=r"the weight of a layer that has branches is read \(t\)"):
+                net(torch.ones(1, 8))
+        else:
+            assert net(torch.ones(1, 8)).shape == (1, 8)
+
+
+def test_bloom_is_taken() -> None:
+    import transformers as t
+
+    net = t.BloomForCausalLM(t.BloomConfig(vocab_size=64, hidden_size=32, n_layer=1, n_head=4)).eval()
+    ids = torch.arange(3, 11)[None]
+    before = net(input_ids=ids).logits
+    handle = cnext.attach_mage(net, targets=("query_key_value", "dense", "dense_4h_to_h"), rank=2)
+    torch.testing.assert_close(net(input_ids=ids).logits, before)
+    disturb(handle)
+    branched = net(input_ids=ids).logits
+    assert not torch.allclose(branched, before)
+    handle.merge()
+    torch.testing.assert_close(net(input_ids=ids).logits, branched, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("target", ["dt_proj", "x_proj"])

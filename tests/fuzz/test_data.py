@@ -19,10 +19,9 @@ from PIL import Image
 
 from cnext.config.run_config import RunConfig, plan
 from cnext.errors import UserError
-from cnext.image_files import open_image
+from cnext.image_files import inspect, open_image
 from cnext.tasks import data_check, formats, suites
 from cnext.tasks.base import Task
-from cnext.tasks.images import fault
 from cnext.tasks.readers import READERS
 
 Try = Callable[[Callable[[], object]], bool]
@@ -122,13 +121,13 @@ def picture(kind: str) -> bytes:
 @pytest.mark.parametrize("decode", [False, True], ids=["header", "pixels"])
 def test_images(kind: str, decode: bool, data: Path, fuzzed: Callable) -> None:
     path = data / "mutated.png"
-    fuzzed(path, functools.partial(mutated_bytes, picture(kind)), BYTES, 80, lambda: fault(path, decode))
+    fuzzed(path, functools.partial(mutated_bytes, picture(kind)), BYTES, 80, lambda: inspect(path, decode))
 
 
 def test_other_kinds_of_files_are_no_images(data: Path) -> None:
     """A PostScript file under a picture's name would be given to a program to run."""
     (data / "x.png").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\nshowpage\n")
-    assert fault(data / "x.png", decode=True).startswith("broken")
+    assert inspect(data / "x.png").fault.startswith("broken")
 
 
 def test_decompression_bombs_are_refused(data: Path) -> None:
@@ -139,7 +138,7 @@ def test_decompression_bombs_are_refused(data: Path) -> None:
     body = (struct.pack(">I", len(c)) + name + c + struct.pack(">I", zlib.crc32(name + c)) for name, c in chunks)
     path.write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(body))
     for decode in (False, True):
-        assert "decompression bomb" in fault(path, decode)
+        assert "decompression bomb" in inspect(path, decode).fault
     with pytest.raises(UserError, match=r"cannot be read: .*decompression bomb"):
         open_image(path)
     (data / "images" / "bomb.png").write_bytes(path.read_bytes())
