@@ -28,7 +28,7 @@ from cnext.config.run_config import RunConfig
 from cnext.methods.base import Memory, Method
 from cnext.methods.ewc import Ewc
 from cnext.methods.mage import Mage, only_b
-from cnext.methods.parts.branches import GENERAL_ROLES, RoleBranches
+from cnext.methods.parts.branches import RoleBranches
 from cnext.tasks.base import Task
 
 RESULTS = Path(__file__).resolve().parent.parent / "results" / "next-tiny" / "ablation.json"
@@ -77,7 +77,7 @@ class General12(Mage):
     general = 12
 
     def branches(self, tasks: Sequence[Task]) -> dict[str, int]:
-        return {role.name: self.general if role in GENERAL_ROLES else 16 - self.general for role in self.roles}
+        return {role.name: self.general if role.side == "general" else 16 - self.general for role in self.roles}
 
 
 class General4(General12):

@@ -59,7 +59,8 @@ class Trials:
         planned = plan(dataclasses.replace(self.config, **given))
         backbone, made = copy.deepcopy(self.backbone), (kind or methods.load(method))(**planned.hyperparameters)
         tasks = [planned.suite.task(name) for name in planned.order]
-        made.setup(backbone, tasks, torch.Generator().manual_seed(stable_seed(seed, "adapters")))
+        generator = torch.Generator().manual_seed(stable_seed(seed, "adapters"))
+        made.setup(backbone, tasks, generator, planned.suite.modalities)
         ready = setup.Prepared(self.samples, backbone, made, {}, self.encoded)
 
         def score(name: str) -> float:

@@ -20,11 +20,21 @@ from cnext.adapters.attach import (
 )
 from cnext.adapters.linear import AdapterLinear, Branch
 from cnext.adapters.mage import AttachedMage, attach_mage
-from cnext.adapters.roles import BRANCH_ROLES, BranchRole, roles_of
+from cnext.adapters.roles import (
+    BRANCH_ROLES,
+    MODALITIES,
+    BranchRole,
+    branch_roles,
+    check_modalities,
+    modalities_of,
+    position_roles,
+    roles_of,
+)
 from cnext.adapters.shared_input import joined
 
 __all__ = [
     "BRANCH_ROLES",
+    "MODALITIES",
     "SHARED",
     "AdapterLinear",
     "AttachedMage",
@@ -36,11 +46,15 @@ __all__ = [
     "attach",
     "attach_mage",
     "branch_parameters",
+    "branch_roles",
+    "check_modalities",
     "check_ranges",
     "detach",
     "holding",
     "joined",
     "layers",
+    "modalities_of",
+    "position_roles",
     "roles_of",
     "set_trainable",
     "trained_like",

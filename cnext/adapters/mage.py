@@ -1,4 +1,4 @@
-"""`attach_mage`: MAGE's four branches in a transformers model."""
+"""`attach_mage`: MAGE's branches, two for each modality, in a transformers model."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import nn
 
 from cnext.adapters.attach import SHARED, attach, detach, layers, set_trainable
 from cnext.adapters.linear import AdapterLinear
-from cnext.adapters.roles import BRANCH_ROLES, roles_of
+from cnext.adapters.roles import MODALITIES, branch_roles, roles_of
 from cnext.adapters.targets import linear_targets
 from cnext.errors import UserError, listed
 
@@ -22,10 +22,14 @@ class AttachedMage:
     Args:
         model: the whole model.
         requires_grad: whether each parameter required a gradient before, by name.
+        modalities: what tasks may read and write.
     """
 
-    def __init__(self, model: nn.Module, requires_grad: dict[str, bool]) -> None:
+    def __init__(
+        self, model: nn.Module, requires_grad: dict[str, bool], modalities: Sequence[str] = MODALITIES
+    ) -> None:
         self.model = model
+        self.modalities = tuple(modalities)
         self._requires_grad = requires_grad
 
     @property
@@ -36,11 +40,11 @@ class AttachedMage:
     def train_on(self, reads: Iterable[str], writes: Iterable[str]) -> dict[str, nn.Parameter]:
         """Unfreezes the branches of a task's modalities and freezes all other parameters.
 
-        A modality that is read trains its general branch, one that is written its expert branch. All four branches keep
+        A modality that is read trains its general branch, one that is written its expert branch. All branches keep
         adding to the output.
 
         Args:
-            reads: the task's input modalities: "text", "image" or both.
+            reads: the task's input modalities, of those that the branches were attached with: "text", "image" or both.
             writes: its output modalities, likewise.
 
         Returns:
@@ -49,7 +53,7 @@ class AttachedMage:
             optimizer, which then keeps no state for frozen branches.
 
         Raises:
-            UserError: a modality is unknown, or the branches are merged.
+            UserError: a modality is unknown, a text stands in place of a list, or the branches are merged.
 
         Example:
             >>> handle = cnext.attach_mage(model)  # doctest: +SKIP
@@ -58,7 +62,7 @@ class AttachedMage:
 
         Reference: Continual-NExT, arXiv 2602.18055, section 4.
         """
-        return set_trainable(self.model, [role.name for role in roles_of(reads, writes)])
+        return set_trainable(self.model, [role.name for role in roles_of(reads, writes, self.modalities)])
 
     def merge(self) -> None:
         """Merges the branches into the weights: the model then runs as fast as without them. See `AdapterLinear.merge`.
@@ -111,6 +115,7 @@ class AttachedMage:
 def attach_mage(
     model: nn.Module,
     *,
+    modalities: Sequence[str] = MODALITIES,
     rank: int = 8,
     scale: float = 1.0,
     dropout: float = 0.05,
@@ -120,11 +125,16 @@ def attach_mage(
     language_model: nn.Module | None = None,
     generator: torch.Generator | None = None,
 ) -> AttachedMage:
-    """Attaches MAGE's four branches to the language model's linear layers, y = W x + scale * sum of B_i A_i drop(x).
+    """Attaches MAGE's branches to the language model's linear layers, y = W x + scale * sum of B_i A_i drop(x).
+
+    Each modality has a general branch, for tasks that read it, and an expert, for tasks that write it: four branches by
+    default, six with a third modality.
 
     Args:
         model: a transformers model, changed in place: all its parameters are frozen, those of the branches are not.
-        rank: of each branch.
+        modalities: what the model reads or writes, such as ("text", "image", "audio"); see
+            `cnext.adapters.branch_roles` for the branches' names and order.
+        rank: of each branch. The total is this times twice the number of modalities.
         scale, dropout, independent: see `AdapterLinear`.
         shared: see `cnext.adapters.attach`.
         targets: last parts of the names of the linear layers.
@@ -136,8 +146,8 @@ def attach_mage(
         A handle to train, merge and detach the branches.
 
     Raises:
-        UserError: targets that match nothing, or layers that branches cannot compute, see `cnext.adapters.attach`, such
-            as those on the meta device; the model is then unchanged.
+        UserError: modalities that are no list of names, targets that match nothing, or layers that branches cannot
+            compute, see `cnext.adapters.attach`, such as those on the meta device; the model is then unchanged.
 
     Example:
         >>> mage = attach_mage(model)
@@ -146,6 +156,7 @@ def attach_mage(
 
     Reference: Continual-NExT, arXiv 2602.18055, section 4.
     """
+    ranks = {role.name: rank for role in branch_roles(modalities)}
     if language_model is None:
         decoder = getattr(model, "get_decoder", None)
         language_model = model if decoder is None else decoder()
@@ -156,7 +167,6 @@ def attach_mage(
     _require_targets_inside(model, language_model, targets)
     _require_own_layers(model, language_model, targets)
     before = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
-    ranks = {role.name: rank for role in BRANCH_ROLES}
     attach(
         language_model,
         targets,
@@ -170,7 +180,7 @@ def attach_mage(
     for name, parameter in model.named_parameters():
         if name in before:
             parameter.requires_grad_(False)
-    return AttachedMage(model, before)
+    return AttachedMage(model, before, modalities)
 
 
 def _require_targets_inside(model: nn.Module, language_model: nn.Module, targets: Sequence[str]) -> None:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from cnext.errors import UserError
+from cnext.errors import UserError, unknown
 
 MODALITIES = ("text", "image")
-"""A further modality is added here."""
+"""The modalities of a model or suite that does not say otherwise."""
 SIDES = {"general": "read", "expert": "written"}
+_NAME = re.compile(r"[a-z][a-z0-9_]*")
 
 
 @dataclass(frozen=True)
@@ -24,18 +26,98 @@ class BranchRole:
         return f"{self.modality}-{self.side}"
 
 
-BRANCH_ROLES = tuple(BranchRole(modality, side) for side in SIDES for modality in MODALITIES)
-"""text-general, image-general, text-expert, image-expert: the order of the released checkpoints' branches 0 to 3."""
-
-
-def roles_of(reads: Iterable[str], writes: Iterable[str]) -> tuple[BranchRole, ...]:
-    """The roles that a task trains: general for every modality that it reads, expert for every one that it writes.
+def check_modalities(modalities: Iterable[str], what: str = "modalities") -> tuple[str, ...]:
+    """The modalities as a tuple. what: how messages call them.
 
     Raises:
-        UserError: a modality that is not in MODALITIES.
+        UserError: a text in place of a list, no modality, one twice, or a name that is not of lowercase letters, digits
+            and underscores.
     """
-    used = {"general": set(reads), "expert": set(writes)}
-    strange = set.union(*used.values()) - set(MODALITIES)
-    if strange:
-        raise UserError(f"unknown modality {', '.join(sorted(strange))}; valid: {', '.join(MODALITIES)}")
-    return tuple(role for role in BRANCH_ROLES if role.modality in used[role.side])
+    if isinstance(modalities, str):
+        raise UserError(f"{what} must be a list of names, got the text {modalities!r}; write [{modalities!r}]")
+    found = tuple(modalities)
+    strange = [repr(name) for name in found if not isinstance(name, str) or not _NAME.fullmatch(name)]
+    if strange or not found or len(set(found)) < len(found):
+        raise UserError(
+            f"{what} must be different names of lowercase letters, digits and underscores, such as 'audio', at least "
+            f"one; got {', '.join(strange) or list(found)}"
+        )
+    return found
+
+
+def branch_roles(modalities: Iterable[str] = MODALITIES) -> tuple[BranchRole, ...]:
+    """The roles of some modalities, two for each.
+
+    Those of text and image are first, in the order of the released checkpoints' branches 0 to 3: text-general,
+    image-general, text-expert, image-expert. Every further modality adds its general and its expert role at the end.
+
+    Raises:
+        UserError: as `check_modalities`.
+
+    Example:
+        >>> [role.name for role in branch_roles(["text", "audio"])]
+        ['text-general', 'text-expert', 'audio-general', 'audio-expert']
+    """
+    given = check_modalities(modalities)
+    released = [modality for modality in MODALITIES if modality in given]
+    others = [modality for modality in given if modality not in MODALITIES]
+    return (
+        *(BranchRole(modality, side) for side in SIDES for modality in released),
+        *(BranchRole(modality, side) for modality in others for side in SIDES),
+    )
+
+
+def position_roles(modalities: Iterable[str]) -> tuple[BranchRole, ...]:
+    """`branch_roles`, for methods that choose branches by ``Backbone.positions``, which counts them.
+
+    Raises:
+        UserError: text or image is missing, so that the first four roles are not those of ``BRANCH_ROLES``.
+    """
+    given = check_modalities(modalities)
+    if not set(MODALITIES) <= set(given):
+        raise UserError(
+            f"this method chooses branches by position, and needs a suite whose modalities include "
+            f"{' and '.join(MODALITIES)}; they are {', '.join(given)}"
+        )
+    return branch_roles(given)
+
+
+BRANCH_ROLES = branch_roles()
+"""text-general, image-general, text-expert, image-expert."""
+
+
+def roles_of(
+    reads: Iterable[str], writes: Iterable[str], modalities: Sequence[str] = MODALITIES
+) -> tuple[BranchRole, ...]:
+    """The roles that a task trains: general for every modality that it reads, expert for every one that it writes.
+
+    Args:
+        reads, writes: the task's modalities.
+        modalities: those of the model or suite.
+
+    Raises:
+        UserError: a text in place of a list, or a modality that is not one of ``modalities``.
+    """
+    used = {"general": reads, "expert": writes}
+    for side, names in used.items():
+        if isinstance(names, str):
+            verb = {"general": "reads", "expert": "writes"}[side]
+            raise UserError(f"{verb} must be a list of modalities, got the text {names!r}; write [{names!r}]")
+    chosen = {side: set(names) for side, names in used.items()}
+    if strange := set.union(*chosen.values()) - set(modalities):
+        raise unknown("modality", ", ".join(sorted(map(str, strange))), tuple(modalities))
+    return tuple(role for role in branch_roles(modalities) if role.modality in chosen[role.side])
+
+
+def modalities_of(branches: Iterable[str]) -> tuple[str, ...] | None:
+    """The modalities whose roles, and no others, are the names of these branches; None where there are none.
+
+    Example:
+        >>> modalities_of(["text-general", "audio-general", "text-expert", "audio-expert"])
+        ('text', 'audio')
+    """
+    names = set(branches)
+    found = tuple(dict.fromkeys(name.rpartition("-")[0] for name in branches))
+    if not found or not all(map(_NAME.fullmatch, found)):
+        return None
+    return found if {role.name for role in branch_roles(found)} == names else None

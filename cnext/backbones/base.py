@@ -111,8 +111,9 @@ class Backbone(ABC, nn.Module):
     """What the released weights were not trained to do, in one sentence; "" if they were for all six tasks."""
     positions: Tensor | None = None
     """(batch, length) int64: what each position of the current forward pass is for, a row of
-    ``cnext.adapters.BRANCH_ROLES``: 0 text read, 1 image read, 2 text written (from the position that predicts the
-    first token of an answer), 3 image written. A new tensor, set before each pass of training and generation."""
+    ``cnext.adapters.branch_roles`` of the suite's modalities: 0 text read, 1 image read, 2 text written (from the
+    position that predicts the first token of an answer), 3 image written. A new tensor, set before each pass of
+    training and generation."""
 
     @property
     @abstractmethod
@@ -289,7 +290,7 @@ class Backbone(ABC, nn.Module):
             >>> backbone.choice_logits(samples, ["A", "B", "C"]).argmax(1)
         """
         asked = [
-            Sample("", (Turn(s.turns[0].instruction, answers[0]),), s.image, image_first=s.image_first, tiled=s.tiled)
+            replace(s, turns=(Turn(s.turns[0].instruction, answers[0]),), target_image=None, prompt="", references=())
             for s in samples
         ]
         if not asked:

@@ -172,6 +172,8 @@ class Plan:
             "backbone_options": loading_options(config.backbone, config.backbone_options),
             "recipe": recipe,
         }
+        if self.suite.modalities != Suite.modalities:
+            values["modalities"] = list(self.suite.modalities)
         # With the types of a JSON file, which this is compared with.
         return json.loads(json.dumps(values))
 
@@ -217,7 +219,7 @@ def plan(config: RunConfig, elsewhere: bool = False, forecast: bool = False) -> 
     _check_options(config, suite)
     recipe = _recipe(config, suite.budgets[config.preset])
     for name in order:
-        _check_task(suite.task(name))
+        _check_task(suite.task(name), suite.modalities)
     missing = [task for task in order if task not in recipe.steps]
     if missing:
         raise UserError(f"preset {config.preset} of suite {suite.name} gives no steps for: {', '.join(missing)}")
@@ -331,7 +333,7 @@ def _recipe(config: RunConfig, recipe: Recipe) -> Recipe:
     return recipe
 
 
-def _check_task(task: Task) -> None:
+def _check_task(task: Task, modalities: Sequence[str]) -> None:
     """Raises UserError for a format, a scorer or a modality that does not exist."""
     from cnext.adapters import roles_of
     from cnext.scoring import make_scorers
@@ -341,7 +343,10 @@ def _check_task(task: Task) -> None:
         raise unknown(f"format of task {task.name}", task.format, list(READERS))
     if task.scorer not in scorers:
         raise unknown(f"scorer of task {task.name}", task.scorer, list(scorers))
-    roles_of(task.reads, task.writes)
+    try:
+        roles_of(task.reads, task.writes, modalities)
+    except UserError as error:
+        raise UserError(f'task {task.name}: {error} (suite.json may declare others under "modalities")') from error
 
 
 def _device(name: str, elsewhere: bool) -> str:

@@ -116,7 +116,8 @@ def restore(run: Path, label: str | None = None) -> Restored:
     packages.require(*packages.MODELS)
     backbone = backbones.load(config.backbone).load("cpu", config.weights and Path(config.weights))
     method = _method(config)
-    method.setup(backbone, [stand_in(name) for name in config.tasks], torch.Generator().manual_seed(0))
+    tasks = [stand_in(name) for name in config.tasks]
+    method.setup(backbone, tasks, torch.Generator().manual_seed(0), config.modalities)
     beside = trained_beside(backbone, config.recipe.trainable)
     held = method.adapter_parameters() | beside
     if changed := sorted(held.keys() ^ tensors["adapters"].keys()):

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from cnext import backbones, methods, packages
-from cnext.adapters import exchange, exchange_authors, exchange_peft, layers
-from cnext.adapters.exchange_authors import BESIDE, KINDS, LANGUAGE_MODEL, ROLES, Released
+from cnext.adapters import MODALITIES, exchange, exchange_authors, exchange_peft, layers, modalities_of
+from cnext.adapters.exchange_authors import BESIDE, KINDS, LANGUAGE_MODEL, Released
 from cnext.backbones.base import Backbone
 from cnext.errors import UserError, listed, unknown
 from cnext.exchange.export import EXTRAS, REFERENCE, new_folder, outer_model
@@ -48,12 +48,13 @@ def import_adapter(
         connections = {name.partition(".")[0] for name in model.connections()}
         found, method = _read(path, method, {*BESIDE, *connections})
         ranks = found.branches.ranks
-        total, count = sum(ranks.values()), {"mage": len(ROLES), "lora": 1, "moelora": len(ranks)}[method]
+        modalities = modalities_of(ranks) or MODALITIES
+        total, count = sum(ranks.values()), {"mage": 2 * len(modalities), "lora": 1, "moelora": len(ranks)}[method]
         if total % count:
             raise UserError(f"a total rank of {total} cannot be divided among the {count} branches of {method}")
         given = {"rank": total // count, "scale": found.branches.scale}
         made = methods.load(method)(**given, **({"experts": count} if method == "moelora" else {}))
-        made.setup(model, [], torch.Generator().manual_seed(0))
+        made.setup(model, [], torch.Generator().manual_seed(0), modalities)
         outer = outer_model(model)
         own = exchange.branches_of(outer).ranks
         branches = found.branches.regrouped(own)
@@ -63,7 +64,7 @@ def import_adapter(
         exchange_authors.put_extras(outer, found.extras)
         _put_connections(model, found.extras)
         checked = _check(path, outer, backbone)
-        config = _config(path, backbone, method, made, weights)
+        config = _config(path, backbone, method, made, weights) | {"modalities": modalities}
         extras = {f"{kind}.{name}": tensor for kind, part in found.extras.items() for name, tensor in part.items()}
         tensors = {"adapters": made.adapter_parameters(), "method": made.state_dict(), "optimizer": {}, EXTRAS: extras}
         checkpoint.write_json(folder / "config.json", config)
@@ -88,7 +89,7 @@ def _read(path: Path, method: str | None, beside: Collection[str]) -> tuple[Rele
         if method == "moelora":
             raise UserError("a PEFT adapter has no routers, which moelora needs; --method mage or lora")
         branches = exchange_peft.read_peft(path)
-        return Released(branches), method or ("mage" if set(branches.ranks) == set(ROLES) else "lora")
+        return Released(branches), method or ("mage" if modalities_of(branches.ranks) else "lora")
     file = path if path.is_file() else next((path / name for name in FILES if (path / name).is_file()), None)
     if file is None:
         looked = f"{exchange_peft.CONFIG}, */{exchange_peft.CONFIG}, {', '.join(FILES)}"

@@ -7,6 +7,7 @@ from typing import Any
 
 from msgspec import field
 
+from cnext.adapters import MODALITIES
 from cnext.exchange.logit_check import Reference
 from cnext.records import FileName, Record
 from cnext.report.page import environment as templates
@@ -25,6 +26,7 @@ class RestorableConfig(Record):
     suite: str | None = None
     budget: str | None = None
     order: str = ""
+    modalities: list[str] = field(default_factory=lambda: list(MODALITIES))
     seed: int | None = None
     weights: str | None = None
     imported: str | None = None

@@ -120,6 +120,9 @@ class Method(ABC):
     relative_rate: float = 1.0
     """Learning rate of the step to come, over the recipe's; the trainer sets it before `transform_gradients`."""
 
+    modalities: tuple[str, ...] = adapters.MODALITIES
+    """What the suite's tasks may read and write; set by `setup`."""
+
     rule: MovingAverage | None = None
     """Moving average of the trained parameters: opened before each task, updated at each step, applied at its end."""
 
@@ -130,9 +133,21 @@ class Method(ABC):
     regularizer: Callable[[], Tensor | None] | None = None
     """Penalty on the trained parameters, a scalar that every step adds to the task loss; None in a step without one."""
 
-    def setup(self, backbone: Backbone, tasks: Sequence[Task], generator: torch.Generator) -> None:
-        """Binds the method to a backbone. Called once, before the first task. Arguments: see `attach`."""
+    def setup(
+        self,
+        backbone: Backbone,
+        tasks: Sequence[Task],
+        generator: torch.Generator,
+        modalities: Sequence[str] = adapters.MODALITIES,
+    ) -> None:
+        """Binds the method to a backbone. Called once, before the first task.
+
+        Args:
+            tasks, generator: see `attach`.
+            modalities: those of the suite.
+        """
         self.backbone, self.model = backbone, backbone.language_model
+        self.modalities = adapters.check_modalities(modalities)
         self.attach(tasks, generator)
 
     @abstractmethod

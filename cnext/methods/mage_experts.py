@@ -22,12 +22,11 @@ from cnext import adapters
 from cnext.adapters.by_question import ByQuestion
 from cnext.distributed import collectives
 from cnext.methods.base import Card
-from cnext.methods.parts.branches import GENERAL_ROLES, RoleBranches
+from cnext.methods.parts.branches import RoleBranches
 from cnext.methods.parts.penalties import pull_to_start
 from cnext.scoring.base import Prediction
 from cnext.tasks.base import Sample, Task
 
-GENERAL = [role.name for role in GENERAL_ROLES]
 QUESTIONS = 400
 """Questions of each task that the discriminant is fitted to."""
 
@@ -44,7 +43,7 @@ class MageExperts(RoleBranches):
     c: Annotated[float, "Plasticity of the merge, see mage."] = 20.0
     pull: Annotated[float, "Weight of the penalty towards the task's start, see mage-pull."] = 0.01
 
-    roles = GENERAL_ROLES
+    sides = ("general",)
     card = Card(
         "own; arXiv 2602.18055, 1909.01520",
         keeps="summed Fisher information, moments of question features",
@@ -57,7 +56,7 @@ class MageExperts(RoleBranches):
         self.regularizer = pull_to_start(self.rule, self.pull)
 
     def branches(self, tasks: Sequence[Task]) -> dict[str, int]:
-        names = [*GENERAL, *self.experts.values()]
+        names = [*self.general_branches, *self.experts.values()]
         return {name: (self.rank + index) // len(names) for index, name in enumerate(names)}
 
     def trained_branches(self, task: Task) -> Iterable[str]:
@@ -70,7 +69,7 @@ class MageExperts(RoleBranches):
 
     def trainable(self, task: Task) -> dict[str, nn.Parameter]:
         self.task_index = list(self.experts).index(task.name)
-        adapters.activate(self.model, [*GENERAL, self.experts[task.name]])
+        adapters.activate(self.model, [*self.general_branches, self.experts[task.name]])
         return super().trainable(task)
 
     def before_step(self, batch: Sequence[Any]) -> None:
@@ -86,7 +85,7 @@ class MageExperts(RoleBranches):
     def answer(self, questions: Sequence[Sample], max_new_tokens: int, task: Task | None) -> list[Prediction]:
         likeliest = self.by_question.likeliest(self.features(self.backbone.encode(questions)))
         experts = list(self.experts.values())
-        active = [(*GENERAL, experts[index]) for index in likeliest.tolist()]
+        active = [(*self.general_branches, experts[index]) for index in likeliest.tolist()]
         return self.answer_with_branches(active, questions, max_new_tokens)
 
     def extra_bytes(self, tasks: int) -> int:

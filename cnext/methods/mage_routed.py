@@ -19,7 +19,7 @@ from typing import Annotated
 import torch
 
 from cnext import adapters
-from cnext.adapters import BRANCH_ROLES
+from cnext.adapters import position_roles
 from cnext.adapters.by_position import ByPosition
 from cnext.methods.base import Card
 from cnext.methods.parts.branches import RoleBranches
@@ -45,6 +45,6 @@ class MageRouted(RoleBranches):
 
     def attach(self, tasks: Sequence[Task], generator: torch.Generator) -> None:
         super().attach(tasks, generator)
-        router = ByPosition(lambda: self.backbone.positions, torch.eye(len(BRANCH_ROLES)))
+        router = ByPosition(lambda: self.backbone.positions, torch.eye(len(position_roles(self.modalities))))
         for layer in adapters.layers(self.model).values():
             layer.router = router

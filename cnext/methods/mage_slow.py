@@ -21,7 +21,7 @@ from torch import nn
 from cnext import adapters
 from cnext.errors import UserError
 from cnext.methods.base import Card
-from cnext.methods.parts.branches import GENERAL_ROLES, RoleBranches
+from cnext.methods.parts.branches import RoleBranches
 from cnext.tasks.base import Task
 
 
@@ -44,7 +44,7 @@ class MageSlow(RoleBranches):
 
     def trainable(self, task: Task) -> dict[str, nn.Parameter]:
         parameters = super().trainable(task)
-        general = [role.name for role in GENERAL_ROLES if role.name in self.groups]
+        general = [name for name in self.general_branches if name in self.groups]
         self.general: list[torch.Tensor] = list(adapters.branch_parameters(self.model, general).values())
         return parameters
 

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from cnext import adapters
-from cnext.adapters import BRANCH_ROLES, BranchRole
+from cnext.adapters import BranchRole, position_roles
 from cnext.adapters.by_position import ByPosition
 from cnext.errors import UserError
 from cnext.methods.base import Card
@@ -59,9 +59,11 @@ class Mode(MoeLora):
         return dict.fromkeys([*(f"text-{index}" for index in range(self.experts)), "image"], self.rank)
 
     def attach(self, tasks: Sequence[Task], generator: torch.Generator) -> None:
+        image = [role == BranchRole("image", "expert") for role in position_roles(self.modalities)]
         super().attach(tasks, generator)
-        image = torch.tensor([role == BranchRole("image", "expert") for role in BRANCH_ROLES]).float()
-        by_position = ByPosition(lambda: self.backbone.positions, torch.stack([1 - image, image], 1))
+        by_position = ByPosition(
+            lambda: self.backbone.positions, torch.tensor([[not is_image, is_image] for is_image in image]).float()
+        )
         for layer in adapters.layers(self.model).values():
             layer.router.text_and_image = by_position  # pyright: ignore[reportOptionalMemberAccess]
 

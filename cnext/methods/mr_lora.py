@@ -31,7 +31,7 @@ BATCH = 16
 def routing_sample(sample: Sample, task: int = 0) -> Sample:
     """The router's input for a sample, with the letter of its task as the answer."""
     turn = Turn(f"{sample.turns[0].instruction} Name the letter of the task.", letters[task])
-    return Sample("", (turn,), image=sample.image)
+    return Sample("", (turn,), image=sample.image, media=sample.media)
 
 
 @dataclass

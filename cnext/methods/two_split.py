@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Annotated
 
 from cnext.methods.base import Card
-from cnext.methods.parts.branches import GENERAL_ROLES, RoleBranches
+from cnext.methods.parts.branches import RoleBranches
 
 
 @dataclass
@@ -21,7 +21,7 @@ class TwoSplit(RoleBranches):
     rank: Annotated[int, "Rank of each branch."] = 16
     average: Annotated[str, "Averaging rule, see mage."] = "none"
 
-    roles = GENERAL_ROLES
+    sides = ("general",)
     card = Card(
         "arXiv 2602.18055, section 4",
         keeps="nothing; with an average, the rule's state",

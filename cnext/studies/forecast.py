@@ -58,7 +58,8 @@ def text(planned: Plan, gpus: int, teraflops: float) -> str:
     backbone = backbones.load(config.backbone).meta(config.weights)
     method = methods.load(config.method)(**planned.hyperparameters)
     tasks = [planned.suite.task(name) for name in planned.order]
-    method.setup(backbone, tasks, torch.Generator().manual_seed(stable_seed(config.seed, "adapters")))
+    generator = torch.Generator().manual_seed(stable_seed(config.seed, "adapters"))
+    method.setup(backbone, tasks, generator, planned.suite.modalities)
     sizes = _sizes(backbone, method, recipe.trainable)
     what = f"{config.method} on {config.backbone}, suite {planned.suite.name} ({config.preset})"
     counts = f"{sizes.loaded:,}, {sizes.language:,} of them in the language model; {sizes.trained:,} trained"

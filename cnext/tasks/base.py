@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -53,6 +53,7 @@ class Sample:
     prompt: the instruction in tests, if it differs from the first turn's, by which the answer is scored; otherwise "".
     references: all accepted answers to the first instruction, if there are several.
     category: the row's "answer_type", the kind of question; "" if it has none.
+    media: paths of what is read in modalities other than text and image, by modality.
     """
 
     id: str
@@ -66,6 +67,7 @@ class Sample:
     prompt: str = ""
     references: tuple[str, ...] = ()
     category: str = ""
+    media: Mapping[str, Path] = field(default_factory=dict, hash=False)
 
     @property
     def images(self) -> list[Path]:
@@ -82,7 +84,7 @@ class Sample:
 class Task:
     """A task: the modalities it reads and writes, its files, and how its answers are scored.
 
-    reads, writes: "text", "image" or both.
+    reads, writes: modalities of the suite: "text", "image" or both, unless the suite declares others.
     format: name of a reader in ``cnext.tasks.readers.READERS``.
     scorer: name of a scorer in ``cnext.scoring.make_scorers()``.
     train, test, validation: paths or glob patterns relative to the data folder.
@@ -209,6 +211,7 @@ class Suite:
 
     synthetic: name of the generator of the data folder, "" if the user supplies the data.
     clip: the CLIP model that scores images, see ``cnext.scoring.make_scorers``.
+    modalities: what its tasks may read and write, see ``cnext.adapters.branch_roles``.
     source, license: of the annotations; "" if unknown.
     """
 
@@ -219,6 +222,7 @@ class Suite:
     budgets: dict[str, Recipe]
     synthetic: str = ""
     clip: str = "openai/ViT-B-32"
+    modalities: tuple[str, ...] = ("text", "image")
     source: str = ""
     license: str = ""
 

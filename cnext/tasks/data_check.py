@@ -19,7 +19,7 @@ from cnext.errors import UserError
 from cnext.image_files import Inspection, inspect
 from cnext.scoring.base import reference_check
 from cnext.tasks.base import DataError, ImageNeed, Sample, Suite, Task, any_size, caption_of
-from cnext.tasks.formats import left_out, no_image, scan
+from cnext.tasks.formats import left_out, missing_media, no_image, scan
 from cnext.tasks.rows import files
 
 LOOKS = ("none", "verify", "decode")
@@ -170,6 +170,8 @@ def _check_split(task: Task, data: Path, split: str, progress: Progress) -> tupl
                 report.malformed.append(f"{line.origin}: {line.problem}")
                 continue
             sample = line.sample
+            if missing := missing_media(sample):
+                report.malformed.append(f"{line.origin}: {missing}")
             if unscored and (flaw := unscored(sample)):
                 report.references.append(f"{line.origin}: {flaw.text}")
             seen.read |= {str(sample.image)} if sample.image else set()
@@ -178,7 +180,8 @@ def _check_split(task: Task, data: Path, split: str, progress: Progress) -> tupl
             for image in shown:
                 seen.images.setdefault(image, line.origin)
             texts = [text for turn in sample.turns for text in (turn.instruction, turn.answer)]
-            first = seen.rows.setdefault(_hash(*shown, *texts), line.origin)
+            media = [str(path) for _, path in sorted(sample.media.items())]
+            first = seen.rows.setdefault(_hash(*shown, *media, *texts), line.origin)
             if first != line.origin:
                 report.repeated.append(f"{line.origin} = {first}")
             for question in _questions(sample):
@@ -202,11 +205,11 @@ def _hash(*parts: str) -> int:
 
 
 def _questions(sample: Sample) -> Iterator[int]:
-    """A hash of every question and its image, without the phrases in which training and test files differ."""
-    image = str(sample.image)
+    """A hash of every question and what it is about, without the phrases in which training and test files differ."""
+    about = [str(sample.image), *(str(path) for _, path in sorted(sample.media.items()))]
     for turn in sample.turns:
         bare = _ANSWER_FORMAT.sub("", caption_of(turn.instruction).casefold())
-        yield _hash(image, " ".join(bare.split()))
+        yield _hash(*about, " ".join(bare.split()))
 
 
 def _shared(one: dict[Any, str], other: dict[Any, str]) -> list[str]:

@@ -11,10 +11,10 @@ from typing import NamedTuple
 from cnext.errors import listed, parse_json, unknown
 from cnext.image_files import Inspection, inspect
 from cnext.scoring.base import reference_check
-from cnext.tasks.base import DataError, ImageNeed, Sample, Task, any_size, caption_of
+from cnext.tasks.base import DataError, ImageNeed, Sample, Suite, Task, any_size, caption_of
 from cnext.tasks.images import unfit
 from cnext.tasks.readers import READERS
-from cnext.tasks.rows import Row, answers, files, rows, text
+from cnext.tasks.rows import Row, answers, files, inside, rows, text
 
 DRAW = "Please generate the image: "
 """How instructions to generate an image begin in the released test files, and everywhere with consistent prompts."""
@@ -97,6 +97,7 @@ def scan(task: Task, data: Path, split: str, advance: Callable[[int], None] | No
         raise DataError(f"task {task.name} has no {split} split")
     root = data / task.image_folder(split)
     references = _References(data / task.references) if task.references and split == "test" else None
+    further = [name for name in task.reads if name not in Suite.modalities]
     number = 0
     for path in files(data, pattern):
         for origin, row in rows(path, advance):
@@ -106,7 +107,9 @@ def scan(task: Task, data: Path, split: str, advance: Callable[[int], None] | No
                 if references:
                     references.add_to(row, number + 1)
                 name = str(row.get("question_id", row.get("id", f"{task.name}-{split}-{number:06d}")))
-                sample = _with_category(reader(row, root, name, origin), row)
+                media = {key: inside(text(row, key), root, key) for key in further}
+                sample = reader({key: row[key] for key in row.keys() - media}, root, name, origin)
+                sample = _with_category(replace(sample, media=media), row)
                 if split != "train" and len(sample.turns) > 1:
                     raise ValueError(f"asks {len(sample.turns)} questions; in a test each must be a row of its own")
                 yield Line(origin, row, _with_image_position(_with_prompts(sample, task, split), task, split), "")
@@ -160,6 +163,12 @@ def _image_problem(sample: Sample, looked: dict[Path, Inspection], need: ImageNe
     return ""
 
 
+def missing_media(sample: Sample) -> str:
+    """Which of a sample's files of further modalities is missing, or ""."""
+    missing = [f"names a file of {name} that is missing: {path}" for name, path in sample.media.items()]
+    return next((line for line, path in zip(missing, sample.media.values(), strict=True) if not path.is_file()), "")
+
+
 def read_samples(task: Task, data: Path, split: str, limit: int = 0, need: ImageNeed = any_size) -> list[Sample]:
     """Reads a task's samples of one split, without those that its image filter leaves out.
 
@@ -170,9 +179,9 @@ def read_samples(task: Task, data: Path, split: str, limit: int = 0, need: Image
         need: of the backbone that will read the images.
 
     Raises:
-        DataError: naming every line of all files that is malformed, names an image that is missing, broken or outside
-            the image folder or unfit for the backbone, or has a reference that the task's scorer cannot use; or there
-            are no samples.
+        DataError: naming every line of all files that is malformed, names an image or another file that is missing,
+            broken or outside the image folder or unfit for the backbone, or has a reference that the task's scorer
+            cannot use; or there are no samples.
     """
     samples: list[Sample] = []
     problems: list[str] = []
@@ -185,7 +194,7 @@ def read_samples(task: Task, data: Path, split: str, limit: int = 0, need: Image
         if line.sample is not None:
             flaw = check(line.sample) if check else None
             unusable = flaw.text if flaw and not flaw.usable else ""
-            problem = _image_problem(line.sample, looked, need) or unusable
+            problem = _image_problem(line.sample, looked, need) or missing_media(line.sample) or unusable
         if problem or line.sample is None:
             problems.append(f"{line.origin}: {problem}")
         elif not left_out(line.sample, task, split):

@@ -6,7 +6,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any, TypeVar
 
-from msgspec import UNSET, UnsetType
+from msgspec import UNSET, UnsetType, field
 
 from cnext.errors import UserError, unknown
 from cnext.records import AnyPath, FileName, Record, RelativePath, convert, read
@@ -27,6 +27,7 @@ class SuiteManifest(Record):
     description: str = ""
     synthetic: str = ""
     clip: str = Suite.clip
+    modalities: list[str] = field(default_factory=lambda: list(Suite.modalities))
     source: str = ""
     license: str = ""
 
@@ -88,6 +89,7 @@ def read_suite(folder: Path) -> Suite:
         budgets=recipes,
         synthetic=manifest.synthetic,
         clip=manifest.clip,
+        modalities=tuple(manifest.modalities),
         source=manifest.source,
         license=manifest.license,
     )

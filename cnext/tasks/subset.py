@@ -76,6 +76,7 @@ def _write(suite: Suite, data: Path, n: int, seed: int, protocol: str, folder: P
         "source": suite.source,
         "license": suite.license,
         "clip": suite.clip,
+        "modalities": suite.modalities,
         "tasks": [task.name for task in suite.tasks],
         "orders": suite.orders,
         "budgets": {label: _scaled(recipe, kept, sampled_from) for label, recipe in suite.budgets.items()},

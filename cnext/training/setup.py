@@ -57,7 +57,8 @@ def prepare(planned: Plan, generated: Path | None = None) -> Prepared:
     check_lengths(backbone, samples)
     method = methods.load(planned.config.method)(**planned.hyperparameters)
     generator = torch.Generator().manual_seed(stable_seed(planned.config.seed, "adapters"))
-    method.setup(backbone, [planned.suite.task(name) for name in planned.order], generator)
+    tasks = [planned.suite.task(name) for name in planned.order]
+    method.setup(backbone, tasks, generator, planned.suite.modalities)
     return Prepared(samples, backbone, method, trained_beside(backbone, planned.recipe.trainable))
 
 

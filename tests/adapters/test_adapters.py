@@ -37,7 +37,7 @@ def test_roles_keep_the_released_order() -> None:
 
 
 def test_an_unknown_modality_is_named() -> None:
-    with pytest.raises(ValueError, match="unknown modality audio; valid: text, image"):
+    with pytest.raises(ValueError, match="unknown modality 'audio'; valid: text, image"):
         roles_of(("audio", "text"), ("text",))
 
 

@@ -24,6 +24,7 @@ every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 SHARED, INDEPENDENT = {"dropout": 0.25}, {"dropout": 0.25, "independent": True}
 CASES = {
     "plain": {},
+    "six branches": {"ranks": (8,) * 6, "live": (True, False, True, True, False, True)},
     "one branch": {"ranks": (5,), "live": (True,)},
     "odd ranks, no bias": {"ranks": (1, 5, 3), "bias": False, "options": {"scale": 0.5}},
     "vector": {"lead": ()},

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from cnext import adapters
-from cnext.adapters import BRANCH_ROLES, BranchRole, roles_of
+from cnext.adapters import BranchRole, branch_roles, roles_of
 from cnext.averaging import RULES, PemaKron
 from cnext.averaging.pooling import pooled
 from cnext.distributed.wrapped_names import without_wrappers
@@ -18,16 +18,13 @@ from cnext.errors import UserError, unknown
 from cnext.methods.lora import Lora
 from cnext.tasks.base import Task
 
-GENERAL_ROLES = tuple(role for role in BRANCH_ROLES if role.side == "general")
-"""text-general and image-general."""
-
 
 @dataclass
 class RoleBranches(Lora):
     """One branch per modality role, and a moving average: the composition behind MAGE, its ablations and variants.
 
-    A method of this family declares which roles have a branch, whether a task trains only those of its own modalities,
-    the default averaging rule, and perhaps a ``regularizer``.
+    A method of this family declares on which sides a modality has a branch, whether a task trains only those of its own
+    modalities, the default averaging rule, and perhaps a ``regularizer``.
     """
 
     rank: Annotated[int, "Rank of each branch."] = 8
@@ -39,8 +36,8 @@ class RoleBranches(Lora):
         float, "Plasticity of pema: weight of a new task's Fisher information against that of earlier tasks."
     ] = 5.0
 
-    roles: ClassVar[tuple[BranchRole, ...]] = BRANCH_ROLES
-    """The roles that have a branch."""
+    sides: ClassVar[tuple[str, ...]] = ("general", "expert")
+    """The sides on which every modality of the suite has a branch."""
     options: ClassVar[Mapping[str, tuple[str, ...]]] = {"c": ("pema", "pema-kron")}
     """Hyperparameters of the averaging rule, and the rules that have each."""
     freeze: ClassVar[bool] = True
@@ -61,11 +58,21 @@ class RoleBranches(Lora):
         own = {name: getattr(self, name) for name, rules in self.options.items() if self.average in rules}
         self.rule = RULES[self.average](**own)
 
+    @property
+    def roles(self) -> tuple[BranchRole, ...]:
+        """The roles that have a branch."""
+        return tuple(role for role in branch_roles(self.modalities) if role.side in self.sides)
+
+    @property
+    def general_branches(self) -> list[str]:
+        """Names of the general branches."""
+        return [role.name for role in self.roles if role.side == "general"]
+
     def branches(self, tasks: Sequence[Task]) -> dict[str, int]:
         return {role.name: self.rank for role in self.roles}
 
     def trained_branches(self, task: Task) -> Iterable[str]:
-        trained = roles_of(task.reads, task.writes) if self.freeze else self.roles
+        trained = roles_of(task.reads, task.writes, self.modalities) if self.freeze else self.roles
         return [role.name for role in self.roles if role in trained]
 
     def trainable(self, task: Task) -> dict[str, nn.Parameter]:
