@@ -76,8 +76,9 @@ def load(name: str) -> type:
 def declared(name: str) -> type:
     """A dataclass with a method's hyperparameters, whose fields' metadata have their descriptions as "help".
 
-    A field ``lr: Annotated[float, "Learning rate."] = 0.1`` is read from the source, without importing torch. The
-    method is imported if one of its fields has another form; a field without Annotated has the description "".
+    A field ``lr: Annotated[float, "Learning rate."] = 0.1`` is read from the source, without importing torch, and so is
+    another default of a base class's field, ``lr: float = 0.2``, which keeps its description. The method is imported if
+    one of its fields has another form; a field without Annotated has the description "".
 
     Raises: UserError as `load`.
     """
@@ -85,9 +86,15 @@ def declared(name: str) -> type:
         title, text, fields = _read(modules().get(name, ""))
     except ValueError:
         kind = load(name)
-        title, text, hints = kind.__name__, kind.__doc__, get_type_hints(kind, include_extras=True)
-        fields = [_field(hints[f.name], f) for f in dataclasses.fields(kind) if f.init]
+        title, text = kind.__name__, kind.__doc__
+        fields = [_field(_hint(kind, f.name), f) for f in dataclasses.fields(kind) if f.init]
     return dataclasses.make_dataclass(title, fields, namespace={"__doc__": text})
+
+
+def _hint(kind: type, name: str) -> Any:
+    """The annotation of a field, from the nearest class that describes it; else its own."""
+    hints = [get_type_hints(base, include_extras=True).get(name) for base in kind.__mro__[:-1]]
+    return next((hint for hint in hints if hasattr(hint, "__metadata__")), hints[0])
 
 
 def _field(hint: Any, declared: dataclasses.Field) -> tuple[str, Any, Any]:
@@ -132,6 +139,11 @@ def _fields(module: str, name: str) -> dict[str, tuple[str, Any, Any]]:
                 ast.expr() as default,
             ) if kind in _TYPES:
                 value = dataclasses.field(default=ast.literal_eval(default), metadata={"help": text})
+                found[label] = (label, _TYPES[kind], value)
+            case ast.AnnAssign(ast.Name(label), ast.Name(kind), ast.expr() as default) if (
+                label in found and kind in _TYPES
+            ):
+                value = dataclasses.field(default=ast.literal_eval(default), metadata=found[label][2].metadata)
                 found[label] = (label, _TYPES[kind], value)
             case ast.AnnAssign(annotation=ast.Subscript(ast.Name("ClassVar"))):
                 pass

@@ -14,13 +14,13 @@ from dataclasses import dataclass
 from typing import Annotated
 
 from cnext.methods.base import Card
-from cnext.methods.lora import Lora
 from cnext.methods.parts.branches import total_width
+from cnext.methods.parts.low_rank import LowRank
 from cnext.tasks.base import Task
 
 
 @dataclass
-class AttentionLora(Lora):
+class AttentionLora(LowRank):
     """y = W x + scale B A x in q_proj, k_proj, v_proj and o_proj."""
 
     rank: Annotated[int, "Rank of a LoRA in all targets, whose parameter count is the budget here."] = 32

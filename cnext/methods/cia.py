@@ -19,11 +19,11 @@ from typing import Annotated
 from cnext.averaging import Dema
 from cnext.errors import UserError
 from cnext.methods.base import Card
-from cnext.methods.lora import Lora
+from cnext.methods.parts.low_rank import LowRank
 
 
 @dataclass
-class Cia(Lora):
+class Cia(LowRank):
     """y = W x + scale B A x."""
 
     factor: Annotated[float, "Factor of alpha; a later variant by its authors uses 0.01."] = 2.0

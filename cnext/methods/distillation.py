@@ -23,12 +23,12 @@ from cnext import adapters
 from cnext.backbones.base import Output
 from cnext.errors import UserError
 from cnext.methods.base import Card, Memory
-from cnext.methods.lora import Lora
+from cnext.methods.parts.low_rank import LowRank
 from cnext.methods.parts.penalties import distillation_loss
 
 
 @dataclass
-class Distillation(Lora):
+class Distillation(LowRank):
     """L = L_task + weight (distillation of text and images from the model before the task)."""
 
     weight: Annotated[float, "Weight of the distillation loss."] = 0.3

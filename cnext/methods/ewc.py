@@ -20,12 +20,12 @@ from typing import Annotated
 from cnext.averaging import Pema
 from cnext.errors import UserError
 from cnext.methods.base import Card
-from cnext.methods.lora import Lora
+from cnext.methods.parts.low_rank import LowRank
 from cnext.methods.parts.penalties import FisherPenalty
 
 
 @dataclass
-class Ewc(Lora):
+class Ewc(LowRank):
     """y = W x + scale B A x."""
 
     penalty: Annotated[float, "Weight of the quadratic penalty; F has mean 1 per task, for any scale of loss."] = 0.01

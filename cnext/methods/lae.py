@@ -24,11 +24,11 @@ from cnext import adapters, ops
 from cnext.averaging.base import by_kind
 from cnext.errors import UserError
 from cnext.methods.base import Card
-from cnext.methods.lora import Lora
+from cnext.methods.parts.low_rank import LowRank
 
 
 @dataclass
-class Lae(Lora):
+class Lae(LowRank):
     """y = W x + scale B A x."""
 
     decay: Annotated[float, "Decay of the average per step: after n steps the old value has weight decay^n."] = 0.99

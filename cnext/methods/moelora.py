@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from cnext import adapters
 from cnext.errors import UserError
 from cnext.methods.base import Card
-from cnext.methods.lora import Lora
+from cnext.methods.parts.low_rank import LowRank
 from cnext.tasks.base import Task
 
 
@@ -37,7 +37,7 @@ class Router(nn.Module):
 
 
 @dataclass
-class MoeLora(Lora):
+class MoeLora(LowRank):
     """y = W x + scale * sum over experts of w_e(x) B_e A_e x, w(x) = softmax(R x)."""
 
     rank: Annotated[int, "Rank of each expert."] = 8

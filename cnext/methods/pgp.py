@@ -24,12 +24,12 @@ from torch import Tensor, nn
 from cnext.adapters.subspace import InputSubspaces
 from cnext.errors import UserError
 from cnext.methods.base import Card, Memory
-from cnext.methods.lora import Lora
+from cnext.methods.parts.low_rank import LowRank
 from cnext.tasks.base import Task
 
 
 @dataclass
-class Pgp(Lora):
+class Pgp(LowRank):
     """y = W x + scale B A x."""
 
     epsilon: Annotated[float, "Share of the inputs' squared norm that the protected subspace contains."] = 0.9

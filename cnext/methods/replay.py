@@ -20,11 +20,11 @@ from torch import Tensor, nn
 from cnext.distributed import collectives
 from cnext.errors import UserError
 from cnext.methods.base import Card, Memory
-from cnext.methods.lora import Lora
+from cnext.methods.parts.low_rank import LowRank
 
 
 @dataclass
-class Replay(Lora):
+class Replay(LowRank):
     """L = L_task(batch) + weight L_task(memory batch)."""
 
     samples: Annotated[int, "Training samples kept of every task."] = 20

@@ -13,11 +13,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from cnext.methods.base import Card
-from cnext.methods.lora import Lora
+from cnext.methods.parts.low_rank import LowRank
 
 
 @dataclass
-class UpperBound(Lora):
+class UpperBound(LowRank):
     """y = W x + scale B A x, trained on all tasks at once."""
 
     joint = True

@@ -96,8 +96,10 @@ def test_a_class_may_be_named_beside_the_module(installed: Path) -> None:
             True,
         ),
         ("new: float = field(default=16.0)", "--l2-lora.new FLOAT (default: 16.0)", True),
+        ("scale: float = 2.0", "--l2-lora.scale FLOAT Scaling factor of the branches' output", False),
+        ("scale: float = 2 * 8.0", "--l2-lora.scale FLOAT Scaling factor of the branches' output", True),
     ],
-    ids=["annotated", "plain", "choice", "several", "no literal", "field"],
+    ids=["annotated", "plain", "choice", "several", "no literal", "field", "other default", "no literal default"],
 )
 def test_a_field_is_a_flag_whatever_its_form(
     field: str,

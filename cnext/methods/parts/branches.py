@@ -15,12 +15,12 @@ from cnext.averaging import RULES, PemaKron
 from cnext.averaging.pooling import pooled
 from cnext.distributed.wrapped_names import without_wrappers
 from cnext.errors import UserError, unknown
-from cnext.methods.lora import Lora
+from cnext.methods.parts.low_rank import LowRank
 from cnext.tasks.base import Task
 
 
 @dataclass
-class RoleBranches(Lora):
+class RoleBranches(LowRank):
     """One branch per modality role, and a moving average: the composition behind MAGE, its ablations and variants.
 
     A method of this family declares on which sides a modality has a branch, whether a task trains only those of its own
@@ -98,7 +98,7 @@ class RoleBranches(Lora):
 
 
 @dataclass
-class TaskBranches(Lora):
+class TaskBranches(LowRank):
     """One branch per task: the current one is trained, those of earlier tasks are frozen, those of later tasks are off.
 
     The output is that of a model into whose W each earlier branch had been merged. ``active`` has the names of the
