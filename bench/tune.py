@@ -19,6 +19,7 @@ import argparse
 import json
 import multiprocessing
 import os
+import sys
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
@@ -136,10 +137,18 @@ def one(processes: Any, table: Table, name: str) -> None:
 
 
 def tune(names: list[str], table: Table, preset: str, jobs: int) -> None:
-    """Tunes several methods at a time."""
+    """Tunes several methods at a time. Where one fails, that is shown at once, and raised when the others are done."""
+
+    def tuned(name: str) -> None:
+        try:
+            one(processes, table, name)
+        except Exception as error:
+            print(f"{name}: {error}", file=sys.stderr, flush=True)
+            raise
+
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(jobs, context, _load, (preset,)) as processes, ThreadPoolExecutor(jobs) as threads:
-        list(threads.map(lambda name: one(processes, table, name), names))
+        list(threads.map(tuned, names))
 
 
 def main() -> None:

@@ -12,6 +12,8 @@ import tune
 from trials import Trials
 
 from cnext import RunConfig, methods, run
+from cnext.config.run_config import plan
+from cnext.errors import UserError
 
 
 def test_a_trial_has_the_metrics_of_a_run(data: Path, toy_suite: Path, tmp_path: Path) -> None:
@@ -29,7 +31,7 @@ def test_every_method_has_as_many_settings() -> None:
     assert {name for name, count in counts.items() if count != 12} == {"zero-shot"}
     for name in methods.modules():
         for settings in tune.grid(name):
-            methods.load(name)(**settings)
+            plan(RunConfig(method=name, hyperparameters=settings))
 
 
 def test_a_penalty_grows_as_the_squared_scale() -> None:
@@ -53,6 +55,19 @@ class Fake:
         done: Future[dict[str, float]] = Future()
         done.set_result({"avg_acc": score - abs(settings["penalty"] / settings["scale"] ** 2 - 0.01) * 1000})
         return done
+
+
+def test_a_run_that_fails_is_shown_at_once_and_ends_the_program(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def one(_, table: tune.Table, name: str) -> None:
+        if name == "lora":
+            raise UserError("lora failed")
+
+    monkeypatch.setattr(tune, "one", one)
+    with pytest.raises(UserError, match="lora failed"):
+        tune.tune(["lora", "ewc"], tune.Table(tmp_path / "runs.json"), "smoke", jobs=1)
+    assert capsys.readouterr().err == "lora: lora failed\n"
 
 
 def test_the_budget_the_choice_and_a_resumed_table(tmp_path: Path) -> None:

@@ -48,7 +48,7 @@ class Card:
         """Every combination of the grid's values, by hyperparameter; the first hyperparameter varies slowest."""
         combined = (dict(zip(self.grid, values, strict=True)) for values in itertools.product(*self.grid.values()))
         return [
-            {name: value * each.get("scale", 1) ** self.grows.get(name, 0) for name, value in each.items()}
+            {n: value * each["scale"] ** self.grows[n] if n in self.grows else value for n, value in each.items()}
             for each in combined
         ]
 
