@@ -9,9 +9,10 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from cnext.adapters.bases import offloaded_to, sizes
 from cnext.adapters.linear import AdapterLinear, Branch
 from cnext.adapters.shared_input import join, part
-from cnext.adapters.targets import linear_targets
+from cnext.adapters.targets import linear_targets, warn_of_experts
 from cnext.errors import UserError, listed, unknown
 
 SHARED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
@@ -29,17 +30,17 @@ def check_ranges(ranks: Mapping[str, int], scale: float, dropout: float) -> None
         raise UserError(f"dropout must be at least 0 and below 1, got {dropout}")
 
 
-def trained_like(values: Tensor, weight: Tensor) -> Tensor:
+def trained_like(values: Tensor, weight: Tensor, device: torch.device | None = None) -> Tensor:
     """Initial values of a parameter beside a frozen weight: on its device, in its dtype but at least float32.
 
     In bfloat16 the steps of a small learning rate would round to nothing.
     """
-    return values.to(weight.device, torch.promote_types(weight.dtype, torch.float32))
+    return values.to(device or weight.device, torch.promote_types(weight.dtype, torch.float32))
 
 
 def attach(
     model: nn.Module,
-    targets: Sequence[str],
+    targets: Sequence[str] | str,
     ranks: Mapping[str, int],
     *,
     scale: float = 1.0,
@@ -55,9 +56,14 @@ def attach(
     A is initialized as in PEFT, uniform in +-1/sqrt(in_features), and B with zeros. All branches of a layer are sampled
     in one draw: methods that divide the same total rank differently, or add to it, start from the same values.
 
+    A linear layer is a torch.nn.Linear, also one that torchao or bitsandbytes has quantized (to 4 or 8 bits), or a
+    Conv1D of transformers. Beside a quantized weight A and B are float32, and computed in the dtype of x, as in PEFT's
+    QLoRA.
+
     Args:
         model: changed in place.
-        targets: last parts of the names of linear layers.
+        targets: last parts of the names of linear layers ("q_proj", or "mlp.shared_expert.up_proj" to leave out others
+            of the name "up_proj"); or "all-linear": every linear layer but the output head, as in PEFT.
         ranks: branch name to rank.
         scale, dropout, independent: see `AdapterLinear`.
         shared: groups of sibling layers that may be computed together. They are where their parent's forward calls them
@@ -69,9 +75,13 @@ def attach(
 
     Raises:
         UserError: a rank below 1, a dropout outside [0, 1), targets that match no linear layer (all are named), or a
-            layer that an adapter could not compute: its weight is quantized, sharded, parametrized, offloaded or on
-            the meta device, it has hooks, or another name of it is no target. The model is then unchanged. (A model
-            that is on the meta device as a whole can have adapters, to be counted.)
+            layer that an adapter could not compute: its weight is sharded, parametrized, quantized by another library
+            or on the meta device, it has hooks, or another name of it is no target; the model has adapters already; or
+            a target names experts of a mixture that are no linear layers. The model is then unchanged. (A model that
+            is on the meta device as a whole can have adapters, to be counted.)
+
+    Warns:
+        UserWarning: "all-linear", and the model has such experts, which stay without branches.
 
     Example:
         >>> attach(model, ("q_proj", "v_proj"), {"lora": 16}, scale=2.0)
@@ -79,15 +89,17 @@ def attach(
     """
     check_ranges(ranks, scale, dropout)
     found = linear_targets(model, targets)
+    warn_of_experts(model, targets)
     model.requires_grad_(False)
     made: dict[nn.Module, nn.Module] = {}
     for module in found.values():
         # A generator per layer: the first rows are the same for every total rank.
         own = torch.Generator().manual_seed(int(torch.randint(2**62, (1,), generator=generator)))
-        bound = module.in_features**-0.5
-        values = torch.empty(sum(ranks.values()), module.in_features).uniform_(-bound, bound, generator=own)
-        parts = trained_like(values, module.weight).split(list(ranks.values()))
-        branches = {key: Branch(part, module.out_features) for key, part in zip(ranks, parts, strict=True)}
+        width, out = sizes(module)
+        values = torch.empty(sum(ranks.values()), width).uniform_(-(width**-0.5), width**-0.5, generator=own)
+        weight = module.get_parameter("weight")
+        parts = trained_like(values, weight, offloaded_to(module)).split(list(ranks.values()))
+        branches = {key: Branch(part, out) for key, part in zip(ranks, parts, strict=True)}
         made[module] = AdapterLinear(module, branches, scale, dropout, independent).train(module.training)
     for parent in replace_modules(model, made):
         join(parent, shared)

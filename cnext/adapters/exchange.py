@@ -151,9 +151,12 @@ def merged(model: nn.Module) -> Iterator[nn.Module]:
     """Context in which each adapter layer is replaced by its base layer, with the active branches merged into it.
 
     Raises:
-        UserError: the branches are routed, or a layer's weight is another module's too.
+        UserError: the branches are routed, or a layer's weight is quantized, offloaded or another module's too.
     """
     refuse_routed(model, "a merged model")
+    for name, layer in layers(model).items():
+        if (reason := layer.unmergeable) is not None:
+            raise UserError(f"merge: the branches of {name} {reason}")
     refuse_tied(model)
     found = layers(model).values()
     own = [layer for layer in found if not layer.merged]

@@ -11,6 +11,7 @@ from typing import Annotated, Any
 from msgspec import Meta
 from torch import Tensor, nn
 
+from cnext.adapters.attach import layers
 from cnext.adapters.exchange import FLOATS, Branches, branches_of, not_finite, refuse_routed
 from cnext.distributed.wrapped_names import unwrapped
 from cnext.errors import UserError, listed, parse_json
@@ -103,6 +104,8 @@ def _save(
     targets = "|".join(patterns)
     alpha = scale * rank
     options: dict[str, Any] = {"lora_alpha": int(alpha) if alpha == int(alpha) else alpha, "target_modules": targets}
+    if any(layer.transposed for name, layer in layers(model).items() if name in pairs):
+        options["fan_in_fan_out"] = True  # PEFT turns it on for a Conv1D itself, with a warning
     if type(model).__name__.endswith("ForCausalLM"):
         options["task_type"] = "CAUSAL_LM"
     folder.mkdir(parents=True, exist_ok=True)

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from cnext import ops
-from cnext.adapters.weight_reads import ReadOnlyWeight
+from cnext.adapters.bases import has_own_forward, is_transposed, is_wrapped, sizes
+from cnext.adapters.weight_reads import read_only
 from cnext.errors import UserError
 
 
@@ -30,8 +31,12 @@ class AdapterLinear(nn.Module):
     moves them apart, the op copies, with the same result. (Every B is a tensor of its own: as columns of one matrix
     they would not be contiguous, which fused optimizers and FSDP require.)
 
+    Where the base is quantized (by bitsandbytes or torchao) or offloaded (by accelerate), its own forward computes
+    W x + b, and the branches are added to it, computed in the dtype of x; `cnext.ops.last_path` is then "plain".
+
     Args:
-        base: the linear layer, (..., in_features) to (..., out_features). It is frozen.
+        base: the linear layer, (..., in_features) to (..., out_features): a torch.nn.Linear, a quantized one of
+            bitsandbytes, or a Conv1D of transformers, whose weight is (in, out). It is frozen.
         branches: name to branch, in the order of summation.
         scale: alpha / total rank; 1.0 in the paper.
         dropout: probability of zeroing an element of x before the branches, in training mode only.
@@ -53,14 +58,16 @@ class AdapterLinear(nn.Module):
 
     def __init__(
         self,
-        base: nn.Linear,
+        base: nn.Module,
         branches: dict[str, Branch],
         scale: float = 1.0,
         dropout: float = 0.0,
         independent: bool = False,
     ) -> None:
         super().__init__()
-        self.base = base.requires_grad_(False)
+        # Or another layer with these attributes, see `cnext.adapters.bases`.
+        self.base = cast("nn.Linear", base.requires_grad_(False))
+        self._own_forward, self._transposed = has_own_forward(base), is_transposed(base)
         # A ModuleDict, which has no type for what is in it.
         self.branches = cast("Mapping[str, Branch]", nn.ModuleDict(branches))
         self.scale = scale
@@ -84,7 +91,7 @@ class AdapterLinear(nn.Module):
 
         Args:
             x: (..., in_features), of the dtype of the base weight: float32, bfloat16, float16 or float64; under
-                autocast of any of these.
+                autocast of any of these. A quantized base takes what it takes by itself.
 
         Returns:
             (..., out_features), of the dtype of x, or of autocast.
@@ -102,11 +109,11 @@ class AdapterLinear(nn.Module):
         base = self.base
         if self._unmerged is not None or not self.active:
             return base(x)
-        branches = [self.branches[name] for name in self.active]
-        return ops.lora_branches(
+        branches, weight = [self.branches[name] for name in self.active], self.dense_weight
+        y = ops.lora_branches(
             x,
-            base.weight,
-            base.bias,
+            weight,
+            None if weight is None else base.bias,
             [branch.A for branch in branches],
             [branch.B for branch in branches],
             scale=self.scale,
@@ -114,6 +121,10 @@ class AdapterLinear(nn.Module):
             independent=self.independent,
             routing=None if self.router is None else self.router(x),
         )
+        if weight is None:
+            frozen = base(x)
+            y = frozen + y.to(frozen.dtype)
+        return y
 
     def adapter_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Parameters of the branches, named "<branch>.<A or B>", and of a router, "router.<name>"."""
@@ -124,8 +135,11 @@ class AdapterLinear(nn.Module):
     # The four attributes of a linear layer that models ask for, as for the dtype of a weight.
     @property
     def weight(self) -> Tensor:
-        """The base layer's weight, only to be asked for its dtype, device and shape unless the branches are merged."""
-        return self.base.weight if self.merged else self.base.weight.detach().as_subclass(ReadOnlyWeight)
+        """The base layer's weight, only to be asked for its dtype, device and shape unless the branches are merged.
+
+        ``base.weight`` is the one to compute with, which leaves the branches out.
+        """
+        return self.base.weight if self.merged else read_only(self.base.weight)
 
     @property
     def bias(self) -> nn.Parameter | None:
@@ -135,12 +149,39 @@ class AdapterLinear(nn.Module):
     @property
     def in_features(self) -> int:
         """The base layer's input size."""
-        return self.base.in_features
+        return sizes(self.base)[0]
 
     @property
     def out_features(self) -> int:
         """The base layer's output size."""
-        return self.base.out_features
+        return sizes(self.base)[1]
+
+    @property
+    def transposed(self) -> bool:
+        """Whether the base weight is (in, out), as in a Conv1D of transformers."""
+        return self._transposed
+
+    @property
+    def dense_weight(self) -> Tensor | None:
+        """The base weight as (out, in); None where only the base's own forward can use it: quantized or offloaded."""
+        weight = self.base.weight
+        if self._own_forward or is_wrapped(weight):
+            return None
+        if weight.is_meta and not all(branch.A.is_meta for branch in self.branches.values()):
+            return None
+        return weight.T if self._transposed else weight
+
+    @property
+    def unmergeable(self) -> str | None:
+        """Why the branches cannot be merged, to follow "the branches"; None where they can."""
+        if self.router is not None:
+            return "are routed by their input, so no one weight has them in it"
+        if self.dense_weight is None:
+            return (
+                "are beside a weight that is quantized or offloaded, which cannot take them up exactly; save them, "
+                "attach them to the model in bfloat16 or float32 without offloading, and merge them there"
+            )
+        return None
 
     @property
     def merged(self) -> bool:
@@ -161,18 +202,20 @@ class AdapterLinear(nn.Module):
         kept, and W for `unmerge`. W itself is not written: other layers may own it too, as embeddings tied to a head.
 
         Raises:
-            UserError: merged already, or routed: weights that depend on x cannot be merged.
+            UserError: merged already; routed: weights that depend on x cannot be merged; or the base weight is
+                quantized or offloaded.
         """
         if self.merged:
             raise UserError("merge: the branches are merged already; call unmerge first")
-        if self.router is not None:
-            raise UserError("merge: the branches are routed by their input, so no one weight has them in it")
+        if (reason := self.unmergeable) is not None:
+            raise UserError(f"merge: the branches {reason}")
         weight = self.base.get_parameter("weight")
         wide = torch.promote_types(weight.dtype, torch.float32)
         total = weight.to(wide, copy=True)
+        rows = total.T if self._transposed else total
         for name in self.active:
             branch = self.branches[name]
-            total.addmm_(branch.B.to(wide), branch.A.to(wide), alpha=self.scale)
+            rows.addmm_(branch.B.to(wide), branch.A.to(wide), alpha=self.scale)
         self._unmerged = (weight,)
         self.base.weight = nn.Parameter(total.to(weight.dtype), requires_grad=weight.requires_grad)
 

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from cnext.adapters.attach import SHARED, attach, detach, layers, set_trainable
+from cnext.adapters.bases import is_linear, offloaded_to
 from cnext.adapters.linear import AdapterLinear
 from cnext.adapters.roles import MODALITIES, branch_roles, roles_of
 from cnext.adapters.targets import linear_targets
@@ -70,15 +71,16 @@ class AttachedMage:
         A weight that another module owns too, such as an embedding tied to the head, stays there as it is.
 
         Raises:
-            UserError: a layer is merged already or routed, or the branches were detached; nothing is changed.
+            UserError: a layer is merged already, routed, quantized or offloaded, or the branches were detached; nothing
+                is changed.
         """
         found = self._attached("merge")
         if merged := [name for name, layer in found.items() if layer.merged]:
             raise UserError(f"merge: the branches of {listed(merged, 3)} are merged already; call unmerge first")
-        if routed := [name for name, layer in found.items() if layer.router is not None]:
-            raise UserError(
-                f"merge: the branches of {listed(routed, 3)} are routed by their input, so no one weight has them in it"
-            )
+        reasons = {name: layer.unmergeable for name, layer in found.items()}
+        for reason in filter(None, dict.fromkeys(reasons.values())):
+            names = [name for name in found if reasons[name] == reason]
+            raise UserError(f"merge: the branches of {listed(names, 3)} {reason}")
         for layer in found.values():
             layer.merge()
 
@@ -118,10 +120,10 @@ def attach_mage(
     modalities: Sequence[str] = MODALITIES,
     rank: int = 8,
     scale: float = 1.0,
-    dropout: float = 0.05,
+    dropout: float = 0.0,
     independent: bool = False,
     shared: Sequence[Sequence[str]] = SHARED,
-    targets: Sequence[str] = TARGETS,
+    targets: Sequence[str] | str = TARGETS,
     language_model: nn.Module | None = None,
     generator: torch.Generator | None = None,
 ) -> AttachedMage:
@@ -137,9 +139,11 @@ def attach_mage(
         rank: of each branch. The total is this times twice the number of modalities.
         scale, dropout, independent: see `AdapterLinear`.
         shared: see `cnext.adapters.attach`.
-        targets: last parts of the names of the linear layers.
+        targets: last parts of the names of the linear layers, by default those of Llama and most decoders; or
+            "all-linear": every one of the language model but the output head, as for BERT, GPT-2, OPT, Phi-3 and T5.
         language_model: the part of the model to search, so that layers of the same names in a vision tower are skipped.
-            Default: the model's ``get_decoder()``, or the whole model if it has none.
+            Default: the model's ``get_decoder()``, with the encoder where that reads text too, as in T5; or the whole
+            model if it has none.
         generator: source of the branches' initial values, on the CPU. Default: torch's own.
 
     Returns:
@@ -158,12 +162,7 @@ def attach_mage(
     """
     ranks = {role.name: rank for role in branch_roles(modalities)}
     if language_model is None:
-        decoder = getattr(model, "get_decoder", None)
-        language_model = model if decoder is None else decoder()
-        # transformers 4 stops at the model that has the decoder beside a vision tower.
-        for name in ("language_model", "text_model"):
-            language_model = getattr(language_model, name, language_model)
-    assert language_model is not None, "get_decoder of transformers returns a decoder"
+        language_model = _language_model(model)
     _require_targets_inside(model, language_model, targets)
     _require_own_layers(model, language_model, targets)
     before = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
@@ -183,24 +182,44 @@ def attach_mage(
     return AttachedMage(model, before, modalities)
 
 
-def _require_targets_inside(model: nn.Module, language_model: nn.Module, targets: Sequence[str]) -> None:
-    """Raises UserError for targets that the model has, but its language model has not."""
+def _language_model(model: nn.Module) -> nn.Module:
+    """A model's decoder, or the smallest part that holds it and its text encoder, or the whole model."""
+    decoder = getattr(model, "get_decoder", lambda: None)()
+    found = model if decoder is None else decoder
+    # transformers 4 stops at the model that has the decoder beside a vision tower.
+    for name in ("language_model", "text_model"):
+        found = getattr(found, name, found)
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        encoder = model.get_encoder()  # pyright: ignore[reportCallIssue]
+        # An encoder of images or sound has no such embeddings.
+        if hasattr(encoder, "embed_tokens") and encoder not in {*found.modules()}:
+            holders = [one for one in model.modules() if {found, encoder} <= {*one.modules()}]
+            return holders[-1]  # parents come before their children
+    return found
+
+
+def _require_targets_inside(model: nn.Module, language_model: nn.Module, targets: Sequence[str] | str) -> None:
+    """Raises UserError for a model with adapters, and for targets that it has, but its language model has not."""
+    if layers(model):
+        raise UserError("the model has adapters already; detach them first")
+    if isinstance(targets, str):
+        return
     inside, everywhere = (
-        {name.rpartition(".")[2] for name, module in part.named_modules() if isinstance(module, nn.Linear)}
+        {name.rpartition(".")[2] for name, module in part.named_modules() if is_linear(module)}
         for part in (language_model, model)
     )
     outside = [target for target in targets if target not in inside]
-    if outside and everywhere.issuperset(outside) and not layers(language_model):
+    if outside and everywhere.issuperset(outside):
         raise UserError(
             f"{listed(outside, 3)}: the model has a linear layer of this name, but outside of its language model, "
             f"{type(language_model).__name__}; pass language_model=model to search the whole model"
         )
 
 
-def _require_own_layers(model: nn.Module, language_model: nn.Module, targets: Sequence[str]) -> None:
+def _require_own_layers(model: nn.Module, language_model: nn.Module, targets: Sequence[str] | str) -> None:
     """Raises UserError for layers without values, and for those that the rest of the model has too."""
     found = linear_targets(language_model, targets)
-    if on_meta := [name for name, layer in found.items() if layer.weight.is_meta]:
+    if on_meta := [n for n, one in found.items() if one.get_parameter("weight").is_meta and not offloaded_to(one)]:
         raise UserError(f"{listed(on_meta, 3)}: on the meta device, without values; load the weights first")
     outside, pending = set(), [model]
     while pending:

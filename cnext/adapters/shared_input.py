@@ -48,8 +48,8 @@ _READING_CALLS = {"size", "dim"}
 def together(layers: Sequence[nn.Module], x: Tensor) -> tuple[Tensor, ...]:
     """Outputs of several layers for x, by one call of `cnext.ops.lora_branches_grouped` where possible.
 
-    That is possible if all are adapter layers without hooks, not merged and not routed, with the same active branches,
-    ranks, scale and dropout. Otherwise each is called by itself.
+    That is possible if all are adapter layers without hooks, not merged and not routed, of dense weights, with the same
+    active branches, ranks, scale and dropout. Otherwise each is called by itself.
 
     Args:
         layers: two or more.
@@ -73,7 +73,7 @@ def together(layers: Sequence[nn.Module], x: Tensor) -> tuple[Tensor, ...]:
     return tuple(
         ops.lora_branches_grouped(
             x,
-            [layer.base.weight for layer in alike],
+            [layer.dense_weight for layer in alike],
             [layer.base.bias for layer in alike],
             a,
             b,
@@ -95,11 +95,11 @@ def _alike(layers: Sequence[nn.Module]) -> list[AdapterLinear] | None:
             return None
         if layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks:
             return None
-        if layer.merged or layer.router is not None or not layer.active:
+        if layer.merged or layer.router is not None or not layer.active or layer.dense_weight is None:
             return None
         found.append(layer)
     first = found[0]
-    width, ranks = first.base.in_features, _ranks(first)
+    width, ranks = first.in_features, _ranks(first)
     for layer in found[1:]:
         if (
             layer.active != first.active
@@ -107,7 +107,7 @@ def _alike(layers: Sequence[nn.Module]) -> list[AdapterLinear] | None:
             or layer.dropout != first.dropout
             or layer.independent != first.independent
             or layer.training != first.training
-            or layer.base.in_features != width
+            or layer.in_features != width
             or _ranks(layer) != ranks
         ):
             return None

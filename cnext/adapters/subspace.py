@@ -79,7 +79,7 @@ class InputSubspaces:
         whose inputs are unknown."""
         if times <= self.extended:
             return sum(4 * basis.numel() for basis in self.basis.values())
-        return sum(4 * layer.base.in_features**2 for layer in self.layers.values())
+        return sum(4 * layer.in_features**2 for layer in self.layers.values())
 
     def state_dict(self) -> dict[str, Tensor]:
         """Tensors "extended", "basis.<layer>", and "covariance.<layer>" of inputs since the last `extend`."""

@@ -18,8 +18,25 @@ from torch import Tensor, nn
 
 from cnext.errors import UserError
 
-ABOUT = {"dtype", "device", "shape", "ndim", "size", "dim", "numel", "layout", "is_cuda", "requires_grad"}
+ABOUT = {"dtype", "device", "shape", "ndim", "size", "dim", "numel", "layout", "is_cuda", "requires_grad"} | {
+    *("grad", "nelement", "element_size", "itemsize", "nbytes", "get_device", "__len__", "is_cpu", "is_meta"),
+    *("is_sparse", "is_quantized", "is_floating_point", "is_complex", "is_leaf"),
+}
 """Attributes of a weight that say nothing of its values."""
+ITSELF = ("data", "detach")
+"""What gives a `ReadOnlyWeight` again."""
+
+
+def read_only(weight: Tensor) -> ReadOnlyWeight:
+    """A weight, dense or quantized, to be asked about and not to be computed with. It is an nn.Parameter to isinstance.
+
+    A quantized weight's is of the dtype and shape of what is stored, which bitsandbytes packs.
+    """
+    if type(weight) not in (Tensor, nn.Parameter):  # other subclasses have no view as a ReadOnlyWeight
+        weight = torch.empty((), dtype=weight.dtype, device=weight.device).expand(weight.shape)
+    found = weight.detach().as_subclass(ReadOnlyWeight)
+    found._is_param = True
+    return found
 
 
 class ReadOnlyWeight(Tensor):
@@ -33,10 +50,12 @@ class ReadOnlyWeight(Tensor):
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         # The getter of an attribute is a method "__get__" of it.
         name = func.__self__.__name__ if func.__name__ == "__get__" else func.__name__
+        if name in ITSELF:
+            return args[0]
         if name not in ABOUT and name != "__repr__":
             raise UserError(
                 f"the weight of a layer that has branches is read ({name}), which leaves the branches out; do not "
-                "attach them to this layer, or merge them first"
+                "attach them to this layer, or merge them first, or read its base.weight if they are to be left out"
             )
         with torch._C.DisableTorchFunctionSubclass():
             return func(*args, **(kwargs or {}))

@@ -27,7 +27,7 @@ class Router(nn.Module):
 
     def __init__(self, experts: int, layer: adapters.AdapterLinear, generator: torch.Generator) -> None:
         super().__init__()
-        width = layer.base.in_features
+        width = layer.in_features
         drawn = torch.empty(experts, width).uniform_(-(width**-0.5), width**-0.5, generator=generator)
         self.weight = nn.Parameter(adapters.trained_like(drawn, layer.base.weight))
 

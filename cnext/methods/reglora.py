@@ -68,7 +68,7 @@ class Reglora(TaskBranches):
             self.protected[name] = torch.cat([self.protected.get(name, largest[:0]), largest])
 
     def extra_bytes(self, tasks: int) -> int:
-        entries = sum(layer.base.weight.numel() for layer in adapters.layers(self.model).values())
+        entries = sum(layer.in_features * layer.out_features for layer in adapters.layers(self.model).values())
         return super().extra_bytes(tasks) + int(4 * tasks * self.share * entries)
 
     def state_dict(self) -> dict[str, Tensor]:

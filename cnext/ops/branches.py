@@ -3,7 +3,8 @@
 The branches are packed into one of rank sum(r_i) and computed first, by `cnext.ops.low_rank`: scale h B^T is written
 into y, and torch accumulates the frozen product on top; likewise drop'(dh A) into dX, and dY W on top. A frozen branch
 adds to y and costs no gradient. Saved for the backward pass are x and h = drop(x) A^T, each only where a trained branch
-needs it; the dropout mask is recomputed from its seed.
+needs it; the dropout mask is recomputed from its seed. Without a weight the branches are computed alone, to be added to
+what another library's layer returns.
 """
 
 from __future__ import annotations
@@ -24,9 +25,9 @@ NAME = "lora_branches"
 _COMMON = "Tensor? seed, Tensor? routing, int[] ranks, float scale, float dropout, bool independent, str? impl=None"
 # b: for every linear layer (rank, out), its branches' B transposed, one below the other.
 _library = torch.library.Library("cnext", "FRAGMENT")
-_library.define(f"{NAME}(Tensor x, Tensor[] weight, Tensor?[] bias, Tensor a, Tensor[] b, {_COMMON}) -> Tensor[]")
+_library.define(f"{NAME}(Tensor x, Tensor?[] weight, Tensor?[] bias, Tensor a, Tensor[] b, {_COMMON}) -> Tensor[]")
 _library.define(
-    f"{NAME}_backward(Tensor[] grad, Tensor? x, Tensor? h, Tensor[] weight, Tensor a, Tensor[] b, "
+    f"{NAME}_backward(Tensor[] grad, Tensor? x, Tensor? h, Tensor?[] weight, Tensor a, Tensor[] b, "
     f"int[] live_a, int[] live_b, bool needs_x, bool needs_routing, {_COMMON}) -> Tensor[]"
 )
 _library.define(
@@ -36,7 +37,7 @@ _library.define(
 
 def lora_branches(
     x: Tensor,
-    weight: Tensor,
+    weight: Tensor | None,
     bias: Tensor | None,
     a: Sequence[Tensor],
     b: Sequence[Tensor],
@@ -55,7 +56,8 @@ def lora_branches(
 
     Args:
         x: (..., in) float32, bfloat16, float16 or float64 (no float64 with dropout on a GPU).
-        weight, bias: (out, in) and (out,) or None, frozen, in the dtype of x.
+        weight, bias: (out, in) and (out,), frozen, in the dtype of x; each may be None. Without a weight, y has the
+            branches alone, and `last_path` is "plain": add them to what a quantized layer returns for x.
         a, b: (r_i, in) and (out, r_i) per branch, of any floating dtype; computed in that of x. A branch that requires
             no gradient gets none, and still adds to y.
         scale: factor of the branches, alpha / rank in LoRA.
@@ -99,7 +101,7 @@ def lora_branches(
 
 def lora_branches_grouped(
     x: Tensor,
-    weights: Sequence[Tensor],
+    weights: Sequence[Tensor | None],
     biases: Sequence[Tensor | None],
     a: Sequence[Sequence[Tensor]],
     b: Sequence[Sequence[Tensor]],
@@ -134,7 +136,7 @@ def lora_branches_grouped(
     kind = x.device.type
     if kind != "meta" and torch.is_autocast_enabled(kind) and x.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(kind)
-        x, weights = x.to(dtype), [w.to(dtype) for w in weights]
+        x, weights = x.to(dtype), [None if w is None else w.to(dtype) for w in weights]
         biases = [None if bias is None else bias.to(dtype) for bias in biases]
     ranks = _check(x, weights, biases, a, b, dropout, seed, routing)
     if dropout and seed is None:
@@ -291,7 +293,7 @@ class _Final(torch.autograd.Function):
 
 def _check(
     x: Tensor,
-    weights: Sequence[Tensor],
+    weights: Sequence[Tensor | None],
     biases: Sequence[Tensor | None],
     a: Sequence[Sequence[Tensor]],
     b: Sequence[Sequence[Tensor]],
@@ -313,10 +315,10 @@ def _check(
         raise UserError("lora_branches: weights, biases, a and b must have one entry per linear layer")
     width, device, ranks = x.shape[-1], x.device, [part.shape[0] for part in a[0]]
     for weight, bias, downs, ups in zip(weights, biases, a, b, strict=True):
-        out = weight.shape[0]
-        if weight.shape != (out, width) or weight.dtype != x.dtype or weight.device != device:
+        out = weight.shape[0] if weight is not None else len(ups[0]) if ups else 0
+        if weight is not None and (weight.shape != (out, width) or weight.dtype != x.dtype or weight.device != device):
             raise bad("weight", f"(out, {width}) {x.dtype} on {device}", weight)
-        if weight.requires_grad or (bias is not None and bias.requires_grad):
+        if (weight is not None and weight.requires_grad) or (bias is not None and bias.requires_grad):
             raise UserError(
                 "lora_branches: weight or bias requires a gradient; expected both frozen, see requires_grad_(False)"
             )
@@ -365,7 +367,7 @@ def _routed(h: Tensor, routing: Tensor | None, ranks: Sequence[int], linears: in
 
 def _run_forward(
     x: Tensor,
-    weight: list[Tensor],
+    weight: list[Tensor | None],
     bias: list[Tensor | None],
     a: Tensor,
     b: list[Tensor],
@@ -384,25 +386,27 @@ def _run_forward(
     routed = _routed(h, routing, ranks, len(weight))
     outputs = []
     for g, (w, offset, up) in enumerate(zip(weight, bias, b, strict=True)):
-        y = low_rank.expand(_of(g, routed, rank), up, offset, scale, random).addmm_(flat, w.T)
-        outputs.append(y if x.ndim == 2 else y.view(*x.shape[:-1], w.shape[0]))
+        y = low_rank.expand(_of(g, routed, rank), up, offset, scale, random)
+        if w is not None:
+            y.addmm_(flat, w.T)
+        outputs.append(y if x.ndim == 2 else y.view(*x.shape[:-1], up.shape[1]))
     outputs.append(h)
-    dispatch.ran(NAME, random.ran)
+    dispatch.ran(NAME, _path(weight, random))
     return outputs
 
 
 def _forward_fake(
-    x: Tensor, weight: list[Tensor], bias: list[Tensor | None], a: Tensor, b: list[Tensor], *_: object, **__: object
+    x: Tensor, weight: object, bias: object, a: Tensor, b: list[Tensor], *_: object, **__: object
 ) -> list[Tensor]:
     rows = x.shape[:-1].numel()
-    return [*[x.new_empty(*x.shape[:-1], w.shape[0]) for w in weight], x.new_empty(rows, a.shape[0])]
+    return [*[x.new_empty(*x.shape[:-1], up.shape[1]) for up in b], x.new_empty(rows, a.shape[0])]
 
 
 def _run_backward(
     grad: list[Tensor],
     x: Tensor | None,
     h: Tensor | None,
-    weight: list[Tensor],
+    weight: list[Tensor | None],
     a: Tensor,
     b: list[Tensor],
     live_a: list[int],
@@ -439,7 +443,8 @@ def _run_backward(
         if needs_x:
             dx = low_rank.grad_x(dh, a, ranks, linears, random)
             for dy, w in zip(grads, weight, strict=True):
-                dx.addmm_(dy, w)
+                if w is not None:
+                    dx.addmm_(dy, w)
             outputs.append(dx if grad[0].ndim == 2 else dx.view(*grad[0].shape[:-1], dx.shape[1]))
         if live_a[1]:
             assert x is not None, "saved where the gradient of A is wanted"
@@ -453,8 +458,13 @@ def _run_backward(
         terms = (unrouted * h).view(-1, linears, rank).sum(1)
         sums = torch.stack([part.sum(1) for part in terms.split(ranks, 1)], 1)
         outputs.append(sums.to(routing.dtype).view(routing.shape))
-    dispatch.ran(f"{NAME}_backward", random.ran)
+    dispatch.ran(f"{NAME}_backward", _path(weight, random))
     return outputs
+
+
+def _path(weight: Sequence[Tensor | None], random: low_rank.Dropout) -> str:
+    """For `dispatch.last_path`."""
+    return "plain" if weight[0] is None else random.ran
 
 
 def _alive(dh: Tensor, live: Sequence[int], linears: int) -> Tensor:
@@ -466,7 +476,7 @@ def _backward_fake(
     grad: list[Tensor],
     x: Tensor | None,
     h: Tensor | None,
-    weight: list[Tensor],
+    weight: object,
     a: Tensor,
     b: list[Tensor],
     live_a: list[int],

@@ -90,7 +90,7 @@ def dropped(x: Tensor, dropout: float, seed: Tensor | None, branch: int) -> Tens
 
 def lora_branches(
     x: Tensor,
-    weights: Sequence[Tensor],
+    weights: Sequence[Tensor | None],
     biases: Sequence[Tensor | None],
     a: Sequence[Sequence[Tensor]],
     b: Sequence[Sequence[Tensor]],
@@ -105,10 +105,12 @@ def lora_branches(
     outputs = []
     flat = x.reshape(-1, x.shape[-1])
     for weight, bias, downs, ups in zip(weights, biases, a, b, strict=True):
-        y = F.linear(flat, weight, bias)
+        out = ups[0].shape[0]
+        offset = flat.new_zeros(out) if bias is None else bias
+        y = offset if weight is None else F.linear(flat, weight, bias)
         for i, (down, up) in enumerate(zip(downs, ups, strict=True)):
             kept = dropped(flat, dropout, seed, i if independent else 0)
             term = F.linear(F.linear(kept, down.to(x.dtype)), up.to(x.dtype)) * scale
             y = y + (term if routing is None else term * routing.reshape(-1, len(downs))[:, i : i + 1].to(x.dtype))
-        outputs.append(y.reshape(*x.shape[:-1], weight.shape[0]))
+        outputs.append(y.reshape(*x.shape[:-1], out))
     return outputs

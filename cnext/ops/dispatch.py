@@ -9,6 +9,8 @@ ran:
 - "torch": torch's kernels alone, but not the definition: `lora_branches` and its backward with ``impl="torch"``, where
   cnext's kernels are missing, and with "cpp" and no dropout where the C++ products do not take the operands. In plain
   torch every other op runs its reference.
+- "plain": `lora_branches` without a weight and its backward: the branches alone, by any of these, beside the forward of
+  a layer whose weight is not dense.
 """
 
 from __future__ import annotations
@@ -146,7 +148,7 @@ def last_path(op: str) -> str | None:
         op: name of the op, such as "pema_step_" or "lora_branches_backward".
 
     Returns:
-        "cpp", "cuda", "triton", "torch" or "reference", see `cnext.ops.dispatch`; None where it has not run.
+        "cpp", "cuda", "triton", "torch", "reference" or "plain", see `cnext.ops.dispatch`; None where it has not run.
 
     Example:
         >>> from cnext import ops

@@ -25,6 +25,7 @@ class Case:
     outer: tuple[int, ...] = (29,)
     ranks: tuple[int, ...] = (8, 8, 8, 8)
     bias: bool = True
+    weight: bool = True
     routed: bool = False
     options: dict[str, object] = field(default_factory=dict)
     dtype: torch.dtype = torch.float32
@@ -39,7 +40,7 @@ class Case:
             return value.to(self.dtype).to(DEVICE).requires_grad_(live)
 
         self.x = draw(*self.lead, self.inner, live=self.x_live)
-        self.weights = [draw(n, self.inner, scale=self.inner**-0.5) for n in self.outer]
+        self.weights = [draw(n, self.inner, scale=self.inner**-0.5) if self.weight else None for n in self.outer]
         self.biases = [draw(n) if self.bias else None for n in self.outer]
         self.a = [[draw(r, self.inner, live=on) for r, on in zip(self.ranks, self.live)] for _ in self.outer]  # noqa: B905
         self.b = [[draw(n, r, live=on) for r, on in zip(self.ranks, self.live)] for n in self.outer]  # noqa: B905

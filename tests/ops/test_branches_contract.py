@@ -27,6 +27,7 @@ CHECKED = {
     "independent": {"options": {**DROPOUT, "independent": True}},
     "routed": {"routed": True, "options": DROPOUT},
     "grouped": {"outer": (3, 5), "options": DROPOUT},
+    "no weight": {"weight": False, "bias": False, "options": DROPOUT},
 }
 
 
@@ -58,8 +59,10 @@ def test_opcheck(independent, impl, monkeypatch):
     common = (SEED, None, [4, 2], 0.5, 0.25, independent, impl)
     y, h = torch.ops.cnext.lora_branches(x, [weight], [bias], a, [b], *common)
     opcheck(torch.ops.cnext.lora_branches.default, (x, [weight], [bias], a, [b], *common))
+    opcheck(torch.ops.cnext.lora_branches.default, (x, [None], [None], a, [b], *common))
     backward = ([torch.rand_like(y)], x, h, [weight], a, [b], [0, 6], [4, 6], True, False, *common)
     opcheck(torch.ops.cnext.lora_branches_backward.default, backward)
+    opcheck(torch.ops.cnext.lora_branches_backward.default, (*backward[:3], [None], *backward[4:]))
     opcheck(torch.ops.cnext.dropout_mask.default, (SEED, 3, 5, 0.5))
 
 

@@ -43,6 +43,13 @@ CASES = {
     "grouped, dropout, some frozen": {"outer": (29, 16), "options": SHARED, "live": (False, True, True, False)},
     "grouped, independent, routed": {"outer": (16, 29), "routed": True, "options": INDEPENDENT, "ranks": (4, 2)},
 }
+CASES |= {
+    "no weight": {"weight": False, "bias": False, "options": {"scale": 0.5}},
+    "no weight, dropout, some frozen": {"weight": False, "options": SHARED, "live": (False, True, False, True)},
+    "no weight, grouped, routed": {
+        "weight": False, "bias": False, "outer": (16, 29), "routed": True, "options": INDEPENDENT, "ranks": (4, 2)
+    },
+}  # fmt: skip
 WIDE = {"lead": (70,), "inner": 264, "outer": (136, 40)}  # rows begin at 16 bytes, which CUDA's kernels insist on
 CASES |= {
     "wide": {**WIDE, "options": {"scale": 0.5}},
@@ -203,6 +210,15 @@ def test_last_path_where_dropout_meets_nothing(impl, ran):
     with torch.no_grad():
         ops.lora_branches(case.x[:0], case.weights[0], None, case.a[0], case.b[0], seed=SEED, dropout=0.25, impl=impl)
     assert ran() == ops.last_path("lora_branches") == ("reference" if impl == "reference" else "torch")
+
+
+@every_way
+@pytest.mark.parametrize("dropout", [0.0, 0.25])
+def test_last_path_without_a_weight(impl, dropout):
+    Case(weight=False, lead=(70,), options={"dropout": dropout}).run(impl)
+    # The reference has no backward pass of its own.
+    paths = [ops.last_path("lora_branches")] + [ops.last_path("lora_branches_backward")] * (impl != "reference")
+    assert set(paths) == {"reference" if impl == "reference" else "plain"}
 
 
 @every_impl

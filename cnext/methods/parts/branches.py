@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 from cnext import adapters
 from cnext.adapters import BranchRole, branch_roles, roles_of
+from cnext.adapters.bases import sizes
+from cnext.adapters.targets import linear_targets
 from cnext.averaging import RULES, PemaKron
 from cnext.averaging.pooling import pooled
 from cnext.distributed.wrapped_names import without_wrappers
@@ -141,8 +143,6 @@ class TaskBranches(LowRank):
         self.activate(int(state["active"]))
 
 
-def total_width(model: nn.Module, targets: Sequence[str]) -> int:
-    """Sum of in_features + out_features over the linear layers with these name suffixes: a rank's parameter count."""
-    named = model.named_modules()
-    found = [m for name, m in named if isinstance(m, nn.Linear) and name.rpartition(".")[2] in targets]
-    return sum(module.in_features + module.out_features for module in found)
+def total_width(model: nn.Module, targets: Sequence[str] | str) -> int:
+    """Sum of in_features + out_features over the linear layers of these targets: a rank's parameter count."""
+    return sum(sum(sizes(layer)) for layer in linear_targets(model, targets).values())
