@@ -32,6 +32,10 @@ class AttachedMage:
         self.model = model
         self.modalities = tuple(modalities)
         self._requires_grad = requires_grad
+        # transformers' Trainer refuses a model of this flag as one that has nothing to train, unless it has PEFT's.
+        self._quantized = bool(getattr(model, "is_quantized", False))
+        if self._quantized:
+            model.__dict__["is_quantized"] = False
 
     @property
     def layers(self) -> dict[str, AdapterLinear]:
@@ -109,6 +113,8 @@ class AttachedMage:
             The model as it was before `attach_mage`.
         """
         detach(self.model)
+        if self._quantized:
+            self.model.__dict__["is_quantized"] = True
         for name, parameter in self.model.named_parameters():
             parameter.requires_grad_(self._requires_grad[name])
         return self.model

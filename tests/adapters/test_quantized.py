@@ -129,6 +129,12 @@ def test_in_bfloat16_the_parameters_are_float32_and_the_products_are_not(kind: s
     torch.testing.assert_close(y.double(), frozen.double() + added, rtol=0.02, atol=0.05)
     with torch.autocast("cpu", torch.bfloat16):
         assert net["proj"](x).dtype == torch.bfloat16
+    for parameter in parameters.values():  # as SFTTrainer does beside a quantized model
+        parameter.grad, parameter.data = None, parameter.data.bfloat16()
+    moved = net["proj"](x)
+    moved.sum().backward()
+    assert {p.grad.dtype for p in parameters.values()} == {torch.bfloat16}
+    torch.testing.assert_close(moved, y, rtol=0.02, atol=0.05)
 
 
 def llama(folder: Path) -> Path:
@@ -204,6 +210,34 @@ def test_a_quantized_model_is_trained_and_its_branches_are_stock_pefts(kind: str
     assert all(torch.equal(dequantized(t), dequantized(state[name])) for name, t in net.state_dict().items())
     stock = PeftModel.from_pretrained(loaded(tmp_path / "model", kind), tmp_path / "adapter")
     torch.testing.assert_close(stock.train()(input_ids=IDS).logits, trained, rtol=1e-4, atol=1e-4)
+
+
+class Sentences(torch.utils.data.Dataset):
+    def __len__(self) -> int:
+        return 4
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        return {"input_ids": IDS[index % 2], "labels": IDS[index % 2]}
+
+
+@every_kind
+def test_the_trainer_of_transformers_trains_branches_beside_quantized_weights(kind: str, tmp_path: Path) -> None:
+    import transformers as t
+
+    net = loaded(llama(tmp_path / "model"), kind)
+    handle = cnext.attach_mage(net, rank=2)
+    before = {name: p.clone() for name, p in net.named_parameters() if not hasattr(type(p), "__tensor_flatten__")}
+    trained = handle.train_on(reads=["text"], writes=["image"])
+    options = {"per_device_train_batch_size": 2, "max_steps": 2, "report_to": [], "save_strategy": "no"}
+    arguments = t.TrainingArguments(tmp_path / "out", use_cpu=True, bf16=True, disable_tqdm=True, **options)
+    t.Trainer(net, arguments, train_dataset=Sentences()).train()
+    changed = {name for name, p in net.named_parameters() if name in before and not torch.equal(p, before[name])}
+    # A has no gradient as long as B is zero, and it is not at the second step.
+    expected = {re.sub(r"\.((text-general|image-expert)\.[AB])$", r".branches.\1", name) for name in trained}
+    assert changed == expected
+    assert len(changed) == 56
+    assert not net.is_quantized
+    assert handle.detach().is_quantized
 
 
 def dequantized(tensor: Tensor) -> Tensor:
