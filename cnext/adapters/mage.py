@@ -192,7 +192,9 @@ def _language_model(model: nn.Module) -> nn.Module:
     """A model's decoder, or the smallest part that holds it and its text encoder, or the whole model."""
     decoder = getattr(model, "get_decoder", lambda: None)()
     found = model if decoder is None else decoder
-    # transformers 4 stops at the model that has the decoder beside a vision tower.
+    # transformers 4 gives some models as their own decoder (BERT), head included, and stops at the model that has the
+    # decoder beside a vision tower.
+    found = getattr(model, "base_model", model) if found is model else found
     for name in ("language_model", "text_model"):
         found = getattr(found, name, found)
     if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
