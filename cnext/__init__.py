@@ -4,7 +4,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from cnext.adapters import attach_mage
+    from cnext.adapters import attach_mage, load
     from cnext.config.run_config import RunConfig
     from cnext.training.runner import run
 
@@ -13,9 +13,10 @@ __version__ = "0.1.0"
 _LAZY = {
     "RunConfig": "cnext.config.run_config",
     "attach_mage": "cnext.adapters",
+    "load": "cnext.adapters",
     "run": "cnext.training.runner",
 }
-__all__ = ["RunConfig", "__version__", "attach_mage", "run"]
+__all__ = ["RunConfig", "__version__", "attach_mage", "load", "run"]
 
 
 def __getattr__(name: str) -> Any:

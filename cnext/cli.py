@@ -167,7 +167,7 @@ def _export(arguments: argparse.Namespace) -> None:
     from cnext.exchange.export import export
 
     given = (arguments.run, arguments.to, arguments.format, arguments.checkpoint, arguments.branches_only)
-    for path in export(*given):
+    for path in export(*given, arguments.base_model, arguments.license):
         print(path)
 
 
@@ -307,6 +307,9 @@ def _parser() -> argparse.ArgumentParser:
     verb.add_argument("--format", choices=formats, required=True, help=help)
     verb.add_argument("--checkpoint", metavar="NAME", help="checkpoint of the run (default: the last)")
     verb.add_argument("--branches-only", action="store_true", help="omit what was trained besides the branches")
+    help = "name of the model without branches, for others to find it (default: the folder of the run's weights)"
+    verb.add_argument("--base-model", metavar="NAME", help=help)
+    verb.add_argument("--license", metavar="ID", help="license in the model card, for example apache-2.0")
 
     verb = add("import", _import, "import a PEFT adapter or the authors' released weights as a run to export")
     help = "folder of one or several PEFT adapters, or the released pytorch_model.bin or safetensors file"

@@ -19,6 +19,7 @@ from cnext.adapters.attach import (
     trained_like,
 )
 from cnext.adapters.linear import AdapterLinear, Branch
+from cnext.adapters.loading import load
 from cnext.adapters.mage import AttachedMage, attach_mage
 from cnext.adapters.roles import (
     BRANCH_ROLES,
@@ -53,6 +54,7 @@ __all__ = [
     "holding",
     "joined",
     "layers",
+    "load",
     "modalities_of",
     "position_roles",
     "roles_of",

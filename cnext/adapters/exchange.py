@@ -80,7 +80,8 @@ def refuse_tied(model: nn.Module) -> None:
     if tied:
         raise UserError(
             f"a merged model cannot hold branches in weights that several layers own: {' is '.join(tied[0])}; loading "
-            "it would tie them again; --format peft and authors hold the branches beside the weights"
+            "it would tie them again; save_pretrained, and --format peft and authors, hold the branches beside the "
+            "weights"
         )
 
 
@@ -158,14 +159,37 @@ def merged(model: nn.Module) -> Iterator[nn.Module]:
         if (reason := layer.unmergeable) is not None:
             raise UserError(f"merge: the branches of {name} {reason}")
     refuse_tied(model)
-    found = layers(model).values()
-    own = [layer for layer in found if not layer.merged]
+    own = [layer for layer in layers(model).values() if not layer.merged]
     for layer in own:
         layer.merge()
     try:
-        replace_modules(model, {layer: layer.base for layer in found})
-        yield model
+        with _bases(model):
+            yield model
     finally:
-        replace_modules(model, {layer.base: layer for layer in found})
         for layer in own:
             layer.unmerge()
+
+
+@contextmanager
+def without_branches(model: nn.Module) -> Iterator[nn.Module]:
+    """Context in which each adapter layer is replaced by its base layer, unmerged: the model before `attach`."""
+    own = [layer for layer in layers(model).values() if layer.merged]
+    for layer in own:
+        layer.unmerge()
+    try:
+        with _bases(model):
+            yield model
+    finally:
+        for layer in own:
+            layer.merge()
+
+
+@contextmanager
+def _bases(model: nn.Module) -> Iterator[None]:
+    """Context in which each adapter layer is replaced by its base layer."""
+    found = layers(model).values()
+    replace_modules(model, {layer: layer.base for layer in found})
+    try:
+        yield
+    finally:
+        replace_modules(model, {layer.base: layer for layer in found})

@@ -65,7 +65,9 @@ class Settings(Record):
     layers_pattern: list[str] | str | None = None
 
 
-def save_peft(model: nn.Module, folder: Path, one: bool = False) -> list[Path]:
+def save_peft(
+    model: nn.Module, folder: Path, one: bool = False, *, base_model: str = "unknown", branches: Branches | None = None
+) -> list[Path]:
     """Writes the active branches as PEFT adapters of the model without adapter layers.
 
     PEFT computes W x + (alpha / r) B A x, summed over active adapters, which with alpha = scale * r equals
@@ -76,6 +78,8 @@ def save_peft(model: nn.Module, folder: Path, one: bool = False) -> list[Path]:
         folder: where to write; created if needed.
         one: whether to write one adapter of the total rank, by concatenation, into the folder itself; otherwise an
             adapter per branch, in a subfolder of its name.
+        base_model: name or path of the model without adapters, base_model_name_or_path.
+        branches: to write; None: those of the model.
 
     Returns:
         The files written.
@@ -84,32 +88,58 @@ def save_peft(model: nn.Module, folder: Path, one: bool = False) -> list[Path]:
         UserError: the branches are routed, or there are none.
     """
     refuse_routed(model, "a PEFT adapter")
-    branches = branches_of(model)
+    branches = branches or branches_of(model)
+    options = {"target_modules": _chosen(model, branches.pairs), "base_model_name_or_path": base_model, **_kind(model)}
+    if any(layer.transposed for name, layer in layers(model).items() if name in branches.pairs):
+        options["fan_in_fan_out"] = True  # PEFT turns it on for a Conv1D itself, with a warning
     if one:
         branches = branches.regrouped({"lora": sum(branches.ranks.values())})
     written = []
     for name, rank in branches.ranks.items():
         pairs = {layer: found[name] for layer, found in branches.pairs.items()}
-        written += _save(model, folder if one else folder / name, pairs, rank, branches.scale)
+        written += _save(folder if one else folder / name, pairs, rank, branches.scale, options)
     return written
 
 
+def _chosen(model: nn.Module, names: Collection[str]) -> list[str] | str:
+    """What target_modules must be to name exactly these layers: last parts of their names, or a regular expression.
+
+    A list where that is possible: some tools read nothing else.
+    """
+    lasts = sorted({name.rpartition(".")[2] for name in names})
+    found = {unwrapped(name) for name, module in model.named_modules() if name.rpartition(".")[2] in lasts}
+    if found == set(names):
+        return lasts
+    patterns = {re.sub(r"(?<=\\\.)\d+(?=\\\.)", r"\\d+", re.escape(layer)): None for layer in names}
+    return "|".join(patterns)
+
+
+def _kind(model: nn.Module) -> dict[str, Any]:
+    """The settings by which PEFT's Auto classes choose the class of the model."""
+    kind = type(model)
+    if kind.__name__.endswith("ForCausalLM"):
+        return {"task_type": "CAUSAL_LM"}
+    return {"auto_mapping": {"base_model_class": kind.__name__, "parent_library": kind.__module__}}
+
+
 def _save(
-    model: nn.Module, folder: Path, pairs: dict[str, tuple[Tensor, Tensor]], rank: int, scale: float
+    folder: Path, pairs: dict[str, tuple[Tensor, Tensor]], rank: int, scale: float, options: Mapping[str, Any]
 ) -> list[Path]:
     from peft import LoraConfig
     from safetensors.torch import save_file
 
-    patterns = {re.sub(r"(?<=\\\.)\d+(?=\\\.)", r"\\d+", re.escape(layer)): None for layer in pairs}
-    targets = "|".join(patterns)
     alpha = scale * rank
-    options: dict[str, Any] = {"lora_alpha": int(alpha) if alpha == int(alpha) else alpha, "target_modules": targets}
-    if any(layer.transposed for name, layer in layers(model).items() if name in pairs):
-        options["fan_in_fan_out"] = True  # PEFT turns it on for a Conv1D itself, with a warning
-    if type(model).__name__.endswith("ForCausalLM"):
-        options["task_type"] = "CAUSAL_LM"
+    alpha = int(alpha) if alpha == int(alpha) else alpha
     folder.mkdir(parents=True, exist_ok=True)
-    LoraConfig(r=rank, lora_dropout=0.0, bias="none", inference_mode=True, **options).save_pretrained(str(folder))
+    config = LoraConfig(
+        r=rank,
+        lora_alpha=alpha,  # pyright: ignore[reportArgumentType]
+        lora_dropout=0.0,
+        bias="none",
+        inference_mode=True,
+        **options,
+    )
+    config.save_pretrained(str(folder))
     tensors = {
         f"base_model.model.{layer}.lora_{half}.weight": tensor.contiguous()
         for layer, pair in pairs.items()
@@ -137,6 +167,11 @@ def read_peft(folder: Path) -> Branches:
     parts = _parts(folder)
     if not parts:
         raise UserError(f"expected {CONFIG} in {folder} or in its subfolders, found none")
+    return read_parts(parts, folder)
+
+
+def read_parts(parts: Mapping[str, Path], folder: Path) -> Branches:
+    """The adapters in the folders of branches. Raises UserError as `read_peft`; folder: of all, for messages."""
     found = {name: _read_adapter(part) for name, part in parts.items()}
     scales = {name: scale for name, (_, scale) in found.items()}
     if len(set(scales.values())) > 1:

@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import copy
+import os
+import tempfile
 from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 
+from cnext.adapters import exchange, hub, model_saves, saving
 from cnext.adapters.attach import SHARED, attach, detach, layers, set_trainable
 from cnext.adapters.bases import is_linear, offloaded_to
 from cnext.adapters.linear import AdapterLinear
 from cnext.adapters.roles import MODALITIES, branch_roles, roles_of
+from cnext.adapters.saving import Attached
+from cnext.adapters.shared_input import part
 from cnext.adapters.targets import linear_targets
 from cnext.errors import UserError, listed
 
@@ -18,20 +26,19 @@ TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down
 
 
 class AttachedMage:
-    """Handle of MAGE's branches in a model: trains, merges and detaches them. Returned by `attach_mage`.
+    """Handle of MAGE's branches in a model: trains, saves, merges and detaches them. Returned by `attach_mage`.
 
     Args:
         model: the whole model.
         requires_grad: whether each parameter required a gradient before, by name.
-        modalities: what tasks may read and write.
+        attached: how the branches were attached.
     """
 
-    def __init__(
-        self, model: nn.Module, requires_grad: dict[str, bool], modalities: Sequence[str] = MODALITIES
-    ) -> None:
+    def __init__(self, model: nn.Module, requires_grad: dict[str, bool], attached: Attached) -> None:
         self.model = model
-        self.modalities = tuple(modalities)
+        self.modalities = tuple(attached.modalities)
         self._requires_grad = requires_grad
+        self._attached_by = attached
         # transformers' Trainer refuses a model of this flag as one that has nothing to train, unless it has PEFT's.
         self._quantized = bool(getattr(model, "is_quantized", False))
         if self._quantized:
@@ -100,6 +107,140 @@ class AttachedMage:
         for layer in found.values():
             layer.unmerge()
 
+    def merged(self) -> nn.Module:
+        """A copy of the model with the branches merged into its weights, W + scale * sum of B_i A_i, and none beside.
+
+        A plain model of its own class, in eval mode: `save_pretrained` writes a whole checkpoint, which the class's
+        `from_pretrained` loads. The model with branches stays as it is. The copy is on the same devices and takes as
+        much memory as the model. In half precision the merged weights are rounded to it.
+
+        Returns:
+            The copy. It has no `name_or_path`: its weights are no longer those of the base model.
+
+        Raises:
+            UserError: branches are in a weight that another module owns too, such as a head tied to the embeddings, or
+                the branches were detached.
+
+        Example:
+            >>> handle.merged().save_pretrained("merged")  # doctest: +SKIP
+            >>> AutoModelForCausalLM.from_pretrained("merged")  # doctest: +SKIP
+        """
+        self._attached("merged")
+        with exchange.merged(self.model):
+            copied: Any = copy.deepcopy(self.model)
+        model_saves.undo(copied)
+        for module in copied.modules():
+            part(module)
+        for name, parameter in copied.named_parameters():
+            parameter.requires_grad_(self._requires_grad.get(name, parameter.requires_grad))
+        if hasattr(copied, "name_or_path"):
+            copied.name_or_path = copied.config.name_or_path = ""
+        return copied.eval()
+
+    def save_pretrained(
+        self,
+        folder: str | os.PathLike[str],
+        *,
+        per_branch: bool = False,
+        base_model: str | None = None,
+        license: str | None = None,
+        tags: Sequence[str] = (),
+        eval_results: Sequence[Any] = (),
+    ) -> Path:
+        """Writes the branches, without the frozen model, as PEFT adapters in safetensors, with a card.
+
+        `cnext.load` gives back the same branches, bit for bit; PEFT, transformers' `from_pretrained` and vLLM read the
+        folder as an adapter. Beside it are cnext_config.json (branches, how they were attached, versions), and
+        reference.json, a checksum of the logits, by which `cnext.load` knows the base model.
+
+        Args:
+            folder: created if needed. Branches saved in it before are replaced.
+            per_branch: an adapter per branch, each in a subfolder of its name, instead of one of the total rank.
+            base_model: name or path of the model without branches. Default: the model's ``name_or_path``.
+            license: for the card, an identifier of the Hugging Face Hub such as "apache-2.0".
+            tags: for the card.
+            eval_results: objects of `huggingface_hub`: each ``EvalResult`` is in the card's model-index, each
+                ``EvalResultEntry`` in .eval_results/.
+
+        Returns:
+            The folder.
+
+        Raises:
+            UserError: the base model has no name; other parameters were trained, which no adapter holds; or the folder
+                holds a whole model, or branches in the other form.
+
+        Example:
+            >>> handle.save_pretrained("branches")  # doctest: +SKIP
+            >>> PeftModel.from_pretrained(base, "branches")  # doctest: +SKIP
+            >>> cnext.load(other_base, "branches")  # doctest: +SKIP
+        """
+        self._attached("save_pretrained")
+        name = base_model or saving.base_name(self.model)
+        if name is None:
+            raise UserError(
+                "save_pretrained: the model has no name_or_path, so nobody could know which model the adapter is for; "
+                "pass base_model= with its name on the Hugging Face Hub or its folder"
+            )
+        if beside := saving.trained_beside(self.model):
+            raise UserError(
+                f"save_pretrained: {listed(beside, 3)} require a gradient and are no branches, so an adapter would "
+                "lose what they learned; freeze them, or save the whole model: handle.merged().save_pretrained(folder)"
+            )
+        hub.sorted_results(eval_results)
+        config, kept = saving.write(self.model, self._attached_by, Path(folder), name, per_branch=per_branch)
+        hub.write_card(Path(folder), config, kept, license=license, tags=tags, eval_results=eval_results)
+        return Path(folder)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        per_branch: bool = False,
+        base_model: str | None = None,
+        license: str | None = None,
+        tags: Sequence[str] = (),
+        eval_results: Sequence[Any] = (),
+        private: bool | None = None,
+        token: str | bool | None = None,
+        revision: str | None = None,
+        commit_message: str | None = None,
+        create_pr: bool = False,
+    ) -> str:
+        """Uploads what `save_pretrained` writes to a repository of the Hugging Face Hub, created if needed.
+
+        Args:
+            repo_id: "user/name".
+            per_branch, base_model, license, tags, eval_results: see `save_pretrained`. The base model must be on the
+                Hub, too.
+            private, token, revision, commit_message, create_pr: as of `huggingface_hub.HfApi.upload_folder`.
+
+        Returns:
+            The address of the commit, or of the pull request.
+
+        Raises:
+            UserError: as `save_pretrained`; the base model is a local folder; or the Hub refuses the upload.
+
+        Example:
+            >>> handle.push_to_hub("me/birds", base_model="org/model", license="apache-2.0")  # doctest: +SKIP
+        """
+        self._attached("push_to_hub")
+        name = base_model or saving.base_name(self.model)
+        hub.require_hub_name(name)
+        with tempfile.TemporaryDirectory() as made:
+            folder = Path(made) / repo_id.rpartition("/")[2]
+            self.save_pretrained(
+                folder, per_branch=per_branch, base_model=name, license=license, tags=tags, eval_results=eval_results
+            )
+            return hub.upload(
+                folder,
+                repo_id,
+                private=private,
+                token=token,
+                revision=revision,
+                commit_message=commit_message,
+                create_pr=create_pr,
+            )
+
     def _attached(self, what: str) -> dict[str, AdapterLinear]:
         """The layers. Raises UserError where there are none any more."""
         if not self.layers:
@@ -112,6 +253,7 @@ class AttachedMage:
         Returns:
             The model as it was before `attach_mage`.
         """
+        model_saves.undo(self.model)
         detach(self.model)
         if self._quantized:
             self.model.__dict__["is_quantized"] = True
@@ -167,6 +309,7 @@ def attach_mage(
     Reference: Continual-NExT, arXiv 2602.18055, section 4.
     """
     ranks = {role.name: rank for role in branch_roles(modalities)}
+    asked = language_model
     if language_model is None:
         language_model = _language_model(model)
     _require_targets_inside(model, language_model, targets)
@@ -185,7 +328,23 @@ def attach_mage(
     for name, parameter in model.named_parameters():
         if name in before:
             parameter.requires_grad_(False)
-    return AttachedMage(model, before, modalities)
+    attached = Attached(
+        modalities=list(modalities),
+        rank=rank,
+        scale=scale,
+        dropout=dropout,
+        independent=independent,
+        shared=[list(group) for group in shared],
+        targets=targets if isinstance(targets, str) else list(targets),
+        language_model=None if asked is None else _name_in(model, asked),
+    )
+    model_saves.override(model, attached)
+    return AttachedMage(model, before, attached)
+
+
+def _name_in(model: nn.Module, part: nn.Module) -> str | None:
+    """The name of a part of a model, "" for the model itself."""
+    return next((name for name, module in model.named_modules() if module is part), None)
 
 
 def _language_model(model: nn.Module) -> nn.Module:

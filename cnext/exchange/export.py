@@ -17,9 +17,9 @@ from torch import Tensor, nn
 
 from cnext import backbones, methods, packages
 from cnext.adapters import exchange, exchange_authors, exchange_peft
+from cnext.adapters.logit_check import reference
 from cnext.backbones.base import Backbone
 from cnext.errors import UserError, listed, unknown
-from cnext.exchange.logit_check import reference
 from cnext.exchange.model_card import FinalResults, RestorableConfig, card
 from cnext.methods.base import Method
 from cnext.runs import checkpoint, schemas
@@ -170,7 +170,15 @@ def new_folder(folder: Path) -> Iterator[Path]:
         shutil.rmtree(unfinished, ignore_errors=True)
 
 
-def export(run: Path, to: Path, format: str, label: str | None = None, branches_only: bool = False) -> list[Path]:
+def export(
+    run: Path,
+    to: Path,
+    format: str,
+    label: str | None = None,
+    branches_only: bool = False,
+    base_model: str | None = None,
+    license: str | None = None,
+) -> list[Path]:
     """Writes a run's adapters into a new folder. Returns the files.
 
     Args:
@@ -178,6 +186,9 @@ def export(run: Path, to: Path, format: str, label: str | None = None, branches_
             (pytorch_model.bin as released) or "merged" (the transformers model with the branches in its weights).
         label: the checkpoint's name; None: the last one between tasks.
         branches_only: leaves out trained tensors other than the branches.
+        base_model: name of the model without branches, for the card and PEFT. None: the folder of the run's weights, or
+            "cnext:" and the name of a backbone whose weights come with the package.
+        license: of what is exported, for the card, as the Hugging Face Hub writes it.
 
     Raises:
         UserError: the format cannot hold what was trained, or ``to`` exists and is not empty.
@@ -199,9 +210,11 @@ def export(run: Path, to: Path, format: str, label: str | None = None, branches_
                 "--format authors and merged hold these, --branches-only leaves them out"
             )
         exchange_authors.put_extras(restored.model, extras)
+        weights = restored.config.weights
+        base = base_model or (os.path.abspath(weights) if weights else f"cnext:{restored.config.backbone}")
         with restored.method.for_eval():
             branches = exchange.branches_of(restored.model)
-            notes += _write(restored, folder, format, extras)
+            notes += _write(restored, folder, format, extras, base)
             kept = reference(restored.model)
         checkpoint.write_json(folder / REFERENCE, to_builtins(kept))
         facts = {
@@ -212,6 +225,8 @@ def export(run: Path, to: Path, format: str, label: str | None = None, branches_
             "scale": branches.scale,
             "model": type(restored.model).__name__,
             "notes": notes,
+            "base": base,
+            "license": license,
         }
         checkpoint.write_text(folder / "README.md", card(format, restored.config, restored.results, facts, kept))
         names = sorted(path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
@@ -222,7 +237,7 @@ def _counted(extras: dict[str, dict[str, Tensor]]) -> str:
     return ", ".join(f"{kind} ({len(tensors)})" for kind, tensors in sorted(extras.items()))
 
 
-def _write(restored: Restored, folder: Path, format: str, extras: dict[str, dict[str, Tensor]]) -> list[str]:
+def _write(restored: Restored, folder: Path, format: str, extras: dict[str, dict[str, Tensor]], base: str) -> list[str]:
     """Writes the weights. Returns notes for the model card."""
     from safetensors.torch import save_file
 
@@ -232,7 +247,7 @@ def _write(restored: Restored, folder: Path, format: str, extras: dict[str, dict
         torch.save({name: tensor.contiguous() for name, tensor in state.items()}, folder / "pytorch_model.bin")
         return []
     if format != "merged":
-        exchange_peft.save_peft(model, folder, one=format == "peft-merged-rank")
+        exchange_peft.save_peft(model, folder, one=format == "peft-merged-rank", base_model=base)
         return []
     with exchange.merged(model):
         model.save_pretrained(str(folder))

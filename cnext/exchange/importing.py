@@ -13,10 +13,11 @@ from torch import Tensor
 from cnext import backbones, methods, packages
 from cnext.adapters import MODALITIES, exchange, exchange_authors, exchange_peft, layers, modalities_of
 from cnext.adapters.exchange_authors import BESIDE, KINDS, LANGUAGE_MODEL, Released
+from cnext.adapters.logit_check import Reference, agrees
+from cnext.adapters.saving import CONFIG
 from cnext.backbones.base import Backbone
 from cnext.errors import UserError, listed, unknown
 from cnext.exchange.export import EXTRAS, REFERENCE, new_folder, outer_model
-from cnext.exchange.logit_check import Reference, agrees
 from cnext.runs import checkpoint, schemas
 from cnext.tensor_files import read_tensors
 
@@ -75,7 +76,7 @@ def import_adapter(
     lines += [f"zero branches in {len(zero)} layers that the adapter is not for: {listed(zero)}"] if zero else []
     lines += [f"also imported: {kind}, {len(part)} tensors" for kind, part in found.extras.items()]
     lines += [f"ignored: {kind}, {number} tensors" for kind, number in found.ignored.items()]
-    unread = [name for name in exchange_peft.unread(path) if name != REFERENCE] if _is_peft(path) else []
+    unread = [name for name in exchange_peft.unread(path) if name not in (REFERENCE, CONFIG)] if _is_peft(path) else []
     lines += [f"ignored files beside the adapter: {listed(unread)}"] if unread else []
     return "\n".join(lines)
 

@@ -8,7 +8,8 @@ from typing import Any
 from msgspec import field
 
 from cnext.adapters import MODALITIES
-from cnext.exchange.logit_check import Reference
+from cnext.adapters.hub import front_matter
+from cnext.adapters.logit_check import Reference
 from cnext.records import FileName, Record
 from cnext.report.page import environment as templates
 from cnext.runs import environment
@@ -54,7 +55,8 @@ def card(
         format: of the export.
         config, results: config.json and results.json of the run.
         export: of the checkpoint: its name (checkpoint), the number of tasks learnt (stages) and whether these are all
-            (last), branches with their ranks (ranks), scale, class of the model (model) and notes.
+            (last), branches with their ranks (ranks), scale, class of the model (model), its name without branches
+            (base), license and notes.
         reference: reference.json.
     """
     kind = config.method if config.method in ("moelora", "lora") else "lora" if len(export["ranks"]) == 1 else "mage"
@@ -64,7 +66,11 @@ def card(
     matrix = list(zip(results.tasks, results.score_matrix, strict=False))[: export["stages"]] if results else []
     template = templates(Path(__file__).parent).get_template("model_card.md.j2")
     versions = {name: version for name, version in environment.versions().items() if version}
+    library = {"authors": None, "merged": "transformers"}.get(format, "peft")
+    name = f"{config.method}-{config.backbone}"
+    found = _eval_results(config, results) if results and export["last"] and results.finished else []
     return template.render(
+        head=front_matter(export["base"], library=library, name=name, license=export["license"], eval_results=found),
         format=format,
         config=config,
         facts=facts,
@@ -75,3 +81,27 @@ def card(
         kind=kind,
         versions=versions,
     )
+
+
+def _eval_results(config: RestorableConfig, results: FinalResults) -> list[Any]:
+    """The final score of each task, and the metrics over all, for the card's model-index."""
+    from huggingface_hub import EvalResult
+
+    last = results.score_matrix[-1] if results.score_matrix else None
+    final = zip(results.tasks, last, strict=True) if last else ()
+    scores = [(task, "score", "Score after the last task", value) for task, value in final]
+    scores += [("all tasks", name, name, value) for name, value in results.metrics.items()]
+    return [
+        EvalResult(
+            task_type="continual-learning",
+            dataset_type=config.suite or "unknown",
+            dataset_name=f"{config.suite or 'unknown'}: {task}",
+            dataset_config=task,
+            dataset_split=results.split,
+            metric_type=kind,
+            metric_name=f"{name} (percent, profile {results.profile})",
+            metric_value=round(value, 4),
+        )
+        for task, kind, name, value in scores
+        if value is not None
+    ]

@@ -179,7 +179,7 @@ def test_model_card(run: Path, tmp_path: Path) -> None:
 
 
 def test_the_checksum_tolerates_rounding_errors_only(run: Path) -> None:
-    from cnext.exchange.logit_check import agrees, reference
+    from cnext.adapters.logit_check import agrees, reference
 
     model = restore(run).model
     kept = reference(model)

@@ -1,0 +1,250 @@
+"""The folder of a model's branches: PEFT adapters, and beside them what restores the branches to the bit."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+import warnings
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Annotated, Any
+
+from msgspec import Meta, field
+from torch import Tensor, nn
+
+from cnext import packages
+from cnext.adapters import exchange, exchange_peft
+from cnext.adapters.attach import layers
+from cnext.adapters.exchange import Branches
+from cnext.adapters.logit_check import Reference, reference
+from cnext.adapters.roles import MODALITIES
+from cnext.distributed.wrapped_names import unwrapped
+from cnext.errors import UserError, listed
+from cnext.records import FileName, Finite, PositiveInt, Record, plain, read
+
+CONFIG, REFERENCE, CARD = "cnext_config.json", "reference.json", "README.md"
+FORMAT = 1
+PACKAGES = ("cnext", "torch", "transformers", "peft")
+WRITTEN_BY = "Written by `cnext`"
+"""Marks a card that may be replaced."""
+NO_LOGITS = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
+"""Errors of a model that cannot be run on token ids alone, or whose logits are not finite."""
+ADVICE = "save the branches again"
+
+
+class Attached(Record, kw_only=True):
+    """The arguments of `attach_mage`. language_model: its name in the model, None for the default."""
+
+    modalities: list[str] = field(default_factory=lambda: list(MODALITIES))
+    rank: PositiveInt
+    scale: Finite
+    dropout: Annotated[float, Meta(ge=0, lt=1)]
+    independent: bool
+    shared: list[list[str]]
+    targets: list[str] | str
+    language_model: str | None = None
+
+
+class Saved(Record, kw_only=True):
+    """cnext_config.json. branches: rank of each, in the order of one adapter's columns.  model: its class."""
+
+    format: int
+    branches: dict[str, PositiveInt]
+    scale: Finite
+    attached: Attached
+    per_branch: bool
+    base_model: str
+    model: str
+    dtype: str
+    versions: dict[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not self.branches or not all(map(FileName.fits, self.branches)):
+            raise ValueError("Expected names in `branches` that can be a file's")
+
+
+def base_name(model: nn.Module) -> str | None:
+    """The name or path that a transformers model was loaded from, a local path absolute; None for a new model."""
+    name = getattr(model, "name_or_path", None) or None
+    return os.path.abspath(name) if name is not None and os.path.isdir(name) else name
+
+
+def trained_beside(model: nn.Module) -> list[str]:
+    """Names of parameters that require a gradient and are no branch's: no adapter holds them."""
+    inside = {id(parameter) for layer in layers(model).values() for _, parameter in layer.adapter_parameters()}
+    return [name for name, each in model.named_parameters() if each.requires_grad and id(each) not in inside]
+
+
+def branches_in(model: nn.Module, state: Mapping[str, Tensor] | None = None) -> Branches:
+    """The branches of a model, or those in its state dictionary, as of a sharded model.
+
+    Raises:
+        UserError: a branch is not active: what is written acts with all of its branches.
+    """
+    found = layers(model)
+    if idle := sorted({key for layer in found.values() for key in layer.branches if key not in layer.active}):
+        raise UserError(f"{listed(idle)}: not active, but an adapter acts with all branches; activate all to save them")
+    if state is None:
+        own = exchange.branches_of(model)
+        return Branches({unwrapped(name): pairs for name, pairs in own.pairs.items()}, own.scale)
+    named = {unwrapped(name): tensor.detach() for name, tensor in state.items()}
+    try:
+        pairs = {
+            unwrapped(name): {
+                key: (named[f"{unwrapped(name)}.branches.{key}.A"], named[f"{unwrapped(name)}.branches.{key}.B"])
+                for key in layer.active
+            }
+            for name, layer in found.items()
+        }
+    except KeyError as error:
+        raise UserError(f"the state dictionary to save lacks a branch, {error}; pass the whole model's") from error
+    return Branches(pairs, next(iter(found.values())).scale)
+
+
+def sharded(model: nn.Module) -> bool:
+    """Whether parameters are parts of tensors, so that one process alone cannot run the model."""
+    from torch.distributed.tensor import DTensor
+
+    return any(
+        isinstance(each, DTensor) or hasattr(each, "ds_id") or hasattr(each, "_is_flat_param") or each.is_meta
+        for each in model.parameters()
+    ) or any(hasattr(module, "_fsdp_wrapped_module") for module in model.modules())
+
+
+def _reference(model: nn.Module) -> Reference | None:
+    """Reference logits with the branches; None, with a warning, for a model that does not run on token ids alone."""
+    if sharded(model):
+        return None
+    try:
+        return reference(model)
+    except NO_LOGITS as error:
+        warnings.warn(
+            "no reference logits are saved with the branches, so loading cannot check the model: "
+            f"{type(model).__name__} gives none for token ids alone ({type(error).__name__}: {error})",
+            stacklevel=2,
+        )
+        return None
+
+
+def write(
+    model: nn.Module,
+    attached: Attached,
+    folder: Path,
+    base_model: str,
+    *,
+    per_branch: bool = False,
+    state: Mapping[str, Tensor] | None = None,
+) -> tuple[Saved, Reference | None]:
+    """Writes the branches into a folder, over those of earlier.
+
+    Args:
+        model: with adapter layers.
+        attached: how they were attached.
+        base_model: name or path of the model without branches.
+        per_branch: an adapter per branch, in subfolders, instead of one of the total rank.
+        state: of the whole model, to take the branches from; None: the model's own.
+
+    Returns:
+        What is in cnext_config.json and in reference.json.
+
+    Raises:
+        UserError: the folder holds a whole model or branches in the other form, or a branch is not active.
+    """
+    _require_free(folder, per_branch)
+    branches = branches_in(model, state)
+    kept = _reference(model)
+    versions = {name: version for name in PACKAGES if (version := packages.version(name))}
+    config = Saved(
+        format=FORMAT,
+        branches=branches.ranks,
+        scale=branches.scale,
+        attached=attached,
+        per_branch=per_branch,
+        base_model=base_model,
+        model=type(model).__name__,
+        dtype=dtype(model),
+        versions=versions,
+    )
+    with tempfile.TemporaryDirectory(prefix=".unfinished-", dir=folder) as made:
+        unfinished = Path(made)
+        exchange_peft.save_peft(model, unfinished, one=not per_branch, base_model=base_model, branches=branches)
+        if kept is not None:
+            _write_json(unfinished / REFERENCE, kept)
+        _write_json(unfinished / CONFIG, config)
+        with suppress(FileNotFoundError):  # an earlier one
+            (folder / REFERENCE).unlink()
+        move(unfinished, folder)
+    return config, kept
+
+
+def dtype(model: nn.Module) -> str:
+    """The dtype of most frozen parameters."""
+    kinds = [str(layer.unmerged_weight.dtype).removeprefix("torch.") for layer in layers(model).values()]
+    return max(set(kinds), key=kinds.count)
+
+
+def _require_free(folder: Path, per_branch: bool) -> None:
+    """Makes a folder for branches. Raises UserError where what is in it would be mixed with them."""
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"expected a folder to save into, {folder} is a file")
+    folder.mkdir(parents=True, exist_ok=True)
+    if (folder / "config.json").is_file():
+        raise UserError(
+            f"{folder} holds a whole model (config.json), to which loading would add the adapter; give another folder"
+        )
+    top = (folder / exchange_peft.CONFIG).is_file()
+    other = (folder / CONFIG).is_file() and read(folder / CONFIG, Saved, "give another folder").per_branch != per_branch
+    if other or (per_branch and top):
+        here = "one adapter" if top else "an adapter per branch"
+        raise UserError(f"{folder} holds branches as {here} already, and both would be loaded; give another folder")
+
+
+def move(source: Path, target: Path) -> None:
+    """Moves files into a folder and its subfolders of the same names, over those that are there."""
+    for path in sorted(source.rglob("*")):
+        place = target / path.relative_to(source)
+        if path.is_dir():
+            place.mkdir(exist_ok=True)
+        else:
+            os.replace(path, place)
+
+
+def _write_json(file: Path, value: Any) -> None:
+    file.write_text(json.dumps(plain(value), indent=1) + "\n", encoding="utf-8")
+
+
+def read_saved(folder: Path) -> tuple[Saved, Branches, Reference | None]:
+    """What `write` wrote.
+
+    Raises:
+        UserError: the folder holds none, or a file is damaged or contradicts another.
+    """
+    if not folder.is_dir():
+        raise UserError(f"expected a folder of branches, {folder} is none")
+    if not (folder / CONFIG).is_file():
+        found = "an adapter of PEFT, which PeftModel.from_pretrained loads" if exchange_peft.is_peft(folder) else "none"
+        raise UserError(f"expected branches that save_pretrained wrote, with {CONFIG}, in {folder}; found {found}")
+    config = read(folder / CONFIG, Saved, ADVICE)
+    if config.format > FORMAT:
+        made = config.versions.get("cnext", "a newer version")
+        raise UserError(f"{folder / CONFIG}: written by cnext {made}, in format {config.format}; update cnext")
+    if config.per_branch:
+        missing = [name for name in config.branches if not (folder / name / exchange_peft.CONFIG).is_file()]
+        if missing:
+            raise UserError(f"{folder} lacks the adapters of {listed(missing)}, which {CONFIG} names; {ADVICE}")
+        branches = exchange_peft.read_parts({name: folder / name for name in config.branches}, folder)
+    else:
+        branches = exchange_peft.read_peft(folder)
+    if not config.per_branch and list(branches.ranks) != ["lora"]:
+        raise UserError(f"{folder} has an adapter per branch, and {CONFIG} says that it has one; {ADVICE}")
+    wrong = sum(branches.ranks.values()) != sum(config.branches.values())
+    if wrong or abs(branches.scale - config.scale) > 1e-6 * abs(config.scale):
+        raise UserError(
+            f"{folder}: {exchange_peft.CONFIG} has ranks {branches.ranks} and lora_alpha / r {branches.scale:g}, "
+            f"{CONFIG} {config.branches} and {config.scale:g}; {ADVICE}"
+        )
+    branches = Branches(branches.regrouped(config.branches).pairs, config.scale)
+    kept = read(folder / REFERENCE, Reference, ADVICE) if (folder / REFERENCE).is_file() else None
+    return config, branches, kept
