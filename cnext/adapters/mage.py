@@ -131,6 +131,8 @@ class AttachedMage:
         model_saves.undo(copied)
         for module in copied.modules():
             part(module)
+        if vars(copied).pop("_original_forward", None) is not None:  # accelerate's autocast around the forward
+            vars(copied).pop("forward", None)
         for name, parameter in copied.named_parameters():
             parameter.requires_grad_(self._requires_grad.get(name, parameter.requires_grad))
         if hasattr(copied, "name_or_path"):

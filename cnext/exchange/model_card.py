@@ -87,17 +87,18 @@ def _eval_results(config: RestorableConfig, results: FinalResults) -> list[Any]:
     """The final score of each task, and the metrics over all, for the card's model-index."""
     from huggingface_hub import EvalResult
 
+    suite = str(config.suite or "unknown")
     last = results.score_matrix[-1] if results.score_matrix else None
     final = zip(results.tasks, last, strict=True) if last else ()
-    scores = [(task, "score", "Score after the last task", value) for task, value in final]
+    scores = [(str(task), "score", "Score after the last task", value) for task, value in final]
     scores += [("all tasks", name, name, value) for name, value in results.metrics.items()]
     return [
         EvalResult(
             task_type="continual-learning",
-            dataset_type=config.suite or "unknown",
-            dataset_name=f"{config.suite or 'unknown'}: {task}",
+            dataset_type=suite,
+            dataset_name=f"{suite}: {task}",
             dataset_config=task,
-            dataset_split=results.split,
+            dataset_split=str(results.split),
             metric_type=kind,
             metric_name=f"{name} (percent, profile {results.profile})",
             metric_value=round(value, 4),

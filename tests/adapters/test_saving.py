@@ -67,8 +67,8 @@ def base(bases: Path, kind: str = "llama") -> Any:
     return auto.from_pretrained(bases / kind)
 
 
-def attached(model: nn.Module, **options: Any) -> AttachedMage:
-    handle = cnext.attach_mage(model, **({"rank": 2, "scale": 0.5} | options))
+def attached(model: nn.Module, attach: Any = cnext.attach_mage, **options: Any) -> AttachedMage:
+    handle = attach(model, **({"rank": 2, "scale": 0.5} | options))
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in branch_parameters(model).values():
@@ -548,32 +548,22 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> FakeHub:
 
 
 def test_push_to_hub(bases: Path, hub: FakeHub, tmp_path: Path) -> None:
-    import yaml
-    from huggingface_hub import EvalResult, EvalResultEntry, ModelCard
+    from huggingface_hub import EvalResult, ModelCard
 
     handle = attached(base(bases))
     with pytest.raises(UserError, match=r"the base model is /.*/llama, which nobody else can load; pass base_model="):
         handle.push_to_hub("me/birds")
     assert not hub.calls
-    results = [
-        EvalResult("text-generation", "org/birds", "Birds", "accuracy", 61.5),
-        EvalResultEntry(dataset_id="org/birds", task_id="default", value=61.5, notes="after 3 tasks"),
-        EvalResultEntry(dataset_id="org/birds", task_id="hard", value=12.0),
-    ]
+    results = [EvalResult("text-generation", "org/birds", "Birds", "accuracy", 61.5)]
     options = {"license": "apache-2.0", "tags": ["birds"], "eval_results": results, "base_model": "org/model"}
     url = handle.push_to_hub("me/birds", token="t", private=True, revision="dev", commit_message="One", **options)
     assert url == "https://hub.test/commit"
-    assert [call[:2] for call in hub.calls] == [
-        ("HfApi", "t"),
-        ("create_repo", "me/birds"),
-        ("upload_folder", "me/birds"),
-    ]
+    calls = [("HfApi", "t"), ("create_repo", "me/birds"), ("upload_folder", "me/birds")]
+    assert [call[:2] for call in hub.calls] == calls
     assert hub.calls[1][2] == {"private": True, "exist_ok": True}
     assert hub.calls[2][2] == {"commit_message": "One", "revision": "dev", "create_pr": False}
-    assert hub.files.keys() == {
-        "README.md", "adapter_config.json", "adapter_model.safetensors", "cnext_config.json", "reference.json",
-        ".eval_results/birds.yaml",
-    }  # fmt: skip
+    names = "README.md adapter_config.json adapter_model.safetensors cnext_config.json reference.json"
+    assert sorted(hub.files) == names.split()
     card = ModelCard(hub.files["README.md"].decode())
     data = card.data.to_dict()
     assert (data["base_model"], data["license"], data["library_name"]) == ("org/model", "apache-2.0", "peft")
@@ -581,13 +571,28 @@ def test_push_to_hub(bases: Path, hub: FakeHub, tmp_path: Path) -> None:
     assert card.data.eval_results[0].metric_value == 61.5
     assert data["model-index"][0]["name"] == "birds"
     assert "`max_lora_rank` of at least 8" in card.text
-    assert yaml.safe_load(hub.files[".eval_results/birds.yaml"]) == [
-        {"dataset": {"id": "org/birds", "task_id": "default"}, "value": 61.5, "notes": "after 3 tasks"},
-        {"dataset": {"id": "org/birds", "task_id": "hard"}, "value": 12.0},
-    ]
     assert json.loads(hub.files["adapter_config.json"])["base_model_name_or_path"] == "org/model"
     with pytest.raises(UserError, match=r"expected huggingface_hub.EvalResult .* or EvalResultEntry .*, got dict"):
         handle.save_pretrained(tmp_path, eval_results=[{"accuracy": 1}])
+
+
+def test_results_for_leaderboards_are_files(bases: Path, tmp_path: Path) -> None:
+    import huggingface_hub
+    import yaml
+
+    if not hasattr(huggingface_hub, "EvalResultEntry"):  # older than the format
+        return
+    made = [
+        huggingface_hub.EvalResultEntry(dataset_id="org/birds", task_id="default", value=61.5, notes="after 3 tasks"),
+        huggingface_hub.EvalResultEntry(dataset_id="org/birds", task_id="hard", value=12.0),
+    ]
+    attached(base(bases)).save_pretrained(tmp_path, eval_results=made)
+    text = (tmp_path / ".eval_results" / "birds.yaml").read_text()
+    assert yaml.safe_load(text) == [
+        {"dataset": {"id": "org/birds", "task_id": "default"}, "value": 61.5, "notes": "after 3 tasks"},
+        {"dataset": {"id": "org/birds", "task_id": "hard"}, "value": 12.0},
+    ]
+    assert "model-index" not in (tmp_path / "README.md").read_text()
 
 
 def test_a_refusal_of_the_hub_is_told(bases: Path, hub: FakeHub, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -643,3 +648,19 @@ def test_cnext_import_reads_what_is_saved(tmp_path: Path) -> None:
     told = import_adapter(tmp_path / "out", tmp_path / "run", method="mage")
     assert "reference logits as exported" in told
     assert "ignored" not in told
+
+
+def test_the_page_of_the_documentation(bases: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    page = (Path(__file__).parents[2] / "docs" / "saving.md").read_text(encoding="utf-8")
+    first = re.findall(r"```python\n(.*?)```", page, re.DOTALL)[0]
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(cnext, "attach_mage", attached)  # as if trained
+    names: dict[str, Any] = {"cnext": cnext, "AutoModelForCausalLM": AutoModelForCausalLM, "PeftModel": PeftModel}
+    names |= {"base": base(bases), "name": bases / "llama"}
+    exec(first, names)
+    expected = logits(names["base"])
+    assert torch.equal(logits(names["again"].model), expected)
+    torch.testing.assert_close(logits(names["model"]), expected, rtol=0, atol=1e-5)

@@ -178,6 +178,32 @@ def test_model_card(run: Path, tmp_path: Path) -> None:
         assert part in text
 
 
+def test_metadata_for_the_hub(run: Path, tmp_path: Path) -> None:
+    from huggingface_hub import ModelCard
+
+    export(run, tmp_path / "out", "peft")
+    card = ModelCard.load(tmp_path / "out" / "README.md")
+    data = card.data.to_dict()
+    assert (data["base_model"], data["library_name"], data.get("license")) == ("cnext:tiny", "peft", None)
+    assert {"continual-learning", "lora"} <= set(data["tags"])
+    for role in ROLES:
+        config = json.loads((tmp_path / "out" / role / "adapter_config.json").read_text())
+        assert config["base_model_name_or_path"] == "cnext:tiny"
+    found = {(one.dataset_config, one.metric_type): one.metric_value for one in card.data.eval_results}
+    assert found == {("VQAv2", "score"): 40.0, ("HQEdit", "score"): 61.5, ("all tasks", "avg_acc"): 50.75}
+
+    asked = ["export", str(run), "--to", str(tmp_path / "named"), "--format", "peft-merged-rank"]
+    assert main([*asked, "--base-model", "org/tiny", "--license", "apache-2.0"]) == 0
+    data = ModelCard.load(tmp_path / "named" / "README.md").data.to_dict()
+    assert (data["base_model"], data["license"]) == ("org/tiny", "apache-2.0")
+    config = json.loads((tmp_path / "named" / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == "org/tiny"
+
+    export(run, tmp_path / "merged", "merged")
+    data = ModelCard.load(tmp_path / "merged" / "README.md").data.to_dict()
+    assert (data["library_name"], "lora" in data["tags"]) == ("transformers", False)
+
+
 def test_the_checksum_tolerates_rounding_errors_only(run: Path) -> None:
     from cnext.adapters.logit_check import agrees, reference
 
