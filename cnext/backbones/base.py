@@ -98,7 +98,7 @@ class Backbone(ABC, nn.Module):
     """Name suffixes of the linear layers of ``language_model`` that get adapters."""
     connection_names: ClassVar[tuple[str, ...]] = ()
     """Prefixes of the names of parameters between the visual parts and the language model."""
-    image_loss_weight: ClassVar[float] = 6.0
+    image_loss_weight: float = 6.0
     """Weight of `image_loss` in the total loss. Default: that of the released SEED-X code."""
     encodes_ahead: ClassVar[bool] = False
     """Whether encoded samples are so small that those of a whole task are kept in memory. Otherwise each batch is
@@ -114,6 +114,8 @@ class Backbone(ABC, nn.Module):
     ``cnext.adapters.branch_roles`` of the suite's modalities: 0 text read, 1 image read, 2 text written (from the
     position that predicts the first token of an answer), 3 image written. A new tensor, set before each pass of
     training and generation."""
+    seed: int = 0
+    """Of a run: where generation samples, an answer follows from this and its question."""
 
     @property
     @abstractmethod
@@ -266,7 +268,9 @@ class Backbone(ABC, nn.Module):
 
     @abstractmethod
     def generate(self, samples: Sequence[Sample], max_new_tokens: int) -> list[Prediction]:
-        """Answers each sample's first instruction by greedy decoding. Answers and target images are not read.
+        """Answers each sample's first instruction, text by greedy decoding. Answers and target images are not read.
+
+        An answer depends on ``seed`` and its own sample, not on the others.
 
         Args:
             samples: any number.
@@ -321,9 +325,12 @@ class Backbone(ABC, nn.Module):
 
     def loss_of(self, output: Output, whole: tuple[float, ...] | None = None) -> Loss:
         """Training loss of an output. whole: as in `loss`."""
-        text = F.cross_entropy(output.logits, output.labels)
+        text = F.cross_entropy(output.logits, output.labels) if len(output.labels) else output.logits.new_zeros(())
         image = image_loss(output.image_pred, output.image_target) if len(output.image_pred) else text.new_zeros(())
         if whole is not None:
-            text, image = text * (len(output.labels) / whole[0]), image * (len(output.image_pred) / max(whole[1], 1))
+            text, image = (
+                text * (len(output.labels) / max(whole[0], 1)),
+                image * (len(output.image_pred) / max(whole[1], 1)),
+            )
         tokens = len(output.labels) + output.image_pred.shape[:2].numel()
         return Loss(text + self.image_loss_weight * image, text.detach(), image.detach(), tokens)

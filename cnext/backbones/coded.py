@@ -4,7 +4,8 @@
     image  mean over images and codes of CE(code_head(h_{t-1}), code_t)
 
 h is the language model's last hidden state. The begin token is a text token: by generating it, the model decides to
-write an image. The number of codes is fixed. Tokens and codes are generated greedily, which is deterministic.
+write an image, unless ``begins_images`` puts it into the prompt. The number of codes is fixed. Tokens are generated
+greedily; codes are sampled by a seed of the run and the sample, so that both are deterministic.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from cnext.backbones.base import Output
 from cnext.backbones.conversation import IGNORED, IMAGE_WRITTEN, TEXT_READ, CodedInputs, PromptTemplate, SequenceBuilder
 from cnext.backbones.decoding import CachedDecoding, greedy
 from cnext.backbones.pretrained import PretrainedBackbone
+from cnext.backbones.sampling import CodeSampling, image_seed, uniform
 from cnext.errors import UserError
 from cnext.image_files import open_image
 from cnext.scoring.base import Prediction
@@ -36,9 +38,16 @@ BATCH = 16
 class CodedBackbone(PretrainedBackbone):
     """A transformers model that contains a language model and a VQ model. A subclass connects the two."""
 
+    sampling: CodeSampling
+    """How codes are chosen."""
     guidance: float
     """Scale of classifier-free guidance for codes: logits = u + guidance * (c - u), where c is with the instruction and
     u without. 1 switches it off, which halves the work."""
+    begins_images: bool = False
+    """Whether the prompt begins the image where one is asked for, as in the released scripts: the begin tokens are then
+    neither supervised nor generated, and no text precedes the image."""
+    supervises_structure: bool = True
+    """Whether the tokens after rows of codes and after an image are supervised."""
 
     read_flops: ClassVar[float]
     """Approximate operations to encode an image that is read."""
@@ -60,6 +69,13 @@ class CodedBackbone(PretrainedBackbone):
         self.banned_ids: list[int] = []
         """Tokens that are not text, never generated as such."""
 
+    @staticmethod
+    def check_sampling(sample: bool, temperature: float, top_k: int, guidance: float) -> CodeSampling:
+        """How codes are chosen, from the options of `load`. Raises UserError for one out of range."""
+        if not 1 <= guidance < float("inf"):
+            raise UserError(f"guidance must be at least 1 and finite, got {guidance}; 1 is without guidance")
+        return CodeSampling(sample, temperature, top_k)
+
     @property
     def vq(self) -> Any:
         """The VQ model."""
@@ -79,8 +95,16 @@ class CodedBackbone(PretrainedBackbone):
         return self.read_flops * ("image" in task.reads) + self.write_flops * ("image" in task.writes)
 
     @abstractmethod
-    def template(self, first: bool, reads: bool) -> PromptTemplate:
-        """What surrounds an instruction. first: of the conversation.  reads: an image is read with it."""
+    def template(self, first: bool, reads: bool, draws: bool) -> PromptTemplate:
+        """What surrounds an instruction.
+
+        first: of the conversation.  reads: an image is read with it.  draws: the conversation is a caption: its one
+        instruction asks for an image and none is read.
+        """
+
+    def instruction(self, text: str, draws: bool, known: bool) -> str:
+        """An instruction as the model reads it. draws: as in `template`.  known: the answer is, as in training."""
+        return text.strip()
 
     @abstractmethod
     def image_sequence(self, pixels: Tensor) -> SequenceBuilder:
@@ -109,6 +133,10 @@ class CodedBackbone(PretrainedBackbone):
     @abstractmethod
     def code_logits(self, hidden: Tensor) -> Tensor:
         """Logits (N, codes) of last hidden states (N, hidden)."""
+
+    def image_prediction(self, hidden: Tensor, codes: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits (N, classes) and classes (N,) of the image loss, of hidden states (N, hidden) and the codes behind."""
+        return self.code_logits(hidden), codes
 
     @abstractmethod
     def unconditional(self, question: CodedInputs) -> CodedInputs:
@@ -160,18 +188,26 @@ class CodedBackbone(PretrainedBackbone):
         read: pixels (3, H, W) of the image to read, of which the size alone counts.
         """
         sequence = SequenceBuilder()
+        begun, caption = self._begins(sample), sample.draws and sample.image is None and len(sample.turns) == 1
         for index, turn in enumerate(sample.turns):
-            image = read if index == 0 else None
-            self._add_instruction(sequence, turn.instruction.strip(), index == 0, image, sample.image_first)
-            sequence.add_target(self.text_ids(f" {turn.answer}") if turn.answer else [])
-            if sample.target_image is None or index + 1 < len(sample.turns):
+            last, image = index + 1 == len(sample.turns), read if index == 0 else None
+            template = self.template(index == 0, image is not None, caption)
+            instruction = self.instruction(turn.instruction, caption, sample.target_image is not None)
+            self._add_instruction(sequence, instruction, template, image, sample.image_first)
+            if not (last and begun):
+                sequence.add_target(self.text_ids(f" {turn.answer}") if turn.answer else [])
+            if not last or not (begun or sample.target_image):
                 sequence.add_target([self.eos_id])
         if sample.target_image is not None:
-            sequence.add_target(self.begin_image)
+            (sequence.add_context if begun else sequence.add_target)(self.begin_image)
+            add_structure = sequence.add_target if self.supervises_structure else sequence.add_context
             for _ in range(self.grid[0]):
                 sequence.add_codes(self.grid[1], self.pad_id)
-                sequence.add_target([] if self.row_end is None else [self.row_end])
-            sequence.add_target(self.end_image)
+                add_structure([] if self.row_end is None else [self.row_end])
+            add_structure(self.end_image)
+        elif begun:
+            sequence.add_context(self.begin_image)
+            sequence.add_codes(1, self.pad_id)
         config: Any = self.language_model.config
         limit = config.max_position_embeddings
         if len(sequence.rows) > limit:
@@ -181,10 +217,19 @@ class CodedBackbone(PretrainedBackbone):
             )
         return sequence
 
+    def _begins(self, sample: Sample) -> bool:
+        """Whether the prompt ends with the begin of an image."""
+        return self.begins_images and sample.draws
+
     def _add_instruction(
-        self, sequence: SequenceBuilder, instruction: str, first: bool, image: Tensor | None, image_first: bool
+        self,
+        sequence: SequenceBuilder,
+        instruction: str,
+        template: PromptTemplate,
+        image: Tensor | None,
+        image_first: bool,
     ) -> None:
-        prefix, before, separator, after, suffix = self.template(first, image is not None)
+        prefix, before, separator, after, suffix = template
         sequence.add_context(prefix)
         if image is None:
             sequence.add_context(self.text_ids(before + instruction + after))
@@ -239,9 +284,9 @@ class CodedBackbone(PretrainedBackbone):
         hidden, labels, codes = hidden[:, :-1], labels[:, 1:], codes[:, 1:]
         text, image = labels != IGNORED, codes != IGNORED
         logits = self.lm_head(hidden[text]).to(self.device).float()
-        image_pred = self.code_logits(hidden[image]).to(self.device).float()
-        shape = (-1, self.tokens)
-        return Output(logits, labels[text], image_pred.view(*shape, image_pred.shape[-1]), codes[image].view(shape))
+        image_pred, image_target = self.image_prediction(hidden[image], codes[image])
+        image_pred, shape = image_pred.to(self.device).float(), (-1, self.tokens)
+        return Output(logits, labels[text], image_pred.view(*shape, image_pred.shape[-1]), image_target.view(shape))
 
     def supervised(self, encoded: Sequence[CodedInputs]) -> tuple[int, int]:
         labels = sum(int((item.labels != IGNORED).sum()) for item in encoded)
@@ -259,26 +304,33 @@ class CodedBackbone(PretrainedBackbone):
 
     @torch.no_grad()
     def generate(self, samples: Sequence[Sample], max_new_tokens: int) -> list[Prediction]:
-        asked = [replace(s, turns=(Turn(s.turns[0].instruction),), target_image=None) for s in samples]
+        asked = [
+            replace(s, turns=(Turn(s.turns[0].instruction),), target_image=None, asks_image=s.draws) for s in samples
+        ]
         answers: list[Prediction] = []
         for start in range(0, len(asked), BATCH):
-            questions = [item.question for item in self.encode(asked[start : start + BATCH])]
-            written = [
-                [token for token in ids if token not in (self.eos_id, self.pad_id)]
-                for ids in greedy(self, *self._prompts(questions), max_new_tokens)
-            ]
-            begun = {
-                index: questions[index].with_answer([*ids, *self.begin_image[1:]])
-                for index, ids in enumerate(written)
-                if ids and ids[-1] == self.begin_image[0]
-            }
-            codes = self.generate_codes(list(begun.values())) if begun else None
-            images = {} if codes is None else dict(zip(begun, self._images(codes), strict=True))
-            answers += [
-                Prediction(self.tokenizer.decode(ids, skip_special_tokens=True).strip(), images.get(index))
-                for index, ids in enumerate(written)
-            ]
+            answers += self._answers(asked[start : start + BATCH], max_new_tokens)
         return answers
+
+    def _answers(self, asked: Sequence[Sample], max_new_tokens: int) -> list[Prediction]:
+        """Answers of one batch."""
+        questions = [item.question for item in self.encode(asked)]
+        begun = {index: questions[index] for index, sample in enumerate(asked) if self._begins(sample)}
+        undecided = [index for index in range(len(asked)) if index not in begun]
+        written: dict[int, list[int]] = {}
+        if undecided:
+            prompts = self._prompts([questions[index] for index in undecided])
+            written = dict(zip(undecided, greedy(self, *prompts, max_new_tokens), strict=True))
+        for index, ids in written.items():
+            written[index] = [token for token in ids if token not in (self.eos_id, self.pad_id)]
+            if written[index][-1:] == self.begin_image[:1]:
+                begun[index] = questions[index].with_answer([*written[index], *self.begin_image[1:]])
+        images: dict[int, numpy.ndarray] = {}
+        if begun:
+            codes = self.generate_codes(list(begun.values()), [image_seed(self.seed, asked[index]) for index in begun])
+            images = dict(zip(begun, self._images(codes), strict=True))
+        texts = [self.tokenizer.decode(written.get(i, []), skip_special_tokens=True) for i in range(len(asked))]
+        return [Prediction(text.strip(), images.get(index)) for index, text in enumerate(texts)]
 
     def _prompts(self, items: Sequence[CodedInputs]) -> tuple[Tensor, Tensor, Tensor]:
         """Input embeddings (B, L, hidden), attention mask and positions (B, L), padded on the left."""
@@ -287,14 +339,16 @@ class CodedBackbone(PretrainedBackbone):
         return self.embed(ids, codes, reads), mask, positions
 
     @torch.no_grad()
-    def generate_codes(self, begun: Sequence[CodedInputs]) -> Tensor:
-        """Codes (N, tokens) int64 of images, each the most likely after those before it.
+    def generate_codes(self, begun: Sequence[CodedInputs], seeds: Sequence[int]) -> Tensor:
+        """Codes (N, tokens) int64 of images, each chosen by ``sampling`` after those before it.
 
         With classifier-free guidance where ``guidance`` is above 1.
 
         Args:
             begun: sequences whose last token predicts the first code.
+            seeds: of each image, by which its codes are sampled.
         """
+        numbers = uniform(seeds, self.tokens).to(self.device)
         guided = self.guidance > 1
         decoding = CachedDecoding(self, *self._prompts([*begun, *map(self.unconditional, begun)] if guided else begun))
         codes: list[Tensor] = []
@@ -303,7 +357,7 @@ class CodedBackbone(PretrainedBackbone):
             if guided:
                 conditional, unconditional = logits.chunk(2)
                 logits = unconditional + self.guidance * (conditional - unconditional)
-            codes.append(logits.argmax(-1))
+            codes.append(self.sampling.choose(logits, numbers[:, len(codes)]))
             if len(codes) == self.tokens:
                 return torch.stack(codes, 1)
             appended = codes[-1].repeat(2) if guided else codes[-1]

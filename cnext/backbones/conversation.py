@@ -54,8 +54,8 @@ class CodedInputs:
 
     @property
     def question(self) -> CodedInputs:
-        """The first instruction alone: everything before the first token of its answer."""
-        end = int((self.labels != IGNORED).nonzero()[0])
+        """The first instruction alone: everything before the first token or code of its answer."""
+        end = int(((self.labels != IGNORED) | (self.codes != IGNORED)).nonzero()[0])
         return CodedInputs(self.ids[:end], self.labels[:end], self.codes[:end], self.positions[:end], self.read)
 
     def with_answer(self, answer: Sequence[int]) -> CodedInputs:

@@ -2,10 +2,12 @@
 
     image  <image start> rows*columns <image token> (columns codes, row end) x rows <end of frame> <image end>
 
-is read and written alike. Of an image written, the codes' loss is over the codes only, that of the tokens around them
-over all tokens. The image processor's min_pixels gives its size; in generation, size and row ends are inserted and the
-model generates the codes only. max_pixels is set to min_pixels, 512 x 512 as released, so that editing, which takes two
-images of 64 x 65 tokens, fits into 9,216 positions.
+is read and written alike. A caption alone asks for an image as released, <s> caption <image start>; all else is asked
+in a conversation. Of an image written, the codes' loss is over the codes only, that of the tokens around them over all
+tokens; with loss="released" that of the codes is over all tokens, and there is no other. The image processor's
+min_pixels gives its size; in generation, size and row ends are inserted and the model generates the codes only.
+max_pixels is set to min_pixels, 512 x 512 as released, so that editing, which takes two images of 64 x 65 tokens, fits
+into 9,216 positions.
 
 Reference: Emu3, arXiv 2409.18869, which weights the loss of visual tokens by 0.5.
 """
@@ -13,6 +15,7 @@ Reference: Emu3, arXiv 2409.18869, which weights the loss of visual tokens by 0.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -23,10 +26,18 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from cnext.backbones.coded import CodedBackbone
-from cnext.backbones.conversation import IGNORED, IMAGE_READ, TEXT_READ, CodedInputs, PromptTemplate, SequenceBuilder
-from cnext.errors import UserError
+from cnext.backbones.conversation import IGNORED, IMAGE_READ, CodedInputs, PromptTemplate, SequenceBuilder
+from cnext.backbones.sampling import CodeSampling
+from cnext.errors import UserError, unknown
 from cnext.image_files import image_size
 
+LOSSES = ("codes", "released")
+NEGATIVE_PROMPT = (
+    "lowres, bad anatomy, bad hands, text, error, missing fingers, extra digit, fewer digits, cropped, worst quality, "
+    "low quality, normal quality, jpeg artifacts, signature, watermark, username, blurry."
+)
+"""Of the released script."""
+_REQUEST = re.compile(r"\A(\s*(please )?generate (an|the) image\s*[:.])+", re.IGNORECASE)
 SYSTEM = "You are a helpful assistant. "
 MOST_RATIO = 200
 """The longest image that the image processor of transformers resizes: its longer side by its shorter one."""
@@ -41,9 +52,10 @@ class Emu3Backbone(CodedBackbone):
     model_type: ClassVar[str] = "emu3"
     released: ClassVar[str] = "Emu3 as converted for transformers, for example BAAI/Emu3-Chat-hf or BAAI/Emu3-Gen-hf"
     frozen: ClassVar[tuple[str, ...]] = ("vqmodel",)
-    image_loss_weight: ClassVar[float] = 0.5
+    image_loss_weight: float = 0.5
     untrained: ClassVar[str] = (
-        "Editing (an image and an instruction in, an image out). Emu3-Chat was trained further to answer about "
+        "Editing (an image and an instruction in, an image out), and beginning an image unasked: the released prompts "
+        "begin it. Emu3-Chat was trained further to answer about "
         "images and not to generate them, Emu3-Gen to generate images and not to answer; the stage-1 weights are from "
         "before both."
     )
@@ -51,7 +63,56 @@ class Emu3Backbone(CodedBackbone):
     read_flops: ClassVar[float] = 1.5e13
     write_flops: ClassVar[float] = 1.5e13
     drawing_flops: ClassVar[float] = 3.1e13
+    sampling: CodeSampling = CodeSampling(top_k=2048)
     guidance: float = 3.0
+    negative_prompt: str = NEGATIVE_PROMPT
+    """What guidance leads away from; "": an image of nothing in particular."""
+    positive_prompt: str = ""
+    """Text after each caption of an image to generate."""
+    over_vocabulary: bool = False
+    """Whether the loss of codes is over the whole vocabulary."""
+
+    @classmethod
+    def load(
+        cls,
+        device: torch.device | str = "cpu",
+        weights: Path | None = None,
+        *,
+        dtype: torch.dtype = torch.float32,
+        device_map: str | None = None,
+        checkpointing: bool = False,
+        loss: str = "codes",
+        sample: bool = True,
+        temperature: float = 1.0,
+        top_k: int = 2048,
+        guidance: float = 3.0,
+        negative_prompt: str = NEGATIVE_PROMPT,
+        positive_prompt: str = "",
+        begins_images: bool = False,
+    ) -> Emu3Backbone:
+        """The pretrained model, frozen.
+
+        Args:
+            loss: of images: "codes", cross-entropy of codes over the codes, weighted by 0.5, and of the tokens around
+                them; "released", as the released training script: cross-entropy of codes over the whole vocabulary, and
+                nothing else, so that the prompt begins the image.
+            sample, temperature, top_k: see `CodeSampling`.  guidance, begins_images: see `CodedBackbone`.
+            negative_prompt, positive_prompt: see the class.
+
+        Raises:
+            UserError: an option out of range, and as `load_parts`.
+        """
+        if loss not in LOSSES:
+            raise unknown("loss of emu3", loss, LOSSES)
+        sampling, released = cls.check_sampling(sample, temperature, top_k, guidance), loss == "released"
+        backbone = super().load(device, weights, dtype=dtype, device_map=device_map, checkpointing=checkpointing)
+        assert isinstance(backbone, cls)
+        backbone.sampling, backbone.guidance = sampling, guidance
+        backbone.negative_prompt, backbone.positive_prompt = negative_prompt, positive_prompt
+        backbone.begins_images = begins_images or released
+        if released:
+            backbone.over_vocabulary, backbone.supervises_structure, backbone.image_loss_weight = True, False, 1.0
+        return backbone
 
     def set_processors(self, tokenizer: Any, image_processor: Any) -> None:
         super().set_processors(tokenizer, image_processor)
@@ -96,9 +157,17 @@ class Emu3Backbone(CodedBackbone):
     def language_model(self) -> nn.Module:
         return self.model.model.text_model
 
-    def template(self, first: bool, reads: bool) -> PromptTemplate:
+    def template(self, first: bool, reads: bool, draws: bool) -> PromptTemplate:
+        if draws:
+            return PromptTemplate([self.bos_id], "", "", "", [])
         prefix, system = ([self.bos_id], SYSTEM) if first else ([], "")
-        return PromptTemplate(prefix, f"{system}USER: ", "", " ASSISTANT:", [])
+        return PromptTemplate(prefix, f"{system}USER: ", "", ". ASSISTANT:", [])
+
+    def instruction(self, text: str, draws: bool, known: bool) -> str:
+        """A caption without the words that ask for its image, as it is alone in the released prompt."""
+        if not draws:
+            return text.strip()
+        return _REQUEST.sub("", text).strip() + ("" if known else self.positive_prompt)
 
     def _opening(self, height: int, width: int) -> list[int]:
         start, wrapper, _ = self._around
@@ -144,8 +213,13 @@ class Emu3Backbone(CodedBackbone):
         count = self.model.config.vq_config.codebook_size
         return F.linear(hidden.to(weight.device), weight[self.first_code : self.first_code + count])
 
+    def image_prediction(self, hidden: Tensor, codes: Tensor) -> tuple[Tensor, Tensor]:
+        if not self.over_vocabulary:
+            return super().image_prediction(hidden, codes)
+        return self.lm_head(hidden), codes + self.first_code
+
     def unconditional(self, question: CodedInputs) -> CodedInputs:
-        """As trained with the prompt dropped: the image begins at once."""
-        new = question.ids.new_tensor
-        bare = CodedInputs(new([self.bos_id]), new([IGNORED]), new([IGNORED]), new([TEXT_READ]))
-        return bare.with_answer(self.begin_image)
+        """The negative prompt in the released form, <s> prompt <image start>."""
+        sequence = SequenceBuilder()
+        sequence.add_context([self.bos_id, *self.text_ids(self.negative_prompt)])
+        return sequence.build(None, None).with_answer(self.begin_image)

@@ -30,6 +30,15 @@ def _json(path: Path) -> dict[str, Any]:
     return value
 
 
+def chat_template(folder: Path) -> str | None:
+    """The chat template in a folder, wherever versions of transformers put it; None if it has none."""
+    if (folder / "chat_template.jinja").is_file():
+        return (folder / "chat_template.jinja").read_text(encoding="utf-8")
+    names = ("chat_template.json", "processor_config.json", "tokenizer_config.json")
+    found = [_json(folder / name).get("chat_template") for name in names if (folder / name).is_file()]
+    return next((str(template) for template in found if template), None)
+
+
 def shard_files(index: Path) -> list[Path]:
     """The files of weights that an index names. Raises UserError where it, or one of them, is missing or broken."""
     try:

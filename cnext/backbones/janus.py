@@ -5,15 +5,18 @@
             generation_head; transformers' class trains neither
 
 Editing is both in one sequence, which the released code does not support and the released weights were not trained on.
-The prompt is the released one: a system message where an image is read, none elsewhere.
+The prompt is the released one: a system message where an image is read, none elsewhere, and the speakers' names of the
+weights: <|User|> and <|Assistant|> for Janus-Pro, User and Assistant for Janus-1.3B.
 
 Reference: Janus, arXiv 2410.13848; Janus-Pro, arXiv 2501.17811. Both add up the losses of text and codes unweighted.
 """
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -29,8 +32,12 @@ from cnext.backbones.conversation import (
     PromptTemplate,
     SequenceBuilder,
 )
-from cnext.errors import UserError
+from cnext.backbones.folders import chat_template
+from cnext.backbones.sampling import CodeSampling
+from cnext.errors import UserError, unknown
 
+USER, ASSISTANT = "<|User|>", "<|Assistant|>"
+TEMPLATES = ("auto", "pro", "1.3b")
 SYSTEM = (
     "You are a helpful language and vision assistant. You are able to understand the visual content that the user "
     "provides, and assist the user with a variety of tasks using natural language.\n\n"
@@ -50,7 +57,7 @@ class JanusBackbone(CodedBackbone):
     connection_names: ClassVar[tuple[str, ...]] = tuple(
         f"model.model.{part}." for part in ("aligner", "generation_embeddings", "generation_aligner", "generation_head")
     )
-    image_loss_weight: ClassVar[float] = 1.0
+    image_loss_weight: float = 1.0
     untrained: ClassVar[str] = (
         "Editing (an image and an instruction in, an image out), and beginning an image unasked: the released "
         "prompts put the begin-of-image token there."
@@ -59,7 +66,62 @@ class JanusBackbone(CodedBackbone):
     read_flops: ClassVar[float] = 3.8e11
     write_flops: ClassVar[float] = 3.1e11
     drawing_flops: ClassVar[float] = 5.7e11
+    sampling: CodeSampling = CodeSampling()
     guidance: float = 5.0
+    pro: bool = True
+    """Whether prompts have Janus-Pro's names of the speakers; False: those of Janus-1.3B."""
+
+    @classmethod
+    def load(
+        cls,
+        device: torch.device | str = "cpu",
+        weights: Path | None = None,
+        *,
+        dtype: torch.dtype = torch.float32,
+        device_map: str | None = None,
+        checkpointing: bool = False,
+        template: str = "auto",
+        sample: bool = True,
+        temperature: float = 1.0,
+        top_k: int = 0,
+        guidance: float = 5.0,
+        begins_images: bool = False,
+    ) -> JanusBackbone:
+        """The pretrained model, frozen.
+
+        Args:
+            template: of prompts, "pro" or "1.3b"; "auto": as the folder's chat template has it, and "1.3b" where the
+                tokenizer lacks Janus-Pro's tokens.
+            sample, temperature, top_k: see `CodeSampling`.  guidance, begins_images: see `CodedBackbone`.
+
+        Raises:
+            UserError: an option out of range, and as `load_parts`.
+        """
+        if template not in TEMPLATES:
+            raise unknown("template of janus", template, TEMPLATES)
+        sampling = cls.check_sampling(sample, temperature, top_k, guidance)
+        backbone = super().load(device, weights, dtype=dtype, device_map=device_map, checkpointing=checkpointing)
+        assert isinstance(backbone, cls)
+        assert weights is not None, "without a folder nothing is loaded"
+        backbone.sampling, backbone.guidance, backbone.begins_images = sampling, guidance, begins_images
+        backbone.pro = backbone._is_pro(weights) if template == "auto" else template == "pro"
+        if backbone.pro:
+            # Names a token that is missing before anything is prepared.
+            backbone.template(True, False, False)
+        return backbone
+
+    def _is_pro(self, weights: Path) -> bool:
+        """Whether a folder is of Janus-Pro. Warns where the folder's name says otherwise."""
+        written = chat_template(weights)
+        pro = USER in (self.vocabulary if written is None else written)
+        if pro and "janus-1.3b" in str(weights.resolve()).lower():
+            warnings.warn(
+                f"{weights} is named as Janus-1.3B but has Janus-Pro's chat template, which transformers' conversion "
+                "writes for both; prompts are Janus-Pro's: give --backbone-options template=1.3b, or template=pro to "
+                "confirm",
+                stacklevel=3,
+            )
+        return pro
 
     def set_processors(self, tokenizer: Any, image_processor: Any) -> None:
         super().set_processors(tokenizer, image_processor)
@@ -79,7 +141,6 @@ class JanusBackbone(CodedBackbone):
         self.image_token = config.image_token_id
         self.begin_image = [self.token("<begin_of_image>")]
         self.end_of_image = self.token("<end_of_image>")
-        self.user, self.assistant = self.token("<|User|>"), self.token("<|Assistant|>")
         if self.token("<image_placeholder>") != self.image_token:
             raise UserError(
                 f"the tokenizer's <image_placeholder> is {self.token('<image_placeholder>')}, config.json's "
@@ -91,9 +152,12 @@ class JanusBackbone(CodedBackbone):
     def language_model(self) -> nn.Module:
         return self.model.model.language_model
 
-    def template(self, first: bool, reads: bool) -> PromptTemplate:
-        prefix = [self.bos_id, *self.text_ids(SYSTEM if reads else "")] if first else []
-        return PromptTemplate([*prefix, self.user], ": ", "\n", "\n\n", [self.assistant, *self.text_ids(":")])
+    def template(self, first: bool, reads: bool, draws: bool) -> PromptTemplate:
+        bos, system = ([self.bos_id], SYSTEM if reads else "") if first else ([], "")
+        if not self.pro:
+            return PromptTemplate(bos, f"{system}User: ", "\n", "\n\nAssistant:", [])
+        prefix = [*bos, *self.text_ids(system), self.token(USER)]
+        return PromptTemplate(prefix, ": ", "\n", "\n\n", [self.token(ASSISTANT), *self.text_ids(":")])
 
     def image_sequence(self, pixels: Tensor) -> SequenceBuilder:
         sequence = SequenceBuilder()

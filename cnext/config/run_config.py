@@ -314,6 +314,8 @@ def loading_options(backbone: str, given: Sequence[str]) -> dict[str, Any]:
             values[name] = json.loads(value)
         except ValueError as error:
             raise UserError(f"--backbone-options {name} takes a number, true or false, got {value!r}") from error
+        if type(known[name]) is float and type(values[name]) is int:
+            values[name] = float(values[name])
         if known[name] is not None and type(values[name]) is not type(known[name]):
             raise UserError(f"--backbone-options {name} takes a value like {json.dumps(known[name])}, got {value}")
     return values

@@ -54,6 +54,7 @@ class Sample:
     references: all accepted answers to the first instruction, if there are several.
     category: the row's "answer_type", the kind of question; "" if it has none.
     media: paths of what is read in modalities other than text and image, by modality.
+    asks_image: whether an image is to be written that is not known, as in a question to answer.
     """
 
     id: str
@@ -68,6 +69,12 @@ class Sample:
     references: tuple[str, ...] = ()
     category: str = ""
     media: Mapping[str, Path] = field(default_factory=dict, hash=False)
+    asks_image: bool = False
+
+    @property
+    def draws(self) -> bool:
+        """Whether an image is to be written, known or not."""
+        return self.asks_image or self.target_image is not None
 
     @property
     def images(self) -> list[Path]:

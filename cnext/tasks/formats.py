@@ -127,8 +127,9 @@ def _with_category(sample: Sample, row: Row) -> Sample:
 
 
 def _with_prompts(sample: Sample, task: Task, split: str) -> Sample:
-    """The sample with the task's prompts; only tasks that write images have different ones."""
+    """The sample with the task's prompts and what it asks for; only tasks that write images have different prompts."""
     first, *more = sample.turns
+    sample = replace(sample, asks_image=tuple(task.writes) == ("image",))
     if task.prompts == "consistent" and "image" in task.writes:
         first = replace(first, instruction=DRAW + caption_of(first.instruction))
         return replace(sample, turns=(first, *more))

@@ -70,9 +70,20 @@ def _mean(stage: int, trained: str, task: Task, scores: Sequence[Score]) -> Stag
 
 
 def question(sample: Sample) -> Sample:
-    """What a model sees of a test sample: the first instruction and what it reads. No answer, no id."""
+    """What a model sees of a test sample: the first instruction, what it reads, and whether an image is asked for.
+
+    No answer, no id.
+    """
     asked = Turn(sample.prompt or sample.turns[0].instruction)
-    return Sample("", (asked,), sample.image, image_first=sample.image_first, tiled=sample.tiled, media=sample.media)
+    return Sample(
+        id="",
+        turns=(asked,),
+        image=sample.image,
+        image_first=sample.image_first,
+        tiled=sample.tiled,
+        asks_image=sample.draws,
+        media=sample.media,
+    )
 
 
 def _write(

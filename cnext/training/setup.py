@@ -128,6 +128,7 @@ def load_backbone(planned: Plan) -> Backbone:
         checkpointing=recipe.checkpointing,
         **loading_options(config.backbone, config.backbone_options),
     )
+    backbone.seed = config.seed
     if any("image" in planned.suite.task(name).writes for name in planned.order):
         backbone.require_drawing()
     return backbone

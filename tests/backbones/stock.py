@@ -11,6 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from cnext.backbones.coded import CodedBackbone
+from cnext.backbones.sampling import CodeSampling
 from cnext.tasks.base import Sample
 
 SYSTEM = (
@@ -29,19 +30,23 @@ def pixels(backbone: CodedBackbone, path: Path | None) -> Tensor | None:
 
 
 def prompt(backbone: CodedBackbone, sample: Sample) -> list[int]:
-    """Ids of a sample's first instruction, tokenized as one string."""
+    """Ids of a sample's first instruction, tokenized as one string, as the released processors make it."""
     text = sample.turns[0].instruction
     if backbone.name == "janus":
         picture = f"<begin_of_image>{'<image_placeholder>' * 16}<end_of_image>" if sample.image else ""
         middle = "\n".join([picture, text] if sample.image_first else [text, picture]) if picture else text
-        return backbone.tokenizer.encode(f"{SYSTEM if picture else ''}<|User|>: {middle}\n\n<|Assistant|>:")
+        user, assistant = ("<|User|>", "<|Assistant|>") if backbone.pro else ("User", "Assistant")
+        return backbone.tokenizer.encode(f"{SYSTEM if picture else ''}{user}: {middle}\n\n{assistant}:")
+    if sample.draws and not sample.image:
+        caption = text.removeprefix("Generate an image: ").removeprefix("Please generate the image:").strip()
+        return backbone.tokenizer.encode(f"<s>{caption}")
     picture = ""
     if sample.image:
         rows, columns = (size // 8 for size in pixels(backbone, sample.image).shape[-2:])
         slots = "<image>" * (rows * (columns + 1))
         picture = f"<|image start|>{rows}*{columns}<|image token|>{slots}<|extra_201|><|image end|>"
     middle = picture + text if sample.image_first else text + picture
-    return backbone.tokenizer.encode(f"<s>You are a helpful assistant. USER: {middle} ASSISTANT:")
+    return backbone.tokenizer.encode(f"<s>You are a helpful assistant. USER: {middle}. ASSISTANT:")
 
 
 ROW_END = -1
@@ -77,3 +82,24 @@ def step(
         inputs = torch.cat([inputs, behind], 1)
     hidden = model.model.language_model(inputs_embeds=inputs, use_cache=False).last_hidden_state[0, -1]
     return model.lm_head(hidden), model.model.generation_head(hidden)
+
+
+class Followed:
+    """In place of a backbone's sampling of one image: chooses given codes and keeps the logits that it is shown."""
+
+    def __init__(self, codes: Sequence[int]) -> None:
+        self.codes, self.seen = codes, []
+
+    def choose(self, logits: Tensor, numbers: Tensor) -> Tensor:
+        self.seen.append(logits[0])
+        return torch.tensor([self.codes[len(self.seen) - 1]])
+
+
+COUNT = 5_000
+
+
+def shares(sampling: CodeSampling, row: Tensor) -> Tensor:
+    """How often each code is chosen by ``COUNT`` numbers that fill [0, 1) evenly, float64."""
+    numbers = (torch.arange(COUNT, dtype=torch.float64) + 0.5) / COUNT
+    chosen = sampling.choose(row.expand(COUNT, -1), numbers)
+    return torch.bincount(chosen, minlength=len(row)).double() / COUNT

@@ -6,6 +6,7 @@ import copy
 import pickle
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import groupby, product
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,8 @@ from torch.nn import functional as F
 from cnext import adapters, backbones, methods
 from cnext.backbones.coded import CodedBackbone
 from cnext.backbones.conversation import IGNORED, IMAGE_READ, IMAGE_WRITTEN, TEXT_READ, TEXT_WRITTEN
+from cnext.backbones.emu3 import NEGATIVE_PROMPT
+from cnext.backbones.sampling import image_seed, uniform
 from cnext.errors import UserError
 from cnext.tasks import suites
 from cnext.tasks.base import Sample, Turn
@@ -125,7 +128,7 @@ def test_the_question_is_the_released_prompt(load: Load, data: Path) -> None:
     backbone = load()
     for sample in (*samples(data, "VQAv2")[:1], *samples(data, "Flickr30k")[:1]):
         for first in (True, False):
-            asked = Sample("", sample.turns, sample.image, image_first=first)
+            asked = replace(sample, image_first=first)
             found = backbone.prepare(asked).question.ids.tolist()
             wanted = stock.prompt(backbone, asked)
             if backbone.name == "emu3":
@@ -184,13 +187,20 @@ def test_roles_in_generation_are_those_of_training(load: Load, data: Path) -> No
 
 
 @pytest.mark.parametrize(
-    ("draws", "guidance"), [(False, 1.0), (True, 1.0), (True, 3.0)], ids=["text", "picture", "guided"]
+    ("draws", "options"),
+    [
+        (False, {}),
+        (True, {"guidance": 1.0, "sample": False}),
+        (True, {"guidance": 3.0, "sample": False}),
+        (True, {"guidance": 1.0}),
+        (True, {"guidance": 2.0, "temperature": 0.5, "top_k": 4}),
+    ],
+    ids=["text", "picture", "guided", "sampled", "sampled and guided"],
 )
-def test_generation_equals_a_loop_without_cache(load: Load, data: Path, draws: bool, guidance: float) -> None:
+def test_generation_equals_a_loop_without_cache(load: Load, data: Path, draws: bool, options: dict) -> None:
     """Neither the cache nor the padding on the left changes a token or a code."""
-    backbone = load(dtype=torch.float64)
+    backbone = load(dtype=torch.float64, **options)
     backbone = always_draws(backbone) if draws else backbone
-    backbone.guidance = guidance
     asked = [samples(data, task, "test")[0] for task in ("VQAv2", "Flickr30k", "HQEdit")]
     answers = backbone.generate(asked, 6)
     with torch.no_grad():
@@ -207,12 +217,15 @@ def test_generation_equals_a_loop_without_cache(load: Load, data: Path, draws: b
                 blank = [backbone.bos_id, *backbone.begin_image]
                 if backbone.name == "janus":
                     blank[1:1] = [backbone.pad_id] * (len(begun) - 2)
-                codes = []
+                else:
+                    blank[1:1] = backbone.tokenizer.encode(NEGATIVE_PROMPT)
+                numbers, codes = uniform([image_seed(0, sample)], 16), []
                 for place in range(16):
                     if place and place % 4 == 0 and backbone.row_end is not None:
                         codes.append(stock.ROW_END)
                     given, nothing = (stock.step(backbone, *row, codes)[1] for row in ((begun, read), (blank, None)))
-                    codes.append(int((nothing + guidance * (given - nothing)).argmax()))
+                    logits = nothing + backbone.guidance * (given - nothing)
+                    codes.append(int(backbone.sampling.choose(logits[None].float(), numbers[:, place])))
                 picture = backbone._images(torch.tensor([[code for code in codes if code != stock.ROW_END]]))[0]
                 # The VQ model computes in float32, and decodes the others' pictures beside this one.
                 assert abs(picture.astype(int) - answer.image).max() <= 1
@@ -222,8 +235,7 @@ def test_generation_equals_a_loop_without_cache(load: Load, data: Path, draws: b
 def test_a_trained_model_generates_its_training_samples(load: Load, data: Path) -> None:
     """Trained on a question and on a caption until both are known: the question's answer is written and no picture,
     and the caption's picture, code by code."""
-    backbone = load()
-    backbone.guidance = 1
+    backbone = load(guidance=1.0, sample=False)
     both = [Sample("", (Turn("what?", "red"),)), samples(data, "Flickr30k")[0]]
     encoded = backbone.encode(both)
     learnt = [*backbone.language_model.parameters(), *backbone.model.lm_head.parameters()]
@@ -239,6 +251,58 @@ def test_a_trained_model_generates_its_training_samples(load: Load, data: Path) 
     wanted = backbone._images(encoded[1].codes[encoded[1].codes != IGNORED][None])[0]
     assert drawn.text == ""
     assert (drawn.image == wanted).all(), loss
+
+
+def test_images_follow_from_the_seed_and_their_own_question(load: Load, data: Path) -> None:
+    """Whatever else is generated with them, in which order, and whatever torch's own generator has drawn."""
+    backbone = always_draws(load(dtype=torch.float64))
+    asked = [*samples(data, "Flickr30k", "test")[:3], samples(data, "HQEdit", "test")[0]]
+    together = [answer.image for answer in backbone.generate(asked, 3)]
+    torch.manual_seed(5)
+    for same in (
+        [answer.image for answer in backbone.generate(asked[::-1], 3)][::-1],
+        [backbone.generate([sample], 3)[0].image for sample in asked],
+    ):
+        assert all(abs(one.astype(int) - other).max() <= 1 for one, other in zip(together, same, strict=True))
+    backbone.seed = 1
+    other = [answer.image for answer in backbone.generate(asked, 3)]
+    assert all((one != two).any() for one, two in zip(together, other, strict=True))
+
+
+@pytest.mark.parametrize("task", ["Flickr30k", "HQEdit"])
+def test_the_prompt_begins_the_image(load: Load, data: Path, task: str) -> None:
+    """The begin tokens end the prompt, are neither supervised nor generated, and give the first code as before."""
+    backbone, plain = load(begins_images=True, guidance=1.0), load(guidance=1.0)
+    sample, question = samples(data, task)[0], samples(data, task, "test")[0]
+    item, before = backbone.encode([sample])[0], plain.encode([sample])[0]
+    assert torch.equal(item.ids, before.ids)
+    assert torch.equal(item.codes, before.codes)
+    assert item.question.ids.tolist() == [*before.question.ids.tolist(), *backbone.begin_image]
+    assert int((item.labels != IGNORED).sum()) == int((before.labels != IGNORED).sum()) - len(backbone.begin_image)
+    torch.testing.assert_close(backbone.output([item]).image_pred, plain.output([before]).image_pred)
+    read_only = samples(data, "VQAv2", "test")[0]
+    answer, drawn = backbone.generate([read_only, question], 3)
+    assert (answer.text, drawn.text) == (plain.generate([read_only], 3)[0].text, "")
+    assert answer.image is None
+    assert drawn.image.shape == (backbone.side, backbone.side, 3)
+    loss = backbone.loss([item])
+    assert torch.isfinite(loss.total)
+    assert loss.tokens == 16 + int((item.labels != IGNORED).sum())
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ({"temperature": 0.0}, r"temperature must be positive and finite, got 0\.0; sample=false"),
+        ({"temperature": float("nan")}, "temperature must be positive and finite, got nan"),
+        ({"top_k": -1}, "top_k must be at least 0, got -1"),
+        ({"guidance": 0.5}, r"guidance must be at least 1 and finite, got 0\.5"),
+    ],
+    ids=["no temperature", "nan", "top_k", "guidance"],
+)
+def test_bad_options_are_named_before_loading(folder: Path, option: dict, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        backbones.load(folder.name).load("cpu", None, **option)
 
 
 def test_codes_equal_those_of_the_vq_model(load: Load, data: Path, tmp_path: Path) -> None:

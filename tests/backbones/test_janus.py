@@ -16,6 +16,7 @@ from transformers import GenerationConfig
 
 from cnext.backbones.conversation import IMAGE_READ
 from cnext.backbones.janus import JanusBackbone
+from cnext.backbones.sampling import CodeSampling
 from cnext.errors import UserError
 from cnext.tasks.base import Sample, Turn
 
@@ -30,12 +31,126 @@ def janus(folder: Path) -> JanusBackbone:
     return JanusBackbone.load("cpu", folder)
 
 
+def test_the_authors_settings_are_the_defaults(janus: JanusBackbone) -> None:
+    assert janus.sampling == CodeSampling(sample=True, temperature=1.0, top_k=0)
+    assert (janus.guidance, janus.image_loss_weight, janus.begins_images) == (5.0, 1.0, False)
+
+
+PROMPTS = {"pro": ("<|User|>", "<|Assistant|>"), "1.3b": ("User", "Assistant")}
+
+
+@pytest.mark.parametrize("template", PROMPTS)
+def test_prompts_are_the_released_ones(folder: Path, data: Path, template: str) -> None:
+    """By the format string of the released processor, for each of the released weights."""
+    janus, path = JanusBackbone.load("cpu", folder, template=template), sorted(data.rglob("*.png"))[0]
+    user, assistant = PROMPTS[template]
+    picture = f"<begin_of_image>{'<image_placeholder>' * 16}<end_of_image>"
+    for sample, expected in (
+        (Sample("", (Turn("a dog"),), asks_image=True), f"{user}: a dog\n\n{assistant}:"),
+        (Sample("", (Turn("Why?"),), path), f"{stock.SYSTEM}{user}: {picture}\nWhy?\n\n{assistant}:"),
+        (
+            Sample("", (Turn("Why?", "so"), Turn("So?", "ok")), path),
+            f"{stock.SYSTEM}{user}: {picture}\nWhy?\n\n{assistant}: so</s>{user}: So?\n\n{assistant}: ok</s>",
+        ),
+    ):
+        for begins in (False, True):
+            janus.begins_images = begins
+            begin = "<begin_of_image>" if begins and sample.draws else ""
+            prepared = janus.prepare(sample)
+            found = prepared if sample.turns[0].answer else prepared.question
+            assert found.ids.tolist() == janus.tokenizer.encode(expected + begin)
+
+
+JANUS_PRO = "{% for message in messages %}<|User|>: {{ message.content }}{% endfor %}"
+JANUS_13B = "{% for message in messages %}{{ message.role }}: {{ message.content }}{% endfor %}Assistant:"
+
+
+def write_template(folder: Path, name: str, template: str) -> None:
+    if name.endswith(".jinja"):
+        (folder / name).write_text(template)
+        return
+    known = json.loads((folder / name).read_text()) if (folder / name).is_file() else {}
+    (folder / name).write_text(json.dumps(known | {"chat_template": template}))
+
+
+@pytest.mark.parametrize(
+    "name", ["chat_template.jinja", "chat_template.json", "processor_config.json", "tokenizer_config.json"]
+)
+@pytest.mark.parametrize(("template", "pro"), [(JANUS_PRO, True), (JANUS_13B, False)], ids=["pro", "1.3b"])
+def test_the_folders_chat_template_decides(folder: Path, tmp_path: Path, name: str, template: str, pro: bool) -> None:
+    copy = shutil.copytree(folder, tmp_path / "weights")
+    write_template(copy, name, template)
+    assert JanusBackbone.load("cpu", copy).pro == pro
+    assert not JanusBackbone.load("cpu", copy, template="1.3b").pro
+    assert JanusBackbone.load("cpu", copy, template="pro").pro
+
+
+def test_a_tokenizer_without_the_speakers_is_of_janus_13b(folder: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(folder, tmp_path / "weights")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (copy / name).write_text((copy / name).read_text().replace("<|User|>", "<|Human|>"))
+    janus = JanusBackbone.load("cpu", copy)
+    assert not janus.pro
+    assert janus.prepare(Sample("", (Turn("a", "b"),))).question.ids.tolist() == stock.prompt(
+        janus, Sample("", (Turn("a"),))
+    )
+    with pytest.raises(UserError, match=r"has no <\|User\|>; expected that of Janus"):
+        JanusBackbone.load("cpu", copy, template="pro")
+
+
+def test_a_folder_named_as_janus_13b_with_the_template_of_pro_is_warned_of(folder: Path, tmp_path: Path) -> None:
+    """transformers' conversion writes Janus-Pro's chat template for both."""
+    copy = shutil.copytree(folder, tmp_path / "Janus-1.3B")
+    write_template(copy, "chat_template.jinja", JANUS_PRO)
+    with pytest.warns(UserWarning, match=r"named as Janus-1\.3B but has Janus-Pro's chat template.*template=1\.3b"):
+        assert JanusBackbone.load("cpu", copy).pro
+    assert not JanusBackbone.load("cpu", copy, template="1.3b").pro
+    assert JanusBackbone.load("cpu", copy, template="pro").pro, "confirmed, without a warning"
+    with pytest.raises(UserError, match=r"template of janus '1\.5b'"):
+        JanusBackbone.load("cpu", copy, template="1.5b")
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_codes_are_sampled_as_by_transformers(
+    janus: JanusBackbone, temperature: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The distribution of each code, guided, after those that transformers has drawn by its own generator."""
+    item = janus.prepare(Sample("", (Turn("a red ring"),))).question.with_answer(janus.begin_image)
+    config = GenerationConfig(
+        pad_token_id=0, bos_token_id=1, eos_token_id=2, guidance_scale=5.0, do_sample=True, max_length=200, top_k=0
+    )
+    config.temperature = temperature
+    config.generation_kwargs = {"boi_token_id": janus.begin_image[0]}
+    drawn, probabilities = torch.multinomial, []
+
+    def multinomial(probs: torch.Tensor, num_samples: int) -> torch.Tensor:
+        probabilities.append(probs[0].double())
+        return drawn(probs, num_samples)
+
+    monkeypatch.setattr(torch, "multinomial", multinomial)
+    torch.manual_seed(0)
+    found = janus.model.generate(
+        inputs=item.ids[None],
+        attention_mask=torch.ones_like(item.ids[None]),
+        generation_mode="image",
+        generation_config=config,
+    )
+    theirs = found[0].tolist()
+    assert len(set(theirs)) > 2
+    janus.sampling = stock.Followed(theirs)
+    janus.generate_codes([item], [0])
+    for logits, expected in zip(janus.sampling.seen, probabilities, strict=True):
+        shares = stock.shares(CodeSampling(temperature=temperature), logits)
+        torch.testing.assert_close(shares, expected, rtol=0, atol=1e-3)
+
+
 def test_codes_equal_those_of_transformers(janus: JanusBackbone) -> None:
     """Greedy, two captions of different lengths, with the released guidance."""
+    janus.sampling = CodeSampling(sample=False)
     asked = [janus.prepare(Sample("", (Turn(text),))).question for text in ("a red ring", "two blue stars on green")]
     begun = [question.with_answer(janus.begin_image) for question in asked]
     janus.model.generation_config.generation_kwargs = {"boi_token_id": janus.begin_image[0]}
-    for item, codes in zip(begun, janus.generate_codes(begun), strict=True):
+    for item, codes in zip(begun, janus.generate_codes(begun, [0, 1]), strict=True):
         config = GenerationConfig(
             pad_token_id=0, bos_token_id=1, eos_token_id=2, guidance_scale=5.0, do_sample=False, max_length=200
         )

@@ -41,6 +41,15 @@ def test_the_distance_against_a_plain_loop(tiny: TinyBackbone, temperature: floa
     torch.testing.assert_close(found.item(), temperature**2 * text + tiny.image_loss_weight * image)
 
 
+def test_pictures_alone_have_a_distance(tiny: TinyBackbone) -> None:
+    """Of a batch without supervised text, as with Emu3's released loss."""
+    teacher, student = outputs(0, 2)
+    method = Distillation()
+    method.backbone = tiny
+    image = (student.image_pred - teacher.image_pred).square().mean()
+    torch.testing.assert_close(method.distance(teacher, student), tiny.image_loss_weight * image)
+
+
 def test_the_gradient_of_the_text_term(tiny: TinyBackbone) -> None:
     """T (softmax(z / T) - softmax(z_teacher / T)) / positions: T^2 undoes the 1 / T of the temperature but for one."""
     torch.manual_seed(0)

@@ -60,6 +60,16 @@ def test_turns_boxes_and_captions(official: Path) -> None:
     assert drawn.target_image.name == "000000000000.jpg"
 
 
+@pytest.mark.parametrize(("name", "asked"), [("VQAv2", False), ("Flickr30k", True), ("HQEdit", True)])
+def test_a_question_says_whether_an_image_is_asked_for(official: Path, name: str, asked: bool) -> None:
+    """Captions of a test have no target to tell it by."""
+    for split in ("train", "test"):
+        for sample in read(official, name, split):
+            assert sample.draws == question(sample).asks_image == asked
+            assert question(sample).target_image is None
+    assert read(official, "Flickr30k", "test")[0].target_image is None
+
+
 def test_consistent_prompts_are_alike_in_train_and_test(official: Path) -> None:
     """The released evaluation asks Flickr30k with a second prefix, which the score does not see."""
     test = read(official, "Flickr30k", "test")[0]

@@ -23,6 +23,7 @@ from cnext.tasks import formats, suites
 from cnext.tasks.base import Recipe, Sample
 from cnext.training.batches import Batches, Order
 from cnext.training.precision import in_float32
+from cnext.training.setup import load_backbone
 from cnext.training.trainer import StepLog, TaskTrainer
 
 PAPER = Recipe({"a": 3000}, learning_rate=1e-4, warmup_steps=125)
@@ -244,6 +245,21 @@ def test_a_whole_run_in_bfloat16_with_checkpointing(config: Make) -> None:
 )
 def test_options_of_a_backbone_are_read(given: tuple[str, ...], expected: dict) -> None:
     assert loading_options("seed-x", given) == expected
+
+
+def test_options_may_be_whole_numbers_and_any_text() -> None:
+    given = ("temperature=1", "guidance=2.5", "sample=false", "negative_prompt=", "positive_prompt= a = b, c.")
+    expected = {"temperature": 1.0, "guidance": 2.5, "sample": False, "negative_prompt": ""}
+    found = loading_options("emu3", given)
+    assert found == expected | {"positive_prompt": " a = b, c."}
+    assert type(found["temperature"]) is float
+    for bad in ("top_k=2.5", "temperature=true"):
+        with pytest.raises(UserError, match=r"--backbone-options .* takes a value like"):
+            loading_options("emu3", (bad,))
+
+
+def test_a_backbone_samples_by_the_seed_of_the_run(config: Make) -> None:
+    assert load_backbone(plan(config(seed=3))).seed == 3
 
 
 @pytest.mark.parametrize(

@@ -73,9 +73,11 @@ def pull_to_start(rule: MovingAverage | None, pull: float) -> FisherPenalty | No
 def distillation_loss(student: Output, teacher: Output, image_weight: float, temperature: float = 1.0) -> Tensor:
     """T^2 KL(softmax(z_teacher / T) || softmax(z / T)) + image_weight * distance of the predicted images, a scalar.
 
-    A mean over supervised tokens, and over images as in `image_distance`; T^2 makes the gradient's size independent of
-    T. 0, with gradient 0, where the outputs are equal.
+    A mean over supervised tokens, 0 without any, and over images as in `image_distance`; T^2 makes the gradient's size
+    independent of T. 0, with gradient 0, where the outputs are equal.
     """
+    if not len(student.labels):
+        return image_weight * image_distance(student, teacher)
     wanted, given = (F.log_softmax(output.logits / temperature, -1) for output in (teacher, student))
     text = temperature**2 * F.kl_div(given, wanted, reduction="batchmean", log_target=True)
     return text + image_weight * image_distance(student, teacher)
