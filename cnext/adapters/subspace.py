@@ -94,4 +94,4 @@ class InputSubspaces:
         for key, tensor in state.items():
             kind, _, name = key.partition(".")
             if name:
-                slots[kind][name] = tensor.to(self.layers[name].base.weight.device)
+                slots[kind][name] = tensor.to(next(self.layers[name].adapter_parameters())[1].device)

@@ -29,7 +29,7 @@ class Router(nn.Module):
         super().__init__()
         width = layer.in_features
         drawn = torch.empty(experts, width).uniform_(-(width**-0.5), width**-0.5, generator=generator)
-        self.weight = nn.Parameter(adapters.trained_like(drawn, layer.base.weight))
+        self.weight = nn.Parameter(adapters.trained_like(drawn, next(layer.adapter_parameters())[1]))
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in_features) to (..., experts) that sum to 1."""
