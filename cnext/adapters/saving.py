@@ -18,6 +18,7 @@ from cnext import packages
 from cnext.adapters import exchange, exchange_peft
 from cnext.adapters.attach import layers
 from cnext.adapters.exchange import Branches
+from cnext.adapters.linear import AdapterLinear
 from cnext.adapters.logit_check import Reference, reference
 from cnext.adapters.roles import MODALITIES
 from cnext.distributed.wrapped_names import unwrapped
@@ -63,6 +64,8 @@ class Saved(Record, kw_only=True):
     def __post_init__(self) -> None:
         if not self.branches or not all(map(FileName.fits, self.branches)):
             raise ValueError("Expected names in `branches` that can be a file's")
+        if set(self.branches.values()) != {self.attached.rank}:
+            raise ValueError("Expected `branches` of the rank in `attached`")
 
 
 def base_name(model: nn.Module) -> str | None:
@@ -154,6 +157,7 @@ def write(
     """
     _require_free(folder, per_branch)
     branches = branches_in(model, state)
+    _warn_of_places(model)
     kept = _reference(model)
     versions = {name: version for name in PACKAGES if (version := packages.version(name))}
     config = Saved(
@@ -177,6 +181,17 @@ def write(
             (folder / REFERENCE).unlink()
         move(unfinished, folder)
     return config, kept
+
+
+def _warn_of_places(model: nn.Module) -> None:
+    """Warns of layers that a model has at several places: PEFT replaces the first alone."""
+    found = layers(model)
+    every = [name for name, module in model.named_modules(remove_duplicate=False) if isinstance(module, AdapterLinear)]
+    if more := [name for name in every if name not in found]:
+        warnings.warn(
+            f"{listed(more, 3)}: the same layer as another one, to which PEFT gives no adapter; cnext.load does",
+            stacklevel=3,
+        )
 
 
 def dtype(model: nn.Module) -> str:

@@ -234,6 +234,9 @@ def test_damaged_folders_are_refused(bases: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="Expected names in `branches` that can be a file's"):
         cnext.load(model, folder)
     changed((folder := damaged()) / "cnext_config.json", branches={"text-general": 9})
+    with pytest.raises(UserError, match="Expected `branches` of the rank in `attached`"):
+        cnext.load(model, folder)
+    changed((folder := damaged()) / "cnext_config.json", branches={"text-general": 2})
     with pytest.raises(UserError, match=r"has ranks \{'lora': 8\} and lora_alpha / r 0.5, .*; save the branches again"):
         cnext.load(model, folder)
     changed((folder := damaged()) / "adapter_config.json", lora_alpha=8)
@@ -371,6 +374,22 @@ def test_copies_and_pickles_save_themselves(bases: Path, tmp_path: Path) -> None
     assert not plain._load_state_dict_post_hooks
     plain.save_pretrained(tmp_path / "plain")
     assert (tmp_path / "plain" / "config.json").is_file()
+
+
+def test_a_layer_at_several_places_is_told(bases: Path, tmp_path: Path) -> None:
+    def sharing() -> Any:
+        model = base(bases)
+        model.model.layers[1].mlp.up_proj = model.model.layers[0].mlp.up_proj
+        return model
+
+    handle = attached(sharing())
+    with pytest.warns(
+        UserWarning, match=r"layers.1.mlp.up_proj: the same layer as another one, to which PEFT gives no"
+    ):
+        handle.save_pretrained(tmp_path)
+    other = sharing()
+    cnext.load(other, tmp_path)
+    assert torch.equal(logits(other), logits(handle.model))
 
 
 def test_a_part_of_the_model_is_not_saved_alone(bases: Path, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib
 import json
 import os
 import pickle
@@ -16,8 +17,9 @@ import torch
 from fuzz.mutations import BYTES, VALUES, dumped, mutated_bytes, mutated_value
 from hypothesis import strategies as st
 from safetensors.torch import save, save_file
+from torch import nn
 
-from cnext.adapters import exchange_authors
+from cnext.adapters import attach_mage, exchange_authors, load
 from cnext.adapters.exchange_peft import read_peft
 from cnext.errors import UserError
 from cnext.runs import checkpoint
@@ -36,6 +38,7 @@ def pair() -> tuple[torch.Tensor, torch.Tensor]:
 @pytest.fixture(scope="module")
 def peft(place: Path) -> Path:
     """An adapter of two layers."""
+    importlib.import_module("peft")  # some of the packages that it imports make folders, which is not to be seen later
     folder = place / "peft"
     folder.mkdir()
     tensors = {}
@@ -56,6 +59,31 @@ def released(place: Path) -> Path:
             state[f"llm.base_model.model.{layer}.lora_{half}.default.weight"] = tensor
     torch.save(state, place / "pytorch_model.bin")
     return place / "pytorch_model.bin"
+
+
+@pytest.fixture(scope="module")
+def saved(place: Path) -> Path:
+    """What save_pretrained writes, of a model of one layer."""
+    handle = attach_mage(Model(), rank=2, targets=["q_proj"])
+    with pytest.warns(UserWarning, match="no reference logits"):
+        handle.save_pretrained(place / "saved", base_model="org/model")
+    return place / "saved"
+
+
+class Model(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.q_proj = nn.Linear(3, 4)
+
+
+def load_saved(folder: Path) -> None:
+    """Loads, without reference logits, into a model that is as it was where that is refused."""
+    model = Model()
+    try:
+        load(model, folder, check=False)
+    except UserError:
+        assert type(model.q_proj) is nn.Linear
+        raise
 
 
 def read_released(path: Path) -> exchange_authors.Released:
@@ -83,6 +111,13 @@ def fuzzed(fuzzed_and_restored: Callable) -> Callable[..., None]:
 def test_peft_config(peft: Path, fuzzed: Callable) -> None:
     change = lambda content, mutations: dumped(mutated_value(json.loads(content), mutations))  # noqa: E731
     fuzzed(peft / "adapter_config.json", change, VALUES, 500, lambda: read_peft(peft))
+
+
+# A version that is newer, and missing reference logits, are told by warnings.
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_saved_config(saved: Path, fuzzed: Callable) -> None:
+    change = lambda content, mutations: dumped(mutated_value(json.loads(content), mutations))  # noqa: E731
+    fuzzed(saved / "cnext_config.json", change, VALUES, 300, lambda: load_saved(saved))
 
 
 @pytest.mark.parametrize(("change", "strategy"), [(mutated_bytes, BYTES), (header, VALUES)], ids=["bytes", "header"])
