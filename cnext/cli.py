@@ -148,9 +148,13 @@ def _judge(arguments: argparse.Namespace) -> int:
 
 def _data_check(arguments: argparse.Namespace) -> int:
     from cnext import backbones
-    from cnext.tasks import data_check_text
+    from cnext.tasks import data_check_text, suites
 
-    need = backbones.unmet_need(*filter(None, [arguments.backbone]))
+    if arguments.backbone:
+        backbones.check_tasks(arguments.backbone, arguments.weights, suites.load(arguments.suite).tasks)
+    elif arguments.weights is not None:
+        raise UserError("--weights are those of a --backbone; name it too")
+    need = backbones.unmet_need(*filter(None, [arguments.backbone]), weights=arguments.weights)
     return data_check_text.main(arguments.suite, arguments.dir, arguments.images, arguments.json, need)
 
 
@@ -286,7 +290,11 @@ def _parser() -> argparse.ArgumentParser:
     check.add_argument("--json", type=Path, metavar="FILE", help="write all problems, with lines and paths, to a file")
     help = "check of images: none, verify (complete files) or decode (every pixel) (default: decode)"
     check.add_argument("--images", choices=("none", "verify", "decode"), default="decode", help=help)
-    check.add_argument("--backbone", metavar="NAME", help="report images that it cannot read (default: any of cnext's)")
+    help = "refuse tasks that it cannot do, and report images that it cannot read (default: any of cnext's)"
+    check.add_argument("--backbone", metavar="NAME", help=help)
+    check.add_argument(
+        "--weights", type=Path, metavar="PATH", help="weights of that backbone, where it depends on them"
+    )
     subset = add("subset", _data_subset, "write a random sample of every split as a suite of its own", parts)
     subset.add_argument("--n", type=int, default=500, help="rows per split (default: 500)")
     subset.add_argument("--seed", type=int, default=0, help="random seed of the sample (default: 0)")
@@ -318,13 +326,13 @@ def _parser() -> argparse.ArgumentParser:
     verb.add_argument("--backbone", default="tiny", help="backbone of the adapter (default: tiny)")
     help = "method that trained it (default: by the names of the branches)"
     verb.add_argument("--method", choices=("mage", "moelora", "lora"), help=help)
-    verb.add_argument("--weights", type=Path, metavar="DIR", help="folder of the backbone's released weights")
+    verb.add_argument("--weights", type=Path, metavar="PATH", help="folder or file of the backbone's weights")
 
     text = "check whether a run can start here: packages, devices, kernels, weights, data, CLIP, memory, disk"
     verb = add("doctor", _doctor, text)
     verb.epilog = "Exit status 0: a run can start; 1: it cannot."
     verb.add_argument("--backbone", default="tiny", help="backbone of the run (default: tiny)")
-    verb.add_argument("--weights", type=Path, metavar="DIR", help="folder of the backbone's released weights")
+    verb.add_argument("--weights", type=Path, metavar="PATH", help="folder or file of the backbone's weights")
     verb.add_argument("--suite", default="next-tiny", help="suite of the run (default: next-tiny)")
     verb.add_argument("--data", type=Path, metavar="DIR", help="folder with the suite's files")
     verb.add_argument("--clip", help="CLIP that scores images, as for cnext-run")

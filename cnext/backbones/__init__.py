@@ -6,11 +6,16 @@ package adds a backbone by an entry point of the group ``cnext.backbones``: ``na
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Iterable
 from functools import cache
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
+from cnext.errors import UserError
 from cnext.registry import Registry
+
+if TYPE_CHECKING:
+    from cnext.tasks.base import ImageNeed, Task
 
 BACKBONES = Registry(
     "backbone",
@@ -20,6 +25,7 @@ BACKBONES = Registry(
         "janus": "cnext.backbones.janus:JanusBackbone",
         "emu3": "cnext.backbones.emu3:Emu3Backbone",
         "seed-x": "cnext.backbones.seed_x.model:SeedX",
+        "hf": "cnext.backbones.hf.model:HuggingFace",
     },
 )
 
@@ -39,16 +45,37 @@ def summary(name: str) -> str:
     return BACKBONES.summary(name)
 
 
-def unmet_need(*names: str) -> Callable[[tuple[int, int]], str]:
+def check_tasks(name: str, weights: Path | None, tasks: Iterable[Task]) -> None:
+    """Checks that a backbone reads and writes what tasks do. Loads no tensors.
+
+    Raises:
+        UserError: names every task that it cannot do, and what it cannot.
+    """
+    reads, writes = load(name).modalities(weights)
+    problems = []
+    for task in tasks:
+        sides = (("reads", task.reads, reads), ("writes", task.writes, writes))
+        lacking = [f"{side} {modality}" for side, asked, able in sides for modality in asked if modality not in able]
+        problems += [f"{task.name} ({', '.join(lacking)})"] if lacking else []
+    if problems:
+        model = f"backbone {name}" + ("" if weights is None else f" with {weights}")
+        raise UserError(
+            f"{model} reads {' and '.join(reads)} and writes {' and '.join(writes)}, and cannot do "
+            f"{', '.join(problems)}; choose other tasks by --order, another suite, or another model"
+        )
+
+
+def unmet_need(*names: str, weights: Path | None = None) -> ImageNeed:
     """A function that says why one of these backbones cannot read an image of some width and height, "" if all can.
 
     names: of backbones; none: all that come with cnext, which the first call imports.
+    weights: of the one backbone that is named.
     """
 
     @cache
-    def kinds() -> list[Any]:
-        return [load(name) for name in names or BACKBONES.own]
+    def needs() -> list[Any]:
+        return [load(name).image_need(weights) for name in names or BACKBONES.own]
 
     if names:
-        kinds()
-    return lambda size: next(filter(None, (kind.unmet_need(size) for kind in kinds())), "")
+        needs()
+    return lambda size: next(filter(None, (need(size) for need in needs())), "")

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from cnext.errors import UserError
 from cnext.scoring.base import Prediction
-from cnext.tasks.base import Sample, Task, Turn
+from cnext.tasks.base import ImageNeed, Sample, Task, Turn
 
 CHOICES_BATCH = 32
 """Samples per forward pass of ``choice_logits``."""
@@ -191,9 +191,26 @@ class Backbone(ABC, nn.Module):
         return ""
 
     @classmethod
+    def modalities(cls, weights: Path | None) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        """What the model reads and what it writes: tasks that need more are refused before weights are loaded.
+
+        Returns:
+            Two of ("text",), ("image",) and ("text", "image"). Default: the latter twice.
+
+        Raises:
+            UserError: they depend on the weights, and these are missing or no model.
+        """
+        return ("text", "image"), ("text", "image")
+
+    @classmethod
     def unmet_need(cls, size: tuple[int, int]) -> str:
         """Why an image of this width and height cannot be read, "" if it can. Asked before a run loads weights."""
         return ""
+
+    @classmethod
+    def image_need(cls, weights: Path | None) -> ImageNeed:
+        """`unmet_need` where it depends on the weights, of which at most the configuration is read."""
+        return cls.unmet_need
 
     def check_length(self, sample: Sample) -> None:
         """Asked of every sample before training, of test samples with the question alone. Decodes no image.

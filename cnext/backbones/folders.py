@@ -10,6 +10,8 @@ import torch
 from cnext.errors import UserError, listed, parse_json
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+LOCAL = {"local_files_only": True, "trust_remote_code": False}
+"""Arguments of ``from_pretrained``: nothing is downloaded, and no code in the folder is executed."""
 
 
 class Parts(NamedTuple):
@@ -20,7 +22,8 @@ class Parts(NamedTuple):
     image_processor: Any
 
 
-def _json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a file. Raises UserError where it is none."""
     try:
         value = parse_json(path.read_bytes())
     except (OSError, ValueError) as error:
@@ -58,6 +61,19 @@ def shard_files(index: Path) -> list[Path]:
     return [index.parent / name for name in names]
 
 
+def weight_files(folder: Path) -> list[Path]:
+    """The files of weights in a folder, one or several. Raises UserError where there are none, or one is missing."""
+    if (folder / INDEX).is_file():
+        return shard_files(folder / INDEX)
+    if not (folder / SINGLE).is_file():
+        pickled = ", ".join(sorted(path.name for path in folder.glob("*.bin")))
+        raise UserError(
+            f"no weights in {folder}: expected {SINGLE}, or {INDEX} and its files"
+            + (f"; found {pickled}, which is pickled and not read: save the model as safetensors" if pickled else "")
+        )
+    return [folder / SINGLE]
+
+
 def check_config(folder: Path | None, model_type: str, released: str) -> Path:
     """The folder. Raises UserError unless it has the configuration of a model of this type.
 
@@ -70,7 +86,7 @@ def check_config(folder: Path | None, model_type: str, released: str) -> Path:
         raise UserError(f"no folder {folder}: {expected}; download it there, or name another by --weights")
     if not (folder / "config.json").is_file():
         raise UserError(f"no config.json in {folder}: {expected}")
-    found = _json(folder / "config.json").get("model_type")
+    found = read_json(folder / "config.json").get("model_type")
     if found != model_type:
         raise UserError(f"{folder}/config.json is of model_type {found!r}, not {model_type!r}: {expected}")
     return folder
@@ -79,19 +95,11 @@ def check_config(folder: Path | None, model_type: str, released: str) -> Path:
 def check_folder(folder: Path | None, model_type: str, released: str) -> list[Path]:
     """The files of weights in a folder. Raises UserError unless every file that the model is loaded from exists."""
     folder = check_config(folder, model_type, released)
-    files = [folder / SINGLE]
-    if (folder / INDEX).is_file():
-        files = shard_files(folder / INDEX)
-    elif not (folder / SINGLE).is_file():
-        pickled = ", ".join(sorted(path.name for path in folder.glob("*.bin")))
-        raise UserError(
-            f"no weights in {folder}: expected {SINGLE}, or {INDEX} and its files"
-            + (f"; found {pickled}, which is pickled and not read: save the model as safetensors" if pickled else "")
-        )
+    files = weight_files(folder)
     for either in (("tokenizer.json",), ("preprocessor_config.json", "processor_config.json")):
         if not any((folder / name).is_file() for name in either):
             raise UserError(f"{folder} has no {' or '.join(either)}; copy it from where the weights are")
-    tokenizer = _json(folder / "tokenizer.json")
+    tokenizer = read_json(folder / "tokenizer.json")
     for part in ("model", "added_tokens"):
         if part not in tokenizer:
             raise UserError(f"{folder}/tokenizer.json has no {part}; copy it again from where the weights are")
@@ -115,11 +123,10 @@ def load_parts(
     from huggingface_hub.errors import StrictDataclassError
     from safetensors import SafetensorError
 
-    local = {"local_files_only": True, "trust_remote_code": False}
     try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **local)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **LOCAL)
         # The pixels do not depend on whether torchvision is installed.
-        image_processor = transformers.AutoImageProcessor.from_pretrained(folder, backend="pil", **local)
+        image_processor = transformers.AutoImageProcessor.from_pretrained(folder, backend="pil", **LOCAL)
         model, loading_info = getattr(transformers, model_class).from_pretrained(
             folder,
             dtype=dtype,
@@ -128,17 +135,17 @@ def load_parts(
             use_safetensors=True,
             ignore_mismatched_sizes=True,
             output_loading_info=True,
-            **local,
+            **LOCAL,
         )
     except (OSError, TypeError, ValueError, RuntimeError, SafetensorError, StrictDataclassError) as error:
         raise UserError(
             f"{folder} cannot be loaded as {model_class}: {error}\nexpected {released}; copy the broken file again"
         ) from error
-    _check_weights(folder, loading_info)
+    check_tensors(folder, loading_info)
     return Parts(model.requires_grad_(False).eval(), tokenizer, image_processor)
 
 
-def _check_weights(folder: Path, loading_info: dict[str, Any]) -> None:
+def check_tensors(folder: Path, loading_info: dict[str, Any]) -> None:
     """Raises UserError where weights were missing or had other shapes than the configuration says."""
     # Older versions of transformers give only the names.
     shapes = [

@@ -79,7 +79,7 @@ class Options:
     checkpointing: bool | None = None
     """Gradient checkpointing: recompute activations in the backward pass to save memory. None: the preset's."""
     weights: Path | None = None
-    """Folder of the backbone's released weights. The tiny backbone needs none."""
+    """Folder or file of the backbone's weights. The tiny backbone needs none."""
     backbone_options: tuple[str, ...] = ()
     """Options for loading the backbone as name=value, for example edit_stage=second for seed-x."""
     device_map: str | None = None

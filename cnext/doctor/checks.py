@@ -58,7 +58,7 @@ def check_run(run: Options) -> list[Check]:
     if {"torch", "numpy"} & broken:
         return [*checks, *data(suite, run.data)]
     writes_images = any("image" in task.writes for task in suite.tasks)
-    checks += [*devices(), *kernels(), *backbones(run, writes_images), *data(suite, run.data)]
+    checks += [*devices(), *kernels(), *backbones(run, writes_images), *tasks(run, suite), *data(suite, run.data)]
     if not {"torchvision", "open_clip_torch", "pillow"} & broken:
         checks += scorers(suite, run.clip)
     return checks + memory_and_disk(run)
@@ -126,6 +126,21 @@ def backbones(run: Options, writes_images: bool = False) -> list[Check]:
         except (UserError, OSError) as error:
             found.append(Check("backbones", name, ERROR if selected else NOTE, str(error)))
     return found
+
+
+def tasks(run: Options, suite: Suite) -> list[Check]:
+    """Whether the run's backbone reads and writes what the suite's tasks do. Nothing where its weights are missing."""
+    from cnext import backbones as known
+
+    try:
+        known.load(run.backbone).check(run.weights)
+    except (UserError, OSError):
+        return []
+    try:
+        known.check_tasks(run.backbone, run.weights, suite.tasks)
+    except UserError as error:
+        return [Check("backbones", f"{run.backbone} tasks", ERROR, str(error))]
+    return []
 
 
 def data(suite: Suite, folder: Path | None) -> list[Check]:

@@ -104,7 +104,7 @@ def _write_tables(flags: Flags, plans: list[Plan]) -> None:
 def _execute(flags: Flags, to_do: list[Plan]) -> list[Failure]:
     """Executes runs on this machine or by a launcher. Returns the failed ones."""
     from cnext.studies import launchers, local, resources
-    from cnext.training.setup import check_clip, data_folder, read_suite
+    from cnext.training.setup import check_clip, check_model, data_folder, read_suite
 
     here = flags.launcher == "local"
     if here:
@@ -117,7 +117,7 @@ def _execute(flags: Flags, to_do: list[Plan]) -> list[Failure]:
         return local.run_in_sequence(to_do)
     # Shared by all runs: generated once, and an error in them is reported once, before any run starts.
     first = to_do[0]
-    backbones.load(first.config.backbone).check(first.config.weights)
+    check_model(first)
     check_clip(first, first.device if here else "cpu")
     read_suite(first, data_folder(first))
     if here:
@@ -193,6 +193,9 @@ def main(flags: Flags) -> int:
     elsewhere = forecasting or (flags.launcher != "local" and not flags.dry_run)
     plans = [plan(config, elsewhere, forecasting) for config in configs(flags)]
     _check(flags, plans)
+    for planned in plans:
+        config = planned.config
+        backbones.check_tasks(config.backbone, config.weights, map(planned.suite.task, planned.order))
     _note_missing_tasks(plans)
     if flags.dry_run:
         _dry_run(flags, plans)

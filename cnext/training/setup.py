@@ -50,7 +50,7 @@ def prepare(planned: Plan, generated: Path | None = None) -> Prepared:
     generated: folder to generate a synthetic suite in, instead of the cache.
     """
     # Missing files and packages are reported before anything large is read or downloaded.
-    backbones.load(planned.config.backbone).check(planned.config.weights)
+    check_model(planned)
     check_clip(planned, planned.device)
     samples = read_suite(planned, data_folder(planned, generated))
     backbone = load_backbone(planned)
@@ -60,6 +60,13 @@ def prepare(planned: Plan, generated: Path | None = None) -> Prepared:
     tasks = [planned.suite.task(name) for name in planned.order]
     method.setup(backbone, tasks, generator, planned.suite.modalities)
     return Prepared(samples, backbone, method, trained_beside(backbone, planned.recipe.trainable))
+
+
+def check_model(planned: Plan) -> None:
+    """Raises UserError where weights are missing, or the backbone cannot read or write what a task does."""
+    config = planned.config
+    backbones.check_tasks(config.backbone, config.weights, map(planned.suite.task, planned.order))
+    backbones.load(config.backbone).check(config.weights)
 
 
 def data_folder(planned: Plan, generated: Path | None = None) -> Path:
@@ -81,7 +88,7 @@ def read_suite(planned: Plan, data: Path) -> dict[str, dict[str, list[Sample]]]:
     """
     limits = {"train": planned.recipe.train_samples, planned.config.split: planned.recipe.test_samples}
     samples: dict[str, dict[str, list[Sample]]] = {split: {} for split in limits}
-    need = backbones.unmet_need(planned.config.backbone)
+    need = backbones.unmet_need(planned.config.backbone, weights=planned.config.weights)
     problems = []
     for name in planned.order:
         for split, limit in limits.items():
