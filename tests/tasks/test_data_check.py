@@ -284,7 +284,7 @@ def test_all_samples_that_are_too_long_are_named() -> None:
     rows = [Sample("x", (Turn("what?", "red" * length),), origin=f"#{length}") for length in (1, 5, 6, 9)]
     with pytest.raises(DataError) as error:
         check_lengths(Short(), {"train": {"a": rows[:2], "b": rows[2:]}, "test": {"a": rows}})
-    assert str(error.value).splitlines() == ["2 samples are too long", "#6 is too long", "#9 is too long"]
+    assert str(error.value).splitlines() == ["2 samples cannot be used", "#6 is too long", "#9 is too long"]
 
 
 @pytest.mark.parametrize(("backbone", "status"), [("emu3", 1), ("tiny", 0), (None, 1)])

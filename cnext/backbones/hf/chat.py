@@ -55,9 +55,10 @@ class Chat:
         probe = Sample("", (Turn("?"),))
         before, tail = self._pieces(probe)
         prompt = self._render(self._messages(probe, answered=False), True)
-        self._prompted = before.startswith(prompt)
-        """Whether a question with its generation prompt is how the conversation begins."""
-        self._lead = before.removeprefix(prompt) if self._prompted else before[len(before.rstrip(" ")) :]
+        lead = before.removeprefix(prompt)
+        self._prompted = before.startswith(prompt) and not lead.strip()
+        """Whether a question with its generation prompt is how the conversation begins, but for spaces."""
+        self._lead = lead if self._prompted else before[len(before.rstrip(" ")) :]
         found = re.match(rf"\s*({'|'.join(map(re.escape, sorted(self.special, key=len, reverse=True)))})", tail)
         self._tail = found[0] if found else ""
         self._blank = "" if found else tail[: len(tail) - len(tail.lstrip())]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -63,7 +62,6 @@ def _as_user_errors(folder: Path) -> Iterator[None]:
         raise UserError(f"{folder} cannot be loaded: {error}\nexpected {EXPECTED}; {advice}") from error
 
 
-@cache
 def find(weights: Path | None) -> Source:
     """What is at a path. Reads config.json and no tensors.
 
@@ -100,7 +98,7 @@ def _find_gguf(weights: Path) -> Source:
         several = f"{len(files)} .gguf files in {weights}, name one of them" if len(files) > 1 else ""
         raise UserError(f"{several or f'no config.json in {weights}'}: expected {EXPECTED}")
     if find_spec("gguf") is None:
-        raise UserError(f"{files[0]} is read by the package gguf, which is not installed; pip install gguf")
+        raise UserError(f"{files[0]} is read by the package gguf, which is not installed; pip install 'cnext[gguf]'")
     return Source(files[0].parent, files[0].name, "AutoModelForCausalLM", ("text",))
 
 

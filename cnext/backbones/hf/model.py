@@ -28,7 +28,7 @@ from cnext.backbones.pretrained import LLAMA_LINEARS, checkpoint_activations
 from cnext.errors import UserError
 from cnext.image_files import image_size, open_image
 from cnext.scoring.base import Prediction
-from cnext.tasks.base import ImageNeed, Sample, Turn, any_size
+from cnext.tasks.base import ImageNeed, Sample, Task, Turn, any_size
 
 BATCH = 16
 """Samples per forward pass without gradient."""
@@ -154,12 +154,8 @@ class HuggingFace(Backbone):
         ends = [*ends, tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids(self.chat.end)]
         self.stop_ids = list(dict.fromkeys(int(token) for token in ends if token is not None))
         self.pad_id = int(tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id)
-        self.model.generation_config = GenerationConfig(
-            do_sample=False,
-            eos_token_id=self.stop_ids,
-            pad_token_id=self.pad_id,
-            bos_token_id=tokenizer.bos_token_id,
-        )
+        ids = {"eos_token_id": self.stop_ids, "pad_token_id": self.pad_id, "bos_token_id": tokenizer.bos_token_id}
+        self._greedy = GenerationConfig(do_sample=False, **ids)
 
     @classmethod
     def modalities(cls, weights: Path | None) -> tuple[tuple[str, ...], tuple[str, ...]]:
@@ -259,6 +255,13 @@ class HuggingFace(Backbone):
             if id(parameter) in kept or (id(parameter) in inside and ("norm" in name or ".ln_" in name))
         }
 
+    def encoding_flops(self, task: Task) -> float:
+        """Two for each parameter beside the language model and position of an image."""
+        language = [self.language_model, self.model.get_output_embeddings()]
+        inside = {id(parameter) for part in language for parameter in part.parameters()}
+        beside = sum(parameter.numel() for parameter in self.parameters() if id(parameter) not in inside)
+        return 2.0 * beside * self.picture_tokens[0] * ("image" in task.reads)
+
     def _processed(self, text: str, sample: Sample) -> dict[str, Tensor]:
         """The processor's output for one text. Raises UserError for an image that it cannot read."""
         image = open_image(sample.image) if sample.image else None
@@ -271,7 +274,7 @@ class HuggingFace(Backbone):
             return {name: found[name] for name in ("input_ids", "attention_mask")}
         try:
             found = self.processor(text=[text], images=None if image is None else [[image]], **options)
-        except (ValueError, TypeError, IndexError, ZeroDivisionError, RuntimeError) as error:
+        except (ValueError, TypeError, LookupError, ZeroDivisionError, RuntimeError) as error:
             size = "" if image is None else f", an image of {image.width} x {image.height} pixels"
             raise UserError(
                 f"{what}{size}: the model's {type(self.processor).__name__} cannot read it: {error}\nleave it out"
@@ -449,9 +452,12 @@ class HuggingFace(Backbone):
         cached = not prompted(self.language_model)
         # With a cache, each pass after that over the questions is over one written token.
         passed = self.language_model.register_forward_hook(then)
+        # Given as an argument, it would be filled in from the released one.
+        released, self.model.generation_config = self.model.generation_config, self._greedy
         try:
             found = self.model.generate(**batch, max_new_tokens=max_new_tokens, use_cache=cached)
         finally:
+            self.model.generation_config = released
             passed.remove()
         return found[:, batch["input_ids"].shape[1] :].tolist()
 
@@ -491,6 +497,6 @@ def _unprocessable(image_processor: Any, size: tuple[int, int]) -> str:
 
     try:
         image_processor(images=[Image.new("RGB", size)], return_tensors="pt")
-    except (ValueError, TypeError, IndexError, ZeroDivisionError, RuntimeError) as error:
+    except (ValueError, TypeError, LookupError, ZeroDivisionError, RuntimeError) as error:
         return f"which the model's {type(image_processor).__name__} refuses: {error}"
     return ""
