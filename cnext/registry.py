@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import ast
+import hashlib
 import importlib
 import importlib.metadata
 import importlib.util
+import sys
 from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from cnext.errors import UserError, unknown
@@ -64,14 +68,41 @@ class Registry:
         places = self.own if name in self.own else self.places()
         if name not in places:
             raise unknown(self.kind, name, sorted(places))
-        module, _, attribute = places[name].partition(":")
+        return self._imported(name, places[name], "")
+
+    def named(self, name: str, folder: str, what: str) -> Any:
+        """The object that a suite's manifest names: as registered, or as "module:attribute".
+
+        Args:
+            folder: the suite's, see `module_of`.
+            what: what is named, in messages: "scorer of task Photos".
+
+        Raises:
+            UserError: as ``[]``, and for a module that is neither in the folder nor installed.
+        """
+        if ":" in name:
+            return self._imported(f"{what} {name}".removeprefix(f"{self.kind} "), name, folder)
+        if name not in self:
+            raise unknown(what, name, [*self, "or module:function"])
+        return self[name]
+
+    def digest(self, name: str, folder: str) -> str:
+        """SHA-256 of the source file of an object as `named` takes it; "" for one of cnext's, or without a file."""
+        place = name if ":" in name else "" if name in self.own else self.places().get(name, "")
+        file = place and source_of(place.partition(":")[0], folder)
+        return hashlib.sha256(file.read_bytes()).hexdigest() if file else ""
+
+    def _imported(self, name: str, place: str, folder: str) -> Any:
+        module, _, attribute = place.partition(":")
+        expected = f"the {self.kind} {name} cannot be imported from {place}, expected module:attribute"
         try:
-            found = getattr(importlib.import_module(module), attribute)
-        except (ImportError, AttributeError) as error:
-            raise UserError(
-                f"the {self.kind} {name} cannot be imported from {places[name]}, expected module:attribute: {error}; "
-                "install its package again"
-            ) from error
+            found: Any = module_of(module, folder)
+            for part in attribute.split("."):
+                found = getattr(found, part)
+        except (ImportError, AttributeError, SyntaxError) as error:
+            beside = f" {module}.py is expected beside suite.json in {folder}, or installed;" if folder else ""
+            advice = f"{beside} correct it" if folder else "install its package again"
+            raise UserError(f"{expected}: {error};{' ' * (not folder)}{advice}") from error
         return self.finish(found)
 
     def summary(self, name: str) -> str:
@@ -86,3 +117,52 @@ class Registry:
             if isinstance(node, ast.ClassDef | ast.FunctionDef) and node.name == attribute:
                 return (ast.get_docstring(node) or "").partition("\n\n")[0].replace("\n", " ").rstrip(".")
         return ""
+
+
+def source_of(module: str, folder: str) -> Path | None:
+    """The file of a module as `module_of` finds it; None if there is none. A package around it is imported."""
+    parts = module.split(".")
+    if not all(part.isidentifier() for part in parts):
+        return None
+    beside = Path(folder, *parts[:-1], f"{parts[-1]}.py")
+    if folder and beside.is_file():
+        return beside
+    try:
+        spec = importlib.util.find_spec(module)
+    except (ImportError, ValueError):
+        return None
+    return Path(spec.origin) if spec and spec.origin and Path(spec.origin).is_file() else None
+
+
+def module_of(module: str, folder: str) -> ModuleType:
+    """A module by its name: a file in a folder, or one that Python finds, as of an installed package.
+
+    The file is executed once, and again after a change, under a name of its own: two suites may each have a
+    ``scoring.py``. It imports installed packages, but no other file of the folder: its source is all of the code.
+
+    Args:
+        folder: looked into first; "": not.
+
+    Raises:
+        ImportError: there is no such module.
+        UserError: the file raises an error.
+    """
+    file = source_of(module, folder) if folder else None
+    if not all(part.isidentifier() for part in module.split(".")):
+        raise ImportError(f"{module!r} is no name of a module")
+    if file is None or not file.is_relative_to(folder):
+        return importlib.import_module(module)
+    content = file.read_bytes()
+    name = f"{file.stem}_{hashlib.sha256(str(file.resolve()).encode() + content).hexdigest()[:16]}"
+    if name not in sys.modules:
+        made = sys.modules[name] = ModuleType(name)  # where dataclasses look for it
+        made.__file__ = str(file)
+        try:
+            exec(compile(content, str(file), "exec"), made.__dict__)
+        except (ImportError, SyntaxError):
+            del sys.modules[name]
+            raise
+        except Exception as error:
+            del sys.modules[name]
+            raise UserError(f"{file} raises {type(error).__name__}: {error}; correct it") from error
+    return sys.modules[name]

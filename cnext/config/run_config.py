@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from cnext.errors import UserError, unknown
+from cnext.scoring.base import find_scorer, make_scorers
 from cnext.tasks import suites
 from cnext.tasks.base import Recipe, Suite, Task
 from cnext.tasks.formats import READERS
@@ -171,6 +172,7 @@ class Plan:
             "weights": None if config.weights is None else str(config.weights),
             "backbone_options": loading_options(config.backbone, config.backbone_options),
             "recipe": recipe,
+            **_code([self.suite.task(name) for name in self.order]),
         }
         if self.suite.modalities != Suite.modalities:
             values["modalities"] = list(self.suite.modalities)
@@ -336,19 +338,28 @@ def _recipe(config: RunConfig, recipe: Recipe) -> Recipe:
 
 
 def _check_task(task: Task, modalities: Sequence[str]) -> None:
-    """Raises UserError for a format, a scorer or a modality that does not exist."""
+    """Raises UserError for a format, a scorer or a modality that does not exist, or code that cannot be imported."""
     from cnext.adapters import roles_of
-    from cnext.scoring import make_scorers
 
-    scorers = make_scorers()
-    if task.format not in READERS:
-        raise unknown(f"format of task {task.name}", task.format, list(READERS))
-    if task.scorer not in scorers:
-        raise unknown(f"scorer of task {task.name}", task.scorer, list(scorers))
+    READERS.named(task.format, task.folder, f"format of task {task.name}")
+    find_scorer(task)
     try:
         roles_of(task.reads, task.writes, modalities)
     except UserError as error:
         raise UserError(f'task {task.name}: {error} (suite.json may declare others under "modalities")') from error
+
+
+def _code(tasks: Sequence[Task]) -> dict[str, dict[str, str]]:
+    """SHA-256 of the source of readers and scorers that are not cnext's: ``code`` in config.json, if there are any.
+
+    A run is not resumed with other code.
+    """
+    found = {}
+    for task in tasks:
+        for registry, name in ((READERS, task.format), (make_scorers(), task.scorer)):
+            if digest := registry.digest(name, task.folder):
+                found[name] = digest
+    return {"code": found} if found else {}
 
 
 def _device(name: str, elsewhere: bool) -> str:

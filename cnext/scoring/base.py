@@ -1,13 +1,16 @@
-"""Base types of scoring: a model's prediction, and its score."""
+"""Base types of scoring: a model's prediction, its score, and scorers by name."""
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from numbers import Real
+from typing import TYPE_CHECKING, Any
 
+from cnext.errors import UserError
 from cnext.registry import Registry
-from cnext.scoring import SHORT_ANSWERS
+from cnext.scoring.names import OWN, SHORT_ANSWERS
 
 if TYPE_CHECKING:
     import numpy
@@ -76,4 +79,121 @@ def reference_check(task: Task) -> Callable[[Sample], Flaw | None]:
     """The check of a task's test samples: what keeps a reference from being scored as the task's scorer needs it."""
     if task.scorer in REFERENCE_CHECKS:
         return REFERENCE_CHECKS[task.scorer]
-    return lambda sample: None
+    scorer = None if task.scorer in OWN else find_scorer(task)
+    return scorer.flaw if isinstance(scorer, AnswerScorer) else lambda sample: None
+
+
+AnswerFunction = Callable[[str, list[str]], float]
+"""A scorer in its simple form: an answer and its accepted answers to a score from 0 to 1."""
+
+
+class AnswerScorer:
+    """A `Scorer` that asks a function ``(answer, references)`` about one answer after another.
+
+    Both profiles are 100 times what the function returns. The error type is "" for 1, "instruction_unfollowing" for an
+    empty answer, and "other" for the rest. The function sees no image.
+
+    Args:
+        function: gets the text of an answer and the list of accepted answers; returns a number from 0 to 1, or a bool.
+
+    Example:
+        >>> AnswerScorer(lambda answer, references: answer in references)(task, samples, predictions)
+    """
+
+    def __init__(self, function: AnswerFunction) -> None:
+        self.function = function
+
+    def __call__(self, task: Task, samples: Sequence[Sample], predictions: Sequence[Prediction]) -> list[Score]:
+        return [self._score(sample, prediction.text) for sample, prediction in zip(samples, predictions, strict=True)]
+
+    def flaw(self, sample: Sample) -> Flaw | None:
+        """What is wrong with a reference: the function refuses it, or gives it 0 as an answer to itself."""
+        try:
+            highest = max(self._score(sample, answer).strict for answer in sample.answers)
+        except UserError as error:
+            return Flaw(str(error).removeprefix(f"{sample.origin}: "))
+        if highest:
+            return None
+        return Flaw(f"expected a reference that scores above 0 as an answer, {self._name} gives it 0", usable=True)
+
+    @property
+    def _name(self) -> str:
+        return getattr(self.function, "__qualname__", type(self.function).__name__)
+
+    def _score(self, sample: Sample, answer: str) -> Score:
+        where, said = sample.origin or sample.id, f"the answer {answer[:80]!r}"
+        try:
+            value: Any = self.function(answer, list(sample.answers))
+        except Exception as error:
+            what = f"{type(error).__name__}: {error}"
+            raise UserError(f"{where}: the scorer {self._name} raises {what}, for {said}; correct it") from error
+        number = value.item() if getattr(value, "shape", None) == () else value
+        if not isinstance(number, Real) or not 0 <= number <= 1:
+            raise UserError(
+                f"{where}: expected a number from 0 to 1 of the scorer {self._name}, got {value!r} for {said}; correct it"
+            )
+        percent = 100.0 * float(number)
+        error = "" if percent == 100.0 else "other" if answer.strip() else "instruction_unfollowing"
+        return Score(percent, percent, error)
+
+
+def scorer_of(found: Any) -> Scorer:
+    """The scorer that another package or a suite's folder has: a `Scorer`, or an `AnswerFunction`.
+
+    Raises:
+        UserError: it takes neither two nor three arguments.
+    """
+    try:
+        taken = [
+            parameter
+            for parameter in inspect.signature(found).parameters.values()
+            if parameter.default is parameter.empty and parameter.kind is not parameter.VAR_KEYWORD
+        ]
+    except (TypeError, ValueError) as error:
+        raise UserError(f"expected a function as a scorer, got {found!r}: {error}") from error
+    if len(taken) == 2:
+        return AnswerScorer(found)
+    if len(taken) == 3:
+        return found
+    given = ", ".join(str(parameter) for parameter in taken) or "none"
+    raise UserError(
+        f"expected a scorer of (answer, references) or of (task, samples, predictions), {found!r} takes {given}"
+    )
+
+
+def make_scorers(clip: str = "tiny", device: str = "cpu") -> Registry:
+    """The scorers by name: functions of the type `cnext.scoring.base.Scorer`, imported when they are used.
+
+    A scorer that is registered as a class is constructed with ``(clip, device)``. One of another package, or of a
+    suite's folder, may be an `AnswerFunction`.
+
+    Args:
+        clip: a name that ``cnext.scoring.clip.load_clip`` accepts: "tiny", "<tag>/<model>" of open_clip (the benchmark
+            uses "openai/ViT-B-32"), or a folder. Call that first to fail before a run and not during it.
+        device: where the CLIP model runs.
+
+    Example:
+        >>> make_scorers()["short_answer"](task, samples, predictions)
+    """
+    return Registry(
+        "scorer",
+        "cnext.scorers",
+        OWN,
+        lambda found: found(clip, device) if isinstance(found, type) else scorer_of(found),
+    )
+
+
+def find_scorer(task: Task, scorers: Registry | None = None) -> Scorer:
+    """The scorer that a task names.
+
+    Raises:
+        UserError: there is none of that name, it cannot be imported, or it is a function of text and the task writes
+            images.
+    """
+    scorer = (scorers or make_scorers()).named(task.scorer, task.folder, f"scorer of task {task.name}")
+    if isinstance(scorer, AnswerScorer) and "image" in task.writes:
+        raise UserError(
+            f"task {task.name} writes images, and its scorer {task.scorer} takes (answer, references), which are text; "
+            "expected a scorer of (task, samples, predictions)"
+        )
+    return scorer

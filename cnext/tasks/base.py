@@ -92,10 +92,10 @@ class Task:
     """A task: the modalities it reads and writes, its files, and how its answers are scored.
 
     reads, writes: modalities of the suite: "text", "image" or both, unless the suite declares others.
-    format: name of a reader in ``cnext.tasks.readers.READERS``.
-    scorer: name of a scorer in ``cnext.scoring.make_scorers()``.
+    format: name of a reader in ``cnext.tasks.readers.READERS``, or "module:function".
+    scorer: name of a scorer in ``cnext.scoring.make_scorers()``, or "module:function".
     train, test, validation: paths or glob patterns relative to the data folder.
-    train_images, test_images: image folders relative to the data folder, or absolute.
+    train_images, test_images: image folders relative to the data folder, or absolute; "": the data folder.
     max_new_tokens: most text tokens of an answer.
     references: a file with several answers per test item. In COCO's format, captions of item k have image_id k, from 1;
         in TextVQA's, answers have the item's question_id. A row's own list of answers serves where the file is missing.
@@ -107,6 +107,7 @@ class Task:
         for editing, see ``cnext.tasks.images.unfit``.
     test_prefix: what the released evaluation prepends to the instruction of a test item.
     train_count, test_count: published numbers of rows, 0 if unknown.  source: where the images come from.
+    folder: of the suite, with the modules that format and scorer name; no field of a manifest.
     """
 
     name: str
@@ -116,8 +117,8 @@ class Task:
     scorer: str
     train: str
     test: str
-    train_images: str
-    test_images: str
+    train_images: str = ""
+    test_images: str = ""
     validation: str = ""
     max_new_tokens: PositiveInt = 32
     description: str = ""
@@ -129,6 +130,7 @@ class Task:
     train_count: Count = 0
     test_count: Count = 0
     source: str = ""
+    folder: str = ""
 
     def __post_init__(self) -> None:
         named = {"image_position": IMAGE_POSITIONS, "prompts": PROMPTS, "image_filter": IMAGE_FILTERS}

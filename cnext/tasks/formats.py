@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
-from cnext.errors import listed, parse_json, unknown
+from cnext.errors import listed, parse_json
 from cnext.image_files import Inspection, inspect
 from cnext.scoring.base import reference_check
 from cnext.tasks.base import DataError, ImageNeed, Sample, Suite, Task, any_size, caption_of
@@ -90,9 +90,7 @@ def scan(task: Task, data: Path, split: str, advance: Callable[[int], None] | No
         DataError: no such split, or no files.
     """
     pattern = getattr(task, split)
-    if task.format not in READERS:
-        raise unknown(f"format of task {task.name}", task.format, list(READERS))
-    reader = READERS[task.format]
+    reader = READERS.named(task.format, task.folder, f"format of task {task.name}")
     if not pattern:
         raise DataError(f"task {task.name} has no {split} split")
     root = data / task.image_folder(split)

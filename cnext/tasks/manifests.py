@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -42,7 +42,7 @@ class SuiteManifest(Record):
 
 def _built(kind: type[T], values: dict[str, Any], where: str) -> T:
     """A task or a recipe, of which no key may be misspelt."""
-    names = [item.name for item in fields(kind)]
+    names = [item.name for item in fields(kind) if item.name != "folder"]
     for name in values:
         if name not in names:
             raise unknown(f"field of {where}", name, names)
@@ -57,7 +57,7 @@ def _task(file: Path, name: str) -> Task:
             convert(value, RelativePath, f"{file}, {key}", ADVICE)
     for key in FOLDERS:
         convert(getattr(task, key), AnyPath, f"{file}, {key}", ADVICE)
-    return task
+    return replace(task, folder=str(file.parent))
 
 
 def _recipe(values: dict[str, Any], where: str) -> Recipe:

@@ -12,15 +12,18 @@ named. A row that names none, or names null, "", "none", "null" or a file null.*
 ``<image>`` gives the position of the image: before the question, or after it; in an answer it is an image to write.
 An answer before the first question is left out, as LLaVA does.
 
-Another package adds a format by an entry point of the group ``cnext.readers``: ``name = "module:reader"``.
+Another package adds a format by an entry point of the group ``cnext.readers``: ``name = "module:reader"``; a suite of
+one's own names one as ``"format": "module:function"``.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from cnext.errors import UserError
 from cnext.registry import Registry
 from cnext.tasks.base import Sample, Turn
 from cnext.tasks.row_images import MARK, field_image, named, named_one, placed, refuse_others, slots, tag, without_slots
@@ -233,10 +236,36 @@ def _alternating(said: list[Message], root: Path) -> tuple[str, list[str]]:
     return system, [text for _, text in rest]
 
 
+Reader = Callable[[Row, Path, str, str], Sample]
+
+
+def checked(reader: Reader) -> Reader:
+    """A reader of another package or of a suite's folder, whose errors name the row as those of cnext's do."""
+    if getattr(reader, "__module__", None) == __name__:
+        return reader
+    if not callable(reader):
+        raise UserError(f"expected a function (row, image_folder, sample_id, origin) as a reader, got {reader!r}")
+    called = getattr(reader, "__qualname__", type(reader).__name__)
+
+    def read(row: Row, root: Path, name: str, origin: str) -> Sample:
+        try:
+            found = reader(row, root, name, origin)
+        except ValueError:
+            raise
+        except Exception as error:
+            raise ValueError(f"cannot be read: {called} raises {type(error).__name__}: {error}") from error
+        if not isinstance(found, Sample):
+            raise ValueError(f"cannot be read: {called} returns {type(found).__name__}, expected a Sample")
+        return found
+
+    return read
+
+
 READERS = Registry(
     "format",
     "cnext.readers",
     {name: f"{__name__}:{name}" for name in ("conversation", "generation", "editing", "llava", "messages")},
+    checked,
 )
 """Readers by format: functions (row, image folder, sample id, origin) to `Sample`, which raise ValueError for a bad
 row."""

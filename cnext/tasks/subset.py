@@ -15,6 +15,7 @@ from typing import Any
 
 from cnext.errors import UserError
 from cnext.image_files import inspect
+from cnext.registry import source_of
 from cnext.tasks.base import DataError, Recipe, Suite, Task
 from cnext.tasks.formats import Line, scan
 
@@ -70,6 +71,7 @@ def _write(suite: Suite, data: Path, n: int, seed: int, protocol: str, folder: P
             digest.update(f"{task.name}/{split}\n{content}".encode())
         kept[task.name] = counts["train"]
         _json(folder / f"{task.name}.json", _manifest(task, data, counts, beside))
+        _copy_code(task, folder)
     values: dict[str, Any] = {
         "name": protocol,
         "description": f"{n} rows of every split of {suite.name}, sampled with seed {seed}",
@@ -114,6 +116,16 @@ def sample_rows(task: Task, data: Path, split: str, n: int, seed: int) -> tuple[
     return lines, total
 
 
+def _copy_code(task: Task, folder: Path) -> None:
+    """Copies the modules of the suite's folder that a task names."""
+    for name in (task.format, task.scorer):
+        file = source_of(name.partition(":")[0], task.folder) if ":" in name else None
+        if file and file.is_relative_to(task.folder):
+            to = folder / file.relative_to(task.folder)
+            to.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(file, to)
+
+
 def _place(task: Task, split: str) -> str:
     """Path of a split's rows relative to the folder, in the benchmark's layout."""
     return f"{task.name}/annotations/train_001.jsonl" if split == "train" else f"{task.name}/questions/{split}.json"
@@ -150,7 +162,7 @@ def _manifest(task: Task, data: Path, counts: dict[str, int], beside: str | None
     )
     defaults = {item.name: item.default for item in dataclasses.fields(Task)}
     values = dataclasses.asdict(changed)
-    return {key: value for key, value in values.items() if key != "name" and value != defaults[key]}
+    return {key: value for key, value in values.items() if key not in ("name", "folder") and value != defaults[key]}
 
 
 def _scaled(recipe: Recipe, kept: dict[str, int], sampled_from: dict[str, dict[str, int]]) -> dict[str, Any]:

@@ -25,7 +25,7 @@ from cnext.runs.run_folder import RunFolder
 from cnext.runs.schemas import StageScore, TrainStep
 from cnext.runs.state_digests import StateDigest, digest
 from cnext.runs.tensorboard import EventLog
-from cnext.scoring import make_scorers
+from cnext.scoring.base import find_scorer, make_scorers
 from cnext.tasks.base import Task
 from cnext.training import cost, results
 from cnext.training.evaluation import evaluate
@@ -298,7 +298,7 @@ class Runner:
             autocast(self.plan.recipe.precision, self.backbone.device),
             self.method.for_eval(),
         ):
-            folder, scorer = self.folder and self.folder.path, self.scorers[task.scorer]
+            folder, scorer = self.folder and self.folder.path, find_scorer(task, self.scorers)
             return evaluate(self.method, task, samples, scorer, folder, number, trained, self.uneven)
 
     def _write_results(self, started: float) -> dict[str, Any]:
