@@ -42,9 +42,11 @@ SOME_RUNS = {
     "openai": ("openai", "for cnext judge --judge openai:URL"),
     "ray": ("ray", "for cnext-run --launcher ray"),
     "submitit": ("submitit", "for cnext-run --launcher slurm"),
+    "pyarrow": ("pyarrow.parquet", "for data in Parquet files"),
+    "datasets": ("datasets", "for data of the library datasets"),
 }
 """Packages that some runs import: distribution to module and purpose."""
-EXTRAS = {"gguf": "gguf", "openai": "judge", "ray": "ray", "submitit": "slurm"}
+EXTRAS = {"gguf": "gguf", "openai": "judge", "ray": "ray", "submitit": "slurm", "pyarrow": "data", "datasets": "data"}
 """Optional packages, and the extra of cnext that installs each."""
 _ON_TORCHVISION = ("transformers", "open_clip_torch", "accelerate", "peft", "diffusers")
 IMPORTED_BY = {"torch": ("torchvision", "safetensors", *_ON_TORCHVISION), "torchvision": _ON_TORCHVISION}

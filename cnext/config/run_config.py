@@ -6,7 +6,6 @@ import dataclasses
 import importlib.util
 import inspect
 import json
-import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -18,6 +17,7 @@ from cnext.scoring.base import find_scorer, make_scorers
 from cnext.tasks import suites
 from cnext.tasks.base import Recipe, Suite, Task
 from cnext.tasks.formats import READERS
+from cnext.tasks.tables import save_datasets
 
 SPLITS = ("test", "validation")
 LOGS = ("jsonl", "tensorboard")
@@ -96,6 +96,8 @@ class RunConfig(Options):
     """One run: a method, an order of a suite's tasks, and a seed. All further fields: see `Options`.
 
     Attributes:
+        data: as of `Options`; or, where ``suite`` is a folder of your own, ``datasets.Dataset`` objects by task and
+            split, ``{"Photos": {"train": ..., "test": ...}}``, as `cnext.tasks.tables.save_datasets` takes them.
         method: as `cnext list` shows them.
         hyperparameters: the method's, by name; `cnext card METHOD` shows them. Default: the method's own.
         order: "paper", "reverse", "alphabet", "random:K" or task names "a,b,c". None: "paper" where the suite has it,
@@ -111,6 +113,7 @@ class RunConfig(Options):
         config.folder  # runs/mage/paper/seed-1
     """
 
+    data: Any = None
     method: str = "mage"
     hyperparameters: dict[str, Any] = field(default_factory=dict)
     order: str | None = None
@@ -129,7 +132,7 @@ class Plan:
     """A RunConfig with every name resolved, as `plan` returns it.
 
     Attributes:
-        config: the configuration; its order is never None.
+        config: the configuration; its order is never None, and its data is a folder or None.
         suite: with the configuration's prompts and CLIP model.
         order: names of the tasks in training order.
         recipe: the preset's, with what the configuration overrides.
@@ -193,12 +196,6 @@ def completed(values: Mapping[str, Any], present: Mapping[str, Any]) -> dict[str
     return found
 
 
-def cache() -> Path:
-    """Folder of generated suites: $CNEXT_CACHE, else $XDG_CACHE_HOME/cnext, else ~/.cache/cnext."""
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(os.environ.get("CNEXT_CACHE") or Path(base) / "cnext")
-
-
 def _at_least(name: str, value: float, least: float) -> None:
     if value < least:
         raise UserError(f"{name} must be at least {least}, got {value}")
@@ -219,6 +216,8 @@ def plan(config: RunConfig, elsewhere: bool = False, forecast: bool = False) -> 
         config = dataclasses.replace(config, order=suites.default_order(suite))
     order = suites.order(suite, config.order or "")
     _check_options(config, suite)
+    if isinstance(config.data, Mapping):
+        config = dataclasses.replace(config, data=save_datasets(suite, config.data))
     recipe = _recipe(config, suite.budgets[config.preset])
     for name in order:
         _check_task(suite.task(name), suite.modalities)

@@ -14,10 +14,11 @@ import shutil
 from pathlib import Path
 
 from cnext import packages
-from cnext.config.run_config import Options, cache
+from cnext.config.run_config import Options
 from cnext.errors import UserError, unknown
 from cnext.packages import ERROR, NOTE, OK, Check
 from cnext.tasks.base import DataError, Suite
+from cnext.tasks.kept_images import cache
 
 NEEDED_BY = {"seed-x": ("diffusers", "sentencepiece")}
 """Packages of ``SOME_RUNS`` that a backbone cannot do without."""

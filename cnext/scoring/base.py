@@ -129,9 +129,8 @@ class AnswerScorer:
             raise UserError(f"{where}: the scorer {self._name} raises {what}, for {said}; correct it") from error
         number = value.item() if getattr(value, "shape", None) == () else value
         if not isinstance(number, Real) or not 0 <= number <= 1:
-            raise UserError(
-                f"{where}: expected a number from 0 to 1 of the scorer {self._name}, got {value!r} for {said}; correct it"
-            )
+            expected = f"expected a number from 0 to 1 of the scorer {self._name}"
+            raise UserError(f"{where}: {expected}, got {value!r} for {said}; correct it")
         percent = 100.0 * float(number)
         error = "" if percent == 100.0 else "other" if answer.strip() else "instruction_unfollowing"
         return Score(percent, percent, error)

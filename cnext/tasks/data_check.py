@@ -18,6 +18,7 @@ from typing import Any, Protocol
 from cnext.errors import UserError
 from cnext.image_files import Inspection, inspect
 from cnext.scoring.base import reference_check
+from cnext.tasks import tables
 from cnext.tasks.base import DataError, ImageNeed, Sample, Suite, Task, any_size, caption_of
 from cnext.tasks.formats import left_out, missing_media, no_image, scan
 from cnext.tasks.rows import files
@@ -163,7 +164,7 @@ def _check_split(task: Task, data: Path, split: str, progress: Progress) -> tupl
     try:
         paths = files(data, getattr(task, split))
         report.files = len(paths)
-        progress.begin(f"{task.name} {split}", sum(path.stat().st_size for path in paths))
+        progress.begin(f"{task.name} {split}", sum(map(tables.size, paths)))
         for line in scan(task, data, split, progress.advance):
             report.rows += 1
             if line.sample is None:
@@ -193,9 +194,9 @@ def _check_split(task: Task, data: Path, split: str, progress: Progress) -> tupl
         report.lacking.append(no_image(task, data, split, sound))
     report.images = len(seen.images)
     root = data / task.image_folder(split)
-    if report.images and not root.is_dir():
+    if there := 0 if root.is_dir() else sum(Path(image).is_relative_to(root) for image in seen.images):
         owner = task.source or task.name
-        report.lacking.append(f"no image folder {root}; expected there: {report.images:,} images of {owner}")
+        report.lacking.append(f"no image folder {root}; expected there: {there:,} images of {owner}")
         seen.images.clear()
     return report, seen
 

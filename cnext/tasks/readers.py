@@ -1,6 +1,7 @@
 """Readers of file formats: convert a row to a `Sample`, without checking the image files that it names.
 
 conversation   {"image", "data": [question, answer, ...]}  |  {"question_id", "image", "text", "answer"/"answer_bbox"}
+               "question" is "text", and "answers" is "answer"
 generation     {"image", "data": ["Please generate the image.", caption]}  |  {"question_id", "text"[, "image"]}
 editing        {"source_image", "target_image", "instruction"[, "instruction_new", "response"]}
 llava          {"id", "image", "conversations": [{"from": "human" | "gpt", "value"}, ...]}  |  a conversation test row
@@ -18,7 +19,7 @@ one's own names one as ``"format": "module:function"``.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from typing import Any
 from cnext.errors import UserError
 from cnext.registry import Registry
 from cnext.tasks.base import Sample, Turn
+from cnext.tasks.kept_images import ImageBytes
 from cnext.tasks.row_images import MARK, field_image, named, named_one, placed, refuse_others, slots, tag, without_slots
 from cnext.tasks.rows import Row, answers, text
 
@@ -67,8 +69,9 @@ def conversation(row: Row, root: Path, name: str, origin: str) -> Sample:
         return _chat(row, said, root, name, origin)
     if _is_instruction(row):
         return _chat(row, _instruction(row), root, name, origin)
-    accepted = answers(row, "answer_bbox" if "answer_bbox" in row else "answer")
-    sample = _chat(row, [("user", text(row, "text")), ("assistant", "")], root, name, origin)
+    accepted = answers(row, next((key for key in ("answer_bbox", "answer", "answers") if key in row), "answer"))
+    asked = text(row, "question" if "question" in row and "text" not in row else "text")
+    sample = _chat(row, [("user", asked), ("assistant", "")], root, name, origin)
     turn = Turn(sample.turns[0].instruction, accepted[0])
     several = accepted if len(accepted) > 1 else ()
     return replace(sample, turns=(turn,), size=_size(row), references=several)
@@ -115,7 +118,14 @@ def messages(row: Row, root: Path, name: str, origin: str) -> Sample:
     """A conversation as chat templates take it, with a list of images in the order of their ``<image>``."""
     if "messages" not in row and _is_instruction(row):
         return conversation(row, root, name, origin)
-    return _chat(row, _messages(row, "messages", "role", "content", root), root, name, origin)
+    said = _messages(row, "messages", "role", "content", root)
+    return _chat(row, said, root, name, origin, _bytes_of_parts(row["messages"]))
+
+
+def _bytes_of_parts(said: list[Row]) -> list[ImageBytes]:
+    """The images that parts of messages hold as bytes, in order."""
+    parts = [part for one in said if isinstance(one.get("content"), list) for part in one["content"]]
+    return [value for part in parts for value in part.values() if isinstance(value, ImageBytes)]
 
 
 def _is_instruction(row: Row) -> bool:
@@ -158,9 +168,9 @@ def _part_text(part: dict[str, Any]) -> str:
             )
         return MARK
     found = [value.get("url") or value.get("path") if isinstance(value, dict) else value for value in values]
-    if len(found) > 1 or not isinstance(found[0], str):
+    if len(found) > 1 or not isinstance(found[0], str | ImageBytes):
         raise ValueError(f"a part of type {kind!r} must have one path")
-    return tag(found[0].strip())
+    return MARK if isinstance(found[0], ImageBytes) else tag(found[0].strip())
 
 
 def _messages(row: Row, key: str, role: str, content: str, root: Path) -> list[Message]:
@@ -192,11 +202,19 @@ def _refuse_message_keys(message: Row, speaker: str, root: Path) -> None:
             raise ValueError(f"{what}: every answer is trained on alike; remove the key, or the message")
 
 
-def _chat(row: Row, said: list[Message], root: Path, name: str, origin: str) -> Sample:
-    """The sample of a conversation, with the images and the system that the row has beside it."""
+def _chat(
+    row: Row, said: list[Message], root: Path, name: str, origin: str, parts: Sequence[ImageBytes] = ()
+) -> Sample:
+    """The sample of a conversation, with the images and the system that the row has beside it.
+
+    parts: images in place of those beside it.
+    """
     _refuse_systems(row, ("system_prompt",))
     system, texts = _alternating(_with_system(row, said), root)
-    shown = placed(texts, named(row, root), root)
+    beside = named(row, root)
+    if beside and parts:
+        raise ValueError("has images in parts of its messages, and others beside them; keep one")
+    shown = placed(texts, beside or [image.file() for image in parts], root)
     first = without_slots(texts[0])[1]
     bare = [without_slots(text)[0] for text in texts]
     bare[0] = f"{system}\n{bare[0]}" if system else bare[0]

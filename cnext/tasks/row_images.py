@@ -12,6 +12,7 @@ from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path, PurePath
 from typing import Any, NamedTuple
 
+from cnext.tasks.kept_images import ImageBytes
 from cnext.tasks.rows import Row, inside
 
 MARK = "<image>"
@@ -21,8 +22,8 @@ KEYS = (
 )
 """Fields that name the image to read, without regard to case; the first that names one is read."""
 READ = frozenset(
-    "id question_id data text answer answer_bbox size conversations messages system instruction instruction_new "
-    "response input output history".split()
+    "id question_id data text question answer answers answer_bbox size conversations messages system instruction "
+    "instruction_new response input output history".split()
 )
 """Fields that readers read as text; an image's name in it is a word."""
 _KIND = r"(image|img|picture|pic|photo|video|audio)s?"
@@ -170,7 +171,11 @@ def refuse_others(row: Row, images: Sequence[Path], keys: Collection[str], root:
         where: what the row is, if it is part of another.
     """
     for key in row:
-        for value in _strings(row[key]) if key in keys or _plain(key) not in {*KEYS, *READ} else ():
+        for value in _named_in(row[key]) if key in keys or _plain(key) not in {*KEYS, *READ} else ():
+            if isinstance(value, ImageBytes):
+                if not images or _is_other(_plain(key), value, images, root):
+                    raise ValueError(f"has an image that is not read, in {key!r}{where}; name its column 'image'")
+                continue
             is_file = _FILE.fullmatch(value) is not None
             if images:
                 lost = is_file and _is_other(_plain(key), value, images, root)
@@ -181,12 +186,16 @@ def refuse_others(row: Row, images: Sequence[Path], keys: Collection[str], root:
                 raise ValueError(f"names an image that is not read, in {key!r}{where}: {shown}; name it in 'image'")
 
 
-def _is_other(key: str, value: str, images: Sequence[Path], root: Path) -> bool:
+def _is_other(key: str, value: str | ImageBytes, images: Sequence[Path], root: Path) -> bool:
     """Whether a file's name or address under a key is that of another image than those that are read."""
     if not (_LIKE_IMAGE.fullmatch(key) or _OTHER_IMAGE.search(key) or key in KEYS):
         return False
-    about = _ABOUT.fullmatch(key)
-    if about and (about["kind"] == "id" or "://" in value or PurePath(value).stem in {path.stem for path in images}):
+    about = _ABOUT.fullmatch(key) if isinstance(value, str) else None
+    if (
+        about
+        and isinstance(value, str)
+        and (about["kind"] == "id" or "://" in value or PurePath(value).stem in {path.stem for path in images})
+    ):
         return False
     try:
         return inside(value, root, key) not in images
@@ -198,14 +207,18 @@ def _plain(key: str) -> str:
     return key.lower().replace("-", "_").replace(" ", "_")
 
 
-def _paths(value: Any, key: str) -> list[str]:
-    """The paths in a field: a string, a list, or an object with a path, as ``datasets`` writes it."""
+def _paths(value: Any, key: str) -> list[str | ImageBytes]:
+    """The paths in a field: a string, a list, or an object with a path, as ``datasets`` writes it. Bytes of a table."""
     if value is None:
         return []
+    if isinstance(value, ImageBytes):
+        return [value]
     if isinstance(value, str):
         return [value.strip()]
     if isinstance(value, dict) and not value.get("bytes"):
-        paths = [value[key].strip() for key in ("path", "url") if isinstance(value.get(key), str)]
+        paths: list[str | ImageBytes] = [
+            value[key].strip() for key in ("path", "url") if isinstance(value.get(key), str)
+        ]
         if len(paths) == 1:
             return paths
     if not isinstance(value, list):
@@ -218,16 +231,21 @@ def _paths(value: Any, key: str) -> list[str]:
         raise ValueError(f"{key!r} must be a list of paths: {error}") from error
 
 
-def _no_image(value: str, root: Path) -> bool:
+def _no_image(value: str | ImageBytes, root: Path) -> bool:
     """Whether a value says that there is no image: "", "none", "null", or as released a file null.* that is missing."""
+    if isinstance(value, ImageBytes):
+        return False
     if value.strip().lower() in _NO_IMAGE:
         return True
     return PurePath(value).stem.lower() == "null" and not os.path.isfile(root / value)
 
 
-def _strings(value: Any) -> Iterator[str]:
+def _named_in(value: Any) -> Iterator[str | ImageBytes]:
+    """The strings and images in a value."""
     if isinstance(value, str):
         yield value.strip()
+    elif isinstance(value, ImageBytes):
+        yield value
     elif isinstance(value, list | dict):
         for item in value.values() if isinstance(value, dict) else value:
-            yield from _strings(item)
+            yield from _named_in(item)

@@ -1,4 +1,4 @@
-"""Reads rows of JSONL and JSON files with their origins, and the fields that formats share."""
+"""Reads rows of JSONL, JSON, Parquet and CSV files with their origins, and the fields that formats share."""
 
 from __future__ import annotations
 
@@ -11,7 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from cnext.errors import listed
+from cnext.tasks import tables
 from cnext.tasks.base import DataError
+from cnext.tasks.kept_images import ImageBytes
 
 Row = dict[str, Any]
 _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
@@ -48,8 +50,8 @@ def _is_number(value: Any) -> bool:
     return (isinstance(value, int) and not isinstance(value, bool)) or (isinstance(value, float) and isfinite(value))
 
 
-def inside(relative: str, root: Path, name: str) -> Path:
-    """The path of an image within its folder; its existence is not checked.
+def inside(relative: str | ImageBytes, root: Path, name: str) -> Path:
+    """The path of an image within its folder; its existence is not checked. Of bytes in a table, a file in the cache.
 
     Args:
         relative: may also be absolute, or begin with a slash and still be relative to the folder.
@@ -57,6 +59,8 @@ def inside(relative: str, root: Path, name: str) -> Path:
     Raises:
         ValueError: a path that leaves the folder, an address or encoded image in its place, or a PDF.
     """
+    if isinstance(relative, ImageBytes):
+        return relative.file()
     given = relative.removeprefix("file://")
     if "://" in given or given.startswith("data:"):
         raise ValueError(f"{name!r} names no file: {given[:80]}; save the image in the image folder {root}")
@@ -81,10 +85,17 @@ def _below(absolute: str, root: Path) -> str:
 
 
 def files(data: Path, pattern: str) -> list[Path]:
-    """The files that match a pattern, sorted. Raises DataError if there are none, with what the folder contains."""
-    found = sorted(path for path in data.glob(pattern) if path.is_file())
+    """The files that match a pattern, sorted, and folders of saved datasets.
+
+    Raises:
+        DataError: there are none; the message has what the folder contains.
+    """
+    matched = list(data.glob(pattern))
+    found = sorted(path for path in matched if path.is_file() or tables.is_saved(path))
     if data.is_file():
         raise DataError(f"no file matches {data / pattern}; {data} is a file, no folder")
+    for path in matched:
+        tables.refuse_splits(path)
     if not found:
         folder = data
         for part in Path(pattern).parts[:-1]:
@@ -97,13 +108,15 @@ def files(data: Path, pattern: str) -> list[Path]:
 
 
 def rows(path: Path, advance: Callable[[int], None] | None = None) -> Iterator[tuple[str, Row | ValueError]]:
-    """Yields (origin, row or ValueError) for every row of a JSONL or JSON file; spaces in keys become underscores.
+    """Yields (origin, row or ValueError) for every row of a file; spaces in keys become underscores.
 
     Args:
-        advance: called with the number of bytes read, after each line of JSONL, or for the whole JSON file.
+        path: JSONL, Parquet, CSV by their suffixes, or the folder of a saved dataset; else JSON.
+        advance: called with the number of bytes read, now and then.
     """
     advance = advance or (lambda count: None)
-    for origin, value in _lines(path, advance) if path.suffix == ".jsonl" else _list(path, advance):
+    read = tables.lines(path, advance) or (_lines if path.suffix == ".jsonl" else _list)(path, advance)
+    for origin, value in read:
         if isinstance(value, dict):
             yield origin, {key.replace(" ", "_"): field for key, field in value.items()}
         elif isinstance(value, ValueError):

@@ -18,6 +18,7 @@ from cnext.image_files import inspect
 from cnext.registry import source_of
 from cnext.tasks.base import DataError, Recipe, Suite, Task
 from cnext.tasks.formats import Line, scan
+from cnext.tasks.kept_images import ImageBytes, cache
 
 
 def write_subset(suite: Suite, data: Path, n: int, seed: int, out: Path, absolute: bool = False) -> str:
@@ -63,14 +64,19 @@ def _write(suite: Suite, data: Path, n: int, seed: int, protocol: str, folder: P
     for task in suite.tasks:
         totals = sampled_from[task.name] = {}
         counts = {}
+        unpacked: list[str] = []
         for split in task.splits:
             lines, totals[split] = sample_rows(task, data, split, n, seed)
             rows = [{**line.row, "question_id": line.sample.id} for line in lines if line.sample]
+            if any(map(_holds_bytes, rows)):
+                unpacked.append(split)
+                _refuse_paths(task, lines)
+                rows = [_as_json(row, folder / task.name / "images") for row in rows]
             counts[split] = len(rows)
             content = _rows_file(folder / _place(task, split), rows)
             digest.update(f"{task.name}/{split}\n{content}".encode())
         kept[task.name] = counts["train"]
-        _json(folder / f"{task.name}.json", _manifest(task, data, counts, beside))
+        _json(folder / f"{task.name}.json", _manifest(task, data, counts, beside, unpacked))
         _copy_code(task, folder)
     values: dict[str, Any] = {
         "name": protocol,
@@ -144,10 +150,45 @@ def _json(path: Path, values: dict[str, Any]) -> None:
     path.write_text(json.dumps(values, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
 
 
-def _manifest(task: Task, data: Path, counts: dict[str, int], beside: str | None) -> dict[str, Any]:
-    """The task's manifest with the new files and the original images. beside: folder to which paths are relative."""
+def _holds_bytes(value: Any) -> bool:
+    if isinstance(value, dict | list):
+        return any(map(_holds_bytes, value.values() if isinstance(value, dict) else value))
+    return isinstance(value, ImageBytes)
+
+
+def _refuse_paths(task: Task, lines: list[Line]) -> None:
+    """Raises DataError where some of the rows name images of the image folder, and others hold them as bytes."""
+    kept = cache().absolute()
+    for line in lines:
+        if line.sample and any(not image.is_relative_to(kept) for image in line.sample.images):
+            raise DataError(f"{line.origin}: task {task.name} has images as bytes and as paths; write it with one kind")
+
+
+def _as_json(value: Any, images: Path) -> Any:
+    """A value of a table as JSON takes it. The images in it become files in a folder, and their names."""
+    if isinstance(value, ImageBytes):
+        images.mkdir(parents=True, exist_ok=True)
+        return shutil.copyfile(value.file(), images / value.file().name).name
+    if isinstance(value, dict):
+        return {str(key): _as_json(item, images) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_as_json(item, images) for item in value]
+    return value if isinstance(value, str | int | float | None) else str(value)
+
+
+def _manifest(
+    task: Task, data: Path, counts: dict[str, int], beside: str | None, unpacked: list[str]
+) -> dict[str, Any]:
+    """The task's manifest with the new files and the original images.
+
+    beside: folder to which paths are relative.  unpacked: splits whose images are in the new folder.
+    """
+    if {"test", "validation"} & {*unpacked} and not {*task.splits} - {"train"} <= {*unpacked}:
+        raise DataError(f"task {task.name} has images as bytes in one of test and validation; write both so")
 
     def images(split: str) -> str:
+        if split in unpacked:
+            return f"{task.name}/images"
         folder = os.path.abspath(data / task.image_folder(split))
         return folder if beside is None else os.path.relpath(os.path.realpath(folder), beside)
 

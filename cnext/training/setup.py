@@ -11,12 +11,13 @@ from torch import nn
 
 from cnext import backbones, methods, packages
 from cnext.backbones.base import Backbone
-from cnext.config.run_config import Plan, cache, loading_options
+from cnext.config.run_config import Plan, loading_options
 from cnext.errors import UserError
 from cnext.methods.base import Method
 from cnext.scoring.clip import load_clip
 from cnext.tasks import formats, synthetic
 from cnext.tasks.base import DataError, Sample
+from cnext.tasks.kept_images import cache
 from cnext.training.batches import stable_seed
 from cnext.training.evaluation import question
 from cnext.training.precision import DTYPES, in_float32

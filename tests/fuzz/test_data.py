@@ -8,14 +8,16 @@ import json
 import shutil
 import struct
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
+import pyarrow
 import pytest
 from fuzz.mutations import BYTES, VALUES, dumped, mutated_bytes, mutated_value
 from hypothesis import strategies as st
 from PIL import Image
+from pyarrow import parquet
 
 from cnext.config.run_config import RunConfig, plan
 from cnext.errors import UserError
@@ -61,12 +63,14 @@ ROWS = {
 
 
 @pytest.fixture(scope="module")
-def data(place: Path) -> Path:
-    """A data folder with one picture, and a link in it to a folder that is not given."""
+def data(place: Path) -> Iterator[Path]:
+    """A data folder with one picture and the cache, and a link in it to a folder that is not given."""
     picture = place / "images" / PICTURE
     picture.parent.mkdir(parents=True)
     Image.new("RGB", (8, 6), "red").save(picture)
-    return place
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setenv("CNEXT_CACHE", str(place / "cache"))
+        yield place
 
 
 def task(name: str, suffix: str = "jsonl", **changes: str) -> Task:
@@ -88,6 +92,20 @@ def test_files_of_rows(suffix: str, data: Path, fuzzed: Callable) -> None:
     content = b"".join(dumped(row) + b"\n" for row in rows) if suffix == "jsonl" else dumped(rows)
     work = lambda: formats.read_samples(task("conversation", suffix), data, "train")  # noqa: E731
     fuzzed(data / f"rows.{suffix}", functools.partial(mutated_bytes, content), BYTES, 600, work)
+
+
+@pytest.mark.parametrize("suffix", ["csv", "parquet"])
+def test_tables(suffix: str, data: Path, fuzzed: Callable) -> None:
+    """Files of several columns, with a picture as bytes where they may hold one."""
+    shown = {"bytes": picture("PNG"), "path": PICTURE}
+    listed = [{"id": i, "question": "what?", "answer": "red", "image": shown} for i in range(4)]
+    if suffix == "parquet":
+        parquet.write_table(pyarrow.Table.from_pylist(listed), data / "rows.parquet", compression="none")
+    else:
+        (data / "rows.csv").write_text('id,question,answer,image\n1,"what, or\nwhere?",red,a/red.png\n' * 2)
+    content = (data / f"rows.{suffix}").read_bytes()
+    work = lambda: formats.read_samples(task("conversation", suffix), data, "train")  # noqa: E731
+    fuzzed(data / f"rows.{suffix}", functools.partial(mutated_bytes, content), BYTES, 300, work)
 
 
 @pytest.mark.parametrize("content", [b"[" * 100_000, b'{"a":' * 100_000, b"1" * 10_000, b"[" + b"9" * 5000 + b"]"])

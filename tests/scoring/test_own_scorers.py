@@ -1,4 +1,4 @@
-"""Scorers and readers of a suite's own folder: "module:function" in its manifests, in the simple form and the full one."""
+"""Scorers and readers of a suite's own folder, which its manifests name as "module:function"."""
 
 from __future__ import annotations
 
@@ -170,13 +170,13 @@ def test_a_module_in_a_folder_of_the_suite_and_an_installed_one(suite: Path) -> 
 @pytest.mark.parametrize(
     ("scorer", "message"),
     [
-        ("gone:shared", r"scorer of task VQAv2 gone:shared cannot be imported from gone:shared.* No module named 'gone'; "),
+        ("gone:shared", r"scorer of task VQAv2 gone:shared cannot be imported from gone.* No module named 'gone'; "),
         ("own:gone", "cannot be imported from own:gone, .*has no attribute 'gone'"),
         ("own:", "cannot be imported from own:, "),
         (":shared", "cannot be imported from :shared, "),
         ("..own:shared", "cannot be imported from ..own:shared, "),
         ("/etc/own:shared", "cannot be imported from /etc/own:shared, "),
-        ("own:one", r"expected a scorer of \(answer, references\) or of \(task, samples, predictions\), .* takes answer"),
+        ("own:one", r"expected a scorer of \(answer, references\) or of \(task, samples, .* takes answer"),
         ("own:__name__", "expected a function as a scorer, got 'own_"),
         ("broken:shared", r"broken\.py raises ZeroDivisionError: division by zero; correct it"),
         ("misspelt:shared", r"cannot be imported from misspelt:shared.*invalid syntax"),
@@ -199,8 +199,8 @@ def test_a_function_of_text_cannot_score_images(suite: Path, data: Path) -> None
 
 @pytest.mark.parametrize(
     ("scorer", "usable", "message"),
-    [("three", False, "expected a number from 0 to 1"), ("fails", False, "ZeroDivisionError"), ("never", True, "gives it 0")],
-)  # fmt: skip
+    [("three", False, "expected a number"), ("fails", False, "ZeroDivisionError"), ("never", True, "gives it 0")],
+)
 def test_every_reference_is_tried_before_a_run(
     scorer: str, usable: bool, message: str, suite: Path, data: Path
 ) -> None:
@@ -246,5 +246,5 @@ def test_the_data_check_and_a_subset_have_the_code(suite: Path, data: Path, tmp_
 
 def test_a_manifest_cannot_name_a_folder(suite: Path) -> None:
     change(suite / "VQAv2.json", folder="/")
-    with pytest.raises(UserError, match="unknown field of .*'folder'"):
+    with pytest.raises(UserError, match=r"unknown field of .*'folder'"):
         suites.load(str(suite))

@@ -1,0 +1,194 @@
+"""Rows of Parquet and CSV files, and of datasets of the library ``datasets``, saved or in memory.
+
+What is absent in a table is absent in the row: null, NaN, and an empty cell of CSV. Cells of CSV are text: "01" and
+"NA" stay what they are. Bytes, and objects with "bytes" and "path", become `ImageBytes` or the path.
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from cnext.errors import UserError, unknown
+from cnext.tasks.base import DataError, Suite
+from cnext.tasks.kept_images import ImageBytes, cache
+
+SEPARATORS = {".csv": ",", ".tsv": "\t"}
+SAVED, SAVED_SPLITS = "state.json", "dataset_dict.json"
+"""The files that ``save_to_disk`` writes into the folder of a dataset, and of a dictionary of them."""
+BATCH = 64
+"""Rows that are in memory at a time, with their images."""
+Lines = Iterator[tuple[str, Any]]
+Advance = Callable[[int], None]
+
+
+def is_saved(path: Path) -> bool:
+    """Whether a path is a folder that ``Dataset.save_to_disk`` wrote."""
+    return (path / SAVED).is_file()
+
+
+def size(path: Path) -> int:
+    """Bytes of a file, or of the files in a folder of a saved dataset."""
+    return sum(each.stat().st_size for each in (path.iterdir() if path.is_dir() else [path]))
+
+
+def lines(path: Path, advance: Advance) -> Lines | None:
+    """(origin, row or ValueError) of a table, "file:line" or "file#index"; None for a file that is no table."""
+    if is_saved(path):
+        return _saved(path, advance)
+    if path.suffix == ".parquet":
+        return _parquet(path, advance)
+    return _csv(path, advance) if path.suffix in SEPARATORS else None
+
+
+def _csv(path: Path, advance: Advance) -> Lines:
+    def decoded() -> Iterator[str]:
+        with path.open("rb") as file:
+            for number, line in enumerate(file):
+                advance(len(line))
+                yield line.decode("utf-8" if number else "utf-8-sig")
+
+    reader = csv.reader(decoded(), delimiter=SEPARATORS[path.suffix], strict=True)
+    line = 1
+    try:
+        names = [name.strip() for name in next(reader, [])]
+        if not all(names) or len(set(names)) < len(names):
+            raise ValueError(f"must begin with a line of distinct names of columns, got {names}")
+        line = reader.line_num + 1
+        for cells in reader:
+            found: Any = {name: cell for name, cell in zip(names, cells, strict=False) if cell}
+            if cells and len(cells) != len(names):
+                found = ValueError(f"has {len(cells)} cells for {len(names)} columns: {', '.join(names)}")
+            if cells:
+                yield f"{path}:{line}", found
+            line = reader.line_num + 1
+    except UnicodeDecodeError as error:
+        yield f"{path}:{line}", ValueError(f"is not UTF-8 text ({error.reason}); save the file as UTF-8")
+    except csv.Error as error:
+        yield f"{path}:{line}", ValueError(f"is not CSV: {error}")
+    except ValueError as error:
+        yield f"{path}:{line}", error
+
+
+def _parquet(path: Path, advance: Advance) -> Lines:
+    arrow, parquet = _imported("pyarrow", path), _imported("pyarrow.parquet", path)
+    index = 0
+    try:
+        with parquet.ParquetFile(path) as file:
+            total = max(file.metadata.num_rows, 1)
+            for batch in file.iter_batches(BATCH):
+                yield from _rows(batch, path, index)
+                index += batch.num_rows
+                advance(size(path) * batch.num_rows // total)
+    except (arrow.ArrowException, OSError, ValueError) as error:
+        yield f"{path}#{index}", ValueError(f"cannot be read as Parquet: {error}")
+
+
+def _saved(path: Path, advance: Advance) -> Lines:
+    datasets = _imported("datasets", path)
+    arrow = _imported("pyarrow", path)
+    index = 0
+    try:
+        dataset = datasets.load_from_disk(str(path))
+        for table in dataset.with_format("arrow").iter(BATCH):
+            yield from _rows(table, path, index)
+            index += table.num_rows
+            advance(size(path) * table.num_rows // max(len(dataset), 1))
+    except (arrow.ArrowException, OSError, ValueError, KeyError, TypeError) as error:
+        yield f"{path}#{index}", ValueError(f"cannot be read as a saved dataset: {error}")
+
+
+def _rows(batch: Any, path: Path, first: int) -> Lines:
+    for number, row in enumerate(batch.to_pylist(), first):
+        yield f"{path}#{number}", _present(row)
+
+
+def _present(value: Any) -> Any:
+    """A value of a table as JSON has it: null and NaN are None, and absent in an object; bytes are `ImageBytes`."""
+    if isinstance(value, bytes):
+        return ImageBytes(value)
+    if isinstance(value, dict) and value.keys() == {"bytes", "path"}:
+        return ImageBytes(value["bytes"], value["path"] or "") if value["bytes"] else value["path"]
+    if isinstance(value, dict):
+        return {key: kept for key, item in value.items() if (kept := _present(item)) is not None}
+    if isinstance(value, list):
+        return [_present(item) for item in value]
+    return None if isinstance(value, float) and value != value else value
+
+
+def _imported(module: str, path: Path | str) -> Any:
+    import importlib
+
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        package = module.partition(".")[0]
+        raise UserError(f"{path} needs the package {package} ({error}); pip install 'cnext[data]'") from error
+
+
+def save_datasets(suite: Suite, given: Mapping[str, Mapping[str, Any]]) -> Path:
+    """Writes datasets in memory where the manifests of a suite expect their files, in a data folder in the cache.
+
+    The folder is named by a hash of the rows, so that a run with other rows is another run.
+
+    Args:
+        given: of every task, by its name, a ``datasets.Dataset`` for every split, as a ``datasets.DatasetDict`` is.
+
+    Raises:
+        UserError: a task or split that the suite lacks, something else than a Dataset, or a manifest with a pattern or
+            a file outside of the data folder.
+
+    Example:
+        >>> save_datasets(suites.load("./birds"), {"Photos": load_from_disk("photos")})
+        PosixPath('/home/me/.cache/cnext/datasets/0b7c...')
+    """
+    datasets = _imported("datasets", f"suite {suite.name}, with datasets as its data,")
+    cache().mkdir(parents=True, exist_ok=True)
+    unfinished = Path(tempfile.mkdtemp(prefix=".datasets-", dir=cache()))
+    digest = hashlib.sha256()
+    try:
+        for name, splits in given.items():
+            task = suite.task(name)
+            if not isinstance(splits, Mapping):
+                got = type(splits).__name__
+                raise UserError(f"expected the splits of task {name}, as {{'train': ..., 'test': ...}}, got {got}")
+            for split, dataset in splits.items():
+                if split not in task.splits:
+                    raise unknown(f"split of task {name}", str(split), task.splits)
+                if not isinstance(dataset, datasets.Dataset):
+                    got = type(dataset).__name__
+                    raise UserError(f"expected a datasets.Dataset as split {split} of task {name}, got {got}")
+                place = getattr(task, split)
+                if set("*?[") & set(place):
+                    raise UserError(
+                        f"split {split} of task {name} is the pattern {place!r}; to give it a Dataset, its manifest "
+                        f"must name one path, such as {name}/{split}"
+                    )
+                dataset.save_to_disk(str(unfinished / place))
+                digest.update(f"{name}/{split}\n".encode())
+                for file in sorted((unfinished / place).glob("*.arrow")):
+                    digest.update(file.read_bytes())
+        folder = cache() / "datasets" / digest.hexdigest()[:32]
+        folder.parent.mkdir(exist_ok=True)
+        unfinished.chmod(0o755)
+        try:
+            os.rename(unfinished, folder)
+        except OSError:
+            if not folder.is_dir():  # as another process, or an earlier run, has written the same rows
+                raise
+        return folder
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def refuse_splits(path: Path) -> None:
+    """Raises DataError for the folder of a saved DatasetDict, which has a folder for each split."""
+    if (path / SAVED_SPLITS).is_file():
+        splits = sorted(each.name for each in path.iterdir() if is_saved(each))
+        raise DataError(f"{path} holds several splits; name one of them in the manifest: {', '.join(splits)}")
