@@ -28,8 +28,8 @@ LEVELS = (
     ("monitoring", "analysis", "judging"),
     ("report",),
     ("training",),
-    ("exchange", "studies"),
-    ("doctor",),
+    ("exchange", "studies", "testing"),
+    ("doctor", "example_method"),
     ("cli",),
     ("__main__",),
 )

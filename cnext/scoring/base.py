@@ -128,7 +128,7 @@ class AnswerScorer:
             what = f"{type(error).__name__}: {error}"
             raise UserError(f"{where}: the scorer {self._name} raises {what}, for {said}; correct it") from error
         number = value.item() if getattr(value, "shape", None) == () else value
-        if not isinstance(number, Real) or not 0 <= number <= 1:
+        if not isinstance(number, Real) or not 0 <= float(number) <= 1:
             expected = f"expected a number from 0 to 1 of the scorer {self._name}"
             raise UserError(f"{where}: {expected}, got {value!r} for {said}; correct it")
         percent = 100.0 * float(number)

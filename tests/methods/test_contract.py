@@ -5,16 +5,20 @@ By default on one method of each kind; on all of them with ``-m ''``.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
 import torch
-from methods.sequence import TASKS, VARIANTS, Sequence, questions, resume, same
+from methods.sequence import TASKS, VARIANTS, Sequence
 
-from cnext import adapters, methods
-from cnext.backbones.tiny.model import TinyBackbone
+from cnext import methods
+from cnext.errors import UserError
+from cnext.methods.base import Card
+from cnext.methods.lora import Lora
 from cnext.tasks import suites
+from cnext.testing import METHOD_CHECKS, check_method
+from cnext.testing.methods import LORA, old_samples_seen, resumes_to_the_same_bits
 
 KINDS = {
     "lora": "one branch",
@@ -25,8 +29,6 @@ KINDS = {
     "prompt-pool": "no low-rank branches",
     "mage with pema-kron": "reads gradients of frozen branches",
 }
-LORA = 312_320
-"""Parameters of one branch of rank 32 in every target of the tiny backbone."""
 
 
 @pytest.fixture(
@@ -51,40 +53,19 @@ def test_has_the_parameters_of_lora_of_rank_32(name: str, data: Path) -> None:
     assert name == "zero-shot" or total >= 0.99 * LORA
 
 
-def old_samples_seen(sequence: Sequence) -> int:
-    """Number of samples of a first task that a method encodes or puts through the model while it trains on a second."""
-    tiny, encoded, passed = sequence.tiny, [], []
-    plain = {name: getattr(tiny, name) for name in ("encode", "output", "question_features")}
-
-    def encode(samples: list) -> list:
-        encoded.extend((sample.image, sample.turns[0].instruction) for sample in samples)
-        return plain["encode"](samples)
-
-    def watched(name: str) -> Callable:
-        def call(batch: list, *rest: object) -> object:
-            passed.append(list(batch))
-            return plain[name](batch, *rest)
-
-        return call
-
-    tiny.encode, tiny.output, tiny.question_features = encode, watched("output"), watched("question_features")
-    sequence.learn(TASKS[0])
-    assert not sequence.parameters or passed, "what goes through the model is seen here"
-    first = {id(item): item for batch in passed for item in batch}
-    encoded.clear()
-    passed.clear()
-    sequence.learn(TASKS[1])
-    old = {(sample.image, sample.turns[0].instruction) for sample in sequence.samples(TASKS[0])}
-    instructions = {instruction for _, instruction in old}
-    named = {one for one in encoded if one in old or any(one[1].startswith(known) for known in instructions)}
-    return max(len(named), len(first.keys() & {id(item) for batch in passed for item in batch}))
+@pytest.mark.parametrize("check", METHOD_CHECKS)
+def test_keeps_the_contract(name: str, check: str, data: Path) -> None:
+    METHOD_CHECKS[check](lambda: Sequence(name, data))
 
 
-def test_sees_no_more_old_samples_than_its_card_says(name: str, data: Path) -> None:
-    sequence = Sequence(name, data)
-    seen = old_samples_seen(sequence)
-    assert seen <= sequence.method.card.rehearsal
-    assert sequence.method.card.rehearsal == 0 or seen, "a method that asks for samples uses them"
+@pytest.mark.slow
+@pytest.mark.parametrize("stop", [0, 3])
+def test_a_run_resumed_at_another_step_ends_with_the_same_bits(name: str, data: Path, stop: int) -> None:
+    resumes_to_the_same_bits(lambda: Sequence(name, data), stop)
+
+
+def test_no_method_needs_the_task_at_test(name: str) -> None:
+    assert not methods.load(VARIANTS.get(name, (name,))[0])().card.task_id_at_test
 
 
 def test_the_sample_count_finds_samples_kept_in_secret(data: Path) -> None:
@@ -94,62 +75,60 @@ def test_the_sample_count_finds_samples_kept_in_secret(data: Path) -> None:
     assert old_samples_seen(sequence) == 4
 
 
-def test_needs_no_task_identity_unless_its_card_says_so(name: str, data: Path) -> None:
-    """Questions of two tasks in one call get the answers that they get apart; no name or task comes with them."""
-    sequence = Sequence(name, data)
-    sequence.learn(*TASKS[:2])
-    method = sequence.method
-    assert not method.card.task_id_at_test
-    sequence.tiny.eval()
-    groups = [questions(data, task, 3) for task in TASKS[:2]]
-    with method.for_eval():
-        apart = [answer.text for group in groups for answer in method.answer(group, 6, None)]
-        together = method.answer([*groups[0], *groups[1]][::-1], 6, None)[::-1]
-    assert [answer.text for answer in together] == apart
+@dataclass
+class Faulty(Lora):
+    """LoRA with one fault at a time."""
+
+    fault: str = ""
+    kept: list = field(default_factory=list, init=False)
+
+    card = Card("of the tests")
+
+    def attach(self, tasks, generator):
+        super().attach(tasks, generator)
+        if self.fault == "starts elsewhere":
+            for parameter in self.adapter_parameters().values():
+                torch.nn.init.normal_(parameter, generator=generator)
+
+    def before_step(self, batch):
+        if self.fault == "keeps samples":
+            self.kept.extend(batch if len(self.kept) < 4 else [])
+
+    def extra_loss(self, batch):
+        return self.backbone.loss(self.kept[:4]).total if self.kept else None
+
+    def after_step(self):
+        if self.fault == "changes the model":
+            with torch.no_grad():
+                next(self.model.parameters()).add_(1e-3)
+        if self.fault == "forgets to store":
+            self.steps = getattr(self, "steps", 0) + 1
+            for parameter in self.adapter_parameters().values():
+                parameter.data.mul_(1 - 0.01 * self.steps)
+
+    def state_dict(self):
+        return {"big": torch.zeros(10**6)} if self.fault == "stores more" else {}
 
 
-def test_keeps_no_more_bytes_than_it_says(name: str, data: Path) -> None:
-    sequence = Sequence(name, data)
-    sequence.learn(*TASKS)
-    kept = [*sequence.method.state_dict().values(), *sequence.method.adapter_parameters().values()]
-    extra = max(0, sum(t.numel() * t.element_size() for t in kept) - 4 * LORA * bool(sequence.parameters))
-    bound = sequence.method.extra_bytes(len(TASKS))
-    counters = 64
-    assert extra <= bound + counters
-    assert extra >= bound / 1.1 - counters
+FAULTS = {
+    "": "",
+    "starts elsewhere": "before training the answers must be the pretrained model's",
+    "keeps samples": "the method saw 4 samples of an earlier task, its card says rehearsal=0",
+    "changes the model": "training on VQAv2 changed what `trainable` did not return: ",
+    "forgets to store": "a run resumed between two tasks ends with other parameters: .*; `state_dict` and",
+    "stores more": "stores 4,000,000 bytes beyond an adapter of rank 32, `extra_bytes` says at most 0",
+}
 
 
-def test_changes_the_trained_parameters_and_nothing_else(name: str, data: Path) -> None:
-    """With the adapters removed the model is the pretrained one."""
-    sequence = Sequence(name, data)
-    for task in TASKS:
-        before = sequence.state()
-        sequence.learn(task)
-        changed = {key for key, value in sequence.state().items() if not torch.equal(before[key], value)}
-        added = {f"method:{key}": parameter for key, parameter in sequence.method.adapter_parameters().items()}
-        declared = {id(parameter) for parameter in sequence.parameters.values()}
-        named = (dict(sequence.tiny.named_parameters()) | added).items()
-        trained = {key for key, p in named if id(p) in declared or p.requires_grad}
-        assert changed <= trained
-        assert bool(changed) == bool(sequence.parameters), "a task that trains something changes it"
-    adapters.detach(sequence.tiny.language_model)
-    assert same(sequence.tiny.state_dict(), TinyBackbone.load().state_dict())
+@pytest.mark.parametrize("fault", FAULTS)
+def test_check_method_says_what_is_wrong(fault: str) -> None:
+    if not fault:
+        check_method(Faulty)
+        return
+    with pytest.raises(AssertionError, match=FAULTS[fault]):
+        check_method(Faulty, fault=fault)
 
 
-def test_starts_as_the_pretrained_model(name: str, data: Path) -> None:
-    shown = questions(data, "VQAv2")
-    expected = [answer.text for answer in TinyBackbone.load().generate(shown, 8)]
-    sequence = Sequence(name, data)
-    with sequence.method.for_eval():
-        assert [answer.text for answer in sequence.method.answer(shown, 8, None)] == expected
-
-
-STOPS = [None, 1, *(pytest.param(step, marks=pytest.mark.slow) for step in (0, 3))]
-
-
-@pytest.mark.parametrize("stop", STOPS, ids=lambda stop: "between" if stop is None else f"after-{stop}-steps")
-def test_a_resumed_run_ends_with_the_same_bits(name: str, data: Path, stop: int | None) -> None:
-    whole, resumed = Sequence(name, data), resume(name, data, stop)
-    whole.learn(*TASKS)
-    assert same(resumed.state(), whole.state())
-    assert same(resumed.method.state_dict(), whole.method.state_dict())
+def test_check_method_names_an_unknown_method() -> None:
+    with pytest.raises(UserError, match="unknown method 'mgae'"):
+        check_method("mgae")

@@ -1,0 +1,166 @@
+"""The contract of scorers: a score per sample, within its range, with an error type where it is not full."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from math import isfinite
+from typing import Any
+
+from cnext.errors import UserError
+from cnext.image_files import open_image
+from cnext.scoring.base import ERROR_TYPES, Prediction, Score, Scorer, find_scorer, reference_check, scorer_of
+from cnext.tasks.base import Sample, Task, Turn
+
+REFERENCES = (("red",), ("two blue rings", "blue rings"), ("7",), ("the café's door",))
+"""Accepted answers of the samples that `check_scorer` makes."""
+WRONG = ("", " ", "zebra", "red " * 200, "\u4e2d\u6587 \U0001f600", "[0.1,0.2,0.3,0.4]", "nan")
+"""Answers that a scorer must be able to score, whatever they are worth."""
+
+
+@dataclass(frozen=True)
+class Material:
+    """What the checks work on: a scorer, a task and its samples."""
+
+    scorer: Scorer
+    task: Task
+    samples: Sequence[Sample]
+
+    def score(self, predictions: Sequence[Prediction]) -> list[Score]:
+        """The scores, whose form is checked."""
+        found: Any = self.scorer(self.task, self.samples, predictions)
+        count = len(found) if isinstance(found, list) else None
+        assert count == len(predictions), f"expected a list of {len(predictions)} scores, got {found!r}"
+        for score, prediction in zip(found, predictions, strict=True):
+            said = f"for the answer {prediction.text[:80]!r}"
+            assert isinstance(score, Score), f"expected a cnext.scoring.base.Score, got {score!r} {said}"
+            assert 0 <= score.strict <= 100, (
+                f"the strict score must be from 0 to 100 percent, got {score.strict} {said}"
+            )
+            assert isfinite(score.paper), f"the paper score must be finite, got {score.paper} {said}"
+            right = score.strict == 100
+            assert (score.error == "") if right else (score.error in ERROR_TYPES), (
+                f"a strict score of {score.strict} has the error type {score.error!r} {said}; expected "
+                + ("none" if right else f"one of {', '.join(ERROR_TYPES)}")
+            )
+        return found
+
+    @property
+    def right(self) -> list[Prediction]:
+        """Each sample's own reference as its answer."""
+        return [_reference(sample, 0) for sample in self.samples]
+
+
+def _reference(sample: Sample, number: int) -> Prediction:
+    import numpy
+
+    image = None if sample.target_image is None else numpy.asarray(open_image(sample.target_image))
+    return Prediction(sample.answers[number % len(sample.answers)], image)
+
+
+def takes_every_reference(material: Material) -> None:
+    """The check of references finds nothing that keeps a sample from being scored."""
+    check = reference_check(material.task) if material.task.scorer else getattr(material.scorer, "flaw", None)
+    for sample in material.samples:
+        flaw = check(sample) if check else None
+        assert flaw is None or flaw.usable, f"the reference {sample.answers!r} is refused: {flaw and flaw.text}"
+
+
+def prefers_the_reference(material: Material) -> None:
+    """Each accepted answer, as an answer, scores above nonsense."""
+    wrong = material.score([Prediction("zebra") for _ in material.samples])
+    for number in range(max(len(sample.answers) for sample in material.samples)):
+        right = material.score([_reference(sample, number) for sample in material.samples])
+        for sample, high, low in zip(material.samples, right, wrong, strict=True):
+            accepted = sample.answers[number % len(sample.answers)]
+            assert high.strict > low.strict, (
+                f"the accepted answer {accepted!r} scores {high.strict}, and 'zebra' {low.strict}; "
+                "expected more for the first"
+            )
+
+
+def scores_every_answer(material: Material) -> None:
+    """Empty, long, foreign and malformed answers, and images, have a score as well."""
+    import numpy
+
+    picture = numpy.zeros((8, 8, 3), numpy.uint8)
+    for text in WRONG:
+        material.score([Prediction(text) for _ in material.samples])
+    material.score([Prediction("red", picture) for _ in material.samples])
+
+
+def depends_on_its_arguments_alone(material: Material) -> None:
+    """The same answers have the same scores again, and the arguments are unchanged."""
+    predictions = material.right
+    kept = copy.deepcopy((material.samples, [prediction.text for prediction in predictions]))
+    one, other = material.score(predictions), material.score(predictions)
+    assert one == other, f"the same answers score {one}, and {other} a second time"
+    assert kept == (material.samples, [prediction.text for prediction in predictions]), (
+        "the scorer changes its arguments"
+    )
+
+
+SCORER_CHECKS: dict[str, Callable[[Material], None]] = {
+    check.__name__: check
+    for check in (
+        takes_every_reference,
+        prefers_the_reference,
+        scores_every_answer,
+        depends_on_its_arguments_alone,
+    )
+}
+"""The checks of `check_scorer` by name: functions of a `Material`."""
+
+
+def material(
+    scorer: str | Callable[..., Any],
+    references: Sequence[str | Sequence[str]] = REFERENCES,
+    samples: Sequence[Sample] | None = None,
+) -> Material:
+    """What the checks of a scorer work on. Arguments: as of `check_scorer`."""
+    if not samples:
+        accepted = [(each,) if isinstance(each, str) else tuple(each) for each in references]
+        samples = [
+            Sample(str(number), (Turn("What is it?", each[0]),), origin=f"sample {number}", references=each)
+            for number, each in enumerate(accepted)
+        ]
+    reads, writes = ("text",), ("image",) if any(sample.target_image for sample in samples) else ("text",)
+    name = scorer if isinstance(scorer, str) else ""
+    task = Task("checked", reads, writes, "conversation", name, "train.json", "test.json")
+    if isinstance(scorer, str):
+        return Material(find_scorer(task), task, samples)
+    return Material(scorer() if isinstance(scorer, type) else scorer_of(scorer), task, samples)
+
+
+def check_scorer(
+    scorer: str | Callable[..., Any],
+    references: Sequence[str | Sequence[str]] = REFERENCES,
+    samples: Sequence[Sample] | None = None,
+) -> None:
+    """Checks that a scorer keeps the contract of scorers. Under a second for a scorer of text.
+
+    It gives one score per sample in order, from 0 to 100 percent, an error type where the score is not full, more for
+    an accepted answer than for nonsense, and the same each time, also for empty, long and malformed answers.
+
+    Args:
+        scorer: a registered name, "module:function" of an importable module, or the function itself: one of (answer,
+            references), or one of (task, samples, predictions).
+        references: accepted answers to try: a string, or several, for each sample. Give some of the kind that the
+            scorer is for, such as boxes.
+        samples: in place of ``references``; with target images for scorers of images.
+
+    Raises:
+        AssertionError: says what was expected, what came, and what to do.
+        UserError: the scorer cannot be imported, or refuses a value.
+
+    Example:
+        >>> from cnext.testing import check_scorer
+        >>> check_scorer(lambda answer, references: answer in references)
+    """
+    try:
+        made = material(scorer, references, samples)
+        for check in SCORER_CHECKS.values():
+            check(made)
+    except UserError as error:
+        raise AssertionError(str(error)) from error
