@@ -81,6 +81,15 @@ def _card(arguments: argparse.Namespace) -> None:
     print(catalog.cards(arguments.method))
 
 
+def _new_method(arguments: argparse.Namespace) -> None:
+    from cnext import example_method
+
+    for path in example_method.write(arguments.name, arguments.out):
+        print(path)
+    folder = arguments.out or arguments.name
+    print(f"pip install -e {folder} && pytest {folder} && cnext card {arguments.name}")
+
+
 def _report(arguments: argparse.Namespace) -> None:
     from cnext.report import write_reports
 
@@ -215,6 +224,10 @@ def _parser() -> argparse.ArgumentParser:
 
     verb = add("card", _card, "show a method's card: what it trains, needs and stores, and its hyperparameters")
     verb.add_argument("method", nargs="+", help="name of a method, as `cnext list` shows it")
+
+    verb = add("new-method", _new_method, "write a package with a method of your own, to be changed, and its test")
+    verb.add_argument("name", help="name of the method, for example my-method")
+    verb.add_argument("--out", type=Path, metavar="DIR", help="folder to write, which must not exist (default: ./NAME)")
 
     report = add("report", _report, "rewrite the report of a run, or of a study of several runs, from run folders")
     help = "one run folder for report.html and report.md; several, or folders that contain some, for study.html"

@@ -46,9 +46,9 @@ def commands(page: Path) -> list[list[str]]:
 
 @pytest.fixture
 def methods_of_the_docs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The README's method and docs/example_method, as pip would install them."""
+    """The README's method and the example, as pip would install them."""
     sources = {"decay": recipe("Your method", "python")}
-    sources["l2_lora"] = (ROOT / "docs/example_method/l2_lora.py").read_text(encoding="utf-8")
+    sources["l2_lora"] = (ROOT / "cnext/example_method/l2_lora.py").read_text(encoding="utf-8")
     for module, source in sources.items():
         (tmp_path / f"{module}.py").write_text(source, encoding="utf-8")
         metadata = tmp_path / f"{module}-1.dist-info"

@@ -17,6 +17,7 @@ FILES = (
     "cnext/__init__.py",
     "kernels/triton/__init__.py",
     "csrc/cpu/module.cpp",
+    *(f"cnext/example_method/{name}" for name in ("__init__.py", "l2_lora.py", "test_l2_lora.py", "pyproject.toml")),
     "csrc/cuda/averaging.cu",
     "csrc/cuda/module.cpp",
 )
@@ -153,7 +154,9 @@ def test_the_record_and_the_modules_are_in_the_wheel(scripts: dict[str, str], tr
     with zipfile.ZipFile(next((tree / "wheels").glob("*.whl"))) as wheel:
         assert "cuda" in json.loads(wheel.read("cnext/_build.json"))["left_out"]
         modules = [name for name in wheel.namelist() if name.startswith("cnext/_c")]
+        example = {name.rpartition("/")[2] for name in wheel.namelist() if name.startswith("cnext/example_method/")}
     assert [name.partition(".")[0] for name in modules] == ["cnext/_cpu"] * bool(scripts)
+    assert example >= {"l2_lora.py", "test_l2_lora.py", "pyproject.toml"}
 
 
 def test_an_editable_install_has_them_in_the_tree(tree: Path, tmp_path: Path) -> None:

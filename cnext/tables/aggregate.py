@@ -134,16 +134,17 @@ class TableResults(Record, kw_only=True):
 
 
 class Setting(Record):
-    """What the runs of one table must have in common, in config.json."""
+    """What the runs of one table must have in common, in config.json. code: of those that have the same scorer."""
 
     suite: str
     backbone: str
     split: str
     budget: str
     recipe: dict[str, Any]
+    code: dict[str, str] = {}  # noqa: RUF012, which msgspec copies
 
 
-SETTING = Setting.__struct_fields__
+SETTING = tuple(name for name in Setting.__struct_fields__ if name != "code")
 
 
 @dataclass(frozen=True)
@@ -213,6 +214,8 @@ def check_comparable(settings: Mapping[str, Mapping[str, Any]], keys: Sequence[s
     (first, expected), *others = settings.items()
     for name, setting in others:
         found = [line for key in keys for line in _differences(expected[key], setting[key], key)]
+        one, other = (each.get("code", {}) for each in (expected, setting))
+        found += [line for key in one if key in other for line in _differences(one[key], other[key], f"code.{key}")]
         if found:
             listed = "\n".join(f"  {line}" for line in found)
             raise UserError(f"{first} and {name} are not comparable, one table cannot hold both:\n{listed}")

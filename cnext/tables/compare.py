@@ -141,8 +141,8 @@ def of_run(path: Path, profile: str | None = None) -> Side:
     )
 
 
-def _scored_by(folder: Path, suite: Any) -> dict[str, str]:
-    """The CLIP that scored a run's images, from config.json; {} without that file.
+def _scored_by(folder: Path, suite: Any) -> dict[str, Any]:
+    """The CLIP that scored a run's images, and scorers that are not cnext's, from config.json; {} without that file.
 
     A file named as the model that the suite has is that model: ViT-B-32.pt is openai/ViT-B-32.
     """
@@ -152,7 +152,7 @@ def _scored_by(folder: Path, suite: Any) -> dict[str, str]:
         return {}
     own, given = suites.load(suite).clip if suite in suites.names() else "", Path(str(config["clip"] or ""))
     is_own = not config["clip"] or str(given) == own or (given.suffix and given.stem == Path(own).name)
-    return {"clip": SUITES_OWN if is_own else str(given)}
+    return {"clip": SUITES_OWN if is_own else str(given), **({"code": config["code"]} if "code" in config else {})}
 
 
 def _digests(rows: Any, where: str) -> dict[tuple[int, str], str]:

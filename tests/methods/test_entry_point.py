@@ -14,11 +14,11 @@ from pathlib import Path
 import pytest
 from methods.sequence import TASKS, Sequence, resume, same
 
-from cnext import RunConfig, methods, run
+from cnext import RunConfig, example_method, methods, run
 from cnext.cli import run_main
 from cnext.errors import UserError
 
-EXAMPLE = Path(__file__).parents[2] / "docs" / "example_method"
+EXAMPLE = Path(example_method.__file__).parent
 
 
 @pytest.fixture
@@ -142,3 +142,47 @@ def test_a_name_of_ours_is_not_taken(installed: Path) -> None:
 def test_its_bad_values_are_one_message(installed: Path) -> None:
     with pytest.raises(UserError, match="strength must be at least 0, got -1"):
         methods.load("l2-lora")(strength=-1)
+
+
+def installed_by_pip(folder: Path, site: Path) -> dict[str, str]:
+    """Installs a package without the network. Returns the environment of a process that finds it."""
+    install = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation", "--no-index"]
+    quiet = {"PIP_DISABLE_PIP_VERSION_CHECK": "1", "PIP_ROOT_USER_ACTION": "ignore"}
+    subprocess.run([*install, "--target", site, folder], check=True, env=os.environ | quiet)
+    return os.environ | {"PYTHONPATH": str(site)}
+
+
+def test_a_copy_under_another_name_is_installed_and_passes_its_own_test(tmp_path: Path) -> None:
+    """`cnext new-method`, pip, pytest and `cnext card`, as its last line says."""
+    cnext = [sys.executable, "-m", "cnext"]
+    said = subprocess.run([*cnext, "new-method", "near-lora"], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert said.stdout.splitlines()[-1] == "pip install -e near-lora && pytest near-lora && cnext card near-lora"
+    folder = tmp_path / "near-lora"
+    assert {path.name for path in folder.iterdir()} == {"near_lora.py", "test_near_lora.py", "pyproject.toml"}
+    assert not re.search(r"l2.?lora", "".join(path.read_text() for path in folder.iterdir()), re.IGNORECASE)
+    environment = installed_by_pip(folder, tmp_path / "site")
+    shown = subprocess.run([*cnext, "card", "near-lora"], env=environment, cwd=tmp_path, capture_output=True, text=True)
+    assert "--near-lora.strength (default 0.001)" in shown.stdout, shown.stderr
+    tests = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(folder)]
+    tested = subprocess.run(tests, env=environment, cwd=tmp_path, capture_output=True, text=True)
+    assert "2 passed" in tested.stdout, tested.stdout
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("mage", "there is a method mage already; choose another name"),
+        ("My_Method", "expected a name such as my-method, .* got 'My_Method'"),
+        ("../x", "expected a name such as my-method"),
+        ("import", "expected a name such as my-method"),
+        ("there", "there is there already; remove it, or name another folder with --out"),
+    ],
+)
+def test_names_and_folders_that_cannot_be_are_refused(
+    name: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "there").mkdir()
+    with pytest.raises(UserError, match=message):
+        example_method.write(name)
+    assert [path.name for path in tmp_path.iterdir()] == ["there"]

@@ -17,6 +17,7 @@ from cnext.config.run_config import plan
 from cnext.errors import UserError
 from cnext.scoring import make_scorers
 from cnext.scoring.base import AnswerScorer, Prediction, Score, reference_check
+from cnext.tables import aggregate
 from cnext.tasks import data_check, formats, subset, suites
 from cnext.tasks.base import Sample, Turn
 
@@ -126,6 +127,17 @@ def test_a_run_is_not_resumed_with_another_scorer_of_the_same_name(suite: Path, 
         run(made)
     file.write_text(SCORING)
     assert run(made)["finished"]
+
+
+def test_one_table_does_not_hold_scores_of_two_versions(suite: Path, data: Path, tmp_path: Path) -> None:
+    first = config(suite, data, tmp_path)
+    run(first)
+    (suite / "own.py").write_text(SCORING.replace("max(", "min("))
+    second = replace(first, out=tmp_path / "later", seed=1)
+    run(second)
+    with pytest.raises(UserError, match=r"not comparable, one table cannot hold both:\n  code\.own:shared: "):
+        aggregate.of_folders([first.folder, second.folder])
+    assert aggregate.of_folders([first.folder]).rows
 
 
 def test_a_changed_file_is_read_again_in_the_same_process(suite: Path) -> None:

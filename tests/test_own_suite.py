@@ -1,0 +1,26 @@
+"""docs/own_suite/own_suite.py as a user runs it: Parquet files and a scorer of one's own, two methods compared."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+SCRIPT = Path(__file__).parents[1] / "docs" / "own_suite" / "own_suite.py"
+
+
+def test_two_methods_learn_and_are_compared(tmp_path: Path) -> None:
+    command = [sys.executable, str(SCRIPT), str(tmp_path / "own"), "--backbone", "tiny", "--preset", "smoke"]
+    environment = os.environ | {"CNEXT_CACHE": str(tmp_path / "cache")}
+    done = subprocess.run([*command, "--device", "cpu"], env=environment, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    runs = sorted((tmp_path / "own" / "runs").rglob("results.json"))
+    assert len(runs) == 2
+    for file in runs:
+        results = json.loads(file.read_text())
+        assert results["finished"]
+        assert results["samples"] == {"Colors": 16, "Shapes": 16}
+        assert json.loads((file.parent / "config.json").read_text())["code"].keys() == {"scoring:near"}
+    assert "Avg.ACC" in done.stdout or "avg_acc" in done.stdout, done.stdout
