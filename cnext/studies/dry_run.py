@@ -31,7 +31,9 @@ class Estimate(NamedTuple):
 
 
 def estimate(planned: Plan) -> Estimate:
-    """Times ``TIMED_STEPS`` steps and ``TIMED_SAMPLES`` answers of every task. Writes no file.
+    """Times ``TIMED_STEPS`` steps and ``TIMED_SAMPLES`` answers of every task.
+
+    Writes no file outside of the cache, which gets the images that tables hold as bytes.
 
     Raises:
         UserError: for whatever would stop the run from starting.

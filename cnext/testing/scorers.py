@@ -6,6 +6,7 @@ import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import isfinite
+from pathlib import Path
 from typing import Any
 
 from cnext.errors import UserError
@@ -117,6 +118,7 @@ def material(
     scorer: str | Callable[..., Any],
     references: Sequence[str | Sequence[str]] = REFERENCES,
     samples: Sequence[Sample] | None = None,
+    suite: Path | str = "",
 ) -> Material:
     """What the checks of a scorer work on. Arguments: as of `check_scorer`."""
     if not samples:
@@ -127,7 +129,7 @@ def material(
         ]
     reads, writes = ("text",), ("image",) if any(sample.target_image for sample in samples) else ("text",)
     name = scorer if isinstance(scorer, str) else ""
-    task = Task("checked", reads, writes, "conversation", name, "train.json", "test.json")
+    task = Task("checked", reads, writes, "conversation", name, "train.json", "test.json", folder=str(suite))
     if isinstance(scorer, str):
         return Material(find_scorer(task), task, samples)
     return Material(scorer() if isinstance(scorer, type) else scorer_of(scorer), task, samples)
@@ -137,6 +139,7 @@ def check_scorer(
     scorer: str | Callable[..., Any],
     references: Sequence[str | Sequence[str]] = REFERENCES,
     samples: Sequence[Sample] | None = None,
+    suite: Path | str = "",
 ) -> None:
     """Checks that a scorer keeps the contract of scorers. Under a second for a scorer of text.
 
@@ -144,11 +147,12 @@ def check_scorer(
     an accepted answer than for nonsense, and the same each time, also for empty, long and malformed answers.
 
     Args:
-        scorer: a registered name, "module:function" of an importable module, or the function itself: one of (answer,
+        scorer: a registered name, "module:function" as in a manifest, or the function itself: one of (answer,
             references), or one of (task, samples, predictions).
         references: accepted answers to try: a string, or several, for each sample. Give some of the kind that the
             scorer is for, such as boxes.
         samples: in place of ``references``; with target images for scorers of images.
+        suite: the folder of the suite that "module:function" is in; "": an installed module.
 
     Raises:
         AssertionError: says what was expected, what came, and what to do.
@@ -159,7 +163,7 @@ def check_scorer(
         >>> check_scorer(lambda answer, references: answer in references)
     """
     try:
-        made = material(scorer, references, samples)
+        made = material(scorer, references, samples, suite)
         for check in SCORER_CHECKS.values():
             check(made)
     except UserError as error:

@@ -77,10 +77,8 @@ def write(folder: Path) -> None:
 def script(folder: Path, options: list[str]) -> int:
     """Writes, checks and runs. Returns the exit status."""
     write(folder)
-    scorers: dict = {}
-    exec(SCORING, scorers)
-    check_scorer(scorers["near"])
     suite, data = str(folder / "suite"), str(folder / "data")
+    check_scorer("scoring:near", suite=suite)
     if main(["data", "check", data, "--suite", suite]):
         return 1
     given = ["--method", "lora", "mage", "--suite", suite, "--data", data, "--out", str(folder / "runs")]

@@ -13,6 +13,7 @@ import torch
 from training.toy import change, rows
 
 from cnext import RunConfig, run
+from cnext.cli import main
 from cnext.config.run_config import plan
 from cnext.errors import UserError
 from cnext.scoring import make_scorers
@@ -254,6 +255,12 @@ def test_the_data_check_and_a_subset_have_the_code(suite: Path, data: Path, tmp_
     small = suites.load(str(tmp_path / "small"))
     assert small.task("VQAv2").folder == str(tmp_path / "small")
     assert not data_check.check(small, tmp_path / "small", Silent(), "none").problems
+
+
+def test_a_list_of_a_suite_runs_none_of_its_code(suite: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (suite / "own.py").write_text("raise SystemExit(3)\n")
+    assert main(["list", str(suite)]) == 0
+    assert "own:shared" in capsys.readouterr().out
 
 
 def test_a_manifest_cannot_name_a_folder(suite: Path) -> None:
