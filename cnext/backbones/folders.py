@@ -38,7 +38,7 @@ def chat_template(folder: Path) -> str | None:
     if (folder / "chat_template.jinja").is_file():
         return (folder / "chat_template.jinja").read_text(encoding="utf-8")
     names = ("chat_template.json", "processor_config.json", "tokenizer_config.json")
-    found = [_json(folder / name).get("chat_template") for name in names if (folder / name).is_file()]
+    found = [read_json(folder / name).get("chat_template") for name in names if (folder / name).is_file()]
     return next((str(template) for template in found if template), None)
 
 

@@ -18,4 +18,4 @@ def test_the_penalty_is_the_squared_distance_to_the_old_values() -> None:
     method.before_task({"A": parameter}, steps=1, memory={})
     with torch.no_grad():
         parameter += torch.tensor([1.0, 2.0])
-    assert method.extra_loss([]).item() == 0.5 * (1.0 + 4.0)
+    assert torch.as_tensor(method.extra_loss([])).item() == 0.5 * (1.0 + 4.0)

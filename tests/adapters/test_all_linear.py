@@ -187,9 +187,7 @@ def test_all_linear_does_not_reach_into_adapters_of_peft() -> None:
 
 def test_a_text_in_place_of_a_list_of_modalities_or_branches() -> None:
     handle = cnext.attach_mage(model("llama"))
-    with pytest.raises(
-        UserError, match=r"^reads must be a list of modalities, got the text 'text'; write .'text'.$"
-    ):
+    with pytest.raises(UserError, match=r"^reads must be a list of modalities, got the text 'text'; write .'text'.$"):
         handle.train_on(reads="text", writes=["text"])
     with pytest.raises(UserError, match=r"^writes must be a list of modalities, got the text 'image'; write"):
         handle.train_on(reads=["text"], writes="image")
