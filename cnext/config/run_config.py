@@ -113,7 +113,6 @@ class RunConfig(Options):
         config.folder  # runs/mage/paper/seed-1
     """
 
-    data: Any = None
     method: str = "mage"
     hyperparameters: dict[str, Any] = field(default_factory=dict)
     order: str | None = None
@@ -216,7 +215,7 @@ def plan(config: RunConfig, elsewhere: bool = False, forecast: bool = False) -> 
         config = dataclasses.replace(config, order=suites.default_order(suite))
     order = suites.order(suite, config.order or "")
     _check_options(config, suite)
-    if isinstance(config.data, Mapping):
+    if isinstance(config.data, Mapping):  # which is no flag's type
         config = dataclasses.replace(config, data=save_datasets(suite, config.data))
     recipe = _recipe(config, suite.budgets[config.preset])
     for name in order:
