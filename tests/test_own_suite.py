@@ -8,11 +8,17 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+from backbones.small_vlms import write_llava
+
 SCRIPT = Path(__file__).parents[1] / "docs" / "own_suite" / "own_suite.py"
 
 
-def test_two_methods_learn_and_are_compared(tmp_path: Path) -> None:
-    command = [sys.executable, str(SCRIPT), str(tmp_path / "own"), "--backbone", "tiny", "--preset", "smoke"]
+@pytest.mark.parametrize("backbone", ["tiny", "hf"])
+def test_two_methods_learn_and_are_compared(backbone: str, tmp_path: Path) -> None:
+    command = [sys.executable, str(SCRIPT), str(tmp_path / "own"), "--backbone", backbone, "--preset", "smoke"]
+    if backbone == "hf":
+        command += ["--weights", str(write_llava(tmp_path / "llava"))]
     environment = os.environ | {"CNEXT_CACHE": str(tmp_path / "cache")}
     done = subprocess.run([*command, "--device", "cpu"], env=environment, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
