@@ -13,6 +13,7 @@ from cnext.image_files import Inspection, inspect
 from cnext.scoring.base import reference_check
 from cnext.tasks.base import DataError, ImageNeed, Sample, Suite, Task, any_size, caption_of
 from cnext.tasks.images import unfit
+from cnext.tasks.kept_images import ImageBytes
 from cnext.tasks.readers import READERS
 from cnext.tasks.rows import Row, answers, files, inside, rows, text
 
@@ -105,7 +106,7 @@ def scan(task: Task, data: Path, split: str, advance: Callable[[int], None] | No
                 if references:
                     references.add_to(row, number + 1)
                 name = str(row.get("question_id", row.get("id", f"{task.name}-{split}-{number:06d}")))
-                media = {key: inside(text(row, key), root, key) for key in further}
+                media = {key: _file(row, key, root) for key in further}
                 sample = reader({key: row[key] for key in row.keys() - media}, root, name, origin)
                 sample = _with_category(replace(sample, media=media), row)
                 if split != "train" and len(sample.turns) > 1:
@@ -116,6 +117,12 @@ def scan(task: Task, data: Path, split: str, advance: Callable[[int], None] | No
             except ValueError as error:
                 yield Line(origin, {}, None, str(error))
             number += 1
+
+
+def _file(row: Row, name: str, root: Path) -> Path:
+    """The file of a further modality, named or held by a row."""
+    value = row.get(name)
+    return inside(value if isinstance(value, ImageBytes) else text(row, name), root, name)
 
 
 def _with_category(sample: Sample, row: Row) -> Sample:

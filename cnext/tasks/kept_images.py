@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 _SUFFIXES = {b"\x89PNG": ".png", b"\xff\xd8\xff": ".jpg", b"GIF8": ".gif", b"BM": ".bmp", b"RIFF": ".webp"}
-"""Of files that begin so; other files have the suffix .img. `cnext.image_files` goes by the content."""
+"""Of files that begin so; others have none. `cnext.image_files` goes by the content."""
 
 
 def cache() -> Path:
@@ -33,7 +33,8 @@ class ImageBytes:
     def file(self) -> Path:
         """The file with these bytes in the cache, named by their SHA-256; it is written unless it is there."""
         digest = hashlib.sha256(self.content).hexdigest()
-        suffix = next((suffix for start, suffix in _SUFFIXES.items() if self.content.startswith(start)), ".img")
+        suffix = next((suffix for start, suffix in _SUFFIXES.items() if self.content.startswith(start)), "")
+        suffix = ".wav" if self.content[8:12] == b"WAVE" else suffix
         path = cache().absolute() / "images" / digest[:2] / f"{digest}{suffix}"
         if path.is_file() and path.stat().st_size == len(self.content):
             return path

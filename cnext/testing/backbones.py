@@ -241,8 +241,11 @@ def material(
         "write": of("Flickr30k"),
         "edit": of("HQEdit"),
     }
-    draws = not kind.missing_to_draw(weights)
-    kinds = kinds or [name for name in every if draws or name in ("text", "read")]
+    reads, writes = kind.modalities(weights)
+    draws = "image" in writes and not kind.missing_to_draw(weights)
+    answers, sees = "text" in writes, "image" in reads
+    possible = {"text": answers, "read": answers and sees, "write": draws, "edit": draws and sees}
+    kinds = kinds or [name for name, able in possible.items() if able]
     if unknown := {*kinds} - every.keys():
         raise UserError(f"unknown kinds of samples: {listed(sorted(unknown))}; valid: {', '.join(every)}")
     return Material(lambda: kind.load("cpu", weights, **options), {name: every[name] for name in kinds})

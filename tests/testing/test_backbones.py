@@ -8,6 +8,7 @@ import pytest
 import torch
 from backbones.seed_x.released import write_released
 from backbones.small_folders import WRITERS
+from backbones.small_vlms import write_llama, write_llava
 
 from cnext.backbones.base import Backbone
 from cnext.backbones.tiny.model import TinyBackbone
@@ -15,7 +16,7 @@ from cnext.testing import BACKBONE_CHECKS, check_backbone
 from cnext.testing.backbones import Material, material
 
 
-@pytest.fixture(scope="module", params=["tiny", *WRITERS, "seed-x"])
+@pytest.fixture(scope="module", params=["tiny", *WRITERS, "seed-x", "hf", "hf-text"])
 def made(request: pytest.FixtureRequest, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Material:
     """Each backbone with small random weights; the tiny one with its own."""
     name, folder = request.param, tmp_path_factory.mktemp("weights") / request.param
@@ -23,6 +24,10 @@ def made(request: pytest.FixtureRequest, data: Path, tmp_path_factory: pytest.Te
         return material(name, data)
     if name == "seed-x":
         return material(name, data, write_released(folder), steps=2)
+    if name == "hf":
+        return material(name, data, write_llava(folder))
+    if name == "hf-text":
+        return material("hf", data, write_llama(folder))
     return material(name, data, WRITERS[name](folder))
 
 

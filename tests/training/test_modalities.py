@@ -30,6 +30,10 @@ SIX = [role.name for role in adapters.branch_roles(["text", "image", "audio"])]
 class Listening(TinyBackbone):
     """The tiny backbone, which sees the spectrum of the sound that it is to hear."""
 
+    @classmethod
+    def modalities(cls, weights: Path | None) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        return ("text", "image", "audio"), ("text", "image")
+
     def prepare(self, sample: Sample) -> TinyInputs:
         return super().prepare(shown(sample))
 
