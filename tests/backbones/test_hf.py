@@ -16,10 +16,14 @@ from PIL import Image
 from torch import Tensor
 
 from cnext import adapters, methods
+from cnext.adapters.prompts import Prompts
 from cnext.backbones.conversation import IGNORED, IMAGE_READ, TEXT_READ, TEXT_WRITTEN
 from cnext.backbones.hf.model import HuggingFace
 from cnext.errors import UserError
-from cnext.tasks.base import Sample, Task, Turn
+from cnext.tasks.base import Recipe, Sample, Task, Turn
+from cnext.training.evaluation import question
+from cnext.training.phases import finish_task
+from cnext.training.trainer import TaskTrainer
 
 Load = Callable[..., HuggingFace]
 EVERY = {**WRITERS, **TEXT_WRITERS}
@@ -288,3 +292,56 @@ def test_sizes_are_counted_without_values(folder: Path, load: Load) -> None:
     assert all(parameter.is_meta for parameter in backbone.parameters())
     count = sum(parameter.numel() for parameter in load().parameters())
     assert sum(parameter.numel() for parameter in backbone.parameters()) == count
+
+
+def test_prompts_are_seen_by_every_family(load: Load, images: list[Path]) -> None:
+    """Whatever the form of its masks and positions: in training and in generation, in any batch."""
+    backbone = load(dtype=torch.float64)
+    mixed = samples(backbone, images)
+    encoded, asked = backbone.encode(mixed), [backbone.generate([sample], 4)[0].text for sample in mixed]
+    plain = backbone.output(encoded).logits
+    pool = Prompts(backbone.language_model, 4 * 5 * 32, 4, 2, 1.0, torch.Generator().manual_seed(0))
+    torch.testing.assert_close(backbone.output(encoded).logits, plain, rtol=0, atol=0)
+    with pool.before(torch.tensor([[0, 2]])):
+        together = backbone.output(encoded).logits
+        alone = torch.cat([backbone.output([item]).logits for item in encoded])
+        answers = [one.text for one in backbone.generate(mixed, 4)]
+        assert answers == [backbone.generate([sample], 4)[0].text for sample in mixed]
+    torch.testing.assert_close(together, alone)
+    assert not torch.allclose(together, plain)
+    assert answers != asked
+    assert [backbone.generate([sample], 4)[0].text for sample in mixed] == asked
+
+
+KINDS = ("lora", "mage-experts", "mage-routed", "mr-lora", "prompt-pool", "distillation")
+
+
+@pytest.mark.parametrize(
+    "method", [pytest.param(n, marks=() if n in KINDS else pytest.mark.slow) for n in sorted(methods.modules())]
+)
+def test_every_method_trains_and_answers(method: str, root: Path, images: list[Path]) -> None:
+    """Two tasks of two steps, with images and without, on Qwen2-VL."""
+    folder = root / "qwen2_vl"
+    backbone = HuggingFace.load("cpu", folder if folder.exists() else WRITERS["qwen2_vl"](folder))
+    tasks = [Task(name, ("text", "image"), ("text",), "llava", "exact_answer", "", "", "", "") for name in "ab"]
+    rows = samples(backbone, images)
+    made = methods.load(method)(**({"router_steps": 2} if method == "mr-lora" else {}))
+    made.setup(backbone, tasks, torch.Generator().manual_seed(0))
+    recipe = Recipe({"a": 2, "b": 2}, batch_size=4, learning_rate=0.01, warmup_steps=1)
+    before = {name: parameter.detach().clone() for name, parameter in made.adapter_parameters().items()}
+    for number, task in enumerate(tasks, 1):
+        parameters, kept = made.trainable(task), made.card.rehearsal
+        if not parameters:
+            continue
+        trainer = TaskTrainer(backbone.train(), made, parameters, rows, recipe, 2, (0, task.name))
+        made.before_task(parameters, 2, {each.name: rows[:kept] for each in tasks[:number] if kept})
+        while trainer.step < 2:
+            trainer.train_step()
+        finish_task(made)
+    changed = [
+        name for name, parameter in made.adapter_parameters().items() if not torch.equal(parameter, before[name])
+    ]
+    assert bool(changed) == (method != "zero-shot")
+    with made.for_eval():
+        answers = made.answer([question(row) for row in rows], 4, tasks[0] if made.card.task_id_at_test else None)
+    assert [one.image for one in answers] == [None] * 4
