@@ -1,0 +1,481 @@
+"""`AveragingCallback`: the moving averages of `cnext.averaging` in transformers' Trainer, and in TRL's trainers."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from cnext.adapters.attach import branch_parameters
+from cnext.averaging import RULES, MovingAverage, PemaKron
+from cnext.distributed import collectives
+from cnext.distributed.wrapped_names import without_wrappers
+from cnext.errors import UserError, listed, unknown
+from cnext.integrations import average_file
+
+SHARDED = ("DEEPSPEED", "FSDP", "MEGATRON_LM", "TP", "XLA")
+"""accelerate's kinds of training in which a process has only a part of the gradients or parameters, or not in .grad."""
+
+
+class AveragingCallback(TrainerCallback):
+    """A moving average over each task that transformers' Trainer, or one of TRL's, trains.
+
+    The parameters of the model that require a gradient when ``train`` begins are averaged, as in a loop of one's own;
+    on a CPU to the bit.
+
+    - An optimizer step's gradients are read accumulated, reduced, unscaled and before clipping. Trainer clips before it
+      calls its callbacks, so this one lets it clip by infinity, and clips by ``max_grad_norm`` itself after reading.
+      The norm in the logs is the one before clipping, as without it.
+    - The steps of the task are ``max_steps``, or what Trainer computes from the epochs. After the last one the
+      parameters become the average, before Trainer evaluates and saves for the last time.
+    - Evaluations that Trainer schedules within a task see the average, where the rule has one at every step. ``pema``
+      and ``pema-kron`` have none before the task's end: the parameters in training are evaluated.
+    - Every checkpoint has the average's state, what is kept of earlier tasks included, in
+      ``moving_average.safetensors``. ``train(resume_from_checkpoint=...)`` restores it, in a new process too, and
+      checks that the model's parameters are those that it was saved with. A task that is resumed at its end stays as it
+      is, so a script that trains several tasks can resume each from its last checkpoint.
+    - With ``pema-kron``, the branches of `cnext.attach_mage` that a task does not train are ``frozen``, and their
+      gradients are read, as `mage` does.
+
+    Where training stops before the last step, as on a callback's request, its checkpoints can be resumed; the model's
+    parameters become the average over the steps that were taken, with a warning, or it is an error where those are too
+    few for the rule. Refused from the start are ``load_best_model_at_end``, as the best parameters in training are no
+    average; hyperparameter search; and training that shards gradients or parameters, as DeepSpeed and FSDP do.
+
+    Args:
+        average: a rule of `cnext.averaging.RULES`, or a `MovingAverage`. It serves all tasks, one after another.
+        eval_sets: number of evaluation sets, where the trainer's ``eval_dataset`` is a dict of several.
+        peak_learning_rate: the schedule's largest, for ``pema-kron``, whose pull follows the learning rate. Default:
+            the optimizer's before the schedule, which is ``args.learning_rate``.
+        untrained: see `MovingAverage.begin_task`. It can be changed between tasks.
+        resume_from: folder of the checkpoint that the next ``train`` resumes from, where that is neither in
+            ``args.output_dir`` nor ``args.resume_from_checkpoint``: Trainer does not tell its callbacks.
+        options: hyperparameters of the rule, where ``average`` is its name.
+
+    Raises:
+        UserError: the rule or an option is unknown, or options came with a `MovingAverage`. In ``train``: what is
+            refused above; a checkpoint without the average's state, or with that of another rule, number of steps or
+            parameters; and as `MovingAverage`.
+
+    Warns:
+        RuntimeWarning: training stopped early or was interrupted, or an evaluation did not see the average.
+
+    Example:
+        >>> from transformers import Trainer, TrainingArguments
+        >>> from cnext.integrations.transformers import AveragingCallback
+        >>> callback = AveragingCallback("pema", c=5.0)
+        >>> branches = cnext.attach_mage(model)  # doctest: +SKIP
+        >>> for folder, dataset in tasks.items():  # doctest: +SKIP
+        ...     branches.train_on(reads=["text", "image"], writes=["text"])
+        ...     Trainer(model, TrainingArguments(folder), train_dataset=dataset, callbacks=[callback]).train()
+    """
+
+    def __init__(
+        self,
+        average: str | MovingAverage = "pema",
+        *,
+        eval_sets: int = 1,
+        peak_learning_rate: float | None = None,
+        untrained: bool = False,
+        resume_from: str | Path | None = None,
+        **options: Any,
+    ) -> None:
+        self.average = _made(average, options)
+        self.eval_sets, self.peak_learning_rate = eval_sets, peak_learning_rate
+        self.untrained, self.resume_from = untrained, resume_from
+        self._observed = _Observed({})
+        self._running = False
+        """Whether a task was begun and has not ended."""
+        self._done = False
+        """Whether Trainer was resumed at a task's end."""
+        self._evaluations = 0
+        """Evaluation sets that are still to see the average, while it is swapped in."""
+
+    def save(self, folder: str | Path) -> None:
+        """Writes the average's state between two tasks, for training without checkpoints. See `load`.
+
+        Raises:
+            UserError: a task is open, or the folder does not exist.
+        """
+        self._require_closed("save")
+        average_file.write(Path(folder), self.average, {})
+
+    def load(self, folder: str | Path) -> None:
+        """Reads the state of an average after a task, from its last checkpoint or what `save` wrote.
+
+        For a new process that begins with the next task: the model's parameters are loaded by yourself.
+
+        Raises:
+            UserError: a task is open; or there is no state, or one that was saved within a task, in the folder.
+        """
+        self._require_closed("load")
+        found = average_file.read(Path(folder), self.average)
+        if found.steps:
+            raise UserError(
+                f"{found.path} was saved after {found.step} of a task's {found.steps} steps; finish the task first, by "
+                "train(resume_from_checkpoint=...)"
+            )
+        average_file.forget(self.average)
+        self.average.load_state_dict(found.tensors)
+
+    def _require_closed(self, what: str) -> None:
+        if self.average.steps:
+            raise UserError(f"{what}: a task is open; expected it between two tasks")
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **context: Any
+    ) -> None:
+        """Begins a task, or restores one."""
+        model, optimizer = context["model"], context["optimizer"]
+        _require_supported(args, state, optimizer)
+        _clipping(args)
+        self._abandon(optimizer, resumed=state.global_step > 0)
+        branches = branch_parameters(model)
+        parameters = _trained(model, branches)
+        if isinstance(self.average, PemaKron):
+            others = {name: p for name, p in branches.items() if not p.requires_grad} if branches else None
+            self.average.frozen = self.average.frozen if others is None else others
+            self._observed = _Observed(others or {})
+        if state.global_step:
+            self._resume(args, state, parameters)
+        else:
+            # A task may be the first of a branch, in layers that earlier tasks have trained.
+            layers = {_layer(name) for name in parameters if name in branches}
+            known = not layers.isdisjoint(map(_layer, self.average.past()))
+            self.average.begin_task(parameters, state.max_steps, untrained=self.untrained or known)
+        self._running = not self._done
+        if self._running and args.eval_on_start:
+            self._swap_in()
+
+    def _abandon(self, optimizer: Any, resumed: bool) -> None:
+        """Closes a task that an exception left open. resumed: whether Trainer has loaded other parameters since."""
+        self._done, self._evaluations = False, 0
+        if not self._running:
+            return
+        average, self._running = self.average, False
+        if average.step and not resumed:
+            warnings.warn(
+                f"the training before was interrupted after {average.step} of {average.steps} steps; its parameters "
+                "are not averaged",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+        kept = [(p, p.detach().clone()) for p in average.parameters.values()] if resumed else []
+        average.cancel_task()
+        with torch.no_grad():
+            for parameter, value in kept:  # where the average was swapped in
+                parameter.copy_(value)
+        if left := self._observed.close({id(p) for group in optimizer.param_groups for p in group["params"]}):
+            warnings.warn(
+                f"the training before was interrupted, and {listed(left, 3)} still require a gradient and are trained; "
+                "call train_on before train",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+
+    def _resume(self, args: TrainingArguments, state: TrainerState, parameters: dict[str, nn.Parameter]) -> None:
+        found = self._state(args, state.global_step, parameters)
+        average_file.forget(self.average)
+        if found.steps:
+            if (found.step, found.steps) != (state.global_step, state.max_steps):
+                raise UserError(
+                    f"{found.path} was saved after {found.step} of {found.steps} steps, and Trainer resumes after "
+                    f"{state.global_step} of {state.max_steps}; a task keeps its number of steps: resume it with the "
+                    "same max_steps or epochs, batch size, accumulation and data"
+                )
+            self.average.begin_task(parameters, state.max_steps, untrained=self.untrained)
+        elif state.global_step < state.max_steps:
+            raise UserError(
+                f"{found.path}: the task ended after {state.global_step} steps, and its parameters are the average; "
+                f"Trainer would go on to {state.max_steps}. Resume with the same number of steps, or train on as a task"
+                " of its own, without resume_from_checkpoint, after AveragingCallback.load"
+            )
+        self.average.load_state_dict(found.tensors)
+        self._done = not found.steps
+
+    def _state(self, args: TrainingArguments, step: int, parameters: Mapping[str, Tensor]) -> average_file.AverageState:
+        """The state in the checkpoint that Trainer has loaded: that of the model's parameters."""
+        given, self.resume_from = self.resume_from, None
+        named = [args.resume_from_checkpoint] if args.resume_from_checkpoint else []
+        folders = [Path(given)] if given else [_folder(args, step), *map(Path, named)]
+        there = [folder for folder in folders if (folder / average_file.NAME).is_file()]
+        found = [average_file.read(folder, self.average) for folder in there or folders[:1]]
+        present = average_file.digest(parameters)
+        for each in found:
+            if each.parameters == present:
+                return each
+        raise UserError(
+            f"{listed(str(each.path) for each in found)}: the model's parameters, as Trainer has loaded them, are not "
+            "those that this state was saved with. Expected the same checkpoint, and the same parameters to require a "
+            "gradient as then (train_on); for a checkpoint elsewhere pass its folder as resume_from"
+        )
+
+    def on_epoch_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **context: Any
+    ) -> None:
+        """Checks that the average is not swapped in."""
+        self._require_swapped_out()
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **context: Any
+    ) -> None:
+        """Postpones the clipping."""
+        self._require_swapped_out()
+        if self._running:
+            _clipping(args)
+            args.max_grad_norm = _Postponed(args.max_grad_norm)
+            if isinstance(self.average, PemaKron) and self.average.reads:
+                self._observed.open()
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **context: Any
+    ) -> None:
+        """Reads the gradients, and clips them."""
+        model, optimizer = context["model"], context["optimizer"]
+        if not self._running:  # Trainer takes a step too many where it is resumed at the end within an epoch
+            for parameter in model.parameters() if self._done else ():
+                parameter.grad = None
+            return
+        limit = _clipping(args)
+        scaler = getattr(optimizer, "scaler", None)
+        with self._observed.gradients(1.0 if scaler is None else scaler.get_scale()):
+            self.average.update(rate=self._rate(args, optimizer))
+        if limit is not None and limit > 0:
+            nn.utils.clip_grad_norm_(model.parameters(), limit)
+
+    def _rate(self, args: TrainingArguments, optimizer: Any) -> float:
+        """The learning rate over the schedule's largest."""
+        own = {id(parameter) for parameter in self.average.parameters.values()}
+        rates = []
+        for group in optimizer.param_groups:
+            if own & {id(parameter) for parameter in group["params"]}:
+                peak = self.peak_learning_rate or group.get("initial_lr") or args.learning_rate
+                rates.append(float(group["lr"]) / peak if peak else 0.0)
+        lowest, highest = min(rates, default=0.0), max(rates, default=0.0)
+        # Division rounds.
+        if isinstance(self.average, PemaKron) and (highest > 1 + 1e-6 or highest - lowest > 1e-6):
+            raise UserError(
+                f"the learning rates over the largest are {lowest:.6g} to {highest:.6g}; {self.average.name} expects "
+                "one number of at most 1 for all its parameters: pass the schedule's largest as peak_learning_rate"
+            )
+        return min(highest, 1.0)
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **context: Any
+    ) -> None:
+        """Ends the task after its last step."""
+        if not self._running:
+            if self._done:
+                control.should_save = control.should_evaluate = False
+            return
+        average = self.average
+        if (average.step, average.steps) != (state.global_step, state.max_steps):
+            raise UserError(
+                f"the average has seen {average.step} of {average.steps} steps, and Trainer is at {state.global_step} "
+                f"of {state.max_steps}; the number of steps cannot change within a task"
+            )
+        if state.global_step >= state.max_steps:
+            self._close()
+        elif control.should_evaluate:
+            self._swap_in()
+
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **context: Any
+    ) -> None:
+        """Shows the average to an evaluation per epoch."""
+        _clipping(args)
+        self._require_swapped_out()
+        if self._done:
+            control.should_save = control.should_evaluate = False
+        elif self._running and control.should_evaluate:
+            self._swap_in()
+
+    def _close(self) -> None:
+        self._observed.close()
+        self.average.end_task()
+        self._running = False
+
+    def _swap_in(self) -> None:
+        if self.average.evaluated():
+            self.average.swap_in()
+            self._evaluations = self.eval_sets
+
+    def _require_swapped_out(self) -> None:
+        if self._evaluations:
+            left, self._evaluations = self._evaluations, 0
+            self.average.swap_out()
+            raise UserError(
+                f"eval_sets is {self.eval_sets}, and Trainer went on after {self.eval_sets - left} evaluations; give "
+                "the number of evaluation sets, and put this callback after those that ask for or cancel evaluations"
+            )
+
+    def on_evaluate(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **context: Any
+    ) -> None:
+        """Swaps the average out after the last evaluation set."""
+        several = not any(name == "eval_runtime" for name in context.get("metrics") or {"eval_runtime": 0})
+        if self._evaluations:
+            self._evaluations -= 1
+            if self._evaluations == 0:
+                self.average.swap_out()
+            if several and self.eval_sets == 1:
+                raise UserError("eval_dataset has several evaluation sets; pass their number as eval_sets")
+        elif self._running and self.average.step and self.average.evaluated():
+            warnings.warn(
+                "this evaluation saw the parameters in training, not the average: Trainer did not schedule it, or a "
+                "callback after this one did; use it within `average.for_eval()`, or put this callback last",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **context: Any) -> None:
+        """Writes the average's state into the checkpoint."""
+        self._require_swapped_out()
+        model = context["model"]
+        if args.should_save:
+            trained = _trained(model, branch_parameters(model))
+            average_file.write(_folder(args, state.global_step), self.average, trained)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **context: Any
+    ) -> None:
+        """Ends a task that was stopped early."""
+        _clipping(args)
+        self._done = False
+        if self._running:
+            warnings.warn(
+                f"training stopped after {self.average.step} of {self.average.steps} steps: the average is over these. "
+                "Checkpoints hold the parameters before it, to be resumed; save_model saves the average",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+            self._close()
+
+
+def _made(average: str | MovingAverage, options: dict[str, Any]) -> MovingAverage:
+    if isinstance(average, MovingAverage):
+        if options:
+            raise UserError(f"AveragingCallback: {', '.join(options)}: options go with a rule's name; set these there")
+        return average
+    rules = {str(name): rule for name, rule in RULES.items()}
+    if average not in rules:
+        raise unknown("averaging rule", str(average), list(rules))
+    try:
+        return rules[average](**options)
+    except TypeError as error:
+        raise UserError(f"AveragingCallback: {error}; see the arguments of {rules[average].__name__}") from error
+
+
+def _require_supported(args: TrainingArguments, state: TrainerState, optimizer: Any) -> None:
+    """Raises UserError for training in which the average would be wrong."""
+    kind = getattr(getattr(optimizer, "accelerator_state", None), "distributed_type", None)
+    if (name := getattr(kind, "value", "NO")) in SHARDED:
+        raise UserError(
+            f"AveragingCallback: training is distributed by {name}, in which a process does not have whole gradients; "
+            "use data parallelism (DDP) or one process"
+        )
+    if args.load_best_model_at_end:
+        raise UserError(
+            "AveragingCallback: load_best_model_at_end would replace the average by parameters in training; set it to "
+            "False, and use the last checkpoint, which has the average"
+        )
+    if state.is_hyper_param_search:
+        raise UserError("AveragingCallback: hyperparameter search trains one task anew; use it without the average")
+    if getattr(args, "half_precision_backend", None) == "apex":
+        raise UserError("AveragingCallback: apex clips the gradients of its own copies; use fp16 or bf16 of torch")
+
+
+def _folder(args: TrainingArguments, step: int) -> Path:
+    """Of Trainer's checkpoint after a step."""
+    return Path(str(args.output_dir), f"checkpoint-{step}")
+
+
+def _trained(model: nn.Module, branches: Mapping[str, nn.Parameter]) -> dict[str, nn.Parameter]:
+    """The parameters that require a gradient by name, a branch's as `AttachedMage.train_on` has it."""
+    names = {id(parameter): name for name, parameter in branches.items()}
+    found = {names.get(id(p), name): p for name, p in model.named_parameters() if p.requires_grad}
+    return without_wrappers(found, "AveragingCallback")
+
+
+def _layer(branch: str) -> str:
+    """Of a branch's parameter, "<layer>.<branch>.<A or B>"."""
+    return branch.rsplit(".", 2)[0]
+
+
+class _Postponed(float):
+    """Infinity in place of ``max_grad_norm``: Trainer computes the norm, unscales, and changes no gradient.
+
+    limit: the value that it stands for.
+    """
+
+    limit: float | None
+
+    def __new__(cls, limit: float | None) -> _Postponed:
+        made = super().__new__(cls, math.inf)
+        made.limit = limit
+        return made
+
+
+def _clipping(args: TrainingArguments) -> float | None:
+    """``max_grad_norm``, put back where it was postponed."""
+    if isinstance(limit := args.max_grad_norm, _Postponed):
+        args.max_grad_norm = limit.limit  # pyright: ignore[reportAttributeAccessIssue]
+    return args.max_grad_norm
+
+
+class _Observed:
+    """Frozen parameters whose gradients are read, out of Trainer's sight: neither in its norm nor in its clipping."""
+
+    def __init__(self, parameters: dict[str, nn.Parameter]) -> None:
+        self.parameters = parameters
+        self.sums: dict[str, Tensor] = {}
+        """The gradients of a step's backward passes."""
+        self.hooks: list[RemovableHandle] = []
+
+    def open(self) -> None:
+        """Begins a step."""
+        if not self.hooks:
+            for name, parameter in self.parameters.items():
+                parameter.requires_grad_(True)
+                self.hooks.append(parameter.register_post_accumulate_grad_hook(partial(self._take, name)))
+
+    def _take(self, name: str, parameter: Tensor) -> None:
+        found, parameter.grad = parameter.grad, None
+        assert found is not None, "a hook after the gradient was accumulated"
+        self.sums[name] = self.sums[name].add_(found) if name in self.sums else found
+
+    @contextmanager
+    def gradients(self, scale: float) -> Iterator[None]:
+        """Ends a step: a context in which ``.grad`` has the means over the processes. scale: of the loss, in fp16."""
+        world = collectives.world_size()
+        if self.hooks and world > 1:
+            zeros = {name: torch.zeros_like(p) for name, p in self.parameters.items() if name not in self.sums}
+            self.sums = {name: (self.sums | zeros)[name] for name in self.parameters}  # in one order everywhere
+            collectives.all_reduce_(list(self.sums.values()))
+        for name, gradient in self.sums.items():
+            self.parameters[name].grad = gradient.div_(scale * world) if scale * world != 1 else gradient
+        try:
+            yield
+        finally:
+            for name in self.sums:
+                self.parameters[name].grad = None
+            self.close()
+
+    def close(self, trained: Collection[int] = ()) -> list[str]:
+        """Freezes the parameters again, but those trained, by id. Returns the names of these."""
+        left = [name for name, parameter in self.parameters.items() if self.hooks and id(parameter) in trained]
+        for name, parameter in self.parameters.items() if self.hooks else ():
+            parameter.requires_grad_(name in left)
+        for hook in self.hooks:
+            hook.remove()
+        self.hooks, self.sums = [], {}
+        return left
