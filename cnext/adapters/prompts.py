@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -74,6 +75,8 @@ class Prompts(nn.Module):
     def _enter(self, model: Any, args: tuple, given: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
         if self.chosen is None:
             return None
+        if args:  # GPT-2's head passes the ids by position
+            args, given = (), dict(zip(inspect.signature(model.forward).parameters, args, strict=False)) | given
         cache, changed = given_cache(given), dict(given)
         inputs = changed.get("inputs_embeds")
         if inputs is None:

@@ -1,4 +1,4 @@
-"""Writes small random models of eight families that read images, and of two that do not, with their own processors."""
+"""Writes small random models of eight families that read images and of three that do not, with their processors."""
 
 from __future__ import annotations
 
@@ -291,6 +291,14 @@ def write_qwen3(folder: Path) -> Path:
     return _save(folder, transformers.Qwen3Config(vocab_size=len(words), **LANGUAGE), words)
 
 
+def write_gpt2(folder: Path) -> Path:
+    """Without a chat template, and with Conv1D in place of linear layers."""
+    words = tokenizer([], begins=True)
+    sizes = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 1024, "initializer_range": 0.3}
+    sizes |= dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)
+    return _save(folder, transformers.GPT2Config(vocab_size=len(words), **sizes), words)
+
+
 WRITERS: dict[str, Callable[[Path], Path]] = {
     "llava": write_llava,
     "llava_onevision": write_llava_onevision,
@@ -302,4 +310,4 @@ WRITERS: dict[str, Callable[[Path], Path]] = {
     "gemma3": write_gemma3,
 }
 """Families that read images."""
-TEXT_WRITERS: dict[str, Callable[[Path], Path]] = {"llama": write_llama, "qwen3": write_qwen3}
+TEXT_WRITERS: dict[str, Callable[[Path], Path]] = {"llama": write_llama, "qwen3": write_qwen3, "gpt2": write_gpt2}

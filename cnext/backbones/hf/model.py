@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
+from cnext.adapters.bases import is_linear
 from cnext.adapters.prompts import prompted
 from cnext.backbones.base import Backbone, Output
 from cnext.backbones.conversation import IGNORED, IMAGE_READ, TEXT_READ, TEXT_WRITTEN
@@ -108,13 +109,13 @@ class HuggingFace(Backbone):
     def _linears(self) -> tuple[str, ...]:
         """Last parts of the names of all linear layers of the language model; those of LLaMA where it is built so."""
         named = self.language_model.named_modules()
-        found = {name.rpartition(".")[2] for name, module in named if isinstance(module, nn.Linear)}
+        found = {name.rpartition(".")[2] for name, module in named if is_linear(module)}
         if found.issuperset(LLAMA_LINEARS):
             return LLAMA_LINEARS
         if not found:
             raise UserError(
-                f"the language model of {type(self.model).__name__} has no torch.nn.Linear that could have branches; "
-                "take another model, or weights that are not quantized"
+                f"the language model of {type(self.model).__name__} has no linear layer that could have branches; take "
+                "another model"
             )
         return tuple(sorted(found))
 
