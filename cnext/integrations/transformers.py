@@ -215,8 +215,9 @@ class AveragingCallback(TrainerCallback):
                 return each
         raise UserError(
             f"{listed(str(each.path) for each in found)}: the model's parameters, as Trainer has loaded them, are not "
-            "those that this state was saved with. Expected the same checkpoint, and the same parameters to require a "
-            "gradient as then (train_on); for a checkpoint elsewhere pass its folder as resume_from"
+            "those that this state was saved with. Expected the same checkpoint, restored in full, and the same "
+            "parameters to require a gradient as then (train_on); Trainer warns of keys that it could not load. For a "
+            "checkpoint elsewhere pass its folder as resume_from"
         )
 
     def on_epoch_begin(
