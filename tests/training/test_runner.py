@@ -170,7 +170,7 @@ def test_an_error_before_the_first_result_can_be_fixed(config: Make, tmp_path: P
     [
         ("format", "csv", "unknown format of task VQAv2 'csv'; valid: conversation, generation, editing"),
         ("scorer", "bleu", "unknown scorer of task VQAv2 'bleu'; valid: short_answer, ocr_answer"),
-        ("reads", ["audio"], "unknown modality audio; valid: text, image"),
+        ("reads", ["audio"], "unknown modality 'audio'; valid: text, image"),
     ],
     ids=["format", "scorer", "modality"],
 )
