@@ -7,6 +7,8 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -20,20 +22,25 @@ TESTS = Path(__file__).parents[1]
 
 
 @pytest.fixture(scope="module")
-def ended(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    """The folder with what `killed.py` wrote of a kind of trainer, and what it said."""
-    folder = tmp_path_factory.mktemp(request.param)
-    paths = os.pathsep.join([str(TESTS), os.environ.get("PYTHONPATH", "")])
-    child = subprocess.Popen(
-        [sys.executable, str(Path(__file__).with_name("killed.py")), request.param, str(folder)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        env={**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"},
-    )
-    [(said, _)] = waiting.outputs([child])
-    assert child.returncode == 0, said
-    return folder, said
+def ended(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Path, str]]:
+    """Runs `killed.py` with a kind of trainer, once: the folder with what it wrote, and what it said."""
+
+    @cache
+    def end(kind: str) -> tuple[Path, str]:
+        folder = tmp_path_factory.mktemp(kind)
+        paths = os.pathsep.join([str(TESTS), os.environ.get("PYTHONPATH", "")])
+        child = subprocess.Popen(
+            [sys.executable, str(Path(__file__).with_name("killed.py")), kind, str(folder)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            env={**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"},
+        )
+        [(said, _)] = waiting.outputs([child])
+        assert child.returncode == 0, said
+        return folder, said
+
+    return end
 
 
 def cases() -> list[ParameterSet]:
@@ -42,9 +49,9 @@ def cases() -> list[ParameterSet]:
     return [pytest.param(kind, rule, marks=slow[kind]) for kind, rules in KINDS.items() for rule in rules]
 
 
-@pytest.mark.parametrize(("ended", "rule"), cases(), indirect=["ended"])
-def test_killed_and_resumed_is_bitwise_the_same(ended: tuple[Path, str], rule: str) -> None:
-    folder, said = ended
+@pytest.mark.parametrize(("kind", "rule"), cases())
+def test_killed_and_resumed_is_bitwise_the_same(ended: Callable[[str], tuple[Path, str]], kind: str, rule: str) -> None:
+    folder, said = ended(kind)
     statuses = json.loads((folder / "statuses.json").read_text())
     assert statuses[rule] == [0, *[-signal.SIGKILL] * len(KILLED), 0], said
     assert_equal(*(load_file(folder / rule / f"{name}.safetensors") for name in ("whole", "resumed")))

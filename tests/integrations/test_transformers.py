@@ -199,7 +199,7 @@ def test_other_ways_to_train_are_the_same(changes: dict[str, Any], tmp_path: Pat
 @pytest.mark.parametrize("strategy", ["steps", "epoch"])
 def test_the_last_checkpoint_and_evaluation_have_the_average(rule: str, strategy: str, tmp_path: Path) -> None:
     handle, callback = made(rule)
-    args = arguments(tmp_path, save_strategy=strategy, eval_strategy=strategy, save_steps=4, eval_steps=4)
+    args = arguments(tmp_path, save_strategy=strategy, eval_strategy=strategy, save_steps=4, eval_steps=3)
     trainer = train(handle.model, args, 0, callback, eval_dataset=rows(2))
     saved = load_file(tmp_path / "checkpoint-6" / "model.safetensors")
     trained = {n: p.detach() for n, p in handle.model.named_parameters() if p.requires_grad}
