@@ -416,14 +416,17 @@ def trainer(model: nn.Module, folder: Path, steps: int, **options: Any) -> Any:
 
 
 @pytest.mark.parametrize("named", [True, False])
+@pytest.mark.parametrize("kind", ["llama", "llava"])
 def test_trainer_saves_resumes_and_is_loaded(
-    named: bool, bases: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    kind: str, named: bool, bases: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
+    import transformers as t
     from peft import PeftModel
-    from transformers import AutoModelForCausalLM, LlamaForCausalLM
+
+    auto = t.AutoModelForCausalLM if kind == "llama" else t.AutoModelForImageTextToText
 
     def started(seed: int = 0) -> Any:
-        model = base(bases) if named else new(seed=seed)
+        model = base(bases, kind) if named else new(kind, seed)
         cnext.attach_mage(model, rank=2, generator=torch.Generator().manual_seed(3)).train_on(["text"], ["text"])
         return model
 
@@ -446,15 +449,15 @@ def test_trainer_saves_resumes_and_is_loaded(
     assert not (saved / "config.json").exists()
     size = (saved / "model.safetensors").stat().st_size
     assert (size < 1e5) == named
-    for loader in (AutoModelForCausalLM, LlamaForCausalLM):
+    for loader in (auto, type(straight.model)):
         for folder in (saved, tmp_path / "straight" / "checkpoint-6"):
             torch.testing.assert_close(logits(loader.from_pretrained(folder)), expected, rtol=0, atol=1e-5)
     own = json.loads((saved / "adapter_config.json").read_text())["base_model_name_or_path"]
-    assert own == str(bases / "llama" if named else saved / "base_model")
+    assert own == str(bases / kind if named else saved / "base_model")
     torch.testing.assert_close(
-        logits(PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(own), saved)), expected, rtol=0, atol=1e-5
+        logits(PeftModel.from_pretrained(auto.from_pretrained(own), saved)), expected, rtol=0, atol=1e-5
     )
-    other = AutoModelForCausalLM.from_pretrained(own)
+    other = auto.from_pretrained(own)
     cnext.load(other, saved)
     assert torch.equal(logits(other), expected)
 
