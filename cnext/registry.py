@@ -151,7 +151,10 @@ def module_of(module: str, folder: str) -> ModuleType:
     if not all(part.isidentifier() for part in module.split(".")):
         raise ImportError(f"{module!r} is no name of a module")
     if file is None or not file.is_relative_to(folder):
-        return importlib.import_module(module)
+        try:
+            return importlib.import_module(module)
+        except SystemExit as error:
+            raise ImportError(f"{module} raises SystemExit: {error}") from error
     content = file.read_bytes()
     name = f"{file.stem}_{hashlib.sha256(str(file.resolve()).encode() + content).hexdigest()[:16]}"
     if name not in sys.modules:
@@ -162,7 +165,7 @@ def module_of(module: str, folder: str) -> ModuleType:
         except (ImportError, SyntaxError):
             del sys.modules[name]
             raise
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             del sys.modules[name]
             raise UserError(f"{file} raises {type(error).__name__}: {error}; correct it") from error
     return sys.modules[name]

@@ -5,10 +5,13 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
+from math import isfinite
 from numbers import Real
 from typing import TYPE_CHECKING, Any
 
 from cnext.errors import UserError
+from cnext.image_files import open_image
 from cnext.registry import Registry
 from cnext.scoring.names import OWN, SHORT_ANSWERS
 
@@ -35,7 +38,7 @@ class Prediction:
 class Score:
     """One answer's score in percent under each profile, and its error type.
 
-    strict: 0 to 100. paper: may be negative, where a released evaluator takes a cosine as it is.
+    strict: 0 to 100. paper: finite; may be negative, where a released evaluator takes a cosine as it is.
     error: one of ERROR_TYPES, or "" where the strict score is 100.
     """
 
@@ -118,22 +121,91 @@ class AnswerScorer:
 
     @property
     def _name(self) -> str:
-        return getattr(self.function, "__qualname__", type(self.function).__name__)
+        return _called(self.function)
 
     def _score(self, sample: Sample, answer: str) -> Score:
         where, said = sample.origin or sample.id, f"the answer {answer[:80]!r}"
         try:
             value: Any = self.function(answer, list(sample.answers))
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             what = f"{type(error).__name__}: {error}"
             raise UserError(f"{where}: the scorer {self._name} raises {what}, for {said}; correct it") from error
-        number = value.item() if getattr(value, "shape", None) == () else value
-        if not isinstance(number, Real) or not 0 <= float(number) <= 1:
+        number = _number(value)
+        if number is None or not 0 <= number <= 1:
             expected = f"expected a number from 0 to 1 of the scorer {self._name}"
             raise UserError(f"{where}: {expected}, got {value!r} for {said}; correct it")
-        percent = 100.0 * float(number)
+        percent = 100.0 * number
         error = "" if percent == 100.0 else "other" if answer.strip() else "instruction_unfollowing"
         return Score(percent, percent, error)
+
+
+def _called(function: Callable[..., Any]) -> str:
+    return getattr(function, "__qualname__", type(function).__name__)
+
+
+def _number(value: Any) -> float | None:
+    """A number, also one of numpy or torch; None for anything else."""
+    value = value.item() if getattr(value, "shape", None) == () else value
+    return float(value) if isinstance(value, Real) else None
+
+
+def scores_of(scorer: Scorer, task: Task, samples: Sequence[Sample], predictions: Sequence[Prediction]) -> list[Score]:
+    """What a scorer of another package or of a suite's folder returns, if it is one sound `Score` per sample.
+
+    Raises:
+        UserError: names the scorer, and what it raises or returns.
+    """
+    name = f"the scorer {task.scorer or _called(scorer)}"
+    try:
+        found: Any = scorer(task, samples, predictions)
+    except UserError:
+        raise
+    except (Exception, SystemExit) as error:
+        said = f"{name} raises {type(error).__name__}: {error}"
+        raise UserError(f"{said}; it is called with (task, samples, predictions), correct it") from error
+    if not isinstance(found, list) or len(found) != len(samples):
+        got = f"{len(found)}" if isinstance(found, list) else f"{found!r:.200}"
+        raise UserError(f"expected a list of {len(samples)} scores, one per sample, of {name}, got {got}; correct it")
+    return [_sound(name, score, prediction) for score, prediction in zip(found, predictions, strict=True)]
+
+
+def _sound(name: str, score: Any, prediction: Prediction) -> Score:
+    """The score, with plain numbers. Raises UserError where it is not as `Score` says."""
+    said = f"for the answer {prediction.text[:80]!r}; correct it"
+    if not isinstance(score, Score):
+        raise UserError(f"expected a cnext.scoring.base.Score of {name}, got {score!r:.200} {said}")
+    strict, paper = _number(score.strict), _number(score.paper)
+    if strict is None or not 0 <= strict <= 100:
+        raise UserError(f"expected a strict score from 0 to 100 percent of {name}, got {score.strict!r} {said}")
+    if paper is None or not isfinite(paper):
+        raise UserError(f"expected a finite paper score of {name}, got {score.paper!r} {said}")
+    if score.error not in ([""] if strict == 100 else ERROR_TYPES):
+        expected = "no error type" if strict == 100 else f"an error type of {', '.join(ERROR_TYPES)}"
+        raise UserError(f"expected {expected} of {name}, got {score.error!r} with a strict score of {strict} {said}")
+    return Score(strict, paper, score.error)
+
+
+TRIED = 8
+"""Samples that `try_scorer` needs at most."""
+
+
+def try_scorer(task: Task, samples: Sequence[Sample]) -> None:
+    """Calls a scorer of (task, samples, predictions) that is not cnext's, with the samples' references as the answers.
+
+    Raises:
+        UserError: as `scores_of`.
+    """
+    if task.scorer in OWN or not samples or isinstance(scorer := find_scorer(task), AnswerScorer):
+        return
+    scorer(task, samples, [reference_of(sample) for sample in samples])
+
+
+def reference_of(sample: Sample, number: int = 0) -> Prediction:
+    """An accepted answer of a sample, and its target image, as a prediction."""
+    import numpy
+
+    image = None if sample.target_image is None else numpy.asarray(open_image(sample.target_image))
+    return Prediction(sample.answers[number % len(sample.answers)], image)
 
 
 def scorer_of(found: Any) -> Scorer:
@@ -195,4 +267,4 @@ def find_scorer(task: Task, scorers: Registry | None = None) -> Scorer:
             f"task {task.name} writes images, and its scorer {task.scorer} takes (answer, references), which are text; "
             "expected a scorer of (task, samples, predictions)"
         )
-    return scorer
+    return scorer if task.scorer in OWN or isinstance(scorer, AnswerScorer) else partial(scores_of, scorer)

@@ -17,7 +17,7 @@ from typing import Any, Protocol
 
 from cnext.errors import UserError
 from cnext.image_files import Inspection, inspect
-from cnext.scoring.base import reference_check
+from cnext.scoring.base import TRIED, reference_check, try_scorer
 from cnext.tasks import tables
 from cnext.tasks.base import DataError, ImageNeed, Sample, Suite, Task, any_size, caption_of
 from cnext.tasks.formats import left_out, missing_media, no_image, scan
@@ -56,7 +56,7 @@ class SplitReport:
     """Missing files and image folders, with the path where they are expected."""
     malformed: list[str] = field(default_factory=list)
     references: list[str] = field(default_factory=list)
-    """Test rows with a reference that the scorer cannot use, or to which no answer is right."""
+    """Test rows with a reference that the scorer cannot use, or to which no answer is right; a scorer that fails."""
     missing_images: list[str] = field(default_factory=list)
     broken_images: list[str] = field(default_factory=list)
     repeated: list[str] = field(default_factory=list)
@@ -161,6 +161,7 @@ def check(suite: Suite, data: Path, progress: Progress, look: str = "decode", ne
 def _check_split(task: Task, data: Path, split: str, progress: Progress) -> tuple[SplitReport, _Seen]:
     report, seen = SplitReport(published=getattr(task, f"{split}_count", 0)), _Seen()
     unscored = None if split == "train" else reference_check(task)
+    tried: list[Sample] = []
     try:
         paths = files(data, getattr(task, split))
         report.files = len(paths)
@@ -175,6 +176,8 @@ def _check_split(task: Task, data: Path, split: str, progress: Progress) -> tupl
                 report.malformed.append(f"{line.origin}: {missing}")
             if unscored and (flaw := unscored(sample)):
                 report.references.append(f"{line.origin}: {flaw.text}")
+            if len(tried) < TRIED and (sample.target_image is None or sample.target_image.is_file()):
+                tried.append(sample)
             seen.read |= {str(sample.image)} if sample.image else set()
             shown = [str(image) for image in sample.images]
             report.without_image += not shown
@@ -189,6 +192,10 @@ def _check_split(task: Task, data: Path, split: str, progress: Progress) -> tupl
                 seen.questions.setdefault(question, line.origin)
     except DataError as error:
         report.lacking.append(str(error))
+    try:
+        try_scorer(task, [] if split == "train" else tried)
+    except UserError as error:
+        report.references.append(str(error))
     sound = report.rows - len(report.malformed)
     if "image" in task.reads and sound and not seen.read:
         report.lacking.append(no_image(task, data, split, sound))

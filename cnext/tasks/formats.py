@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from cnext.errors import listed, parse_json
 from cnext.image_files import Inspection, inspect
-from cnext.scoring.base import reference_check
+from cnext.scoring.base import TRIED, reference_check, try_scorer
 from cnext.tasks.base import DataError, ImageNeed, Sample, Suite, Task, any_size, caption_of
 from cnext.tasks.images import unfit
 from cnext.tasks.kept_images import ImageBytes
@@ -188,6 +188,7 @@ def read_samples(task: Task, data: Path, split: str, limit: int = 0, need: Image
         DataError: naming every line of all files that is malformed, names an image or another file that is missing,
             broken or outside the image folder or unfit for the backbone, or has a reference that the task's scorer
             cannot use; or there are no samples.
+        UserError: the task's scorer, which is not cnext's, fails with references as answers.
     """
     samples: list[Sample] = []
     problems: list[str] = []
@@ -213,6 +214,8 @@ def read_samples(task: Task, data: Path, split: str, limit: int = 0, need: Image
         raise DataError(f"task {task.name}: no {split} samples in {place}{why}")
     if "image" in task.reads and not any(sample.image for sample in samples):
         raise DataError(no_image(task, data, split, len(samples)))
+    if split != "train":
+        try_scorer(task, samples[:TRIED])
     return samples
 
 

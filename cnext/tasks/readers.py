@@ -270,7 +270,7 @@ def checked(reader: Reader) -> Reader:
             found = reader(row, root, name, origin)
         except ValueError:
             raise
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             raise ValueError(f"cannot be read: {called} raises {type(error).__name__}: {error}") from error
         if not isinstance(found, Sample):
             raise ValueError(f"cannot be read: {called} returns {type(found).__name__}, expected a Sample")

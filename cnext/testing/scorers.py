@@ -5,13 +5,20 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from math import isfinite
 from pathlib import Path
 from typing import Any
 
 from cnext.errors import UserError
-from cnext.image_files import open_image
-from cnext.scoring.base import ERROR_TYPES, Prediction, Score, Scorer, find_scorer, reference_check, scorer_of
+from cnext.scoring.base import (
+    Prediction,
+    Score,
+    Scorer,
+    find_scorer,
+    reference_check,
+    reference_of,
+    scorer_of,
+    scores_of,
+)
 from cnext.tasks.base import Sample, Task, Turn
 
 REFERENCES = (("red",), ("two blue rings", "blue rings"), ("7",), ("the café's door",))
@@ -30,34 +37,12 @@ class Material:
 
     def score(self, predictions: Sequence[Prediction]) -> list[Score]:
         """The scores, whose form is checked."""
-        found: Any = self.scorer(self.task, self.samples, predictions)
-        count = len(found) if isinstance(found, list) else None
-        assert count == len(predictions), f"expected a list of {len(predictions)} scores, got {found!r}"
-        for score, prediction in zip(found, predictions, strict=True):
-            said = f"for the answer {prediction.text[:80]!r}"
-            assert isinstance(score, Score), f"expected a cnext.scoring.base.Score, got {score!r} {said}"
-            assert 0 <= score.strict <= 100, (
-                f"the strict score must be from 0 to 100 percent, got {score.strict} {said}"
-            )
-            assert isfinite(score.paper), f"the paper score must be finite, got {score.paper} {said}"
-            right = score.strict == 100
-            assert (score.error == "") if right else (score.error in ERROR_TYPES), (
-                f"a strict score of {score.strict} has the error type {score.error!r} {said}; expected "
-                + ("none" if right else f"one of {', '.join(ERROR_TYPES)}")
-            )
-        return found
+        return scores_of(self.scorer, self.task, self.samples, predictions)
 
     @property
     def right(self) -> list[Prediction]:
         """Each sample's own reference as its answer."""
-        return [_reference(sample, 0) for sample in self.samples]
-
-
-def _reference(sample: Sample, number: int) -> Prediction:
-    import numpy
-
-    image = None if sample.target_image is None else numpy.asarray(open_image(sample.target_image))
-    return Prediction(sample.answers[number % len(sample.answers)], image)
+        return [reference_of(sample, 0) for sample in self.samples]
 
 
 def takes_every_reference(material: Material) -> None:
@@ -72,7 +57,7 @@ def prefers_the_reference(material: Material) -> None:
     """Each accepted answer, as an answer, scores above nonsense."""
     wrong = material.score([Prediction("zebra") for _ in material.samples])
     for number in range(max(len(sample.answers) for sample in material.samples)):
-        right = material.score([_reference(sample, number) for sample in material.samples])
+        right = material.score([reference_of(sample, number) for sample in material.samples])
         for sample, high, low in zip(material.samples, right, wrong, strict=True):
             accepted = sample.answers[number % len(sample.answers)]
             assert high.strict > low.strict, (

@@ -47,6 +47,43 @@ def fails(answer, references):
     return 1 / 0
 
 
+def floats(task, samples, predictions):
+    return [1.0 for _ in samples]
+
+
+def empty(task, samples, predictions):
+    return []
+
+
+def far(task, samples, predictions):
+    return [Score(250.0, -3.0) for _ in samples]
+
+
+def low(task, samples, predictions):
+    return [Score(0.0, float("-inf"), "other") for _ in samples]
+
+
+def typo(task, samples, predictions):
+    return [Score(0.0, 0.0, "othr") for _ in samples]
+
+
+def misread(sample, prediction, references):
+    return prediction.text in references
+
+
+def leaves_full(task, samples, predictions):
+    raise SystemExit(0)
+
+
+def leaves_simple(answer, references):
+    raise SystemExit(0)
+
+
+def later(task, samples, predictions):
+    right = all(prediction.text in sample.answers for sample, prediction in zip(samples, predictions))
+    return [Score(100.0, 100.0)] * len(samples) if right else None
+
+
 def one(answer):
     return 1.0
 
@@ -228,6 +265,48 @@ def test_every_reference_is_tried_before_a_run(
         return
     with pytest.raises(UserError, match=rf"test\.json#0: .*{message}"):
         formats.read_samples(task, data, "test", 2)
+
+
+FULL = {
+    "floats": r"a cnext\.scoring\.base\.Score of the scorer own:floats, got 1\.0 for the answer",
+    "empty": r"a list of \d scores, one per sample, of the scorer own:empty, got 0",
+    "far": "a strict score from 0 to 100 percent of the scorer own:far, got 250.0",
+    "low": "a finite paper score of the scorer own:low, got -inf",
+    "typo": "an error type of hallucination, .* of the scorer own:typo, got 'othr'",
+    "misread": "the scorer own:misread raises AttributeError: .*called with .task, samples, predictions.",
+    "leaves_full": "the scorer own:leaves_full raises SystemExit: 0; ",
+}
+
+
+@pytest.mark.parametrize("scorer", FULL)
+def test_the_full_form_is_tried_with_references_before_a_run(scorer: str, suite: Path, data: Path) -> None:
+    change(suite / "VQAv2.json", scorer=f"own:{scorer}")
+    with pytest.raises(UserError, match=FULL[scorer]):
+        formats.read_samples(suites.load(str(suite)).task("VQAv2"), data, "test", 2)
+
+
+def test_what_the_full_form_returns_in_a_run_is_checked(suite: Path, data: Path, tmp_path: Path) -> None:
+    change(suite / "VQAv2.json", scorer="own:later")
+    with pytest.raises(UserError, match=r"expected a list of \d+ scores, .* of the scorer own:later, got None"):
+        run(config(suite, data, tmp_path))
+
+
+@pytest.mark.parametrize("scorer", ["leaves_full", "leaves_simple", "floats"])
+def test_a_data_check_ends_with_its_table_and_an_error(
+    scorer: str, suite: Path, data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    change(suite / "VQAv2.json", scorer=f"own:{scorer}")
+    assert main(["data", "check", str(data), "--suite", str(suite), "--images", "none"])
+    said = capsys.readouterr().out
+    assert "VQAv2" in said
+    assert ("SystemExit" if "leaves" in scorer else "Score of the scorer own:floats") in said
+
+
+@pytest.mark.parametrize("code", ["raise SystemExit(0)\n", "import sys\nsys.exit()\n"])
+def test_a_module_that_ends_python_is_an_error(code: str, suite: Path, data: Path) -> None:
+    (suite / "own.py").write_text(code)
+    with pytest.raises(UserError, match="raises SystemExit"):
+        plan(RunConfig(suite=str(suite), data=data, order="VQAv2", device="cpu"))
 
 
 def test_a_reader_that_fails_names_the_row(suite: Path, data: Path) -> None:

@@ -60,9 +60,9 @@ def always_right(answer, references):
 
 
 FAULTS: dict[Callable, str] = {
-    wrong_count: "expected a list of 4 scores, got",
-    no_percent: "the strict score must be from 0 to 100 percent, got 150.0 for the answer 'zebra'",
-    no_error: "a strict score of 50.0 has the error type '' .*; expected one of hallucination, ",
+    wrong_count: "expected a list of 4 scores, one per sample, of the scorer wrong_count, got 1",
+    no_percent: "a strict score from 0 to 100 percent of the scorer no_percent, got 150.0 for the answer 'zebra'",
+    no_error: "expected an error type of hallucination, .* of the scorer no_error, got '' with a strict score of 50.0",
     always_right: "the accepted answer 'red' scores 100.0, and 'zebra' 100.0; expected more",
     lambda answer, references: 7: "sample 0 is refused: |the reference .* is refused: expected a number from 0 to 1",
     lambda answer, references: references.clear() or answer == "red": "the accepted answer 'two blue rings' scores 0.0",
