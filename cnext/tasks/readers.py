@@ -274,9 +274,34 @@ def checked(reader: Reader) -> Reader:
             raise ValueError(f"cannot be read: {called} raises {type(error).__name__}: {error}") from error
         if not isinstance(found, Sample):
             raise ValueError(f"cannot be read: {called} returns {type(found).__name__}, expected a Sample")
+        if wrong := _wrong_types(found):
+            raise ValueError(f"cannot be read: {called} returns a Sample with {wrong}")
         return found
 
     return read
+
+
+def _wrong_types(sample: Sample) -> str:
+    """The first field of a sample that has another type than its class says, and what it must be; "" if none has."""
+    for name in ("turns", "references"):
+        if not isinstance(found := getattr(sample, name), tuple):
+            return f"{name} of type {type(found).__name__}, expected a tuple"
+    if not sample.turns:
+        return "no turns, expected at least one Turn"
+    values: list[tuple[str, Any, type]] = [("turns", turn, Turn) for turn in sample.turns]
+    for turn in (turn for turn in sample.turns if isinstance(turn, Turn)):
+        values += [("a turn's instruction", turn.instruction, str), ("a turn's answer", turn.answer, str)]
+    values += [("references", one, str) for one in sample.references]
+    values += [(name, getattr(sample, name), str) for name in ("id", "origin", "prompt", "category")]
+    paths = (("image", sample.image), ("target_image", sample.target_image))
+    values += [(name, path, Path) for name, path in paths if path is not None]
+    for name, value, expected in values:
+        if not isinstance(value, expected):
+            return f"{name} of type {type(value).__name__}: {value!r:.80}, expected {expected.__name__}"
+    size: Any = sample.size
+    if size is not None and not (isinstance(size, tuple) and len(size) == 2 and all(_whole(side) for side in size)):
+        return f"size {size!r:.80}, expected a tuple of two whole numbers, or None"
+    return ""
 
 
 READERS = Registry(

@@ -321,6 +321,35 @@ def test_a_reader_that_fails_names_the_row(suite: Path, data: Path) -> None:
     assert "TypeError" in lines[1].problem
 
 
+@pytest.mark.parametrize(
+    ("made", "message"),
+    [
+        ("Sample(name, (Turn('a', 5),))", "a turn's answer of type int: 5, expected str"),
+        ("Sample(name, (Turn(None, 'a'),))", "a turn's instruction of type NoneType: None, expected str"),
+        ("Sample(name, (Turn('a', 'b'),), image=str(root))", "image of type str: .*, expected Path"),
+        ("Sample(name, (Turn('a', 'b'),), target_image=b'')", "target_image of type bytes: .*, expected Path"),
+        ("Sample(name, [Turn('a', 'b')])", "turns of type list, expected a tuple"),
+        ("Sample(name, ())", "no turns, expected at least one Turn"),
+        ("Sample(name, ('a',))", "turns of type str: 'a', expected Turn"),
+        ("Sample(name, (Turn('a', 'b'),), references=('a', 1))", "references of type int: 1, expected str"),
+        ("Sample(7, (Turn('a', 'b'),))", "id of type int: 7, expected str"),
+        ("Sample(name, (Turn('a', 'b'),), size=(1, '2'))", "size .*, expected a tuple of two whole numbers"),
+        ("exit(0)", "SystemExit: 0"),
+    ],
+)  # fmt: skip
+def test_what_a_reader_returns_is_checked(
+    made: str, message: str, suite: Path, data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (suite / "own.py").write_text(
+        SCORING + f"\n\ndef typed(row, root, name, origin):\n    from sys import exit\n    return {made}\n"
+    )
+    change(suite / "VQAv2.json", format="own:typed")
+    with pytest.raises(UserError, match=rf"test\.json#0: cannot be read: typed .*{message}"):
+        formats.read_samples(suites.load(str(suite)).task("VQAv2"), data, "test", 2)
+    assert main(["data", "check", str(data), "--suite", str(suite), "--images", "none"]) == 1
+    assert "cannot be read: typed" in capsys.readouterr().out
+
+
 def test_the_data_check_and_a_subset_have_the_code(suite: Path, data: Path, tmp_path: Path) -> None:
     class Silent:
         def begin(self, doing: str, total: int) -> None: ...
