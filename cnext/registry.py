@@ -81,6 +81,11 @@ class Registry:
             UserError: as ``[]``, and for a module that is neither in the folder nor installed.
         """
         if ":" in name:
+            module, _, function = name.partition(":")
+            suffixed = module.endswith(".py") and source_of(module, folder) is None
+            if suffixed or not all(part.isidentifier() for part in (*module.split("."), *function.split("."))):
+                shown = f"{module.removesuffix('.py')}:{function}" if suffixed else "module:function"
+                raise UserError(f'the {what} {name} cannot be imported from {name}, expected "{shown}"')
             return self._imported(f"{what} {name}".removeprefix(f"{self.kind} "), name, folder)
         if name not in self:
             raise unknown(what, name, [*self, "or module:function"])
