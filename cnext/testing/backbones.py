@@ -268,6 +268,7 @@ def check_backbone(
 
     Raises:
         AssertionError: says what was expected, what came, and what to do.
+        UserError: an unknown name, or weights that are missing or cannot be read.
 
     Example:
         >>> from cnext.testing import check_backbone

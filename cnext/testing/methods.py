@@ -196,6 +196,7 @@ def check_method(method: str | type, **hyperparameters: Any) -> None:
 
     Raises:
         AssertionError: says what was expected, what came, and what to do.
+        UserError: an unknown name, or a value that the method refuses.
 
     Example:
         >>> from cnext.testing import check_method

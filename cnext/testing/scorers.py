@@ -129,7 +129,8 @@ def check_scorer(
     """Checks that a scorer keeps the contract of scorers. Under a second for a scorer of text.
 
     It gives one score per sample in order, from 0 to 100 percent, an error type where the score is not full, more for
-    an accepted answer than for nonsense, and the same each time, also for empty, long and malformed answers.
+    an accepted answer than for nonsense, and the same each time, also for empty, long and malformed answers. One
+    that gives every answer the same score is thus refused.
 
     Args:
         scorer: a registered name, "module:function" as in a manifest, or the function itself: one of (answer,
@@ -140,8 +141,7 @@ def check_scorer(
         suite: the folder of the suite that "module:function" is in; "": an installed module.
 
     Raises:
-        AssertionError: says what was expected, what came, and what to do.
-        UserError: the scorer cannot be imported, or refuses a value.
+        AssertionError: says what was expected, what came, and what to do; also for an unknown name.
 
     Example:
         >>> from cnext.testing import check_scorer

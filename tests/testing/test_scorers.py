@@ -8,11 +8,12 @@ from pathlib import Path
 
 import pytest
 
+from cnext.errors import UserError
 from cnext.scoring.base import Score
 from cnext.scoring.names import BOXES, OWN
 from cnext.tasks import formats, suites
 from cnext.tasks.base import Sample, Turn
-from cnext.testing import SCORER_CHECKS, check_scorer
+from cnext.testing import SCORER_CHECKS, check_backbone, check_method, check_scorer
 from cnext.testing.scorers import REFERENCES, Material, material
 
 CATEGORIES = {"mllm_cl_ocr": "Text Recognition"}
@@ -84,3 +85,12 @@ def test_check_scorer_takes_a_name_a_place_and_a_function() -> None:
     check_scorer("exact_answer")
     check_scorer("cnext.scoring.text:short_answer")
     check_scorer(lambda answer, references: answer in references)
+
+
+def test_an_unknown_name_is_said() -> None:
+    with pytest.raises(AssertionError, match="unknown scorer of task checked 'no-such'"):
+        check_scorer("no-such")
+    with pytest.raises(UserError, match="unknown method 'no-such'"):
+        check_method("no-such")
+    with pytest.raises(UserError, match="unknown backbone 'no-such'"):
+        check_backbone("no-such")
