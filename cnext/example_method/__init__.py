@@ -5,6 +5,7 @@ The files beside this one are that package: a method, its entry point and its te
 
 from __future__ import annotations
 
+import importlib.util
 import keyword
 import os
 import re
@@ -15,6 +16,8 @@ from pathlib import Path
 from cnext.errors import UserError
 from cnext.methods import modules
 
+LONGEST = 60
+"""Most letters of a name."""
 FILES = ("l2_lora.py", "test_l2_lora.py", "pyproject.toml")
 
 
@@ -29,16 +32,21 @@ def write(name: str, folder: Path | None = None) -> list[Path]:
         The files.
 
     Raises:
-        UserError: a name that is no such word or is taken, or a folder that is there already.
+        UserError: a name that is no such word or is taken, also by a module, or a folder that is there already.
     """
     module = name.replace("-", "_")
     if not re.fullmatch(r"[a-z][a-z0-9]*(-[a-z0-9]+)*", name) or keyword.iskeyword(module):
         raise UserError(f"expected a name such as my-method, of lower-case letters, digits and hyphens, got {name!r}")
+    if len(name) > LONGEST:
+        raise UserError(f"expected a name of at most {LONGEST} letters, got {len(name)}: {name}")
     if name in modules():
         raise UserError(f"there is a method {name} already; choose another name")
     folder = Path(name) if folder is None else folder
     if folder.exists():
         raise UserError(f"{folder} is there already; remove it, or name another folder with --out")
+    # A folder without __init__.py, such as one in the current folder, has a spec without an origin.
+    if (spec := importlib.util.find_spec(module)) and spec.origin:
+        raise UserError(f"there is a module {module} already, which {name} would hide; choose another name")
     title = "".join(map(str.capitalize, name.split("-")))
     folder.parent.mkdir(parents=True, exist_ok=True)
     unfinished = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))

@@ -173,6 +173,11 @@ def test_a_copy_under_another_name_is_installed_and_passes_its_own_test(tmp_path
     [
         ("mage", "there is a method mage already; choose another name"),
         ("My_Method", "expected a name such as my-method, .* got 'My_Method'"),
+        ("torch", "there is a module torch already, which torch would hide; choose another name"),
+        ("json", "there is a module json already"),
+        ("sys", "there is a module sys already"),
+        ("cnext", "there is a module cnext already"),
+        ("a" * 61, "expected a name of at most 60 letters, got 61"),
         ("../x", "expected a name such as my-method"),
         ("import", "expected a name such as my-method"),
         ("there", "there is there already; remove it, or name another folder with --out"),
