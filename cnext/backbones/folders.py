@@ -33,6 +33,15 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
+def refuse_adapter(folder: Path) -> None:
+    """Raises UserError for a PEFT adapter beside a model: ``from_pretrained`` would put it into the frozen weights."""
+    if (folder / "adapter_config.json").is_file():
+        raise UserError(
+            f"{folder} has adapter_config.json, an adapter that transformers applies to the model beside it; expected "
+            "the model alone: move the adapter's files elsewhere, or merge it"
+        )
+
+
 def chat_template(folder: Path) -> str | None:
     """The chat template in a folder, wherever versions of transformers put it; None if it has none."""
     if (folder / "chat_template.jinja").is_file():
@@ -89,6 +98,7 @@ def check_config(folder: Path | None, model_type: str, released: str) -> Path:
     found = read_json(folder / "config.json").get("model_type")
     if found != model_type:
         raise UserError(f"{folder}/config.json is of model_type {found!r}, not {model_type!r}: {expected}")
+    refuse_adapter(folder)
     return folder
 
 

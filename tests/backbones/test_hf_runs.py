@@ -17,6 +17,7 @@ from peft import PeftModel
 from training.toy import change
 
 from cnext import adapters, backbones
+from cnext.backbones.hf.folder import check_causal
 from cnext.backbones.hf.model import HuggingFace
 from cnext.cli import main, run_main
 from cnext.errors import UserError
@@ -231,6 +232,16 @@ FAULTS: dict[str, tuple[Callable[[Path], None], str]] = {
         ),
         "needs Python code of its own, which is not executed here",
     ),
+    "an adapter beside it": (
+        lambda folder: (folder / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA"})),
+        "has adapter_config.json, an adapter that transformers applies to the model",
+    ),
+    "quantized": (
+        lambda folder: change(
+            folder / "config.json", quantization_config={"quant_method": "bitsandbytes", "load_in_4bit": True}
+        ),
+        "is quantized (quantization_config in config.json)",
+    ),
     "an unknown type": (
         lambda folder: (folder / "config.json").write_text(json.dumps({"model_type": "no such"})),
         "cannot be loaded",
@@ -255,6 +266,37 @@ def test_broken_folders_are_named(change_it: Callable[[Path], None], said: str, 
     with pytest.raises(UserError) as caught:
         HuggingFace.load("cpu", folder)
     assert said in str(caught.value)
+
+
+def write_bert(folder: Path, **options: Any) -> Path:
+    """BERT beside the tokenizer of a small Llama."""
+    config = transformers.AutoConfig.from_pretrained(write_llama(folder))
+    names = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+    sizes = {name: getattr(config, name) for name in names}
+    made = transformers.BertLMHeadModel(transformers.BertConfig(**sizes, is_decoder=True))
+    made.config.is_decoder = options.get("is_decoder", False)
+    made.save_pretrained(folder)
+    return folder
+
+
+def test_models_that_read_what_follows_are_refused(tmp_path: Path) -> None:
+    """By their configuration before they are loaded, or by what they predict; BERT as a decoder is none of them."""
+    bert = write_bert(tmp_path / "bert")
+    with pytest.raises(UserError, match="is of model_type 'bert', which is no decoder that writes text"):
+        HuggingFace.modalities(bert)
+    assert HuggingFace.load("cpu", write_bert(tmp_path / "decoder", is_decoder=True)).targets
+    llama = write_llama(tmp_path / "llama")
+    for dtype in (torch.float32, torch.bfloat16):
+        backbone = HuggingFace.load("cpu", llama, dtype=dtype)
+        backbone.model.model.register_forward_pre_hook(both_ways, with_kwargs=True)
+        with pytest.raises(UserError, match="LlamaForCausalLM that reads the tokens after the one it predicts"):
+            check_causal(llama, backbone.model)
+
+
+def both_ways(_: object, given: tuple[Any, ...], options: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """With a mask that hides nothing."""
+    length = options["input_ids"].shape[1]
+    return given, {**options, "attention_mask": torch.ones(1, 1, length, length, dtype=torch.bool)}
 
 
 def test_what_is_no_folder_is_named(tmp_path: Path) -> None:

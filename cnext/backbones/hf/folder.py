@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from cnext.backbones.folders import LOCAL, check_tensors, read_json, weight_files
+from cnext.backbones.folders import LOCAL, check_tensors, read_json, refuse_adapter, weight_files
 from cnext.errors import UserError
 
 EXPECTED = (
@@ -66,22 +66,36 @@ def find(weights: Path | None) -> Source:
     """What is at a path. Reads config.json and no tensors.
 
     Raises:
-        UserError: no folder or file, no model of these kinds, or one that needs code of its own.
+        UserError: no folder or file, no model of these kinds, or one that needs code of its own, is quantized, or has
+            an adapter beside it.
     """
     if weights is None:
         raise UserError(f"no weights given: expected {EXPECTED}; name it by --weights")
     if not weights.exists():
         raise UserError(f"no folder or file {weights}: expected {EXPECTED}; download it there, or name another")
+    refuse_adapter(weights if weights.is_dir() else weights.parent)
     if weights.is_file() or not (weights / "config.json").is_file():
         return _find_gguf(weights)
 
     import transformers
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+    from transformers.models.auto.modeling_auto import (
+        MODEL_FOR_CAUSAL_LM_MAPPING,
+        MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+        MODEL_FOR_MASKED_LM_MAPPING,
+    )
 
-    read_json(weights / "config.json")
+    written = read_json(weights / "config.json")
     with _as_user_errors(weights):
         config = transformers.AutoConfig.from_pretrained(weights, **LOCAL)
-    if not getattr(config, "is_encoder_decoder", False):
+    for part in (written, written.get("text_config")):
+        if isinstance(part, dict) and part.get("quantization_config"):
+            raise UserError(
+                f"{weights} is quantized (quantization_config in config.json), which backbone hf does not load; take "
+                "the model in bfloat16 or float32: --precision bfloat16 halves its memory"
+            )
+    # Those of masked language models, such as BERT, read what follows a token too.
+    encodes = type(config) in MODEL_FOR_MASKED_LM_MAPPING and not getattr(config, "is_decoder", False)
+    if not encodes and not getattr(config, "is_encoder_decoder", False):
         if type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
             return Source(weights, None, "AutoModelForImageTextToText", ("text", "image"))
         if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING:
@@ -147,6 +161,19 @@ def load_model(source: Source, dtype: torch.dtype, device_map: str | None) -> An
         )
     check_tensors(source.folder, loading_info)
     return model.requires_grad_(False).eval()
+
+
+@torch.no_grad()
+def check_causal(folder: Path, model: Any) -> None:
+    """Raises UserError where predictions of a language model depend on tokens after them."""
+    ids = torch.tensor([[3, 4, 5], [3, 4, 6]], device=model.get_input_embeddings().weight.device)
+    one, other = model(input_ids=ids, use_cache=False).logits[:, :-1].float()
+    # Rounding may depend on the other tokens, as where experts compute theirs together.
+    if (one - other).norm() > max(1e-5, 8 * torch.finfo(model.dtype).eps) * one.norm():
+        raise UserError(
+            f"{folder} has a {type(model).__name__} that reads the tokens after the one it predicts, which is no "
+            f"decoder that writes text: expected {EXPECTED}"
+        )
 
 
 def empty_model(source: Source) -> Any:

@@ -194,7 +194,8 @@ class HuggingFace(Backbone):
             chat_template: file with a Jinja template to use in place of the model's.
 
         Raises:
-            UserError: no such model, files that are missing or broken, or no chat template where images are read.
+            UserError: no such model, files that are missing or broken, no chat template where images are read,
+                or a language model that reads what follows.
         """
         folder.check(weights)
         source = folder.find(weights)
@@ -204,7 +205,10 @@ class HuggingFace(Backbone):
         if checkpointing:
             checkpoint_activations(backbone.language_model)
         backbone.eval()
-        return backbone if device_map is not None else backbone.to(device)
+        backbone = backbone if device_map is not None else backbone.to(device)
+        if not backbone.reads_images:
+            folder.check_causal(source.folder, backbone.model)
+        return backbone
 
     @classmethod
     def meta(cls, weights: Path | None = None) -> HuggingFace:
