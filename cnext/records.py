@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -42,6 +43,14 @@ class FileName(Checked):
     @staticmethod
     def fits(value: str) -> bool:
         return 0 < len(value) <= MAX_NAME and value[0] != "." and value.isprintable() and not set(value) & set("/\\")
+
+
+class ModalityName(Checked):
+    """a name of lowercase letters, digits and underscores"""
+
+    @staticmethod
+    def fits(value: str) -> bool:
+        return re.fullmatch(r"[a-z][a-z0-9_]*", value) is not None
 
 
 class AnyPath(Checked):

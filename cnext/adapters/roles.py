@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from cnext.errors import UserError, unknown
+from cnext.records import ModalityName
 
 MODALITIES = ("text", "image")
 """The modalities of a model or suite that does not say otherwise."""
 SIDES = {"general": "read", "expert": "written"}
-_NAME = re.compile(r"[a-z][a-z0-9_]*")
 
 
 @dataclass(frozen=True)
@@ -36,7 +35,7 @@ def check_modalities(modalities: Iterable[str], what: str = "modalities") -> tup
     if isinstance(modalities, str):
         raise UserError(f"{what} must be a list of names, got the text {modalities!r}; write [{modalities!r}]")
     found = tuple(modalities)
-    strange = [repr(name) for name in found if not isinstance(name, str) or not _NAME.fullmatch(name)]
+    strange = [repr(name) for name in found if not isinstance(name, str) or not ModalityName.fits(name)]
     if strange or not found or len(set(found)) < len(found):
         raise UserError(
             f"{what} must be different names of lowercase letters, digits and underscores, such as 'audio', at least "
@@ -118,6 +117,6 @@ def modalities_of(branches: Iterable[str]) -> tuple[str, ...] | None:
     """
     names = set(branches)
     found = tuple(dict.fromkeys(name.rpartition("-")[0] for name in branches))
-    if not found or not all(map(_NAME.fullmatch, found)):
+    if not found or not all(map(ModalityName.fits, found)):
         return None
     return found if {role.name for role in branch_roles(found)} == names else None

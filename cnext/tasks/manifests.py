@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 from msgspec import UNSET, UnsetType, field
 
 from cnext.errors import UserError, unknown
-from cnext.records import AnyPath, FileName, Record, RelativePath, convert, read
+from cnext.records import AnyPath, FileName, ModalityName, Record, RelativePath, convert, read
 from cnext.tasks.base import Recipe, Suite, Task
 
 T = TypeVar("T", Task, Recipe)
@@ -27,7 +27,7 @@ class SuiteManifest(Record):
     description: str = ""
     synthetic: str = ""
     clip: str = Suite.clip
-    modalities: list[str] = field(default_factory=lambda: list(Suite.modalities))
+    modalities: list[ModalityName] = field(default_factory=lambda: list(map(ModalityName, Suite.modalities)))
     source: str = ""
     license: str = ""
 
@@ -35,6 +35,8 @@ class SuiteManifest(Record):
         names = set(self.tasks)
         if not names or len(names) < len(self.tasks):
             raise ValueError("Expected distinct tasks, at least one")
+        if not self.modalities or len(set(self.modalities)) < len(self.modalities):
+            raise ValueError(f"Expected distinct modalities, at least one, got {', '.join(self.modalities) or 'none'}")
         for label, order in self.orders.items():
             if len(set(order)) < len(order) or not set(order) <= names:
                 raise ValueError(f"Expected an order of tasks, each once, got {', '.join(order)!r} for {label!r}")
@@ -89,7 +91,7 @@ def read_suite(folder: Path) -> Suite:
         budgets=recipes,
         synthetic=manifest.synthetic,
         clip=manifest.clip,
-        modalities=tuple(manifest.modalities),
+        modalities=tuple(map(str, manifest.modalities)),
         source=manifest.source,
         license=manifest.license,
     )

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from training.toy import change
 
+from cnext.cli import main
 from cnext.config.run_config import RunConfig, plan
 from cnext.errors import UserError
 from cnext.tasks import suites
@@ -117,6 +118,27 @@ def test_bad_manifests_are_named(tmp_path: Path, text: str, reason: str) -> None
     (tmp_path / "suite.json").write_text(text)
     with pytest.raises(UserError, match=reason):
         suites.load(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("modalities", "reason"),
+    [
+        (["text", "image", ""], "Expected a name of lowercase letters, digits and underscores, got ''"),
+        (["general.x"], "Expected a name of lowercase letters, digits and underscores, got 'general.x'"),
+        (["text", "text"], "Expected distinct modalities, at least one, got text, text"),
+        ([], "Expected distinct modalities, at least one, got none"),
+    ],
+)
+def test_bad_modalities_are_of_the_suite(
+    toy_suite: Path, tmp_path: Path, modalities: list[str], reason: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "suite"
+    shutil.copytree(toy_suite, folder)
+    change(folder / "suite.json", modalities=modalities)
+    assert main(["data", "check", str(tmp_path), "--suite", str(folder)]) == 2
+    said = capsys.readouterr().err
+    assert f"{folder}/suite.json: {reason}" in said
+    assert "task" not in said.partition("suite.json")[2]
 
 
 def test_an_unknown_field_of_a_task_is_named(toy_suite: Path, tmp_path: Path) -> None:
