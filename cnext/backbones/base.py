@@ -100,6 +100,8 @@ class Backbone(ABC, nn.Module):
     """Prefixes of the names of parameters between the visual parts and the language model."""
     image_loss_weight: float = 6.0
     """Weight of `image_loss` in the total loss. Default: that of the released SEED-X code."""
+    option_files: ClassVar[tuple[str, ...]] = ()
+    """Options of `load` that name a file of text. A run is not resumed with other content."""
     encodes_ahead: ClassVar[bool] = False
     """Whether encoded samples are so small that those of a whole task are kept in memory. Otherwise each batch is
     encoded when it is trained on."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import importlib.util
 import inspect
 import json
@@ -174,8 +175,10 @@ class Plan:
             "weights": None if config.weights is None else str(config.weights),
             "backbone_options": loading_options(config.backbone, config.backbone_options),
             "recipe": recipe,
-            **_code([self.suite.task(name) for name in self.order]),
         }
+        tasks = [self.suite.task(name) for name in self.order]
+        if code := _code(tasks) | _option_files(config.backbone, values["backbone_options"]):
+            values["code"] = code
         if self.suite.modalities != Suite.modalities:
             values["modalities"] = list(self.suite.modalities)
         # With the types of a JSON file, which this is compared with.
@@ -303,6 +306,8 @@ def loading_options(backbone: str, given: Sequence[str]) -> dict[str, Any]:
     values = {}
     for text in given:
         name, _, value = text.partition("=")
+        if name in values:
+            raise UserError(f"--backbone-options {name} is given twice; give it once")
         if name not in known:
             if not known:
                 raise UserError(f"backbone {backbone} takes no options, got {name!r}; omit --backbone-options")
@@ -311,7 +316,7 @@ def loading_options(backbone: str, given: Sequence[str]) -> dict[str, Any]:
             values[name] = value
             continue
         try:
-            values[name] = json.loads(value)
+            values[name] = json.loads(value.lower() if value in ("True", "False") else value)
         except ValueError as error:
             raise UserError(f"--backbone-options {name} takes a number, true or false, got {value!r}") from error
         if type(known[name]) is float and type(values[name]) is int:
@@ -347,8 +352,8 @@ def _check_task(task: Task, modalities: Sequence[str]) -> None:
         raise UserError(f'task {task.name}: {error} (suite.json may declare others under "modalities")') from error
 
 
-def _code(tasks: Sequence[Task]) -> dict[str, dict[str, str]]:
-    """SHA-256 of the source of readers and scorers that are not cnext's: ``code`` in config.json, if there are any.
+def _code(tasks: Sequence[Task]) -> dict[str, str]:
+    """SHA-256 of the source of readers and scorers that are not cnext's: in ``code`` in config.json, if there are any.
 
     A run is not resumed with other code.
     """
@@ -357,7 +362,21 @@ def _code(tasks: Sequence[Task]) -> dict[str, dict[str, str]]:
         for registry, name in ((READERS, task.format), (make_scorers(), task.scorer)):
             if digest := registry.digest(name, task.folder):
                 found[name] = digest
-    return {"code": found} if found else {}
+    return found
+
+
+def _option_files(backbone: str, options: Mapping[str, Any]) -> dict[str, str]:
+    """SHA-256 of the files that a backbone's options name: in ``code`` too. Raises UserError where one is missing."""
+    from cnext import backbones
+
+    found = {}
+    for name in backbones.load(backbone).option_files:
+        if file := options.get(name):
+            try:
+                found[f"backbone_options.{name}"] = hashlib.sha256(Path(file).read_bytes()).hexdigest()
+            except OSError as error:
+                raise UserError(f"--backbone-options {name}={file}: expected a file: {error}") from error
+    return found
 
 
 def _device(name: str, elsewhere: bool) -> str:

@@ -346,6 +346,22 @@ def test_options_of_loading(qwen: Path, tmp_path: Path) -> None:
         assert {p.dtype for p in HuggingFace.load("cpu", qwen, dtype=precision).parameters()} == {precision}
 
 
+def test_a_run_is_not_resumed_with_another_chat_template(
+    text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file, flags = tmp_path / "t.jinja", write_suite(tmp_path / "suite", tmp_path / "data", TASKS, **BUDGET)
+    flags += ["--backbone-options", f"chat_template={file}", "--method", "lora", "--out", str(tmp_path / "runs")]
+    assert run_main([*on(text), *flags]) == 2
+    assert f"chat_template={file}: expected a file" in capsys.readouterr().err
+    file.write_text("{% for m in messages %}{{ m['role'] }}={{ m['content'] }};{% endfor %}")
+    assert run_main([*on(text), *flags]) == 0
+    (config,) = (tmp_path / "runs").rglob("config.json")
+    assert json.loads(config.read_text())["code"].keys() == {"backbone_options.chat_template"}
+    file.write_text(file.read_text().replace(";", "."))
+    assert run_main([*on(text), *flags]) == 2
+    assert 'another configuration:\n  code.backbone_options.chat_template: "' in capsys.readouterr().err
+
+
 def test_connections_train(tmp_path: Path) -> None:
     """By --trainable connections, LLaVA's projector beside the branches."""
     llava = write_llava(tmp_path / "llava")

@@ -240,8 +240,9 @@ def test_a_whole_run_in_bfloat16_with_checkpointing(config: Make) -> None:
         ((), {}),
         (("edit_stage=second", "steps=30"), {"edit_stage": "second", "steps": 30}),
         (("end_every_turn=true", "resolution=512"), {"end_every_turn": True, "resolution": 512}),
+        (("end_every_turn=False",), {"end_every_turn": False}),
     ],
-    ids=["none", "a word and a number", "a switch"],
+    ids=["none", "a word and a number", "a switch", "as Python writes it"],
 )
 def test_options_of_a_backbone_are_read(given: tuple[str, ...], expected: dict) -> None:
     assert loading_options("seed-x", given) == expected
@@ -256,6 +257,11 @@ def test_options_may_be_whole_numbers_and_any_text() -> None:
     for bad in ("top_k=2.5", "temperature=true"):
         with pytest.raises(UserError, match=r"--backbone-options .* takes a value like"):
             loading_options("emu3", (bad,))
+
+
+def test_an_option_of_a_backbone_is_given_once() -> None:
+    with pytest.raises(UserError, match="--backbone-options steps is given twice"):
+        loading_options("seed-x", ("steps=3", "steps=4"))
 
 
 def test_a_backbone_samples_by_the_seed_of_the_run(config: Make) -> None:

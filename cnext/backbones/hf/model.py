@@ -93,6 +93,7 @@ class HuggingFace(Backbone):
     name: ClassVar[str] = "hf"
     image_loss_weight: ClassVar[float] = 0.0
     untrained: ClassVar[str] = "Writing images: suites with such tasks are refused."
+    option_files: ClassVar[tuple[str, ...]] = ("chat_template",)
     picture_tokens: tuple[int, int] = (576, 0)  # type: ignore[misc]
 
     def __init__(self, model: Any, source: folder.Source) -> None:
