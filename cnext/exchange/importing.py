@@ -46,7 +46,7 @@ def import_adapter(
     with new_folder(to) as folder:
         packages.require(*packages.MODELS)
         model = backbones.load(backbone).load("cpu", weights)
-        connections = {name.partition(".")[0] for name in model.connections()}
+        connections = {name.partition(".")[0] for name in _connections(model)}
         found, method = _read(path, method, {*BESIDE, *connections})
         ranks = found.branches.ranks
         modalities = modalities_of(ranks) or MODALITIES
@@ -117,9 +117,17 @@ def _check(path: Path, model: torch.nn.Module, backbone: str) -> str:
     return "as exported"
 
 
+def _connections(model: Backbone) -> Mapping[str, torch.nn.Parameter]:
+    """The connection layers; none of a language model, which refuses to train them."""
+    try:
+        return model.connections()
+    except UserError:
+        return {}
+
+
 def _put_connections(model: Backbone, extras: Mapping[str, Mapping[str, Tensor]]) -> None:
     """Copies connection layers into the backbone; where it has none of them, they are kept for the next export only."""
-    own = model.connections()
+    own = _connections(model)
     given = {name: t for kind, part in extras.items() if kind not in LANGUAGE_MODEL for name, t in part.items()}
     if given.keys() & own.keys():
         what = f"the file's connection layers do not fit backbone {model.name}"

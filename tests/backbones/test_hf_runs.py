@@ -16,7 +16,7 @@ from backbones.small_vlms import WRITERS, write_llama, write_llava, write_qwen3
 from peft import PeftModel
 from training.toy import change
 
-from cnext import adapters, backbones
+from cnext import adapters, attach_mage, backbones
 from cnext.backbones.hf.folder import check_causal
 from cnext.backbones.hf.model import HuggingFace
 from cnext.cli import main, run_main
@@ -110,6 +110,24 @@ def test_a_run_is_exported_to_peft_and_merged(method: str, qwen: Path, tmp_path:
         merged.model.generation_config.eos_token_id
         == HuggingFace.load("cpu", qwen).model.generation_config.eos_token_id
     )
+
+
+def test_an_adapter_is_imported_onto_its_own_model_alone(
+    qwen: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A language model too, which has no connections."""
+    for weights in (qwen, text):
+        adapter = tmp_path / f"{weights.name}-adapter"
+        model = HuggingFace.load("cpu", weights).model
+        attach_mage(model).save_pretrained(adapter)
+        to = str(tmp_path / weights.name)
+        assert main(["import", str(adapter), "--to", to, *on(weights)[:4]]) == 0
+        capsys.readouterr()
+    given = ["import", str(tmp_path / f"{qwen.name}-adapter"), "--to", str(tmp_path / "other"), *on(text)[:4]]
+    assert main(given) == 2
+    said = capsys.readouterr().err
+    assert "the adapter does not fit the model, is it of another backbone?" in said
+    assert "connections" not in said
 
 
 def test_a_text_model_learns_a_suite_without_images(text: Path, tmp_path: Path) -> None:
