@@ -401,6 +401,9 @@ def test_files_and_sizes_are_known_without_loading(load: Load, folder: Path, tmp
     for make in (kind.meta, kind.load):
         with pytest.raises(UserError, match=r"no weights given: expected a folder with .* --weights"):
             make()
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(UserError, match=r"has adapter_config\.json, an adapter that transformers applies"):
+        kind.check(tmp_path)
 
 
 def test_bad_images_and_long_sequences_are_named(load: Load, tmp_path: Path) -> None:
