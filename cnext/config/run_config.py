@@ -219,7 +219,7 @@ def plan(config: RunConfig, elsewhere: bool = False, forecast: bool = False) -> 
     order = suites.order(suite, config.order or "")
     _check_options(config, suite)
     if isinstance(config.data, Mapping):  # which is no flag's type
-        config = dataclasses.replace(config, data=save_datasets(suite, config.data))
+        config = dataclasses.replace(config, data=save_datasets(suite, config.data, order))
     recipe = _recipe(config, suite.budgets[config.preset])
     for name in order:
         _check_task(suite.task(name), suite.modalities)

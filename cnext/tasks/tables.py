@@ -11,7 +11,7 @@ import hashlib
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -100,6 +100,8 @@ def _saved(path: Path, advance: Advance) -> Lines:
             yield from _rows(table, path, index)
             index += table.num_rows
             advance(size(path) * table.num_rows // max(len(dataset), 1))
+    except IndexError:  # of datasets, where no file was saved
+        yield f"{path}#{index}", ValueError("cannot be read as a saved dataset: it has no rows")
     except (arrow.ArrowException, OSError, ValueError, KeyError, TypeError) as error:
         yield f"{path}#{index}", ValueError(f"cannot be read as a saved dataset: {error}")
 
@@ -132,48 +134,33 @@ def _imported(module: str, path: Path | str) -> Any:
         raise UserError(f"{path} needs the package {package} ({error}); pip install 'cnext[data]'") from error
 
 
-def save_datasets(suite: Suite, given: Mapping[str, Mapping[str, Any]]) -> Path:
+def save_datasets(suite: Suite, given: Mapping[str, Mapping[str, Any]], tasks: Sequence[str] = ()) -> Path:
     """Writes datasets in memory where the manifests of a suite expect their files, in a data folder in the cache.
 
-    The folder is named by a hash of the rows, so that a run with other rows is another run.
+    The folder is named by a hash of the rows and their paths, so that a run with other rows is another run.
 
     Args:
         given: of every task, by its name, a ``datasets.Dataset`` for every split, as a ``datasets.DatasetDict`` is.
+        tasks: those whose training and test split must be given.
 
     Raises:
-        UserError: a task or split that the suite lacks, something else than a Dataset, or a manifest with a pattern or
-            a file outside of the data folder.
+        UserError: a task or split that the suite lacks or that is not given, something else than a Dataset with rows,
+            a manifest with a pattern, or one path for two splits.
 
     Example:
         >>> save_datasets(suites.load("./birds"), {"Photos": load_from_disk("photos")})
         PosixPath('/home/me/.cache/cnext/datasets/0b7c...')
     """
-    datasets = _imported("datasets", f"suite {suite.name}, with datasets as its data,")
+    places = _places(suite, given, tasks)
     cache().mkdir(parents=True, exist_ok=True)
     unfinished = Path(tempfile.mkdtemp(prefix=".datasets-", dir=cache()))
     digest = hashlib.sha256()
     try:
-        for name, splits in given.items():
-            task = suite.task(name)
-            if not isinstance(splits, Mapping):
-                got = type(splits).__name__
-                raise UserError(f"expected the splits of task {name}, as {{'train': ..., 'test': ...}}, got {got}")
-            for split, dataset in splits.items():
-                if split not in task.splits:
-                    raise unknown(f"split of task {name}", str(split), task.splits)
-                if not isinstance(dataset, datasets.Dataset):
-                    got = type(dataset).__name__
-                    raise UserError(f"expected a datasets.Dataset as split {split} of task {name}, got {got}")
-                place = getattr(task, split)
-                if set("*?[") & set(place):
-                    raise UserError(
-                        f"split {split} of task {name} is the pattern {place!r}; to give it a Dataset, its manifest "
-                        f"must name one path, such as {name}/{split}"
-                    )
-                dataset.save_to_disk(str(unfinished / place))
-                digest.update(f"{name}/{split}\n".encode())
-                for file in sorted((unfinished / place).glob("*.arrow")):
-                    digest.update(file.read_bytes())
+        for place, (name, split) in places.items():
+            given[name][split].with_format(None).save_to_disk(str(unfinished / place))
+            digest.update(f"{name}/{split}\n{place}\n".encode())
+            for file in sorted((unfinished / place).glob("*.arrow")):
+                digest.update(file.read_bytes())
         folder = cache() / "datasets" / digest.hexdigest()[:32]
         folder.parent.mkdir(exist_ok=True)
         unfinished.chmod(0o755)
@@ -185,6 +172,48 @@ def save_datasets(suite: Suite, given: Mapping[str, Mapping[str, Any]]) -> Path:
         return folder
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def _places(suite: Suite, given: Mapping[str, Mapping[str, Any]], tasks: Sequence[str]) -> dict[str, tuple[str, str]]:
+    """(task, split) of the path of every Dataset that is given; raises UserError as `save_datasets`."""
+    places: dict[str, tuple[str, str]] = {}
+    for name, splits in given.items():
+        task = suite.task(name)
+        if not isinstance(splits, Mapping):
+            got = type(splits).__name__
+            raise UserError(f"expected the splits of task {name}, as {{'train': ..., 'test': ...}}, got {got}")
+        for split, dataset in splits.items():
+            if split not in task.splits:
+                raise unknown(f"split of task {name}", str(split), task.splits)
+            _check_dataset(dataset, f"split {split} of task {name}")
+            place = os.path.normpath(getattr(task, split))
+            if set("*?[") & set(place):
+                raise UserError(
+                    f"split {split} of task {name} is the pattern {place!r}; to give it a Dataset, its manifest "
+                    f"must name one path, such as {name}/{split}"
+                )
+            if place in places:
+                other, earlier = places[place]
+                raise UserError(
+                    f"split {split} of task {name} and split {earlier} of task {other} are both {place!r} in their "
+                    f"manifests; to give them Datasets, name another path in one, such as {name}/{split}"
+                )
+            places[place] = (name, split)
+    for name in tasks:
+        for split in ("train", "test"):
+            if split not in given.get(name, {}):
+                raise UserError(f"no Dataset for split {split} of task {name}; give one for each of its splits")
+    return places
+
+
+def _check_dataset(dataset: Any, what: str) -> None:
+    datasets = _imported("datasets", f"{what}, given as a Dataset,")
+    if not isinstance(dataset, datasets.Dataset):
+        raise UserError(f"expected a datasets.Dataset as {what}, got {type(dataset).__name__}")
+    if not len(dataset):
+        raise UserError(f"expected a Dataset with rows as {what}, got one without")
+    if dataset.format["type"] == "custom":
+        raise UserError(f"the Dataset for {what} has a transform, which cannot be saved; use map in place of it")
 
 
 def refuse_splits(path: Path) -> None:

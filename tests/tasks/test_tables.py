@@ -357,6 +357,16 @@ def test_datasets_in_memory_are_a_runs_data(birds: Path, data: Path, tmp_path: P
             lambda shown: {"Photos": {"train": [{}]}},
             r"expected a datasets\.Dataset as split train of task Photos, got list",
         ),
+        (lambda shown: {}, "no Dataset for split train of task Photos"),
+        (lambda shown: {"Photos": {"train": shown["Photos"]["train"]}}, "no Dataset for split test of task Photos"),
+        (
+            lambda shown: {"Photos": {**shown["Photos"], "test": shown["Photos"]["test"].select([])}},
+            "expected a Dataset with rows as split test of task Photos",
+        ),
+        (
+            lambda shown: {"Photos": {**shown["Photos"], "test": shown["Photos"]["test"].with_transform(dict)}},
+            "the Dataset for split test of task Photos has a transform",
+        ),
     ],
 )
 def test_other_objects_are_refused(change: Callable, message: str, birds: Path, data: Path, cache: Path) -> None:
@@ -370,3 +380,28 @@ def test_a_pattern_cannot_hold_a_dataset(birds: Path, data: Path) -> None:
     (birds / "Photos.json").write_text(json.dumps(manifest | {"train": "train*.parquet"}))
     with pytest.raises(UserError, match=r"is the pattern 'train\*\.parquet'; .* such as Photos/train"):
         plan(RunConfig(suite=str(birds), data=given(data), device="cpu"))
+
+
+def test_two_splits_at_one_path_are_refused(birds: Path, data: Path) -> None:
+    manifest = json.loads((birds / "Photos.json").read_text())
+    (birds / "Photos.json").write_text(json.dumps(manifest | {"test": "./train.parquet"}))
+    message = r"split test of task Photos and split train of task Photos are both 'train\.parquet'"
+    with pytest.raises(UserError, match=message):
+        plan(RunConfig(suite=str(birds), data=given(data), device="cpu"))
+
+
+def test_the_folder_of_datasets_depends_on_the_paths_of_the_manifest(birds: Path, data: Path) -> None:
+    """With train and test exchanged in the manifest, each split still reads its own rows."""
+    shown = given(data)
+    manifest = json.loads((birds / "Photos.json").read_text())
+    for train, test in (("train.parquet", "test.parquet"), ("test.parquet", "train.parquet")):
+        (birds / "Photos.json").write_text(json.dumps(manifest | {"train": train, "test": test}))
+        planned = plan(RunConfig(suite=str(birds), data=shown, device="cpu"))
+        photos = planned.suite.task("Photos")
+        assert [len(formats.read_samples(photos, planned.config.data, split)) for split in ("train", "test")] == [4, 2]
+
+
+def test_a_saved_dataset_without_rows_is_named(data: Path) -> None:
+    datasets.Dataset.from_dict({"question": [], "answer": []}).save_to_disk(str(data / "none"))
+    with pytest.raises(DataError, match="none#0: cannot be read as a saved dataset: it has no rows"):
+        read(data, "none")
