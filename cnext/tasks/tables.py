@@ -1,7 +1,8 @@
 """Rows of Parquet and CSV files, and of datasets of the library ``datasets``, saved or in memory.
 
 What is absent in a table is absent in the row: null, NaN, and an empty cell of CSV. Cells of CSV are text: "01" and
-"NA" stay what they are. Bytes, and objects with "bytes" and "path", become `ImageBytes` or the path.
+"NA" stay what they are. Bytes, and objects with "bytes" and "path", become `ImageBytes` or the path. The numbers of
+classes, which datasets writes with their names, become the names.
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ from typing import Any
 
 from cnext.errors import UserError, unknown
 from cnext.tasks.base import DataError, Suite
-from cnext.tasks.kept_images import ImageBytes, cache
+from cnext.tasks.cells import features_of, named, present
+from cnext.tasks.kept_images import cache
 
 SEPARATORS = {".csv": ",", ".tsv": "\t"}
 SAVED, SAVED_SPLITS = "state.json", "dataset_dict.json"
@@ -81,9 +83,9 @@ def _parquet(path: Path, advance: Advance) -> Lines:
     index = 0
     try:
         with parquet.ParquetFile(path) as file:
-            total = max(file.metadata.num_rows, 1)
+            total, features = max(file.metadata.num_rows, 1), features_of(file.schema_arrow)
             for batch in file.iter_batches(BATCH):
-                yield from _rows(batch, path, index)
+                yield from _rows(batch, features, path, index)
                 index += batch.num_rows
                 advance(size(path) * batch.num_rows // total)
     except (arrow.ArrowException, OSError, ValueError) as error:
@@ -96,8 +98,9 @@ def _saved(path: Path, advance: Advance) -> Lines:
     index = 0
     try:
         dataset = datasets.load_from_disk(str(path))
+        features = dataset.features.to_dict()
         for table in dataset.with_format("arrow").iter(BATCH):
-            yield from _rows(table, path, index)
+            yield from _rows(table, features, path, index)
             index += table.num_rows
             advance(size(path) * table.num_rows // max(len(dataset), 1))
     except IndexError:  # of datasets, where no file was saved
@@ -106,22 +109,9 @@ def _saved(path: Path, advance: Advance) -> Lines:
         yield f"{path}#{index}", ValueError(f"cannot be read as a saved dataset: {error}")
 
 
-def _rows(batch: Any, path: Path, first: int) -> Lines:
+def _rows(batch: Any, features: Mapping[str, Any], path: Path, first: int) -> Lines:
     for number, row in enumerate(batch.to_pylist(), first):
-        yield f"{path}#{number}", _present(row)
-
-
-def _present(value: Any) -> Any:
-    """A value of a table as JSON has it: null and NaN are None, and absent in an object; bytes are `ImageBytes`."""
-    if isinstance(value, bytes):
-        return ImageBytes(value)
-    if isinstance(value, dict) and value.keys() == {"bytes", "path"}:
-        return ImageBytes(value["bytes"], value["path"] or "") if value["bytes"] else value["path"]
-    if isinstance(value, dict):
-        return {key: kept for key, item in value.items() if (kept := _present(item)) is not None}
-    if isinstance(value, list):
-        return [_present(item) for item in value]
-    return None if isinstance(value, float) and value != value else value
+        yield f"{path}#{number}", present(named(row, features))
 
 
 def _imported(module: str, path: Path | str) -> Any:

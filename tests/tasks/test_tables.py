@@ -405,3 +405,40 @@ def test_a_saved_dataset_without_rows_is_named(data: Path) -> None:
     datasets.Dataset.from_dict({"question": [], "answer": []}).save_to_disk(str(data / "none"))
     with pytest.raises(DataError, match="none#0: cannot be read as a saved dataset: it has no rows"):
         read(data, "none")
+
+
+def test_the_names_of_classes_are_answers(data: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """In a saved dataset, and in Parquet that datasets writes; -1 is no class."""
+    label = datasets.ClassLabel(names=["cat", "dog"])
+    features = {"question": datasets.Value("string"), "answer": label, "several": [label], "inner": {"answer": label}}
+    listed = [
+        {"question": "a?", "answer": 1, "several": [0, 1], "inner": {"answer": 0}},
+        {"question": "b?", "answer": 0, "several": [], "inner": {"answer": 1}},
+        {"question": "c?", "answer": -1, "several": None, "inner": None},
+    ]
+    dataset = datasets.Dataset.from_list(listed, features=datasets.Features(features))
+    dataset.save_to_disk(str(data / "saved"))
+    dataset.to_parquet(str(data / "rows.parquet"))
+    for name in ("saved", "rows.parquet"):
+        first, second, third = formats.scan(task(name), data, "train")
+        assert (first.row["answer"], first.row["several"], first.row["inner"]) == (
+            "dog",
+            ["cat", "dog"],
+            {"answer": "cat"},
+        )
+        assert second.sample.turns[0].answer == "cat"
+        assert third.problem.startswith("lacks the key 'answer'")
+
+
+def test_bytes_that_are_empty_are_a_broken_image(data: Path) -> None:
+    (data / "a.png").write_bytes(picture("red"))
+    shown = [{"bytes": b"", "path": None}, {"bytes": b"", "path": ""}, {"bytes": b"", "path": "a.png"}, None]
+    write_parquet(data / "rows.parquet", [{"image": image, "question": "a?", "answer": "b"} for image in shown])
+    with pytest.raises(DataError, match="2 unusable rows") as raised:
+        read(data)
+    assert [f"#{row}: names an image that is broken" in str(raised.value) for row in range(4)] == [
+        True,
+        True,
+        False,
+        False,
+    ]
