@@ -76,6 +76,7 @@ class _References:
         question = str(row.get("question_id"))
         if found := self.known.get(question) or self.known.get(number):
             row["answer"] = [*found]
+            row.pop("answers", None)
         elif any(isinstance(item, str) for item in self.known):
             raise ValueError(f"'question_id' must be one of those in {self.path}, got {question}")
 

@@ -69,12 +69,21 @@ def conversation(row: Row, root: Path, name: str, origin: str) -> Sample:
         return _chat(row, said, root, name, origin)
     if _is_instruction(row):
         return _chat(row, _instruction(row), root, name, origin)
+    _refuse_both(row, "answer", "answers")
+    _refuse_both(row, "text", "question")
     accepted = answers(row, next((key for key in ("answer_bbox", "answer", "answers") if key in row), "answer"))
     asked = text(row, "question" if "question" in row and "text" not in row else "text")
     sample = _chat(row, [("user", asked), ("assistant", "")], root, name, origin)
     turn = Turn(sample.turns[0].instruction, accepted[0])
     several = accepted if len(accepted) > 1 else ()
     return replace(sample, turns=(turn,), size=_size(row), references=several)
+
+
+def _refuse_both(row: Row, key: str, other: str) -> None:
+    """Raises ValueError where a row has two keys of one meaning that differ."""
+    one, two = ([value] if not isinstance(value := row.get(name), list) else value for name in (key, other))
+    if row.get(key) is not None and row.get(other) is not None and one != two:
+        raise ValueError(f"has {key!r} and {other!r}, which differ; keep one")
 
 
 def generation(row: Row, root: Path, name: str, origin: str) -> Sample:

@@ -118,7 +118,10 @@ def rows(path: Path, advance: Callable[[int], None] | None = None) -> Iterator[t
     read = tables.lines(path, advance) or (_lines if path.suffix == ".jsonl" else _list)(path, advance)
     for origin, value in read:
         if isinstance(value, dict):
-            yield origin, {key.replace(" ", "_"): field for key, field in value.items()}
+            row = {key.replace(" ", "_"): field for key, field in value.items()}
+            twice = sorted(key for key in value.keys() - row.keys() if key.replace(" ", "_") in value)
+            problem = f"has the keys {listed(twice)} with a space and with an underscore, which are one; keep one"
+            yield origin, ValueError(problem) if twice else row
         elif isinstance(value, ValueError):
             yield origin, value
         else:

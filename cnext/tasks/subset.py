@@ -139,10 +139,12 @@ def _place(task: Task, split: str) -> str:
 
 def _rows_file(path: Path, rows: list[dict[str, Any]]) -> str:
     """Writes rows as JSONL or as a JSON list, by the suffix. Returns them as JSONL."""
-    lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    # Dates and decimals of tables become text.
+    lines = "".join(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows)
     path.parent.mkdir(parents=True, exist_ok=True)
     listed = path.suffix == ".jsonl"
-    path.write_text(lines if listed else json.dumps(rows, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+    content = lines if listed else json.dumps(rows, ensure_ascii=False, indent=1, default=str) + "\n"
+    path.write_text(content, encoding="utf-8")
     return lines
 
 

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from cnext.errors import UserError, unknown
+from cnext.errors import UserError, listed, unknown
 from cnext.tasks.base import DataError, Suite
 from cnext.tasks.cells import features_of, named, present
 from cnext.tasks.kept_images import cache
@@ -83,6 +83,9 @@ def _parquet(path: Path, advance: Advance) -> Lines:
     index = 0
     try:
         with parquet.ParquetFile(path) as file:
+            names = file.schema_arrow.names
+            if twice := sorted({name for name in names if names.count(name) > 1}):
+                raise ValueError(f"it has several columns of one name: {listed(twice)}; rename or remove them")
             total, features = max(file.metadata.num_rows, 1), features_of(file.schema_arrow)
             for batch in file.iter_batches(BATCH):
                 yield from _rows(batch, features, path, index)

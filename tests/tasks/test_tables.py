@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import datetime
 import io
 import json
 import sys
 from collections.abc import Callable
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -442,3 +444,43 @@ def test_bytes_that_are_empty_are_a_broken_image(data: Path) -> None:
         False,
         False,
     ]
+
+
+def test_columns_of_one_name_are_refused(data: Path) -> None:
+    columns = [pyarrow.array(["a?"]), pyarrow.array(["x"]), pyarrow.array(["y"])]
+    table = pyarrow.Table.from_arrays(columns, names=["question", "answer", "answer"])
+    parquet.write_table(table, data / "rows.parquet")
+    with pytest.raises(DataError, match=r"rows\.parquet#0: .* several columns of one name: answer; rename"):
+        read(data)
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"question": "a?", "answer": "x", "answers": ["y"]}, "has 'answer' and 'answers', which differ; keep one"),
+        ({"question": "a?", "answer": "x", "answers": ["x", "y"]}, "has 'answer' and 'answers', which differ"),
+        ({"question": "a?", "text": "b?", "answer": "x"}, "has 'text' and 'question', which differ; keep one"),
+        ({"question": "a?", "answer": "x", "id no": "1", "id_no": "2"}, "has the keys id no with a space and with an"),
+        ({"question": "a?", "answer": "x", "answers": ["x"], "text": "a?"}, ""),
+        ({"question": "a?", "answer": "x", "answers": None, "text": None}, ""),
+    ],
+)
+def test_keys_of_one_meaning_that_differ_are_refused(row: dict, message: str, data: Path) -> None:
+    for name in ("rows.parquet", "rows.jsonl"):
+        write_parquet(data / name, [row])
+        if name == "rows.jsonl":
+            (data / name).write_text(json.dumps({key: value for key, value in row.items() if value is not None}))
+        found = problems(data, name)
+        assert len(found) == bool(message)
+        assert all(message in problem for problem in found)
+
+
+def test_a_subset_has_dates_and_decimals_as_text(birds: Path, data: Path, tmp_path: Path) -> None:
+    """Beside images as paths, which are not unpacked."""
+    (data / "a.png").write_bytes(picture("red"))
+    made = {"day": datetime.date(2024, 5, 6), "time": datetime.datetime(2024, 5, 6, 7, 8), "price": Decimal("1.50")}
+    for split in ("train", "test"):
+        write_parquet(data / f"{split}.parquet", [{"image": "a.png", "question": split, "answer": "b", **made}])
+    assert main(["data", "subset", str(data), "--suite", str(birds), "--n", "1", "--out", str(tmp_path / "small")]) == 0
+    [row] = json.loads((tmp_path / "small/Photos/questions/test.json").read_text())
+    assert (row["day"], row["time"], row["price"]) == ("2024-05-06", "2024-05-06 07:08:00", "1.50")
