@@ -2,7 +2,7 @@
 
 What is absent in a table is absent in the row: null, NaN, and an empty cell of CSV. Cells of CSV are text: "01" and
 "NA" stay what they are. Bytes, and objects with "bytes" and "path", become `ImageBytes` or the path. The numbers of
-classes, which datasets writes with their names, become the names.
+classes, which datasets writes with their names, become the names, and floats of 32 bits the shortest ones.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any
 
 from cnext.errors import UserError, listed, unknown
 from cnext.tasks.base import DataError, Suite
-from cnext.tasks.cells import features_of, named, present
+from cnext.tasks.cells import Columns, features_of
 from cnext.tasks.kept_images import cache
 
 SEPARATORS = {".csv": ",", ".tsv": "\t"}
@@ -86,9 +86,10 @@ def _parquet(path: Path, advance: Advance) -> Lines:
             names = file.schema_arrow.names
             if twice := sorted({name for name in names if names.count(name) > 1}):
                 raise ValueError(f"it has several columns of one name: {listed(twice)}; rename or remove them")
-            total, features = max(file.metadata.num_rows, 1), features_of(file.schema_arrow)
+            total, schema = max(file.metadata.num_rows, 1), file.schema_arrow
+            columns = Columns.of(schema, features_of(schema), lambda name: file.read([name]).column(name))
             for batch in file.iter_batches(BATCH):
-                yield from _rows(batch, features, path, index)
+                yield from _rows(batch, columns, path, index)
                 index += batch.num_rows
                 advance(size(path) * batch.num_rows // total)
     except (arrow.ArrowException, OSError, ValueError) as error:
@@ -101,9 +102,9 @@ def _saved(path: Path, advance: Advance) -> Lines:
     index = 0
     try:
         dataset = datasets.load_from_disk(str(path))
-        features = dataset.features.to_dict()
+        columns = Columns.of(dataset.features.arrow_schema, dataset.features.to_dict(), dataset.data.column)
         for table in dataset.with_format("arrow").iter(BATCH):
-            yield from _rows(table, features, path, index)
+            yield from _rows(table, columns, path, index)
             index += table.num_rows
             advance(size(path) * table.num_rows // max(len(dataset), 1))
     except IndexError:  # of datasets, where no file was saved
@@ -112,9 +113,9 @@ def _saved(path: Path, advance: Advance) -> Lines:
         yield f"{path}#{index}", ValueError(f"cannot be read as a saved dataset: {error}")
 
 
-def _rows(batch: Any, features: Mapping[str, Any], path: Path, first: int) -> Lines:
+def _rows(batch: Any, columns: Columns, path: Path, first: int) -> Lines:
     for number, row in enumerate(batch.to_pylist(), first):
-        yield f"{path}#{number}", present(named(row, features))
+        yield f"{path}#{number}", columns.row(row)
 
 
 def _imported(module: str, path: Path | str) -> Any:

@@ -24,7 +24,7 @@ from cnext.cli import main
 from cnext.config.run_config import plan
 from cnext.errors import UserError
 from cnext.image_files import open_image
-from cnext.tasks import formats, subset, suites
+from cnext.tasks import formats, rows, subset, suites
 from cnext.tasks.base import DataError, Sample, Task
 
 QUESTIONS = [
@@ -484,3 +484,32 @@ def test_a_subset_has_dates_and_decimals_as_text(birds: Path, data: Path, tmp_pa
     assert main(["data", "subset", str(data), "--suite", str(birds), "--n", "1", "--out", str(tmp_path / "small")]) == 0
     [row] = json.loads((tmp_path / "small/Photos/questions/test.json").read_text())
     assert (row["day"], row["time"], row["price"]) == ("2024-05-06", "2024-05-06 07:08:00", "1.50")
+
+
+def test_numbers_are_written_as_they_were_meant(data: Path) -> None:
+    """Floats of 32 bits with the digits that they have; integers of a column with gaps, which pandas makes floats."""
+    columns = {
+        "question": ["a?", "b?", "c?"],
+        "answer": numpy.array([0.1, 2.5, 1e10], "float32"),
+        "gaps": [3, None, 400],
+        "parts": [1.0, None, 2.5],
+        "full": [1.0, 2.0, 3.0],
+    }
+    frame = pandas.DataFrame(columns)
+    frame.to_parquet(data / "frame.parquet")
+    datasets.Dataset.from_pandas(frame).save_to_disk(str(data / "frame"))
+    for name in ("frame.parquet", "frame"):
+        lines = list(formats.scan(task(name), data, "train"))
+        assert [line.sample.turns[0].answer for line in lines] == ["0.1", "2.5", "10000000000.0"]
+        found = [[repr(line.row.get(key)) for line in lines] for key in ("gaps", "parts", "full")]
+        assert found == [["3", "None", "400"], ["1.0", "None", "2.5"], ["1.0", "2.0", "3.0"]]
+    box = {"box": [[0.1, 0.2, 0.3, 0.4]], "nested": [{"x": 0.7}], "half": numpy.array([0.1], "float16")}
+    single = pyarrow.list_(pyarrow.float32())
+    schema = pyarrow.schema(
+        [("box", single), ("nested", pyarrow.struct([("x", pyarrow.float32())])), ("half", pyarrow.float16())]
+    )
+    parquet.write_table(pyarrow.table(box, schema), data / "box.parquet")
+    [(_, row)] = rows.rows(data / "box.parquet")
+    assert row == {"box": [0.1, 0.2, 0.3, 0.4], "nested": {"x": 0.7}, "half": 0.1}
+    parquet.write_table(pyarrow.table({"n": [float("nan"), 2.0], "none": [None, float("nan")]}), data / "nan.parquet")
+    assert [row for _, row in rows.rows(data / "nan.parquet")] == [{}, {"n": 2}]
