@@ -16,6 +16,9 @@ from cnext.tasks.base import DataError
 from cnext.tasks.kept_images import ImageBytes
 
 Row = dict[str, Any]
+SUFFIXES = "by its suffix a file is .jsonl, .parquet, .csv or .tsv, any other is JSON"
+_LONGEST, _LONGEST_PART = 4095, 255
+"""Characters of a path and of a name in it, beyond which no file system has files."""
 _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 
 
@@ -62,7 +65,8 @@ def inside(relative: str | ImageBytes, root: Path, name: str) -> Path:
     if isinstance(relative, ImageBytes):
         return relative.file()
     given = relative.removeprefix("file://")
-    if "://" in given or given.startswith("data:"):
+    encoded = len(given) > _LONGEST or any(len(part) > _LONGEST_PART for part in given.split("/"))
+    if "://" in given or given.startswith("data:") or encoded:
         raise ValueError(f"{name!r} names no file: {given[:80]}; save the image in the image folder {root}")
     # Compared as text and not resolved, so that a link inside the root may point to another disk.
     normal = os.path.normpath(given)
@@ -115,7 +119,7 @@ def rows(path: Path, advance: Callable[[int], None] | None = None) -> Iterator[t
         advance: called with the number of bytes read, now and then.
     """
     advance = advance or (lambda count: None)
-    read = tables.lines(path, advance) or (_lines if path.suffix == ".jsonl" else _list)(path, advance)
+    read = tables.lines(path, advance) or (_lines if path.suffix.lower() == ".jsonl" else _list)(path, advance)
     for origin, value in read:
         if isinstance(value, dict):
             row = {key.replace(" ", "_"): field for key, field in value.items()}
@@ -160,7 +164,7 @@ def _list(path: Path, advance: Callable[[int], None]) -> Iterator[tuple[str, Any
         look = _without_surrogates if _SURROGATE.search(content) else lambda row: row
         yield from ((f"{path}#{index}", look(row)) for index, row in enumerate(value))
     elif isinstance(value, ValueError):
-        yield str(path), value
+        yield str(path), value if path.suffix.lower() == ".json" else ValueError(f"{value}; {SUFFIXES}")
     else:
         yield str(path), ValueError(f"must hold one JSON list, got {type(value).__name__}")
 

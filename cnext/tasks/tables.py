@@ -44,24 +44,30 @@ def lines(path: Path, advance: Advance) -> Lines | None:
     """(origin, row or ValueError) of a table, "file:line" or "file#index"; None for a file that is no table."""
     if is_saved(path):
         return _saved(path, advance)
-    if path.suffix == ".parquet":
+    suffix = path.suffix.lower()
+    if suffix == ".parquet":
         return _parquet(path, advance)
-    return _csv(path, advance) if path.suffix in SEPARATORS else None
+    return _csv(path, advance, SEPARATORS[suffix]) if suffix in SEPARATORS else None
 
 
-def _csv(path: Path, advance: Advance) -> Lines:
+def _csv(path: Path, advance: Advance, separator: str) -> Lines:
     def decoded() -> Iterator[str]:
         with path.open("rb") as file:
             for number, line in enumerate(file):
                 advance(len(line))
                 yield line.decode("utf-8" if number else "utf-8-sig")
 
-    reader = csv.reader(decoded(), delimiter=SEPARATORS[path.suffix], strict=True)
+    reader = csv.reader(decoded(), delimiter=separator, strict=True)
     line = 1
     try:
         names = [name.strip() for name in next(reader, [])]
+        if other := next((mark for mark in ",;\t|" if len(names) == 1 and mark in names[0]), ""):
+            raise ValueError(
+                f"has columns separated by {other!r}, expected {separator!r}; write it with sep={separator!r}"
+            )
         if not all(names) or len(set(names)) < len(names):
-            raise ValueError(f"must begin with a line of distinct names of columns, got {names}")
+            advice = "" if all(names) else "; write a DataFrame with index=False"
+            raise ValueError(f"must begin with a line of distinct names of columns, got {names}{advice}")
         line = reader.line_num + 1
         for cells in reader:
             found: Any = {name: cell for name, cell in zip(names, cells, strict=False) if cell}
@@ -73,7 +79,8 @@ def _csv(path: Path, advance: Advance) -> Lines:
     except UnicodeDecodeError as error:
         yield f"{path}:{line}", ValueError(f"is not UTF-8 text ({error.reason}); save the file as UTF-8")
     except csv.Error as error:
-        yield f"{path}:{line}", ValueError(f"is not CSV: {error}")
+        advice = "; write it as Parquet" if "limit" in str(error) else ""
+        yield f"{path}:{line}", ValueError(f"is not CSV: {error}{advice}")
     except ValueError as error:
         yield f"{path}:{line}", error
 

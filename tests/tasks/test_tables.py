@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import datetime
 import io
 import json
@@ -148,7 +149,9 @@ def test_cells_of_csv_are_text(data: Path) -> None:
         (b"question,answer\na,b,c\n", ":2: has 3 cells for 2 columns: question, answer"),
         (b"question,answer\na,b\n\nc\n", ":4: has 1 cells for 2 columns"),
         (b"question,answer\na,\n", ":2: lacks the key 'answer'; it has: question"),
-        (b"question;answer\na;b\n", ":2: lacks the key 'answer'; it has: question;answer"),
+        (b"question;answer\na;b\n", ":1: has columns separated by ';', expected ','; write it with sep=','"),
+        (b"question\tanswer\na\tb\n", r":1: has columns separated by '\\t', expected ','"),
+        (b",question,answer\n0,a,b\n", ":1: must begin with a line of distinct .*; write a DataFrame with index=False"),
         (
             b"question,question\na,b\n",
             r":1: must begin with a line of distinct names of columns, got \['question', 'qu",
@@ -157,7 +160,10 @@ def test_cells_of_csv_are_text(data: Path) -> None:
         (b'question,answer\n"a,b\n', ":2: is not CSV: unexpected end of data"),
         (b"question,answer\nfa\xe7ade,b\n", r":2: is not UTF-8 text \(invalid"),
         ("question,answer\na,b\n".encode("utf-16"), ":1: is not UTF-8 text"),
-        (b"question,answer\n" + b"a" * 200_000 + b",b\n", ":2: is not CSV: field larger than field limit"),
+        (
+            b"question,answer\n" + b"a" * 200_000 + b",b\n",
+            r":2: is not CSV: field larger than field limit \(131072\); write it as Parquet",
+        ),
     ],
 )
 def test_what_is_wrong_with_a_csv_is_said_with_its_line(content: bytes, message: str, data: Path) -> None:
@@ -513,3 +519,28 @@ def test_numbers_are_written_as_they_were_meant(data: Path) -> None:
     assert row == {"box": [0.1, 0.2, 0.3, 0.4], "nested": {"x": 0.7}, "half": 0.1}
     parquet.write_table(pyarrow.table({"n": [float("nan"), 2.0], "none": [None, float("nan")]}), data / "nan.parquet")
     assert [row for _, row in rows.rows(data / "nan.parquet")] == [{}, {"n": 2}]
+
+
+def test_suffixes_are_read_in_any_case_and_others_are_named(data: Path) -> None:
+    write_parquet(data / "a.PARQUET", QUESTIONS[:1])
+    write_csv(data / "b.CSV", "text,answer\nwhat?,red\n")
+    (data / "c.JSON").write_text(json.dumps(QUESTIONS[:1]))
+    (data / "d.JSONL").write_text(json.dumps(QUESTIONS[0]))
+    for name in ("a.PARQUET", "b.CSV", "c.JSON", "d.JSONL"):
+        assert read(data, name)[0].turns[0].answer == "red"
+    for name in ("a.pq", "a.csv.gz", "a.json.gz", "a.xlsx", "a.arrow"):
+        (data / name).write_bytes((data / "a.PARQUET").read_bytes())
+        [problem] = problems(data, name)
+        assert problem.endswith("by its suffix a file is .jsonl, .parquet, .csv or .tsv, any other is JSON")
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG"])
+def test_an_image_encoded_as_text_is_refused_in_one_short_line(kind: str, data: Path) -> None:
+    image = Image.frombytes("RGB", (64, 64), numpy.random.default_rng(0).bytes(64 * 64 * 3))
+    buffer = io.BytesIO()
+    image.save(buffer, kind)
+    encoded = base64.b64encode(buffer.getvalue()).decode()
+    write_parquet(data / "rows.parquet", [{"image": encoded, "question": "a?", "answer": "b"}])
+    [problem] = problems(data, "rows.parquet")
+    assert f"'image' names no file: {encoded[:80]};" in problem
+    assert len(problem) < 300 + len(str(data))
