@@ -15,12 +15,9 @@ from cnext.adapters import hub, saving
 from cnext.adapters.exchange import put_branches
 from cnext.adapters.logit_check import Reference, deviation
 from cnext.adapters.mage import AttachedMage, attach_mage
-from cnext.adapters.saving import CONFIG, NO_LOGITS, REFERENCE, Saved
+from cnext.adapters.saving import ALIKE, CONFIG, NO_LOGITS, REFERENCE, SAME, Saved
 from cnext.errors import UserError
 
-SAME, ALIKE = 0.001, 0.5
-"""Largest deviations, in standard deviations of the logits, of a model that is the same in float32 (another device's
-rounding), and of one that may be the same in lower precision or quantized."""
 ROUNDED = 0.1
 """As `SAME`, where either model is in half precision."""
 
@@ -110,7 +107,7 @@ def _check(model: nn.Module, config: Saved, kept: Reference | None, folder: Path
             f"{folder}: the model is not compared with {REFERENCE}: {type(error).__name__}: {error}", stacklevel=4
         )
         return
-    exact = {config.dtype, saving.dtype(model)} <= {"float32", "float64"}
+    exact = saving.is_exact(model, config)
     if found <= (SAME if exact else ROUNDED):
         return
     size = "its vocabulary is another" if math.isinf(found) else f"its logits differ by {found:.2g} standard deviations"

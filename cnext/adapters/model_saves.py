@@ -94,7 +94,7 @@ class SavePretrained:
         if options.get("push_to_hub"):
             hub.require_hub_name(None if own else name)
         base = os.path.abspath(folder / BASE) if own else str(name)
-        saving.write(model, self.attached, folder, base, state=state_dict)
+        saving.write(model, self.attached, folder, base, state=state_dict, to_resume=not own)
         if own:
             self._write_base(folder / BASE, state_dict)
         self._write_state(folder, state_dict, own, options.get("safe_serialization", True))

@@ -19,7 +19,7 @@ from cnext.adapters import exchange, exchange_peft
 from cnext.adapters.attach import layers
 from cnext.adapters.exchange import Branches
 from cnext.adapters.linear import AdapterLinear
-from cnext.adapters.logit_check import Reference, reference
+from cnext.adapters.logit_check import Reference, deviation, reference
 from cnext.adapters.roles import MODALITIES
 from cnext.distributed.wrapped_names import unwrapped
 from cnext.errors import UserError, listed
@@ -32,6 +32,9 @@ WRITTEN_BY = "Written by `cnext`"
 """Marks a card that may be replaced."""
 NO_LOGITS = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 """Errors of a model that cannot be run on token ids alone, or whose logits are not finite."""
+SAME, ALIKE = 0.001, 0.5
+"""Largest deviations, in standard deviations of the logits, of a model that is the same in float32 (another device's
+rounding), and of one that may be the same in lower precision or quantized."""
 ADVICE = "save the branches again"
 
 
@@ -60,6 +63,8 @@ class Saved(Record, kw_only=True):
     model: str
     dtype: str
     versions: dict[str, str] = field(default_factory=dict)
+    base_reference: Reference | None = None
+    """Reference logits without the branches, in what a `Trainer` resumes from."""
 
     def __post_init__(self) -> None:
         if not self.branches or not all(map(FileName.fits, self.branches)):
@@ -139,6 +144,7 @@ def write(
     *,
     per_branch: bool = False,
     state: Mapping[str, Tensor] | None = None,
+    to_resume: bool = False,
 ) -> tuple[Saved, Reference | None]:
     """Writes the branches into a folder, over those of earlier.
 
@@ -148,6 +154,7 @@ def write(
         base_model: name or path of the model without branches.
         per_branch: an adapter per branch, in subfolders, instead of one of the total rank.
         state: of the whole model, to take the branches from; None: the model's own.
+        to_resume: whether training goes on from the folder with the same base model, see `require_same`.
 
     Returns:
         What is in cnext_config.json and in reference.json.
@@ -158,7 +165,10 @@ def write(
     _require_free(folder, per_branch)
     branches = branches_in(model, state)
     _warn_of_places(model)
-    kept = _reference(model)
+    kept = base = _reference(model)
+    if base is not None and to_resume:
+        with exchange.without_branches(model):
+            base = _reference(model)
     versions = {name: version for name in PACKAGES if (version := packages.version(name))}
     config = Saved(
         format=FORMAT,
@@ -170,6 +180,7 @@ def write(
         model=type(model).__name__,
         dtype=dtype(model),
         versions=versions,
+        base_reference=base if to_resume else None,
     )
     with tempfile.TemporaryDirectory(prefix=".unfinished-", dir=folder) as made:
         unfinished = Path(made)
@@ -198,6 +209,11 @@ def dtype(model: nn.Module) -> str:
     """The dtype of most frozen parameters."""
     kinds = [str(layer.unmerged_weight.dtype).removeprefix("torch.") for layer in layers(model).values()]
     return max(set(kinds), key=kinds.count)
+
+
+def is_exact(model: nn.Module, config: Saved) -> bool:
+    """Whether a model and the one that was saved are both in float32 or wider."""
+    return {config.dtype, dtype(model)} <= {"float32", "float64"}
 
 
 def _require_free(folder: Path, per_branch: bool) -> None:
@@ -263,3 +279,49 @@ def read_saved(folder: Path) -> tuple[Saved, Branches, Reference | None]:
     branches = Branches(branches.regrouped(config.branches).pairs, config.scale)
     kept = read(folder / REFERENCE, Reference, ADVICE) if (folder / REFERENCE).is_file() else None
     return config, branches, kept
+
+
+def require_same(model: nn.Module, folder: Path) -> None:
+    """Requires the model that a checkpoint of `Trainer` is of; no values of branches are compared.
+
+    Modalities, rank, scale and targets must be those of the checkpoint's branches, and the logits without branches
+    those of its base model. Nothing is required of a folder without cnext_config.json.
+
+    Args:
+        model: with its branches, of any values.
+        folder: of a checkpoint.
+
+    Raises:
+        UserError: the model has no branches, branches attached in another way, or is another base model; or the
+            checkpoint's cnext_config.json is damaged.
+
+    Example:
+        >>> require_same(model, Path("out/checkpoint-500"))  # doctest: +SKIP
+    """
+    if not (folder / CONFIG).is_file():
+        return
+    config = read(folder / CONFIG, Saved, ADVICE)
+    if not layers(model):
+        raise UserError(f"{folder} holds branches, and the model has none to load them into; attach_mage first")
+    found: Attached | None = getattr(getattr(model, "save_pretrained", None), "attached", None)
+    if found is None:
+        return
+    for name in ("modalities", "rank", "scale", "targets"):
+        here, there = getattr(found, name), getattr(config.attached, name)
+        if here != there:
+            raise UserError(
+                f"{folder}: its branches were attached with {name}={there!r}, those of the model with {name}={here!r}; "
+                "attach them as they were to resume"
+            )
+    if config.base_reference is None or sharded(model):
+        return
+    try:
+        with exchange.without_branches(model):
+            difference = deviation(model, config.base_reference)
+    except NO_LOGITS:  # as told when the checkpoint was written
+        return
+    if difference > (SAME if is_exact(model, config) else ALIKE):
+        raise UserError(
+            f"{folder}: its branches were trained beside {config.base_model}, and the model without branches has other "
+            "logits; load that base model to resume"
+        )

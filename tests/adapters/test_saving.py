@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 import cnext
 from cnext.adapters import AttachedMage, activate, branch_parameters
+from cnext.adapters.saving import require_same
 from cnext.errors import UserError
 
 ROLES = [role.name for role in cnext.adapters.BRANCH_ROLES]
@@ -460,6 +461,24 @@ def test_trainer_saves_resumes_and_is_loaded(
     other = auto.from_pretrained(own)
     cnext.load(other, saved)
     assert torch.equal(logits(other), expected)
+
+
+def test_a_checkpoint_knows_what_resumes_it(bases: Path, tmp_path: Path) -> None:
+    model = attached(base(bases)).model
+    model.save_pretrained(tmp_path)
+    require_same(cnext.attach_mage(base(bases), rank=2, scale=0.5).model, tmp_path)
+    require_same(base(bases), bases / "llama")
+    refused = [({"scale": 4.0}, "scale=0.5, those of the model with scale=4"), ({"targets": ["q_proj"]}, "targets=")]
+    for options, message in refused:
+        with pytest.raises(UserError, match=message):
+            require_same(attached(base(bases), **options).model, tmp_path)
+    with pytest.raises(UserError, match="holds branches, and the model has none"):
+        require_same(base(bases), tmp_path)
+    with pytest.raises(UserError, match=r"trained beside .*llama, and the model without branches has other logits"):
+        require_same(attached(new(seed=1)).model, tmp_path)
+    model.lm_head.requires_grad_(True)  # so that its values are in the state
+    model.save_pretrained(tmp_path)
+    require_same(attached(new(seed=1)).model, tmp_path)
 
 
 def test_trainer_loads_the_best_checkpoint(bases: Path, tmp_path: Path) -> None:
