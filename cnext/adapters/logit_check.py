@@ -68,6 +68,9 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
     model.eval()
     for layer in observers:
         layer.observer = None
+    for module in training:
+        if hasattr(getattr(module, "weight", None), "quant_state"):  # bitsandbytes: on a CPU, eval mode packs it again
+            module.training = True
     try:
         yield
     finally:

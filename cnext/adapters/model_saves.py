@@ -112,13 +112,15 @@ class SavePretrained:
     def _write_state(self, folder: Path, state: Mapping[str, Tensor] | None, whole: bool, safe: bool) -> None:
         from safetensors.torch import save_file
 
-        names = branch_names(self.model)
-        given = {unwrapped(n): t for n, t in (self.model.state_dict() if state is None else state).items()}
+        own = branch_tensors(self.model)
+        if state is None:
+            # bitsandbytes' 4 bits change their weights on a CPU when asked for their state.
+            state = self.model.state_dict() if whole else own
         # Copies: safetensors refuses tied weights, and the branches' A are views of one matrix.
         tensors = {
             name: tensor.detach().to("cpu", copy=True).contiguous()
-            for name, tensor in given.items()
-            if whole or name in names
+            for name, tensor in ((unwrapped(name), tensor) for name, tensor in state.items())
+            if whole or name in own
         }
         file, other = (folder / WEIGHTS, folder / OLD_WEIGHTS) if safe else (folder / OLD_WEIGHTS, folder / WEIGHTS)
         unfinished = file.with_name(f".{file.name}.unfinished")
@@ -141,19 +143,25 @@ def _without_branches(state: Mapping[str, Tensor], adapted: list[str]) -> dict[s
     return renamed
 
 
-def branch_names(model: nn.Module) -> set[str]:
-    """Names of the branches' tensors in the state of a model."""
+def branch_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """The branches' tensors, not copied, by their names in the state of a model."""
     return {
-        f"{unwrapped(name)}.branches.{key}.{half}"
+        f"{unwrapped(name)}.branches.{key}.{half}": getattr(branch, half)
         for name, layer in layers(model).items()
-        for key in layer.branches
+        for key, branch in layer.branches.items()
         for half in "AB"
     }
 
 
 def expect_branches_alone(model: nn.Module, found: Any) -> None:
     """Nothing is missing in a state of all branches and nothing else: the rest of the model is frozen."""
-    frozen = model.state_dict().keys() - branch_names(model)
+    names = {
+        f"{prefix}.{name}".removeprefix(".")
+        for prefix, module in model.named_modules(remove_duplicate=False)
+        for name, each in (module._parameters | module._buffers).items()
+        if each is not None and name not in module._non_persistent_buffers_set
+    }
+    frozen = names - branch_tensors(model).keys()
     if frozen and set(found.missing_keys) == frozen:
         found.missing_keys.clear()
 

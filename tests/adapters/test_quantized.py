@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from adapters.test_attach_mage import disturb
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import cnext
@@ -238,6 +239,27 @@ def test_the_trainer_of_transformers_trains_branches_beside_quantized_weights(ki
     assert len(changed) == 56
     assert not net.is_quantized
     assert handle.detach().is_quantized
+
+
+@every_kind
+def test_saving_leaves_a_quantized_model_as_it_is(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not even asked for its state, which changes weights of 4 bits on a CPU."""
+    net = loaded(llama(tmp_path / "model"), kind).eval()
+    cnext.attach_mage(net, rank=2).train_on(reads=["text"], writes=["text"])
+    before = net(input_ids=IDS).logits
+
+    def asked(*_: object, **__: object) -> None:
+        raise AssertionError("the whole state is asked for")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(type(net), "state_dict", asked)
+        net.save_pretrained(tmp_path / "saved")
+        state = load_file(tmp_path / "saved" / "model.safetensors")
+        assert not net.load_state_dict(state, strict=False).missing_keys
+    assert torch.equal(net(input_ids=IDS).logits, before)
+    other = loaded(tmp_path / "model", kind)
+    cnext.load(other, tmp_path / "saved")
+    torch.testing.assert_close(other.eval()(input_ids=IDS).logits, before)
 
 
 def dequantized(tensor: Tensor) -> Tensor:
