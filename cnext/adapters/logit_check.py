@@ -28,7 +28,7 @@ Indices = Annotated[list[Annotated[int, Meta(ge=0, le=10**8)]], Meta(min_length=
 
 
 class Reference(Record, kw_only=True):
-    """reference.json, see `RULE`."""
+    """reference.json, see `RULE`. size: the number of logits, None in those of earlier versions."""
 
     rule: str = ""
     input_ids: Indices
@@ -36,6 +36,7 @@ class Reference(Record, kw_only=True):
     places: Indices
     integers: list[int] = field(default_factory=list)
     sha256: str
+    size: int | None = None
 
 
 def token_ids(model: Any) -> Tensor:
@@ -111,15 +112,16 @@ def reference(model: Any) -> Reference:
         places=places.tolist(),
         integers=integers,
         sha256=_checksum(integers),
+        size=len(logits),
     )
 
 
 def _here(model: Any, kept: Reference) -> Tensor | None:
-    """The model's logits for a reference's token ids; None where it lacks one of the ids or places."""
+    """The model's logits for a reference's token ids; None where it lacks an id or place, or has another number."""
     if max(kept.input_ids) >= model.get_input_embeddings().num_embeddings:
         return None
     logits = last_logits(model, torch.tensor([kept.input_ids]))
-    return logits if max(kept.places) < len(logits) else None
+    return logits if max(kept.places) < len(logits) == (kept.size or len(logits)) else None
 
 
 def agrees(model: Any, kept: Reference) -> bool:

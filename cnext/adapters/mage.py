@@ -39,6 +39,7 @@ class AttachedMage:
         self.modalities = tuple(attached.modalities)
         self._requires_grad = requires_grad
         self._attached_by = attached
+        self._before = saving.frozen_state(model)
         # transformers' Trainer refuses a model of this flag as one that has nothing to train, unless it has PEFT's.
         self._quantized = bool(getattr(model, "is_quantized", False))
         if self._quantized:
@@ -168,7 +169,7 @@ class AttachedMage:
             The folder.
 
         Raises:
-            UserError: the base model has no name; other parameters were trained, which no adapter holds; or the folder
+            UserError: the base model has no name; other parameters were changed, which no adapter holds; or the folder
                 holds a whole model, or branches in the other form.
 
         Example:
@@ -183,10 +184,20 @@ class AttachedMage:
                 "save_pretrained: the model has no name_or_path, so nobody could know which model the adapter is for; "
                 "pass base_model= with its name on the Hugging Face Hub or its folder"
             )
+        instead = (
+            "save the whole model, handle.merged().save_pretrained(folder), or the branches with the base model as it "
+            "is now, model.save_pretrained(folder)"
+        )
         if beside := saving.trained_beside(self.model):
             raise UserError(
                 f"save_pretrained: {listed(beside, 3)} require a gradient and are no branches, so an adapter would "
-                "lose what they learned; freeze them, or save the whole model: handle.merged().save_pretrained(folder)"
+                f"lose what they learned; {instead}"
+            )
+        if base_model is None and (changed := saving.changed_since(self.model, self._before)):
+            raise UserError(
+                f"save_pretrained: {listed(changed, 3)} were trained, loaded or resized since the branches were "
+                f"attached, so the base model is no longer {name}; {instead}; or pass base_model= of a copy that has "
+                "these weights"
             )
         hub.sorted_results(eval_results)
         config, kept = saving.write(self.model, self._attached_by, Path(folder), name, per_branch=per_branch)
@@ -340,8 +351,9 @@ def attach_mage(
         targets=targets if isinstance(targets, str) else list(targets),
         language_model=None if asked is None else _name_in(model, asked),
     )
-    model_saves.override(model, attached)
-    return AttachedMage(model, before, attached)
+    handle = AttachedMage(model, before, attached)
+    model_saves.override(model, attached, handle._before)
+    return handle
 
 
 def _name_in(model: nn.Module, part: nn.Module) -> str | None:

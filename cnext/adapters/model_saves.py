@@ -38,12 +38,16 @@ class SavePretrained:
         model: that it is the method of.
         attached: how its branches were attached.
         whole: False for a part of the model, which is refused.
+        before: `saving.frozen_state` of the model when they were attached.
     """
 
-    def __init__(self, model: nn.Module, attached: Attached, whole: bool) -> None:
+    def __init__(
+        self, model: nn.Module, attached: Attached, whole: bool, before: Mapping[str, tuple[int, tuple[int, ...]]]
+    ) -> None:
         self._model = weakref.ref(model)
         self.attached = attached
         self.whole = whole
+        self.before = before
 
     @property
     def model(self) -> nn.Module:
@@ -52,10 +56,10 @@ class SavePretrained:
         return model
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SavePretrained:
-        return SavePretrained(memo.get(id(self.model), self.model), self.attached, self.whole)
+        return SavePretrained(memo.get(id(self.model), self.model), self.attached, self.whole, self.before)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return SavePretrained, (self.model, self.attached, self.whole)
+        return SavePretrained, (self.model, self.attached, self.whole, self.before)
 
     def __call__(
         self,
@@ -67,7 +71,7 @@ class SavePretrained:
         """Writes the branches as one PEFT adapter, and the state that ``Trainer`` resumes from.
 
         The state has the branches alone where the base model has a name, and the whole model otherwise, with the base
-        model beside it: in that case, and where other parameters were trained too, nothing else has these weights.
+        model beside it: in that case, and where other parameters were changed too, nothing else has these weights.
 
         Args:
             save_directory, is_main_process, state_dict: as of transformers.
@@ -90,7 +94,7 @@ class SavePretrained:
         if not is_main_process or (state_dict is not None and not state_dict):
             return
         name = saving.base_name(model)
-        own = name is None or bool(saving.trained_beside(model))
+        own = name is None or bool(saving.trained_beside(model) or saving.changed_since(model, self.before))
         if options.get("push_to_hub"):
             hub.require_hub_name(None if own else name)
         base = os.path.abspath(folder / BASE) if own else str(name)
@@ -166,14 +170,14 @@ def expect_branches_alone(model: nn.Module, found: Any) -> None:
         found.missing_keys.clear()
 
 
-def override(model: nn.Module, attached: Attached) -> None:
+def override(model: nn.Module, attached: Attached, before: Mapping[str, tuple[int, tuple[int, ...]]]) -> None:
     """Gives a transformers model, and its parts that are models with branches, another ``save_pretrained``."""
     from transformers import PreTrainedModel
 
     inside: set[nn.Module] = set()
     for module in model.modules():  # outer ones first
         if isinstance(module, PreTrainedModel) and layers(module):
-            setattr(module, METHOD, SavePretrained(module, attached, module not in inside))
+            setattr(module, METHOD, SavePretrained(module, attached, module not in inside, before))
             inside |= set(module.modules())
     model.register_load_state_dict_post_hook(expect_branches_alone)
 

@@ -85,6 +85,30 @@ def trained_beside(model: nn.Module) -> list[str]:
     return [name for name, each in model.named_parameters() if each.requires_grad and id(each) not in inside]
 
 
+def frozen_state(model: nn.Module) -> dict[str, tuple[int, tuple[int, ...]]]:
+    """How often each frozen parameter was written in place, and its shape; of merged layers the unmerged weight's."""
+    unmerged: dict[str, nn.Parameter] = {
+        f"{name}.base.weight": layer.unmerged_weight for name, layer in layers(model).items()
+    }
+    return {
+        name: (0 if each.is_inference() else each._version, tuple(each.shape))
+        for name, each in (dict(model.named_parameters()) | unmerged).items()
+        # bitsandbytes packs its own weights again, and nothing trains them.
+        if not each.requires_grad and each.is_floating_point() and not hasattr(each, "quant_state")
+    }
+
+
+def changed_since(model: nn.Module, before: Mapping[str, tuple[int, tuple[int, ...]]]) -> list[str]:
+    """Names of frozen parameters that were trained, loaded or resized since `frozen_state`.
+
+    A copy counts from 0, so that a greater count alone is a change. Nothing is known of sharded models.
+    """
+    if sharded(model):
+        return []
+    now = frozen_state(model)
+    return [n for n, (count, size) in before.items() if n in now and (now[n][0] > count or now[n][1] != size)]
+
+
 def branches_in(model: nn.Module, state: Mapping[str, Tensor] | None = None) -> Branches:
     """The branches of a model, or those in its state dictionary, as of a sharded model.
 

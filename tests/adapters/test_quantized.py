@@ -245,7 +245,8 @@ def test_the_trainer_of_transformers_trains_branches_beside_quantized_weights(ki
 def test_saving_leaves_a_quantized_model_as_it_is(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Not even asked for its state, which changes weights of 4 bits on a CPU."""
     net = loaded(llama(tmp_path / "model"), kind).eval()
-    cnext.attach_mage(net, rank=2).train_on(reads=["text"], writes=["text"])
+    handle = cnext.attach_mage(net, rank=2)
+    handle.train_on(reads=["text"], writes=["text"])
     before = net(input_ids=IDS).logits
 
     def asked(*_: object, **__: object) -> None:
@@ -260,6 +261,9 @@ def test_saving_leaves_a_quantized_model_as_it_is(kind: str, tmp_path: Path, mon
     other = loaded(tmp_path / "model", kind)
     cnext.load(other, tmp_path / "saved")
     torch.testing.assert_close(other.eval()(input_ids=IDS).logits, before)
+    with torch.no_grad():
+        net(input_ids=IDS)
+    handle.save_pretrained(tmp_path / "packed")
 
 
 def dequantized(tensor: Tensor) -> Tensor:

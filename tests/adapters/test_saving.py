@@ -516,6 +516,43 @@ def test_trainer_saves_what_was_trained_beside_the_branches(bases: Path, tmp_pat
     torch.testing.assert_close(logits(loaded), expected, rtol=0, atol=1e-5)
 
 
+def test_a_base_model_that_was_changed_is_not_named(bases: Path, tmp_path: Path) -> None:
+    """Trained and then frozen, loaded, or of another vocabulary: the folder that name_or_path names has it no more."""
+    import transformers as t
+    from transformers import AutoModelForCausalLM
+
+    def trained(model: Any) -> None:
+        torch.optim.AdamW([model.lm_head.requires_grad_(True).weight]).zero_grad()
+        model(input_ids=IDS, labels=IDS).loss.backward()
+        torch.optim.AdamW([model.lm_head.weight], lr=0.1).step()
+        model.lm_head.requires_grad_(False)
+
+    def resized(model: Any) -> None:
+        model.resize_token_embeddings(70, mean_resizing=False)
+
+    for number, change in enumerate((trained, resized)):
+        handle = attached(base(bases))
+        handle.merge()
+        handle.unmerge()
+        handle.save_pretrained(tmp_path / "before")
+        change(handle.model)
+        with pytest.raises(UserError, match=r"lm_head.weight were trained, loaded or resized .*no longer .*llama"):
+            handle.save_pretrained(tmp_path / "refused")
+        assert not (tmp_path / "refused").exists()
+        handle.save_pretrained(tmp_path / "named", base_model="org/model")
+        copied = copy.deepcopy(handle)
+        handle.model.save_pretrained(tmp_path / f"both{number}")
+        loaded = AutoModelForCausalLM.from_pretrained(tmp_path / f"both{number}" / "base_model")
+        cnext.load(loaded, tmp_path / f"both{number}")
+        torch.testing.assert_close(logits(loaded), logits(copied.model))
+    with pytest.raises(UserError, match="its vocabulary is another"):
+        cnext.load(base(bases), tmp_path / "named")
+    wide = t.LlamaForCausalLM.from_pretrained(bases / "llama")
+    resized(wide)
+    with pytest.raises(UserError, match="its vocabulary is another"):
+        cnext.load(wide, tmp_path / "before")
+
+
 def test_a_state_dictionary_is_what_is_saved(bases: Path, tmp_path: Path) -> None:
     """As FSDP's and DeepSpeed's Trainer give it, with the prefixes of wrappers."""
     handle = attached(base(bases))
