@@ -169,8 +169,8 @@ class AttachedMage:
             The folder.
 
         Raises:
-            UserError: the base model has no name; other parameters were changed, which no adapter holds; or the folder
-                holds a whole model, or branches in the other form.
+            UserError: the base model has no name; other parameters were changed, which no adapter holds; the branches
+                are not finite; or the folder holds a whole model, or branches in the other form.
 
         Example:
             >>> handle.save_pretrained("branches")  # doctest: +SKIP
@@ -198,6 +198,11 @@ class AttachedMage:
                 f"save_pretrained: {listed(changed, 3)} were trained, loaded or resized since the branches were "
                 f"attached, so the base model is no longer {name}; {instead}; or pass base_model= of a copy that has "
                 "these weights"
+            )
+        if broken := saving.not_finite(saving.branches_in(self.model)):
+            raise UserError(
+                f"save_pretrained: {listed(broken, 3)} are not finite: training diverged; load an earlier checkpoint, "
+                "and train with a smaller learning rate"
             )
         hub.sorted_results(eval_results)
         config, kept = saving.write(self.model, self._attached_by, Path(folder), name, per_branch=per_branch)

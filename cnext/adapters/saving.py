@@ -135,6 +135,18 @@ def branches_in(model: nn.Module, state: Mapping[str, Tensor] | None = None) -> 
     return Branches(pairs, next(iter(found.values())).scale)
 
 
+def not_finite(branches: Branches) -> list[str]:
+    """Names of the branches' tensors that have values which are not finite, as after training that diverged."""
+    return exchange.not_finite(
+        {
+            f"{layer}.{key}.{half}": tensor
+            for layer, pairs in branches.pairs.items()
+            for key, pair in pairs.items()
+            for half, tensor in zip("AB", pair, strict=True)
+        }
+    )
+
+
 def sharded(model: nn.Module) -> bool:
     """Whether parameters are parts of tensors, so that one process alone cannot run the model."""
     from torch.distributed.tensor import DTensor
@@ -189,7 +201,14 @@ def write(
     _require_free(folder, per_branch)
     branches = branches_in(model, state)
     _warn_of_places(model)
-    kept = base = _reference(model)
+    broken = not_finite(branches)
+    if broken:
+        warnings.warn(
+            f"the branches saved in {folder} are not finite, {listed(broken, 3)}: training diverged, and cnext.load "
+            "refuses them; go on from an earlier checkpoint, with a smaller learning rate",
+            stacklevel=3,
+        )
+    kept = base = None if broken else _reference(model)
     if base is not None and to_resume:
         with exchange.without_branches(model):
             base = _reference(model)

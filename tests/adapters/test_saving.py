@@ -553,6 +553,20 @@ def test_a_base_model_that_was_changed_is_not_named(bases: Path, tmp_path: Path)
         cnext.load(wide, tmp_path / "before")
 
 
+def test_branches_that_are_not_finite(bases: Path, tmp_path: Path) -> None:
+    handle = attached(base(bases))
+    with torch.no_grad():
+        branch_parameters(handle.model)["model.layers.1.mlp.up_proj.text-expert.B"][0, 0] = float("nan")
+    with pytest.raises(UserError, match=r"layers.1.mlp.up_proj.text-expert.B are not finite: training diverged"):
+        handle.save_pretrained(tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    with pytest.warns(UserWarning, match=r"are not finite, .*up_proj.text-expert.B: training diverged") as seen:
+        handle.model.save_pretrained(tmp_path / "out")
+    assert len(seen) == 1
+    with pytest.raises(UserError, match="finite"):
+        cnext.load(base(bases), tmp_path / "out")
+
+
 def test_a_state_dictionary_is_what_is_saved(bases: Path, tmp_path: Path) -> None:
     """As FSDP's and DeepSpeed's Trainer give it, with the prefixes of wrappers."""
     handle = attached(base(bases))
