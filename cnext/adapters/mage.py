@@ -40,6 +40,7 @@ class AttachedMage:
         self._requires_grad = requires_grad
         self._attached_by = attached
         self._before = saving.frozen_state(model)
+        self._first = next(iter(layers(model).values()))
         # transformers' Trainer refuses a model of this flag as one that has nothing to train, unless it has PEFT's.
         self._quantized = bool(getattr(model, "is_quantized", False))
         if self._quantized:
@@ -47,8 +48,9 @@ class AttachedMage:
 
     @property
     def layers(self) -> dict[str, AdapterLinear]:
-        """The adapter layers by name."""
-        return layers(self.model)
+        """The adapter layers by name, none after `detach`."""
+        found = layers(self.model)
+        return found if self._first in found.values() else {}
 
     def train_on(self, reads: Iterable[str], writes: Iterable[str]) -> dict[str, nn.Parameter]:
         """Unfreezes the branches of a task's modalities and freezes all other parameters.
@@ -66,7 +68,7 @@ class AttachedMage:
             optimizer, which then keeps no state for frozen branches.
 
         Raises:
-            UserError: a modality is unknown, a text stands in place of a list, or the branches are merged.
+            UserError: a modality is unknown, a text stands in place of a list, or the branches are merged or detached.
 
         Example:
             >>> handle = cnext.attach_mage(model)  # doctest: +SKIP
@@ -75,6 +77,7 @@ class AttachedMage:
 
         Reference: Continual-NExT, arXiv 2602.18055, section 4.
         """
+        self._attached("train_on")
         return set_trainable(self.model, [role.name for role in roles_of(reads, writes, self.modalities)])
 
     def merge(self) -> None:
@@ -260,17 +263,24 @@ class AttachedMage:
             )
 
     def _attached(self, what: str) -> dict[str, AdapterLinear]:
-        """The layers. Raises UserError where there are none any more."""
-        if not self.layers:
-            raise UserError(f"{what}: the model has no branches any more, they were detached; attach them again")
-        return self.layers
+        """The layers. Raises UserError where they are no longer in the model."""
+        if not (found := self.layers):
+            raise UserError(
+                f"{what}: the branches of this handle were detached; use the handle of those that were attached later, "
+                "or attach branches again"
+            )
+        return found
 
     def detach(self) -> nn.Module:
         """Removes the branches, and restores which parameters require a gradient.
 
         Returns:
             The model as it was before `attach_mage`.
+
+        Raises:
+            UserError: the branches were detached.
         """
+        self._attached("detach")
         model_saves.undo(self.model)
         detach(self.model)
         if self._quantized:

@@ -267,7 +267,7 @@ def test_branches_that_were_detached_cannot_be_merged() -> None:
     _, handle = merged_model()
     handle.detach()
     for call in (handle.merge, handle.unmerge):
-        with pytest.raises(UserError, match="the model has no branches any more, they were detached"):
+        with pytest.raises(UserError, match="the branches of this handle were detached"):
             call()
 
 

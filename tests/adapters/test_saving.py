@@ -280,10 +280,16 @@ def test_what_cannot_be_saved_is_refused(bases: Path, tmp_path: Path) -> None:
     assert not list(tmp_path.glob("*.safetensors"))
     handle.detach()
     for call in (handle.save_pretrained, handle.push_to_hub):
-        with pytest.raises(UserError, match="the model has no branches any more"):
+        with pytest.raises(UserError, match="the branches of this handle were detached"):
             call("x")
-    with pytest.raises(UserError, match="merged: the model has no branches any more"):
-        handle.merged()
+    later = cnext.attach_mage(handle.model)
+    train = lambda: handle.train_on(["text"], ["text"])  # noqa: E731
+    for call in (handle.merged, handle.merge, handle.unmerge, handle.detach, train):
+        with pytest.raises(UserError, match="the branches of this handle were detached"):
+            call()
+    assert not handle.layers
+    assert later.layers
+    assert copy.deepcopy(later).layers
 
 
 def test_saving_changes_nothing(bases: Path, tmp_path: Path) -> None:
