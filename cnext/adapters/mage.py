@@ -68,7 +68,7 @@ class AttachedMage:
             optimizer, which then keeps no state for frozen branches.
 
         Raises:
-            UserError: a modality is unknown, a text stands in place of a list, or the branches are merged or detached.
+            UserError: no modality, one that is unknown, no list, or the branches are merged or detached.
 
         Example:
             >>> handle = cnext.attach_mage(model)  # doctest: +SKIP
@@ -78,7 +78,10 @@ class AttachedMage:
         Reference: Continual-NExT, arXiv 2602.18055, section 4.
         """
         self._attached("train_on")
-        return set_trainable(self.model, [role.name for role in roles_of(reads, writes, self.modalities)])
+        roles = roles_of(reads, writes, self.modalities)
+        if not roles:
+            raise UserError("train_on: expected a modality that the task reads or writes, got none: nothing to train")
+        return set_trainable(self.model, [role.name for role in roles])
 
     def merge(self) -> None:
         """Merges the branches into the weights: the model then runs as fast as without them. See `AdapterLinear.merge`.

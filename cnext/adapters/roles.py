@@ -29,11 +29,13 @@ def check_modalities(modalities: Iterable[str], what: str = "modalities") -> tup
     """The modalities as a tuple. what: how messages call them.
 
     Raises:
-        UserError: a text in place of a list, no modality, one twice, or a name that is not of lowercase letters, digits
+        UserError: no list, no modality, one twice, or a name that is not of lowercase letters, digits
             and underscores.
     """
     if isinstance(modalities, str):
         raise UserError(f"{what} must be a list of names, got the text {modalities!r}; write [{modalities!r}]")
+    if not isinstance(modalities, Iterable):
+        raise UserError(f"{what} must be a list of names, got {modalities!r}")
     found = tuple(modalities)
     strange = [repr(name) for name in found if not isinstance(name, str) or not ModalityName.fits(name)]
     if strange or not found or len(set(found)) < len(found):
@@ -95,12 +97,14 @@ def roles_of(
         modalities: those of the model or suite.
 
     Raises:
-        UserError: a text in place of a list, or a modality that is not one of ``modalities``.
+        UserError: no list, or a modality that is not one of ``modalities``.
     """
     used = {"general": reads, "expert": writes}
     for side, names in used.items():
+        verb = {"general": "reads", "expert": "writes"}[side]
+        if not isinstance(names, Iterable):
+            raise UserError(f"{verb} must be a list of modalities, got {names!r}; write [] for none")
         if isinstance(names, str):
-            verb = {"general": "reads", "expert": "writes"}[side]
             raise UserError(f"{verb} must be a list of modalities, got the text {names!r}; write [{names!r}]")
     chosen = {side: set(names) for side, names in used.items()}
     if strange := set.union(*chosen.values()) - set(modalities):

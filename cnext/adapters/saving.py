@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from cnext import packages
 from cnext.adapters import exchange, exchange_peft
-from cnext.adapters.attach import layers
+from cnext.adapters.attach import adapter_parameters, layers
 from cnext.adapters.exchange import Branches
 from cnext.adapters.linear import AdapterLinear
 from cnext.adapters.logit_check import Reference, deviation, reference
@@ -113,11 +113,13 @@ def branches_in(model: nn.Module, state: Mapping[str, Tensor] | None = None) -> 
     """The branches of a model, or those in its state dictionary, as of a sharded model.
 
     Raises:
-        UserError: a branch is not active: what is written acts with all of its branches.
+        UserError: a branch is not active: what is written acts with all of its branches; or it has no values.
     """
     found = layers(model)
     if idle := sorted({key for layer in found.values() for key in layer.branches if key not in layer.active}):
         raise UserError(f"{listed(idle)}: not active, but an adapter acts with all branches; activate all to save them")
+    if state is None and (on_meta := [name for name, each in adapter_parameters(model).items() if each.is_meta]):
+        raise UserError(f"{listed(on_meta, 3)}: on the meta device, without values to save; load values first")
     if state is None:
         own = exchange.branches_of(model)
         return Branches({unwrapped(name): pairs for name, pairs in own.pairs.items()}, own.scale)
@@ -261,9 +263,12 @@ def is_exact(model: nn.Module, config: Saved) -> bool:
 
 def _require_free(folder: Path, per_branch: bool) -> None:
     """Makes a folder for branches. Raises UserError where what is in it would be mixed with them."""
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"expected a folder to save into, {folder} is a file")
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        if folder.exists() and not folder.is_dir():
+            raise UserError(f"expected a folder to save into, {folder} is a file")
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:  # a link to nothing too
+        raise UserError(f"expected a folder to save into, {folder} cannot be made: {error}") from error
     if (folder / "config.json").is_file():
         raise UserError(
             f"{folder} holds a whole model (config.json), to which loading would add the adapter; give another folder"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from adapters.test_attach_mage import model
 from torch import nn
 
 import cnext
@@ -131,3 +132,15 @@ def test_six_branches_are_one_fused_call_of_their_total_rank(monkeypatch: pytest
     assert sum(len(branch.A) for branch in layer.branches.values()) == 48
     handle.merge()
     torch.testing.assert_close(layer(x).double(), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_what_is_no_list_of_modalities_is_refused_in_one_line() -> None:
+    with pytest.raises(UserError, match="modalities must be a list of names, got None"):
+        cnext.attach_mage(model("llama"), modalities=None)  # pyright: ignore[reportArgumentType]
+    handle = cnext.attach_mage(model("llama"))
+    for reads, writes, verb in ((None, ["text"], "reads"), (["text"], 3, "writes")):
+        with pytest.raises(UserError, match=f"{verb} must be a list of modalities, got"):
+            handle.train_on(reads, writes)  # pyright: ignore[reportArgumentType]
+    with pytest.raises(UserError, match="train_on: expected a modality that the task reads or writes, got none"):
+        handle.train_on([], [])
+    assert handle.train_on([], ["text"])

@@ -277,6 +277,13 @@ def test_what_cannot_be_saved_is_refused(bases: Path, tmp_path: Path) -> None:
         handle.save_pretrained(bases / "llama", base_model="org/model")
     with pytest.raises(UserError, match=r"expected a folder to save into, .* is a file"):
         handle.save_pretrained(bases / "llama" / "config.json", base_model="org/model")
+    (tmp_path / "link").symlink_to("nowhere")
+    for place in (tmp_path / "link", Path("/dev/null/folder"), tmp_path / ("x" * 300)):
+        with pytest.raises(UserError, match=r"expected a folder to save into, .* cannot be made: "):
+            handle.save_pretrained(place, base_model="org/model")
+    on_meta = attached(base(bases)).model.to("meta")
+    with pytest.raises(UserError, match=r"q_proj.text-general.A, .*: on the meta device, without values to save"):
+        on_meta.save_pretrained(tmp_path)
     assert not list(tmp_path.glob("*.safetensors"))
     handle.detach()
     for call in (handle.save_pretrained, handle.push_to_hub):
