@@ -20,7 +20,9 @@ RULE = (
     f"The logits (hidden states, where a model has no head) at the last of {LENGTH} token ids, drawn by torch's CPU "
     "generator with seed 0, special tokens replaced by others, in float32, times 10^decimals: two decimals below their "
     f"standard deviation. Of these the {PLACES} nearest to an integer, at the places named, are rounded, so that an "
-    "error of a third of the last decimal changes none. The checksum is the SHA-256 of the integers, joined by commas."
+    "error of a third of the last decimal changes none. A classifier has fewer, of the whole text: all are rounded, to "
+    "up to two more decimals, whichever is nearest to integers. The checksum is the SHA-256 of the integers, joined by "
+    "commas."
 )
 
 
@@ -83,14 +85,20 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
 
 @torch.no_grad()
 def last_logits(model: nn.Module, ids: Tensor) -> Tensor:
-    """(vocabulary,) float64 of (1, L) token ids: logits at the last one, or hidden states without a head."""
+    """(vocabulary,) float64 of (1, L) token ids: logits at the last one, a classifier's (labels,), or hidden states."""
     ids = ids.to(next(model.parameters()).device)
     decoder = {"decoder_input_ids": ids} if getattr(model.config, "is_encoder_decoder", False) else {}
     # Not model(...): the autocast that accelerate puts around an instance's forward would round the logits.
     with undisturbed(model):
         output = type(model).forward(model, input_ids=ids, **decoder)
     values = output.logits if "logits" in output else output.last_hidden_state
-    return values[0, -1].double().cpu()
+    values = values[0] if values.dim() == 2 else values[0, -1]
+    return values.double().cpu()
+
+
+def _spread(logits: Tensor) -> Tensor:
+    """The standard deviation; of a single logit its size."""
+    return logits.std() if len(logits) > 1 else logits.abs().max()
 
 
 def _checksum(integers: list[int]) -> str:
@@ -101,7 +109,10 @@ def reference(model: Any) -> Reference:
     """The content of reference.json, see `RULE`."""
     ids = token_ids(model)
     logits = last_logits(model, ids)
-    decimals = 2 - math.floor(math.log10(float(logits.std())))
+    decimals = 2 - math.floor(math.log10(float(_spread(logits))))
+    if len(logits) < PLACES:
+        choices = range(decimals, decimals + 3)
+        decimals = min(choices, key=lambda d: float((logits * 10.0**d - (logits * 10.0**d).round()).abs().max()))
     scaled = logits * 10.0**decimals
     places = (scaled - scaled.round()).abs().argsort()[:PLACES].sort().values
     integers = scaled[places].round().long().tolist()
@@ -144,5 +155,5 @@ def deviation(model: Any, kept: Reference) -> float:
     scaled = logits[kept.places] * 10.0**kept.decimals
     if _checksum(scaled.round().long().tolist()) == kept.sha256:
         return 0.0
-    worst = (scaled - torch.tensor(kept.integers)).abs().max() / 10.0**kept.decimals / logits.std()
+    worst = (scaled - torch.tensor(kept.integers)).abs().max() / 10.0**kept.decimals / _spread(logits)
     return float(worst) if worst.isfinite() else math.inf

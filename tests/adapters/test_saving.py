@@ -334,6 +334,24 @@ def test_a_model_without_token_ids_is_saved_with_a_warning(bases: Path, tmp_path
     assert torch.equal(logits(other.inner), logits(handle.model.inner))
 
 
+@pytest.mark.parametrize("labels", [1, 2, 3, 40])
+def test_a_classifier_is_known_by_its_logits(labels: int, tmp_path: Path) -> None:
+    import transformers as t
+
+    def classifier(seed: int) -> Any:
+        torch.manual_seed(seed)
+        return t.LlamaForSequenceClassification(t.LlamaConfig(**TEXT, num_labels=labels))
+
+    handle = attached(classifier(0))
+    handle.save_pretrained(tmp_path, base_model="org/base")
+    assert json.loads((tmp_path / "reference.json").read_text())["size"] == labels
+    loaded = cnext.load(classifier(0), tmp_path).model
+    assert torch.equal(logits(loaded), logits(handle.model))
+    for other in (classifier(1), new()):
+        with pytest.raises(UserError, match="the model is not the one that the branches are for"):
+            cnext.load(other, tmp_path)
+
+
 @pytest.mark.parametrize("kind", ["llama", "llava"])
 def test_merged_is_a_plain_model(kind: str, bases: Path, tmp_path: Path) -> None:
     model = base(bases, kind)
