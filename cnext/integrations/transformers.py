@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 import warnings
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
@@ -13,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from cnext.adapters.attach import branch_parameters
 from cnext.averaging import RULES, MovingAverage, PemaKron
@@ -33,7 +34,8 @@ class AveragingCallback(TrainerCallback):
     on a CPU to the bit.
 
     - An optimizer step's gradients are read accumulated, reduced, unscaled and before clipping. Trainer clips before it
-      calls its callbacks, so this one lets it clip by infinity, and clips by ``max_grad_norm`` itself after reading.
+      calls its callbacks, so within a step this one has its accelerator clip by infinity, and clips by
+      ``max_grad_norm`` itself after reading. The arguments never change.
       The norm in the logs is the one before clipping, as without it.
     - The steps of the task are ``max_steps``, or what Trainer computes from the epochs. After the last one the
       parameters become the average, before Trainer evaluates and saves for the last time.
@@ -93,6 +95,7 @@ class AveragingCallback(TrainerCallback):
         self.eval_sets, self.peak_learning_rate = eval_sets, peak_learning_rate
         self.untrained, self.resume_from = untrained, resume_from
         self._observed = _Observed({})
+        self._clipping: _Clipping | None = None
         self._running = False
         """Whether a task was begun and has not ended."""
         self._done = False
@@ -137,7 +140,7 @@ class AveragingCallback(TrainerCallback):
         """Begins a task, or restores one."""
         model, optimizer = context["model"], context["optimizer"]
         _require_supported(args, state, optimizer)
-        _clipping(args)
+        self._clipping = _Clipping.of(_trainer(self), self)
         self._abandon(optimizer, resumed=state.global_step > 0)
         branches = branch_parameters(model)
         parameters = _trained(model, branches)
@@ -232,8 +235,7 @@ class AveragingCallback(TrainerCallback):
         """Postpones the clipping."""
         self._require_swapped_out()
         if self._running:
-            _clipping(args)
-            args.max_grad_norm = _Postponed(args.max_grad_norm)
+            self._postponed().open()
             if isinstance(self.average, PemaKron) and self.average.reads:
                 self._observed.open()
 
@@ -246,12 +248,22 @@ class AveragingCallback(TrainerCallback):
             for parameter in model.parameters() if self._done else ():
                 parameter.grad = None
             return
-        limit = _clipping(args)
+        limit = args.max_grad_norm
+        called = self._postponed().close()
+        if limit and limit > 0 and not called:
+            raise UserError(
+                "AveragingCallback: Trainer clipped the gradients by other means than accelerate, before they "
+                "could be read; set max_grad_norm to 0"
+            )
         scaler = getattr(optimizer, "scaler", None)
         with self._observed.gradients(1.0 if scaler is None else scaler.get_scale()):
             self.average.update(rate=self._rate(args, optimizer))
         if limit is not None and limit > 0:
             nn.utils.clip_grad_norm_(model.parameters(), limit)
+
+    def _postponed(self) -> _Clipping:
+        assert self._clipping is not None, "a task was begun"
+        return self._clipping
 
     def _rate(self, args: TrainingArguments, optimizer: Any) -> float:
         """The learning rate over the schedule's largest."""
@@ -293,7 +305,6 @@ class AveragingCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **context: Any
     ) -> None:
         """Shows the average to an evaluation per epoch."""
-        _clipping(args)
         self._require_swapped_out()
         if self._done:
             control.should_save = control.should_evaluate = False
@@ -350,8 +361,7 @@ class AveragingCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **context: Any
     ) -> None:
         """Ends a task that was stopped early."""
-        _clipping(args)
-        self._done = False
+        self._done, self._clipping = False, None
         if self._running:
             warnings.warn(
                 f"training stopped after {self.average.step} of {self.average.steps} steps: the average is over these. "
@@ -412,25 +422,53 @@ def _layer(branch: str) -> str:
     return branch.rsplit(".", 2)[0]
 
 
-class _Postponed(float):
-    """Infinity in place of ``max_grad_norm``: Trainer computes the norm, unscales, and changes no gradient.
+class _Clipping:
+    """A trainer's ``accelerator.clip_grad_norm_`` that computes the norm, unscales, and within a step clips nothing.
 
-    limit: the value that it stands for.
+    It stays after an error, and then clips as before in trainings without the callback.
     """
 
-    limit: float | None
+    def __init__(self, trainer: Trainer, callback: AveragingCallback) -> None:
+        self.trainer, self.callback = trainer, callback
+        self.plain = trainer.accelerator.clip_grad_norm_
+        self.within = self.called = False
 
-    def __new__(cls, limit: float | None) -> _Postponed:
-        made = super().__new__(cls, math.inf)
-        made.limit = limit
-        return made
+    @classmethod
+    def of(cls, trainer: Trainer, callback: AveragingCallback) -> _Clipping:
+        """The trainer's, put there by its first training."""
+        found = trainer.accelerator.clip_grad_norm_
+        if not isinstance(found, cls) or found.callback is not callback:
+            found = cls(trainer, callback)
+            trainer.accelerator.clip_grad_norm_ = found  # pyright: ignore[reportAttributeAccessIssue]
+        found.close()
+        return found
+
+    def open(self) -> None:
+        """Begins a step."""
+        self.within, self.called = True, False
+
+    def close(self) -> bool:
+        """Ends a step. Returns whether its gradients would have been clipped."""
+        called, self.within, self.called = self.called, False, False
+        return called
+
+    def __call__(self, parameters: Any, max_norm: float, norm_type: int = 2) -> Tensor | None:
+        postponed = self.within and any(each is self.callback for each in self.trainer.callback_handler.callbacks)
+        self.called = self.called or postponed
+        return self.plain(parameters, math.inf if postponed else max_norm, norm_type=norm_type)
 
 
-def _clipping(args: TrainingArguments) -> float | None:
-    """``max_grad_norm``, put back where it was postponed."""
-    if isinstance(limit := args.max_grad_norm, _Postponed):
-        args.max_grad_norm = limit.limit  # pyright: ignore[reportAttributeAccessIssue]
-    return args.max_grad_norm
+def _trainer(callback: AveragingCallback) -> Trainer:
+    """The trainer that calls the callback, which Trainer does not tell: the innermost one on the stack that has it."""
+    frame = sys._getframe()
+    while frame is not None:
+        found = frame.f_locals.get("self")
+        if isinstance(found, Trainer) and any(each is callback for each in found.callback_handler.callbacks):
+            return found
+        frame = frame.f_back
+    raise UserError(
+        "AveragingCallback: expected to be called by transformers' Trainer or a subclass; pass it as callbacks"
+    )
 
 
 class _Observed:

@@ -383,6 +383,53 @@ def test_training_after_an_error_in_a_step(resume: bool, tmp_path: Path) -> None
     assert_equal(values(handle.model), values(whole.model))
 
 
+@pytest.mark.parametrize("where", ["model", "on_step_begin", "on_pre_optimizer_step"])
+@pytest.mark.parametrize("same", [True, False], ids=["the same trainer", "another"])
+def test_an_error_in_a_step_changes_no_arguments(where: str, same: bool, tmp_path: Path) -> None:
+    """A later training without the callback clips, by the same trainer too."""
+    plain, _ = made()
+    train(plain.model, arguments(tmp_path), 0)
+    (handle, callback), args = made("pema"), arguments(tmp_path)
+    start, before = {name: value.clone() for name, value in handle.model.state_dict().items()}, args.to_dict()
+    once = [fail]
+
+    def work(*given: Any) -> None:
+        if callback.average.step == 1 and once:
+            once.pop()(None, None)
+
+    others = [] if where == "model" else [At(1, work, where)]
+    trainer = Trainer(handle.model, args, train_dataset=rows(0), callbacks=[*others, callback])
+    hook = handle.model.register_forward_pre_hook(work) if where == "model" else None
+    with pytest.raises(MemoryError):
+        trainer.train()
+    assert hook is None or hook.remove() is None
+    assert args.to_dict() == before
+    assert type(args.max_grad_norm) is float
+    handle.model.load_state_dict(start)
+    if same:
+        trainer.remove_callback(callback)
+        trainer.optimizer = trainer.lr_scheduler = None
+    else:
+        trainer = Trainer(handle.model, args, train_dataset=rows(0))
+    trainer.train()
+    assert_equal(values(handle.model), values(plain.model))
+
+
+def test_clipping_by_other_means_is_refused(tmp_path: Path) -> None:
+    def replace(*_: Any) -> None:
+        trainer.accelerator.clip_grad_norm_ = nn.utils.clip_grad_norm_
+
+    handle, callback = made()
+    change = At(0, replace, "on_step_begin")
+    trainer = Trainer(handle.model, arguments(tmp_path), train_dataset=rows(0), callbacks=[callback, change])
+    with pytest.raises(UserError, match="by other means than accelerate"):
+        trainer.train()
+    with pytest.raises(UserError, match="expected to be called by transformers' Trainer"):
+        callback.on_train_begin(
+            trainer.args, trainer.state, trainer.control, model=handle.model, optimizer=trainer.optimizer
+        )
+
+
 def test_a_pull_needs_the_largest_learning_rate(tmp_path: Path) -> None:
     def optimizers(model: nn.Module) -> tuple[torch.optim.Optimizer, LRScheduler]:
         optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
