@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,13 +20,14 @@ NAME = "moving_average.safetensors"
 @dataclass(frozen=True)
 class AverageState:
     """What `read` found. tensors: `MovingAverage.state_dict`.  parameters: `digest` of the model's, or nothing.
-
+    base: `digest_of_first` of the others, or nothing.
     step, steps: of the task that was open, 0 between tasks.
     """
 
     path: Path
     tensors: dict[str, Tensor]
     parameters: str
+    base: str
     step: int
     steps: int
 
@@ -40,13 +41,25 @@ def digest(parameters: Mapping[str, Tensor]) -> str:
     return found.hexdigest()
 
 
-def write(folder: Path, average: MovingAverage, parameters: Mapping[str, Tensor]) -> None:
-    """Writes the average's state, whole or not at all. parameters: what the model trains, or nothing."""
+def digest_of_first(parameters: Iterable[Tensor], count: int = 64) -> str:
+    """SHA-256 over dtypes, shapes and the first values of each, in order: tells models apart at little cost."""
+    found = hashlib.sha256()
+    for parameter in parameters:
+        parts = getattr(parameter, "__tensor_flatten__", None)  # of a quantized tensor
+        for part in [parameter.detach()] if parts is None else [getattr(parameter, name) for name in parts()[0]]:
+            found.update(f"{part.dtype} {tuple(part.shape)}\n".encode())
+            if not part.is_meta:
+                found.update(part.reshape(-1)[:count].cpu().view(torch.uint8).numpy().data)
+    return found.hexdigest()
+
+
+def write(folder: Path, average: MovingAverage, parameters: Mapping[str, Tensor], base: str = "") -> None:
+    """Writes the average's state, whole or not at all. parameters, base: see `AverageState`."""
     from safetensors.torch import save
 
     if not folder.is_dir():
         raise UserError(f"{folder}: there is no such folder to write the average's state into")
-    about = {"rule": average.name, "parameters": digest(parameters) if parameters else ""}
+    about = {"rule": average.name, "parameters": digest(parameters) if parameters else "", "base": base}
     write_bytes(folder / NAME, save(average.state_dict(), about))
 
 
@@ -73,7 +86,7 @@ def read(folder: Path, average: MovingAverage) -> AverageState:
         raise UserError(f"{path}: expected the state of an average; cannot read it: {error}") from error
     if (rule := about.get("rule")) != average.name:
         raise UserError(f"{path} is of the rule {rule!r}, and the average's is {average.name!r}; use the same")
-    return AverageState(path, tensors, about.get("parameters", ""), step, steps)
+    return AverageState(path, tensors, about.get("parameters", ""), about.get("base", ""), step, steps)
 
 
 def forget(average: MovingAverage) -> None:

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from cnext.adapters.attach import branch_parameters
+from cnext.adapters import saving
+from cnext.adapters.attach import adapter_parameters, branch_parameters
 from cnext.averaging import RULES, MovingAverage, PemaKron
 from cnext.distributed import collectives
 from cnext.distributed.wrapped_names import without_wrappers
@@ -43,8 +44,9 @@ class AveragingCallback(TrainerCallback):
       and ``pema-kron`` have none before the task's end: the parameters in training are evaluated.
     - Every checkpoint has the average's state, what is kept of earlier tasks included, in
       ``moving_average.safetensors``. ``train(resume_from_checkpoint=...)`` restores it, in a new process too, and
-      checks that the model's parameters are those that it was saved with. A task that is resumed at its end stays as it
-      is, so a script that trains several tasks can resume each from its last checkpoint.
+      checks that the model's parameters are those that it was saved with, and the others those of the same base model.
+      A task that is resumed at its end stays as it is, so a script that trains several tasks can resume each from its
+      last checkpoint.
     - With ``pema-kron``, the branches of `cnext.attach_mage` that a task does not train are ``frozen``, and their
       gradients are read, as `mage` does.
 
@@ -149,7 +151,7 @@ class AveragingCallback(TrainerCallback):
             self.average.frozen = self.average.frozen if others is None else others
             self._observed = _Observed(others or {})
         if state.global_step:
-            self._resume(args, state, parameters)
+            self._resume(args, state, model, parameters)
         else:
             # A task may be the first of a branch, in layers that earlier tasks have trained.
             layers = {_layer(name) for name in parameters if name in branches}
@@ -185,8 +187,10 @@ class AveragingCallback(TrainerCallback):
                 stacklevel=2,
             )
 
-    def _resume(self, args: TrainingArguments, state: TrainerState, parameters: dict[str, nn.Parameter]) -> None:
-        found = self._state(args, state.global_step, parameters)
+    def _resume(
+        self, args: TrainingArguments, state: TrainerState, model: nn.Module, parameters: dict[str, nn.Parameter]
+    ) -> None:
+        found = self._state(args, state.global_step, model, parameters)
         average_file.forget(self.average)
         if found.steps:
             if (found.step, found.steps) != (state.global_step, state.max_steps):
@@ -205,7 +209,9 @@ class AveragingCallback(TrainerCallback):
         self.average.load_state_dict(found.tensors)
         self._done = not found.steps
 
-    def _state(self, args: TrainingArguments, step: int, parameters: Mapping[str, Tensor]) -> average_file.AverageState:
+    def _state(
+        self, args: TrainingArguments, step: int, model: nn.Module, parameters: Mapping[str, Tensor]
+    ) -> average_file.AverageState:
         """The state in the checkpoint that Trainer has loaded: that of the model's parameters."""
         given, self.resume_from = self.resume_from, None
         named = [args.resume_from_checkpoint] if args.resume_from_checkpoint else []
@@ -213,8 +219,14 @@ class AveragingCallback(TrainerCallback):
         there = [folder for folder in folders if (folder / average_file.NAME).is_file()]
         found = [average_file.read(folder, self.average) for folder in there or folders[:1]]
         present = average_file.digest(parameters)
-        for each in found:
+        for each in sorted(found, key=lambda each: each.parameters != present):
+            saving.require_same(model, each.path.parent)
             if each.parameters == present:
+                if each.base not in ("", _base(model)):
+                    raise UserError(
+                        f"{each.path}: the parameters that were not trained have other values or dtypes now; resume "
+                        "with the base model, and the earlier tasks' parameters, that the checkpoint was trained with"
+                    )
                 return each
         raise UserError(
             f"{listed(str(each.path) for each in found)}: the model's parameters, as Trainer has loaded them, are not "
@@ -355,7 +367,7 @@ class AveragingCallback(TrainerCallback):
         model = context["model"]
         if args.should_save:
             trained = _trained(model, branch_parameters(model))
-            average_file.write(_folder(args, state.global_step), self.average, trained)
+            average_file.write(_folder(args, state.global_step), self.average, trained, _base(model))
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **context: Any
@@ -415,6 +427,12 @@ def _trained(model: nn.Module, branches: Mapping[str, nn.Parameter]) -> dict[str
     names = {id(parameter): name for name, parameter in branches.items()}
     found = {names.get(id(p), name): p for name, p in model.named_parameters() if p.requires_grad}
     return without_wrappers(found, "AveragingCallback")
+
+
+def _base(model: nn.Module) -> str:
+    """Digest of the first values of what is neither trained nor a branch's."""
+    own = {id(parameter) for parameter in adapter_parameters(model).values()}
+    return average_file.digest_of_first(p for p in model.parameters() if not p.requires_grad and id(p) not in own)
 
 
 def _layer(branch: str) -> str:

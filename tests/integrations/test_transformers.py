@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import runpy
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -26,10 +27,10 @@ from integrations.trainers import (
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler, OneCycleLR
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
-from cnext import methods
-from cnext.adapters import AttachedMage
+from cnext import attach_mage, methods
+from cnext.adapters import AttachedMage, saving
 from cnext.adapters.attach import branch_parameters
 from cnext.averaging import RULES, Constant, MovingAverage, Pema, PemaKron, PemaStep
 from cnext.backbones.tiny.model import TinyBackbone
@@ -309,6 +310,47 @@ def test_a_checkpoint_of_another_task_is_refused(
     args = arguments(interrupted, **steps)
     with pytest.raises(UserError, match=message):
         train(handle.model, args, 0, callback, resume=str(interrupted / f"checkpoint-{step}"))
+
+
+@pytest.fixture(scope="module")
+def branches_alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A base model, another in other/, and a checkpoint without the base model after four steps."""
+    folder, model = tmp_path_factory.mktemp("base"), llama()
+    model.save_pretrained(folder)
+    with torch.no_grad():
+        model.lm_head.weight.neg_()
+    model.save_pretrained(folder / "other")
+    handle = attach_mage(LlamaForCausalLM.from_pretrained(folder), rank=2, dropout=0.0)
+    handle.train_on(*TASKS[0])
+    args = arguments(folder, save_strategy="steps", save_steps=4)
+    train(handle.model, args, 0, AveragingCallback("pema"))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("base", "options", "message"),
+    [
+        ("", {"scale": 8.0}, "attached with scale"),
+        ("", {"modalities": ["text", "image", "audio"]}, "attached with modalities"),
+        ("other", {}, "the model without branches has other logits"),
+        ("other", {"unchecked": True}, "not trained have other values or dtypes now; resume with the base model"),
+        ("", {}, None),
+    ],
+    ids=["scale", "modalities", "base", "base without logits", "same"],
+)
+def test_branches_of_another_model_are_refused(
+    base: str, options: dict[str, Any], message: str | None, branches_alone: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Trainer alone loads a checkpoint's branches into any model."""
+    if "unchecked" in options:
+        monkeypatch.setattr(saving, "require_same", lambda *_: None)
+    model = LlamaForCausalLM.from_pretrained(branches_alone / base)
+    attach_mage(
+        model, rank=2, dropout=0.0, **{key: value for key, value in options.items() if key != "unchecked"}
+    ).train_on(*TASKS[0])
+    with nullcontext() if message is None else pytest.raises(UserError, match=message):
+        resume = str(branches_alone / "checkpoint-4")
+        train(model, arguments(branches_alone), 0, AveragingCallback("pema"), resume=resume)
 
 
 def test_a_checkpoint_elsewhere(interrupted: Path, tmp_path: Path) -> None:
