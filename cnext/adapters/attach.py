@@ -187,12 +187,12 @@ def activate(model: nn.Module, branches: Iterable[str]) -> None:
     """
     asked = _named(model, branches)
     chosen = {layer: tuple(name for name in asked if name in layer.branches) for layer in layers(model).values()}
-    _require_unmerged(model, (layer for layer, names in chosen.items() if names != tuple(layer.active)), "activate")
+    require_unmerged(model, (layer for layer, names in chosen.items() if names != tuple(layer.active)), "activate")
     for layer, names in chosen.items():
         layer.active = names
 
 
-def _require_unmerged(model: nn.Module, chosen: Iterable[AdapterLinear], what: str) -> None:
+def require_unmerged(model: nn.Module, chosen: Iterable[AdapterLinear], what: str) -> None:
     """Raises UserError where any of the layers is merged, and the branches themselves are not computed."""
     names = {layer: name for name, layer in layers(model).items()}
     if found := [names[layer] for layer in chosen if layer.merged]:
@@ -250,7 +250,7 @@ def set_trainable(model: nn.Module, branches: Iterable[str]) -> dict[str, nn.Par
         UserError: a branch that no layer has, or the branches are merged.
     """
     chosen = branch_parameters(model, branches)
-    _require_unmerged(model, layers(model).values(), "set_trainable")
+    require_unmerged(model, layers(model).values(), "set_trainable")
     model.requires_grad_(False)
     for parameter in chosen.values():
         parameter.requires_grad_(True)

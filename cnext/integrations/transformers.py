@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import sys
 import warnings
+import weakref
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
@@ -17,7 +18,7 @@ from torch.utils.hooks import RemovableHandle
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from cnext.adapters import saving
-from cnext.adapters.attach import adapter_parameters, branch_parameters
+from cnext.adapters.attach import adapter_parameters, branch_parameters, layers, require_unmerged
 from cnext.averaging import RULES, MovingAverage, PemaKron
 from cnext.distributed import collectives
 from cnext.distributed.wrapped_names import without_wrappers
@@ -68,10 +69,12 @@ class AveragingCallback(TrainerCallback):
     Raises:
         UserError: the rule or an option is unknown, or options came with a `MovingAverage`. In ``train``: what is
             refused above; a checkpoint without the average's state, or with that of another rule, number of steps or
-            parameters; and as `MovingAverage`.
+            parameters; a merged model, or one of which nothing requires a gradient; several callbacks of this class
+            in one trainer; and as `MovingAverage`.
 
     Warns:
-        RuntimeWarning: training stopped early or was interrupted, or an evaluation did not see the average.
+        RuntimeWarning: training stopped early or was interrupted, an evaluation did not see the average, or
+            the model is another than in the task before, with other values.
 
     Example:
         >>> from transformers import Trainer, TrainingArguments
@@ -104,6 +107,10 @@ class AveragingCallback(TrainerCallback):
         """Whether Trainer was resumed at a task's end."""
         self._evaluations = 0
         """Evaluation sets that are still to see the average, while it is swapped in."""
+        self._model: weakref.ref[nn.Module] | None = None
+        """The last task's."""
+        self._ended: dict[str, str] = {}
+        """Digests of what the tasks ended with, by parameter."""
 
     def save(self, folder: str | Path) -> None:
         """Writes the average's state between two tasks, for training without checkpoints. See `load`.
@@ -130,6 +137,7 @@ class AveragingCallback(TrainerCallback):
                 "train(resume_from_checkpoint=...)"
             )
         average_file.forget(self.average)
+        self._ended = {}
         self.average.load_state_dict(found.tensors)
 
     def _require_closed(self, what: str) -> None:
@@ -142,10 +150,22 @@ class AveragingCallback(TrainerCallback):
         """Begins a task, or restores one."""
         model, optimizer = context["model"], context["optimizer"]
         _require_supported(args, state, optimizer)
-        self._clipping = _Clipping.of(_trainer(self), self)
+        trainers = _trainers(self)
+        if self._running and len(trainers) > 1:
+            raise UserError(
+                "AveragingCallback: a task is open in an outer trainer; the inner one needs a callback of its own"
+            )
+        if sum(isinstance(each, AveragingCallback) for each in trainers[0].callback_handler.callbacks) > 1:
+            raise UserError("AveragingCallback: the trainer has several; give it one")
+        require_unmerged(model, layers(model).values(), "AveragingCallback")
+        self._clipping = _Clipping.of(trainers[0], self)
         self._abandon(optimizer, resumed=state.global_step > 0)
         branches = branch_parameters(model)
         parameters = _trained(model, branches)
+        if not parameters:
+            raise UserError(
+                "AveragingCallback: no parameter of the model requires a gradient; call train_on before train"
+            )
         if isinstance(self.average, PemaKron):
             others = {name: p for name, p in branches.items() if not p.requires_grad} if branches else None
             self.average.frozen = self.average.frozen if others is None else others
@@ -153,13 +173,29 @@ class AveragingCallback(TrainerCallback):
         if state.global_step:
             self._resume(args, state, model, parameters)
         else:
+            self._warn_of_other_values(model, parameters)
             # A task may be the first of a branch, in layers that earlier tasks have trained.
-            layers = {_layer(name) for name in parameters if name in branches}
-            known = not layers.isdisjoint(map(_layer, self.average.past()))
+            own = {_layer(name) for name in parameters if name in branches}
+            known = not own.isdisjoint(map(_layer, self.average.past()))
             self.average.begin_task(parameters, state.max_steps, untrained=self.untrained or known)
-        self._running = not self._done
+        self._model, self._running = weakref.ref(model), not self._done
+        if self._done:
+            self._ended |= _digests(parameters)
         if self._running and args.eval_on_start:
             self._swap_in()
+
+    def _warn_of_other_values(self, model: nn.Module, parameters: Mapping[str, Tensor]) -> None:
+        """Warns of a model that is not the one of earlier tasks, nor has their values."""
+        if self._model is None or self._model() is model:
+            return
+        present = _digests({name: p for name, p in parameters.items() if name in self._ended})
+        if other := [name for name, found in present.items() if found != self._ended[name]]:
+            warnings.warn(
+                f"{listed(other, 3)}: another model than in the task before, and other values than that ended with; an "
+                "unrelated model needs a callback of its own, a new copy of the same the values of the last task",
+                RuntimeWarning,
+                stacklevel=2,
+            )
 
     def _abandon(self, optimizer: Any, resumed: bool) -> None:
         """Closes a task that an exception left open. resumed: whether Trainer has loaded other parameters since."""
@@ -192,6 +228,7 @@ class AveragingCallback(TrainerCallback):
     ) -> None:
         found = self._state(args, state.global_step, model, parameters)
         average_file.forget(self.average)
+        self._ended = {}
         if found.steps:
             if (found.step, found.steps) != (state.global_step, state.max_steps):
                 raise UserError(
@@ -325,7 +362,9 @@ class AveragingCallback(TrainerCallback):
 
     def _close(self) -> None:
         self._observed.close()
+        parameters = self.average.parameters
         self.average.end_task()
+        self._ended |= _digests(parameters)
         self._running = False
 
     def _swap_in(self) -> None:
@@ -375,6 +414,15 @@ class AveragingCallback(TrainerCallback):
         """Ends a task that was stopped early."""
         self._done, self._clipping = False, None
         if self._running:
+            average = self.average
+            try:
+                average.require_steps()
+            except UserError as error:
+                raise UserError(
+                    f"AveragingCallback: training stopped after {average.step} of {average.steps} steps, too few for "
+                    f"{average.name}; the parameters are those in training. Go on from the last checkpoint, by "
+                    "train(resume_from_checkpoint=True), or train anew with fewer max_steps or epochs"
+                ) from error
             warnings.warn(
                 f"training stopped after {self.average.step} of {self.average.steps} steps: the average is over these. "
                 "Checkpoints hold the parameters before it, to be resumed; save_model saves the average",
@@ -435,6 +483,10 @@ def _base(model: nn.Module) -> str:
     return average_file.digest_of_first(p for p in model.parameters() if not p.requires_grad and id(p) not in own)
 
 
+def _digests(parameters: Mapping[str, Tensor]) -> dict[str, str]:
+    return {name: average_file.digest({name: parameter}) for name, parameter in parameters.items()}
+
+
 def _layer(branch: str) -> str:
     """Of a branch's parameter, "<layer>.<branch>.<A or B>"."""
     return branch.rsplit(".", 2)[0]
@@ -476,17 +528,17 @@ class _Clipping:
         return self.plain(parameters, math.inf if postponed else max_norm, norm_type=norm_type)
 
 
-def _trainer(callback: AveragingCallback) -> Trainer:
-    """The trainer that calls the callback, which Trainer does not tell: the innermost one on the stack that has it."""
-    frame = sys._getframe()
+def _trainers(callback: AveragingCallback) -> list[Trainer]:
+    """Those on the stack that have the callback, the innermost first: Trainer does not tell its callbacks."""
+    made, frame = [], sys._getframe()
     while frame is not None:
         found = frame.f_locals.get("self")
         if isinstance(found, Trainer) and any(each is callback for each in found.callback_handler.callbacks):
-            return found
+            made += [] if any(each is found for each in made) else [found]
         frame = frame.f_back
-    raise UserError(
-        "AveragingCallback: expected to be called by transformers' Trainer or a subclass; pass it as callbacks"
-    )
+    if not made:
+        raise UserError("AveragingCallback: expected to be called by transformers' Trainer; pass it as callbacks")
+    return made
 
 
 class _Observed:

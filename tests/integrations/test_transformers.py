@@ -386,10 +386,11 @@ def test_training_that_stops_early_averages_what_it_has_seen(tmp_path: Path) -> 
     assert_equal(values(resumed[0].model), values(whole[0].model))
 
 
-@pytest.mark.filterwarnings("ignore:training stopped")
 def test_training_that_stops_too_early_is_refused(tmp_path: Path) -> None:
     handle, callback = made("pema")
-    with pytest.raises(UserError, match="end_task after 2 of 6 steps"):
+    with pytest.raises(
+        UserError, match=r"after 2 of 6 steps, too few for pema; .* by train\(resume_from_checkpoint=True\)"
+    ):
         train(handle.model, arguments(tmp_path), 0, callback, At(2, stop))
 
 
@@ -492,6 +493,48 @@ def test_every_parameter_of_a_model_without_branches(tmp_path: Path) -> None:
     train(model, arguments(tmp_path, save_strategy="steps"), 0, callback)
     train(model, arguments(tmp_path), 1, callback)
     assert (tmp_path / "checkpoint-6" / average_file.NAME).is_file()
+
+
+def test_a_model_of_which_nothing_is_trained_is_refused(tmp_path: Path) -> None:
+    handle, callback = made("pema")
+    handle.merge()
+    with pytest.raises(UserError, match=r"AveragingCallback: the branches are merged .*; call unmerge first"):
+        train(handle.model, arguments(tmp_path), 0, callback)
+    handle.unmerge()
+    handle.model.requires_grad_(False)
+    with pytest.raises(UserError, match="no parameter of the model requires a gradient"):
+        train(handle.model, arguments(tmp_path), 0, callback)
+
+
+@pytest.mark.filterwarnings("ignore:You are adding")
+def test_one_callback_averages_one_training(tmp_path: Path) -> None:
+    handle, callback = made()
+    for other in (callback, AveragingCallback("dema")):
+        with pytest.raises(UserError, match="the trainer has several"):
+            train(handle.model, arguments(tmp_path), 0, callback, other)
+    found = []
+
+    def nested(control: Any, context: Any) -> None:
+        with pytest.raises(UserError, match="a task is open in an outer trainer") as error:
+            train(made()[0].model, arguments(tmp_path), 0, callback)
+        found.append(error)
+
+    train(handle.model, arguments(tmp_path), 0, callback, At(2, nested))
+    assert found
+    alone, once = made()
+    train(alone.model, arguments(tmp_path), 0, once)
+    assert_equal(values(handle.model), values(alone.model))
+
+
+def test_an_unrelated_model_of_the_same_names(tmp_path: Path) -> None:
+    handle, callback = made("pema")
+    train(handle.model, arguments(tmp_path), 0, callback)
+    copy = attached()
+    copy.model.load_state_dict(handle.model.state_dict())
+    copy.train_on(*TASKS[0])
+    train(copy.model, arguments(tmp_path), 1, callback)
+    with pytest.warns(RuntimeWarning, match="an unrelated model needs a callback of its own"):
+        train(made()[0].model, arguments(tmp_path), 1, callback)
 
 
 def test_what_would_be_wrong_is_refused(tmp_path: Path) -> None:
