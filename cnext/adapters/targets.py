@@ -38,6 +38,8 @@ def linear_targets(model: nn.Module, targets: Sequence[str] | str) -> dict[str, 
     """
     if isinstance(targets, str) and targets != ALL_LINEAR:
         raise UserError(f'targets must be a list of names, or "{ALL_LINEAR}"; got the text {targets!r}')
+    if not targets:
+        raise UserError(f'targets is empty; expected names of linear layers, or "{ALL_LINEAR}"')
     named = list(model.named_modules(remove_duplicate=False))
     adapted = [name for name, module in named if isinstance(module, AdapterLinear)]
     if adapted and (targets == ALL_LINEAR or any(_is_named(name, targets) for name in adapted)):

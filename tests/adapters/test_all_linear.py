@@ -185,6 +185,11 @@ def test_all_linear_does_not_reach_into_adapters_of_peft() -> None:
         cnext.attach_mage(net, targets="all-linear", language_model=net)
 
 
+def test_no_targets_are_refused() -> None:
+    with pytest.raises(UserError, match=r'^targets is empty; expected names of linear layers, or "all-linear"$'):
+        cnext.attach_mage(model("llama"), targets=[])
+
+
 def test_a_text_in_place_of_a_list_of_modalities_or_branches() -> None:
     handle = cnext.attach_mage(model("llama"))
     with pytest.raises(UserError, match=r"^reads must be a list of modalities, got the text 'text'; write .'text'.$"):
