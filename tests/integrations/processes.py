@@ -42,6 +42,9 @@ def main(rule: str, folder: Path) -> None:
     assert torch.equal(*collectives.all_gather(flat[None])), "the processes differ"
     if distributed.get_rank() == 0:
         save_file(found, folder / "found.safetensors")
+    if distributed.is_initialized():  # else its threads may end the process while it exits
+        distributed.barrier()
+        distributed.destroy_process_group()
 
 
 if __name__ == "__main__":

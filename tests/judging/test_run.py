@@ -277,8 +277,14 @@ def test_a_complete_table_stays(script: list, run: Path, capsys: pytest.CaptureF
 
 
 def test_a_judging_that_is_interrupted_is_resumed(
-    run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    run: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    request: pytest.FixtureRequest,
 ) -> None:
+    # A process that a shell starts in the background ignores it.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    request.addfinalizer(lambda: signal.signal(signal.SIGINT, before))
     ask, stopped = asking.judge, []
 
     def recorded(keyed: object, verdicts: object, client: Client, *rest: object) -> dict[str, str]:
