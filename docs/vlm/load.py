@@ -8,10 +8,12 @@ from pathlib import Path
 
 import torch
 from peft import PeftModel
+from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText
 
 name, folder = sys.argv[1], Path(sys.argv[2])
-saved = torch.load(folder / "logits.pt")
+inputs = load_file(folder / "logits.safetensors")
+expected = inputs.pop("logits")
 loaded = {
     "base and adapter, by PEFT": PeftModel.from_pretrained(
         AutoModelForImageTextToText.from_pretrained(name), str(folder / "branches")
@@ -21,8 +23,8 @@ loaded = {
 }
 for how, model in loaded.items():
     with torch.no_grad():
-        logits = model.eval()(**saved["inputs"]).logits
-    difference = (logits - saved["logits"]).abs().max().item()
+        logits = model.eval()(**inputs).logits
+    difference = (logits - expected).abs().max().item()
     print(f"{how}: logits differ by {difference:.1e}")
     assert difference <= 1e-5, how
 assert "cnext" not in sys.modules

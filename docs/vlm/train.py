@@ -3,7 +3,8 @@
     python train.py MODEL FOLDER
 
 MODEL is an image-text-to-text model of transformers: a folder, or a name on the Hugging Face Hub. FOLDER gets
-`branches`, an adapter for PEFT; `merged`, a plain model; and `logits.pt`, with which load.py compares what it loads.
+`branches`, an adapter for PEFT; `merged`, a plain model; and `logits.safetensors`, which load.py compares what it loads
+with.
 """
 
 import sys
@@ -12,6 +13,7 @@ from pathlib import Path
 import torch
 from datasets import Dataset
 from PIL import Image
+from safetensors.torch import save_file
 from transformers import AutoModelForImageTextToText, AutoProcessor
 from trl import SFTConfig, SFTTrainer
 
@@ -63,4 +65,4 @@ prompt = processor.apply_chat_template(asked, add_generation_prompt=True)
 inputs = processor(images=[Image.new("RGB", (48, 48), "blue")], text=prompt, return_tensors="pt").to(model.device)
 with torch.no_grad():
     logits = model.eval()(**inputs).logits
-torch.save({"inputs": dict(inputs), "logits": logits.cpu()}, folder / "logits.pt")
+save_file({**inputs, "logits": logits}, folder / "logits.safetensors")
