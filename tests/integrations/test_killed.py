@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -11,14 +10,13 @@ from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
+import children
 import pytest
 import waiting
 from _pytest.mark import ParameterSet
 from integrations.killed import KILLED, KINDS
 from integrations.trainers import assert_equal
 from safetensors.torch import load_file
-
-TESTS = Path(__file__).parents[1]
 
 
 @pytest.fixture(scope="module")
@@ -28,13 +26,12 @@ def ended(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Pat
     @cache
     def end(kind: str) -> tuple[Path, str]:
         folder = tmp_path_factory.mktemp(kind)
-        paths = os.pathsep.join([str(TESTS), os.environ.get("PYTHONPATH", "")])
         child = subprocess.Popen(
             [sys.executable, str(Path(__file__).with_name("killed.py")), kind, str(folder)],
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
-            env={**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"},
+            env=children.environment(OMP_NUM_THREADS="1"),
         )
         [(said, _)] = waiting.outputs([child])
         assert child.returncode == 0, said

@@ -2,32 +2,29 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 from pathlib import Path
 
+import children
 import pytest
 import torch
 import waiting
 from integrations.processes import trained
 from safetensors.torch import load_file
 
-TESTS = Path(__file__).parents[1]
-
 
 @pytest.mark.slow
 @pytest.mark.parametrize("rule", ["pema", "pema-kron", "pema-step"])
 def test_two_processes_are_one(rule: str, tmp_path: Path) -> None:
     """`pema-kron` reads the gradients of branches that DistributedDataParallel does not reduce."""
-    paths = os.pathsep.join([str(TESTS), os.environ.get("PYTHONPATH", "")])
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     child = subprocess.Popen(
         [*command, str(Path(__file__).with_name("processes.py")), rule, str(tmp_path)],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        env={**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"},
+        env=children.environment(OMP_NUM_THREADS="1"),
     )
     [(said, _)] = waiting.outputs([child])
     assert child.returncode == 0, said

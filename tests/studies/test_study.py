@@ -18,6 +18,7 @@ from contextlib import closing
 from pathlib import Path
 from types import SimpleNamespace
 
+import children
 import psutil
 import pytest
 from studies import fake_child
@@ -170,11 +171,10 @@ def test_a_run_that_is_stopped_alone_is_a_failure(
 def test_a_run_does_not_outlive_its_study(tmp_path: Path) -> None:
     """After SIGKILL of the study, the run notices at its next progress event."""
     code = f"from studies import fake_child; fake_child.forever({str(tmp_path)!r})"
-    paths = os.pathsep.join([str(Path(fake_child.__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
     study = subprocess.Popen(
         [sys.executable, "-c", code],
         cwd=tmp_path,
-        env=os.environ | {"PYTHONPATH": paths},
+        env=children.environment(),
         stderr=subprocess.DEVNULL,
     )
     log = tmp_path / f"mage/paper/seed-{GOES_ON}/run.log"
