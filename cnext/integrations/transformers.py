@@ -2,28 +2,24 @@
 
 from __future__ import annotations
 
-import math
 import sys
 import warnings
 import weakref
-from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager
-from functools import partial
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from cnext.adapters import saving
 from cnext.adapters.attach import adapter_parameters, branch_parameters, layers, require_unmerged
 from cnext.averaging import RULES, MovingAverage, PemaKron
-from cnext.distributed import collectives
 from cnext.distributed.wrapped_names import without_wrappers
 from cnext.errors import UserError, listed, unknown
 from cnext.integrations import average_file
+from cnext.integrations.gradients import Clipping, Observed
 
 SHARDED = ("DEEPSPEED", "FSDP", "MEGATRON_LM", "TP", "XLA")
 """accelerate's kinds of training in which a process has only a part of the gradients or parameters, or not in .grad."""
@@ -37,8 +33,8 @@ class AveragingCallback(TrainerCallback):
 
     - An optimizer step's gradients are read accumulated, reduced, unscaled and before clipping. Trainer clips before it
       calls its callbacks, so within a step this one has its accelerator clip by infinity, and clips by
-      ``max_grad_norm`` itself after reading. The arguments never change.
-      The norm in the logs is the one before clipping, as without it.
+      ``max_grad_norm`` itself after reading. The arguments never change, and the norm in the logs is the one before
+      clipping, as without it.
     - The steps of the task are ``max_steps``, or what Trainer computes from the epochs. After the last one the
       parameters become the average, before Trainer evaluates and saves for the last time.
     - Evaluations that Trainer schedules within a task see the average, where the rule has one at every step. ``pema``
@@ -99,8 +95,8 @@ class AveragingCallback(TrainerCallback):
         self.average = _made(average, options)
         self.eval_sets, self.peak_learning_rate = eval_sets, peak_learning_rate
         self.untrained, self.resume_from = untrained, resume_from
-        self._observed = _Observed({})
-        self._clipping: _Clipping | None = None
+        self._observed = Observed({})
+        self._clipping: Clipping | None = None
         self._running = False
         """Whether a task was begun and has not ended."""
         self._done = False
@@ -158,7 +154,7 @@ class AveragingCallback(TrainerCallback):
         if sum(isinstance(each, AveragingCallback) for each in trainers[0].callback_handler.callbacks) > 1:
             raise UserError("AveragingCallback: the trainer has several; give it one")
         require_unmerged(model, layers(model).values(), "AveragingCallback")
-        self._clipping = _Clipping.of(trainers[0], self)
+        self._clipping = Clipping.of(trainers[0], self)
         self._abandon(optimizer, resumed=state.global_step > 0)
         branches = branch_parameters(model)
         parameters = _trained(model, branches)
@@ -169,7 +165,7 @@ class AveragingCallback(TrainerCallback):
         if isinstance(self.average, PemaKron):
             others = {name: p for name, p in branches.items() if not p.requires_grad} if branches else None
             self.average.frozen = self.average.frozen if others is None else others
-            self._observed = _Observed(others or {})
+            self._observed = Observed(others or {})
         if state.global_step:
             self._resume(args, state, model, parameters)
         else:
@@ -310,7 +306,7 @@ class AveragingCallback(TrainerCallback):
         if limit is not None and limit > 0:
             nn.utils.clip_grad_norm_(model.parameters(), limit)
 
-    def _postponed(self) -> _Clipping:
+    def _postponed(self) -> Clipping:
         assert self._clipping is not None, "a task was begun"
         return self._clipping
 
@@ -492,42 +488,6 @@ def _layer(branch: str) -> str:
     return branch.rsplit(".", 2)[0]
 
 
-class _Clipping:
-    """A trainer's ``accelerator.clip_grad_norm_`` that computes the norm, unscales, and within a step clips nothing.
-
-    It stays after an error, and then clips as before in trainings without the callback.
-    """
-
-    def __init__(self, trainer: Trainer, callback: AveragingCallback) -> None:
-        self.trainer, self.callback = trainer, callback
-        self.plain = trainer.accelerator.clip_grad_norm_
-        self.within = self.called = False
-
-    @classmethod
-    def of(cls, trainer: Trainer, callback: AveragingCallback) -> _Clipping:
-        """The trainer's, put there by its first training."""
-        found = trainer.accelerator.clip_grad_norm_
-        if not isinstance(found, cls) or found.callback is not callback:
-            found = cls(trainer, callback)
-            trainer.accelerator.clip_grad_norm_ = found  # pyright: ignore[reportAttributeAccessIssue]
-        found.close()
-        return found
-
-    def open(self) -> None:
-        """Begins a step."""
-        self.within, self.called = True, False
-
-    def close(self) -> bool:
-        """Ends a step. Returns whether its gradients would have been clipped."""
-        called, self.within, self.called = self.called, False, False
-        return called
-
-    def __call__(self, parameters: Any, max_norm: float, norm_type: int = 2) -> Tensor | None:
-        postponed = self.within and any(each is self.callback for each in self.trainer.callback_handler.callbacks)
-        self.called = self.called or postponed
-        return self.plain(parameters, math.inf if postponed else max_norm, norm_type=norm_type)
-
-
 def _trainers(callback: AveragingCallback) -> list[Trainer]:
     """Those on the stack that have the callback, the innermost first: Trainer does not tell its callbacks."""
     made, frame = [], sys._getframe()
@@ -539,52 +499,3 @@ def _trainers(callback: AveragingCallback) -> list[Trainer]:
     if not made:
         raise UserError("AveragingCallback: expected to be called by transformers' Trainer; pass it as callbacks")
     return made
-
-
-class _Observed:
-    """Frozen parameters whose gradients are read, out of Trainer's sight: neither in its norm nor in its clipping."""
-
-    def __init__(self, parameters: dict[str, nn.Parameter]) -> None:
-        self.parameters = parameters
-        self.sums: dict[str, Tensor] = {}
-        """The gradients of a step's backward passes."""
-        self.hooks: list[RemovableHandle] = []
-
-    def open(self) -> None:
-        """Begins a step."""
-        if not self.hooks:
-            for name, parameter in self.parameters.items():
-                parameter.requires_grad_(True)
-                self.hooks.append(parameter.register_post_accumulate_grad_hook(partial(self._take, name)))
-
-    def _take(self, name: str, parameter: Tensor) -> None:
-        found, parameter.grad = parameter.grad, None
-        assert found is not None, "a hook after the gradient was accumulated"
-        self.sums[name] = self.sums[name].add_(found) if name in self.sums else found
-
-    @contextmanager
-    def gradients(self, scale: float) -> Iterator[None]:
-        """Ends a step: a context in which ``.grad`` has the means over the processes. scale: of the loss, in fp16."""
-        world = collectives.world_size()
-        if self.hooks and world > 1:
-            zeros = {name: torch.zeros_like(p) for name, p in self.parameters.items() if name not in self.sums}
-            self.sums = {name: (self.sums | zeros)[name] for name in self.parameters}  # in one order everywhere
-            collectives.all_reduce_(list(self.sums.values()))
-        for name, gradient in self.sums.items():
-            self.parameters[name].grad = gradient.div_(scale * world) if scale * world != 1 else gradient
-        try:
-            yield
-        finally:
-            for name in self.sums:
-                self.parameters[name].grad = None
-            self.close()
-
-    def close(self, trained: Collection[int] = ()) -> list[str]:
-        """Freezes the parameters again, but those trained, by id. Returns the names of these."""
-        left = [name for name, parameter in self.parameters.items() if self.hooks and id(parameter) in trained]
-        for name, parameter in self.parameters.items() if self.hooks else ():
-            parameter.requires_grad_(name in left)
-        for hook in self.hooks:
-            hook.remove()
-        self.hooks, self.sums = [], {}
-        return left
