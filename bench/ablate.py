@@ -160,35 +160,6 @@ class Held(Mage):
         return parameters
 
 
-class Asymmetric(Mage):
-    """The loss is over the tokens that the task's answers have had so far: words of other tasks are not unlearnt."""
-
-    def before_task(self, parameters: dict[str, nn.Parameter], steps: int, memory: Memory) -> None:
-        super().before_task(parameters, steps, memory)
-        backbone: Any = self.backbone
-        whole, seen = type(backbone).output, torch.empty(0, dtype=torch.int64)
-
-        def output(encoded: Any) -> Any:
-            nonlocal seen
-            out = whole(backbone, encoded)
-            if not backbone.training:
-                return out
-            seen = torch.cat([seen, out.labels]).unique()
-            absent = torch.ones(out.logits.shape[1], dtype=torch.bool).index_fill(0, seen, False)
-            out.logits.masked_fill_(absent, -torch.inf)
-            return out
-
-        backbone.output = output
-
-
-class ConstantPull(Mage):
-    """The pull does not follow the learning rate."""
-
-    def transform_gradients(self, parameters: dict[str, nn.Parameter]) -> None:
-        self.relative_rate = 1.0
-        super().transform_gradients(parameters)
-
-
 class EwcB(Ewc):
     """ewc with A fixed at its initial value."""
 
@@ -234,7 +205,6 @@ VARIANTS = {
     },
     "diagonal": Variant("Fisher information diagonal in a row", {}, Diagonal),
     "pull": Variant("pull alone, no merge", {"c": NOTHING}),
-    "constant": Variant("half the pull, at every step", {"pull": NEW["pull"] / 2}, ConstantPull),
     "merge": Variant("merge alone, no pull", {"pull": 0.0}),
     "neither": Variant("no average at all", {"c": NOTHING, "pull": 0.0}),
     "roles": Variant("roles: other branches frozen, their gradients read", ROLES),
@@ -244,16 +214,11 @@ VARIANTS = {
     "general-4": Variant("roles, rank 4 for general branches and 12 for experts", ROLES, General4),
     "a-trained": Variant("A trained", TRAINED_A),
     "a-first": Variant("A trained by the first task", TRAINED_A, FirstA),
-    "a-roles": Variant("A trained, roles", TRAINED_A | ROLES),
     "pema": Variant("A trained, roles, pema: the paper's form", PEMA | ROLES | {"a": "trained", "scale": 1.0}),
     "pema-6": Variant("the same at scale 6", PEMA | ROLES | {"a": "trained", "scale": 6.0}),
-    "pema-all": Variant("A fixed, all branches, pema", PEMA),
     "tail-mean": Variant("merge from the mean of the second half's iterates", {}, TailMean),
-    "asymmetric": Variant("loss over the tokens that the task has had", {}, Asymmetric),
     "ewc": Variant("ewc as tuned (scale 6, penalty .108)", EWC, method="ewc"),
-    "ewc-12": Variant("ewc at scale 12, penalty .432", EWC | {"scale": 12.0, "penalty": 0.432}, method="ewc"),
     "ewc-a": Variant("ewc as tuned, with A fixed", EWC, EwcB, "ewc"),
-    "ewc-a-12": Variant("the same at scale 12", EWC | {"scale": 12.0, "penalty": 0.432}, EwcB, "ewc"),
 }
 
 _TRIALS: Any = None

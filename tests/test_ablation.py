@@ -120,24 +120,6 @@ def test_whether_the_gradients_of_frozen_branches_are_read(trials: Trials, name:
             assert bool(factor.diagonal()[~columns].any()) is read
 
 
-def test_the_loss_has_no_gradient_for_tokens_that_have_not_occurred(trials: Trials) -> None:
-    steps: list[tuple[set[int], set[int]]] = []
-
-    class Watched(ablate.Asymmetric):
-        def before_step(self, batch: Any) -> None:
-            super().before_step(batch)
-            if len(steps) < 3:
-                out = self.backbone.output(batch)
-                (grad,) = torch.autograd.grad(self.backbone.loss_of(out).total, out.logits)
-                steps.append((set(out.labels.tolist()), set(grad.abs().sum(0).nonzero().flatten().tolist())))
-
-    trials.run("mage", NEW, 0, "paper", kind=Watched)
-    occurred: set[int] = set()
-    for labels, reached in steps:
-        occurred |= labels
-        assert labels <= reached <= occurred
-
-
 def test_the_readme_has_the_table_of_the_runs() -> None:
     text = ablate.RESULTS.with_name("README.md").read_text(encoding="utf-8")
     assert ablate.table(Table(ablate.RESULTS)) in text
