@@ -23,11 +23,12 @@ from torch import Tensor, nn
 from tune import Run, Table
 
 from cnext import adapters
+from cnext.adapters.attach import only_b
 from cnext.averaging import PemaKron
 from cnext.config.run_config import RunConfig
 from cnext.methods.base import Memory, Method
 from cnext.methods.ewc import Ewc
-from cnext.methods.mage import Mage, only_b
+from cnext.methods.mage import Mage
 from cnext.methods.parts.branches import RoleBranches
 from cnext.tasks.base import Task
 

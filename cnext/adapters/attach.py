@@ -17,6 +17,8 @@ from cnext.errors import UserError, listed, unknown
 
 SHARED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 """Names of sibling linear layers that read the same x in most decoders of transformers."""
+MATRIX_A = ("fixed", "trained")
+"""What can be done with matrix A of a branch: fix it at its random initial value, or train it."""
 
 
 def check_ranges(ranks: Mapping[str, int], scale: float, dropout: float) -> None:
@@ -255,4 +257,17 @@ def set_trainable(model: nn.Module, branches: Iterable[str]) -> dict[str, nn.Par
     for parameter in chosen.values():
         parameter.requires_grad_(True)
         parameter.grad = None
+    return chosen
+
+
+def only_b(parameters: Mapping[str, nn.Parameter]) -> dict[str, nn.Parameter]:
+    """The B matrices of branches' parameters by name."""
+    return {name: parameter for name, parameter in parameters.items() if name.endswith(".B")}
+
+
+def fix_a(parameters: Mapping[str, nn.Parameter]) -> dict[str, nn.Parameter]:
+    """Freezes A of branches' parameters by name, and returns B, which is left to optimize."""
+    chosen = only_b(parameters)
+    for name in parameters.keys() - chosen.keys():
+        parameters[name].requires_grad_(False)
     return chosen

@@ -13,14 +13,14 @@ import torch
 from torch import nn
 
 from cnext.adapters import exchange, hub, model_saves, saving
-from cnext.adapters.attach import SHARED, attach, detach, layers, set_trainable
+from cnext.adapters.attach import MATRIX_A, SHARED, attach, detach, fix_a, layers, set_trainable
 from cnext.adapters.bases import is_linear, offloaded_to
 from cnext.adapters.linear import AdapterLinear
 from cnext.adapters.roles import MODALITIES, branch_roles, roles_of
 from cnext.adapters.saving import Attached
 from cnext.adapters.shared_input import part
 from cnext.adapters.targets import linear_targets
-from cnext.errors import UserError, listed
+from cnext.errors import UserError, listed, unknown
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
@@ -82,6 +82,33 @@ class AttachedMage:
         if not roles:
             raise UserError("train_on: expected a modality that the task reads or writes, got none: nothing to train")
         return set_trainable(self.model, [role.name for role in roles])
+
+    def train_all(self, a: str = "fixed") -> dict[str, nn.Parameter]:
+        """Unfreezes B of every branch and freezes all other parameters, as the method `mage` does on every task.
+
+        With A fixed at its random initial value the model is linear in B, W + scale * sum of B_i A_i: the average of B
+        over tasks is then that of the weights.
+
+        Args:
+            a: "fixed", or "trained", which unfreezes A of every branch too.
+
+        Returns:
+            The parameters to optimize, as `train_on` returns them.
+
+        Raises:
+            UserError: another value of ``a``, or the branches are merged or detached.
+
+        Example:
+            >>> parameters = cnext.attach_mage(model).train_all()  # doctest: +SKIP
+            >>> optimizer = torch.optim.AdamW(parameters.values(), lr=2e-4)  # doctest: +SKIP
+
+        Reference: LoRA-FA, arXiv 2308.03303.
+        """
+        found = self._attached("train_all")
+        if a not in MATRIX_A:
+            raise unknown("value of a", a, MATRIX_A)
+        parameters = set_trainable(self.model, next(iter(found.values())).branches)
+        return parameters if a == "trained" else fix_a(parameters)
 
     def merge(self) -> None:
         """Merges the branches into the weights: the model then runs as fast as without them. See `AdapterLinear.merge`.

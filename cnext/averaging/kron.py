@@ -255,6 +255,12 @@ class PemaKron(MovingAverage):
         for key, group in groups_of(every, self.pattern).items():
             _require_one_kind(key, [(name, every[name]) for name in group.names], group.diagonal)
 
+    def beside(self, trained: Mapping[str, Tensor], others: Mapping[str, nn.Parameter]) -> dict[str, nn.Parameter]:
+        """Of other parameters those that stand beside a trained one in a group, and no trained one, for ``frozen``."""
+        every = {**others, **trained}
+        groups = [group.names for group in groups_of(every, self.pattern).values() if trained.keys() & {*group.names}]
+        return {name: others[name] for names in groups for name in names if name not in trained}
+
     def _every(self) -> dict[str, nn.Parameter]:
         return {**self.parameters, **self.frozen}
 

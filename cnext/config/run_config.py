@@ -100,7 +100,8 @@ class RunConfig(Options):
         data: as of `Options`; or, where ``suite`` is a folder of your own, ``datasets.Dataset`` objects by task and
             split, ``{"Photos": {"train": ..., "test": ...}}``, as `cnext.tasks.tables.save_datasets` takes them.
         method: as `cnext list` shows them.
-        hyperparameters: the method's, by name; `cnext card METHOD` shows them. Default: the method's own.
+        hyperparameters: the method's, by name; `cnext card METHOD` shows them. Default: the preset's for the method,
+            where its suite gives any, else the method's own.
         order: "paper", "reverse", "alphabet", "random:K" or task names "a,b,c". None: "paper" where the suite has it,
             else its first order.
         seed: of the initialization and the order of samples.
@@ -156,6 +157,7 @@ class Plan:
         """The content of config.json: everything that determines the results, and nothing else."""
         config = self.config
         recipe = dataclasses.asdict(self.recipe)
+        del recipe["hyperparameters"]  # which are resolved
         recipe["steps"] = {task: self.recipe.steps[task] for task in self.order}
         values = {
             "method": config.method,
@@ -228,7 +230,7 @@ def plan(config: RunConfig, elsewhere: bool = False, forecast: bool = False) -> 
         raise UserError(f"preset {config.preset} of suite {suite.name} gives no steps for: {', '.join(missing)}")
     if config.data is None and not suite.synthetic and not forecast:
         raise UserError(f"suite {suite.name} needs --data, the folder that holds its files")
-    return Plan(config, suite, order, recipe, _device(config.device, elsewhere), _hyperparameters(config))
+    return Plan(config, suite, order, recipe, _device(config.device, elsewhere), _hyperparameters(config, recipe))
 
 
 def _suite(config: RunConfig) -> Suite:
@@ -267,23 +269,26 @@ def _check_options(config: RunConfig, suite: Suite) -> None:
     loading_options(config.backbone, config.backbone_options)
 
 
-def _hyperparameters(config: RunConfig) -> dict[str, Any]:
-    """All hyperparameters of the method, defaults included."""
+def _hyperparameters(config: RunConfig, recipe: Recipe) -> dict[str, Any]:
+    """All hyperparameters of the method, the preset's and its own defaults included."""
     from cnext import methods
 
     kind = methods.load(config.method)
+    for name in recipe.hyperparameters.keys() - methods.modules().keys():
+        raise unknown(f"method in suite.json (preset {config.preset})", name, sorted(methods.modules()))
     known = {field.name: field for field in dataclasses.fields(kind)}
-    for name, value in config.hyperparameters.items():
+    given = recipe.hyperparameters.get(config.method, {}) | config.hyperparameters
+    for name, value in given.items():
         if name not in known:
             raise unknown(f"hyperparameter of {config.method}", name, list(known))
-        _check_type(f"hyperparameter {name} of {config.method}", value, known[name].default)
+        check_type(f"hyperparameter {name} of {config.method}", value, known[name].default)
     try:
-        return dataclasses.asdict(kind(**config.hyperparameters))
+        return dataclasses.asdict(kind(**given))
     except ValueError as error:
         raise UserError(f"{config.method}: {error}") from error
 
 
-def _check_type(what: str, value: Any, default: Any) -> None:
+def check_type(what: str, value: Any, default: Any) -> None:
     """Raises UserError for a value of another type than its default's. A float may be given as an integer."""
     kind = type(default)
     kinds = {bool: bool, int: int, float: (int, float), str: str}

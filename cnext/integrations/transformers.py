@@ -45,7 +45,7 @@ class AveragingCallback(TrainerCallback):
       A task that is resumed at its end stays as it is, so a script that trains several tasks can resume each from its
       last checkpoint.
     - With ``pema-kron``, the branches of `cnext.attach_mage` that a task does not train are ``frozen``, and their
-      gradients are read, as `mage` does.
+      gradients are read; of a matrix that no branch trains, as A after `train_all`, they are not.
 
     Where training stops before the last step, as on a callback's request, its checkpoints can be resumed; the model's
     parameters become the average over the steps that were taken, with a warning, or it is an error where those are too
@@ -160,10 +160,11 @@ class AveragingCallback(TrainerCallback):
         parameters = _trained(model, branches)
         if not parameters:
             raise UserError(
-                "AveragingCallback: no parameter of the model requires a gradient; call train_on before train"
+                "AveragingCallback: no parameter of the model requires a gradient; call train_on or train_all before "
+                "train"
             )
         if isinstance(self.average, PemaKron):
-            others = {name: p for name, p in branches.items() if not p.requires_grad} if branches else None
+            others = self.average.beside(parameters, branches) if branches else None
             self.average.frozen = self.average.frozen if others is None else others
             self._observed = Observed(others or {})
         if state.global_step:

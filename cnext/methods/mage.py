@@ -16,6 +16,7 @@ from typing import Annotated, ClassVar
 
 from torch import nn
 
+from cnext.adapters.attach import MATRIX_A, fix_a, only_b
 from cnext.averaging import PemaKron
 from cnext.errors import unknown
 from cnext.methods.base import Card
@@ -23,7 +24,6 @@ from cnext.methods.parts.branches import RoleBranches
 from cnext.tasks.base import Task
 
 TRAINS = ("roles", "all")
-MATRIX_A = ("trained", "fixed")
 
 
 @dataclass
@@ -57,19 +57,12 @@ class Mage(RoleBranches):
         parameters = super().trainable(task)
         if self.a == "trained":
             return parameters
-        for name, parameter in parameters.items():
-            parameter.requires_grad_(name.endswith(".B"))
         self.groups = {branch: only_b(of) for branch, of in self.groups.items()}
         self.observed = only_b(self.observed)
         if isinstance(self.rule, PemaKron):
             self.rule.frozen = self.observed
-        return only_b(parameters)
+        return fix_a(parameters)
 
     def extra_bytes(self, tasks: int) -> int:
         parameters = self.adapter_parameters()
         return self.rule.kept_bytes(parameters if self.a == "trained" else only_b(parameters)) if self.rule else 0
-
-
-def only_b(parameters: Mapping[str, nn.Parameter]) -> dict[str, nn.Parameter]:
-    """The B matrices of branches' parameters by name."""
-    return {name: parameter for name, parameter in parameters.items() if name.endswith(".B")}

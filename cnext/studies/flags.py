@@ -6,13 +6,15 @@ import argparse
 import dataclasses
 import inspect
 import itertools
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from cnext import methods
-from cnext.config.run_config import Options, RunConfig
+from cnext.config.run_config import Options, RunConfig, check_type
 from cnext.errors import UserError
 from cnext.studies.usage_errors import in_one_line
+from cnext.tasks import suites
 
 Launcher = Literal["local", "ray", "slurm"]
 RENAMED = {"--budget": "--preset", "--block-steps": "--checkpoint-interval"}
@@ -65,10 +67,13 @@ def parse(arguments: list[str]) -> Flags:
             raise UserError(f"{flag} is now {RENAMED[flag]}: use {RENAMED[flag]} {value or 'VALUE'}")
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--method", nargs="*", default=["mage"])
-    chosen = dict.fromkeys(first.parse_known_args(arguments)[0].method)
+    for flag in ("suite", "preset"):
+        first.add_argument(f"--{flag}", nargs="?", default=getattr(Options, flag))
+    chosen = first.parse_known_args(arguments)[0]
+    preset = _preset(chosen.suite, chosen.preset)
     groups, known = [], []
-    for name in chosen:
-        kind = _group(methods.declared(name))
+    for name in dict.fromkeys(chosen.method):
+        kind = _group(name, preset.get(name, {}))
         known += [f"--{name}.{item.name.replace('_', '-')}" for item in dataclasses.fields(kind) if item.init]
         if any(item.init for item in dataclasses.fields(kind)):
             groups.append((name.replace("-", "_"), kind, field(default_factory=kind)))
@@ -80,18 +85,29 @@ def parse(arguments: list[str]) -> Flags:
         )
 
 
-def _group(kind: type) -> type:
-    """A dataclass of hyperparameters as `methods.declared` returns it, with the descriptions where tyro reads them."""
+def _preset(suite: str, preset: str) -> Mapping[str, Mapping[str, Any]]:
+    """Hyperparameters by method that a preset sets; {} where there is no such preset, as `plan` will say."""
+    try:
+        return suites.load(suite).budgets[preset].hyperparameters
+    except (UserError, KeyError, TypeError):
+        return {}
+
+
+def _group(method: str, preset: Mapping[str, Any]) -> type:
+    """A dataclass of hyperparameters as `methods.declared` returns it, with the descriptions where tyro reads them.
+
+    preset: values that are defaults in place of the method's.
+    """
     import tyro
 
-    fields = [
-        (
-            item.name,
-            Annotated[item.type, tyro.conf.arg(help=item.metadata["help"])],
-            field(default=item.default, default_factory=item.default_factory),
-        )
-        for item in dataclasses.fields(kind)
-    ]
+    kind, fields = methods.declared(method), []
+    for item in dataclasses.fields(kind):
+        values = {"default": item.default, "default_factory": item.default_factory}
+        if item.name in preset:
+            check_type(f"hyperparameter {item.name} of {method}", preset[item.name], item.default)
+            values = {"default": preset[item.name]}
+        hint = Annotated[item.type, tyro.conf.arg(help=item.metadata["help"])]
+        fields.append((item.name, hint, field(**values)))
     return dataclasses.make_dataclass(kind.__name__, fields, namespace={"__doc__": kind.__doc__})
 
 

@@ -177,6 +177,7 @@ class Recipe:
     precision: of the frozen model and of its forward pass. What is trained is kept in float32.
     checkpointing: activation checkpointing: recompute activations in the backward pass, to save memory.
     by_task: values that differ for a task: its name to fields of this class.
+    hyperparameters: of methods, where their defaults here are others than the method's own: its name to values.
     """
 
     steps: dict[str, Count]
@@ -196,6 +197,7 @@ class Recipe:
     precision: str = "float32"
     checkpointing: bool = False
     by_task: dict[str, dict[str, Any]] = field(default_factory=dict)
+    hyperparameters: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for name, valid in (("trainable", TRAINABLE), ("precision", PRECISIONS)):

@@ -96,6 +96,27 @@ def test_attach_merge_and_detach(name: str, language: str) -> None:
 KEYS = [f"{side}.{half}" for side in ("text-general", "image-general", "text-expert", "image-expert") for half in "AB"]
 
 
+@pytest.mark.parametrize("a", ["fixed", "trained"])
+def test_train_all_trains_every_branch(a: str) -> None:
+    handle = cnext.attach_mage(model("llama"))
+    handle.train_on(reads=["text"], writes=["text"])
+    parameters = handle.train_all(a)
+    every = branch_parameters(handle.model)
+    assert parameters.keys() == {name for name in every if a == "trained" or name.endswith(".B")}
+    assert {id(p) for p in handle.model.parameters() if p.requires_grad} == {id(p) for p in parameters.values()}
+    logits(handle.model).sum().backward()
+    assert all(p.grad is not None and p.grad.any() for name, p in parameters.items() if name.endswith(".B"))
+
+
+def test_train_all_refuses_another_a() -> None:
+    handle = cnext.attach_mage(model("llama"))
+    with pytest.raises(UserError, match="unknown value of a 'frozen'; valid: fixed, trained"):
+        handle.train_all("frozen")
+    handle.detach()
+    with pytest.raises(UserError, match="train_all: the branches of this handle were detached"):
+        handle.train_all()
+
+
 def test_train_on_trains_only_the_branches_of_the_task() -> None:
     plain = model("llama")
     handle = cnext.attach_mage(plain, rank=2)

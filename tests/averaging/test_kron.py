@@ -132,6 +132,13 @@ def test_frozen_gradients_are_read_and_frozen_values_stay() -> None:
         assert all(torch.equal(one[key], other[key]) for key in one)
 
 
+def test_what_stands_beside_a_trained_parameter() -> None:
+    given = parameters()
+    trained = {"q.one.B": given["q.one.B"]}
+    others = {name: parameter for name, parameter in given.items() if name not in trained}
+    assert PemaKron().beside(trained, given).keys() == PemaKron().beside(trained, others).keys() == {"q.two.B"}
+
+
 def test_a_vector_is_averaged_as_by_pema() -> None:
     kron, plain = parameters()["norm"], parameters()["norm"]
     one, other = PemaKron(pull=0.0, c=3.0, damping=0.02), Pema(c=3.0, damping=0.02)

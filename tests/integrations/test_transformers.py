@@ -96,11 +96,11 @@ class InOrder(Trainer):
         return range(self.args.max_steps)
 
 
-def mage(data: Path, rule: str, folder: Path | None) -> dict[str, Tensor]:
-    """The branches after two tasks with `mage`, by the loop of `cnext-run`, or by Trainer in a folder."""
-    tiny, method = TinyBackbone.load(), methods.load("mage")(average=rule)
+def after_two_tasks(method: Any, data: Path, folder: Path | None) -> dict[str, Tensor]:
+    """The branches after two tasks, by the loop of `cnext-run`, or by Trainer in a folder."""
+    tiny = TinyBackbone.load()
     tasks = [suites.load("next-tiny").task(name) for name in ("VQAv2", "Flickr30k")]
-    tasks = tasks[:1] if rule == "pema-released" else tasks  # it diverges, and the run stops
+    tasks = tasks[:1] if method.average == "pema-released" else tasks  # it diverges, and the run stops
     method.setup(tiny, tasks, torch.Generator().manual_seed(0))
     callback = AveragingCallback(method.rule)
     for task in tasks:
@@ -123,7 +123,15 @@ def mage(data: Path, rule: str, folder: Path | None) -> dict[str, Tensor]:
 
 @every_rule
 def test_two_tasks_are_those_of_a_run(rule: str, data: Path, tmp_path: Path) -> None:
-    assert_equal(mage(data, rule, None), mage(data, rule, tmp_path))
+    kind = methods.load("mage")
+    assert_equal(*(after_two_tasks(kind(average=rule), data, folder) for folder in (None, tmp_path)))
+
+
+@pytest.mark.parametrize("trains", ["all", "roles"])
+def test_two_tasks_with_a_fixed_are_those_of_a_run(trains: str, data: Path, tmp_path: Path) -> None:
+    """No gradient of A is read."""
+    values = {"average": "pema-kron", "a": "fixed", "trains": trains}
+    assert_equal(*(after_two_tasks(methods.load("mage")(**values), data, folder) for folder in (None, tmp_path)))
 
 
 Made = tuple[AttachedMage, AveragingCallback]

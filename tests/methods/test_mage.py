@@ -113,7 +113,7 @@ def test_the_pull_follows_the_learning_rate(data: Path, monkeypatch: pytest.Monk
 
 
 def test_what_a_may_be(data: Path) -> None:
-    with pytest.raises(UserError, match="unknown value of a 'frozen'; valid: trained, fixed"):
+    with pytest.raises(UserError, match="unknown value of a 'frozen'; valid: fixed, trained"):
         Mage(a="frozen")
 
 

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import re
 import shutil
 from pathlib import Path
 
 import pytest
 from training.toy import change
 
-from cnext.cli import main
+from cnext import methods
+from cnext.cli import main, run_main
 from cnext.config.run_config import RunConfig, plan
 from cnext.errors import UserError
+from cnext.scoring import published
+from cnext.studies.flags import configs, parse
 from cnext.tasks import suites
 
 PAPER = ("VQAv2", "ImageNet", "Flickr30k", "OCRVQA", "RefCOCO", "HQEdit")
@@ -53,6 +58,8 @@ def test_every_suite_can_be_planned(name: str, tmp_path: Path) -> None:
         for preset in suite.budgets:
             planned = plan(RunConfig(suite=name, data=tmp_path, order=order, preset=preset, method="lora"))
             assert sorted(planned.order) == sorted(task.name for task in suite.tasks)
+            for method in suite.budgets[preset].hyperparameters:
+                plan(RunConfig(suite=name, data=tmp_path, order=order, preset=preset, method=method))
     assert all(budget in suites.summary(suite) for budget in suite.budgets)
     assert all(task.test in suites.details(suite) for task in suite.tasks)
 
@@ -76,6 +83,70 @@ def test_the_papers_suite_has_the_printed_values() -> None:
     assert suites.order(suite, "paper") == PAPER
     assert suites.order(suite, "appendix") == ("VQAv2", "ImageNet", "Flickr30k", "RefCOCO", "OCRVQA", "HQEdit")
     assert suites.order(suite, "appendix-reverse") == suites.order(suite, "appendix")[::-1]
+
+
+def test_the_papers_presets_have_the_papers_scale(tmp_path: Path) -> None:
+    kept = {"ewc": ("penalty", 0.01), "lae": ("decay", 0.99), "cia": ("factor", 2.0), "lora": ("lr_factor", 1.0)}
+    for preset in ("paper", "released", "default"):
+        for method in methods_of_the_paper():
+            given = RunConfig(suite="continual-next", data=tmp_path, preset=preset, method=method)
+            hyperparameters = plan(given).hyperparameters
+            assert hyperparameters["scale"] == 1.0
+            name, value = kept.get(method, ("dropout", 0.0))
+            assert hyperparameters[name] == value
+        given = RunConfig(suite="continual-next", data=tmp_path, preset=preset, method="mage-pull")
+        assert plan(given).hyperparameters == dataclasses.asdict(methods.load("mage-pull")())
+
+
+def methods_of_the_paper() -> set[str]:
+    return published.continual_next()["methods"].keys() - {"zero-shot"}
+
+
+def test_a_presets_hyperparameters(toy_suite: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """They are the flags' defaults and what --help shows; given ones go first; config.json has the result alone."""
+    folder = tmp_path / "own"
+    shutil.copytree(toy_suite, folder)
+    budgets = json.loads((folder / "suite.json").read_text())["budgets"]
+    budgets["default"]["hyperparameters"] = {"ewc": {"scale": 2.5, "penalty": 0.5}}
+    change(folder / "suite.json", budgets=budgets)
+    shared = {"suite": str(folder), "data": data, "method": "ewc"}
+    planned = plan(RunConfig(**shared, hyperparameters={"penalty": 0.25}))
+    assert (planned.hyperparameters["scale"], planned.hyperparameters["penalty"]) == (2.5, 0.25)
+    assert "hyperparameters" not in planned.as_dict()["recipe"]
+    flags = ["--suite", str(folder), "--data", str(data), "--method", "ewc"]
+    for more, expected in (([], (2.5, 0.5)), (["--ewc.scale", "1"], (1.0, 0.5))):
+        [given] = configs(parse([*flags, *more]))
+        found = plan(given).hyperparameters
+        assert (found["scale"], found["penalty"]) == expected
+    with pytest.raises(SystemExit):
+        parse([*flags, "--help"])
+    assert re.search(r"--ewc.scale FLOAT.*?\(default:\s*2\.5\)", capsys.readouterr().out, re.DOTALL)
+    assert "hyperparameters of default: scale 2.5, penalty 0.5 for ewc" in suites.details(suites.load(str(folder)))
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"ewcc": {"scale": 1.0}}, "unknown method in suite.json (preset default) 'ewcc'; valid: "),
+        ({"ewc": {"scala": 1.0}}, "unknown hyperparameter of ewc 'scala'; valid: rank, scale, "),
+        ({"ewc": {"scale": "big"}}, "hyperparameter scale of ewc must be of type float"),
+        ({"ewc": {"penalty": -1.0}}, "ewc: expected a finite penalty of at least 0, got -1.0"),
+        ({"ewc": 1.0}, "Expected `object`"),
+    ],
+    ids=lambda value: str(value)[:20],
+)
+def test_wrong_hyperparameters_of_a_preset(
+    given: dict, message: str, toy_suite: Path, data: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "own"
+    shutil.copytree(toy_suite, folder)
+    budgets = json.loads((folder / "suite.json").read_text())["budgets"]
+    budgets["default"]["hyperparameters"] = given
+    change(folder / "suite.json", budgets=budgets)
+    with pytest.raises(UserError, match=re.escape(message)):
+        plan(RunConfig(suite=str(folder), data=data, method="ewc"))
+    flags = ["--suite", str(folder), "--data", str(data), "--method", "ewc", "--dry-run"]
+    assert run_main(flags) == 2
 
 
 def test_consistent_prompts_give_another_suite(tmp_path: Path) -> None:

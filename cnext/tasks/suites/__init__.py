@@ -58,6 +58,7 @@ def details(suite: Suite) -> str:
     """A suite's `summary`, and of each task its format, scorer, files and published numbers of rows."""
     known = (("annotations", suite.source), ("license", suite.license))
     lines = [summary(suite), *(f"    {label:<14} {value}" for label, value in known if value)]
+    lines += _hyperparameters(suite)
     for task in suite.tasks:
         lines.append(f"  {task.name}: {'+'.join(task.reads)} -> {'+'.join(task.writes)}, {task.description}")
         lines.append(f"    format, scorer {task.format}, {task.scorer}")
@@ -68,6 +69,18 @@ def details(suite: Suite) -> str:
         if task.source:
             lines.append(f"    images         {task.source}")
     return "\n".join(lines)
+
+
+def _hyperparameters(suite: Suite) -> list[str]:
+    """A line for all presets that give methods the same defaults, and for all methods that have the same from them."""
+    presets: dict[str, list[str]] = {}
+    for preset, recipe in suite.budgets.items():
+        by_values: dict[str, list[str]] = {}
+        for method, given in recipe.hyperparameters.items():
+            by_values.setdefault(", ".join(f"{n} {value}" for n, value in given.items()), []).append(method)
+        for values, found in by_values.items():
+            presets.setdefault(f"{values} for {', '.join(found)}", []).append(preset)
+    return [f"    hyperparameters of {', '.join(names)}: {text}" for text, names in presets.items()]
 
 
 def default_order(suite: Suite) -> str:
