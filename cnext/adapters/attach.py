@@ -48,6 +48,7 @@ def attach(
     scale: float = 1.0,
     dropout: float = 0.0,
     independent: bool = False,
+    init_std: float = 0.0,
     shared: Sequence[Sequence[str]] = SHARED,
     generator: torch.Generator | None = None,
 ) -> nn.Module:
@@ -68,6 +69,7 @@ def attach(
             of the name "up_proj"); or "all-linear": every linear layer but the output head, as in PEFT.
         ranks: branch name to rank.
         scale, dropout, independent: see `AdapterLinear`.
+        init_std: standard deviation of A's initial values, which then are normal, as released with 0.01. 0: uniform.
         shared: groups of sibling layers that may be computed together. They are where their parent's forward calls them
             on the same variable, see `joined`. () computes each by itself.
         generator: source of initial values, on the CPU. Default: torch's own.
@@ -98,7 +100,11 @@ def attach(
         # A generator per layer: the first rows are the same for every total rank.
         own = torch.Generator().manual_seed(int(torch.randint(2**62, (1,), generator=generator)))
         width, out = sizes(module)
-        values = torch.empty(sum(ranks.values()), width).uniform_(-(width**-0.5), width**-0.5, generator=own)
+        values = torch.empty(sum(ranks.values()), width)
+        if init_std:
+            values.normal_(std=init_std, generator=own)
+        else:
+            values.uniform_(-(width**-0.5), width**-0.5, generator=own)
         weight = module.get_parameter("weight")
         parts = trained_like(values, weight, offloaded_to(module)).split(list(ranks.values()))
         branches = {key: Branch(part, out) for key, part in zip(ranks, parts, strict=True)}

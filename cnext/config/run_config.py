@@ -35,8 +35,17 @@ OVERRIDES = (
 RENAMED = {"block_steps": "checkpoint_interval"}
 """Fields of config.json and options.json that earlier versions wrote under another name, by that name."""
 
-ADDED = {"lr_factor": 1.0, "trains": "roles", "a": "trained", "pull": 0.01}
+ADDED = {
+    "lr_factor": 1.0,
+    "trains": "roles",
+    "a": "trained",
+    "pull": 0.01,
+    "independent": False,
+    "init_std": 0.0,
+}
 """Hyperparameters that earlier versions did not have, and the values that act as those did."""
+ADDED_RECIPE = {"loss_mean": "batch", "decay_frozen": False}
+"""The same of a recipe's fields. They are left out of config.json where they have these values."""
 
 
 @dataclass(frozen=True)
@@ -158,6 +167,9 @@ class Plan:
         config = self.config
         recipe = dataclasses.asdict(self.recipe)
         del recipe["hyperparameters"]  # which are resolved
+        for name, default in ADDED_RECIPE.items():
+            if recipe[name] == default:
+                del recipe[name]
         recipe["steps"] = {task: self.recipe.steps[task] for task in self.order}
         values = {
             "method": config.method,

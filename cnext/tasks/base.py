@@ -18,6 +18,7 @@ PROMPTS = ("released", "consistent")
 IMAGE_FILTERS = ("none", "released")
 TRAINABLE = ("branches", "connections", "released")
 PRECISIONS = ("float32", "bfloat16")
+LOSS_MEANS = ("batch", "micro-batch")
 BY_TASK = ("batch_size", "micro_batch_size", "learning_rate", "warmup_steps")
 """Fields of a `Recipe` that may differ from task to task."""
 Beta = Annotated[float, Meta(ge=0, lt=1)]
@@ -175,6 +176,10 @@ class Recipe:
     trainable: what is trained beside the method's own parameters: "branches" (nothing), "connections" (the layers
         between visual parts and language model) or "released" (these, embeddings, output head and norms).
     precision: of the frozen model and of its forward pass. What is trained is kept in float32.
+    loss_mean: "batch": the mean over the supervised tokens and pictures of the whole batch, however it is divided; or
+        "micro-batch": the mean of the micro-batches' means, as gradient accumulation usually has it.
+    decay_frozen: whether weight decay also shrinks the method's parameters that the task freezes, and those that a step
+        does not use: as released, where the optimizer has all of them in one flat tensor.
     checkpointing: activation checkpointing: recompute activations in the backward pass, to save memory.
     by_task: values that differ for a task: its name to fields of this class.
     hyperparameters: of methods, where their defaults here are others than the method's own: its name to values.
@@ -196,11 +201,13 @@ class Recipe:
     trainable: str = "branches"
     precision: str = "float32"
     checkpointing: bool = False
+    loss_mean: str = "batch"
+    decay_frozen: bool = False
     by_task: dict[str, dict[str, Any]] = field(default_factory=dict)
     hyperparameters: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        for name, valid in (("trainable", TRAINABLE), ("precision", PRECISIONS)):
+        for name, valid in (("trainable", TRAINABLE), ("precision", PRECISIONS), ("loss_mean", LOSS_MEANS)):
             if getattr(self, name) not in valid:
                 raise unknown(f"{name} of the budget", getattr(self, name), valid)
         for name, least in (("batch_size", 1), ("micro_batch_size", 0)):

@@ -80,6 +80,9 @@ class TaskTrainer:
         self.recipe, self.steps, self.seed = recipe, steps, seed
         self.batches = Batches(backbone, samples, recipe.batch_size, seed, workers, encoded)
         self.step = 0
+        own = set(parameters.values())
+        self.frozen = [p for p in method.adapter_parameters().values() if p not in own] if recipe.decay_frozen else []
+        """Parameters of the method that weight decay shrinks although the task does not train them."""
         self.optimizer = deepspeed.adamw(
             list(self.parameters.values()),
             lr=recipe.learning_rate,
@@ -113,11 +116,21 @@ class TaskTrainer:
             parameter.grad = gradient if parameter.grad is None else parameter.grad.add_(gradient)
         norm = nn.utils.clip_grad_norm_(self.parameters.values(), self.recipe.max_grad_norm).item()
         self._check_finite("gradient norm", norm)
+        if self.recipe.decay_frozen:
+            self._decay_unused(rate)
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.method.after_step()
         self.step += 1
         return StepLog(self.step, loss, text_loss, image_loss, rate, norm, int(tokens))
+
+    def _decay_unused(self, rate: float) -> None:
+        """What AdamW does to parameters whose gradient is zero throughout, and to trained ones a zero in this step."""
+        with torch.no_grad():
+            torch._foreach_mul_(self.frozen, 1 - rate * self.recipe.weight_decay)
+        for parameter in self.parameters.values():
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
 
     def finish(self) -> dict[str, Any] | None:
         """Ends the task in evaluation mode, see `finish_task`. Returns the statistics of `Method.after_task`."""
@@ -128,30 +141,34 @@ class TaskTrainer:
     def _backward(self, batch: list[Any]) -> tuple[Tensor, dict[str, Tensor]]:
         """Computes the gradients of a batch, micro-batch by micro-batch.
 
-        The task loss is a mean over the supervised tokens and pictures of the whole batch, whatever processes and
-        micro-batches it is divided into; its gradient is left in ``.grad``. The penalty is a mean over micro-batches.
+        The task loss is a mean as ``loss_mean`` of the recipe says; its gradient is left in ``.grad``. The penalty is a
+        mean over micro-batches.
 
         Returns: (4,) loss, text loss, image loss and number of tokens; the penalty's gradients by parameter name.
         """
         size = self.recipe.micro_batch_size or len(batch)
         parts = [batch[start : start + size] for start in range(0, len(batch), size)]
-        undivided = len(parts) == 1 and collectives.world_size() == 1
-        supervised = self.backbone.supervised(batch)
-        whole = None if undivided else collectives.all_reduce(*supervised, device=self.backbone.device)
+        count, whole = len(parts) * collectives.world_size(), None
+        if self.recipe.loss_mean == "batch" and count > 1:
+            whole = collectives.all_reduce(*self.backbone.supervised(batch), device=self.backbone.device)
         sums, penalties = Tensor(), {}
         for part in parts:
-            losses = self._backward_task_loss(part, whole)
+            losses = self._backward_task_loss(part, whole, 1.0 if whole else 1 / count)
             sums = sums + losses if len(sums) else losses
             self._add_penalty_gradients(penalties, part, len(parts))
         return sums, self._reduce(sums, penalties) if collectives.world_size() > 1 else penalties
 
-    def _backward_task_loss(self, part: list[Any], whole: tuple[float, ...] | None) -> Tensor:
-        """Adds the task loss's gradient to ``.grad``. whole: as in `Backbone.loss`. Returns the row of `_backward`."""
+    def _backward_task_loss(self, part: list[Any], whole: tuple[float, ...] | None, weight: float) -> Tensor:
+        """Adds the gradient of the task loss, times a weight, to ``.grad``. whole: as in `Backbone.loss`.
+
+        Returns: the row of `_backward`.
+        """
         with autocast(self.recipe.precision, self.backbone.device):
             self.method.before_step(part)
             loss = self.backbone.loss(part, whole)
-        loss.total.backward()
-        return torch.stack([loss.total.detach(), loss.text, loss.image, torch.tensor(float(loss.tokens)).to(loss.text)])
+        (loss.total if weight == 1 else loss.total * weight).backward()
+        losses = torch.stack([loss.total.detach(), loss.text, loss.image])
+        return torch.cat([losses * weight, losses.new_tensor([float(loss.tokens)])])
 
     def _add_penalty_gradients(self, gradients: dict[str, Tensor], part: list[Any], count: int) -> None:
         """Adds the gradient of the method's penalty, divided by the number of micro-batches, to ``gradients``."""
