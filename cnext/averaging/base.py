@@ -18,6 +18,9 @@ from cnext.errors import UserError
 
 Rule = Literal["pema", "pema-kron", "pema-step", "pema-literal", "pema-released", "dema", "constant", "none"]
 """Names of the averaging rules; `cnext.averaging.RULES` maps each to its class."""
+Place = Literal["before optimizer", "after optimizer", "micro-batch"]
+"""Where `MovingAverage.update` is called: in every optimizer step before the optimizer, or after it; or after every
+micro-batch, for the last of a step after the optimizer."""
 Statistics = dict[str, tuple[float, float]]
 """Parameter name to mean and standard deviation of beta, the weight of the old value."""
 NO_GRADIENT = (
@@ -32,6 +35,7 @@ class MovingAverage(ABC):
 
     ``update`` is called where the gradient has just been computed, so that a per-step rule averages the parameters that
     the gradient belongs to; `end_task` averages the last step's result and writes the average into the parameters.
+    Rules as their authors released them are called elsewhere, see ``place``.
     During a task a per-step average lives beside the parameters, and `for_eval` swaps it in. Tensors are changed in
     place on their own device, and nothing synchronizes with the device before `end_task`. Under data parallelism every
     rank computes the same average, because ``.grad`` is read after its reduction.
@@ -61,6 +65,8 @@ class MovingAverage(ABC):
     """float32 values per parameter that the rule keeps between tasks."""
     reads_gradients: ClassVar[bool] = True
     """Whether the rule reads gradients, so that a task without any is an error."""
+    place: Place = "before optimizer"
+    """Where `update` is called. The steps of `begin_task` are the calls."""
 
     def __init__(self) -> None:
         self.parameters: dict[str, nn.Parameter] = {}

@@ -53,6 +53,12 @@ class PerStepAverage(MovingAverage):
         self.groups = list(by_kind(self.parameters))
         self._prepared = {}
 
+    def begin_with_parameters(self) -> None:
+        """Sets the average to the parameters as they are now."""
+        with torch.no_grad():
+            for name, average in self.ema.items():
+                average.copy_(self.parameters[name])
+
     def prepared(self, group: int, op: str, *slots: Mapping[str, Tensor] | None) -> ops.Prepared:
         """An op on the state of a group, prepared at its first call. A slot of None is given per call.
 

@@ -25,6 +25,9 @@ class Dema(PerStepAverage):
         factor: of alpha; 2.0 as released, 0.01 in a later variant.
         fallback: alpha where the formula leaves (0, 1); 0.01 as released, 0.001 in a later variant.
         dtype: of ``ema``, see `PerStepAverage`.
+        after_optimizer: as released, `update` is called after the optimizer's step, while ``.grad`` is there. A
+            gradient then meets the parameters that it led to, ``ema`` begins with the first step's result in place of
+            the task's start, and `end_task` adds no last step.
 
     Example:
         >>> import torch
@@ -42,9 +45,16 @@ class Dema(PerStepAverage):
 
     name = "dema"
 
-    def __init__(self, factor: float = 2.0, fallback: float = 0.01, dtype: torch.dtype = torch.float32) -> None:
+    def __init__(
+        self,
+        factor: float = 2.0,
+        fallback: float = 0.01,
+        dtype: torch.dtype = torch.float32,
+        after_optimizer: bool = False,
+    ) -> None:
         super().__init__(dtype)
         self.factor, self.fallback = factor, fallback
+        self.place = "after optimizer" if after_optimizer else "before optimizer"
         self.grad_prev: dict[str, Tensor] = {}
 
     def slots(self) -> dict[str, dict[str, Tensor]]:
@@ -61,6 +71,8 @@ class Dema(PerStepAverage):
         return torch.stack([g.nan_to_num(0, 0, 0).abs().sum(dtype=torch.float64) for g in gradients])
 
     def read_gradients(self, losses: Tensor | None) -> None:
+        if self.step == 0 and self.place == "after optimizer":
+            self.begin_with_parameters()
         for k, names in enumerate(self.groups):
             if self.step == 0:
                 found = [match_strides(self.parameters[name].grad, self.parameters[name]) for name in names]
@@ -77,58 +89,80 @@ class Dema(PerStepAverage):
         # A state that was loaded has the last gradients alone.
         both = zip(self._read, map(self._norms, self.groups), strict=True)
         self.warn_of_zeros(sum(float((read + last).sum()) for read, last in both))
-        for names in self.groups:
+        for names in self.groups if self.place == "before optimizer" else ():
             ops.ema_step_(self.listed(self.parameters, names), self.listed(self.ema, names), beta=WITHOUT_GRADIENT)
         return super().finish()
 
 
 class PemaReleased(PerStepAverage):
-    """ema <- alpha o ema + (1 - alpha) o theta at every step, alpha by the matrix formula of the released loop.
+    """ema <- alpha o ema + (1 - alpha) o theta after every micro-batch, as the released loop: its two paths.
 
-    alpha is that of `cnext.ops.pema_released_`, for matrices; other tensors take the loop's constant 0.99. It diverges,
-    as the released code does, and serves for comparison.
+    In float32 the loop's matrix product raises, and its handler takes a constant alpha of 0.99: an average of the last
+    steps. In bfloat16 and float16 alpha is that of `cnext.ops.pema_released_`, in the parameters' own dtype, for
+    matrices; other tensors take the constant. That diverges, and serves for comparison.
 
-    Parameters: float32, bfloat16 or float16. Memory within a task: ``ema``; at a step, three copies of a matrix.
+    `update` is called after every micro-batch's backward pass, and for the last one of a step after the optimizer's,
+    with the gradients still there; the steps of `begin_task` are micro-batches. The first call only copies the
+    parameters.
+
+    Parameters: float32, bfloat16 or float16. Memory within a task: ``ema``, in the parameters' dtype; in 16 bits within
+    a call also the inverse of a matrix as wide as the widest parameter, in float32.
 
     Args:
         damping: lambda of Eq. 3, added to the matrix as released.
-        dtype: of ``ema``, see `PerStepAverage`.
 
     Example:
         >>> import torch
         >>> from cnext.averaging import PemaReleased
-        >>> bias, average = torch.nn.Parameter(torch.zeros(1)), PemaReleased()
-        >>> with average.task({"bias": bias}, steps=1):
-        ...     bias.grad = torch.ones(1)
-        ...     average.update()
-        ...     bias.data[:] = 1.0  # in place of an optimizer's step
-        >>> round(bias.item(), 4)
+        >>> weight, average = torch.nn.Parameter(torch.zeros(1, 1)), PemaReleased()
+        >>> with average.task({"weight": weight}, steps=2):
+        ...     for value in (0.0, 1.0):  # the second of two micro-batches takes the optimizer's step
+        ...         weight.grad = torch.ones(1, 1)
+        ...         weight.data[:] = value
+        ...         average.update()
+        >>> round(weight.item(), 4)
         0.01
 
     Reference: the code released with Continual-NExT, arXiv 2602.18055.
     """
 
     name = "pema-released"
+    place = "micro-batch"
 
-    def __init__(self, damping: float = 1e-5, dtype: torch.dtype = torch.float32) -> None:
-        super().__init__(dtype)
+    def __init__(self, damping: float = 1e-5) -> None:
+        super().__init__()
         self.damping = damping
 
-    def _fallback(self, names: list[str]) -> None:
-        ops.ema_step_(self.listed(self.parameters, names), self.listed(self.ema, names), beta=WITHOUT_GRADIENT)
+    def start(self) -> None:
+        super().start()
+        self.ema = {name: parameter.detach().clone() for name, parameter in self.parameters.items()}
+
+    def check_parameters(self) -> None:
+        MovingAverage.check_parameters(self)
 
     def read_gradients(self, losses: Tensor | None) -> None:
+        if self.step == 0:
+            self.begin_with_parameters()
+            return
         for group in self.groups:
-            names = [name for name in group if self.parameters[name].ndim == 2]
-            theta, ema = self.listed(self.parameters, names), self.listed(self.ema, names)
-            gradients = [match_strides(self.parameters[name].grad, self.parameters[name]) for name in names]
+            by_formula = [name for name in group if self._has_formula(name)]
+            theta, ema = self.listed(self.parameters, by_formula), self.listed(self.ema, by_formula)
+            gradients = [match_strides(self.parameters[name].grad, self.parameters[name]) for name in by_formula]
             ops.pema_released_(theta, gradients, ema, damping=self.damping, fallback=WITHOUT_GRADIENT)
-            self._fallback([name for name in group if self.parameters[name].ndim != 2])
+            others = [name for name in group if name not in by_formula]
+            ops.ema_step_(self.listed(self.parameters, others), self.listed(self.ema, others), beta=WITHOUT_GRADIENT)
+
+    def _has_formula(self, name: str) -> bool:
+        parameter = self.parameters[name]
+        return parameter.ndim == 2 and parameter.dtype != torch.float32 and parameter.grad is not None
 
     def finish(self) -> Statistics:
-        for names in self.groups:
-            self._fallback(names)
-        return super().finish()
+        """As released, a tensor whose average is not a number keeps what training left."""
+        with torch.no_grad():
+            for name, parameter in self.parameters.items():
+                if not self.ema[name].isnan().any():
+                    parameter.copy_(self.ema[name])
+        return {}
 
 
 class NoAverage(MovingAverage):

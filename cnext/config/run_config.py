@@ -42,6 +42,7 @@ ADDED = {
     "pull": 0.01,
     "independent": False,
     "init_std": 0.0,
+    "after_optimizer": False,
 }
 """Hyperparameters that earlier versions did not have, and the values that act as those did."""
 ADDED_RECIPE = {"loss_mean": "batch", "decay_frozen": False}

@@ -174,7 +174,8 @@ class AveragingCallback(TrainerCallback):
             # A task may be the first of a branch, in layers that earlier tasks have trained.
             own = {_layer(name) for name in parameters if name in branches}
             known = not own.isdisjoint(map(_layer, self.average.past()))
-            self.average.begin_task(parameters, state.max_steps, untrained=self.untrained or known)
+            updates = state.max_steps * self._updates(args)
+            self.average.begin_task(parameters, updates, untrained=self.untrained or known)
         self._model, self._running = weakref.ref(model), not self._done
         if self._done:
             self._ended |= _digests(parameters)
@@ -227,13 +228,14 @@ class AveragingCallback(TrainerCallback):
         average_file.forget(self.average)
         self._ended = {}
         if found.steps:
-            if (found.step, found.steps) != (state.global_step, state.max_steps):
+            each = self._updates(args)
+            if (found.step, found.steps) != (state.global_step * each, state.max_steps * each):
                 raise UserError(
                     f"{found.path} was saved after {found.step} of {found.steps} steps, and Trainer resumes after "
-                    f"{state.global_step} of {state.max_steps}; a task keeps its number of steps: resume it with the "
-                    "same max_steps or epochs, batch size, accumulation and data"
+                    f"{state.global_step * each} of {state.max_steps * each}; a task keeps its number of steps: resume "
+                    "it with the same max_steps or epochs, batch size, accumulation and data"
                 )
-            self.average.begin_task(parameters, state.max_steps, untrained=self.untrained)
+            self.average.begin_task(parameters, state.max_steps * each, untrained=self.untrained)
         elif state.global_step < state.max_steps:
             raise UserError(
                 f"{found.path}: the task ended after {state.global_step} steps, and its parameters are the average; "
@@ -302,10 +304,29 @@ class AveragingCallback(TrainerCallback):
                 "could be read; set max_grad_norm to 0"
             )
         scaler = getattr(optimizer, "scaler", None)
-        with self._observed.gradients(1.0 if scaler is None else scaler.get_scale()):
-            self.average.update(rate=self._rate(args, optimizer))
+        if self.average.place == "before optimizer":
+            with self._observed.gradients(1.0 if scaler is None else scaler.get_scale()):
+                self.average.update(rate=self._rate(args, optimizer))
         if limit is not None and limit > 0:
             nn.utils.clip_grad_norm_(model.parameters(), limit)
+
+    def on_substep_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **context: Any
+    ) -> None:
+        """Updates an average whose place is after every micro-batch."""
+        if self._running and self.average.place == "micro-batch":
+            self.average.update(rate=self._rate(args, context["optimizer"]))
+
+    def on_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **context: Any
+    ) -> None:
+        """Updates an average whose place is after the optimizer's step."""
+        if self._running and self.average.place != "before optimizer":
+            self.average.update(rate=self._rate(args, context["optimizer"]))
+
+    def _updates(self, args: TrainingArguments) -> int:
+        """Updates of the average in an optimizer step."""
+        return args.gradient_accumulation_steps if self.average.place == "micro-batch" else 1
 
     def _postponed(self) -> Clipping:
         assert self._clipping is not None, "a task was begun"
@@ -337,10 +358,11 @@ class AveragingCallback(TrainerCallback):
                 control.should_save = control.should_evaluate = False
             return
         average = self.average
-        if (average.step, average.steps) != (state.global_step, state.max_steps):
+        each = self._updates(args)
+        if (average.step, average.steps) != (state.global_step * each, state.max_steps * each):
             raise UserError(
-                f"the average has seen {average.step} of {average.steps} steps, and Trainer is at {state.global_step} "
-                f"of {state.max_steps}; the number of steps cannot change within a task"
+                f"the average has seen {average.step} of {average.steps} steps, and Trainer is at "
+                f"{state.global_step * each} of {state.max_steps * each}; their number cannot change within a task"
             )
         if state.global_step >= state.max_steps:
             self._close()

@@ -84,8 +84,10 @@ class Method(ABC):
                     method.before_step(batch)
                     backbone.loss(batch).total.backward()
                     penalty = method.extra_loss(batch)        # its gradient is kept apart until transform_gradients
+                    method.after_micro_batch(last=False)      # of all but the last
                 method.transform_gradients(parameters)
                 optimizer.step()                              # after adding the penalty's gradient, and clipping
+                method.after_micro_batch(last=True)
                 method.after_step()
             for phase in method.phases(): train(phase)
             method.after_task()
@@ -119,6 +121,9 @@ class Method(ABC):
 
     relative_rate: float = 1.0
     """Learning rate of the step to come, over the recipe's; the trainer sets it before `transform_gradients`."""
+
+    micro_batches: int = 1
+    """Micro-batches of an optimizer step; the trainer sets it before `before_task`."""
 
     modalities: tuple[str, ...] = adapters.MODALITIES
     """What the suite's tasks may read and write; set by `setup`."""
@@ -180,7 +185,8 @@ class Method(ABC):
         """
         if self.rule:
             # Tasks of a method may train branches that no earlier one trained.
-            self.rule.begin_task(parameters, steps, untrained=True)
+            updates = steps * self.micro_batches if self.rule.place == "micro-batch" else steps
+            self.rule.begin_task(parameters, updates, untrained=True)
 
     def before_step(self, batch: Sequence[Any]) -> None:
         """Called before each forward pass of training. batch: encoded samples, as ``backbone.output`` takes them."""
@@ -190,7 +196,16 @@ class Method(ABC):
 
         Called once per optimizer step, after gradients are summed over micro-batches and processes.
         """
-        if self.rule:
+        if self.rule and self.rule.place == "before optimizer":
+            self.rule.update(rate=self.relative_rate)
+
+    def after_micro_batch(self, last: bool) -> None:
+        """Called after each micro-batch's backward pass, with the gradients summed so far in ``.grad``.
+
+        last: whether it is the last of a step. It is then called after the optimizer's step, and the gradients are
+            those that the optimizer had.
+        """
+        if self.rule and (self.rule.place == "micro-batch" or (last and self.rule.place == "after optimizer")):
             self.rule.update(rate=self.relative_rate)
 
     def extra_loss(self, batch: Sequence[Any]) -> Tensor | None:

@@ -29,6 +29,8 @@ class Cia(LowRank):
     factor: Annotated[float, "Factor of alpha; a later variant by its authors uses 0.01."] = 2.0
     fallback: Annotated[float, "alpha where the formula is not in (0, 1); a later variant uses 0.001."] = 0.01
 
+    after_optimizer: Annotated[bool, "Update the average after the optimizer's step, as released, not before."] = False
+
     card = Card("arXiv 2410.10868", grid={"scale": (1.0, 3.0, 6.0), "factor": (0.01, 0.1, 0.5, 2.0)})
 
     def __post_init__(self) -> None:
@@ -37,4 +39,4 @@ class Cia(LowRank):
             raise UserError(
                 f"cia: expected a positive factor and fallback in [0, 1], got {self.factor} and {self.fallback}"
             )
-        self.rule = Dema(self.factor, self.fallback)
+        self.rule = Dema(self.factor, self.fallback, after_optimizer=self.after_optimizer)

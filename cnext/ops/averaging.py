@@ -299,8 +299,9 @@ def pema_released_(
     """A moving-average step by the matrix formula of the released loop, in place. It diverges; for comparison only.
 
     alpha = (G + 1) (D^T F + damping I)^-1,  D = theta - ema,  F = G o G;  ema <- alpha o ema + (1 - alpha) o theta.
-    For p < q the q x q inverse is never formed: alpha = ((G + 1) - (G + 1) D^T (damping I + F D^T)^-1 F) / damping.
-    A singular matrix takes ``fallback``. Plain torch only; allocates a few copies of each matrix.
+    The sum with damping I and its inverse are float32, everything else is rounded to the dtype of theta, as released:
+    in bfloat16 alpha is 99840 nearly everywhere. A singular matrix takes ``fallback``. Plain torch only; allocates two
+    q x q matrices.
 
     Args:
         theta, grad: float32, bfloat16 or float16, (p, q).
@@ -317,7 +318,7 @@ def pema_released_(
         >>> ema[0].item()  # alpha = 2 / (1 + 3)
         0.5
 
-    Reference: the code released with Continual-NExT, arXiv 2602.18055; Woodbury, 1950.
+    Reference: the code released with Continual-NExT, arXiv 2602.18055.
     """
     for i, tensor in enumerate(theta):
         if tensor.ndim != 2:

@@ -147,20 +147,12 @@ def adamw_pema_step_shared_(
 
 def pema_released_(theta: Tensors, grad: Tensors, ema: Tensors, *, damping: float, fallback: float) -> None:
     for now, g, average in zip(theta, grad, ema, strict=True):
-        state = torch.promote_types(average.dtype, torch.float32)
-        now_, gradient, average_ = now.to(state), g.to(state), average.to(state)
-        distance, fisher, numerator = now_ - average_, gradient.square(), gradient + 1
-        rows, columns = now.shape
-        identity = torch.eye(min(rows, columns), dtype=state, device=now.device)
-        small = fisher @ distance.T if rows < columns else distance.T @ fisher
-        inverse, failed = torch.linalg.inv_ex(small + damping * identity)
-        if rows < columns:
-            alpha = (numerator - (numerator @ distance.T) @ inverse @ fisher) / damping
-        else:
-            alpha = numerator @ inverse
-        alpha = torch.where(failed != 0, fallback, alpha)
-        mixed = average_ * alpha + now_ * (1 - alpha)
-        average.copy_(torch.where(mixed.isfinite(), mixed, average_))
+        old, gradient = average.to(now.dtype), g.to(now.dtype)
+        wide = torch.promote_types(now.dtype, torch.float32)
+        identity = torch.eye(now.shape[1], dtype=wide, device=now.device)
+        inverse, failed = torch.linalg.inv_ex((now - old).mT @ gradient.square() + damping * identity)
+        alpha = torch.where(failed != 0, fallback, (gradient + 1) @ inverse.to(now.dtype))
+        average.copy_(old * alpha + now * (1 - alpha))
 
 
 def _mix_(ema: Tensor, theta: Tensor, beta: Tensor | float, use: Tensor) -> None:

@@ -48,13 +48,13 @@ class Sequence:
         task = suites.load("next-tiny").task(name)
         return [question(sample) for sample in formats.read_samples(task, self.data, "test")[:count]]
 
-    def open(self, name: str) -> TaskTrainer | None:
+    def open(self, name: str, recipe: Recipe = RECIPE) -> TaskTrainer | None:
         """The trainer of a task before its first step; None where the method does not train it."""
         task = suites.load("next-tiny").task(name)
         self.parameters = self.method.trainable(task)
         if not self.parameters:
             return None
-        trainer = TaskTrainer(self.tiny, self.method, self.parameters, self.samples(name), RECIPE, STEPS, (0, name))
+        trainer = TaskTrainer(self.tiny, self.method, self.parameters, self.samples(name), recipe, STEPS, (0, name))
         self.seen = [*self.seen, name] if name not in self.seen else self.seen
         kept = self.method.card.rehearsal
         memory = {seen: self.samples(seen)[:kept] for seen in self.seen if kept}

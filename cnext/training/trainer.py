@@ -80,8 +80,12 @@ class TaskTrainer:
         self.recipe, self.steps, self.seed = recipe, steps, seed
         self.batches = Batches(backbone, samples, recipe.batch_size, seed, workers, encoded)
         self.step = 0
+        share = -(-recipe.batch_size // collectives.world_size())
+        method.micro_batches = -(-share // (recipe.micro_batch_size or share))
         own = set(parameters.values())
-        self.frozen = [p for p in method.adapter_parameters().values() if p not in own] if recipe.decay_frozen else []
+        self.frozen: list[Tensor] = (
+            [p for p in method.adapter_parameters().values() if p not in own] if recipe.decay_frozen else []
+        )
         """Parameters of the method that weight decay shrinks although the task does not train them."""
         self.optimizer = deepspeed.adamw(
             list(self.parameters.values()),
@@ -119,6 +123,7 @@ class TaskTrainer:
         if self.recipe.decay_frozen:
             self._decay_unused(rate)
         self.optimizer.step()
+        self.method.after_micro_batch(last=True)
         self.optimizer.zero_grad()
         self.method.after_step()
         self.step += 1
@@ -156,6 +161,10 @@ class TaskTrainer:
             losses = self._backward_task_loss(part, whole, 1.0 if whole else 1 / count)
             sums = sums + losses if len(sums) else losses
             self._add_penalty_gradients(penalties, part, len(parts))
+            if part is not parts[-1]:
+                self.method.after_micro_batch(last=False)
+        for _ in range(self.method.micro_batches - len(parts)):  # other processes have more
+            self.method.after_micro_batch(last=False)
         return sums, self._reduce(sums, penalties) if collectives.world_size() > 1 else penalties
 
     def _backward_task_loss(self, part: list[Any], whole: tuple[float, ...] | None, weight: float) -> Tensor:

@@ -287,9 +287,73 @@ def test_literal_rule_warns_where_its_guard_decides(guard):
     torch.testing.assert_close(weight.data, torch.full((100,), 1e-5 if guard == "fallback" else 0.0))
 
 
-def test_released_rule_diverges():
-    result, pairs, _ = run_rule(PemaReleased())
-    assert result.abs().max() > 1e3 * pairs[0][0].abs().max()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("micro_batches", [1, 2])
+def test_the_released_loop_has_two_paths(dtype, micro_batches):
+    """Vectors by the loop stated again: a copy at the first micro-batch, and then in float32 an exception, which mixes
+    0.99 of the average with the parameters, in bfloat16 the formula."""
+    torch.manual_seed(0)
+    weight = nn.Parameter((torch.randn(3, 5) * 0.1).to(dtype))
+    average, kept, steps = PemaReleased(), None, 4
+    average.begin_task({"w": weight}, steps * micro_batches)
+    for step in range(steps):
+        for micro_batch in range(micro_batches):
+            weight.grad = (torch.randn(3, 5) * 0.1).to(dtype)
+            if micro_batch == micro_batches - 1:
+                weight.data -= (0.02 * torch.randn(3, 5)).to(dtype)
+            average.update()
+            theta, gradient = weight.data, weight.grad
+            if kept is None:
+                kept = theta.clone()
+                continue
+            try:
+                if dtype == torch.float32:
+                    raise RuntimeError("expected m1 and m2 to have the same dtype")
+                matrix = (theta - kept).t() @ (gradient * gradient) + 1e-5 * torch.eye(5)
+                alpha = (gradient + 1) @ torch.linalg.inv(matrix).to(dtype)
+                kept = kept * alpha + theta * (1 - alpha)
+            except RuntimeError:
+                kept = 0.99 * kept + 0.01 * theta
+    trained = weight.detach().clone()
+    average.end_task()
+    torch.testing.assert_close(weight.data, kept, rtol=1e-6 if dtype == torch.float32 else 0, atol=0)
+    assert (weight.data.abs().max() > 100) == (dtype == torch.bfloat16)
+    assert not torch.equal(weight.data, trained)
+
+
+def test_a_released_average_that_is_not_a_number_is_not_used():
+    weight, average = nn.Parameter(torch.ones(2, 2, dtype=torch.bfloat16)), PemaReleased()
+    with average.task({"w": weight}, steps=3):
+        for factor in (1.0, 1e30, 1e30):
+            weight.grad = torch.full_like(weight, factor)
+            weight.data += 1
+            average.update()
+        assert average.ema["w"].isnan().any()
+    assert torch.equal(weight.data, torch.full_like(weight.data, 4.0))
+
+
+def test_dema_after_the_step_is_the_released_loop():
+    """theta* begins with the first step's result; the second step mixes 0.01, as there is no earlier gradient."""
+    torch.manual_seed(0)
+    weight, average = nn.Parameter(torch.randn(4, 3)), Dema(after_optimizer=True)
+    assert average.place == "after optimizer"
+    kept = previous = None
+    average.begin_task({"w": weight}, 5)
+    for _ in range(5):
+        weight.grad = torch.randn(4, 3)
+        weight.data -= 2 * torch.rand(4, 3) * weight.grad
+        average.update()
+        theta, gradient = weight.data.double(), weight.grad.double()
+        if kept is None:
+            kept = theta.clone()
+        else:
+            distance, change = (theta - kept).abs().sum(), (gradient - previous).abs().sum()
+            alpha = 2 * (1 + gradient.abs().sum()) / (distance * change)
+            alpha = alpha if 0 < alpha < 1 else 0.01
+            kept = (1 - alpha) * kept + alpha * theta
+        previous = gradient.clone()
+    average.end_task()
+    torch.testing.assert_close(weight.data.double(), kept, rtol=1e-5, atol=1e-6)
 
 
 @every_rule

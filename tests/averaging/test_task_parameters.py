@@ -20,7 +20,8 @@ from cnext.errors import UserError
 STEPS = 4
 READING = {name: rule for name, rule in RULES.items() if rule.reads_gradients}
 COMPUTING = {name: rule for name, rule in RULES.items() if name != "none"}
-READ_FINITE = {name: rule for name, rule in READING.items() if name != "pema-released"}
+WATCHING = {name: rule for name, rule in READING.items() if name != "pema-released"}
+"""Without the one that does not look at the gradients of float32 parameters."""
 WITH_PAST = {"pema": Pema, "pema-kron": PemaKron}
 pytestmark = pytest.mark.filterwarnings("ignore:pema-literal")
 
@@ -104,7 +105,7 @@ def test_a_later_step_without_any_gradient_is_told(rule: type[MovingAverage]) ->
     average.end_task()
 
 
-@every(READ_FINITE)
+@every(WATCHING)
 def test_gradients_that_are_all_zero_are_told_at_the_end(rule: type[MovingAverage]) -> None:
     """As after ``zero_grad(set_to_none=False)``."""
     weight, average = nn.Parameter(torch.ones(3, 2)), rule()
@@ -393,7 +394,7 @@ def test_what_is_no_number_of_steps_is_refused(steps: Any) -> None:
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-@every(READ_FINITE)
+@every(WATCHING)
 def test_gradients_that_are_never_finite_are_told_at_the_end(rule: type[MovingAverage], value: float) -> None:
     weight, average = nn.Parameter(torch.ones(3, 2)), rule()
     average.begin_task({"weight": weight}, 2)

@@ -111,21 +111,27 @@ def loop(
     ]
     optimizer = torch.optim.AdamW(groups, lr=args.learning_rate, fused=True)
     scheduler = get_scheduler(args.lr_scheduler_type, optimizer, args.warmup_steps, len(steps))
-    with average.task(parameters, steps=len(steps)):
+    by_batch = average.place == "micro-batch"
+    with average.task(parameters, steps=sum(map(len, steps)) if by_batch else len(steps)):
         frozen = getattr(average, "frozen", {})
         for batches in steps:
             for parameter in frozen.values():
                 parameter.requires_grad_(isinstance(average, PemaKron) and average.reads)
             _, items = trainer.get_batch_samples(iter(batches), len(batches), args.device)
-            for batch in batches:
+            for number, batch in enumerate(batches):
+                if by_batch and number:
+                    average.update()
                 model(**batch, num_items_in_batch=items).loss.backward()
-            average.update(rate=scheduler.get_last_lr()[0] / args.learning_rate)
+            if not by_batch:
+                average.update(rate=scheduler.get_last_lr()[0] / args.learning_rate)
             for parameter in frozen.values():
                 parameter.requires_grad_(False)
                 parameter.grad = None
             if args.max_grad_norm:
                 nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm)
             optimizer.step()
+            if by_batch:
+                average.update()
             scheduler.step()
             optimizer.zero_grad()
 

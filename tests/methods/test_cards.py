@@ -11,8 +11,10 @@ from dataclasses import fields
 from pathlib import Path
 
 import pytest
+import torch
 
-from cnext import RunConfig, methods, run
+from cnext import RunConfig, adapters, methods, run
+from cnext.backbones.tiny.model import TinyBackbone
 from cnext.cli import main, run_main
 from cnext.errors import UserError
 from cnext.methods.base import Card, Method
@@ -169,6 +171,7 @@ WRONG = [
     ("ewc", {"penalty": -1.0}, "penalty of at least 0"),
     ("ewc", {"penalty": float("inf")}, "penalty of at least 0"),
     ("lae", {"decay": -0.1}, "decay in [0, 1]"),
+    ("lora", {"init_std": -0.1}, "init_std must be at least 0 and finite, got -0.1"),
     ("lae", {"decay": float("nan")}, "decay in [0, 1]"),
     ("mage", {"average": "ema"}, "unknown averaging rule 'ema'; valid: pema, pema-kron, pema-step"),
     ("mage", {"c": 0.0}, "expected c > 0, got c=0.0"),
@@ -201,6 +204,24 @@ WRONG = [
 def test_an_impossible_value_is_refused(name: str, values: dict[str, object], message: str) -> None:
     with pytest.raises(UserError, match=re.escape(message)):
         methods.load(name)(**values)
+
+
+BRANCHED = [name for name in NAMES if {"independent", "init_std"} <= {f.name for f in fields(methods.declared(name))}]
+
+
+def test_every_method_with_branches_has_their_dropout_and_initial_values() -> None:
+    assert set(NAMES) - set(BRANCHED) == {"prompt-pool", "zero-shot"}
+
+
+@pytest.mark.parametrize("name", BRANCHED)
+def test_dropout_and_initial_values_reach_the_branches(name: str, tiny: TinyBackbone) -> None:
+    method = methods.load(name)(dropout=0.25, independent=True, init_std=0.5)
+    method.setup(tiny, TASKS, torch.Generator().manual_seed(0))
+    layers = adapters.layers(tiny.language_model).values()
+    assert {(layer.dropout, layer.independent) for layer in layers} == {(0.25, True)}
+    values = torch.cat([branch.A.detach().flatten() for layer in layers for branch in layer.branches.values()])
+    assert float(values.std()) == pytest.approx(0.5, rel=0.02)
+    assert float(values.abs().max()) > 1.5, "normal"
 
 
 @pytest.mark.parametrize("values", [{"average": "dema"}, {"average": "dema", "c": 5.0}, {"average": "none"}], ids=str)

@@ -227,23 +227,32 @@ def test_same_bits_over_runs_threads_and_instruction_sets(case, impl):
 
 
 @pytest.mark.parametrize("shape", [(8, 40), (40, 8), (6, 6), (1, 5), (5, 1)], ids=str)
-def test_released_rule_equals_the_dense_inverse_in_float64(shape):
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+def test_released_rule_is_the_released_formula(shape, dtype):
+    """As stated in the paper's code: M = D^T F + lambda I in float32, everything else in the parameters' dtype."""
     torch.manual_seed(0)
-    theta, ema, gradient = (torch.randn(shape, dtype=torch.float64) * 0.1 for _ in range(3))
-    distance, fisher = theta - ema, gradient.square()
-    dense = distance.T @ fisher + 0.3 * torch.eye(shape[1], dtype=torch.float64)
-    alpha = (gradient + 1) @ torch.linalg.inv(dense)
+    theta, ema, gradient = ((torch.randn(shape, dtype=torch.float64) * 0.1).to(dtype) for _ in range(3))
+    difference = theta - ema
+    matrix = torch.matmul(difference.t(), gradient * gradient)
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    inverse = torch.linalg.inv(matrix.to(wide) + 0.3 * torch.eye(shape[1], dtype=wide)).to(dtype)
+    alpha = torch.matmul(gradient + 1, inverse)
     expected = ema * alpha + theta * (1 - alpha)
 
-    OPS["pema_released_"].reference([theta], [gradient], [ema], damping=0.3)
-    torch.testing.assert_close(ema, expected, rtol=1e-9, atol=1e-11)
+    OPS["pema_released_"].reference([theta], [gradient], [ema], damping=0.3, fallback=0.99)
+    torch.testing.assert_close(ema, expected, rtol=0, atol=0)
+    assert (alpha > 1).any()
 
 
 def test_released_rule_diverges_and_has_a_fallback():
+    """Of equal values nothing is left in bfloat16, and a difference is multiplied by 99840."""
     torch.manual_seed(0)
-    theta, ema, gradient = ([torch.randn(8, 40, device=DEVICE) * 1e-3] for _ in range(3))
+    theta = [(torch.randn(8, 40, device=DEVICE) * 1e-3).bfloat16()]
+    ema, gradient = [theta[0].clone()], [torch.zeros_like(theta[0])]
+    ema[0][:, :20] += 0.01
     ops.pema_released_(theta, gradient, ema)
-    assert ema[0].abs().max() > 10
+    assert ema[0][:, :20].min() > 500
+    assert not ema[0][:, 20:].any()
     theta, gradient, ema = tensor(2.0), tensor(1.0), tensor(1.0)
     ops.pema_released_([theta[0][None]], [gradient[0][None]], [ema[0][None]], damping=-1.0)
     assert ema[0].item() == pytest.approx(0.99 * 1 + 0.01 * 2)

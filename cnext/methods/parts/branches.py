@@ -32,7 +32,7 @@ class RoleBranches(LowRank):
     rank: Annotated[int, "Rank of each branch."] = 8
     average: Annotated[
         str,
-        "Averaging rule: pema, pema-kron, pema-step, pema-literal, pema-released (diverges), dema, constant, none.",
+        "Averaging rule: pema, pema-kron, pema-step, pema-literal, pema-released, dema, constant, none.",
     ] = "pema"
     c: Annotated[
         float, "Plasticity of pema: weight of a new task's Fisher information against that of earlier tasks."

@@ -103,7 +103,7 @@ def test_three_tasks_are_those_of_the_released_loop(folder: Path, tasks: dict[st
     theirs, _ = trained(folder, tasks, False, "mage")
     for one, other in zip(ours, theirs, strict=True):
         for name, tensor in one.items():
-            torch.testing.assert_close(tensor, other[name], rtol=1e-5, atol=1e-7, msg=lambda text, n=name: f"{n}: {text}")
+            torch.testing.assert_close(tensor, other[name], rtol=1e-5, atol=1e-7, msg=name)
     layer = next(iter(adapters.layers(ready.method.model).values()))
     assert (layer.dropout, layer.independent) == (0.05, True)
     moved = {name for name, tensor in ours[0].items() if not torch.equal(tensor, ours[1][name])}
