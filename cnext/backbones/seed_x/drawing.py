@@ -26,6 +26,7 @@ from cnext.tensor_files import read_tensors
 
 SDXL = "stable-diffusion-xl-base-1.0"
 STAGES = ("first", "second")
+NOISES = ("cpu", "device")
 GUIDANCE, IMAGE_GUIDANCE = 7.5, 1.5
 SEED = 42
 IMAGES = 4
@@ -38,6 +39,7 @@ class Drawing:
 
     root: the released folder.  edit_stage: "first" or "second", the stage for images that have a source.
     resolution: side of an image in pixels; None: SDXL's own, 1024.  steps: of denoising.
+    noise: where it is drawn: "cpu", the same on every device, or "device", as in the authors' evaluation.
 
     Raises:
         UserError: an option out of range.
@@ -49,10 +51,13 @@ class Drawing:
     steps: int
     device: torch.device
     dtype: torch.dtype
+    noise: str = "cpu"
 
     def __post_init__(self) -> None:
         if self.edit_stage not in STAGES:
             raise unknown("edit_stage", self.edit_stage, STAGES)
+        if self.noise not in NOISES:
+            raise unknown("noise", self.noise, NOISES)
         if self.resolution is not None and (self.resolution < 8 or self.resolution % 8):
             raise UserError(f"resolution must be a multiple of 8, got {self.resolution}")
         if self.steps < 1:
@@ -200,10 +205,11 @@ class Drawing:
         if sources is not None:
             encoded = self._encode(sources, side)
             conditions = torch.cat([encoded, encoded, torch.zeros_like(encoded)]).to(self.dtype)
-        # The same noise for every image on every device: an image does not depend on the others of its batch.
-        generator = torch.Generator().manual_seed(SEED)
+        # The same noise for every image: an image does not depend on the others of its batch.
+        drawn_on = torch.device("cpu") if self.noise == "cpu" else self.device
+        generator = torch.Generator(drawn_on).manual_seed(SEED)
         shape = (self.vae.config.latent_channels, *[side // self.shrink] * 2)
-        latents = torch.randn(shape, generator=generator).to(self.device).repeat(count, 1, 1, 1)
+        latents = torch.randn(shape, generator=generator, device=drawn_on).to(self.device).repeat(count, 1, 1, 1)
         latents = latents * scheduler.init_noise_sigma
         for time in scheduler.timesteps:
             scaled = scheduler.scale_model_input(latents, time).to(self.dtype).repeat(len(given), 1, 1, 1)

@@ -97,6 +97,7 @@ class SeedX(Backbone):
         edit_stage: str = "first",
         resolution: int | None = None,
         steps: int = 50,
+        noise: str = "cpu",
     ) -> SeedX:
         """The released model, frozen, from the folder that `cnext.backbones.seed_x.folder` describes.
 
@@ -107,10 +108,11 @@ class SeedX(Backbone):
             end_every_turn, max_length: see the class.
             edit_stage: de-tokenizer for images with a source: "first", as in the paper's evaluation, or "second".
             resolution: side of images written, in pixels; None: 1024.  steps: of denoising.
+            noise: of denoising: drawn on the "cpu", the same everywhere, or on the "device", as by the authors.
         """
         parts, place = loading.read_parts(weights), torch.device(device)
         assert weights is not None, "read_parts refuses None"
-        drawing = Drawing(weights, edit_stage, resolution, steps, place, dtype)
+        drawing = Drawing(weights, edit_stage, resolution, steps, place, dtype, noise)
         if missing := drawing.missing():
             warnings.warn(missing, stacklevel=2)
         with torch.device("meta"):

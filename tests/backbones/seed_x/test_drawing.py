@@ -115,6 +115,23 @@ def test_an_image_does_not_depend_on_its_batch(folder: Path, source: Path) -> No
         assert numpy.abs(alone.astype(int) - together[number]).max() <= 1
 
 
+@pytest.mark.parametrize("noise", ["cpu", "device"])
+def test_where_the_noise_is_drawn(folder: Path, noise: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On another device than the CPU its generator is asked for, and none is made on the CPU."""
+    asked: list[torch.device] = []
+
+    class Recorded(torch.Generator):
+        def __new__(cls, *device: torch.device) -> torch.Generator:
+            asked.extend(device)
+            return super().__new__(cls, *device)
+
+    own = drawing(folder, resolution=8, steps=1, noise=noise)
+    object.__setattr__(own, "device", torch.device("cpu", 0))
+    monkeypatch.setattr(torch, "Generator", Recorded)
+    own.draw(*features(1), [None])
+    assert asked == [torch.device("cpu") if noise == "cpu" else torch.device("cpu", 0)]
+
+
 def test_stage_weights_replace_those_of_sdxl(folder: Path) -> None:
     own = drawing(folder)
     file = folder / "seed_detokenizer" / "second_stage" / "pytorch_model.bin"

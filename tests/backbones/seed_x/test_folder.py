@@ -211,10 +211,11 @@ def test_errors_name_what_does_not_fit(copy: Path, change: Callable[[Path], None
     ("options", "message"),
     [
         ({"edit_stage": "third"}, "valid: first, second"),
+        ({"noise": "gpu"}, "unknown noise 'gpu'; valid: cpu, device"),
         ({"resolution": 100}, "multiple of 8"),
         ({"steps": 0}, "steps"),
     ],
-    ids=["edit_stage", "resolution", "steps"],
+    ids=["edit_stage", "noise", "resolution", "steps"],
 )
 def test_options_out_of_range_are_refused(folder: Path, options: dict[str, object], message: str) -> None:
     with pytest.raises(UserError, match=message):
