@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
-import socket
-import subprocess
-import sys
 from importlib.util import find_spec
 from pathlib import Path
 
 import numpy
 import pytest
 import torch
+from distributed.launched import CHILD, finish, start
 from distributed.members import go
 from distributed.process_child import learnt
 from methods.sequence import VARIANTS
@@ -26,34 +23,8 @@ from cnext.cli import run_main
 from cnext.distributed import collectives
 from cnext.distributed.processes import process_group
 
-CHILD = Path(__file__).with_name("process_child.py")
 TIGHT, LOOSE = 0.02, {"pgp": 0.05}
 """Tolerance relative to a parameter's largest value. pgp depends on the padding of shorter batches."""
-
-
-def start(command: list[str], processes: int = 2, **environment: str) -> list[subprocess.Popen[str]]:
-    """The command in several processes with torchrun's environment."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(processes), "OMP_NUM_THREADS": "1"}
-    return [
-        subprocess.Popen(
-            [sys.executable, *command],
-            env=os.environ | shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)} | environment,
-            cwd=CHILD.parent,  # where no source tree of cnext comes before what is installed
-            text=True,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-        )
-        for rank in range(processes)
-    ]
-
-
-def finish(children: list[subprocess.Popen[str]]) -> list[str]:
-    texts = [out for out, _ in outputs(children)]
-    assert [child.returncode for child in children] == [0] * len(children), "\n".join(texts)
-    return texts
 
 
 FSDP = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}

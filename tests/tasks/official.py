@@ -29,16 +29,16 @@ def listing(path: Path, rows: list[Any]) -> None:
     path.write_text(json.dumps(rows))
 
 
-def write_continual_next(data: Path) -> Path:
-    """Six training rows in two files and three test rows of every task."""
+def write_continual_next(data: Path, train: int = 6, tests: int = 3) -> Path:
+    """Training rows in two files and test rows of every task, six and three by default."""
     vqa, imagenet, flickr, ocr, boxes, edit = (
         data / f"SEED-Data-{name}" for name in ("VQAv2", "ImageNet", "Flickr30k", "OCRVQA", "Grounding", "HQEdit")
     )
     rows: dict[Path, tuple[list[Any], list[Any]]] = {
         task: ([], []) for task in (vqa, imagenet, flickr, ocr, boxes, edit)
     }
-    for index in range(9):
-        test = index >= 6
+    for index in range(train + tests):
+        test = index >= train
         jpg = f"{index:012d}.jpg"
         coco = f"{'val' if test else 'train'}2014/{jpg}"
         picture(vqa / "COCO2014" / coco, index)
@@ -76,8 +76,8 @@ def write_continual_next(data: Path) -> Path:
         instruction = f"{'Please generate the image: ' if test else ''}Add a hat {index}."
         sides = {f"{side}{' ' if index % 2 else '_'}image": f"{side}_images/{jpg}" for side in ("source", "target")}
         rows[edit][test].append({**sides, "instruction": instruction})
-    for task, (train, tested) in rows.items():
-        lines(task / "annotations/output_001.jsonl", train[:4])
-        lines(task / "annotations/output_002.jsonl", train[4:])
+    for task, (trained, tested) in rows.items():
+        lines(task / "annotations/output_001.jsonl", trained[: 2 * train // 3])
+        lines(task / "annotations/output_002.jsonl", trained[2 * train // 3 :])
         listing(task / "questions/test.json", tested)
     return data
