@@ -14,7 +14,18 @@ from cnext import records
 from cnext.errors import UserError
 from cnext.records import Record
 from cnext.runs import schemas
-from cnext.runs.schemas import Answer, Config, Cost, Environment, JudgeTable, Matrix, Results, Row, TrainStep
+from cnext.runs.schemas import (
+    Answer,
+    Config,
+    Cost,
+    Environment,
+    JudgeTable,
+    LeftOutRows,
+    Matrix,
+    Results,
+    Row,
+    TrainStep,
+)
 from cnext.scoring.matrix import ScoreMatrix
 
 NOTHING = "\N{EN DASH}"
@@ -46,6 +57,8 @@ class Run:
     environment: dict[str, Any] = field(default_factory=dict)
     options: dict[str, Any] = field(default_factory=dict)
     """config.json, environment.json and options.json with all of their keys; {} where a file is missing."""
+    left_out: dict[str, dict[str, dict[str, LeftOutRows]]] = field(default_factory=dict)
+    """Rows of the data that are left out, by task, split and reason."""
 
     @classmethod
     def read(cls, path: Path) -> Run:
@@ -59,7 +72,9 @@ class Run:
         counted = {name: value for name, value in asdict(results.cost).items() if value not in (None, [])}
         files = {path / "config.json": Config, path / "environment.json": Environment, path / "options.json": Record}
         others = [schemas.read_object(file, kind) if file.is_file() else {} for file, kind in files.items()]
-        return cls(path, results, replace(measured, **counted), *others)
+        file = path / "left_out.json"
+        left_out = schemas.read(file, dict[str, dict[str, dict[str, LeftOutRows]]]) if file.is_file() else {}
+        return cls(path, results, replace(measured, **counted), *others, left_out)
 
     @property
     def tasks(self) -> list[str]:

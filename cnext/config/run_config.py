@@ -18,6 +18,7 @@ from cnext.scoring.base import find_scorer, make_scorers
 from cnext.tasks import suites
 from cnext.tasks.base import Recipe, Suite, Task
 from cnext.tasks.formats import READERS
+from cnext.tasks.left_out import ON_BAD_ROW
 from cnext.tasks.tables import save_datasets
 
 SPLITS = ("test", "validation")
@@ -65,6 +66,8 @@ class Options:
     """Output folder; a run is written to `<out>/<method>/<order>/seed-<seed>`."""
     data: Path | None = None
     """Folder with the suite's files. None: a synthetic suite is generated into the cache."""
+    on_bad_row: Literal["refuse", "skip"] = "refuse"
+    """Rows that cannot be used: refuse to start and name them, or leave them out, count and report them."""
     device: str = "auto"
     """"auto", "cpu", "cuda" or "cuda:N"."""
     threads: int = 1
@@ -194,6 +197,8 @@ class Plan:
         tasks = [self.suite.task(name) for name in self.order]
         if code := _code(tasks) | _option_files(config.backbone, values["backbone_options"]):
             values["code"] = code
+        if config.on_bad_row != Options.on_bad_row:
+            values["on_bad_row"] = config.on_bad_row
         if self.suite.modalities != Suite.modalities:
             values["modalities"] = list(self.suite.modalities)
         # With the types of a JSON file, which this is compared with.
@@ -269,6 +274,8 @@ def _check_options(config: RunConfig, suite: Suite) -> None:
         raise unknown("preset", config.preset, list(suite.budgets))
     if config.split not in SPLITS:
         raise unknown("split", config.split, SPLITS)
+    if config.on_bad_row not in ON_BAD_ROW:
+        raise unknown("on_bad_row", config.on_bad_row, ON_BAD_ROW)
     if config.log not in LOGS:
         raise unknown("log", config.log, LOGS)
     if config.log == "tensorboard" and importlib.util.find_spec("tensorboard") is None:

@@ -17,7 +17,7 @@ from cnext.analysis.run import Run
 from cnext.errors import UserError
 from cnext.report import page
 from cnext.report.analyses import breaks, drift, transfer
-from cnext.report.record import costs, metrics, reproduction, training
+from cnext.report.record import costs, data, metrics, reproduction, training
 from cnext.report.samples import answers, images
 from cnext.report.scores import error_types, headline, matrix, stages
 from cnext.report.study_page import sections
@@ -37,6 +37,7 @@ SECTIONS = (
     training,
     metrics,
     costs,
+    data,
     reproduction,
 )
 

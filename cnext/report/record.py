@@ -127,6 +127,19 @@ def costs(run: Run) -> Section:
     return Section("Cost", blocks)
 
 
+def data(run: Run) -> Section:
+    """The rows of the data that the run left out, and why."""
+    rows = [
+        [task, split, reason, _count(found.count), found.rows[0] if found.rows else NOTHING]
+        for task, splits in run.left_out.items()
+        for split, reasons in splits.items()
+        for reason, found in reasons.items()
+    ]
+    note = "Rows of the data that were neither trained on nor scored. left_out.json names them."
+    table = Table(["task", "split", "reason", "rows", "the first"], rows, words=(1, 2, 4))
+    return Section("Rows left out", [Text(note), table] if rows else [])
+
+
 def reproduction(run: Run) -> Section:
     """The command that runs it again, the configuration, the versions and the machine."""
     blocks: list[Block] = []

@@ -37,7 +37,7 @@ def read(path: str | Path) -> RunConfig:
     values = current_names(json.loads(Path(path).read_text(encoding="utf-8")))
     values = {older.get(name, name): value for name, value in values.items()}
     for field in dataclasses.fields(RunConfig):
-        value, kind = values[field.name], str(field.type)
+        value, kind = values.get(field.name), str(field.type)
         if value is not None and kind.startswith(("Path", "tuple")):
             values[field.name] = Path(value) if kind.startswith("Path") else tuple(value)
     return RunConfig(**values)

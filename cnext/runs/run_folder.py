@@ -23,6 +23,7 @@ from cnext.runs.schemas import StageScore, TrainStep
 from cnext.runs.tensorboard import EventLog
 
 STEPS, SCORES = "train.jsonl", "scores.jsonl"
+LEFT_OUT = "left_out.json"
 LOGS = (STEPS, SCORES)
 """The append-only logs. A checkpoint has the length and the checksum that they had before it."""
 
@@ -116,6 +117,23 @@ class RunFolder:
         if self.events is not None:
             self.events.close()
         self._lock.close()
+
+    def note_left_out(self, rows: dict[str, Any]) -> None:
+        """Writes left_out.json, see `LeftOut.as_dict`; no file where nothing is left out.
+
+        Raises: UserError where the run has results with other rows left out, so that its samples were others.
+        """
+        file = self.path / LEFT_OUT
+        old = schemas.read(file, dict[str, Any]) if file.is_file() else {}
+        if old != rows and _content(self.path / SCORES):
+            raise UserError(
+                f"{self.path} holds a run that left out other rows of the data, see {LEFT_OUT} there: its files or "
+                "images have changed since; restore them, give another --out or delete the folder"
+            )
+        if rows:
+            checkpoint.write_json(file, rows)
+        else:
+            file.unlink(missing_ok=True)
 
     def furthest(self, say: Callable[[str], None]) -> tuple[Path, dict[str, dict[str, Tensor]], dict[str, Any]] | None:
         """(path, tensors, values) of the latest intact checkpoint, to resume from; None if there is none.

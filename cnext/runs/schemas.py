@@ -193,6 +193,13 @@ class Config(Record):
     recipe: ResolvedRecipe = field(default_factory=ResolvedRecipe)
 
 
+class LeftOutRows(Record):
+    """Rows of the data that a run left out for one reason, in left_out.json. rows: the first of them."""
+
+    count: int
+    rows: list[str]
+
+
 class Environment(Record):
     """environment.json: the machine and the versions of libraries, None where one is not installed."""
 

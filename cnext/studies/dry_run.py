@@ -67,7 +67,7 @@ def estimate(planned: Plan) -> Estimate:
             lines.append(f"{name:<12} {reads:<12} {writes:<8} {steps:>6} {trained:>10,}   {times}")
         state = [*ready.saved_parameters().values(), *method.state_dict().values()]
         size = sum(tensor.numel() * tensor.element_size() for tensor in state) * len(planned.order)
-    lines += reference_warnings(planned, ready.samples)
+    lines += [*ready.left_out.lines(), *reference_warnings(planned, ready.samples)]
     lines.append(f"estimated time: {duration(total)}, plus loading of data, model and libraries")
     lines.append(f"estimated disk: {size / 1e6:.1f} MB of checkpoints, plus the answers")
     lines.append(f"run folder: {config.folder}")

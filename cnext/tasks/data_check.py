@@ -20,7 +20,7 @@ from cnext.image_files import Inspection, inspect
 from cnext.scoring.base import TRIED, reference_check, try_scorer
 from cnext.tasks import tables
 from cnext.tasks.base import DataError, ImageNeed, Sample, Suite, Task, any_size, caption_of
-from cnext.tasks.formats import left_out, missing_media, no_image, scan
+from cnext.tasks.formats import left_out, missing_media, no_image, row_problem, scan
 from cnext.tasks.rows import files
 
 LOOKS = ("none", "verify", "decode")
@@ -61,6 +61,8 @@ class SplitReport:
     broken_images: list[str] = field(default_factory=list)
     repeated: list[str] = field(default_factory=list)
     left_out: list[str] = field(default_factory=list)
+    unusable: dict[str, int] = field(default_factory=dict)
+    """Number of rows that ``--on-bad-row skip`` leaves out, by reason."""
     converted: dict[str, list[str]] = field(default_factory=dict)
     """Images that are not shown as they are stored, by what is done to them; known where every pixel is decoded."""
 
@@ -142,9 +144,9 @@ def check(suite: Suite, data: Path, progress: Progress, look: str = "decode", ne
                 progress.begin(f"{task.name} {split} images", len(seen[split].images))
                 _look(seen[split].images, looked, look == "decode", progress)
                 _report_images(found.splits[split], seen[split], looked, need)
-                found.splits[split].left_out = _left_out(task, data, split, looked)
             else:
                 looked |= dict.fromkeys(seen[split].images, Inspection())
+            _report_left_out(found.splits[split], task, data, split, looked, need, sizes=look != "none")
         for one, other in combinations(task.splits, 2):
             found.shared_items += _shared(seen[one].questions, seen[other].questions)
             found.shared_images += _shared(seen[one].images, seen[other].images)
@@ -250,14 +252,27 @@ def _report_images(report: SplitReport, seen: _Seen, looked: dict[str, Inspectio
             report.converted.setdefault(conversion, []).append(f"{image}, {named}")
 
 
-def _left_out(task: Task, data: Path, split: str, looked: dict[str, Inspection]) -> list[str]:
-    """The training rows that the task's image filter leaves out, among those with readable images."""
-    if task.image_filter == "none" or split != "train" or not any(data.glob(task.train)):
-        return []
-    samples = (line.sample for line in scan(task, data, split) if line.sample)
-    missing = Inspection("missing")
-    readable = (s for s in samples if not any(looked.get(str(path), missing).fault for path in s.images))
-    return [f"{sample.origin}: {why}" for sample in readable if (why := left_out(sample, task, split))]
+def _report_left_out(
+    report: SplitReport,
+    task: Task,
+    data: Path,
+    split: str,
+    looked: dict[str, Inspection],
+    need: ImageNeed,
+    sizes: bool,
+) -> None:
+    """Adds the rows that a run leaves out: by the task's image filter, and where unusable rows are to be skipped.
+
+    sizes: whether those of images were looked at.
+    """
+    if not report.rows or (task.image_filter == "none" and not report.problems):
+        return
+    check = None if split == "train" else reference_check(task)
+    for line in scan(task, data, split):
+        if problem := row_problem(line, looked, need, check):
+            report.unusable[problem.reason] = report.unusable.get(problem.reason, 0) + 1
+        elif sizes and line.sample and (why := left_out(line.sample, task, split)):
+            report.left_out.append(f"{line.origin}: {why}")
 
 
 def _images_in(folders: Iterable[Path]) -> Iterator[str]:

@@ -10,6 +10,7 @@ from cnext.errors import UserError
 from cnext.tasks import suites
 from cnext.tasks.base import ImageNeed, any_size
 from cnext.tasks.data_check import UNREFERENCED_LISTED, Report, check
+from cnext.tasks.left_out import summary
 
 SHOWN, CONVERTED_SHOWN = 10, 2
 """Most lines shown per kind of problem, and per conversion of images; the JSON file has all."""
@@ -87,6 +88,8 @@ def text(report: Report) -> str:
                 details += _listed(title, converted, CONVERTED_SHOWN)
             title = "rows left out of training by their images' sizes, as released (not counted as a problem)"
             details += _listed(f"{name} {label}: {title}", split.left_out)
+            if unusable := summary(split.unusable):
+                details.append(f"{name} {label}: with --on-bad-row skip, of {split.rows:,} rows {unusable}")
             details += _listed(f"{name} {label}: repeated rows (not counted as a problem)", split.repeated)
         details += _listed(f"{name}: the same question about the same image in two splits", task.shared_items)
         details += _listed(f"{name}: the same image in two splits (not counted as a problem)", task.shared_images)

@@ -10,10 +10,21 @@ from typing import NamedTuple
 
 from cnext.errors import listed, parse_json
 from cnext.image_files import Inspection, inspect
-from cnext.scoring.base import TRIED, reference_check, try_scorer
+from cnext.scoring.base import TRIED, Flaw, reference_check, try_scorer
 from cnext.tasks.base import DataError, ImageNeed, Sample, Suite, Task, any_size, caption_of
 from cnext.tasks.images import unfit
 from cnext.tasks.kept_images import ImageBytes
+from cnext.tasks.left_out import (
+    BROKEN,
+    MALFORMED,
+    MISSING,
+    MISSING_FILE,
+    REFERENCE,
+    RELEASED_SIZE,
+    UNFIT,
+    LeftOut,
+    Problem,
+)
 from cnext.tasks.readers import READERS
 from cnext.tasks.rows import Row, answers, files, inside, rows, text
 
@@ -159,15 +170,30 @@ def left_out(sample: Sample, task: Task, split: str) -> str:
     return ", ".join(f"{image} is {size}" for image in sample.images if (size := unfit(image)))
 
 
-def _image_problem(sample: Sample, looked: dict[Path, Inspection], need: ImageNeed) -> str:
-    """What is wrong with a sample's images, or "". looked: what is known of images so far, which is added to."""
-    for image in sample.images:
-        found = looked.get(image) or looked.setdefault(image, inspect(image, decode=False))
+def row_problem(
+    line: Line, looked: dict[str, Inspection], need: ImageNeed, check: Callable[[Sample], Flaw | None] | None
+) -> Problem | None:
+    """What keeps a row from being used, or None.
+
+    Args:
+        looked: what is known of images so far, by path, which is added to.
+        need: of the backbone that will read the images.
+        check: of references, None in training.
+    """
+    if line.sample is None:
+        return Problem(MALFORMED, line.problem)
+    for image in line.sample.images:
+        found = looked.get(str(image)) or looked.setdefault(str(image), inspect(image, decode=False))
         if found.fault:
-            return f"names an image that is {found.fault}: {image}"
-        if image == sample.image and (why := need(found.size)):
-            return f"names an image that cannot be read: {image}, {found.size[0]} x {found.size[1]} pixels, {why}"
-    return ""
+            reason = MISSING if found.fault == "missing" else BROKEN
+            return Problem(reason, f"names an image that is {found.fault}: {image}")
+        if image == line.sample.image and (why := need(found.size)):
+            size = f"{found.size[0]} x {found.size[1]} pixels"
+            return Problem(UNFIT, f"names an image that cannot be read: {image}, {size}, {why}")
+    if missing := missing_media(line.sample):
+        return Problem(MISSING_FILE, missing)
+    flaw = check(line.sample) if check else None
+    return Problem(REFERENCE, flaw.text) if flaw and not flaw.usable else None
 
 
 def missing_media(sample: Sample) -> str:
@@ -176,7 +202,15 @@ def missing_media(sample: Sample) -> str:
     return next((line for line, path in zip(missing, sample.media.values(), strict=True) if not path.is_file()), "")
 
 
-def read_samples(task: Task, data: Path, split: str, limit: int = 0, need: ImageNeed = any_size) -> list[Sample]:
+def read_samples(
+    task: Task,
+    data: Path,
+    split: str,
+    limit: int = 0,
+    need: ImageNeed = any_size,
+    skip: bool = False,
+    left: LeftOut | None = None,
+) -> list[Sample]:
     """Reads a task's samples of one split, without those that its image filter leaves out.
 
     Args:
@@ -184,6 +218,8 @@ def read_samples(task: Task, data: Path, split: str, limit: int = 0, need: Image
         split: "train", "test" or "validation".
         limit: most samples; 0: all.
         need: of the backbone that will read the images.
+        skip: whether rows that cannot be used are left out, and not refused.
+        left: gets the rows that are left out.
 
     Raises:
         DataError: naming every line of all files that is malformed, names an image or another file that is missing,
@@ -193,31 +229,41 @@ def read_samples(task: Task, data: Path, split: str, limit: int = 0, need: Image
     """
     samples: list[Sample] = []
     problems: list[str] = []
-    looked: dict[Path, Inspection] = {}
+    looked: dict[str, Inspection] = {}
+    left = LeftOut() if left is None else left
     check = None if split == "train" else reference_check(task)
     for line in scan(task, data, split):
         if limit and len(samples) >= limit:
             break
-        problem = line.problem
-        if line.sample is not None:
-            flaw = check(line.sample) if check else None
-            unusable = flaw.text if flaw and not flaw.usable else ""
-            problem = _image_problem(line.sample, looked, need) or missing_media(line.sample) or unusable
-        if problem or line.sample is None:
-            problems.append(f"{line.origin}: {problem}")
-        elif not left_out(line.sample, task, split):
+        problem = row_problem(line, looked, need, check)
+        if problem and skip:
+            left.add(task.name, split, problem.reason, f"{line.origin}: {problem.text}")
+        elif problem or line.sample is None:
+            problems.append(f"{line.origin}: {problem.text if problem else line.problem}")
+        elif why := left_out(line.sample, task, split):
+            left.add(task.name, split, RELEASED_SIZE, f"{line.origin}: {why}")
+        else:
             samples.append(line.sample)
     if problems:
         raise DataError("\n".join([f"task {task.name}: {len(problems)} unusable rows", *problems]))
-    place = data / getattr(task, split)
     if not samples:
-        why = " that its image filter leaves in" if task.image_filter != "none" and split == "train" else ""
-        raise DataError(f"task {task.name}: no {split} samples in {place}{why}")
+        raise nothing_left(task, split, data / getattr(task, split), left)
     if "image" in task.reads and not any(sample.image for sample in samples):
         raise DataError(no_image(task, data, split, len(samples)))
     if split != "train":
         try_scorer(task, samples[:TRIED])
     return samples
+
+
+def nothing_left(task: Task, split: str, place: Path, left: LeftOut) -> DataError:
+    """The error for a split without samples: how many rows are left out and why, and the first row of each reason."""
+    found = f"task {task.name}: no {split} samples in {place}"
+    reasons = left.rows.get(task.name, {}).get(split, {})
+    return DataError(
+        "\n".join(
+            [f"{found}; {left.summary(task.name, split)}" if reasons else found, *(r[0] for r in reasons.values())]
+        )
+    )
 
 
 def no_image(task: Task, data: Path, split: str, count: int) -> str:

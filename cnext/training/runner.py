@@ -42,8 +42,8 @@ def run(config: RunConfig, progress: Progress | None = None) -> dict[str, Any]:
     """Runs a configuration, or resumes it from its last checkpoint. A finished run is not run again.
 
     The run folder, ``config.folder``, gets config.json, options.json, results.json, cost.json, environment.json,
-    scores.jsonl, train.jsonl, predictions/, checkpoints/ and report.html. A launcher's environment (torchrun,
-    ``accelerate launch``) makes it one run in several processes.
+    left_out.json (where rows of the data are left out), scores.jsonl, train.jsonl, predictions/, checkpoints/ and
+    report.html. A launcher's environment (torchrun, ``accelerate launch``) makes it one run in several processes.
 
     Args:
         config: what to run.
@@ -138,6 +138,10 @@ class Runner:
     def load(self) -> None:
         """Reads the data and loads backbone, method and scorers."""
         self.ready = prepare(self.plan)
+        if self.folder is not None:
+            self.folder.note_left_out(self.ready.left_out.as_dict())
+        for line in self.ready.left_out.lines():
+            self.progress.say(line)
         for line in reference_warnings(self.plan, self.ready.samples):
             self.progress.say(line)
         self.backbone, self.method = self.ready.backbone, self.ready.method

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from cnext.scoring.clip import load_clip
 from cnext.tasks import formats, synthetic
 from cnext.tasks.base import DataError, Sample
 from cnext.tasks.kept_images import cache
+from cnext.tasks.left_out import TOO_LONG, LeftOut
 from cnext.training.batches import stable_seed
 from cnext.training.evaluation import question
 from cnext.training.precision import DTYPES, in_float32
@@ -32,6 +33,7 @@ class Prepared:
         extras: as `trained_beside` returns them.
         encoded: training samples as `Batches` encodes them, by the task's name, for the runs of one process to share.
             None: they are not kept.
+        left_out: rows of the data that are not among the samples.
     """
 
     samples: dict[str, dict[str, list[Sample]]]
@@ -39,6 +41,7 @@ class Prepared:
     method: Method
     extras: dict[str, nn.Parameter]
     encoded: dict[str, list[Any]] | None = None
+    left_out: LeftOut = field(default_factory=LeftOut)
 
     def saved_parameters(self) -> dict[str, nn.Parameter]:
         """All parameters that a checkpoint stores, by name: the method's and the extras."""
@@ -53,14 +56,17 @@ def prepare(planned: Plan, generated: Path | None = None) -> Prepared:
     # Missing files and packages are reported before anything large is read or downloaded.
     check_model(planned)
     check_clip(planned, planned.device)
-    samples = read_suite(planned, data_folder(planned, generated))
+    left, skip = LeftOut(), planned.config.on_bad_row == "skip"
+    data = data_folder(planned, generated)
+    samples = read_suite(planned, data, left)
     backbone = load_backbone(planned)
-    check_lengths(backbone, samples)
+    samples = check_lengths(backbone, samples, skip, left)
+    refuse_empty(planned, data, samples, left)
     method = methods.load(planned.config.method)(**planned.hyperparameters)
     generator = torch.Generator().manual_seed(stable_seed(planned.config.seed, "adapters"))
     tasks = [planned.suite.task(name) for name in planned.order]
     method.setup(backbone, tasks, generator, planned.suite.modalities)
-    return Prepared(samples, backbone, method, trained_beside(backbone, planned.recipe.trainable))
+    return Prepared(samples, backbone, method, trained_beside(backbone, planned.recipe.trainable), left_out=left)
 
 
 def check_model(planned: Plan) -> None:
@@ -81,20 +87,23 @@ def data_folder(planned: Plan, generated: Path | None = None) -> Path:
     )
 
 
-def read_suite(planned: Plan, data: Path) -> dict[str, dict[str, list[Sample]]]:
+def read_suite(planned: Plan, data: Path, left: LeftOut | None = None) -> dict[str, dict[str, list[Sample]]]:
     """The samples of a run: split ("train" and the one evaluated) to task name to samples.
 
+    left: gets the rows that are left out.
+
     Raises:
-        DataError: lists every unusable row of every file.
+        DataError: lists every unusable row of every file, or says why nothing is left of one.
     """
     limits = {"train": planned.recipe.train_samples, planned.config.split: planned.recipe.test_samples}
     samples: dict[str, dict[str, list[Sample]]] = {split: {} for split in limits}
     need = backbones.unmet_need(planned.config.backbone, weights=planned.config.weights)
-    problems = []
+    problems, skip = [], planned.config.on_bad_row == "skip"
     for name in planned.order:
         for split, limit in limits.items():
             try:
-                samples[split][name] = formats.read_samples(planned.suite.task(name), data, split, limit, need)
+                task = planned.suite.task(name)
+                samples[split][name] = formats.read_samples(task, data, split, limit, need, skip, left)
             except DataError as error:
                 problems.append(str(error))
     if problems:
@@ -109,19 +118,47 @@ def reference_warnings(planned: Plan, samples: dict[str, dict[str, list[Sample]]
     return [line for line in lines if line]
 
 
-def check_lengths(backbone: Backbone, samples: dict[str, dict[str, list[Sample]]]) -> None:
-    """Asks the backbone about every sample of a run. Raises DataError that names all that it cannot read."""
-    problems = []
+def check_lengths(
+    backbone: Backbone,
+    samples: dict[str, dict[str, list[Sample]]],
+    skip: bool = False,
+    left: LeftOut | None = None,
+) -> dict[str, dict[str, list[Sample]]]:
+    """Asks the backbone about every sample of a run, and returns those that it can read.
+
+    Args:
+        skip: whether the others are left out, and not refused.
+        left: gets the samples that are left out.
+
+    Raises:
+        DataError: names all that the backbone cannot read.
+    """
+    problems, left = [], LeftOut() if left is None else left
+    kept: dict[str, dict[str, list[Sample]]] = {
+        split: {name: [] for name in by_task} for split, by_task in samples.items()
+    }
     for split, by_task in samples.items():
-        for sample in (one for listed in by_task.values() for one in listed):
+        for name, sample in ((name, one) for name, listed in by_task.items() for one in listed):
             try:
                 backbone.check_length(
                     sample if split == "train" else replace(question(sample), id=sample.id, origin=sample.origin)
                 )
             except UserError as error:
                 problems.append(str(error))
-    if problems:
+                left.add(name, split, TOO_LONG, str(error))
+            else:
+                kept[split][name].append(sample)
+    if problems and not skip:
         raise DataError("\n".join([f"{len(problems)} samples cannot be used", *problems]))
+    return kept
+
+
+def refuse_empty(planned: Plan, data: Path, samples: dict[str, dict[str, list[Sample]]], left: LeftOut) -> None:
+    """Raises DataError where a task has no samples left."""
+    for split, by_task in samples.items():
+        for name in (name for name, listed in by_task.items() if not listed):
+            task = planned.suite.task(name)
+            raise formats.nothing_left(task, split, data / getattr(task, split), left)
 
 
 def load_backbone(planned: Plan) -> Backbone:

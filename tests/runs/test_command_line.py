@@ -53,6 +53,7 @@ GIVEN: dict[str, list[str]] = {
     "split": ["--split", "validation"],
     "out": ["--out", "an other/folder"],
     "data": ["--data", "it's/here"],
+    "on_bad_row": ["--on-bad-row", "skip"],
     "device": ["--device", "cpu"],
     "threads": ["--threads", "2"],
     "checkpoint_interval": ["--checkpoint-interval", "7"],
