@@ -74,7 +74,7 @@ class Run:
         others = [schemas.read_object(file, kind) if file.is_file() else {} for file, kind in files.items()]
         file = path / "left_out.json"
         left_out = schemas.read(file, dict[str, dict[str, dict[str, LeftOutRows]]]) if file.is_file() else {}
-        return cls(path, results, replace(measured, **counted), *others, left_out)
+        return cls(path, results, replace(measured, **counted), *others, left_out=left_out)
 
     @property
     def tasks(self) -> list[str]:

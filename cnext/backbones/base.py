@@ -221,6 +221,13 @@ class Backbone(ABC, nn.Module):
             UserError: as `prepare`, for a sample that is too long.
         """
 
+    def length(self, sample: Sample) -> int | None:
+        """Tokens of a training sample, answers included, counted as by the paper's code, for `Task.length_filter`.
+
+        Decodes no image. None: this backbone counts otherwise, so that the filter does not apply.
+        """
+        return None
+
     def connections(self) -> dict[str, nn.Parameter]:
         """Parameters of `connection_names`, by name: trained if a recipe's ``trainable`` says so."""
         return {

@@ -56,6 +56,8 @@ class Sample:
     category: the row's "answer_type", the kind of question; "" if it has none.
     media: paths of what is read in modalities other than text and image, by modality.
     asks_image: whether an image is to be written that is not known, as in a question to answer.
+    draw: what a phrase that announces an image in training is drawn by: "" for the id, None where none is, as the first
+        turn's answer is the phrase even if it is empty.
     """
 
     id: str
@@ -71,6 +73,7 @@ class Sample:
     category: str = ""
     media: Mapping[str, Path] = field(default_factory=dict, hash=False)
     asks_image: bool = False
+    draw: str | None = ""
 
     @property
     def draws(self) -> bool:
@@ -104,8 +107,10 @@ class Task:
         its id. Always "first" in tests.
     prompts: of tasks that write images. "released" keeps the files' wording, which differs between training and test;
         "consistent" begins all instructions alike and ignores test_prefix.
-    image_filter: "none", or "released" to leave out training samples by their images' sizes, as the paper's code does
-        for editing, see ``cnext.tasks.images.unfit``.
+    image_filter: "none", or "released" to leave out training samples by the size of the image that is read, as the
+        paper's code does for editing, see ``cnext.tasks.images.unfit``.
+    length_filter: training samples of so many tokens or more are left out, as by the paper's code, where the backbone
+        counts as that does (seed-x); 0: none.
     test_prefix: what the released evaluation prepends to the instruction of a test item.
     train_count, test_count: published numbers of rows, 0 if unknown.  source: where the images come from.
     folder: of the suite, with the modules that format and scorer name; no field of a manifest.
@@ -127,6 +132,7 @@ class Task:
     image_position: str = "first"
     prompts: str = "released"
     image_filter: str = "none"
+    length_filter: Count = 0
     test_prefix: str = ""
     train_count: Count = 0
     test_count: Count = 0

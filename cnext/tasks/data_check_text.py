@@ -86,7 +86,7 @@ def text(report: Report) -> str:
             for conversion, converted in split.converted.items():
                 title = f"{name} {label}: images {conversion} (not counted as a problem)"
                 details += _listed(title, converted, CONVERTED_SHOWN)
-            title = "rows left out of training by their images' sizes, as released (not counted as a problem)"
+            title = "rows left out of training by the size of their image, as released (not counted as a problem)"
             details += _listed(f"{name} {label}: {title}", split.left_out)
             if unusable := summary(split.unusable):
                 details.append(f"{name} {label}: with --on-bad-row skip, of {split.rows:,} rows {unusable}")

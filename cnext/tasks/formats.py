@@ -165,9 +165,9 @@ def _with_image_position(sample: Sample, task: Task, split: str) -> Sample:
 
 def left_out(sample: Sample, task: Task, split: str) -> str:
     """Why the task's image filter leaves out a sample, or ""; test samples are never left out."""
-    if task.image_filter == "none" or split != "train":
+    if task.image_filter == "none" or split != "train" or sample.image is None:
         return ""
-    return ", ".join(f"{image} is {size}" for image in sample.images if (size := unfit(image)))
+    return f"{sample.image} is {size}" if (size := unfit(sample.image)) else ""
 
 
 def row_problem(

@@ -13,7 +13,8 @@ LEAST_SIDE, LEAST_RATIO = 400, 0.6
 def unfit(path: Path) -> str:
     """The size of an image that the released code leaves out of training for editing; "" for other images.
 
-    An image is kept if its shorter side has 400 pixels or more, and 0.6 <= height / width <= 1 / 0.6.
+    Asked of the image that is read alone, which is kept if its shorter side has 400 pixels or more, and
+    0.6 <= height / width <= 1 / 0.6.
     """
     width, height = image_size(path)
     if min(width, height) >= LEAST_SIDE and LEAST_RATIO <= height / width <= 1 / LEAST_RATIO:

@@ -9,7 +9,7 @@ LISTED = 1000
 """Most rows listed per reason in the file; all are counted."""
 MALFORMED, MISSING, BROKEN, UNFIT = "malformed", "missing image", "broken image", "image unfit for the backbone"
 MISSING_FILE, REFERENCE, TOO_LONG = "missing file", "unusable reference", "too long"
-RELEASED_SIZE = "image size, as released"
+RELEASED_SIZE, RELEASED_LENGTH = "image size, as released", "length, as released"
 
 
 class Problem(NamedTuple):

@@ -4,6 +4,7 @@ conversation   {"image", "data": [question, answer, ...]}  |  {"question_id", "i
                "question" is "text", and "answers" is "answer"
 generation     {"image", "data": ["Please generate the image.", caption]}  |  {"question_id", "text"[, "image"]}
 editing        {"source_image", "target_image", "instruction"[, "instruction_new", "response"]}
+               as editing_as_released by the keys that the paper's code takes
 llava          {"id", "image", "conversations": [{"from": "human" | "gpt", "value"}, ...]}  |  a conversation test row
 messages       {"messages": [{"role": "user" | "assistant", "content"}, ...], "images": [path, ...]}
 
@@ -102,10 +103,26 @@ def generation(row: Row, root: Path, name: str, origin: str) -> Sample:
 
 
 def editing(row: Row, root: Path, name: str, origin: str) -> Sample:
-    """An image and an instruction to edit it."""
-    _refuse_systems(row, ("system", "system_prompt"))
+    """An image and an instruction to edit it: "instruction_new" if there is one, and the "response" to it."""
     instruction = text(row, "instruction_new" if row.get("instruction_new") is not None else "instruction")
-    response = text(row, "response") if row.get("response") is not None else ""
+    return _edit(row, root, name, origin, instruction, text(row, "response") if row.get("response") is not None else "")
+
+
+def editing_as_released(row: Row, root: Path, name: str, origin: str) -> Sample:
+    """An image and an instruction to edit it, by the keys that the paper's code takes.
+
+    "instruction" comes before "instruction_new", and a "response" beside it is not read. That of "instruction_new" is
+    the phrase before the image even if it is empty.
+    """
+    if row.get("instruction") is not None or row.get("instruction_new") is None:
+        return _edit(row, root, name, origin, text(row, "instruction"), "")
+    asked, answered = text(row, "instruction_new"), row.get("response") is not None
+    sample = _edit(row, root, name, origin, asked, text(row, "response") if answered else "")
+    return replace(sample, draw=None) if answered else sample
+
+
+def _edit(row: Row, root: Path, name: str, origin: str, instruction: str, response: str) -> Sample:
+    _refuse_systems(row, ("system", "system_prompt"))
     source, target = field_image(row, "source_image", root), field_image(row, "target_image", root)
     refuse_others(row, [source, target], row, root)
     placed([instruction], [source], root)
@@ -316,7 +333,10 @@ def _wrong_types(sample: Sample) -> str:
 READERS = Registry(
     "format",
     "cnext.readers",
-    {name: f"{__name__}:{name}" for name in ("conversation", "generation", "editing", "llava", "messages")},
+    {
+        name: f"{__name__}:{name}"
+        for name in ("conversation", "generation", "editing", "editing_as_released", "llava", "messages")
+    },
     checked,
 )
 """Readers by format: functions (row, image folder, sample id, origin) to `Sample`, which raise ValueError for a bad

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -18,10 +19,14 @@ from cnext.scoring.clip import load_clip
 from cnext.tasks import formats, synthetic
 from cnext.tasks.base import DataError, Sample
 from cnext.tasks.kept_images import cache
-from cnext.tasks.left_out import TOO_LONG, LeftOut
+from cnext.tasks.left_out import RELEASED_LENGTH, TOO_LONG, LeftOut
 from cnext.training.batches import stable_seed
 from cnext.training.evaluation import question
 from cnext.training.precision import DTYPES, in_float32
+
+
+Samples = dict[str, dict[str, list[Sample]]]
+"""Samples by split and by the task's name."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +41,7 @@ class Prepared:
         left_out: rows of the data that are not among the samples.
     """
 
-    samples: dict[str, dict[str, list[Sample]]]
+    samples: Samples
     backbone: Backbone
     method: Method
     extras: dict[str, nn.Parameter]
@@ -60,7 +65,8 @@ def prepare(planned: Plan, generated: Path | None = None) -> Prepared:
     data = data_folder(planned, generated)
     samples = read_suite(planned, data, left)
     backbone = load_backbone(planned)
-    samples = check_lengths(backbone, samples, skip, left)
+    limits = {name: planned.suite.task(name).length_filter for name in planned.order}
+    samples = check_lengths(backbone, samples, skip, left, limits)
     refuse_empty(planned, data, samples, left)
     method = methods.load(planned.config.method)(**planned.hyperparameters)
     generator = torch.Generator().manual_seed(stable_seed(planned.config.seed, "adapters"))
@@ -87,7 +93,7 @@ def data_folder(planned: Plan, generated: Path | None = None) -> Path:
     )
 
 
-def read_suite(planned: Plan, data: Path, left: LeftOut | None = None) -> dict[str, dict[str, list[Sample]]]:
+def read_suite(planned: Plan, data: Path, left: LeftOut | None = None) -> Samples:
     """The samples of a run: split ("train" and the one evaluated) to task name to samples.
 
     left: gets the rows that are left out.
@@ -96,7 +102,7 @@ def read_suite(planned: Plan, data: Path, left: LeftOut | None = None) -> dict[s
         DataError: lists every unusable row of every file, or says why nothing is left of one.
     """
     limits = {"train": planned.recipe.train_samples, planned.config.split: planned.recipe.test_samples}
-    samples: dict[str, dict[str, list[Sample]]] = {split: {} for split in limits}
+    samples: Samples = {split: {} for split in limits}
     need = backbones.unmet_need(planned.config.backbone, weights=planned.config.weights)
     problems, skip = [], planned.config.on_bad_row == "skip"
     for name in planned.order:
@@ -111,7 +117,7 @@ def read_suite(planned: Plan, data: Path, left: LeftOut | None = None) -> dict[s
     return samples
 
 
-def reference_warnings(planned: Plan, samples: dict[str, dict[str, list[Sample]]]) -> list[str]:
+def reference_warnings(planned: Plan, samples: Samples) -> list[str]:
     """A line for each task with references to which no answer can be right, or whose scores are not as published."""
     read = samples[planned.config.split]
     lines = (formats.usable_flaws(planned.suite.task(name), read[name]) for name in planned.order)
@@ -120,25 +126,29 @@ def reference_warnings(planned: Plan, samples: dict[str, dict[str, list[Sample]]
 
 def check_lengths(
     backbone: Backbone,
-    samples: dict[str, dict[str, list[Sample]]],
+    samples: Samples,
     skip: bool = False,
     left: LeftOut | None = None,
-) -> dict[str, dict[str, list[Sample]]]:
-    """Asks the backbone about every sample of a run, and returns those that it can read.
+    limits: Mapping[str, int] | None = None,
+) -> Samples:
+    """Asks the backbone about every sample of a run, and returns those that it can read and that are short enough.
 
     Args:
-        skip: whether the others are left out, and not refused.
+        skip: whether those that it cannot read are left out, and not refused.
         left: gets the samples that are left out.
+        limits: `Task.length_filter` by the task's name.
 
     Raises:
         DataError: names all that the backbone cannot read.
     """
     problems, left = [], LeftOut() if left is None else left
-    kept: dict[str, dict[str, list[Sample]]] = {
-        split: {name: [] for name in by_task} for split, by_task in samples.items()
-    }
+    kept: Samples = {split: {name: [] for name in by_task} for split, by_task in samples.items()}
     for split, by_task in samples.items():
         for name, sample in ((name, one) for name, listed in by_task.items() for one in listed):
+            limit = (limits or {}).get(name, 0) if split == "train" else 0
+            if limit and (length := backbone.length(sample) or 0) >= limit:
+                left.add(name, split, RELEASED_LENGTH, f"{sample.origin}: {length} tokens")
+                continue
             try:
                 backbone.check_length(
                     sample if split == "train" else replace(question(sample), id=sample.id, origin=sample.origin)
@@ -153,7 +163,7 @@ def check_lengths(
     return kept
 
 
-def refuse_empty(planned: Plan, data: Path, samples: dict[str, dict[str, list[Sample]]], left: LeftOut) -> None:
+def refuse_empty(planned: Plan, data: Path, samples: Samples, left: LeftOut) -> None:
     """Raises DataError where a task has no samples left."""
     for split, by_task in samples.items():
         for name in (name for name, listed in by_task.items() if not listed):

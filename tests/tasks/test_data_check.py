@@ -75,13 +75,15 @@ def test_progress_reaches_the_total(data: Path) -> None:
 
 
 def test_rows_left_out_of_training_are_no_problems(data: Path) -> None:
-    picture(data / "SEED-Data-HQEdit/images/target_images/000000000001.jpg", size=(480, 399))
+    picture(data / "SEED-Data-HQEdit/images/source_images/000000000001.jpg", size=(480, 399))
     report = check(data)
     (line,) = report.tasks["HQEdit"].splits["train"].left_out
     assert "output_001.jsonl:2: " in line
     assert "000000000001.jpg is 480x399" in line
     assert report.problems == 0
-    assert "HQEdit train: rows left out of training by their images' sizes, as released" in data_check_text.text(report)
+    assert "HQEdit train: rows left out of training by the size of their image, as released" in data_check_text.text(
+        report
+    )
     assert all(not split.left_out for split in check(data, "none").tasks["HQEdit"].splits.values())
 
 

@@ -116,14 +116,39 @@ def test_a_task_that_reads_images_needs_some(tmp_path: Path) -> None:
         read(tmp_path, "VQAv2", "train")
 
 
-def test_edits_with_a_new_instruction_and_a_response(tmp_path: Path) -> None:
+OLD, NEW, RESPONSE = {"instruction": "old"}, {"instruction_new": "new"}, {"response": "Here it is."}
+
+
+@pytest.mark.parametrize(
+    ("row", "released", "ours"),
+    [
+        (OLD, ("old", "", ""), ("old", "")),
+        (OLD | RESPONSE, ("old", "", ""), ("old", "Here it is.")),
+        (OLD | NEW | RESPONSE, ("old", "", ""), ("new", "Here it is.")),
+        (NEW | RESPONSE, ("new", "Here it is.", None), ("new", "Here it is.")),
+        (NEW | {"response": ""}, ("new", "", None), ("new", "")),
+        (NEW, ("new", "", ""), ("new", "")),
+    ],
+    ids=lambda value: "+".join(value) if isinstance(value, dict) else "",
+)
+def test_instructions_and_responses_of_edits(
+    tmp_path: Path, row: dict[str, str], released: tuple[str, str, str | None], ours: tuple[str, str]
+) -> None:
+    """Of the suite, as the authors' code takes them: "instruction" first, and no phrase drawn for an empty response."""
     for side in ("source", "target"):
         picture(tmp_path / f"SEED-Data-HQEdit/images/{side}_images/a.jpg", size=(400, 400))
-    row = {"source image": "source_images/a.jpg", "target image": "target_images/a.jpg", "instruction": "old"}
-    rows = [row | {"instruction_new": "new", "response": "Here it is."}]
-    lines(tmp_path / "SEED-Data-HQEdit/annotations/output_001.jsonl", rows)
-    (turn,) = read(tmp_path, "HQEdit", "train")[0].turns
-    assert (turn.instruction, turn.answer) == ("new", "Here it is.")
+    sides = {"source image": "source_images/a.jpg", "target image": "target_images/a.jpg"}
+    lines(tmp_path / "SEED-Data-HQEdit/annotations/output_001.jsonl", [sides | row])
+    (sample,) = read(tmp_path, "HQEdit", "train")
+    assert (sample.turns[0].instruction, sample.turns[0].answer, sample.draw) == released
+    (sample,) = read(tmp_path, "HQEdit", "train", format="editing")
+    assert (sample.turns[0].instruction, sample.turns[0].answer, sample.draw) == (*ours, "")
+
+
+def test_an_edit_without_an_instruction(tmp_path: Path) -> None:
+    lines(tmp_path / "SEED-Data-HQEdit/annotations/output_001.jsonl", [{"source_image": "a.jpg"}])
+    with pytest.raises(DataError, match="lacks the key 'instruction'"):
+        read(tmp_path, "HQEdit", "train")
 
 
 @pytest.mark.parametrize(
@@ -131,7 +156,8 @@ def test_edits_with_a_new_instruction_and_a_response(tmp_path: Path) -> None:
     [
         ((400, 400), (400, 400), True),
         ((399, 500), (400, 400), False),
-        ((400, 400), (500, 399), False),
+        ((400, 400), (500, 399), True),
+        ((900, 900), (390, 390), True),
         ((1000, 600), (600, 1000), True),
         ((1000, 599), (400, 400), False),
         ((599, 1000), (400, 400), False),
@@ -142,6 +168,7 @@ def test_edits_with_a_new_instruction_and_a_response(tmp_path: Path) -> None:
 def test_image_filter_of_editing_as_released(
     source: tuple[int, int], target: tuple[int, int], stays: bool, tmp_path: Path
 ) -> None:
+    """Only the source is looked at."""
     sides = {"source": source, "target": target}
     for side, size in sides.items():
         picture(tmp_path / f"SEED-Data-HQEdit/images/{side}_images/b.png", size=size)

@@ -48,9 +48,12 @@ class TokenizedSample:
 
 
 def phrase(sample: Sample) -> str:
-    """Text before the sample's target image: its answer, or else one of `PHRASES`, by a hash of its id."""
-    digest = hashlib.sha256(sample.id.encode()).digest()
-    return sample.turns[0].answer or PHRASES[int.from_bytes(digest[:8], "big") % len(PHRASES)]
+    """Text before the sample's target image: its answer, or else one of `PHRASES`, by a hash, see `Sample.draw`."""
+    answer = sample.turns[0].answer
+    if answer or sample.draw is None:
+        return answer
+    digest = hashlib.sha256((sample.draw or sample.id).encode()).digest()
+    return PHRASES[int.from_bytes(digest[:8], "big") % len(PHRASES)]
 
 
 def _instruction(tokenizer: Tokenizer, turn: Turn, views: int, image_first: bool) -> list[int]:
@@ -85,6 +88,20 @@ def conversation(
     Raises:
         UserError: truncation would leave no answer, or part of an image.
     """
+    ids, labels, whole = untruncated(tokenizer, sample, views, end_every_turn)
+    if whole >= max_length:
+        raise UserError(
+            f"{sample.origin or sample.id}: expected less than {max_length} tokens before the answer, images "
+            f"included, found {whole}; leave the sample out, or raise the backbone's max_length"
+        )
+    roles = _roles(tokenizer, ids, labels)
+    return TokenizedSample(ids[:max_length], labels[:max_length], roles[:max_length])
+
+
+def untruncated(
+    tokenizer: Tokenizer, sample: Sample, views: int, end_every_turn: bool
+) -> tuple[list[int], list[int], int]:
+    """All ids and labels of a `conversation`, and how many must not be cut off."""
     ids = [BEGIN, *_instruction(tokenizer, sample.turns[0], views, sample.image_first)]
     labels = [IGNORED] * len(ids)
     whole = len(ids)
@@ -104,15 +121,7 @@ def conversation(
                 answer.append(END)
             ids += answer
             labels += answer
-    ids.append(END)
-    labels.append(END)
-    if whole >= max_length:
-        raise UserError(
-            f"{sample.origin or sample.id}: expected less than {max_length} tokens before the answer, images "
-            f"included, found {whole}; leave the sample out, or raise the backbone's max_length"
-        )
-    roles = _roles(tokenizer, ids, labels)
-    return TokenizedSample(ids[:max_length], labels[:max_length], roles[:max_length])
+    return [*ids, END], [*labels, END], whole
 
 
 def _roles(tokenizer: Tokenizer, ids: Sequence[int], labels: Sequence[int]) -> list[int]:

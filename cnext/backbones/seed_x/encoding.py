@@ -71,11 +71,20 @@ def _grids(sample: Sample) -> Sequence[tuple[int, int]]:
 
 def check_length(tokenizer: Tokenizer, sample: Sample, **options: Any) -> None:
     """Raises UserError as `conversation.conversation` for a sample that is too long. options: as there."""
-    count = 0
-    if sample.image:
-        columns, rows = best_grid(*image_size(sample.image), _grids(sample))
-        count = columns * rows + 1
-    conversation.conversation(tokenizer, sample, count, **options)
+    conversation.conversation(tokenizer, sample, _view_count(sample), **options)
+
+
+def length(tokenizer: Tokenizer, sample: Sample, end_every_turn: bool) -> int:
+    """Tokens of a sample that is not truncated. end_every_turn: see `conversation.conversation`."""
+    return len(conversation.untruncated(tokenizer, sample, _view_count(sample), end_every_turn)[0])
+
+
+def _view_count(sample: Sample) -> int:
+    """Number of views of the image that is read, found without decoding it."""
+    if not sample.image:
+        return 0
+    columns, rows = best_grid(*image_size(sample.image), _grids(sample))
+    return columns * rows + 1
 
 
 def encode(vit: VisualEncoder, prepared: Sequence[SeedXInputs]) -> list[SeedXInputs]:

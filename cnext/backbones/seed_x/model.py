@@ -192,6 +192,9 @@ class SeedX(Backbone):
             options = {"end_every_turn": self.end_every_turn, "max_length": self.max_length}
             encoding.check_length(self.tokenizer, sample, **options)
 
+    def length(self, sample: Sample) -> int:
+        return encoding.length(self.tokenizer, sample, end_every_turn=self.end_every_turn)
+
     def encode_prepared(self, prepared: Sequence[SeedXInputs]) -> list[SeedXInputs]:
         return encoding.encode(self.vit, prepared)
 

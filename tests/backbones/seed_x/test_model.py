@@ -23,9 +23,10 @@ from cnext.config.run_config import RunConfig, plan
 from cnext.errors import UserError
 from cnext.tasks import suites
 from cnext.tasks.base import Sample, Turn
+from cnext.tasks.left_out import LeftOut
 from cnext.tasks.readers import READERS
 from cnext.training import evaluation
-from cnext.training.setup import load_backbone
+from cnext.training.setup import check_lengths, load_backbone
 
 
 @torch.no_grad()
@@ -192,6 +193,23 @@ def test_a_run_that_writes_images_needs_the_detokenizer(folder: Path, tmp_path: 
         load_backbone(planned)
     with pytest.warns(UserWarning, match="de-tokenizer"):
         load_backbone(replace(planned, order=("VQAv2",)))
+
+
+def test_samples_are_left_out_by_their_length_as_released(fresh: SeedX, tasks: dict[str, list[Sample]]) -> None:
+    """All tokens count, the first and the last too; of training samples alone, and only where the task says so."""
+    for name, (sample, *_) in tasks.items():
+        first, *more = sample.turns
+        long = replace(sample, turns=(Turn(f"{first.instruction} it", first.answer), *more))
+        limit = fresh.length(long)
+        assert len(fresh.prepare(sample).ids) == fresh.length(sample) < limit == len(fresh.prepare(long).ids)
+        left, samples = LeftOut(), {"train": {name: [sample, long]}, "test": {name: [long]}}
+        kept = check_lengths(fresh, samples, left=left, limits={name: limit})
+        assert kept == {"train": {name: [sample]}, "test": {name: [long]}}
+        assert left.rows == {name: {"train": {"length, as released": [f": {limit} tokens"]}}}
+        assert check_lengths(fresh, samples, limits={name: 0}) == samples
+        fresh.max_length = limit - 10
+        assert fresh.length(long) == limit, "it is not that of the truncated sequence"
+        fresh.max_length = 880
 
 
 def test_too_long_samples_are_found_without_decoding(fresh: SeedX, tasks: dict[str, list[Sample]]) -> None:

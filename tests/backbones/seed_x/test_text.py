@@ -133,6 +133,12 @@ def test_phrase_begin_and_end_of_an_image_are_supervised(tokenizer: Tokenizer, r
     )
 
 
+def test_an_empty_response_may_be_the_phrase(tokenizer: Tokenizer) -> None:
+    for number in range(40):
+        sample = Sample(str(number), (Turn("draw"),), None, Path("t"), draw=None)
+        assert supervised(tokenizer, sample, 0) == [tokenizer["<img>"], 2]
+
+
 def test_phrases_depend_on_the_id_and_all_are_used() -> None:
     drawn = [phrase(Sample(str(number), (Turn("draw"),))) for number in range(400)]
     assert set(drawn) == set(PHRASES)
