@@ -67,7 +67,10 @@ class TrainStep(Record, kw_only=True):
 
 
 class Answer(Record, kw_only=True):
-    """A row of predictions/<stage>/<task>.jsonl. image: generated, in the run folder; the others: of the data set."""
+    """A row of predictions/<stage>/<task>.jsonl. image: generated, in the run folder; the others: of the data set.
+
+    released_text: what the profile paper scores, where it is not the text.
+    """
 
     id: str
     instruction: str
@@ -79,6 +82,7 @@ class Answer(Record, kw_only=True):
     strict: Percent
     paper: Percent = 0.0
     error: str
+    released_text: str | None = None
 
 
 class ProfileScores(Record):

@@ -28,10 +28,20 @@ ERROR_TYPES = ("hallucination", "instruction_unfollowing", "other")
 
 @dataclass(frozen=True)
 class Prediction:
-    """A model's answer. text: decoded, without image tokens. image: (H, W, 3) uint8, or None if none was generated."""
+    """A model's answer.
+
+    text: decoded, without image tokens.  image: (H, W, 3) uint8, or None if none was generated.
+    released_text: as the paper's code decodes it, where that is another text; by it the paper's evaluators score.
+    """
 
     text: str
     image: numpy.ndarray | None = None
+    released_text: str | None = None
+
+    @property
+    def as_released(self) -> str:
+        """The text that the paper's evaluators see."""
+        return self.text if self.released_text is None else self.released_text
 
 
 @dataclass(frozen=True)

@@ -111,7 +111,7 @@ def box(task: Task, samples: Sequence[Sample], predictions: Sequence[Prediction]
     Raises:
         DataError: a sample's reference is not one box.
     """
-    return _scores(samples, predictions, parse_box_as_released)
+    return _scores(samples, predictions, lambda prediction: parse_box_as_released(prediction.as_released))
 
 
 def coin_grounding(task: Task, samples: Sequence[Sample], predictions: Sequence[Prediction]) -> list[Score]:
@@ -121,16 +121,16 @@ def coin_grounding(task: Task, samples: Sequence[Sample], predictions: Sequence[
 
     Reference: CoIN, arXiv 2403.08350, ``eval_grounding.py``.
     """
-    return _scores(samples, predictions, parse_box_as_coin)
+    return _scores(samples, predictions, lambda prediction: parse_box_as_coin(prediction.text))
 
 
 def _scores(
-    samples: Sequence[Sample], predictions: Sequence[Prediction], released: Callable[[str], Box | None]
+    samples: Sequence[Sample], predictions: Sequence[Prediction], released: Callable[[Prediction], Box | None]
 ) -> list[Score]:
     return [_score(sample, prediction, released) for sample, prediction in zip(samples, predictions, strict=True)]
 
 
-def _score(sample: Sample, prediction: Prediction, released: Callable[[str], Box | None]) -> Score:
+def _score(sample: Sample, prediction: Prediction, released: Callable[[Prediction], Box | None]) -> Score:
     reference = read_box(sample.turns[0].answer)
     if reference is None:
         where = sample.origin or sample.id
@@ -139,7 +139,7 @@ def _score(sample: Sample, prediction: Prediction, released: Callable[[str], Box
     overlap = iou(answer, reference) if answer is not None and has_area(reference) else 0.0
     hit = prediction.image is None and overlap >= 0.5
 
-    found = released(prediction.text)
+    found = released(prediction)
     # The common scale cancels in IoU but for rounding, which decides boxes at exactly one half.
     side = max(sample.size) if sample.size else 1
     paper_hit = found is not None and iou(_scaled(found, side), _scaled(reference, side)) > 0.5

@@ -28,7 +28,7 @@ def short_answer(task: Task, samples: Sequence[Sample], predictions: Sequence[Pr
         a, b = answer.upper().strip(), reference.upper().strip()
         return not repeats_a_word(answer) and (a in b or b in a)
 
-    return text_scores(samples, predictions, released)
+    return text_scores(samples, predictions, released, as_released=True)
 
 
 def ocr_answer(task: Task, samples: Sequence[Sample], predictions: Sequence[Prediction]) -> list[Score]:
@@ -44,7 +44,7 @@ def ocr_answer(task: Task, samples: Sequence[Sample], predictions: Sequence[Pred
         a, b = answer.lower().strip(), reference.lower().strip()
         return not repeats_a_word(answer) and "Unanswerable" not in answer and (a in b or b in a)
 
-    return text_scores(samples, predictions, released, read=True)
+    return text_scores(samples, predictions, released, read=True, as_released=True)
 
 
 def exact_answer(task: Task, samples: Sequence[Sample], predictions: Sequence[Prediction]) -> list[Score]:
@@ -78,17 +78,22 @@ Rule = Callable[[str, str], float]
 
 
 def text_scores(
-    samples: Sequence[Sample], predictions: Sequence[Prediction], released: Rule, read: bool = False
+    samples: Sequence[Sample],
+    predictions: Sequence[Prediction],
+    released: Rule,
+    read: bool = False,
+    as_released: bool = False,
 ) -> list[Score]:
     """Scores by the strict and by a released rule; of several accepted answers the best counts.
 
     read: whether answers are read from an image letter by letter, and need not be words.
+    as_released: whether the rule sees answers as the paper's code decodes them, see `Prediction`.
     """
 
     def best(sample: Sample, answer: str) -> float:
         return max(released(answer, reference) for reference in sample.answers)
 
-    return sample_scores(samples, predictions, best, read)
+    return sample_scores(samples, predictions, best, read, as_released)
 
 
 def sample_scores(
@@ -96,6 +101,7 @@ def sample_scores(
     predictions: Sequence[Prediction],
     released: Callable[[Sample, str], float],
     read: bool = False,
+    as_released: bool = False,
 ) -> list[Score]:
     """As `text_scores`, with a released rule that sees the whole sample."""
     asked = [(sample.turns[0].instruction, sample.answers[0]) for sample in samples]
@@ -105,7 +111,8 @@ def sample_scores(
         accepted, said = sample.answers, normalise(prediction.text)
         hit = prediction.image is None and bool(said) and said in map(normalise, accepted)
         error = "" if hit else text_error(prediction, accepted[0], sample.turns[0].instruction, known)
-        scores.append(Score(strict=100.0 * hit, paper=100.0 * released(sample, prediction.text), error=error))
+        seen = prediction.as_released if as_released else prediction.text
+        scores.append(Score(strict=100.0 * hit, paper=100.0 * released(sample, seen), error=error))
     return scores
 
 

@@ -106,12 +106,14 @@ def _write(
             image = f"predictions/{stage}/{task.name}/{index:06d}.png"
             (folder / task.name).mkdir(exist_ok=True)
             Image.fromarray(prediction.image).save(run / image, compress_level=1)
+        released = {} if prediction.released_text is None else {"released_text": prediction.released_text}
         rows.append(
             {
                 "id": sample.id,
                 "instruction": sample.turns[0].instruction,
                 "answer": sample.turns[0].answer,
                 "text": prediction.text,
+                **released,
                 "image": image,
                 "source_image": sample.image and str(sample.image.absolute()),
                 "target_image": sample.target_image and str(sample.target_image.absolute()),

@@ -19,6 +19,13 @@ def score(text: str, reference: str, size: tuple[int, int] | None = None, image:
     return result
 
 
+@pytest.mark.parametrize(("scorer", "paper"), [("box", 0), ("coin_grounding", 100)])
+def test_the_released_text_is_scored_by_the_papers_evaluator_alone(scorer: str, paper: float) -> None:
+    sample = Sample("7", (Turn("Where?", "[0.20,0.40,0.80,0.70]"),))
+    (found,) = SCORERS[scorer](None, [sample], [Prediction("[0.20,0.40,0.80,0.70]", None, "")])
+    assert (found.strict, found.paper) == (100, paper)
+
+
 @pytest.mark.parametrize(
     ("text", "box"),
     [

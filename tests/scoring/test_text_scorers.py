@@ -21,6 +21,15 @@ def score(scorer: str, text: str, reference: str, image: numpy.ndarray | None = 
     return result
 
 
+@pytest.mark.parametrize("scorer", ["short_answer", "ocr_answer", "exact_answer"])
+def test_the_released_text_is_scored_by_the_papers_evaluators_alone(scorer: str) -> None:
+    sample = Sample("1", (Turn("What is it?", "x < 3"),))
+    (found,) = SCORERS[scorer](None, [sample], [Prediction("x < 3", None, "red")])
+    assert (found.strict, found.paper) == (100, 100 if scorer == "exact_answer" else 0)
+    (found,) = SCORERS[scorer](None, [sample], [Prediction("red", None, "x < 3")])
+    assert (found.strict, found.paper) == (0, 0 if scorer == "exact_answer" else 100)
+
+
 @pytest.mark.parametrize(
     ("text", "normal"),
     [

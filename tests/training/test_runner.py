@@ -25,6 +25,7 @@ from cnext.monitoring.progress import Progress
 from cnext.monitoring.signals import Stop
 from cnext.runs import checkpoint
 from cnext.runs.state_digests import StateDigest
+from cnext.scoring.base import Prediction
 from cnext.training import runner
 from cnext.training.cost import StageCost
 from cnext.training.state import RunState, Trained
@@ -63,6 +64,17 @@ def test_scores_are_the_means_of_the_predictions(finished: Path) -> None:
         for profile in ("strict", "paper"):
             assert row[profile] == pytest.approx(sum(answer[profile] for answer in answers) / 8)
             assert sum(row["errors"][profile].values()) == pytest.approx(100 - row[profile])
+
+
+def test_what_the_papers_evaluators_see_is_kept(config: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where it is another text than the answer."""
+    given = [Prediction("x < 3", None, "x"), *[Prediction("red")] * 7]
+    monkeypatch.setattr(TinyBackbone, "generate", lambda self, samples, most: given[: len(samples)])
+    made = config(method="zero-shot", order="VQAv2")
+    run(made)
+    first, *others = rows(made.folder / "predictions/0_zero-shot/VQAv2.jsonl")
+    assert (first["text"], first["released_text"]) == ("x < 3", "x")
+    assert all(row["text"] == "red" and "released_text" not in row for row in others)
 
 
 def test_every_step_is_logged_once(finished: Path) -> None:

@@ -11,11 +11,12 @@ from torch import Tensor
 from cnext.backbones.conversation import IMAGE_WRITTEN, TEXT_READ, TEXT_WRITTEN
 from cnext.backbones.decoding import Decoder, greedy, pad_left
 from cnext.backbones.seed_x.sizes import TOKENS
-from cnext.backbones.seed_x.tokenizer import END, PAD, Tokenizer
+from cnext.backbones.seed_x.tokenizer import PAD, Tokenizer
 
 
 class Answer(NamedTuple):
-    """ids: up to </s>, without it.  states: (64, hidden) last hidden states of the first image's tokens, or None."""
+    """ids: up to </s>, or without it where most tokens were reached.  states: (64, hidden) last hidden states of the
+    first image's tokens, or None."""
 
     ids: list[int]
     states: Tensor | None
@@ -60,10 +61,7 @@ def generate(
         states=states,
     )
     end_of_image = tokenizer["</img>"]
-    return [
-        Answer([token for token in row if token != END], _image_states(row, number, states, end_of_image))
-        for number, row in enumerate(rows)
-    ]
+    return [Answer(row, _image_states(row, number, states, end_of_image)) for number, row in enumerate(rows)]
 
 
 def _image_states(ids: list[int], row: int, states: Sequence[Tensor], end_of_image: int) -> Tensor | None:

@@ -252,8 +252,9 @@ class SeedX(Backbone):
             asked = self.encode_prepared([encoding.prepare(self.tokenizer, s, max_length=None) for s in chunk])
             written = self._answers(asked, max_new_tokens)
             images = self._images(chunk, written)
-            texts = [self.tokenizer.decode(answer.ids) for answer in written]
-            answers += [Prediction(text, images.get(index)) for index, text in enumerate(texts)]
+            for index, answer in enumerate(written):
+                text, released = self.tokenizer.decode(answer.ids), self.tokenizer.decode_as_released(answer.ids)
+                answers.append(Prediction(text, images.get(index), None if released == text else released))
         return answers
 
     def _answers(self, asked: Sequence[SeedXInputs], max_new_tokens: int) -> list[generation.Answer]:

@@ -105,10 +105,23 @@ class Tokenizer:
 
     def decode(self, ids: Iterable[int]) -> str:
         """Text of ids, without added tokens and other markup in angle brackets."""
-        runs: list[list[int]] = [[]]
+        return self._decoded(ids, {})
+
+    def decode_as_released(self, ids: Iterable[int]) -> str:
+        """As `decode`, but </s> and others still stand there when markup is removed: of "x < 3</s>" remains "x"."""
+        added = {number: name for name, number in self.added.items() if name not in (*SLOTS, "<img>")}
+        return self._decoded(ids, added | {UNKNOWN: "<unk>", BEGIN: "<s>", END: "</s>"})
+
+    def _decoded(self, ids: Iterable[int], spelled: Mapping[int, str]) -> str:
+        """Text of ids without markup. spelled: what is written of tokens that are not text, until markup is removed."""
+        runs: list[str | list[int]] = [[]]
         for index in ids:
-            if index >= self.words:
+            if index in spelled:
+                runs += [spelled[index], []]
+            elif index >= self.words:
                 runs.append([])
             elif index not in (UNKNOWN, BEGIN, END):
+                assert isinstance(runs[-1], list)
                 runs[-1].append(index)
-        return _MARKUP.sub("", " ".join(self.model.decode(run) for run in runs if run)).strip()
+        texts = (run if isinstance(run, str) else self.model.decode(run) for run in runs if run)
+        return _MARKUP.sub("", " ".join(texts)).strip()

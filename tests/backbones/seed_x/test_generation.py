@@ -34,6 +34,14 @@ class Dictated(nn.Module):
         return F.one_hot(wanted, self.vocabulary).float()
 
 
+def test_an_answer_has_the_text_as_released_where_it_differs(fresh: SeedX, tasks: dict[str, list[Sample]]) -> None:
+    token, asks = fresh.tokenizer, [asked(sample) for sample in tasks["VQAv2"]]
+    fresh.llm.lm_head = Dictated([token.encode("dog < red"), token.encode("dog")], len(token))
+    first, second = fresh.generate(asks, 20)
+    assert (first.text, first.released_text, first.as_released) == ("dog < red", "dog", "dog")
+    assert (second.text, second.released_text, second.as_released) == ("dog", None, "dog")
+
+
 @torch.no_grad()
 def test_an_image_once_begun_is_completed(fresh: SeedX, tasks: dict[str, list[Sample]]) -> None:
     """The second row begins a picture as its second token; the third wants the tokens of one unbidden, and gets
@@ -47,9 +55,9 @@ def test_an_image_once_begun_is_completed(fresh: SeedX, tasks: dict[str, list[Sa
     seen: list[Tensor] = []
     fresh.llm.model.register_forward_pre_hook(lambda *_: seen.append(fresh.positions))
     written = fresh._answers(prompts, 100)
-    assert written[0].ids == [red]
+    assert written[0].ids == [red, 2]
     assert written[0].states is None
-    assert written[1].ids == [red, *chain, red]
+    assert written[1].ids == [red, *chain, red, 2]
     assert not set(written[2].ids) & set(chain[1:])
     # The prompt, then each token as it is fed: red, <img>, the 64, </img>.
     roles = torch.cat([positions[1] for positions in seen])[-68:]

@@ -78,6 +78,19 @@ def test_decoding_leaves_out_added_tokens_and_markup(tokenizer: Tokenizer) -> No
     assert tokenizer.decode(ids) == "the dog is red"
 
 
+def test_markup_is_removed_as_released_while_the_end_is_spelled(tokenizer: Tokenizer) -> None:
+    asked, drawn = tokenizer.encode("the dog < red"), tokenizer.encode("the dog < red", tokenizer.picture(1), "blue")
+    for ids, text, released in (
+        ([*asked, 2], "the dog < red", "the dog"),
+        (asked, "the dog < red", "the dog < red"),
+        ([*drawn, 2], "the dog < red blue", "the dog  blue"),
+        ([*tokenizer.encode("the <b>dog"), 2], "the dog", "the dog"),
+        ([*tokenizer.encode("the", [tokenizer["<loc-3>"]], "dog"), 0, 2], "the dog", "the  dog"),
+    ):
+        assert tokenizer.decode(ids) == text
+        assert tokenizer.decode_as_released(ids) == released
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
