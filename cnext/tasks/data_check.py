@@ -53,7 +53,7 @@ class SplitReport:
     without_image: int = 0
     images: int = 0
     lacking: list[str] = field(default_factory=list)
-    """Missing files and image folders, with the path where they are expected."""
+    """Missing files and folders of images, with the path where they are expected, and where they come from."""
     malformed: list[str] = field(default_factory=list)
     references: list[str] = field(default_factory=list)
     """Test rows with a reference that the scorer cannot use, or to which no answer is right; a scorer that fails."""
@@ -139,7 +139,7 @@ def check(suite: Suite, data: Path, progress: Progress, look: str = "decode", ne
         found = report.tasks[task.name] = TaskReport()
         seen = {}
         for split in task.splits:
-            found.splits[split], seen[split] = _check_split(task, data, split, progress)
+            found.splits[split], seen[split] = _check_split(task, data, split, progress, suite.source)
             if look != "none":
                 progress.begin(f"{task.name} {split} images", len(seen[split].images))
                 _look(seen[split].images, looked, look == "decode", progress)
@@ -160,7 +160,8 @@ def check(suite: Suite, data: Path, progress: Progress, look: str = "decode", ne
     return report
 
 
-def _check_split(task: Task, data: Path, split: str, progress: Progress) -> tuple[SplitReport, _Seen]:
+def _check_split(task: Task, data: Path, split: str, progress: Progress, source: str) -> tuple[SplitReport, _Seen]:
+    """Reads the files of a split. source: of these, as suite.json says."""
     report, seen = SplitReport(published=getattr(task, f"{split}_count", 0)), _Seen()
     unscored = None if split == "train" else reference_check(task)
     tried: list[Sample] = []
@@ -193,7 +194,8 @@ def _check_split(task: Task, data: Path, split: str, progress: Progress) -> tupl
             for question in _questions(sample):
                 seen.questions.setdefault(question, line.origin)
     except DataError as error:
-        report.lacking.append(str(error))
+        expected = f"; expected there: {report.published:,} rows" if report.published else "; expected"
+        report.lacking.append(f"{error}{expected} from {source}" if source and not report.files else str(error))
     try:
         try_scorer(task, [] if split == "train" else tried)
     except UserError as error:
@@ -202,12 +204,30 @@ def _check_split(task: Task, data: Path, split: str, progress: Progress) -> tupl
     if "image" in task.reads and sound and not seen.read:
         report.lacking.append(no_image(task, data, split, sound))
     report.images = len(seen.images)
-    root = data / task.image_folder(split)
-    if there := 0 if root.is_dir() else sum(Path(image).is_relative_to(root) for image in seen.images):
-        owner = task.source or task.name
-        report.lacking.append(f"no image folder {root}; expected there: {there:,} images of {owner}")
-        seen.images.clear()
+    root, owner = data / task.image_folder(split), task.source or task.name
+    for folder, images in _missing_folders(root, seen.images).items():
+        report.lacking.append(f"no image folder {folder}; expected there: {len(images):,} images of {owner}")
+        for image in images:
+            del seen.images[image]
+    if not (report.rows or root.is_dir()):
+        report.lacking.append(f"no image folder {root}; expected there: images of {owner}")
     return report, seen
+
+
+def _missing_folders(root: Path, images: Iterable[str]) -> dict[str, list[str]]:
+    """Images by the folder that they lack: the image folder, or one below it that is not there."""
+    lacking: dict[str, str] = {}
+    found: dict[str, list[str]] = {}
+    for image in images:
+        parent = os.path.dirname(image)
+        if parent not in lacking:
+            inside = Path(parent).is_relative_to(root)
+            above = [Path(parent), *Path(parent).parents] if inside else []
+            missing = [str(path) for path in above if path.is_relative_to(root) and not path.is_dir()]
+            lacking[parent] = missing[-1] if missing else ""
+        if folder := lacking[parent]:
+            found.setdefault(folder, []).append(image)
+    return found
 
 
 def _hash(*parts: str) -> int:

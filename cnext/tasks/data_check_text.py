@@ -76,7 +76,9 @@ def text(report: Report) -> str:
             lists = (split.malformed, split.missing_images, split.broken_images, split.repeated)
             counts = (split.files, split.rows, split.published or None, *map(len, lists), split.without_image)
             table.append([name, label, *("-" if count is None else f"{count:,}" for count in counts)])
-            details += [f"{name} {label}: {lacking}" for lacking in split.lacking]
+            details += [f"{name} {label}: {lacking}" for lacking in split.lacking[:SHOWN]]
+            if more := len(split.lacking[SHOWN:]):
+                details.append(f"{name} {label}: ... and {more:,} more folders of images that are missing")
             if split.miscounted:
                 details.append(f"{name} {label}: {split.rows:,} rows, {split.published:,} published")
             details += _listed(f"{name} {label}: malformed", split.malformed)

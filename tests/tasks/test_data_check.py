@@ -163,10 +163,52 @@ def test_missing_files_and_folders_are_named_once(data: Path) -> None:
     (data / VQA / "questions/test.json").unlink()
     os.rename(data / VQA / "COCO2014", data / VQA / "elsewhere")
     train, test = check(data).tasks["VQAv2"].splits.values()
-    assert train.lacking == [f"no image folder {data / IMAGES}; expected there: 6 images of {suite().tasks[0].source}"]
+    owner = "COCO 2014, train2014 and val2014"
+    assert train.lacking == [f"no image folder {data / IMAGES}; expected there: 6 images of {owner}"]
     assert (train.problems, train.missing_images) == (1, [])
-    assert test.lacking == [f"no file matches {data / VQA}/questions/test.json; {data / VQA}/questions holds nothing"]
-    assert (test.problems, test.miscounted) == (1, False)
+    questions = data / VQA / "questions"
+    expected = f"expected there: 3 rows from {suite().source}"
+    assert test.lacking == [
+        f"no file matches {questions}/test.json; {questions} holds nothing; {expected}",
+        f"no image folder {data / VQA}/COCO2014; expected there: images of {owner}",
+    ]
+    assert (test.problems, test.miscounted) == (2, False)
+
+
+def test_a_part_of_the_images_that_is_missing_is_named_with_its_source(data: Path) -> None:
+    """Folders below the image folder, each once; an image that is missing in a folder that is there by itself."""
+    shutil.rmtree(data / VQA / "COCO2014/val2014")
+    shutil.rmtree(data / "SEED-Data-HQEdit/images/target_images")
+    for index in (0, 1, 2):
+        shutil.rmtree(data / f"SEED-Data-ImageNet/imagenet/train/n{index}")
+    (data / IMAGES / "000000000000.jpg").unlink()
+    for look in ("verify", "none"):
+        report = check(data, look)
+        train, test = report.tasks["VQAv2"].splits.values()
+        missing = (
+            f"no image folder {data / VQA}/COCO2014/val2014; expected there: 3 images of {suite().tasks[0].source}"
+        )
+        assert (train.lacking, test.lacking) == ([], [missing])
+        assert (len(train.missing_images), len(test.missing_images)) == (look == "verify", 0)
+        edits = [split.lacking for split in report.tasks["HQEdit"].splits.values()]
+        targets = f"no image folder {data}/SEED-Data-HQEdit/images/target_images; expected there"
+        assert edits == [[f"{targets}: 6 images of HQ-Edit"], [f"{targets}: 3 images of HQ-Edit"]]
+        labels = report.tasks["ImageNet"].splits["train"]
+        assert len(labels.lacking) == 3
+        assert "ImageNet train: no image folder" in data_check_text.text(report)
+        assert labels.unusable == {"missing image": 3}
+
+
+def test_an_empty_folder_is_told_every_part_and_where_it_comes_from(tmp_path: Path) -> None:
+    shown = data_check_text.text(data_check.check(suites.load("continual-next"), tmp_path, Watch()))
+    for task in suites.load("continual-next").tasks:
+        for split in task.splits:
+            count = getattr(task, f"{split}_count")
+            place = f"{task.name} {split}: no file matches {tmp_path / getattr(task, split)}; "
+            (line,) = [line for line in shown.splitlines() if line.startswith(place)]
+            assert line.endswith(f"expected there: {count:,} rows from {suite().source}")
+            folder = tmp_path / task.image_folder(split)
+            assert f"{task.name} {split}: no image folder {folder}; expected there: images of {task.source}\n" in shown
 
 
 def test_repeated_rows_and_unreferenced_images_are_no_problems(data: Path) -> None:
