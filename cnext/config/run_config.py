@@ -31,6 +31,7 @@ OVERRIDES = (
     "trainable",
     "precision",
     "checkpointing",
+    "draws",
 )
 """Flags that replace a field of the preset's recipe."""
 RENAMED = {"block_steps": "checkpoint_interval"}
@@ -46,8 +47,8 @@ ADDED = {
     "after_optimizer": False,
 }
 """Hyperparameters that earlier versions did not have, and the values that act as those did."""
-ADDED_RECIPE = {"loss_mean": "batch", "decay_frozen": False}
-"""The same of a recipe's fields. They are left out of config.json where they have these values."""
+ADDED_RECIPE = {"loss_mean": "batch", "decay_frozen": False, "draws": "sample"}
+"""The same of a recipe's fields. config.json omits them where they have these values."""
 
 
 @dataclass(frozen=True)
@@ -93,6 +94,9 @@ class Options:
     """Precision of the frozen model; trained parameters stay in float32. None: the preset's."""
     checkpointing: bool | None = None
     """Gradient checkpointing: recompute activations in the backward pass to save memory. None: the preset's."""
+    draws: Literal["sample", "epoch"] | None = None
+    """Random places of images and phrases in training: one draw per sample, or per epoch as the authors' code. None:
+    the preset's."""
     weights: Path | None = None
     """Folder or file of the backbone's weights. The tiny backbone needs none."""
     backbone_options: tuple[str, ...] = ()
@@ -171,10 +175,8 @@ class Plan:
         config = self.config
         recipe = dataclasses.asdict(self.recipe)
         del recipe["hyperparameters"]  # which are resolved
-        for name, default in ADDED_RECIPE.items():
-            if recipe[name] == default:
-                del recipe[name]
         recipe["steps"] = {task: self.recipe.steps[task] for task in self.order}
+        recipe = {name: value for name, value in recipe.items() if ADDED_RECIPE.get(name) != value}
         values = {
             "method": config.method,
             "hyperparameters": self.hyperparameters,

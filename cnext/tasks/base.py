@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -19,6 +20,7 @@ IMAGE_FILTERS = ("none", "released")
 TRAINABLE = ("branches", "connections", "released")
 PRECISIONS = ("float32", "bfloat16")
 LOSS_MEANS = ("batch", "micro-batch")
+DRAWS = ("sample", "epoch")
 BY_TASK = ("batch_size", "micro_batch_size", "learning_rate", "warmup_steps")
 """Fields of a `Recipe` that may differ from task to task."""
 Beta = Annotated[float, Meta(ge=0, lt=1)]
@@ -58,6 +60,7 @@ class Sample:
     asks_image: whether an image is to be written that is not known, as in a question to answer.
     draw: what a phrase that announces an image in training is drawn by: "" for the id, None where none is, as the first
         turn's answer is the phrase even if it is empty.
+    redraws: what is drawn anew in every epoch of training, see `drawn`: "image_first", "phrase".
     """
 
     id: str
@@ -74,6 +77,7 @@ class Sample:
     media: Mapping[str, Path] = field(default_factory=dict, hash=False)
     asks_image: bool = False
     draw: str | None = ""
+    redraws: tuple[str, ...] = ()
 
     @property
     def draws(self) -> bool:
@@ -89,6 +93,17 @@ class Sample:
     def answers(self) -> tuple[str, ...]:
         """The accepted answers to the first instruction, at least one."""
         return self.references or (self.turns[0].answer,)
+
+    def drawn(self, key: str) -> Sample:
+        """The sample with what ``redraws`` names drawn by a key: the seed and the number of the epoch."""
+        key = f"{key}/{self.id}"
+        place = hashlib.sha256(f"place/{key}".encode()).digest()[0] & 1
+        return replace(
+            self,
+            image_first=bool(place) if "image_first" in self.redraws else self.image_first,
+            draw=key if "phrase" in self.redraws else self.draw,
+            redraws=(),
+        )
 
 
 @dataclass(frozen=True)
@@ -187,6 +202,8 @@ class Recipe:
     decay_frozen: whether weight decay also shrinks the method's parameters that the task freezes, and those that a step
         does not use: as released, where the optimizer has all of them in one flat tensor.
     checkpointing: activation checkpointing: recompute activations in the backward pass, to save memory.
+    draws: whether the place of an image beside a question, and the phrase before an image to write, where these are
+        drawn, are so once per "sample", or in every "epoch", as by the paper's code.
     by_task: values that differ for a task: its name to fields of this class.
     hyperparameters: of methods, where their defaults here are others than the method's own: its name to values.
     """
@@ -209,11 +226,13 @@ class Recipe:
     checkpointing: bool = False
     loss_mean: str = "batch"
     decay_frozen: bool = False
+    draws: str = "sample"
     by_task: dict[str, dict[str, Any]] = field(default_factory=dict)
     hyperparameters: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        for name, valid in (("trainable", TRAINABLE), ("precision", PRECISIONS), ("loss_mean", LOSS_MEANS)):
+        names = {"trainable": TRAINABLE, "precision": PRECISIONS, "loss_mean": LOSS_MEANS, "draws": DRAWS}
+        for name, valid in names.items():
             if getattr(self, name) not in valid:
                 raise unknown(f"{name} of the budget", getattr(self, name), valid)
         for name, least in (("batch_size", 1), ("micro_batch_size", 0)):

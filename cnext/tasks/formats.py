@@ -163,6 +163,14 @@ def _with_image_position(sample: Sample, task: Task, split: str) -> Sample:
     return replace(sample, image_first=bool(digest[0] & 1))
 
 
+def redrawn(sample: Sample, task: Task) -> Sample:
+    """A training sample whose draws are to be made anew in every epoch."""
+    place = task.image_position == "random" and sample.image is not None
+    phrase = sample.target_image is not None and sample.draw is not None and not sample.turns[0].answer
+    drawn = (("image_first", place), ("phrase", phrase))
+    return replace(sample, redraws=tuple(name for name, is_drawn in drawn if is_drawn))
+
+
 def left_out(sample: Sample, task: Task, split: str) -> str:
     """Why the task's image filter leaves out a sample, or ""; test samples are never left out."""
     if task.image_filter == "none" or split != "train" or sample.image is None:

@@ -20,17 +20,24 @@ def stable_seed(*parts: object) -> int:
     return int.from_bytes(digest[:8], "big") >> 1
 
 
-class _Prepared:
-    """Dataset of `Backbone.prepare` of each sample."""
+Place = tuple[int, int]
+"""The index of a sample, and the epoch in which it is trained on."""
 
-    def __init__(self, backbone: Backbone, samples: Sequence[Sample]) -> None:
-        self.backbone, self.samples = backbone, samples
+
+class _Prepared:
+    """Dataset of `Backbone.prepare` of each sample, as it is drawn in an epoch."""
+
+    def __init__(self, backbone: Backbone, samples: Sequence[Sample], seed: tuple[object, ...]) -> None:
+        self.backbone, self.samples, self.seed = backbone, samples, seed
 
     def __len__(self) -> int:
         return len(self.samples)
 
-    def __getitem__(self, index: int) -> Any:
-        return self.backbone.prepare(self.samples[index])
+    def __getitem__(self, place: Place) -> Any:
+        index, epoch = place
+        sample = self.samples[index]
+        key = "/".join(map(str, (*self.seed, epoch)))
+        return self.backbone.prepare(sample.drawn(key) if sample.redraws else sample)
 
 
 class Order:
@@ -48,20 +55,25 @@ class Order:
 
     def indices(self, step: int) -> list[int]:
         """Indices of the samples of a step; steps count from 0."""
-        indices = []
+        return [index for index, _ in self.places(step)]
+
+    def places(self, step: int) -> list[Place]:
+        """The samples of a step and their epochs, which count from 0 too."""
+        places = []
         for position in range(step * self.size, (step + 1) * self.size):
             epoch, place = divmod(position, self.samples)
             if epoch != self._epoch:
                 generator = torch.Generator().manual_seed(stable_seed(*self.seed, "epoch", epoch))
                 self._epoch, self._places = epoch, torch.randperm(self.samples, generator=generator)
-            indices.append(int(self._places[place]))
-        return indices
+            places.append((int(self._places[place]), epoch))
+        return places
 
 
 class Batches:
     """The encoded samples of each step, sharded over the processes of the run.
 
-    The samples of a step depend on neither the number of processes nor of workers.
+    The samples of a step depend on neither the number of processes nor of workers. Those with `Sample.redraws` are
+    encoded each time that they are trained on.
 
     Args:
         size: samples of an optimizer step, over all processes.
@@ -78,22 +90,23 @@ class Batches:
         workers: int = 0,
         encoded: list[Any] | None = None,
     ) -> None:
-        self.backbone, self.samples, self.workers = backbone, samples, workers
+        self.backbone, self.samples, self.seed, self.workers = backbone, samples, seed, workers
         self._order, self._prefetched = (Order(len(samples), size, seed) for _ in range(2))
         self._loaded: Iterator[Any] = iter(())
         self._next = -1
         self.encoded: list[Any] = encoded or []
-        if backbone.encodes_ahead and not self.encoded:
-            every = self._loader([index] for index in range(len(samples)))
+        self._ahead = backbone.encodes_ahead and not any(sample.redraws for sample in samples)
+        if self._ahead and not self.encoded:
+            every = self._loader([(index, 0)] for index in range(len(samples)))
             self.encoded = backbone.encode_prepared([item for batch in every for item in batch])
 
     def ids(self, step: int) -> list[str]:
         """Ids of the samples of a step, those of other processes included; steps count from 0."""
         return [self.samples[index].id for index in self._order.indices(step)]
 
-    def _loader(self, batches: Iterable[list[int]]) -> DataLoader[Any]:
+    def _loader(self, batches: Iterable[list[Place]]) -> DataLoader[Any]:
         return DataLoader(
-            _Prepared(self.backbone, self.samples),  # type: ignore[arg-type]
+            _Prepared(self.backbone, self.samples, self.seed),  # type: ignore[arg-type]
             batch_sampler=batches,  # type: ignore[arg-type]
             num_workers=self.workers,
             collate_fn=list,
@@ -105,10 +118,10 @@ class Batches:
 
     def at(self, step: int, steps: int) -> list[Any]:
         """This process's encoded samples of a step out of ``steps``. Fastest for consecutive steps."""
-        if self.backbone.encodes_ahead:
+        if self._ahead:
             return [self.encoded[index] for index in collectives.shard(self._order.indices(step))]
         if self._next != step:
-            remaining = (collectives.shard(self._prefetched.indices(number)) for number in range(step, steps))
+            remaining = (collectives.shard(self._prefetched.places(number)) for number in range(step, steps))
             self._loaded = iter(self._loader(remaining))
         self._next = step + 1
         return self.backbone.encode_prepared(next(self._loaded))

@@ -114,6 +114,10 @@ def read_suite(planned: Plan, data: Path, left: LeftOut | None = None) -> Sample
                 problems.append(str(error))
     if problems:
         raise DataError("\n".join(problems))
+    if planned.recipe.draws == "epoch":
+        tasks = {name: planned.suite.task(name) for name in planned.order}
+        train = samples["train"].items()
+        samples["train"] = {name: [formats.redrawn(one, tasks[name]) for one in listed] for name, listed in train}
     return samples
 
 

@@ -68,6 +68,8 @@ GIVEN: dict[str, list[str]] = {
     "precision": ["--precision", "bfloat16"],
     "checkpointing": ["--checkpointing", "True"],
     "no checkpointing": ["--checkpointing", "False"],
+    "draws": ["--draws", "epoch"],
+    "draws, released": [*RELEASED, "released", "--draws", "sample"],
     "weights": ["--weights", "some/folder"],
     "backbone_options": ["--backbone-options", "edit=second", "steps=4", "fast=true", "share=0.25"],
     "device_map": ["--device-map", "balanced"],
@@ -126,6 +128,16 @@ def test_defaults_without_influence_on_results_are_left_out() -> None:
         "--mage.c 5.0",
     ):
         assert part in told
+
+
+def test_a_run_from_before_draws_could_be_made_anew_is_repeated_as_it_was() -> None:
+    """The preset made none anew then; config.json says nothing of it, as that of today where there are none."""
+    config = plan(RunConfig(suite="continual-next", data=Path("data"), preset="released")).as_dict()
+    assert config["recipe"].pop("draws") == "epoch"
+    told, found = again(config, {})
+    assert " --draws sample" in told
+    assert found.as_dict() == config
+    assert "draws" not in plan(RunConfig()).as_dict()["recipe"]
 
 
 def test_flags_of_a_method_that_is_not_here() -> None:

@@ -9,11 +9,13 @@ from typing import Any
 import pytest
 from tasks.official import SHORT, lines, listing, picture, write_continual_next
 
+from cnext.config.run_config import RunConfig, plan
 from cnext.errors import UserError
 from cnext.scoring.images import caption_of
 from cnext.tasks import formats, suites
-from cnext.tasks.base import DataError, Sample
+from cnext.tasks.base import DataError, Sample, Turn
 from cnext.training.evaluation import question
+from cnext.training.setup import read_suite
 
 SUITE = suites.load("continual-next")
 TASKS = [task.name for task in SUITE.tasks]
@@ -98,6 +100,39 @@ def test_random_image_position_depends_on_the_id(official: Path, tmp_path: Path)
     assert places == "BAAAAABAAAABBABB", "other places than in earlier versions: a run would not be repeatable"
     assert all(sample.image_first for name in TASKS for sample in read(official, name, "test"))
     assert all(sample.image_first for sample in read(official, "VQAv2", "train", image_position="first"))
+
+
+@pytest.mark.parametrize(("preset", "anew"), [("paper", False), ("released", True)])
+def test_presets_say_whether_draws_are_made_anew(official: Path, preset: str, anew: bool) -> None:
+    planned = plan(RunConfig(suite="continual-next", data=official, preset=preset, device="cpu"))
+    samples = read_suite(planned, official)
+    assert all(bool(one.redraws) == anew for listed in samples["train"].values() for one in listed)
+    assert all(not one.redraws for listed in samples["test"].values() for one in listed)
+
+
+@pytest.mark.parametrize(
+    ("name", "redraws"),
+    [
+        ("VQAv2", ("image_first",)),
+        ("Flickr30k", ("phrase",)),
+        ("HQEdit", ("image_first", "phrase")),
+    ],
+)
+def test_what_is_drawn_anew_in_every_epoch(official: Path, name: str, redraws: tuple[str, ...]) -> None:
+    sample = formats.redrawn(read(official, name, "train")[0], SUITE.task(name))
+    assert sample.redraws == redraws
+    drawn = [sample.drawn(f"0/{name}/{epoch}") for epoch in range(64)]
+    assert drawn == [sample.drawn(f"0/{name}/{epoch}") for epoch in range(64)]
+    assert len({one.draw for one in drawn}) == (64 if "phrase" in redraws else 1)
+    places = [one.image_first for one in drawn]
+    assert 16 < sum(places) < 48 if "image_first" in redraws else all(places)
+    same = dict.fromkeys(("image_first", "draw", "redraws"))
+    assert {dataclasses.replace(one, **same) for one in drawn} == {dataclasses.replace(sample, **same)}
+    assert not formats.redrawn(sample, dataclasses.replace(SUITE.task(name), image_position="first")).redraws or (
+        "phrase" in redraws
+    )
+    said = dataclasses.replace(sample, turns=(Turn("Draw", "Here."),))
+    assert "phrase" not in formats.redrawn(said, SUITE.task(name)).redraws
 
 
 @pytest.mark.parametrize(

@@ -76,6 +76,9 @@ def test_the_papers_suite_has_the_printed_values() -> None:
         "RefCOCO": (53_700, 5_000),
         "HQEdit": (8_813, 1_000),
     }
+    assert {name: recipe.draws for name, recipe in suite.budgets.items()} == {
+        "paper": "sample", "released": "epoch", "default": "sample", "smoke": "sample",
+    }  # fmt: skip
     paper = suite.budgets["paper"]
     assert paper == suite.budgets["default"]
     assert paper.steps == {**dict.fromkeys(PAPER, 3000), "HQEdit": 10_000}

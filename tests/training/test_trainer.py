@@ -16,6 +16,7 @@ from cnext import methods, run
 from cnext.backbones.tiny.model import TinyBackbone
 from cnext.config.run_config import loading_options, plan
 from cnext.config.schedules import SCHEDULES
+from cnext.distributed import collectives
 from cnext.errors import UserError
 from cnext.runs import checkpoint
 from cnext.runs.run_folder import RunFolder
@@ -79,6 +80,52 @@ def test_workers_change_nothing(data: Path, kind: type[TinyBackbone], workers: i
             assert torch.equal(one.ids, other.ids)
             torch.testing.assert_close(one.features, other.features)
             torch.testing.assert_close(one.target, other.target)
+
+
+def test_epochs_are_counted_with_their_samples() -> None:
+    order = Order(10, 4, ("seed",))
+    assert [epoch for step in range(5) for _, epoch in order.places(step)] == [0] * 10 + [1] * 10
+    assert [index for index, _ in order.places(2)] == order.indices(2)
+
+
+class Told:
+    """What `Batches` asks of a backbone: what a sample has been drawn to."""
+
+    def __init__(self, encodes_ahead: bool) -> None:
+        self.encodes_ahead = encodes_ahead
+
+    def prepare(self, sample: Sample) -> tuple[str, bool, str | None]:
+        return sample.id, sample.image_first, sample.draw
+
+    def encode_prepared(self, prepared: list[tuple[str, bool, str | None]]) -> list[tuple[str, bool, str | None]]:
+        return prepared
+
+
+@pytest.mark.parametrize("ahead", [True, False], ids=["ahead", "when due"])
+@pytest.mark.parametrize("workers", [0, 2])
+def test_what_is_drawn_anew_in_every_epoch(ahead: bool, workers: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the seed, whatever the workers, the processes and the step that training goes on from. The rest stays."""
+    redraws = [("image_first", "phrase"), ("phrase",), ("image_first",), (), ("image_first",)]
+    given = [Sample(f"s{index}", (), redraws=names) for index, names in enumerate(redraws)]
+    steps, size, seed = 16, 4, (0, "HQEdit")
+
+    def drawn(start: int = 0, seed: tuple[object, ...] = seed) -> list[tuple[str, bool, str | None]]:
+        batches = Batches(Told(ahead), given, size, seed, workers)
+        return [one for step in range(start, steps) for one in batches.at(step, steps)]
+
+    whole, places = drawn(), [place for step in range(steps) for place in Order(len(given), size, seed).places(step)]
+    assert whole == [Told(ahead).prepare(given[index].drawn(f"0/HQEdit/{epoch}")) for index, epoch in places]
+    for sample, names in zip(given, redraws, strict=True):
+        mine = [one for one in whole if one[0] == sample.id]
+        assert (len({first for _, first, _ in mine}) > 1) == ("image_first" in names)
+        assert (len({draw for _, _, draw in mine}) > 1) == ("phrase" in names)
+    assert drawn(5) == whole[5 * size :]
+    assert drawn(seed=(1, "HQEdit")) != whole
+    parts = []
+    for rank in range(2):
+        monkeypatch.setattr(collectives, "shard", lambda listed, rank=rank: listed[rank::2])
+        parts.append(drawn())
+    assert [one for pair in zip(*parts, strict=True) for one in pair] == whole
 
 
 def test_reading_samples_takes_no_random_numbers(data: Path) -> None:

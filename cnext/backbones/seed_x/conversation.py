@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from cnext.backbones.conversation import IGNORED, IMAGE_READ, IMAGE_WRITTEN, TEXT_READ, TEXT_WRITTEN
 from cnext.backbones.seed_x.sizes import TOKENS
@@ -96,6 +97,19 @@ def conversation(
         )
     roles = _roles(tokenizer, ids, labels)
     return TokenizedSample(ids[:max_length], labels[:max_length], roles[:max_length])
+
+
+def longest(tokenizer: Tokenizer, sample: Sample) -> Sample:
+    """A sample with the longest phrase, in tokens, of those that may be drawn."""
+    if "phrase" not in sample.redraws:
+        return sample
+    (first, *more) = sample.turns
+    return replace(sample, turns=(replace(first, answer=_longest_phrase(tokenizer)), *more))
+
+
+@functools.cache
+def _longest_phrase(tokenizer: Tokenizer) -> str:
+    return max(PHRASES, key=lambda text: len(tokenizer.encode(text)))
 
 
 def untruncated(

@@ -71,12 +71,13 @@ def _grids(sample: Sample) -> Sequence[tuple[int, int]]:
 
 def check_length(tokenizer: Tokenizer, sample: Sample, **options: Any) -> None:
     """Raises UserError as `conversation.conversation` for a sample that is too long. options: as there."""
-    conversation.conversation(tokenizer, sample, _view_count(sample), **options)
+    conversation.conversation(tokenizer, conversation.longest(tokenizer, sample), _view_count(sample), **options)
 
 
 def length(tokenizer: Tokenizer, sample: Sample, end_every_turn: bool) -> int:
     """Tokens of a sample that is not truncated. end_every_turn: see `conversation.conversation`."""
-    return len(conversation.untruncated(tokenizer, sample, _view_count(sample), end_every_turn)[0])
+    most = conversation.longest(tokenizer, sample)
+    return len(conversation.untruncated(tokenizer, most, _view_count(sample), end_every_turn)[0])
 
 
 def _view_count(sample: Sample) -> int:

@@ -10,7 +10,7 @@ import pytest
 from backbones.seed_x.released import ADDED, PIECES, TOKENIZER
 
 from cnext.backbones.conversation import IGNORED, IMAGE_READ, IMAGE_WRITTEN, TEXT_READ, TEXT_WRITTEN
-from cnext.backbones.seed_x.conversation import PHRASES, conversation, phrase, question
+from cnext.backbones.seed_x.conversation import PHRASES, conversation, longest, phrase, question, untruncated
 from cnext.backbones.seed_x.model import SeedX
 from cnext.backbones.seed_x.tokenizer import Tokenizer
 from cnext.errors import UserError
@@ -144,6 +144,16 @@ def test_phrase_begin_and_end_of_an_image_are_supervised(tokenizer: Tokenizer, r
     assert [role for role, index in zip(made.roles, made.ids, strict=True) if index in tokenizer.slots] == (
         [IMAGE_WRITTEN] * 64
     )
+
+
+def test_phrases_drawn_anew_count_with_the_longest(tokenizer: Tokenizer) -> None:
+    sample = Sample("1", (Turn("draw"),), None, Path("t"), redraws=("phrase",))
+    drawn = [sample.drawn(f"0/HQEdit/{epoch}") for epoch in range(200)]
+    assert {phrase(one) for one in drawn} == set(PHRASES)
+    assert [phrase(one) for one in drawn] == [phrase(sample.drawn(f"0/HQEdit/{epoch}")) for epoch in range(200)]
+    counts = [len(untruncated(tokenizer, one, 0, end_every_turn=False)[0]) for one in drawn]
+    assert len(untruncated(tokenizer, longest(tokenizer, sample), 0, end_every_turn=False)[0]) == max(counts)
+    assert longest(tokenizer, drawn[0]) == drawn[0]
 
 
 def test_an_empty_response_may_be_the_phrase(tokenizer: Tokenizer) -> None:
