@@ -91,7 +91,7 @@ def text(report: Report) -> str:
             title = "rows left out of training by the size of their image, as released (not counted as a problem)"
             details += _listed(f"{name} {label}: {title}", split.left_out)
             if unusable := summary(split.unusable):
-                details.append(f"{name} {label}: with --on-bad-row skip, of {split.rows:,} rows {unusable}")
+                details.append(f"{name} {label}: with --on-bad-row skip, {unusable} (of {split.rows:,})")
             details += _listed(f"{name} {label}: repeated rows (not counted as a problem)", split.repeated)
         details += _listed(f"{name}: the same question about the same image in two splits", task.shared_items)
         details += _listed(f"{name}: the same image in two splits (not counted as a problem)", task.shared_images)

@@ -42,6 +42,10 @@ ROWS = {
         {"source_image": PICTURE, "target_image": PICTURE, "instruction": "paint it", "response": "done"},
         {"source_image": PICTURE, "target_image": PICTURE, "instruction": "a", "instruction new": "b"},
     ],
+    "editing_as_released": [
+        {"source_image": PICTURE, "target_image": PICTURE, "instruction": "paint it", "response": "done"},
+        {"source_image": PICTURE, "target_image": PICTURE, "instruction new": "b", "response": ""},
+    ],
     "llava": [
         {
             "id": "x", "image": PICTURE,

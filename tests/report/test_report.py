@@ -344,10 +344,11 @@ def test_the_command_gives_the_configuration_back(run: Path, tmp_path: Path, toy
         ("results.json", "[]", "Expected `object`, got `array`"),
         ("results.json", '{"method": "mage"}', "Object missing required field `suite`"),
         ("cost.json", "{", "expected JSON, could not read it"),
+        ("left_out.json", '{"a": {"train": {"malformed": {}}}}', "Object missing required field `count`"),
         ("train.jsonl", "{}}\n", r"train.jsonl:1: expected a JSON object"),
         ("predictions/6_HQEdit/HQEdit/HQEdit-2.png", "no picture", "expected an image"),
     ],
-    ids=["missing", "broken", "list", "keys", "cost", "row", "image"],
+    ids=["missing", "broken", "list", "keys", "cost", "left out", "row", "image"],
 )
 def test_bad_files_are_named(tmp_path: Path, name: str, content: str | None, message: str) -> None:
     folder = write_fake_run(tmp_path, samples=4)

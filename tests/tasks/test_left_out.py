@@ -110,6 +110,6 @@ def test_the_check_shows_what_would_be_skipped(data: Path, capsys: pytest.Captur
     data_check_text.main("continual-next", data, "verify", None)
     shown = capsys.readouterr().out
     reasons = "1 broken image, 2 missing image, 2 malformed"
-    assert f"VQAv2 train: with --on-bad-row skip, of 10 rows 5 rows left out: {reasons}\n" in shown
-    assert "RefCOCO test: with --on-bad-row skip, of 3 rows 1 row left out: 1 unusable reference\n" in shown
+    assert f"VQAv2 train: with --on-bad-row skip, 5 rows left out: {reasons} (of 10)\n" in shown
+    assert "RefCOCO test: with --on-bad-row skip, 1 row left out: 1 unusable reference (of 3)\n" in shown
     assert shown.count("--on-bad-row") == 2
