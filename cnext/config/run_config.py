@@ -176,7 +176,7 @@ class Plan:
         recipe = dataclasses.asdict(self.recipe)
         del recipe["hyperparameters"]  # which are resolved
         recipe["steps"] = {task: self.recipe.steps[task] for task in self.order}
-        recipe = {name: value for name, value in recipe.items() if ADDED_RECIPE.get(name) != value}
+        recipe = {name: value for name, value in recipe.items() if (name, value) not in ADDED_RECIPE.items()}
         values = {
             "method": config.method,
             "hyperparameters": self.hyperparameters,

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from cnext import methods
-from cnext.config.run_config import LATER, OVERRIDES, RunConfig, current_names
+from cnext.config.run_config import ADDED_RECIPE, OVERRIDES, RunConfig, current_names
 from cnext.errors import UserError
 from cnext.runs.checkpoint import write_text
 from cnext.tasks import suites
@@ -99,7 +99,7 @@ def _from_config(config: dict[str, Any]) -> dict[str, Any]:
     """Options that resolve to a configuration, as far as it has them."""
     names = {field.name: KEYS.get(field.name, field.name) for field in dataclasses.fields(RunConfig)}
     given = {name: config[key] for name, key in names.items() if key in config}
-    recipe = LATER | config["recipe"] if "recipe" in config else {}
+    recipe = ADDED_RECIPE | config["recipe"] if "recipe" in config else {}
     # A flag sets a field for all tasks.
     uneven = {name for own in recipe.get("by_task", {}).values() for name in own}
     given |= {name: recipe[name] for name in OVERRIDES if name in recipe and name not in uneven}

@@ -1,4 +1,4 @@
-"""The preset `released` of continual-next as a whole: six tasks of 40 rows in the released layout, on a small SEED-X."""
+"""The preset `released` as a whole: six tasks of 40 rows in the released layout, on a small SEED-X."""
 
 from __future__ import annotations
 
