@@ -126,9 +126,10 @@ class RunFolder:
         file = self.path / LEFT_OUT
         old = schemas.read(file, dict[str, Any]) if file.is_file() else {}
         if old != rows and _content(self.path / SCORES):
+            there = f"those in {LEFT_OUT} there" if old else "none"
             raise UserError(
-                f"{self.path} holds a run that left out other rows of the data, see {LEFT_OUT} there: its files or "
-                "images have changed since; restore them, give another --out or delete the folder"
+                f"{self.path} holds a run that left out other rows of the data ({there}): the data, or what "
+                "cnext reads of them, have changed since; restore them, give another --out or delete the folder"
             )
         if rows:
             checkpoint.write_json(file, rows)

@@ -49,9 +49,13 @@ def test_it_is_resumed_with_the_same_rows_only(skipping: RunConfig) -> None:
     run(skipping)
     rows = json.loads((skipping.data / TEST).read_text())
     (skipping.data / TEST).write_text(json.dumps([{**row, "answer": "red"} for row in rows]))
-    with pytest.raises(UserError, match=r"left out other rows of the data, see left_out\.json"):
+    with pytest.raises(UserError, match=r"left out other rows of the data \(those in left_out\.json"):
         run(skipping)
     assert (skipping.folder / "left_out.json").read_bytes() == before
+    (skipping.folder / "left_out.json").unlink()
+    (skipping.data / TEST).write_text(json.dumps([{**row, "answer": "red"} for row in rows[:3]] + [{}]))
+    with pytest.raises(UserError, match=r"left out other rows of the data \(none\)"):
+        run(skipping)
 
 
 def test_refused_unless_skipped(skipping: RunConfig, capsys: pytest.CaptureFixture[str]) -> None:
