@@ -114,12 +114,11 @@ def with_zero_branches(model: nn.Module, branches: Branches, names: Collection[s
     return replace(branches, pairs=branches.pairs | zeros)
 
 
-@torch.no_grad()
-def put_branches(model: nn.Module, branches: Branches) -> None:
-    """Copies branches and their scale into a model's adapter layers.
+def fitted(model: nn.Module, branches: Branches) -> list[tuple[nn.Parameter, Tensor]]:
+    """The parameters of a model's adapter layers, each with the tensor of branches that is for it.
 
     Raises:
-        UserError: layers that are missing or not in the model, or wrong shapes; all are named, and nothing is changed.
+        UserError: layers that are missing or not in the model, or wrong shapes; all are named.
     """
     found = layers(model)
     problems = []
@@ -140,11 +139,21 @@ def put_branches(model: nn.Module, branches: Branches) -> None:
     problems += [listed(wrong)] if wrong else []
     if problems:
         raise UserError("the adapter does not fit the model, is it of another backbone? " + "; ".join(problems))
-    for layer, pairs in branches.pairs.items():
-        found[layer].scale = branches.scale
-        for key, (a, b) in pairs.items():
-            found[layer].branches[key].A.copy_(a)
-            found[layer].branches[key].B.copy_(b)
+    return [
+        (parameter, tensor)
+        for layer, pairs in branches.pairs.items()
+        for key, pair in pairs.items()
+        for parameter, tensor in zip((found[layer].branches[key].A, found[layer].branches[key].B), pair, strict=True)
+    ]
+
+
+@torch.no_grad()
+def put_branches(model: nn.Module, branches: Branches) -> None:
+    """Copies branches and their scale into a model's adapter layers. Raises as `fitted`, changing nothing."""
+    for parameter, tensor in fitted(model, branches):
+        parameter.copy_(tensor)
+    for layer in layers(model).values():
+        layer.scale = branches.scale
 
 
 @contextmanager

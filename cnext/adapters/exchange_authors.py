@@ -51,7 +51,7 @@ class Released:
 
 
 def from_released(
-    state: Mapping[str, Tensor], kind: str, scale: float = 1.0, beside: Collection[str] = BESIDE
+    state: Mapping[str, Tensor], kind: str, scale: float = 1.0, beside: Collection[str] | None = BESIDE
 ) -> Released:
     """Parses the tensors of a released file.
 
@@ -59,7 +59,7 @@ def from_released(
         state: name to tensor.
         kind: "mage", "moelora" or "lora". Files of mage and moelora look alike and differ in the use of routers only.
         scale: alpha / total rank, which files do not contain; 32 / 32 in all released ones.
-        beside: first parts of the names of tensors that are not the language model's.
+        beside: first parts of the names of tensors that are not the language model's. None: all but "llm".
 
     Raises:
         UserError: unknown keys, missing branches, wrong shapes, or a file of another kind; all are named.
@@ -78,7 +78,7 @@ def from_released(
         name = key.removeprefix("module.")
         part = name.partition(".")[0]
         inner = name.removeprefix(LLM)
-        if part in beside:
+        if part != "llm" if beside is None else part in beside:
             extras.setdefault(part, {})[name] = tensor
         elif not name.startswith("llm."):
             problem("unknown keys", key)
@@ -147,6 +147,22 @@ def _names(halves: dict[str, dict[str, dict[str, Tensor]]], kind: str) -> dict[s
     raise UserError(f"expected a released adapter of kind {kind}, the file has {contents}")
 
 
+def kind_of(model: nn.Module) -> str:
+    """Which of `KINDS` holds the active branches of a model.
+
+    Raises:
+        UserError: the branches are neither MAGE's four, nor one, nor experts with softmax routers.
+    """
+    names, routers = tuple(branches_of(model).ranks), _routers(model)
+    if routers is None or not (routers or names == ROLES or len(names) == 1):
+        raise UserError(
+            f"the authors' layout holds the four branches {', '.join(ROLES)}, one branch, or experts under softmax "
+            f"routers, found {', '.join(names)}{' with other routers' if routers is None else ''}; "
+            "--format peft and peft-merged-rank hold any branches that are not routed"
+        )
+    return "moelora" if routers else "lora" if len(names) == 1 else "mage"
+
+
 def to_released(model: nn.Module, extras: Mapping[str, Mapping[str, Tensor]] | None = None) -> dict[str, Tensor]:
     """The active branches of a model in the layout of a released file.
 
@@ -161,19 +177,12 @@ def to_released(model: nn.Module, extras: Mapping[str, Mapping[str, Tensor]] | N
     Raises:
         UserError: the branches are neither MAGE's four, nor one, nor experts with softmax routers.
     """
-    branches = branches_of(model)
-    names, routers = tuple(branches.ranks), _routers(model)
-    if routers is None or not (routers or names == ROLES or len(names) == 1):
-        raise UserError(
-            f"the authors' layout holds the four branches {', '.join(ROLES)}, one branch, or experts under softmax "
-            f"routers, found {', '.join(names)}{' with other routers' if routers is None else ''}; "
-            "--format peft and peft-merged-rank hold any branches that are not routed"
-        )
-    state = {}
+    branches, kind, state = branches_of(model), kind_of(model), {}
+    routers = _routers(model) or {}
     for layer, pairs in branches.pairs.items():
         for number, (a, b) in enumerate(pairs.values()):
             for half, tensor in (("A", a), ("B", b if branches.scale == 1 else b * branches.scale)):
-                place = "" if len(names) == 1 and not routers else f"lora{half}.{number}."
+                place = "" if kind == "lora" else f"lora{half}.{number}."
                 state[f"{LLM}{layer}.lora_{half}.default.{place}weight"] = tensor
         if layer in routers:
             state[f"{LLM}{layer}.lora_router.default.weight"] = routers[layer]
@@ -199,14 +208,19 @@ def _routers(model: nn.Module) -> dict[str, Tensor] | None:
     return found
 
 
+def fitted_routers(model: nn.Module, routers: Mapping[str, Tensor]) -> list[tuple[nn.Parameter, Tensor]]:
+    """The routers' parameters "weight" in a model's adapter layers, each with the tensor that is for it."""
+    found = layers(model)
+    own = {name: router for name in routers if isinstance(router := found[name].router, nn.Module)}
+    assert own.keys() == routers.keys(), "`kind_of` or the method says that there are routers"
+    return [(own[name].get_parameter("weight"), tensor) for name, tensor in routers.items()]
+
+
 @torch.no_grad()
 def put_routers(model: nn.Module, routers: Mapping[str, Tensor]) -> None:
     """Copies routers into those of a model's adapter layers, which have a parameter "weight" of the same shape."""
-    found = layers(model)
-    for name, router in routers.items():
-        own = found[name].router
-        assert isinstance(own, nn.Module)
-        own.get_parameter("weight").copy_(router)
+    for parameter, tensor in fitted_routers(model, routers):
+        parameter.copy_(tensor)
 
 
 @torch.no_grad()

@@ -241,10 +241,15 @@ def _targets(settings: Settings, layer: str, folder: Path) -> bool:
     return found is True or isinstance(found, re.Match)
 
 
+def files(folder: Path) -> list[Path]:
+    """The files that `read_peft` reads in a folder of adapters."""
+    return [file for part in _parts(folder).values() for file in (part / CONFIG, _weights(part))]
+
+
 def unread(folder: Path) -> list[str]:
     """What `read_peft` leaves unread in a folder: other files, such as trained weights beside the adapter."""
     parts = _parts(folder)
-    read = {part / name for part in parts.values() for name in (CONFIG, _weights(part).name, "README.md")}
+    read = {*files(folder), *(part / "README.md" for part in parts.values())}
     places = dict.fromkeys([folder, *parts.values()])
     found = [path for place in places for path in sorted(place.iterdir()) if path not in places and path not in read]
     return [f"{path.relative_to(folder)}{'/' if path.is_dir() else ''}" for path in found if path.name[0] != "."]

@@ -362,3 +362,19 @@ class Backbone(ABC, nn.Module):
             )
         tokens = len(output.labels) + output.image_pred.shape[:2].numel()
         return Loss(text + self.image_loss_weight * image, text.detach(), image.detach(), tokens)
+
+
+def outer_model(backbone: Backbone) -> nn.Module:
+    """The outermost transformers model that contains the language model, which other tools load.
+
+    Raises: UserError where there is none.
+    """
+    from transformers import PreTrainedModel
+
+    for module in backbone.modules():
+        if isinstance(module, PreTrainedModel) and any(m is backbone.language_model for m in module.modules()):
+            return module
+    raise UserError(
+        f"backbone {backbone.name}: its language model is in no transformers model, and only such can be exported or "
+        "take an adapter from elsewhere"
+    )

@@ -13,6 +13,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from cnext.config import init_source
+from cnext.config.init_source import InitSource
 from cnext.errors import UserError, unknown
 from cnext.scoring.base import find_scorer, make_scorers
 from cnext.tasks import suites
@@ -107,6 +109,11 @@ class Options:
     """Data-loading processes. Results do not depend on their number."""
     log: Literal["jsonl", "tensorboard"] = "jsonl"
     """"tensorboard" writes event files into the run folder besides train.jsonl and scores.jsonl."""
+    init_from: Path | None = None
+    """What the first task's training starts from: the authors' released file, PEFT adapters, another run's folder (its
+    last checkpoint) or one of its checkpoints. Zero-shot is still the pretrained model. None: new branches."""
+    init_tasks: tuple[str, ...] = ()
+    """The first tasks of the order, which --init-from has learnt: they are evaluated and not trained."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -153,9 +160,10 @@ class Plan:
         config: the configuration; its order is never None, and its data is a folder or None.
         suite: with the configuration's prompts and CLIP model.
         order: names of the tasks in training order.
-        recipe: the preset's, with what the configuration overrides.
+        recipe: the preset's, with what the configuration overrides, and no steps for the tasks of ``init_tasks``.
         device: never "auto".
         hyperparameters: of the method, defaults included.
+        source: what the configuration's ``init_from`` names.
     """
 
     config: RunConfig
@@ -164,6 +172,24 @@ class Plan:
     recipe: Recipe
     device: str
     hyperparameters: dict[str, Any]
+    source: InitSource | None = None
+
+    @property
+    def trains(self) -> bool:
+        """Whether there is a task that ``init_tasks`` does not name."""
+        return len(self.config.init_tasks) < len(self.order)
+
+    @property
+    def evaluated(self) -> list[int]:
+        """How many tasks, the first of the order, each stage is evaluated on, from stage 0 (zero-shot) on.
+
+        Zero-shot is left out where nothing is trained, and so are the stages before the last of ``init_tasks``.
+        """
+        from cnext import methods
+
+        total, given = len(self.order), len(self.config.init_tasks)
+        stages = [total] if methods.load(self.config.method).joint else range(1, total + 1)
+        return [total if self.trains else 0, *(count if count >= given else 0 for count in stages)]
 
     @property
     def recipes(self) -> list[Recipe]:
@@ -201,6 +227,9 @@ class Plan:
             values["code"] = code
         if config.on_bad_row != Options.on_bad_row:
             values["on_bad_row"] = config.on_bad_row
+        if (source := self.source) is not None:
+            values |= {"init_from": str(config.init_from), "init_tasks": config.init_tasks}
+            values["init"] = {"name": source.name, "kind": source.kind, "sha256": source.sha256}
         if self.suite.modalities != Suite.modalities:
             values["modalities"] = list(self.suite.modalities)
         # With the types of a JSON file, which this is compared with.
@@ -250,7 +279,34 @@ def plan(config: RunConfig, elsewhere: bool = False, forecast: bool = False) -> 
         raise UserError(f"preset {config.preset} of suite {suite.name} gives no steps for: {', '.join(missing)}")
     if config.data is None and not suite.synthetic and not forecast:
         raise UserError(f"suite {suite.name} needs --data, the folder that holds its files")
-    return Plan(config, suite, order, recipe, _device(config.device, elsewhere), _hyperparameters(config, recipe))
+    hyperparameters = _hyperparameters(config, recipe)
+    source = _source(config, order, hyperparameters, forecast)
+    recipe = dataclasses.replace(recipe, steps=recipe.steps | dict.fromkeys(config.init_tasks, 0))
+    return Plan(config, suite, order, recipe, _device(config.device, elsewhere), hyperparameters, source)
+
+
+def _source(
+    config: RunConfig, order: tuple[str, ...], hyperparameters: dict[str, Any], forecast: bool
+) -> InitSource | None:
+    """What the run starts from; None for new branches. Raises UserError where it cannot."""
+    from cnext import methods
+
+    given = config.init_tasks
+    if given and config.init_from is None:
+        raise UserError("--init-tasks needs --init-from, the adapter that has learnt them")
+    if given != order[: len(given)]:
+        raise UserError(f"--init-tasks must be the first of the order {', '.join(order)}, got {', '.join(given)}")
+    if given and given != order and methods.load(config.method).joint:
+        raise UserError(f"{config.method} learns all tasks at once; give all of them as --init-tasks, or none")
+    if config.init_from is None or forecast:
+        return None
+    source = init_source.find(config.init_from)
+    if source.run is not None:
+        own = {name: value for name, value in ADDED.items() if name in hyperparameters}
+        source.run.hyperparameters = own | source.run.hyperparameters
+    expected = given if given != order else None
+    init_source.check(source, config.method, config.backbone, hyperparameters, expected)
+    return source
 
 
 def _suite(config: RunConfig) -> Suite:
@@ -351,6 +407,11 @@ def loading_options(backbone: str, given: Sequence[str]) -> dict[str, Any]:
         if known[name] is not None and type(values[name]) is not type(known[name]):
             raise UserError(f"--backbone-options {name} takes a value like {json.dumps(known[name])}, got {value}")
     return values
+
+
+def as_words(options: Mapping[str, Any]) -> tuple[str, ...]:
+    """The ``name=value`` that `loading_options` turns into these arguments."""
+    return tuple(f"{name}={value if isinstance(value, str) else json.dumps(value)}" for name, value in options.items())
 
 
 def _recipe(config: RunConfig, recipe: Recipe) -> Recipe:

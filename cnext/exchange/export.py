@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 import shutil
 from collections.abc import Iterator
@@ -19,17 +18,18 @@ from torch import Tensor, nn
 from cnext import backbones, methods, packages
 from cnext.adapters import exchange, exchange_authors, exchange_peft
 from cnext.adapters.logit_check import reference
-from cnext.backbones.base import Backbone
-from cnext.config.run_config import loading_options
+from cnext.backbones.base import outer_model
+from cnext.config.run_config import as_words, loading_options
 from cnext.errors import UserError, listed, unknown
 from cnext.exchange.model_card import FinalResults, RestorableConfig, card
 from cnext.methods.base import Method
 from cnext.runs import checkpoint, schemas
-from cnext.tasks.base import Task
+from cnext.runs.checkpoint import EXTRAS
+from cnext.tasks.base import stand_in
 from cnext.training.setup import trained_beside
 
 FORMATS = ("peft", "peft-merged-rank", "authors", "merged")
-REFERENCE, EXTRAS = "reference.json", "extras"
+REFERENCE = "reference.json"
 WITH_A_MODEL = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "preprocessor_config.json"),
     *("processor_config.json", "chat_template.json", "chat_template.jinja"),
@@ -56,21 +56,6 @@ class Restored:
     extras: dict[str, dict[str, Tensor]]
 
 
-def outer_model(backbone: Backbone) -> nn.Module:
-    """The outermost transformers model that contains the language model, which other tools load.
-
-    Raises: UserError where there is none.
-    """
-    from transformers import PreTrainedModel
-
-    for module in backbone.modules():
-        if isinstance(module, PreTrainedModel) and any(m is backbone.language_model for m in module.modules()):
-            return module
-    raise UserError(
-        f"backbone {backbone.name}: its language model is in no transformers model, and only such can be exported"
-    )
-
-
 def _checkpoint(run: Path, label: str | None) -> Path:
     """The folder of the named checkpoint; None: of the last one between tasks."""
     found = [path.parent for path in sorted((run / "checkpoints").glob(f"[!.]*/{checkpoint.MANIFEST}"))]
@@ -80,11 +65,6 @@ def _checkpoint(run: Path, label: str | None) -> Path:
     if label is not None and label not in between:
         raise unknown("checkpoint (of those between tasks)", label, list(between))
     return between[label] if label else max(between.values(), key=lambda p: checkpoint.manifest(p)["tasks_done"])
-
-
-def stand_in(name: str) -> Task:
-    """A task with a name and nothing else: methods attach branches by the number and names of tasks."""
-    return Task(name, (), (), format="", scorer="", train="", test="", train_images="", test_images="")
 
 
 def _method(config: RestorableConfig) -> Method:
@@ -116,8 +96,7 @@ def restore(run: Path, label: str | None = None) -> Restored:
     results = schemas.read(file, FinalResults) if file.is_file() else None
     tensors, values = checkpoint.load(folder)
     packages.require(*packages.MODELS)
-    given = [f"{k}={v if isinstance(v, str) else json.dumps(v)}" for k, v in config.backbone_options.items()]
-    options = loading_options(config.backbone, given)
+    options = loading_options(config.backbone, as_words(config.backbone_options))
     backbone = backbones.load(config.backbone).load("cpu", config.weights and Path(config.weights), **options)
     method = _method(config)
     tasks = [stand_in(name) for name in config.tasks]

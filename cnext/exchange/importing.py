@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,17 +11,16 @@ import torch
 from torch import Tensor
 
 from cnext import backbones, methods, packages
-from cnext.adapters import MODALITIES, exchange, exchange_authors, exchange_peft, layers, modalities_of
-from cnext.adapters.exchange_authors import BESIDE, KINDS, LANGUAGE_MODEL, Released
+from cnext.adapters import MODALITIES, exchange, exchange_authors, exchange_files, exchange_peft, layers, modalities_of
+from cnext.adapters.exchange import Branches
+from cnext.adapters.exchange_authors import BESIDE, KINDS, LANGUAGE_MODEL
 from cnext.adapters.logit_check import Reference, agrees
 from cnext.adapters.saving import CONFIG
-from cnext.backbones.base import Backbone
+from cnext.backbones.base import Backbone, outer_model
 from cnext.errors import UserError, listed, unknown
-from cnext.exchange.export import EXTRAS, REFERENCE, new_folder, outer_model
+from cnext.exchange.export import REFERENCE, new_folder
 from cnext.runs import checkpoint, schemas
-from cnext.tensor_files import read_tensors
-
-FILES = ("pytorch_model.bin", "pytorch_model.bin/pytorch_model.bin", "model.safetensors")
+from cnext.runs.checkpoint import EXTRAS
 
 
 def import_adapter(
@@ -47,19 +46,14 @@ def import_adapter(
         packages.require(*packages.MODELS)
         model = backbones.load(backbone).load("cpu", weights)
         connections = {name.partition(".")[0] for name in _connections(model)}
-        found, method = _read(path, method, {*BESIDE, *connections})
-        ranks = found.branches.ranks
-        modalities = modalities_of(ranks) or MODALITIES
-        total, count = sum(ranks.values()), {"mage": 2 * len(modalities), "lora": 1, "moelora": len(ranks)}[method]
-        if total % count:
-            raise UserError(f"a total rank of {total} cannot be divided among the {count} branches of {method}")
-        given = {"rank": total // count, "scale": found.branches.scale}
-        made = methods.load(method)(**given, **({"experts": count} if method == "moelora" else {}))
+        found, method = exchange_files.read(path, method, {*BESIDE, *connections})
+        modalities = modalities_of(found.branches.ranks) or MODALITIES
+        made = methods.load(method)(**hyperparameters_of(found.branches, method))
         made.setup(model, [], torch.Generator().manual_seed(0), modalities)
         outer = outer_model(model)
         own = exchange.branches_of(outer).ranks
         branches = found.branches.regrouped(own)
-        zero = exchange_peft.layers_without(path, branches, layers(outer)) if _is_peft(path) else []
+        zero = exchange_peft.layers_without(path, branches, layers(outer)) if exchange_files.is_peft(path) else []
         exchange.put_branches(outer, exchange.with_zero_branches(outer, branches, zero))
         exchange_authors.put_routers(outer, found.routers)
         exchange_authors.put_extras(outer, found.extras)
@@ -76,32 +70,24 @@ def import_adapter(
     lines += [f"zero branches in {len(zero)} layers that the adapter is not for: {listed(zero)}"] if zero else []
     lines += [f"also imported: {kind}, {len(part)} tensors" for kind, part in found.extras.items()]
     lines += [f"ignored: {kind}, {number} tensors" for kind, number in found.ignored.items()]
-    unread = [name for name in exchange_peft.unread(path) if name not in (REFERENCE, CONFIG)] if _is_peft(path) else []
+    beside = exchange_peft.unread(path) if exchange_files.is_peft(path) else []
+    unread = [name for name in beside if name not in (REFERENCE, CONFIG)]
     lines += [f"ignored files beside the adapter: {listed(unread)}"] if unread else []
     return "\n".join(lines)
 
 
-def _is_peft(path: Path) -> bool:
-    return path.is_dir() and exchange_peft.is_peft(path)
+def hyperparameters_of(branches: Branches, method: str) -> dict[str, Any]:
+    """The hyperparameters with which a method has branches of this total rank and scale.
 
-
-def _read(path: Path, method: str | None, beside: Collection[str]) -> tuple[Released, str]:
-    if _is_peft(path):
-        if method == "moelora":
-            raise UserError("a PEFT adapter has no routers, which moelora needs; --method mage or lora")
-        branches = exchange_peft.read_peft(path)
-        return Released(branches), method or ("mage" if modalities_of(branches.ranks) else "lora")
-    file = path if path.is_file() else next((path / name for name in FILES if (path / name).is_file()), None)
-    if file is None:
-        looked = f"{exchange_peft.CONFIG}, */{exchange_peft.CONFIG}, {', '.join(FILES)}"
-        raise UserError(f"expected a file, or a folder with one of {looked}, at {path}; found none")
-    state = read_tensors(file)
-    if method is None and any(".loraA." in name for name in state):
-        raise UserError(f"{file} has several branches; give --method mage or --method moelora")
-    try:
-        return exchange_authors.from_released(state, method or "lora", beside=beside), method or "lora"
-    except UserError as error:
-        raise UserError(f"{file}: {error}") from error
+    Raises:
+        UserError: the rank cannot be divided among the method's branches.
+    """
+    ranks = branches.ranks
+    modalities = modalities_of(ranks) or MODALITIES
+    total, count = sum(ranks.values()), {"mage": 2 * len(modalities), "lora": 1, "moelora": len(ranks)}[method]
+    if total % count:
+        raise UserError(f"a total rank of {total} cannot be divided among the {count} branches of {method}")
+    return {"rank": total // count, "scale": branches.scale, **({"experts": count} if method == "moelora" else {})}
 
 
 def _check(path: Path, model: torch.nn.Module, backbone: str) -> str:

@@ -10,27 +10,17 @@ from msgspec import field
 from cnext.adapters import MODALITIES
 from cnext.adapters.hub import front_matter
 from cnext.adapters.logit_check import Reference
-from cnext.records import FileName, Record
+from cnext.config.init_source import SourceRun
 from cnext.report.page import environment as templates
 from cnext.runs import environment
-from cnext.runs.schemas import ResolvedRecipe, Results
+from cnext.runs.schemas import Results
 
 
-class RestorableConfig(Record):
+class RestorableConfig(SourceRun):
     """config.json of a run, or of an imported adapter, whose model can be loaded again."""
 
-    method: str
-    hyperparameters: dict[str, Any]
-    backbone: str
-    tasks: list[FileName]
-    recipe: ResolvedRecipe = field(default_factory=ResolvedRecipe)
-    suite: str | None = None
-    budget: str | None = None
     order: str = ""
     modalities: list[str] = field(default_factory=lambda: list(MODALITIES))
-    seed: int | None = None
-    weights: str | None = None
-    backbone_options: dict[str, Any] = field(default_factory=dict)
     imported: str | None = None
 
 
@@ -64,6 +54,7 @@ def card(
     facts = {"suite": config.suite, "budget": config.budget}
     facts["order"] = f"{config.order}: {', '.join(config.tasks)}" if config.tasks else None
     facts |= {"seed": config.seed, "imported from": config.imported}
+    facts["started from"] = str(results.init) if results and results.init else None
     matrix = list(zip(results.tasks, results.score_matrix, strict=False))[: export["stages"]] if results else []
     template = templates(Path(__file__).parent).get_template("model_card.md.j2")
     versions = {name: version for name, version in environment.versions().items() if version}

@@ -116,6 +116,9 @@ class Method(ABC):
     joint: ClassVar[bool] = False
     """Whether all tasks are trained at once, as a reference, instead of one after another."""
 
+    by_task: ClassVar[bool] = False
+    """Whether parts of what it stores belong to the tasks by their place in the order, as a branch for each."""
+
     lr_factor: float = 1.0
     """Factor of the recipe's learning rate; a hyperparameter of methods that train."""
 

@@ -44,6 +44,7 @@ class MageExperts(RoleBranches):
     pull: Annotated[float, "Weight of the penalty towards the task's start, see mage-pull."] = 0.01
 
     sides = ("general",)
+    by_task = True
     card = Card(
         "own; arXiv 2602.18055, 1909.01520",
         keeps="summed Fisher information, moments of question features",

@@ -66,16 +66,13 @@ class RunEta:
 
     Args:
         steps: optimizer steps of each task.
-        joint: all tasks are trained at once.
+        evaluated: how many tasks each stage is evaluated on, from stage 0 on.
         tasks_done, step: where the run starts.
     """
 
-    def __init__(self, steps: Sequence[int], joint: bool, tasks_done: int, step: int) -> None:
-        tasks = len(steps)
-        # Tasks evaluated at stage 0 and after each stage.
-        seen = [tasks, tasks] if joint else [tasks, *range(1, tasks + 1)]
+    def __init__(self, steps: Sequence[int], evaluated: Sequence[int], tasks_done: int, step: int) -> None:
         self.steps = _Work(sum(steps), sum(steps[:tasks_done]) + step)
-        self.evaluations = _Work(sum(seen), sum(seen[: tasks_done + 1]) if tasks_done or step else 0)
+        self.evaluations = _Work(sum(evaluated), sum(evaluated[: tasks_done + 1]) if tasks_done or step else 0)
         self._last: float | None = None
 
     def step(self) -> None:

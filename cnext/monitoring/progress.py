@@ -10,7 +10,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cnext import methods
 from cnext.config.run_config import Plan
 from cnext.monitoring import heartbeat
 from cnext.monitoring.eta import Estimate, RunEta, StudyEta, time_left
@@ -66,7 +65,7 @@ class Progress:
         self.ids: dict[str, TaskID] = {}
         self.first_step, self.started = 0, 0.0
         self.doing = "loading"
-        self.eta = RunEta([], False, 0, 0)
+        self.eta = RunEta([], [], 0, 0)
         self.folder: Path | None = None
         self.heartbeat: Heartbeat | None = None
 
@@ -116,7 +115,7 @@ class Progress:
     def plan(self, planned: Plan, tasks_done: int, step: int) -> None:
         """Starts the bar of all optimizer steps of the run. tasks_done, step: where the run starts or resumes."""
         steps = [planned.recipe.steps[name] for name in planned.order]
-        self.eta = RunEta(steps, methods.load(planned.config.method).joint, tasks_done, step)
+        self.eta = RunEta(steps, planned.evaluated, tasks_done, step)
         if self.study is not None:
             self.ids["study"] = self.bars.add_task("all runs", total=self.study.total, shown="")
         self.ids["all"] = self.bars.add_task("all tasks", total=sum(steps), completed=self.eta.steps.done, shown="")

@@ -38,8 +38,12 @@ def headline(run: Run) -> Section:
         blocks.append(Text("Joint training, an upper bound: all tasks are trained at once, and nothing is forgotten."))
         numbers = [numbers[0], numbers[-1]]
     if _untrained(run):
-        blocks.append(Text("No training, a lower bound: nothing is learnt, and nothing can be forgotten."))
+        what = "No training, a lower bound: nothing is learnt, and nothing can be forgotten."
+        blocks.append(Text(f"Evaluation of {results.init.name}, without training." if results.init else what))
         numbers = numbers[:1]
+    if results.init:
+        blocks.append(Text(f"Started from {results.init}."))
+        blocks += [Text(f"What it started from: {note}.", "banner") for note in results.init.notes]
     blocks.append(Numbers([(name, points(value), meaning) for name, value, meaning in numbers]))
     return Section(f"{results.method} on {results.suite}", blocks)
 

@@ -14,7 +14,8 @@ from torch import Tensor
 from cnext.errors import UserError, parse_json
 from cnext.records import Count, FileName, Record, convert
 
-MANIFEST = "manifest.json"
+MANIFEST, EXTRAS = "manifest.json", "extras"
+"""EXTRAS: the tensors of an imported adapter that are in no parameter of its method, as "<kind>.<name>"."""
 
 
 class Manifest(Record):

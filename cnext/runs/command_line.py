@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from cnext import methods
-from cnext.config.run_config import ADDED_RECIPE, OVERRIDES, RunConfig, current_names
+from cnext.config.run_config import ADDED_RECIPE, OVERRIDES, RunConfig, as_words, current_names
 from cnext.errors import UserError
 from cnext.runs.checkpoint import write_text
 from cnext.tasks import suites
@@ -103,8 +103,7 @@ def _from_config(config: dict[str, Any]) -> dict[str, Any]:
     # A flag sets a field for all tasks.
     uneven = {name for own in recipe.get("by_task", {}).values() for name in own}
     given |= {name: recipe[name] for name in OVERRIDES if name in recipe and name not in uneven}
-    pairs = config.get("backbone_options", {}).items()
-    given["backbone_options"] = [f"{k}={v if isinstance(v, str) else json.dumps(v)}" for k, v in pairs]
+    given["backbone_options"] = as_words(config.get("backbone_options", {}))
     suite = config.get("suite", "")
     base, _, wording = suite.rpartition("-")
     if suite not in suites.names():

@@ -139,6 +139,20 @@ class Merge(Record):
     branches: dict[str, BranchBeta]
 
 
+class Init(Record):
+    """What a run started from, in results.json. tasks: those that it had learnt, which the run did not train."""
+
+    name: str
+    kind: str
+    sha256: str
+    tasks: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        after = f", as the state after {', '.join(self.tasks)}" if self.tasks else ""
+        return f"{self.name} (SHA-256 {self.sha256[:12]}){after}"
+
+
 class Results(Record):
     """results.json. tasks: in training order. reads, writes: modalities by task. joint: all tasks trained at once."""
 
@@ -166,6 +180,7 @@ class Results(Record):
     budget: str = ""
     order: str = ""
     split: str = ""
+    init: Init | None = None
 
     def __post_init__(self) -> None:
         """Matrices as wide as there are tasks."""

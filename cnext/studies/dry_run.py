@@ -54,13 +54,12 @@ def estimate(planned: Plan) -> Estimate:
         total = 0.0
         for index, name in enumerate(planned.order):
             task = planned.suite.task(name)
-            trained, step_seconds = _time_steps(planned, ready, task)
+            trained, step_seconds = _time_steps(planned, ready, task) if recipe.steps[name] else (0, 0.0)
             test = ready.samples[config.split][name]
             questions = len(test) if config.data else recipe.test_samples or len(test)
             answers = _time_answers(planned, ready, task, test[:TIMED_SAMPLES]) * questions
             training = step_seconds * recipe.steps[name]
-            # A task is evaluated zero-shot, after its own training, and after every later task.
-            total += training + answers * (2 if method.joint else 1 + len(planned.order) - index)
+            total += training + answers * sum(count > index for count in planned.evaluated)
             reads, writes = "+".join(task.reads), "+".join(task.writes)
             steps = recipe.steps[name] if trained else 0
             times = f"{duration(training)}, {duration(answers)}"

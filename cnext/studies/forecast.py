@@ -158,9 +158,9 @@ def _memory(
 
 
 def _questions(planned: Plan, tasks: list[Task]) -> list[tuple[Task, int]]:
-    """Each task with its number of answers: zero-shot, after its own training and after every later task."""
+    """Each task with its number of answers at all stages."""
     return [
-        (task, (planned.recipe.test_samples or task.test_count) * (1 + len(tasks) - index))
+        (task, (planned.recipe.test_samples or task.test_count) * sum(count > index for count in planned.evaluated))
         for index, task in enumerate(tasks)
     ]
 

@@ -134,7 +134,8 @@ class TableResults(Record, kw_only=True):
 
 
 class Setting(Record):
-    """What the runs of one table must have in common, in config.json. code: of those that have the same scorer."""
+    """What the runs of one table must have in common, in config.json. code: of those that have the same scorer.
+    init_tasks: learnt by what a run started from; None where it started from new branches."""
 
     suite: str
     backbone: str
@@ -142,9 +143,10 @@ class Setting(Record):
     budget: str
     recipe: dict[str, Any]
     code: dict[str, str] = {}  # noqa: RUF012, which msgspec copies
+    init_tasks: list[str] | None = None
 
 
-SETTING = tuple(name for name in Setting.__struct_fields__ if name != "code")
+SETTING = tuple(name for name in Setting.__struct_fields__ if name not in ("code", "init_tasks"))
 
 
 @dataclass(frozen=True)
@@ -216,6 +218,7 @@ def check_comparable(settings: Mapping[str, Mapping[str, Any]], keys: Sequence[s
         found = [line for key in keys for line in _differences(expected[key], setting[key], key)]
         one, other = (each.get("code", {}) for each in (expected, setting))
         found += [line for key in one if key in other for line in _differences(one[key], other[key], f"code.{key}")]
+        found += _differences(expected.get("init_tasks"), setting.get("init_tasks"), "init_tasks")
         if found:
             listed = "\n".join(f"  {line}" for line in found)
             raise UserError(f"{first} and {name} are not comparable, one table cannot hold both:\n{listed}")

@@ -171,7 +171,7 @@ def _states(here: Side, there: Side) -> States | None:
     for (stage, trained), digest in here.digests.items():
         found = there.digests.get((stage, trained))
         if found is None:
-            break
+            continue
         if found != digest:
             return States(same, f"{stage} {trained}")
         same.append(f"{stage} {trained}")

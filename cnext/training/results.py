@@ -14,25 +14,27 @@ from cnext.runs.schemas import StageScore
 from cnext.scoring.base import ERROR_TYPES, PROFILES
 from cnext.scoring.matrix import ScoreMatrix, metrics
 from cnext.training.cost import Meter, highest, total
+from cnext.training.initial import described
 from cnext.training.state import RunState
 
 SETTING = ("method", "hyperparameters", "backbone", "suite", "budget", "order", "seed", "split")
 """What results.json repeats of config.json."""
 
 
-def results(planned: Plan, method: Method, state: RunState) -> dict[str, Any]:
-    """The content of results.json, see `cnext.run`."""
+def results(planned: Plan, method: Method, state: RunState, notes: list[str]) -> dict[str, Any]:
+    """The content of results.json, see `cnext.run`. notes: on what the run starts from."""
     order, tasks, scores = planned.order, [planned.suite.task(name) for name in planned.order], state.scores
     config = planned.as_dict()
     return {
         **{key: config[key] for key in SETTING},
         "finished": all((len(order), name) in scores for name in order),
         "joint": method.joint,
+        **described(planned, notes),
         "card": {name: getattr(method.card, name) for name in ("paper", "keeps", "rehearsal", "task_id_at_test")},
         "tasks": list(order),
         "reads": {task.name: list(task.reads) for task in tasks},
         "writes": {task.name: list(task.writes) for task in tasks},
-        "samples": {name: scores[0, name].samples for name in order},
+        "samples": {row.task: row.samples for row in scores.values()},
         "profile": "strict",
         **_profile(planned, state, "strict"),
         "profiles": {name: _profile(planned, state, name) for name in PROFILES if name != "strict"},
@@ -49,7 +51,7 @@ def _profile(planned: Plan, state: RunState, profile: str) -> dict[str, Any]:
     order = planned.order
     matrix = _matrix(state, order, lambda row: row.score(profile))
     errors = {kind: _matrix(state, order, lambda row, kind=kind: row.errors[profile][kind]) for kind in ERROR_TYPES}
-    zero_shot = [state.scores[0, name].score(profile) for name in order]
+    zero_shot = [row.score(profile) if (row := state.scores.get((0, name))) else None for name in order]
     return {
         "score_matrix": matrix.to_rows(),
         "zero_shot": zero_shot,

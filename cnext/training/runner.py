@@ -53,11 +53,12 @@ def run(config: RunConfig, progress: Progress | None = None) -> dict[str, Any]:
         The content of results.json. Scores are in percent, T is the number of tasks:
 
         - ``score_matrix``: T rows, one per stage, of T scores, one per task; None where not evaluated. ``zero_shot``:
-          the T scores before training. ``error_matrix``: as score_matrix, by error type.
+          the T scores before training, None where nothing is trained. ``error_matrix``: as score_matrix, by type.
         - ``metrics``: ``avg_acc``, ``new_acc``, ``forgetting`` and others, see `cnext.scoring.matrix.metrics`.
         - ``profiles``: the same four under the paper's own scorers.
         - ``tasks``, ``reads``, ``writes``, ``samples``: names in training order; modalities and test samples by name.
         - ``averaging``: statistics of the moving average by task and branch.
+        - ``init``: what the run started from, with ``init_from`` alone: name, kind, SHA-256, tasks learnt, and notes.
         - ``cost``: counts of parameters, optimizer steps, supervised tokens, and stored bytes.
         - ``digests``: SHA-256 of the state after each stage. ``fingerprint``, ``versions``: the environment.
         - ``method``, ``hyperparameters``, ``backbone``, ``suite``, ``budget``, ``order``, ``seed``, ``split``,
@@ -117,18 +118,20 @@ class Runner:
     def run(self) -> dict[str, Any]:
         """Trains and evaluates all stages that are left. Returns the results."""
         self.load()
-        started = time.perf_counter()
+        self.started = time.perf_counter()
         self.meter = cost.Meter(self.plan.device)
         self.resume()
         self._note_environment()
         self.progress.plan(self.plan, self.state.tasks_done, self.state.step)
-        self.evaluate_stage(self.state.tasks_done)
+        if self.plan.trains or self.state.tasks_done:
+            self.evaluate_stage(self.state.tasks_done)
+        self.start_from_source()
         for stage in [stage for stage in self.stages if stage.number > self.state.tasks_done]:
             with self.stop.deferred():
                 self.train_task(stage)
             self.evaluate_stage(stage.number)
-            self._write_results(started)
-        outcome = self._write_results(started)
+            self._write_results()
+        outcome = self._write_results()
         if self.folder is not None:
             self.folder.tidy([stage.label for stage in self.stages])
             html, _ = report.write_report(self.folder.path)
@@ -144,6 +147,8 @@ class Runner:
             self.progress.say(line)
         for line in reference_warnings(self.plan, self.ready.samples):
             self.progress.say(line)
+        for note in self.ready.notes:
+            self.progress.say(f"--init-from: {note}")
         self.backbone, self.method = self.ready.backbone, self.ready.method
         self.parameters = self.ready.saved_parameters()
         self.uneven = processes.sharded(self.backbone.language_model, self.parameters.values())
@@ -166,6 +171,21 @@ class Runner:
         if self.folder is not None:
             self._cut_logs(self.folder)
         self.state.scores = collectives.broadcast_object(self.state.scores)
+
+    def start_from_source(self) -> None:
+        """Puts what ``init_from`` names in place of the pretrained state, as the state after ``init_tasks``."""
+        initial, given = self.ready.initial, len(self.plan.config.init_tasks)
+        if initial is None:
+            return
+        if not self.state.tasks_done and not self.state.step:
+            initial.put(self.parameters, self.method)
+            if given:
+                stage = next(stage for stage in self.stages if stage.number == given)
+                self.state.tasks_done = given
+                self._save(stage.label, stage)
+                self.evaluate_stage(given)
+                self._write_results()
+        initial.tensors.clear()
 
     def _cut_logs(self, folder: RunFolder) -> None:
         done, step = self.state.tasks_done, self.state.step
@@ -294,7 +314,7 @@ class Runner:
 
     def _score(self, number: int, trained: str, task: Task) -> StageScore:
         """A task's scores after a stage; the zero-shot scores where nothing has been trained."""
-        if number and not any(each.parameters for each in self.state.trained.values()):
+        if number and not self.plan.source and not any(each.parameters for each in self.state.trained.values()):
             return replace(self.state.scores[0, task.name], stage=number, trained=trained)
         samples = self.ready.samples[self.plan.config.split][task.name]
         with (
@@ -305,12 +325,12 @@ class Runner:
             folder, scorer = self.folder and self.folder.path, find_scorer(task, self.scorers)
             return evaluate(self.method, task, samples, scorer, folder, number, trained, self.uneven)
 
-    def _write_results(self, started: float) -> dict[str, Any]:
+    def _write_results(self) -> dict[str, Any]:
         """Writes results.json, cost.json and environment.json. Returns the first one's content."""
-        outcome = results.results(self.plan, self.method, self.state)
+        outcome = results.results(self.plan, self.method, self.state, self.ready.notes)
         if self.folder is not None:
             write_json(self.folder.path / "results.json", outcome)
-            seconds = time.perf_counter() - started
+            seconds = time.perf_counter() - self.started
             write_json(self.folder.path / "cost.json", results.costs(self.state, self.meter, seconds))
             self._write_environment()
         return outcome

@@ -20,10 +20,11 @@ from cnext.tasks import formats, synthetic
 from cnext.tasks.base import DataError, Sample
 from cnext.tasks.kept_images import cache
 from cnext.tasks.left_out import RELEASED_LENGTH, TOO_LONG, LeftOut
+from cnext.training import initial
 from cnext.training.batches import stable_seed
 from cnext.training.evaluation import question
+from cnext.training.initial import Initial
 from cnext.training.precision import DTYPES, in_float32
-
 
 Samples = dict[str, dict[str, list[Sample]]]
 """Samples by split and by the task's name."""
@@ -39,6 +40,7 @@ class Prepared:
         encoded: training samples as `Batches` encodes them, by the task's name, for the runs of one process to share.
             None: they are not kept.
         left_out: rows of the data that are not among the samples.
+        initial: what the run starts from, once zero-shot is evaluated; None: the pretrained state.
     """
 
     samples: Samples
@@ -47,6 +49,12 @@ class Prepared:
     extras: dict[str, nn.Parameter]
     encoded: dict[str, list[Any]] | None = None
     left_out: LeftOut = field(default_factory=LeftOut)
+    initial: Initial | None = None
+
+    @property
+    def notes(self) -> list[str]:
+        """What the user should know of ``initial``."""
+        return [] if self.initial is None else self.initial.notes
 
     def saved_parameters(self) -> dict[str, nn.Parameter]:
         """All parameters that a checkpoint stores, by name: the method's and the extras."""
@@ -70,9 +78,10 @@ def prepare(planned: Plan, generated: Path | None = None) -> Prepared:
     refuse_empty(planned, data, samples, left)
     method = methods.load(planned.config.method)(**planned.hyperparameters)
     generator = torch.Generator().manual_seed(stable_seed(planned.config.seed, "adapters"))
-    tasks = [planned.suite.task(name) for name in planned.order]
-    method.setup(backbone, tasks, generator, planned.suite.modalities)
-    return Prepared(samples, backbone, method, trained_beside(backbone, planned.recipe.trainable), left_out=left)
+    method.setup(backbone, initial.tasks_of(planned), generator, planned.suite.modalities)
+    extras = trained_beside(backbone, planned.recipe.trainable)
+    ready = Prepared(samples, backbone, method, extras, left_out=left)
+    return replace(ready, initial=initial.read(planned, backbone, method, ready.saved_parameters()))
 
 
 def check_model(planned: Plan) -> None:

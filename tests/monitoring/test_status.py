@@ -190,7 +190,7 @@ def test_the_time_left_of_runs_one_after_another(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(time, "perf_counter", lambda: clock[0])
     study = StudyEta(3, 1)
     study.start("one")
-    eta = RunEta([3, 3], False, 0, 0)
+    eta = RunEta([3, 3], [2, 1, 2], 0, 0)
     for _ in range(2):
         with eta.evaluation():
             clock[0] += 2

@@ -75,6 +75,8 @@ GIVEN: dict[str, list[str]] = {
     "device_map": ["--device-map", "balanced"],
     "workers": ["--workers", "3"],
     "log": ["--log", "tensorboard"],
+    "init_from": ["--init-from", "{toy}/suite.json"],
+    "init_tasks": ["--init-from", "{toy}/suite.json", "--init-tasks", "VQAv2", "ImageNet"],
     "order": ["--order", "VQAv2,HQEdit", "--seeds", "3"],
     "drawn order": ["--order", "random:7"],
     "numbers": ["--method", "mage", "--mage.c", "2", "--mage.rank", "4", "--mage.scale", "-1e-3"],

@@ -455,7 +455,7 @@ def test_a_run_forwards_its_time_left(monkeypatch: pytest.MonkeyPatch) -> None:
     events: list[Event] = []
     progress = ForwardedProgress(events.append)
     config, recipe = SimpleNamespace(method="lora"), SimpleNamespace(steps={"a": 3, "b": 5})
-    progress.plan(SimpleNamespace(config=config, recipe=recipe, order=("a", "b")), 0, 0)
+    progress.plan(SimpleNamespace(config=config, recipe=recipe, order=("a", "b"), evaluated=[2, 1, 2]), 0, 0)
     assert events[-1] == Event("starting", Estimate(0.0, None, None))
 
     def evaluate(stage: int, task: str) -> None:

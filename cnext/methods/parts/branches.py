@@ -109,6 +109,8 @@ class TaskBranches(LowRank):
 
     rank: Annotated[int, "Rank of each task's branch."] = 32
 
+    by_task: ClassVar[bool] = True
+
     def branches(self, tasks: Sequence[Task]) -> dict[str, int]:
         return dict.fromkeys(self.branch_of.values(), self.rank)
 
