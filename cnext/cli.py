@@ -184,6 +184,13 @@ def _export(arguments: argparse.Namespace) -> None:
         print(path)
 
 
+def _evaluate(arguments: argparse.Namespace) -> None:
+    from cnext.exchange.evaluation import evaluate
+
+    given = {name: value for name, value in vars(arguments).items() if name not in ("verb", "action")}
+    evaluate(**given)
+
+
 def _import(arguments: argparse.Namespace) -> None:
     from cnext.exchange.importing import import_adapter
 
@@ -340,6 +347,28 @@ def _parser() -> argparse.ArgumentParser:
     help = "method that trained it (default: by the names of the branches)"
     verb.add_argument("--method", choices=("mage", "moelora", "lora"), help=help)
     verb.add_argument("--weights", type=Path, metavar="PATH", help="folder or file of the backbone's weights")
+
+    verb = add("evaluate", _evaluate, "score an adapter or a run's checkpoint on a suite, without training")
+    help = "the authors' released file, a folder of PEFT adapters, a run folder, or a checkpoint in it"
+    verb.add_argument("path", type=Path, help=help)
+    verb.add_argument("--backbone", help="backbone of the adapter (default: the run's; tiny)")
+    verb.add_argument("--weights", type=Path, metavar="PATH", help="folder or file of the backbone's weights")
+    help = "options for loading the backbone, as for cnext-run"
+    verb.add_argument("--backbone-options", nargs="+", metavar="NAME=VALUE", help=help)
+    verb.add_argument("--device-map", help="placement of the model on several devices, as for cnext-run")
+    verb.add_argument("--suite", help="suite of tasks (default: the run's; next-tiny)")
+    verb.add_argument("--data", type=Path, metavar="DIR", help="folder with the suite's files")
+    verb.add_argument("--tasks", metavar="A,B", help="tasks to score (default: those learnt; all of the suite)")
+    verb.add_argument("--split", choices=("test", "validation"), help="split that is scored (default: test)")
+    verb.add_argument("--method", help="method of an adapter: mage, moelora or lora (default: by its branches)")
+    help = "preset with the precision and number of test samples (default: the run's; default)"
+    verb.add_argument("--preset", help=help)
+    verb.add_argument("--precision", choices=("float32", "bfloat16"), help="precision of the model (default: preset's)")
+    verb.add_argument("--prompts", choices=("released", "consistent"), help="prompts of image tasks, as for cnext-run")
+    verb.add_argument("--clip", help="CLIP that scores images, as for cnext-run")
+    verb.add_argument("--device", help="auto, cpu, cuda or cuda:N (default: auto)")
+    verb.add_argument("--out", type=Path, metavar="DIR", help="output folder (default: evaluations/NAME-SHA256)")
+    verb.epilog = "Writes a run folder for cnext compare, judge and report. Zero-shot: cnext-run --method zero-shot."
 
     text = "check whether a run can start here: packages, devices, kernels, weights, data, CLIP, memory, disk"
     verb = add("doctor", _doctor, text)

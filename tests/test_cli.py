@@ -23,7 +23,7 @@ def toy(toy_suite: Path, data: Path, tmp_path: Path) -> list[str]:
     return ["--suite", str(toy_suite), "--data", str(data), "--out", str(tmp_path)]
 
 
-VERBS = "list card report analyze table status metrics compare judge data export import doctor".split()
+VERBS = "list card report analyze table status metrics compare judge data export import evaluate doctor".split()
 
 
 def test_help(capsys: pytest.CaptureFixture[str]) -> None:

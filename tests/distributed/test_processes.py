@@ -153,6 +153,11 @@ def test_a_whole_run_in_two_processes(data: Path, toy_suite: Path, tmp_path: Pat
     lines = (folder / "scores.jsonl").read_text().splitlines(keepends=True)
     (folder / "scores.jsonl").write_text("".join(lines[:-1]))
     assert run(RunConfig(out=tmp_path / "two", **shared))["score_matrix"] == two["score_matrix"]
+    # The second task again, from the first one's checkpoint.
+    source = ["--init-from", str(folder / "checkpoints" / "1_VQAv2"), "--init-tasks", "VQAv2"]
+    finish(start(["-m", "cnext.cli", "run", *flags, *source, "--out", str(tmp_path / "again")]))
+    again = RunConfig(out=tmp_path / "again", **shared).folder
+    assert json.loads((again / "results.json").read_text())["digests"] == two["digests"]
 
 
 def test_a_batch_that_cannot_be_sharded_is_refused(data: Path, toy_suite: Path, tmp_path: Path) -> None:

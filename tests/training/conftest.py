@@ -10,6 +10,7 @@ import pytest
 from cnext import RunConfig, run
 
 Make = Callable[..., RunConfig]
+Runs = Callable[..., Path]
 ORDER = ("VQAv2", "Flickr30k", "HQEdit")
 
 
@@ -31,3 +32,19 @@ def finished(config: Make) -> Path:
     made = config()
     run(made)
     return made.folder
+
+
+@pytest.fixture(scope="session")
+def runs(config: Make) -> Runs:
+    """The folder of a finished run of a method with these options; each is done once."""
+    done: dict[str, Path] = {}
+
+    def folder(method: str, **changes: object) -> Path:
+        key = f"{method} {sorted(changes.items())}"
+        if key not in done:
+            made = config(method=method, **changes)
+            run(made)
+            done[key] = made.folder
+        return done[key]
+
+    return folder

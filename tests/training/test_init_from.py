@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from training.conftest import ORDER, Make
+from training.conftest import ORDER, Make, Runs
 from training.faults import damage
 from training.toy import change, rows
 
@@ -27,23 +26,6 @@ from cnext.training.trainer import TaskTrainer
 FIRST, SECOND = "1_VQAv2", "2_Flickr30k"
 # By PEFT, of transformers' newer releases.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
-Runs = Callable[..., Path]
-
-
-@pytest.fixture(scope="module")
-def runs(config: Make) -> Runs:
-    """The folder of a finished run of a method with these options; each is done once."""
-    done: dict[str, Path] = {}
-
-    def folder(method: str, **changes: object) -> Path:
-        key = f"{method} {sorted(changes.items())}"
-        if key not in done:
-            made = config(method=method, **changes)
-            run(made)
-            done[key] = made.folder
-        return done[key]
-
-    return folder
 
 
 def results(folder: Path) -> dict:
