@@ -363,7 +363,8 @@ def _parser() -> argparse.ArgumentParser:
     verb.add_argument("--method", help="method of an adapter: mage, moelora or lora (default: by its branches)")
     help = "preset with the precision and number of test samples (default: the run's; default)"
     verb.add_argument("--preset", help=help)
-    verb.add_argument("--precision", choices=("float32", "bfloat16"), help="precision of the model (default: preset's)")
+    help = "precision of the model; the authors evaluate in float16 (default: the preset's)"
+    verb.add_argument("--precision", choices=("float32", "bfloat16", "float16"), help=help)
     verb.add_argument("--prompts", choices=("released", "consistent"), help="prompts of image tasks, as for cnext-run")
     verb.add_argument("--clip", help="CLIP that scores images, as for cnext-run")
     verb.add_argument("--device", help="auto, cpu, cuda or cuda:N (default: auto)")

@@ -92,8 +92,9 @@ class Options:
     """Learning-rate schedule; "released" rises again in its second half, as the authors' code. None: the preset's."""
     trainable: Literal["branches", "connections", "released"] | None = None
     """What is trained besides the method: nothing, vision-language connectors, or all that the authors' code trains."""
-    precision: Literal["float32", "bfloat16"] | None = None
-    """Precision of the frozen model; trained parameters stay in float32. None: the preset's."""
+    precision: Literal["float32", "bfloat16", "float16"] | None = None
+    """Precision of the frozen model; trained parameters stay in float32. float16: only to evaluate. None: the
+    preset's."""
     checkpointing: bool | None = None
     """Gradient checkpointing: recompute activations in the backward pass to save memory. None: the preset's."""
     draws: Literal["sample", "epoch"] | None = None
@@ -282,7 +283,13 @@ def plan(config: RunConfig, elsewhere: bool = False, forecast: bool = False) -> 
     hyperparameters = _hyperparameters(config, recipe)
     source = _source(config, order, hyperparameters, forecast)
     recipe = dataclasses.replace(recipe, steps=recipe.steps | dict.fromkeys(config.init_tasks, 0))
-    return Plan(config, suite, order, recipe, _device(config.device, elsewhere), hyperparameters, source)
+    planned = Plan(config, suite, order, recipe, _device(config.device, elsewhere), hyperparameters, source)
+    if recipe.precision == "float16" and planned.trains and config.method != "zero-shot":
+        raise UserError(
+            "--precision float16 is for evaluation, by cnext evaluate or --method zero-shot: gradients underflow in "
+            "it; give bfloat16"
+        )
+    return planned
 
 
 def _source(

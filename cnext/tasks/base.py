@@ -18,7 +18,7 @@ IMAGE_POSITIONS = ("first", "random")
 PROMPTS = ("released", "consistent")
 IMAGE_FILTERS = ("none", "released")
 TRAINABLE = ("branches", "connections", "released")
-PRECISIONS = ("float32", "bfloat16")
+PRECISIONS = ("float32", "bfloat16", "float16")
 LOSS_MEANS = ("batch", "micro-batch")
 DRAWS = ("sample", "epoch")
 BY_TASK = ("batch_size", "micro_batch_size", "learning_rate", "warmup_steps")
@@ -196,7 +196,8 @@ class Recipe:
     schedule: name of a learning-rate schedule: ``warmup_steps`` up, then down to ``min_learning_rate_ratio``.
     trainable: what is trained beside the method's own parameters: "branches" (nothing), "connections" (the layers
         between visual parts and language model) or "released" (these, embeddings, output head and norms).
-    precision: of the frozen model and of its forward pass. What is trained is kept in float32.
+    precision: of the frozen model and of its forward pass. What is trained is kept in float32. "float16" is for runs
+        that train nothing, as the authors' evaluation has it.
     loss_mean: "batch": the mean over the supervised tokens and pictures of the whole batch, however it is divided; or
         "micro-batch": the mean of the micro-batches' means, as gradient accumulation usually has it.
     decay_frozen: whether weight decay also shrinks the method's parameters that the task freezes, and those that a step

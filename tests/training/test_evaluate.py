@@ -11,6 +11,7 @@ from training.toy import rows
 
 from cnext.backbones.tiny.model import TinyBackbone
 from cnext.cli import main
+from cnext.config.run_config import RunConfig, plan
 from cnext.errors import UserError
 from cnext.exchange.evaluation import configuration, evaluate, trainable_for
 from cnext.exchange.export import export
@@ -173,3 +174,15 @@ def test_what_is_trained_besides_the_branches_is_the_least_that_has_it() -> None
     assert trainable_for([]) == "branches"
     assert trainable_for(["input_resampler"]) == "connections"
     assert trainable_for(["input_resampler", "norms"]) == "released"
+
+
+def test_in_float16_nothing_is_trained(runs: Runs, toy: dict) -> None:
+    before = runs("lora")
+    found = evaluate(before, **toy, precision="float16")
+    expected = json.loads((before / "results.json").read_text())
+    assert found["score_matrix"][-1] == pytest.approx(expected["score_matrix"][-1], abs=15)
+    [folder] = Path("evaluations").glob("*/lora/*/seed-0")
+    assert json.loads((folder / "config.json").read_text())["recipe"]["precision"] == "float16"
+    plan(RunConfig(**toy, method="zero-shot", precision="float16"))
+    with pytest.raises(UserError, match="float16 is for evaluation"):
+        plan(RunConfig(**toy, method="lora", precision="float16"))
