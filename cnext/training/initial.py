@@ -80,7 +80,7 @@ def read(planned: Plan, backbone: Backbone, method: Method, parameters: Mapping[
         initial = load(planned, source, backbone, method)
         _check_names(initial.tensors, parameters, planned, backbone)
         if source.run is None:
-            initial.notes += _compare_logits(source, planned, backbone, parameters, initial.tensors)
+            _compare_logits(source, planned, backbone, parameters, initial.tensors)
     except UserError as error:
         raise UserError(f"--init-from {planned.config.init_from}: {error}") from error
     initial.notes += _notes(planned, source, method, parameters, initial.tensors)
@@ -190,11 +190,11 @@ def _compare_logits(
     backbone: Backbone,
     parameters: Mapping[str, nn.Parameter],
     tensors: Mapping[str, Tensor],
-) -> list[str]:
+) -> None:
     """Compares with the reference logits of an export. Raises UserError where the backbone is another."""
     file = (source.path if source.path.is_dir() else source.path.parent) / REFERENCE
     if not file.is_file():
-        return []
+        return
     with adapters.holding(parameters, tensors), autocast(planned.recipe.precision, backbone.device):
         found = deviation(outer_model(backbone), schemas.read(file, Reference))
     if found > (SAME if planned.recipe.precision == "float32" else ALIKE):
@@ -202,7 +202,6 @@ def _compare_logits(
             f"backbone {backbone.name} with it gives other logits than {file} has: it is for another backbone or other "
             f"weights, or was changed; delete {REFERENCE} to take it anyway"
         )
-    return []
 
 
 def _notes(
