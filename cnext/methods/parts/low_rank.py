@@ -26,11 +26,11 @@ class LowRank(Method):
     rank: Annotated[int, "Rank of the branch."] = 32
     scale: Annotated[float, "Scaling factor of the branches' output (alpha / rank)."] = 1.0
     dropout: Annotated[float, "Dropout probability on the branches' input during training."] = 0.0
+    lr_factor: Annotated[float, "Factor of the recipe's learning rate."] = 1.0
     independent: Annotated[bool, "Draw a dropout mask for each branch, instead of one for all of them."] = False
     init_std: Annotated[
         float, "Standard deviation of A's normal initial values; 0: uniform in +-1/sqrt(width), as in PEFT."
     ] = 0.0
-    lr_factor: Annotated[float, "Factor of the recipe's learning rate."] = 1.0
 
     def __post_init__(self) -> None:
         if self.rank < 1:
