@@ -296,7 +296,7 @@ def test_the_released_loop_has_two_paths(dtype, micro_batches):
     weight = nn.Parameter((torch.randn(3, 5) * 0.1).to(dtype))
     average, kept, steps = PemaReleased(), None, 4
     average.begin_task({"w": weight}, steps * micro_batches)
-    for step in range(steps):
+    for _ in range(steps):
         for micro_batch in range(micro_batches):
             weight.grad = (torch.randn(3, 5) * 0.1).to(dtype)
             if micro_batch == micro_batches - 1:
