@@ -21,12 +21,13 @@ class PerStepAverage(MovingAverage):
 
     Args:
         dtype: of ``ema``: float32, or a 16-bit dtype, which must be the parameters' own where theirs is 16-bit too. In
-            bfloat16 a change of less than 1/256 of a value is lost, in float16 of less than 1/2048.
+            bfloat16 a change of less than 1/256 of a value is lost, in float16 of less than 1/2048. None: the
+            parameters' own.
     """
 
-    def __init__(self, dtype: torch.dtype = torch.float32) -> None:
+    def __init__(self, dtype: torch.dtype | None = torch.float32) -> None:
         super().__init__()
-        if dtype not in checks.PARAM:
+        if dtype is not None and dtype not in checks.PARAM:
             raise UserError(f"expected the dtype of an average, {', '.join(map(str, checks.PARAM))}, got {dtype}")
         self.dtype = dtype
         self.ema: dict[str, Tensor] = {}
@@ -45,11 +46,12 @@ class PerStepAverage(MovingAverage):
     def check_parameters(self) -> None:
         super().check_parameters()
         for parameter in self.parameters.values():
-            checks.require_one_16_bit_dtype("begin_task", {"ema": self.dtype, "theta": parameter.dtype})
+            ema = self.dtype or parameter.dtype
+            checks.require_one_16_bit_dtype("begin_task", {"ema": ema, "theta": parameter.dtype})
 
     def start(self) -> None:
         for name, parameter in self.parameters.items():
-            self.ema[name] = parameter.detach().to(self.dtype, copy=True)
+            self.ema[name] = parameter.detach().to(self.dtype or parameter.dtype, copy=True)
         self.groups = list(by_kind(self.parameters))
         self._prepared = {}
 

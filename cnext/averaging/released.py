@@ -130,15 +130,8 @@ class PemaReleased(PerStepAverage):
     place = "micro-batch"
 
     def __init__(self, damping: float = 1e-5) -> None:
-        super().__init__()
+        super().__init__(dtype=None)
         self.damping = damping
-
-    def start(self) -> None:
-        super().start()
-        self.ema = {name: parameter.detach().clone() for name, parameter in self.parameters.items()}
-
-    def check_parameters(self) -> None:
-        MovingAverage.check_parameters(self)
 
     def read_gradients(self, losses: Tensor | None) -> None:
         if self.step == 0:

@@ -28,7 +28,6 @@ class Cia(LowRank):
 
     factor: Annotated[float, "Factor of alpha; a later variant by its authors uses 0.01."] = 2.0
     fallback: Annotated[float, "alpha where the formula is not in (0, 1); a later variant uses 0.001."] = 0.01
-
     after_optimizer: Annotated[bool, "Update the average after the optimizer's step, as released, not before."] = False
 
     card = Card("arXiv 2410.10868", grid={"scale": (1.0, 3.0, 6.0), "factor": (0.01, 0.1, 0.5, 2.0)})

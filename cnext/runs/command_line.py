@@ -63,7 +63,8 @@ def command(config: dict[str, Any], options: dict[str, Any]) -> str:
         if KEYS.get(field.name, field.name) in config or field.name in OVERRIDES or str(value) != str(field.default):
             words += _flag(FLAGS.get(field.name, field.name), value)
     method = config.get("method", "")
-    defaults = _defaults(method) | _preset(given.get("suite", ""), config.get("budget", ""), method)
+    preset = suites.preset_hyperparameters(given.get("suite", ""), config.get("budget", ""))
+    defaults = _defaults(method) | preset.get(method, {})
     for name, value in config.get("hyperparameters", {}).items():
         label = f"{method}.{name}"
         if isinstance(value, bool):
@@ -84,14 +85,6 @@ def _defaults(method: str) -> dict[str, Any]:
     try:
         return {field.name: field.default for field in dataclasses.fields(methods.declared(method))}
     except UserError:
-        return {}
-
-
-def _preset(suite: str, preset: str, method: str) -> dict[str, Any]:
-    """What a preset sets of a method's hyperparameters; {} for a suite that is not here."""
-    try:
-        return suites.load(suite).budgets[preset].hyperparameters.get(method, {})
-    except (UserError, KeyError):
         return {}
 
 

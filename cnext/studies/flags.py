@@ -70,7 +70,7 @@ def parse(arguments: list[str]) -> Flags:
     for flag in ("suite", "preset"):
         first.add_argument(f"--{flag}", nargs="?", default=getattr(Options, flag))
     chosen = first.parse_known_args(arguments)[0]
-    preset = _preset(chosen.suite, chosen.preset)
+    preset = suites.preset_hyperparameters(chosen.suite or "", chosen.preset or "")  # tyro refuses a flag without value
     groups, known = [], []
     for name in dict.fromkeys(chosen.method):
         kind = _group(name, preset.get(name, {}))
@@ -83,14 +83,6 @@ def parse(arguments: list[str]) -> Flags:
         return tyro.cli(
             flags, prog="cnext-run", args=arguments, description=description, config=(tyro.conf.FlagCreatePairsOff,)
         )
-
-
-def _preset(suite: str, preset: str) -> Mapping[str, Mapping[str, Any]]:
-    """Hyperparameters by method that a preset sets; {} where there is no such preset, as `plan` will say."""
-    try:
-        return suites.load(suite).budgets[preset].hyperparameters
-    except (UserError, KeyError, TypeError):
-        return {}
 
 
 def _group(method: str, preset: Mapping[str, Any]) -> type:

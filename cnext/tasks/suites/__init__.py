@@ -7,9 +7,11 @@ these are in the folder that ``--data`` names.
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from random import Random
+from typing import Any
 
 from cnext.errors import UserError, unknown
 from cnext.tasks import manifests
@@ -33,6 +35,14 @@ def load(name: str) -> Suite:
         if not (folder / "suite.json").is_file():
             raise unknown("suite", name, [*names(), "or the path of a folder with suite.json"])
     return manifests.read_suite(folder)
+
+
+def preset_hyperparameters(suite: str, preset: str) -> Mapping[str, Mapping[str, Any]]:
+    """What a preset sets of methods' hyperparameters, by method; {} where there is no such suite or preset."""
+    try:
+        return load(suite).budgets[preset].hyperparameters
+    except (UserError, KeyError):
+        return {}
 
 
 def worded(suite: Suite, prompts: str) -> Suite:
