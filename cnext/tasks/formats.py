@@ -32,6 +32,10 @@ DRAW = "Please generate the image: "
 """How instructions to generate an image begin in the released test files, and everywhere with consistent prompts."""
 
 
+class UnusableRows(DataError):
+    """Rows that cannot be used, and that a run may leave out."""
+
+
 class Line(NamedTuple):
     """One row of a file: its fields and the sample, or what is wrong with it."""
 
@@ -253,7 +257,7 @@ def read_samples(
         else:
             samples.append(line.sample)
     if problems:
-        raise DataError("\n".join([f"task {task.name}: {len(problems)} unusable rows", *problems]))
+        raise UnusableRows("\n".join([f"task {task.name}: {len(problems)} unusable rows", *problems]))
     if not samples:
         raise nothing_left(task, split, data / getattr(task, split), left)
     if "image" in task.reads and not any(sample.image for sample in samples):

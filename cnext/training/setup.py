@@ -28,6 +28,7 @@ from cnext.training.precision import DTYPES, in_float32
 
 Samples = dict[str, dict[str, list[Sample]]]
 """Samples by split and by the task's name."""
+SKIP = "correct these rows, or leave them out with --on-bad-row skip"
 
 
 @dataclass(frozen=True)
@@ -113,7 +114,7 @@ def read_suite(planned: Plan, data: Path, left: LeftOut | None = None) -> Sample
     limits = {"train": planned.recipe.train_samples, planned.config.split: planned.recipe.test_samples}
     samples: Samples = {split: {} for split in limits}
     need = backbones.unmet_need(planned.config.backbone, weights=planned.config.weights)
-    problems, skip = [], planned.config.on_bad_row == "skip"
+    problems, skip, skippable = [], planned.config.on_bad_row == "skip", False
     for name in planned.order:
         for split, limit in limits.items():
             try:
@@ -121,8 +122,9 @@ def read_suite(planned: Plan, data: Path, left: LeftOut | None = None) -> Sample
                 samples[split][name] = formats.read_samples(task, data, split, limit, need, skip, left)
             except DataError as error:
                 problems.append(str(error))
+                skippable = skippable or isinstance(error, formats.UnusableRows)
     if problems:
-        raise DataError("\n".join(problems))
+        raise DataError("\n".join([*problems, SKIP] if skippable else problems))
     if planned.recipe.draws == "epoch":
         tasks = {name: planned.suite.task(name) for name in planned.order}
         train = samples["train"].items()
@@ -172,7 +174,7 @@ def check_lengths(
             else:
                 kept[split][name].append(sample)
     if problems and not skip:
-        raise DataError("\n".join([f"{len(problems)} samples cannot be used", *problems]))
+        raise DataError("\n".join([f"{len(problems)} samples cannot be used", *problems, SKIP]))
     return kept
 
 

@@ -18,7 +18,7 @@ from cnext.cli import main, run_main
 from cnext.errors import UserError
 from cnext.tasks import data_check, data_check_text, suites
 from cnext.tasks.base import DataError, ImageNeed, Sample, Suite, Turn, any_size
-from cnext.training.setup import check_lengths
+from cnext.training.setup import SKIP, check_lengths
 
 TALK = [{"role": "user", "content": "What?"}, {"role": "assistant", "content": "A dog."}]
 VQA = "SEED-Data-VQAv2"
@@ -328,7 +328,7 @@ def test_all_samples_that_are_too_long_are_named() -> None:
     rows = [Sample("x", (Turn("what?", "red" * length),), origin=f"#{length}") for length in (1, 5, 6, 9)]
     with pytest.raises(DataError) as error:
         check_lengths(Short(), {"train": {"a": rows[:2], "b": rows[2:]}, "test": {"a": rows}})
-    assert str(error.value).splitlines() == ["2 samples cannot be used", "#6 is too long", "#9 is too long"]
+    assert str(error.value).splitlines() == ["2 samples cannot be used", "#6 is too long", "#9 is too long", SKIP]
 
 
 @pytest.mark.parametrize(("backbone", "status"), [("emu3", 1), ("tiny", 0), (None, 1)])

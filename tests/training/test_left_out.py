@@ -62,7 +62,9 @@ def test_refused_unless_skipped(skipping: RunConfig, capsys: pytest.CaptureFixtu
     flags = ["--method", "zero-shot", "--order", "VQAv2", "--suite", skipping.suite, "--data", str(skipping.data)]
     flags += ["--out", str(skipping.out), "--device", "cpu"]
     assert run_main(flags) == 2
-    assert "task VQAv2: 2 unusable rows" in capsys.readouterr().err
+    shown = capsys.readouterr().err
+    assert "task VQAv2: 2 unusable rows" in shown
+    assert shown.endswith("or leave them out with --on-bad-row skip\n")
     assert run_main([*flags, "--on-bad-row", "skip", "--dry-run"]) == 0
     assert "VQAv2 test: 2 rows left out: 1 malformed, 1 missing image" in capsys.readouterr().out
     with pytest.raises(UserError, match="unknown on_bad_row 'ignore'; valid: refuse, skip"):
