@@ -348,8 +348,9 @@ def _parser() -> argparse.ArgumentParser:
     verb.add_argument("--method", choices=("mage", "moelora", "lora"), help=help)
     verb.add_argument("--weights", type=Path, metavar="PATH", help="folder or file of the backbone's weights")
 
-    verb = add("evaluate", _evaluate, "score an adapter or a run's checkpoint on a suite, without training")
-    help = "the authors' released file, a folder of PEFT adapters, a run folder, or a checkpoint in it"
+    help = "score an adapter, a merged model or a run's checkpoint on a suite, without training"
+    verb = add("evaluate", _evaluate, help)
+    help = "the authors' released file, a folder of PEFT adapters or of a merged model, a run folder, or a checkpoint"
     verb.add_argument("path", type=Path, help=help)
     verb.add_argument("--backbone", help="backbone of the adapter (default: the run's; tiny)")
     verb.add_argument("--weights", type=Path, metavar="PATH", help="folder or file of the backbone's weights")

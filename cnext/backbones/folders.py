@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -130,10 +132,8 @@ def load_parts(
     assert folder is not None
 
     import transformers
-    from huggingface_hub.errors import StrictDataclassError
-    from safetensors import SafetensorError
 
-    try:
+    with _as_user_errors(folder, model_class, released):
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **LOCAL)
         # The pixels do not depend on whether torchvision is installed.
         image_processor = transformers.AutoImageProcessor.from_pretrained(folder, backend="pil", **LOCAL)
@@ -147,12 +147,45 @@ def load_parts(
             output_loading_info=True,
             **LOCAL,
         )
+    check_tensors(folder, loading_info)
+    return Parts(model.requires_grad_(False).eval(), tokenizer, image_processor)
+
+
+def load_like(model: Any, folder: Path, released: str, device: str = "cpu") -> Any:
+    """A model of the same class from another folder, in the dtype of its files. device: "meta" to read no weights.
+
+    Raises:
+        UserError: a file is missing or broken, or weights are missing, of other shapes, or none of this model's.
+    """
+    weight_files(folder)
+    with _as_user_errors(folder, type(model).__name__, released):
+        loaded, loading_info = type(model).from_pretrained(
+            folder,
+            dtype="auto",
+            device_map=device,
+            use_safetensors=True,
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
+            **LOCAL,
+        )
+    check_tensors(folder, loading_info)
+    if strange := sorted(loading_info["unexpected_keys"]):
+        raise UserError(f"{folder} has weights that no {type(model).__name__} has: {listed(strange)}")
+    return loaded
+
+
+@contextmanager
+def _as_user_errors(folder: Path, model_class: str, released: str) -> Iterator[None]:
+    """Turns what transformers raises for broken folders into UserError."""
+    from huggingface_hub.errors import StrictDataclassError
+    from safetensors import SafetensorError
+
+    try:
+        yield
     except (OSError, TypeError, ValueError, RuntimeError, SafetensorError, StrictDataclassError) as error:
         raise UserError(
             f"{folder} cannot be loaded as {model_class}: {error}\nexpected {released}; copy the broken file again"
         ) from error
-    check_tensors(folder, loading_info)
-    return Parts(model.requires_grad_(False).eval(), tokenizer, image_processor)
 
 
 def check_tensors(folder: Path, loading_info: dict[str, Any]) -> None:

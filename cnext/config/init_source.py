@@ -17,6 +17,8 @@ from cnext.errors import UserError, listed, parse_json
 from cnext.records import Count, FileName, Record
 
 CONFIG, MANIFEST, CHECKPOINTS, OPTIMIZER = "config.json", "manifest.json", "checkpoints", "optimizer.safetensors"
+CONNECTIONS = "connection_layers.safetensors"
+"""Trained parts of the backbone outside a merged model, as ``cnext export`` writes them beside it."""
 BLOCK = 2**20
 
 
@@ -24,6 +26,16 @@ class SourceRecipe(Record):
     """The recipe of a run, as far as it decides what its checkpoints hold."""
 
     trainable: str = "branches"
+
+
+class MergedModel(Record):
+    """A merged model, whose weights a run has in place of the frozen pretrained ones.
+
+    path: its folder.  sha256: of the files of weights, of config.json and of `CONNECTIONS`.
+    """
+
+    path: str
+    sha256: str
 
 
 class SourceRun(Record):
@@ -39,6 +51,7 @@ class SourceRun(Record):
     seed: int | None = None
     weights: str | None = None
     backbone_options: dict[str, Any] = field(default_factory=dict)
+    merged: MergedModel | None = None
 
 
 class SourceManifest(Record):
@@ -54,19 +67,21 @@ class InitSource:
     """What ``--init-from`` names.
 
     Attributes:
-        kind: a run's checkpoint, PEFT adapters or a released file.
-        path: what is read: the checkpoint's folder, the folder of the adapters, or the file.
+        kind: a run's checkpoint, PEFT adapters, a released file, or a whole model that branches were merged into.
+        path: what is read: the checkpoint's folder, the folder of the adapters or of the model, or the file.
         sha256: of its content; of a checkpoint without the optimizer's state, so that it is the same for every run that
             agrees to the bit.
         run: the run that the checkpoint is of.
         learnt: the tasks that this run had learnt, in order.
+        merged: the model itself, or the one that the run started from.
     """
 
-    kind: Literal["run", "peft", "released"]
+    kind: Literal["run", "peft", "released", "merged"]
     path: Path
     sha256: str
     run: SourceRun | None = None
     learnt: tuple[str, ...] = ()
+    merged: MergedModel | None = None
 
     @property
     def name(self) -> str:
@@ -75,10 +90,11 @@ class InitSource:
 
 
 def find(path: Path) -> InitSource:
-    """Identifies a run folder (by its last checkpoint between tasks), a checkpoint, PEFT adapters or a released file.
+    """Identifies what a run starts from: see `InitSource`. A run folder is its last checkpoint between tasks.
 
     Raises:
-        UserError: it is none of these, a checkpoint within a task, or a whole model.
+        UserError: it is none of these, or a checkpoint within a task; or the merged model that a run started from has
+            moved or changed.
     """
     from cnext.adapters import exchange_files, exchange_peft
 
@@ -92,14 +108,29 @@ def find(path: Path) -> InitSource:
             files = {str(file.relative_to(path)): _of_file(file) for file in there}
             return InitSource("peft", path.resolve(), _of_values(files))
         if _is_model(path):
-            raise UserError(
-                "it is a whole model, of which no run can start as the state after a task; as the model to train new "
-                "branches on, give it as --weights with the backbone that loads it"
-            )
+            merged = _merged(path.resolve())
+            return InitSource("merged", path.resolve(), merged.sha256, merged=merged)
         file = exchange_files.released_file(path).resolve()
         return InitSource("released", file, _of_file(file))
     except UserError as error:
         raise UserError(f"--init-from {path}: {error}") from error
+
+
+def check_merged(merged: MergedModel) -> Path:
+    """The folder of the merged model that a run started from. Raises UserError where it has moved or changed."""
+    path, words = Path(merged.path), "the run trained its branches on the merged model"
+    if not _is_model(path):
+        raise UserError(f"{words} {path}, and there is none; put it there again")
+    if (found := _merged(path).sha256) != merged.sha256:
+        raise UserError(f"{words} {path}, which has changed: SHA-256 {merged.sha256} then, {found} now")
+    return path
+
+
+def _merged(folder: Path) -> MergedModel:
+    from cnext.backbones.folders import weight_files
+
+    there = [folder / CONFIG, *weight_files(folder), *(f for f in [folder / CONNECTIONS] if f.is_file())]
+    return MergedModel(str(folder), _of_values({file.name: _of_file(file) for file in there}))
 
 
 def _is_model(path: Path) -> bool:
@@ -130,7 +161,9 @@ def _checkpoint(folder: Path) -> InitSource:
     run = records.read(folder.parents[1] / CONFIG, SourceRun, "give the folder of a run")
     files = {name: digest for name, digest in manifest.files.items() if name != OPTIMIZER}
     learnt = tuple(map(str, run.tasks[: manifest.tasks_done]))
-    return InitSource("run", folder, _of_values(files), run, learnt)
+    if run.merged is not None:
+        check_merged(run.merged)
+    return InitSource("run", folder, _of_values(files), run, learnt, run.merged)
 
 
 def _of_values(values: Mapping[str, str]) -> str:

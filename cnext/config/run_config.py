@@ -111,8 +111,9 @@ class Options:
     log: Literal["jsonl", "tensorboard"] = "jsonl"
     """"tensorboard" writes event files into the run folder besides train.jsonl and scores.jsonl."""
     init_from: Path | None = None
-    """What the first task's training starts from: the authors' released file, PEFT adapters, another run's folder (its
-    last checkpoint) or one of its checkpoints. Zero-shot is still the pretrained model. None: new branches."""
+    """What the first task's training starts from: the authors' released file, PEFT adapters, a merged model, another
+    run's folder (its last checkpoint) or one of its checkpoints. Zero-shot is still the pretrained model. None: new
+    branches on it."""
     init_tasks: tuple[str, ...] = ()
     """The first tasks of the order, which --init-from has learnt: they are evaluated and not trained."""
 
@@ -231,6 +232,8 @@ class Plan:
         if (source := self.source) is not None:
             values |= {"init_from": str(config.init_from), "init_tasks": config.init_tasks}
             values["init"] = {"name": source.name, "kind": source.kind, "sha256": source.sha256}
+            if source.merged is not None:
+                values["merged"] = {"path": source.merged.path, "sha256": source.merged.sha256}
         if self.suite.modalities != Suite.modalities:
             values["modalities"] = list(self.suite.modalities)
         # With the types of a JSON file, which this is compared with.

@@ -16,7 +16,7 @@ from datetime import timedelta
 from typing import Any
 
 import torch
-from torch import distributed, nn
+from torch import Tensor, distributed, nn
 
 from cnext.distributed import collectives
 from cnext.distributed.deepspeed import zero_config
@@ -181,6 +181,23 @@ def sharded(model: nn.Module, trained: Iterable[nn.Parameter]) -> Callable[[], A
             block.reshard()
 
     return _uneven(model, take_part)
+
+
+@torch.no_grad()
+def copy_whole(tensor: Tensor, parameter: nn.Parameter) -> None:
+    """Copies a tensor into a parameter, which may be sharded as by `sharded`. Every rank has the whole tensor."""
+    from torch.distributed.tensor import DTensor, distribute_tensor
+
+    value = tensor.to(parameter.device, parameter.dtype)
+    if isinstance(parameter, DTensor):
+        parameter.copy_(distribute_tensor(value, parameter.device_mesh, parameter.placements))
+    elif hasattr(parameter, "ds_id"):
+        import deepspeed
+
+        with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
+            parameter.data.copy_(value)
+    else:
+        parameter.copy_(value)
 
 
 def _uneven(model: nn.Module, take_part: Callable[[], None]) -> Callable[[], AbstractContextManager[None]]:

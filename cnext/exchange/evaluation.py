@@ -29,7 +29,8 @@ def evaluate(
     """Scores an adapter or a run's checkpoint as a run does that has learnt all tasks, in a run folder of its own.
 
     Args:
-        path: the authors' released file, PEFT adapters, a run folder (its last checkpoint) or one of its checkpoints.
+        path: the authors' released file, PEFT adapters, a merged model, a run folder (its last checkpoint) or one of
+            its checkpoints.
         method: of an adapter: "mage", "moelora" or "lora", as of `import_adapter`. None: as there, or the run's.
         tasks: "a,b,c". None: those that the run has learnt, if the suite has them, else all of the suite.
         out: folder of the run folder. None: one in ``evaluations`` with the first digits of the content's SHA-256.
@@ -82,7 +83,14 @@ def _of_run(source: InitSource, method: str | None) -> dict[str, Any]:
 
 
 def _of_adapter(source: InitSource, method: str | None) -> dict[str, Any]:
-    """The options that load an adapter: its method, rank and scale, and what was trained beside it."""
+    """The options that load an adapter: its method, rank and scale, and what was trained beside it.
+
+    Of a merged model: the method without branches.
+    """
+    if source.kind == "merged":
+        if method is not None:
+            raise UserError(f"{source.path} is a merged model, which has no branches; leave --method {method} out")
+        return {"method": "zero-shot"}
     if method is not None and method not in KINDS:
         raise unknown("method of an adapter to evaluate", method, KINDS)
     found, method = exchange_files.read(source.path, method)

@@ -19,6 +19,8 @@ from cnext import backbones, methods, packages
 from cnext.adapters import exchange, exchange_authors, exchange_peft
 from cnext.adapters.logit_check import reference
 from cnext.backbones.base import outer_model
+from cnext.config import init_source
+from cnext.config.init_source import CONNECTIONS
 from cnext.config.run_config import as_words, loading_options
 from cnext.errors import UserError, listed, unknown
 from cnext.exchange.model_card import FinalResults, RestorableConfig, card
@@ -26,6 +28,7 @@ from cnext.methods.base import Method
 from cnext.runs import checkpoint, schemas
 from cnext.runs.checkpoint import EXTRAS
 from cnext.tasks.base import stand_in
+from cnext.training import merged_model
 from cnext.training.setup import trained_beside
 
 FORMATS = ("peft", "peft-merged-rank", "authors", "merged")
@@ -97,7 +100,10 @@ def restore(run: Path, label: str | None = None) -> Restored:
     tensors, values = checkpoint.load(folder)
     packages.require(*packages.MODELS)
     options = loading_options(config.backbone, as_words(config.backbone_options))
+    merged = None if config.merged is None else init_source.check_merged(config.merged)
     backbone = backbones.load(config.backbone).load("cpu", config.weights and Path(config.weights), **options)
+    if merged is not None:
+        merged_model.put(merged, backbone)
     method = _method(config)
     tasks = [stand_in(name) for name in config.tasks]
     method.setup(backbone, tasks, torch.Generator().manual_seed(0), config.modalities)
@@ -193,7 +199,10 @@ def export(
                 "--format authors and merged hold these, --branches-only leaves them out"
             )
         exchange_authors.put_extras(restored.model, extras)
-        weights = restored.config.weights
+        weights, merged = restored.config.weights, restored.config.merged
+        if merged is not None:
+            weights = merged.path
+            notes.append(f"The model without branches is the merged model {merged.path}, SHA-256 {merged.sha256}.")
         base = base_model or (os.path.abspath(weights) if weights else f"cnext:{restored.config.backbone}")
         with restored.method.for_eval():
             branches = exchange.branches_of(restored.model)
@@ -242,7 +251,9 @@ def _write(restored: Restored, folder: Path, format: str, extras: dict[str, dict
                 shutil.copyfile(Path(weights) / name, folder / name)
     inside = exchange_authors.LANGUAGE_MODEL
     beside = {name: t for kind, part in extras.items() if kind not in inside for name, t in part.items()}
+    if (merged := restored.config.merged) is not None:
+        beside = merged_model.connections(Path(merged.path)) | beside
     if not beside:
         return ["Frozen parts of the backbone outside this model are as they were pretrained, and not in this folder."]
-    save_file({name: tensor.contiguous() for name, tensor in beside.items()}, folder / "connection_layers.safetensors")
-    return ["Trained parts outside this model are in `connection_layers.safetensors`."]
+    save_file({name: tensor.contiguous() for name, tensor in beside.items()}, folder / CONNECTIONS)
+    return [f"Trained parts outside this model are in `{CONNECTIONS}`."]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ from cnext.methods.base import Method
 from cnext.runs import checkpoint, schemas
 from cnext.runs.checkpoint import EXTRAS
 from cnext.tasks.base import Task, stand_in
+from cnext.training import merged_model
 from cnext.training.precision import autocast
 
 BESIDE = "backbone."
@@ -39,11 +41,30 @@ class Initial:
         tensors: values of saved parameters, by name.
         state: of the method; None where there is none.
         notes: what the user should know of it.
+        merged: folder of the model whose weights replace the frozen ones; None: these are as pretrained.
     """
 
     tensors: dict[str, Tensor]
     state: dict[str, Tensor] | None = None
     notes: list[str] = field(default_factory=list)
+    merged: Path | None = None
+
+    def put_merged(self, backbone: Backbone) -> None:
+        """Replaces the frozen weights, and what is trained beside the branches. Saved values are put after it."""
+        if self.merged is not None:
+            merged_model.put(self.merged, backbone)
+
+    def check_merged(self, backbone: Backbone, precision: str) -> None:
+        """Compares with the reference logits of the merged model, while all branches are zero.
+
+        Raises:
+            UserError: they differ, so that it is for another backbone, or was changed.
+        """
+        if self.merged is not None:
+            try:
+                _compare_logits(self.merged, backbone, precision)
+            except UserError as error:
+                raise UserError(f"--init-from {self.merged}: {error}") from error
 
     @torch.no_grad()
     def put(self, parameters: Mapping[str, nn.Parameter], method: Method) -> None:
@@ -76,11 +97,16 @@ def read(planned: Plan, backbone: Backbone, method: Method, parameters: Mapping[
         return None
     try:
         _check_method(planned, source, method)
-        load = _of_adapter if source.run is None else _of_run
+        load = _of_run if source.kind == "run" else _of_merged if source.kind == "merged" else _of_adapter
         initial = load(planned, source, backbone, method)
-        _check_names(initial.tensors, parameters, planned, backbone)
-        if source.run is None:
-            _compare_logits(source, planned, backbone, parameters, initial.tensors)
+        if source.merged is not None:
+            initial.merged = Path(source.merged.path)
+            initial.notes += merged_model.check(initial.merged, backbone)
+        if source.kind != "merged":
+            _check_names(initial.tensors, parameters, planned, backbone)
+        if source.kind in ("peft", "released"):
+            with adapters.holding(parameters, initial.tensors):
+                _compare_logits(source.path, backbone, planned.recipe.precision)
     except UserError as error:
         raise UserError(f"--init-from {planned.config.init_from}: {error}") from error
     initial.notes += _notes(planned, source, method, parameters, initial.tensors)
@@ -89,10 +115,13 @@ def read(planned: Plan, backbone: Backbone, method: Method, parameters: Mapping[
 
 def _check_method(planned: Plan, source: InitSource, method: Method) -> None:
     name, given = planned.config.method, planned.config.init_tasks
+    if source.kind == "merged" and not planned.trains:
+        return
     if not method.adapter_parameters():
         raise UserError(f"{name} trains nothing and can start from nothing; leave --init-from out")
     if method.by_task and source.run is None:
-        raise UserError(f"{name} has parts for each task, which no adapter file holds; give the folder of a run of it")
+        there = "merged model" if source.kind == "merged" else "adapter file"
+        raise UserError(f"{name} has parts for each task, which no {there} holds; give the folder of a run of it")
     if source.run is None or not planned.trains:
         unseen = [task for task in planned.order if task not in source.learnt]
         if method.card.task_id_at_test and source.run is not None and unseen:
@@ -113,6 +142,10 @@ def _of_run(planned: Plan, source: InitSource, backbone: Backbone, method: Metho
         kind, _, name = key.partition(".")
         extras.setdefault(kind, {})[name] = tensor
     return Initial(tensors["adapters"] | dict(_named(backbone, extras)), tensors["method"])
+
+
+def _of_merged(planned: Plan, source: InitSource, backbone: Backbone, method: Method) -> Initial:
+    return Initial({})
 
 
 def _of_adapter(planned: Plan, source: InitSource, backbone: Backbone, method: Method) -> Initial:
@@ -184,20 +217,14 @@ def _check_names(
         raise UserError("; ".join(problems))
 
 
-def _compare_logits(
-    source: InitSource,
-    planned: Plan,
-    backbone: Backbone,
-    parameters: Mapping[str, nn.Parameter],
-    tensors: Mapping[str, Tensor],
-) -> None:
+def _compare_logits(path: Path, backbone: Backbone, precision: str) -> None:
     """Compares with the reference logits of an export. Raises UserError where the backbone is another."""
-    file = (source.path if source.path.is_dir() else source.path.parent) / REFERENCE
+    file = (path if path.is_dir() else path.parent) / REFERENCE
     if not file.is_file():
         return
-    with adapters.holding(parameters, tensors), autocast(planned.recipe.precision, backbone.device):
+    with autocast(precision, backbone.device):
         found = deviation(outer_model(backbone), schemas.read(file, Reference))
-    if found > (SAME if planned.recipe.precision == "float32" else ALIKE):
+    if found > (SAME if precision == "float32" else ALIKE):
         raise UserError(
             f"backbone {backbone.name} with it gives other logits than {file} has: it is for another backbone or other "
             f"weights, or was changed; delete {REFERENCE} to take it anyway"
@@ -218,7 +245,8 @@ def _notes(
         notes += [f"its run was trained otherwise: {listed(changed)}"] if changed else []
         weights = None if config.weights is None else str(config.weights)
         notes += [f"its run had --weights {run.weights}, here {weights}"] if run.weights != weights else []
-    if still := sorted(name.removeprefix(BESIDE) for name in parameters if name not in tensors):
+    own = () if source.merged else parameters
+    if still := sorted(name.removeprefix(BESIDE) for name in own if name not in tensors):
         notes.append(f"it has no {listed(still)}, which start as pretrained")
     if planned.trains and config.init_tasks and not source.learnt and method.card.keeps != "nothing":
         notes.append(

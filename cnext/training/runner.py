@@ -162,6 +162,8 @@ class Runner:
         else:
             path, self._restored, values = found
             self.state = RunState.from_manifest(values, path)
+            if self.ready.initial is not None:
+                self.ready.initial.put_merged(self.backbone)
             with torch.no_grad():
                 for name, parameter in self.parameters.items():
                     parameter.copy_(self._restored["adapters"][name])
@@ -178,6 +180,8 @@ class Runner:
         if initial is None:
             return
         if not self.state.tasks_done and not self.state.step:
+            initial.put_merged(self.backbone)
+            initial.check_merged(self.backbone, self.plan.recipe.precision)
             initial.put(self.parameters, self.method)
             if given:
                 stage = next(stage for stage in self.stages if stage.number == given)

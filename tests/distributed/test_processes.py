@@ -22,6 +22,7 @@ from cnext import RunConfig, methods, run
 from cnext.cli import run_main
 from cnext.distributed import collectives
 from cnext.distributed.processes import process_group
+from cnext.exchange.export import export
 
 TIGHT, LOOSE = 0.02, {"pgp": 0.05}
 """Tolerance relative to a parameter's largest value. pgp depends on the padding of shorter batches."""
@@ -130,6 +131,27 @@ def test_a_sharded_model_gives_the_same_run(engine: str, in_bfloat16: RunConfig,
         assert member.status == 0, member.said
     for name in ("results.json", "scores.jsonl", "train.jsonl"):
         assert (config.folder / name).read_bytes() == (in_bfloat16.folder / name).read_bytes(), name
+
+
+@pytest.fixture(scope="module")
+def from_merged(in_bfloat16: RunConfig, tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
+    """A run in two processes that starts from a merged model."""
+    out = tmp_path_factory.mktemp("merged")
+    export(in_bfloat16.folder, out / "model", "merged", "1_VQAv2")
+    config = dataclasses.replace(in_bfloat16, out=out / "run", init_from=out / "model", init_tasks=("VQAv2",))
+    assert [(member.status, member.said) for member in go(config, 2) if member.status] == []
+    return config
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_merged_model_in_a_sharded_one(engine: str, from_merged: RunConfig, tmp_path: Path) -> None:
+    """Its weights take the place of shards, after the pretrained model was scored: to the bit as of a whole model."""
+    config = dataclasses.replace(from_merged, out=tmp_path / engine)
+    environment = FSDP if engine == "fsdp" else zero(3, tmp_path)
+    for member in go(config, 2, **environment):
+        assert member.status == 0, member.said
+    for name in ("results.json", "scores.jsonl", "train.jsonl"):
+        assert (config.folder / name).read_bytes() == (from_merged.folder / name).read_bytes(), name
 
 
 def test_a_whole_run_in_two_processes(data: Path, toy_suite: Path, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ from cnext.backbones.tiny.model import TinyBackbone
 from cnext.cli import main
 from cnext.config.run_config import plan
 from cnext.errors import UserError
+from cnext.exchange.evaluation import evaluate
 from cnext.exchange.export import export
 from cnext.exchange.importing import import_adapter
 from cnext.studies import dry_run, forecast
@@ -160,6 +162,176 @@ def test_an_imported_adapter_is_a_run_that_has_learnt_nothing(runs: Runs, config
         run(config(method="lora", init_from=tmp_path / "imported", hyperparameters={"scale": 1.0}))
 
 
+@pytest.fixture(scope="module")
+def whole(runs: Runs, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A run of two tasks that also trains connections, and its model after the first, merged."""
+    before = runs("ewc", order="VQAv2,Flickr30k", trainable="connections")
+    folder = tmp_path_factory.mktemp("merged") / "model"
+    export(before, folder, "merged", FIRST)
+    return before, folder
+
+
+MERGED = {"lora": "one branch", "mage": "roles, Fisher information", "replay": "kept samples", "prompt-pool": "prompts"}
+
+
+@pytest.mark.parametrize("trainable", ["branches", "released"])
+@pytest.mark.parametrize("method", MERGED)
+def test_a_merged_model_is_the_state_after_a_task(
+    method: str, trainable: str, whole: tuple[Path, Path], config: Make
+) -> None:
+    """Scored as the run that it is of, whether connections are trained again or not; training starts from it."""
+    before, folder = whole
+    made = config(method=method, init_from=folder, init_tasks=("VQAv2",), order="VQAv2,Flickr30k", trainable=trainable)
+    found, expected = run(made), results(before)
+    assert found["zero_shot"] == expected["zero_shot"], "of the pretrained model"
+    assert found["score_matrix"][0] == expected["score_matrix"][0]
+    assert found["score_matrix"][1] != [None, None]
+    assert found["init"]["kind"] == "merged"
+    held = load_file(made.folder / "checkpoints" / FIRST / "adapters.safetensors")
+    assert not any(bool(tensor.any()) for name, tensor in held.items() if name.endswith(".B"))
+    if trainable == "released":
+        theirs = load_file(before / "checkpoints" / FIRST / "adapters.safetensors")
+        assert torch.equal(held["backbone.image_queries"], theirs["backbone.image_queries"])
+
+
+def test_a_whole_run_from_a_merged_model_is_that_of_its_weights(
+    whole: tuple[Path, Path], config: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A task after the merge, to the bit: as from a backbone that was loaded with these weights in the first place."""
+    _, folder = whole
+    made = config(method="ewc", init_from=folder, order="Flickr30k")
+    found, original = run(made), TinyBackbone.load
+
+    def loaded(*arguments: object, **options: object) -> TinyBackbone:
+        backbone = original(*arguments, **options)
+        backbone.decoder.load_state_dict(load_file(folder / "model.safetensors"))
+        backbone.load_state_dict(load_file(folder / "connection_layers.safetensors"), strict=False)
+        return backbone
+
+    with monkeypatch.context() as patch:
+        patch.setattr(TinyBackbone, "load", loaded)
+        other = run(config(method="ewc", order="Flickr30k"))
+    assert states(found)[1] == states(other)[1]
+    assert found["score_matrix"] == other["score_matrix"]
+    assert found["zero_shot"] != other["zero_shot"]
+
+
+@pytest.mark.parametrize("answers", [True, False], ids=["while answering", "while training"])
+@pytest.mark.parametrize("moment", [1, 3, 4])
+def test_a_run_from_a_merged_model_resumes_to_the_same_bits(
+    moment: int, answers: bool, whole: tuple[Path, Path], runs: Runs, config: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = {"init_from": whole[1], "init_tasks": ("VQAv2",), "order": "VQAv2,Flickr30k", "checkpoint_interval": 1}
+    expected, made = runs("mage", **options), config(method="mage", **options)
+    kind, name = (TinyBackbone, "generate") if answers else (TaskTrainer, "train_step")
+    original, calls = getattr(kind, name), []
+
+    def failing(self: object, *arguments: object) -> object:
+        calls.append(1)
+        if len(calls) == moment:
+            raise KeyboardInterrupt
+        return original(self, *arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(kind, name, failing)
+        with pytest.raises(KeyboardInterrupt):
+            run(made)
+    run(made)
+    for file in ("results.json", "scores.jsonl", "train.jsonl"):
+        assert (made.folder / file).read_bytes() == (expected / file).read_bytes(), file
+
+
+def test_a_run_from_a_merged_model_goes_further(
+    whole: tuple[Path, Path], runs: Runs, config: Make, tmp_path: Path
+) -> None:
+    """Its checkpoints, exports and evaluations are of the merged model with its branches."""
+    _, folder = whole
+    options = {"order": "VQAv2,Flickr30k", "hyperparameters": {"scale": 1.0}}
+    before = runs("lora", init_from=folder, init_tasks=("VQAv2",), **options)
+    expected = results(before)
+    again = run(config(method="lora", init_from=before / "checkpoints" / FIRST, init_tasks=("VQAv2",), **options))
+    assert again["digests"] == expected["digests"]
+    assert again["score_matrix"] == expected["score_matrix"]
+    assert again["zero_shot"] == expected["zero_shot"]
+    export(before, tmp_path / "out", "merged")
+    given = {"suite": config().suite, "data": config().data, "device": "cpu", "tasks": "VQAv2,Flickr30k"}
+    for number, path in enumerate((before, tmp_path / "out")):
+        scored = evaluate(path, out=tmp_path / str(number), **given)
+        assert scored["score_matrix"][-1] == pytest.approx(expected["score_matrix"][-1], rel=1e-5)
+    sha256 = plan(config(method="lora", init_from=folder)).source.sha256
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert f"The model without branches is the merged model {folder}, SHA-256 {sha256}." in card
+    export(before, tmp_path / "peft", "peft")
+    settings = json.loads((tmp_path / "peft" / "lora" / "adapter_config.json").read_text())
+    assert settings["base_model_name_or_path"] == str(folder)
+    moved = folder.with_name("moved")
+    folder.rename(moved)
+    message = r"trained its branches on the merged model .*, and there is none; put it there again"
+    try:
+        with pytest.raises(UserError, match=message):
+            export(before, tmp_path / "no", "peft")
+        with pytest.raises(UserError, match=message):
+            evaluate(before, out=tmp_path / "3", **given)
+    finally:
+        moved.rename(folder)
+
+
+def test_a_merged_model_that_changed_is_refused(whole: tuple[Path, Path], config: Make, tmp_path: Path) -> None:
+    folder = shutil.copytree(whole[1], tmp_path / "model")
+    options = {"method": "lora", "order": "VQAv2,Flickr30k", "init_from": folder, "init_tasks": ("VQAv2",)}
+    made = config(**options)
+    run(made)
+    state = load_file(folder / "model.safetensors")
+    save_file({name: 1.5 * tensor for name, tensor in state.items()}, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(UserError, match=r"merged model .*, which has changed: SHA-256 \w+ then, \w+ now"):
+        export(made.folder, tmp_path / "out", "peft")
+    with pytest.raises(UserError, match="holds a run of another configuration"):
+        run(made)
+    with pytest.raises(UserError, match=r"--init-from .*backbone tiny with it gives other logits than .*e\.json"):
+        run(config(**options, out=tmp_path / "anew"))
+
+
+FOREIGN = {
+    "tensor missing": (lambda state: state.pop("lm_head.weight"), r"1 of the weights .* are missing: lm_head\.weight"),
+    "another size": (
+        lambda state: state.update({"lm_head.weight": torch.zeros(5, 128)}),
+        r"have other shapes: lm_head\.weight \(5, 128\), not \(151, 128\)",
+    ),
+    "more tensors": (lambda state: state.update(more=torch.zeros(1)), "has weights that no LlamaForCausalLM has: more"),
+}
+
+
+@pytest.mark.parametrize(("alter", "message"), FOREIGN.values(), ids=FOREIGN)
+def test_another_model_is_refused_before_anything_runs(
+    alter: Callable, message: str, whole: tuple[Path, Path], config: Make, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(whole[1], tmp_path / "model")
+    state = load_file(folder / "model.safetensors")
+    alter(state)
+    save_file(state, folder / "model.safetensors", {"format": "pt"})
+    made = config(method="lora", init_from=folder)
+    with pytest.raises(UserError, match=message):
+        run(made)
+    assert not (made.folder / "scores.jsonl").exists()
+
+
+def test_a_merged_model_of_another_kind_is_refused(whole: tuple[Path, Path], config: Make, tmp_path: Path) -> None:
+    folder = shutil.copytree(whole[1], tmp_path / "model")
+    change(folder / "config.json", rms_norm_eps=1e-3)
+    (folder / "reference.json").unlink()
+    [note] = run(config(method="lora", order="VQAv2", init_from=folder))["init"]["notes"]
+    assert note == "its config.json differs from the backbone's, which is used: rms_norm_eps: 0.001 there, 1e-06 here"
+    save_file({"queries": torch.zeros(2)}, folder / "connection_layers.safetensors")
+    with pytest.raises(UserError, match=r"connection_layers\.safetensors is of another backbone: queries \(2,\)"):
+        run(config(method="lora", init_from=folder))
+    change(folder / "config.json", model_type="qwen2")
+    with pytest.raises(UserError, match=r"is of model_type 'qwen2', not 'llama': .* LlamaForCausalLM that branches"):
+        run(config(method="lora", init_from=folder))
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    with pytest.raises(UserError, match=r"no weights in .*; found pytorch_model\.bin, which is pickled and not read"):
+        plan(config(method="lora", init_from=folder))
+
+
 def test_layers_that_an_adapter_is_not_for_start_at_zero(config: Make, tmp_path: Path) -> None:
     """As PEFT's default target modules have it; and what was left as pretrained is said."""
     from peft import LoraConfig, get_peft_model
@@ -193,7 +365,6 @@ def files(runs: Runs, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 REFUSED = {
     "nothing there": ("lora", "nowhere", {}, r"--init-from .*nowhere: expected a file, or a folder with one of"),
-    "a whole model": ("lora", "lora-merged", {}, r"it is a whole model, .*; .* give it as --weights with the backbone"),
     "plain for roles": ("mage", "lora-authors", {}, r"released adapter of kind mage, the file has one plain branch"),
     "roles for plain": ("lora", "mage-authors", {}, r"of kind lora, the file has numbered branches: kind mage or moe"),
     "roles in one": ("mage", "mage-peft-merged-rank", {}, r"has branches lora \(rank 32\); mage has text-general \(ra"),
@@ -210,6 +381,7 @@ REFUSED = {
     ),
     "branches by task": ("mr-lora", "lora-peft", {}, r"mr-lora has parts for each task, which no adapter file holds"),
     "no branches": ("prompt-pool", "lora-peft", {}, r"prompt-pool has no low-rank branches, and no adapter file holds"),
+    "merged for parts": ("mr-lora", "lora-merged", {}, r"mr-lora has parts for each task, which no merged model holds"),
     "nothing trained": ("zero-shot", "lora-peft", {}, r"zero-shot trains nothing and can start from nothing"),
 }
 
