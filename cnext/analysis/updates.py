@@ -120,9 +120,12 @@ def read(run: Run) -> Updates:
     """The updates of a run from ``checkpoints/<stage>_<task>/adapters.safetensors``.
 
     Raises:
-        Unavailable: a stage's checkpoint is not there.
+        Unavailable: a stage's checkpoint is not there, or an update is that of several tasks or of none.
         UserError: a checkpoint cannot be read; names it.
     """
+    if (init := run.results.init) is not None and len(init.tasks) != (init.kind != "merged"):
+        of = f"those of {', '.join(init.tasks)}" if init.tasks else "that of what its branches held before the first"
+        raise Unavailable(f"{run.path}: drift needs the update of every task, and {of} cannot be told from {init.name}")
     files = _files(run)
     if missing := [file.parent.name for file in files if not file.is_file()]:
         raise Unavailable(

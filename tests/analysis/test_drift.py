@@ -17,6 +17,7 @@ from cnext.analysis.run import Run
 from cnext.analysis.updates import inner_products, read
 from cnext.cli import main
 from cnext.errors import UserError
+from cnext.runs.schemas import Init
 from cnext.tables import aggregate
 
 NAMES = [
@@ -136,6 +137,29 @@ def test_a_stage_without_checkpoint_is_named(tmp_path: Path, capsys: pytest.Capt
         read(Run.read(tmp_path / "run"))
     assert main(["analyze", str(tmp_path / "run"), "--what", "drift"]) == 2
     assert "lacks 2_draw; copy the whole run folder, or run it again" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("kind", "tasks", "message"),
+    [
+        ("peft", ["say"], None),
+        ("merged", [], None),
+        ("peft", [], "that of what its branches held before the first cannot be told from source"),
+        ("run", ["say", "draw"], "those of say, draw cannot be told from source"),
+        ("merged", ["say"], "those of say cannot be told from source"),
+    ],
+)
+def test_what_a_run_started_from_is_no_update_of_a_task(
+    kind: str, tasks: list[str], message: str | None, tmp_path: Path
+) -> None:
+    with_checkpoints(tmp_path / "run", {1: "lora", 2: "lora", 3: "lora"})
+    run = Run.read(tmp_path / "run")
+    run.results.init = Init("source", kind, "", tasks)
+    if message is None:
+        assert read(run).tasks == list(TASKS)
+    else:
+        with pytest.raises(Unavailable, match=f"drift needs the update of every task, and {message}"):
+            read(run)
 
 
 def test_a_damaged_checkpoint_is_named(tmp_path: Path) -> None:
