@@ -12,7 +12,7 @@ import pytest
 from cnext import methods
 from cnext.config.run_config import ADDED
 from cnext.tables import aggregate, formats
-from cnext.tables.aggregate import SeedsRow
+from cnext.tables.aggregate import OrdersRow, SeedsRow
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "results" / "next-tiny"
@@ -48,7 +48,7 @@ def figures(row: SeedsRow) -> list[str]:
 def shown(file: Path) -> dict[str, list[str]]:
     """The last three cells of every row whose first cell is a name and whose last one is a mean, by that name."""
     lines = file.read_text(encoding="utf-8").splitlines()
-    is_row = re.compile(rf"\| `[a-z-]+` \|.* (± [\d.]+|{formats.NOTHING}) \|$")
+    is_row = re.compile(rf"\| `[a-z-]+` \|.* (± [\d.]+|\| {formats.NOTHING}) \|$")
     rows = [line.strip("| ").split(" | ") for line in lines if is_row.match(line)]
     return {row[0].strip("`"): row[-3:] for row in rows}
 
@@ -71,18 +71,37 @@ def test_the_other_readme_says_what_its_folders_hold() -> None:
 
 
 def test_the_readme_says_what_the_four_orders_hold() -> None:
-    """A row for every order, and the paired difference with its sign test."""
+    """A row for every method; `mage` and `ewc` by order, and their paired difference with its sign test."""
     folder = RESULTS.with_name("next-tiny-orders")
     study = aggregate.of_folders(sorted(aggregate.find([folder])), "ewc")
-    (mage,) = {row.method for row in study.rows} - {"ewc"}
-    cells = {(row.method, row.order.partition(",")[0]): " / ".join(figures(row)) for row in study.rows}
+    assert (folder / "study.md").read_text(encoding="utf-8") == formats.markdown(study)
+    assert all(row.seeds == [0, 1, 2] for row in study.rows)
+    rows = {(row.method, row.order.partition(",")[0]): row for row in study.rows}
     text = (RESULTS / "README.md").read_text(encoding="utf-8")
-    for name, order in (("paper", "paper"), ("reverse", "reverse"), ("alphabet", "alphabet"), ("interleaved", "VQAv2")):
-        assert f"| {name} | {cells[mage, order]} | {cells['ewc', order]} |" in text
-    every = {row.method: " / ".join(f"{getattr(row, m).mean:.1f}" for m in aggregate.METRICS) for row in study.orders}
+    orders = {"paper": "paper", "reverse": "reverse", "alphabet": "alphabet", "interleaved": "VQAv2"}
+
+    def short(row: SeedsRow | OrdersRow) -> str:
+        numbers = (row.avg_acc.mean, row.forgetting.mean)
+        return " / ".join(formats.NOTHING if number is None else f"{number:.1f}" for number in numbers)
+
+    lines = []
+    for whole in sorted(study.orders, key=lambda row: -row.avg_acc.mean):
+        cells = [short(row) for row in (*(rows[whole.method, o] for o in orders.values()), whole)]
+        lines.append(f"| `{whole.method.partition(' ')[0]}` | {' | '.join(cells)} |")
+    assert len(lines) == 9
+    assert "\n".join(lines) in text
+
+    (mage,) = {row.method for row in study.rows if row.method.partition(" ")[0] == "mage"}
+    for name, order in orders.items():
+        both = (" / ".join(figures(rows[method, order])) for method in (mage, "ewc"))
+        assert f"| {name} | {' | '.join(both)} |" in text
+    every = {
+        row.method: " / ".join(f"{getattr(row, m).mean:.1f}" for m in aggregate.METRICS)
+        for row in study.orders
+        if row.method in (mage, "ewc")
+    }
     assert f"| all | {every[mage]} | {every['ewc']} |" in text
-    (found,) = study.differences
+    (found,) = (one for one in study.differences if one.method == mage)
     assert found.n == 12
     difference = f"{found.avg_acc.mean:+.1f} points of Avg.ACC over `ewc`, in {found.avg_acc.above} of 12 pairs"
     assert f"{difference} (sign test: p = {found.avg_acc.p:.4f})" in " ".join(text.split())
-    assert (folder / "study.md").read_text(encoding="utf-8") == formats.markdown(study)
