@@ -123,9 +123,8 @@ def read(run: Run) -> Updates:
         Unavailable: a stage's checkpoint is not there, or an update is that of several tasks or of none.
         UserError: a checkpoint cannot be read; names it.
     """
-    if (init := run.results.init) is not None and len(init.tasks) != (init.kind != "merged"):
-        of = f"those of {', '.join(init.tasks)}" if init.tasks else "that of what its branches held before the first"
-        raise Unavailable(f"{run.path}: drift needs the update of every task, and {of} cannot be told from {init.name}")
+    if problem := _not_of_one_task(run):
+        raise Unavailable(f"{run.path}: drift needs each task's own update; {problem}")
     files = _files(run)
     if missing := [file.parent.name for file in files if not file.is_file()]:
         raise Unavailable(
@@ -135,6 +134,20 @@ def read(run: Run) -> Updates:
     named = {_place(name): updates for name, updates in _products(files).items()}
     places = sorted(named)
     return Updates(run.tasks[: len(files)], places, np.stack([named[place] for place in places]))
+
+
+def _not_of_one_task(run: Run) -> str:
+    """Why what a run started from is no update of one task; "" where it is, or the branches started at zero."""
+    init = run.results.init
+    if init is None:
+        return ""
+    if not init.tasks:
+        held = init.kind != "merged"
+        return f"it started from {init.name}, whose branches would count as its first task's" if held else ""
+    # The branches hold none of what was merged before them, and of several tasks only the sum.
+    if len(init.tasks) == 1 and init.kind != "merged" and not run.config.get("merged"):
+        return ""
+    return f"it started from {init.name} as the state after {', '.join(init.tasks)}, whose own are not in checkpoints/"
 
 
 def _files(run: Run) -> list[Path]:

@@ -52,7 +52,8 @@ def configuration(
     packages.require(*packages.MODELS)
     source = init_source.find(path)
     given = {name: value for name, value in options.items() if value is not None}
-    values = (_of_adapter(source, method) if source.run is None else _of_run(source, method)) | given
+    load = _of_merged if source.kind == "merged" else _of_adapter if source.run is None else _of_run
+    values = load(source, method) | given
     suite = suites.load(values.get("suite", RunConfig.suite))
     spec = tasks or _learnt(source, suite) or suites.default_order(suite)
     order = suites.order(suite, spec)
@@ -82,15 +83,15 @@ def _of_run(source: InitSource, method: str | None) -> dict[str, Any]:
     return {name: value for name, value in values.items() if value is not None}
 
 
-def _of_adapter(source: InitSource, method: str | None) -> dict[str, Any]:
-    """The options that load an adapter: its method, rank and scale, and what was trained beside it.
+def _of_merged(source: InitSource, method: str | None) -> dict[str, Any]:
+    """The options that evaluate a merged model: the method without branches."""
+    if method is not None:
+        raise UserError(f"{source.path} is a merged model, which has no branches; leave --method {method} out")
+    return {"method": "zero-shot"}
 
-    Of a merged model: the method without branches.
-    """
-    if source.kind == "merged":
-        if method is not None:
-            raise UserError(f"{source.path} is a merged model, which has no branches; leave --method {method} out")
-        return {"method": "zero-shot"}
+
+def _of_adapter(source: InitSource, method: str | None) -> dict[str, Any]:
+    """The options that load an adapter: its method, rank and scale, and what was trained beside it."""
     if method is not None and method not in KINDS:
         raise unknown("method of an adapter to evaluate", method, KINDS)
     found, method = exchange_files.read(source.path, method)

@@ -54,7 +54,7 @@ class Initial:
         if self.merged is not None:
             merged_model.put(self.merged, backbone)
 
-    def check_merged(self, backbone: Backbone, precision: str) -> None:
+    def compare_merged(self, backbone: Backbone, precision: str) -> None:
         """Compares with the reference logits of the merged model, while all branches are zero.
 
         Raises:
@@ -97,8 +97,8 @@ def read(planned: Plan, backbone: Backbone, method: Method, parameters: Mapping[
         return None
     try:
         _check_method(planned, source, method)
-        load = _of_run if source.kind == "run" else _of_merged if source.kind == "merged" else _of_adapter
-        initial = load(planned, source, backbone, method)
+        load = _of_adapter if source.run is None else _of_run
+        initial = Initial({}) if source.kind == "merged" else load(planned, source, backbone, method)
         if source.merged is not None:
             initial.merged = Path(source.merged.path)
             initial.notes += merged_model.check(initial.merged, backbone)
@@ -142,10 +142,6 @@ def _of_run(planned: Plan, source: InitSource, backbone: Backbone, method: Metho
         kind, _, name = key.partition(".")
         extras.setdefault(kind, {})[name] = tensor
     return Initial(tensors["adapters"] | dict(_named(backbone, extras)), tensors["method"])
-
-
-def _of_merged(planned: Plan, source: InitSource, backbone: Backbone, method: Method) -> Initial:
-    return Initial({})
 
 
 def _of_adapter(planned: Plan, source: InitSource, backbone: Backbone, method: Method) -> Initial:

@@ -181,7 +181,7 @@ class Runner:
             return
         if not self.state.tasks_done and not self.state.step:
             initial.put_merged(self.backbone)
-            initial.check_merged(self.backbone, self.plan.recipe.precision)
+            initial.compare_merged(self.backbone, self.plan.recipe.precision)
             initial.put(self.parameters, self.method)
             if given:
                 stage = next(stage for stage in self.stages if stage.number == given)

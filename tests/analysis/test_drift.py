@@ -144,9 +144,14 @@ def test_a_stage_without_checkpoint_is_named(tmp_path: Path, capsys: pytest.Capt
     [
         ("peft", ["say"], None),
         ("merged", [], None),
-        ("peft", [], "that of what its branches held before the first cannot be told from source"),
-        ("run", ["say", "draw"], "those of say, draw cannot be told from source"),
-        ("merged", ["say"], "those of say cannot be told from source"),
+        ("peft", [], "it started from source, whose branches would count as its first task's"),
+        (
+            "run",
+            ["say", "draw"],
+            "it started from source as the state after say, draw, whose own are not in checkpoints/",
+        ),
+        ("merged", ["say"], "it started from source as the state after say, whose own are not in checkpoints/"),
+        ("run of a merged model", ["say"], "it started from source as the state after say, whose own are not"),
     ],
 )
 def test_what_a_run_started_from_is_no_update_of_a_task(
@@ -154,11 +159,13 @@ def test_what_a_run_started_from_is_no_update_of_a_task(
 ) -> None:
     with_checkpoints(tmp_path / "run", {1: "lora", 2: "lora", 3: "lora"})
     run = Run.read(tmp_path / "run")
-    run.results.init = Init("source", kind, "", tasks)
+    run.results.init = Init("source", kind.partition(" ")[0], "", tasks)
+    if "merged" in kind:
+        run.config["merged"] = {"path": "model", "sha256": ""}
     if message is None:
         assert read(run).tasks == list(TASKS)
     else:
-        with pytest.raises(Unavailable, match=f"drift needs the update of every task, and {message}"):
+        with pytest.raises(Unavailable, match=f"drift needs each task's own update; {message}"):
             read(run)
 
 

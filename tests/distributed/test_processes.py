@@ -122,15 +122,19 @@ def in_bfloat16(data: Path, toy_suite: Path, tmp_path_factory: pytest.TempPathFa
     return config
 
 
-@pytest.mark.parametrize("engine", ENGINES)
-def test_a_sharded_model_gives_the_same_run(engine: str, in_bfloat16: RunConfig, tmp_path: Path) -> None:
-    """To the bit, though the ranks generate answers of different lengths."""
-    config = dataclasses.replace(in_bfloat16, out=tmp_path / engine)
-    environment = FSDP if engine == "fsdp" else zero(3, tmp_path)
-    for member in go(config, 2, **environment):
+def assert_the_same_run(engine: str, whole: RunConfig, out: Path) -> None:
+    """Runs it in two processes again, with the frozen model sharded, and compares to the bit."""
+    config = dataclasses.replace(whole, out=out / engine)
+    for member in go(config, 2, **FSDP if engine == "fsdp" else zero(3, out)):
         assert member.status == 0, member.said
     for name in ("results.json", "scores.jsonl", "train.jsonl"):
-        assert (config.folder / name).read_bytes() == (in_bfloat16.folder / name).read_bytes(), name
+        assert (config.folder / name).read_bytes() == (whole.folder / name).read_bytes(), name
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_sharded_model_gives_the_same_run(engine: str, in_bfloat16: RunConfig, tmp_path: Path) -> None:
+    """Though the ranks generate answers of different lengths."""
+    assert_the_same_run(engine, in_bfloat16, tmp_path)
 
 
 @pytest.fixture(scope="module")
@@ -145,13 +149,8 @@ def from_merged(in_bfloat16: RunConfig, tmp_path_factory: pytest.TempPathFactory
 
 @pytest.mark.parametrize("engine", ENGINES)
 def test_a_merged_model_in_a_sharded_one(engine: str, from_merged: RunConfig, tmp_path: Path) -> None:
-    """Its weights take the place of shards, after the pretrained model was scored: to the bit as of a whole model."""
-    config = dataclasses.replace(from_merged, out=tmp_path / engine)
-    environment = FSDP if engine == "fsdp" else zero(3, tmp_path)
-    for member in go(config, 2, **environment):
-        assert member.status == 0, member.said
-    for name in ("results.json", "scores.jsonl", "train.jsonl"):
-        assert (config.folder / name).read_bytes() == (from_merged.folder / name).read_bytes(), name
+    """Its weights take the place of shards, after the pretrained model was scored."""
+    assert_the_same_run(engine, from_merged, tmp_path)
 
 
 def test_a_whole_run_in_two_processes(data: Path, toy_suite: Path, tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from training.conftest import ORDER, Make, Runs
 from training.faults import damage
 from training.toy import change, rows
 
-from cnext import run
+from cnext import RunConfig, run
 from cnext.backbones.tiny.model import TinyBackbone
 from cnext.cli import main
 from cnext.config.run_config import plan
@@ -36,6 +36,26 @@ def results(folder: Path) -> dict:
 
 def states(found: dict) -> dict[int, str]:
     return {row["stage"]: row["sha256"] for row in found["digests"]}
+
+
+def assert_it_resumes(made: RunConfig, expected: Path, moment: int, answers: bool) -> None:
+    """Interrupts a run at its n-th batch of answers, or step, resumes it, and compares its files to the bit."""
+    kind, name = (TinyBackbone, "generate") if answers else (TaskTrainer, "train_step")
+    original, calls = getattr(kind, name), []
+
+    def failing(self: object, *arguments: object) -> object:
+        calls.append(1)
+        if len(calls) == moment:
+            raise KeyboardInterrupt
+        return original(self, *arguments)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kind, name, failing)
+        with pytest.raises(KeyboardInterrupt):
+            run(made)
+    run(made)
+    for file in ("results.json", "scores.jsonl", "train.jsonl"):
+        assert (made.folder / file).read_bytes() == (expected / file).read_bytes(), file
 
 
 METHODS = {
@@ -219,26 +239,11 @@ def test_a_whole_run_from_a_merged_model_is_that_of_its_weights(
 @pytest.mark.parametrize("answers", [True, False], ids=["while answering", "while training"])
 @pytest.mark.parametrize("moment", [1, 3, 4])
 def test_a_run_from_a_merged_model_resumes_to_the_same_bits(
-    moment: int, answers: bool, whole: tuple[Path, Path], runs: Runs, config: Make, monkeypatch: pytest.MonkeyPatch
+    moment: int, answers: bool, whole: tuple[Path, Path], runs: Runs, config: Make
 ) -> None:
     options = {"init_from": whole[1], "init_tasks": ("VQAv2",), "order": "VQAv2,Flickr30k", "checkpoint_interval": 1}
     expected, made = runs("mage", **options), config(method="mage", **options)
-    kind, name = (TinyBackbone, "generate") if answers else (TaskTrainer, "train_step")
-    original, calls = getattr(kind, name), []
-
-    def failing(self: object, *arguments: object) -> object:
-        calls.append(1)
-        if len(calls) == moment:
-            raise KeyboardInterrupt
-        return original(self, *arguments)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(kind, name, failing)
-        with pytest.raises(KeyboardInterrupt):
-            run(made)
-    run(made)
-    for file in ("results.json", "scores.jsonl", "train.jsonl"):
-        assert (made.folder / file).read_bytes() == (expected / file).read_bytes(), file
+    assert_it_resumes(made, expected, moment, answers)
 
 
 def test_a_run_from_a_merged_model_goes_further(
@@ -478,26 +483,11 @@ def test_weights_and_rates_may_differ_and_are_named(runs: Runs, config: Make) ->
 @pytest.mark.parametrize("given", [("VQAv2",), ()], ids=["after a task", "before the first"])
 @pytest.mark.parametrize("moment", [1, 6])
 def test_it_resumes_to_the_same_bits(
-    moment: int, given: tuple[str, ...], answers: bool, runs: Runs, config: Make, monkeypatch: pytest.MonkeyPatch
+    moment: int, given: tuple[str, ...], answers: bool, runs: Runs, config: Make
 ) -> None:
     options = {"method": "mage", "init_from": runs("mage") / "checkpoints" / FIRST, "init_tasks": given}
     expected, made = runs("mage", **{n: v for n, v in options.items() if n != "method"}), config(**options)
-    kind, name = (TinyBackbone, "generate") if answers else (TaskTrainer, "train_step")
-    original, calls = getattr(kind, name), []
-
-    def failing(self: object, *arguments: object) -> object:
-        calls.append(1)
-        if len(calls) == moment:
-            raise KeyboardInterrupt
-        return original(self, *arguments)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(kind, name, failing)
-        with pytest.raises(KeyboardInterrupt):
-            run(made)
-    run(made)
-    for file in ("results.json", "scores.jsonl", "train.jsonl"):
-        assert (made.folder / file).read_bytes() == (expected / file).read_bytes(), file
+    assert_it_resumes(made, expected, moment, answers)
 
 
 def test_what_changed_between_stop_and_resume_is_refused(
