@@ -284,7 +284,7 @@ def test_a_wrong_flag_is_one_line_with_the_valid_choices(
         ("mage", "c", "2", "must be of type float, as 5.0 is, got '2'"),
         ("mage", "rank", 1.5, "must be of type int, as 8 is, got 1.5"),
         ("mage", "rank", True, "must be of type int, as 8 is, got True"),
-        ("mage", "average", None, "must be of type str, as 'pema' is, got None"),
+        ("mage", "average", None, "must be of type str, as 'pema-kron' is, got None"),
         ("mr-lora", "oracle", 1, "must be of type bool, as False is, got 1"),
     ],
 )
@@ -310,7 +310,7 @@ def test_an_order_with_missing_tasks_prints_a_note(
     note = (
         "note: order VQAv2,HQEdit leaves out Flickr30k, ImageNet, OCRVQA, RefCOCO, which are neither trained nor tested"
     )
-    note += "; orders of all tasks: paper, reverse, alphabet, random:K"
+    note += "; orders of all tasks: paper, interleaved, reverse, alphabet, random:K"
     for order, expected in (("VQAv2,HQEdit", [note]), ("paper", [])):
         assert run_main(["--suite", str(toy_suite), "--order", order, "--method", "zero-shot", "--dry-run"]) == 0
         assert [row for row in capsys.readouterr().err.splitlines() if row.startswith("note:")] == expected

@@ -28,9 +28,10 @@ PAPER = ("VQAv2", "ImageNet", "Flickr30k", "OCRVQA", "RefCOCO", "HQEdit")
         ("paper", PAPER),
         ("reverse", PAPER[::-1]),
         ("alphabet", ("Flickr30k", "HQEdit", "ImageNet", "OCRVQA", "RefCOCO", "VQAv2")),
+        ("interleaved", ("VQAv2", "Flickr30k", "ImageNet", "HQEdit", "OCRVQA", "RefCOCO")),
         ("HQEdit,VQAv2", ("HQEdit", "VQAv2")),
     ],
-    ids=["paper", "reverse", "alphabet", "list"],
+    ids=["paper", "reverse", "alphabet", "interleaved", "list"],
 )
 def test_orders(spec: str, expected: tuple[str, ...]) -> None:
     assert suites.order(suites.load("next-tiny"), spec) == expected
@@ -46,7 +47,9 @@ def test_random_orders_are_seeded_shuffles() -> None:
 
 @pytest.mark.parametrize("spec", ["backwards", "VQAv2,VQAv2", "VQAv2,COCO", "random:x", ""])
 def test_unknown_orders_list_the_valid(spec: str) -> None:
-    with pytest.raises(UserError, match=r"valid: paper, reverse, alphabet, random:K, or a list of: VQAv2,ImageNet"):
+    with pytest.raises(
+        UserError, match=r"valid: paper, interleaved, reverse, alphabet, random:K, or a list of: VQAv2,ImageNet"
+    ):
         suites.order(suites.load("next-tiny"), spec)
 
 
@@ -97,8 +100,27 @@ def test_the_papers_presets_have_the_papers_scale(tmp_path: Path) -> None:
             assert hyperparameters["scale"] == 1.0
             name, value = kept.get(method, ("dropout", 0.05 if preset == "released" else 0.0))
             assert hyperparameters[name] == value
-        given = RunConfig(suite="continual-next", data=tmp_path, preset=preset, method="mage-pull")
-        assert plan(given).hyperparameters == dataclasses.asdict(methods.load("mage-pull")())
+        given = RunConfig(suite="continual-next", data=tmp_path, preset=preset, method="mage")
+        assert plan(given).hyperparameters == dataclasses.asdict(methods.load("mage")())
+
+
+def test_a_presets_option_of_another_averaging_rule_is_left_out(tmp_path: Path) -> None:
+    """C of `paper` is of the rule pema: with the paper's own equation it has no effect, and does not stop the run."""
+    flags = ["--suite", "continual-next", "--data", str(tmp_path), "--method", "mage-paper"]
+    own = methods.load("mage-paper")()
+    for more, expected in (
+        ([], ("pema", 5.0)),
+        (["--preset", "released"], ("none", own.c)),
+        (["--mage-paper.average", "pema-literal"], ("pema-literal", own.c)),
+        (["--mage-paper.average", "pema-kron"], ("pema-kron", 5.0)),
+        (["--mage-paper.c", "3"], ("pema", 3.0)),
+    ):
+        [given] = configs(parse([*flags, *more]))
+        found = plan(given).hyperparameters
+        assert (found["average"], found["c"]) == expected
+    [given] = configs(parse([*flags, "--mage-paper.average", "none", "--mage-paper.c", "3"]))
+    with pytest.raises(UserError, match=re.escape("c=3.0 has no effect with the averaging rule none")):
+        plan(given)
 
 
 def methods_of_the_paper() -> set[str]:
