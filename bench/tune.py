@@ -9,7 +9,7 @@ Successive halving over the grid that a method's card declares (`cnext.methods.b
 2. The best three also with seeds 11 and 12, and with seed 10 in reverse order: 9 runs.
 
 The combination with the best mean Avg.ACC over its four runs is chosen; of those within half a point of the best, the
-one with the smallest scale. Test items are never read. Every run is written to results/next-tiny/tuning-runs.json as
+one with the smallest scale. Test items are never read. Every run is written to results/next-tiny/tuning.json as
 it comes; run again, the program continues there. Runs of one process share data, encoded samples and the frozen model.
 """
 
@@ -28,23 +28,13 @@ from typing import Any
 
 from cnext import methods
 from cnext.config.run_config import RunConfig
-from cnext.methods.base import Card
 
-RESULTS = Path(__file__).resolve().parent.parent / "results" / "next-tiny" / "tuning-runs.json"
+RESULTS = Path(__file__).resolve().parent.parent / "results" / "next-tiny" / "tuning.json"
 FIRST = (10, "paper")
 MORE = ((11, "paper"), (12, "paper"), (10, "reverse"))
 FINALISTS = 3
 TIE = 0.5
 """Avg.ACC of settings within half a point counts as equal."""
-VARIANTS: dict[str, tuple[str, dict[str, Any], dict[str, tuple[float, ...]], dict[str, int]]] = {
-    "mage-fixed-a": (
-        "mage",
-        {"average": "pema-kron", "trains": "all", "a": "fixed"},
-        {"scale": (3.0, 6.0, 12.0), "pull": (0.0005, 0.001, 0.002, 0.004)},
-        {"pull": 1},
-    ),
-}
-"""A method with other hyperparameters than its defaults: its name, these, and grid and powers as on a card."""
 Run = tuple[str, dict[str, float], int, str]
 """Method, hyperparameters, seed and order."""
 
@@ -60,14 +50,11 @@ def _load(preset: str) -> None:
 
 
 def _run(method: str, settings: dict[str, float], seed: int, order: str) -> dict[str, float]:
-    name, fixed, *_ = VARIANTS.get(method, (method, {}))
-    return _TRIALS.run(name, fixed | settings, seed, order)
+    return _TRIALS.run(method, settings, seed, order)
 
 
 def grid(method: str) -> list[dict[str, float]]:
     """All settings of the first rung."""
-    if method in VARIANTS:
-        return Card("", grid=VARIANTS[method][2], grows=VARIANTS[method][3]).settings()
     return methods.load(method)().card.settings()
 
 
@@ -152,7 +139,7 @@ def tune(names: list[str], table: Table, preset: str, jobs: int) -> None:
 
 
 def main() -> None:
-    tunable = sorted({*VARIANTS, *(name for name in methods.modules() if methods.load(name)().card.grid)})
+    tunable = sorted(name for name in methods.modules() if methods.load(name)().card.grid)
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     listed = ", ".join(tunable)
     parser.add_argument(

@@ -345,7 +345,7 @@ def _parser() -> argparse.ArgumentParser:
     verb.add_argument("--to", type=Path, required=True, metavar="DIR", help="output folder, which must not exist")
     verb.add_argument("--backbone", default="tiny", help="backbone of the adapter (default: tiny)")
     help = "method that trained it (default: by the names of the branches)"
-    verb.add_argument("--method", choices=("mage", "moelora", "lora"), help=help)
+    verb.add_argument("--method", choices=("mage", "mage-paper", "moelora", "lora"), help=help)
     verb.add_argument("--weights", type=Path, metavar="PATH", help="folder or file of the backbone's weights")
 
     help = "score an adapter, a merged model or a run's checkpoint on a suite, without training"
@@ -361,7 +361,9 @@ def _parser() -> argparse.ArgumentParser:
     verb.add_argument("--data", type=Path, metavar="DIR", help="folder with the suite's files")
     verb.add_argument("--tasks", metavar="A,B", help="tasks to score (default: those learnt; all of the suite)")
     verb.add_argument("--split", choices=("test", "validation"), help="split that is scored (default: test)")
-    verb.add_argument("--method", help="method of an adapter: mage, moelora or lora (default: by its branches)")
+    verb.add_argument(
+        "--method", help="method of an adapter: mage, mage-paper, moelora or lora (default: by its branches)"
+    )
     help = "preset with the precision and number of test samples (default: the run's; default)"
     verb.add_argument("--preset", help=help)
     help = "precision of the model; the authors evaluate in float16 (default: the preset's)"

@@ -20,9 +20,9 @@ model = LlamaForCausalLM(LlamaConfig(vocab_size=100, **sizes))
 tasks = {name: [{"input_ids": row, "labels": row} for row in torch.randint(100, (32, 12))] for name in ("A", "B")}
 
 branches = cnext.attach_mage(model)
-callback = AveragingCallback("pema", c=5.0)  # or any other rule, or a cnext.averaging.MovingAverage
+callback = AveragingCallback("pema-kron", pull=0.02)  # or any other rule, or a cnext.averaging.MovingAverage
 for name, dataset in tasks.items():
-    branches.train_on(reads=["text"], writes=["text"])
+    branches.train_all()  # or, as in the paper, train_on(reads=["text"], writes=["text"])
     output = folder / name
     args = TrainingArguments(str(output), max_steps=8, per_device_train_batch_size=8, learning_rate=1e-2, save_steps=2)
     trainer = Trainer(model, args, train_dataset=dataset, callbacks=[callback])

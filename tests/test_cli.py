@@ -135,7 +135,7 @@ def test_the_dry_run_shows_the_plan_and_writes_nothing(
         "plan: mage on tiny",
         "VQAv2",
         "text+image",
-        "234,240",
+        "169,984",
         "estimated time:",
         "estimated disk:",
         "run folder:",

@@ -151,7 +151,7 @@ def test_the_recipe_of_a_model() -> None:
     model = LlamaForCausalLM(LlamaConfig(vocab_size=20, **sizes))
     ids = torch.randint(20, (2, 5))
     before = model.eval()(ids).logits
-    task = [{"input_ids": ids, "labels": ids}] * 2, ["text"], ["text"]
+    task = [{"input_ids": ids, "labels": ids}] * 2
     names = {"model": model, "tasks": [task, task]}
     exec(recipe("Your model", "python"), names)
     model.eval()

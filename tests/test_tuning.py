@@ -27,11 +27,25 @@ def test_a_trial_has_the_metrics_of_a_run(data: Path, toy_suite: Path, tmp_path:
 
 
 def test_every_method_has_as_many_settings() -> None:
-    counts = {name: len(tune.grid(name)) for name in (*methods.modules(), *tune.VARIANTS)}
+    counts = {name: len(tune.grid(name)) for name in methods.modules()}
     assert {name for name, count in counts.items() if count != 12} == {"zero-shot"}
     for name in methods.modules():
         for settings in tune.grid(name):
             plan(RunConfig(method=name, hyperparameters=settings))
+
+
+def test_the_defaults_are_what_was_chosen() -> None:
+    """By the program, from the runs in the file, with every run of the protocol there."""
+    table = tune.Table(tune.RESULTS)
+    assert set(table.methods) == {name for name in methods.modules() if tune.grid(name) != [{}]}
+    for name, found in table.methods.items():
+        wanted = [run for rung in tune.rungs(table, name) for run in rung]
+        assert all(table.score(*run) is not None for run in wanted)
+        assert len(found["runs"]) == len(wanted) == 21
+        kept, table.write = dict(found), lambda: None
+        assert table.choose(name) == kept["chosen"]
+        defaults = dataclasses.asdict(methods.load(name)())
+        assert {key: defaults[key] for key in kept["chosen"]} == kept["chosen"], name
 
 
 def test_a_penalty_grows_as_the_squared_scale() -> None:

@@ -13,7 +13,7 @@ from cnext.analysis.result import Cell, ResultTable, Unavailable
 from cnext.analysis.run import Run
 from cnext.tables.aggregate import METRICS, Summary, summary, summary_with_range
 
-ABLATION = ("moelora", "ew", "ew-ga", "mage")
+ABLATION = ("moelora", "ew", "ew-ga", "mage-paper")
 """The paper's ablation: experts with a router, with equal weights, trained by modality, and averaged."""
 BY_OUTPUT = {"avg_acc_text": "text", "avg_acc_image": "image"}
 

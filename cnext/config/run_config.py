@@ -43,7 +43,7 @@ ADDED = {
     "lr_factor": 1.0,
     "trains": "roles",
     "a": "trained",
-    "pull": 0.01,
+    "pull": 0.024,
     "independent": False,
     "init_std": 0.0,
     "after_optimizer": False,
@@ -365,7 +365,9 @@ def _hyperparameters(config: RunConfig, recipe: Recipe) -> dict[str, Any]:
     for name in recipe.hyperparameters.keys() - methods.modules().keys():
         raise unknown(f"method in suite.json (preset {config.preset})", name, sorted(methods.modules()))
     known = {field.name: field for field in dataclasses.fields(kind)}
-    given = recipe.hyperparameters.get(config.method, {}) | config.hyperparameters
+    preset = recipe.hyperparameters.get(config.method, {})
+    idle = kind.idle({**preset, **config.hyperparameters})
+    given = {name: value for name, value in preset.items() if name not in idle} | dict(config.hyperparameters)
     for name, value in given.items():
         if name not in known:
             raise unknown(f"hyperparameter of {config.method}", name, list(known))

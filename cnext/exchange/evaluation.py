@@ -8,12 +8,12 @@ from typing import Any
 
 from cnext import packages
 from cnext.adapters import exchange_files
-from cnext.adapters.exchange_authors import KINDS, LANGUAGE_MODEL
+from cnext.adapters.exchange_authors import LANGUAGE_MODEL
 from cnext.config import init_source
 from cnext.config.init_source import InitSource
 from cnext.config.run_config import RunConfig, as_words
-from cnext.errors import UserError, unknown
-from cnext.exchange.importing import hyperparameters_of
+from cnext.errors import UserError
+from cnext.exchange.importing import hyperparameters_of, kind_of
 from cnext.runs import checkpoint
 from cnext.runs.checkpoint import EXTRAS
 from cnext.tasks import suites
@@ -31,7 +31,7 @@ def evaluate(
     Args:
         path: the authors' released file, PEFT adapters, a merged model, a run folder (its last checkpoint) or one of
             its checkpoints.
-        method: of an adapter: "mage", "moelora" or "lora", as of `import_adapter`. None: as there, or the run's.
+        method: of an adapter: as of `import_adapter`. None: as there, or the run's.
         tasks: "a,b,c". None: those that the run has learnt, if the suite has them, else all of the suite.
         out: folder of the run folder. None: one in ``evaluations`` with the first digits of the content's SHA-256.
         options: fields of `RunConfig`. Of a run, its own backbone, weights, suite and preset are the defaults.
@@ -92,10 +92,8 @@ def _of_merged(source: InitSource, method: str | None) -> dict[str, Any]:
 
 def _of_adapter(source: InitSource, method: str | None) -> dict[str, Any]:
     """The options that load an adapter: its method, rank and scale, and what was trained beside it."""
-    if method is not None and method not in KINDS:
-        raise unknown("method of an adapter to evaluate", method, KINDS)
-    found, method = exchange_files.read(source.path, method)
-    values = {"method": method, "hyperparameters": hyperparameters_of(found.branches, method)}
+    found, kind = exchange_files.read(source.path, kind_of(method))
+    values = {"method": method or kind, "hyperparameters": hyperparameters_of(found.branches, kind)}
     return values | {"trainable": trainable_for(found.extras)}
 
 

@@ -13,12 +13,13 @@ from torch import Tensor
 from cnext import backbones, methods, packages
 from cnext.adapters import MODALITIES, exchange, exchange_authors, exchange_files, exchange_peft, layers, modalities_of
 from cnext.adapters.exchange import Branches
-from cnext.adapters.exchange_authors import BESIDE, KINDS, LANGUAGE_MODEL
+from cnext.adapters.exchange_authors import BESIDE, LANGUAGE_MODEL
 from cnext.adapters.logit_check import Reference, agrees
 from cnext.adapters.saving import CONFIG
 from cnext.backbones.base import Backbone, outer_model
 from cnext.errors import UserError, listed, unknown
 from cnext.exchange.export import REFERENCE, new_folder
+from cnext.exchange.model_card import KIND_OF
 from cnext.runs import checkpoint, schemas
 from cnext.runs.checkpoint import EXTRAS
 
@@ -32,7 +33,7 @@ def import_adapter(
         path: a file or folder.
         to: a new folder.
         backbone: the model that the adapter was trained for.
-        method: "mage", "moelora" or "lora". None: mage where PEFT adapters have its branches' names, else lora;
+        method: one of `model_card.KIND_OF`. None: mage where PEFT adapters have its branches' names, else lora;
             required for a released file of several branches.
         weights: folder of the backbone's weights; None where they come with the package.
 
@@ -40,15 +41,15 @@ def import_adapter(
         UserError: there is no adapter, it does not fit the backbone, or the model's logits differ from the reference
             logits that were exported with the adapter.
     """
-    if method is not None and method not in KINDS:
-        raise unknown("method of an adapter to import", method, KINDS)
+    kind = kind_of(method)
     with new_folder(to) as folder:
         packages.require(*packages.MODELS)
         model = backbones.load(backbone).load("cpu", weights)
         connections = {name.partition(".")[0] for name in _connections(model)}
-        found, method = exchange_files.read(path, method, {*BESIDE, *connections})
+        found, kind = exchange_files.read(path, kind, {*BESIDE, *connections})
+        method = method or kind
         modalities = modalities_of(found.branches.ranks) or MODALITIES
-        made = methods.load(method)(**hyperparameters_of(found.branches, method))
+        made = methods.load(method)(**hyperparameters_of(found.branches, kind))
         made.setup(model, [], torch.Generator().manual_seed(0), modalities)
         outer = outer_model(model)
         own = exchange.branches_of(outer).ranks
@@ -76,18 +77,25 @@ def import_adapter(
     return "\n".join(lines)
 
 
-def hyperparameters_of(branches: Branches, method: str) -> dict[str, Any]:
-    """The hyperparameters with which a method has branches of this total rank and scale.
+def kind_of(method: str | None) -> str | None:
+    """The kind of file that a method's adapters have; None of None. Raises UserError for other methods."""
+    if method is not None and method not in KIND_OF:
+        raise unknown("method of an adapter", method, list(KIND_OF))
+    return method and KIND_OF[method]
+
+
+def hyperparameters_of(branches: Branches, kind: str) -> dict[str, Any]:
+    """The hyperparameters with which methods of a kind have branches of this total rank and scale.
 
     Raises:
         UserError: the rank cannot be divided among the method's branches.
     """
     ranks = branches.ranks
     modalities = modalities_of(ranks) or MODALITIES
-    total, count = sum(ranks.values()), {"mage": 2 * len(modalities), "lora": 1, "moelora": len(ranks)}[method]
+    total, count = sum(ranks.values()), {"mage": 2 * len(modalities), "lora": 1, "moelora": len(ranks)}[kind]
     if total % count:
-        raise UserError(f"a total rank of {total} cannot be divided among the {count} branches of {method}")
-    return {"rank": total // count, "scale": branches.scale, **({"experts": count} if method == "moelora" else {})}
+        raise UserError(f"a total rank of {total} cannot be divided among the {count} branches of {kind}")
+    return {"rank": total // count, "scale": branches.scale, **({"experts": count} if kind == "moelora" else {})}
 
 
 def _check(path: Path, model: torch.nn.Module, backbone: str) -> str:

@@ -15,6 +15,9 @@ from cnext.report.page import environment as templates
 from cnext.runs import environment
 from cnext.runs.schemas import Results
 
+KIND_OF = {"mage": "mage", "mage-paper": "mage", "moelora": "moelora", "lora": "lora"}
+"""Methods whose adapters are read, each with its kind of file, see `exchange_authors.from_released`."""
+
 
 class RestorableConfig(SourceRun):
     """config.json of a run, or of an imported adapter, whose model can be loaded again."""
@@ -50,7 +53,8 @@ def card(
             (base), license and notes.
         reference: reference.json.
     """
-    kind = config.method if config.method in ("moelora", "lora") else "lora" if len(export["ranks"]) == 1 else "mage"
+    kind = "lora" if len(export["ranks"]) == 1 else "mage"
+    kind = config.method if config.method in KIND_OF else kind
     facts = {"suite": config.suite, "budget": config.budget}
     facts["order"] = f"{config.order}: {', '.join(config.tasks)}" if config.tasks else None
     facts |= {"seed": config.seed, "imported from": config.imported}

@@ -23,6 +23,7 @@ from cnext.tasks.base import Task
 class AttentionLora(LowRank):
     """y = W x + scale B A x in q_proj, k_proj, v_proj and o_proj."""
 
+    lr_factor: float = 0.25
     rank: Annotated[int, "Rank of a LoRA in all targets, whose parameter count is the budget here."] = 32
 
     card = Card("arXiv 2106.09685", grid={"scale": (1.0, 3.0, 6.0), "lr_factor": (0.25, 0.5, 1.0, 2.0)})

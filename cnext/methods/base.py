@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import MappingProxyType
@@ -140,6 +140,11 @@ class Method(ABC):
 
     regularizer: Callable[[], Tensor | None] | None = None
     """Penalty on the trained parameters, a scalar that every step adds to the task loss; None in a step without one."""
+
+    @classmethod
+    def idle(cls, given: Mapping[str, Any]) -> Collection[str]:
+        """Hyperparameters that have no effect beside the given ones. A preset's value for one is left out."""
+        return ()
 
     def setup(
         self,

@@ -31,7 +31,7 @@ from cnext.methods.parts.penalties import distillation_loss
 class Distillation(LowRank):
     """L = L_task + weight (distillation of text and images from the model before the task)."""
 
-    weight: Annotated[float, "Weight of the distillation loss."] = 0.3
+    weight: Annotated[float, "Weight of the distillation loss."] = 0.1
     temperature: Annotated[float, "Temperature T of both distributions over the vocabulary."] = 2.0
 
     card = Card(

@@ -19,6 +19,8 @@ from cnext.methods.parts.branches import RoleBranches
 class Ew(RoleBranches):
     """y = W x + scale * sum over the four roles of B_i A_i x, every B_i and A_i trained."""
 
+    scale: float = 6.0
+    lr_factor: float = 0.25
     average: Annotated[str, "Averaging rule, see mage."] = "none"
 
     freeze = False

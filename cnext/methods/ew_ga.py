@@ -1,4 +1,4 @@
-"""EW+GA: MAGE without its average; four branches by modality role, only the task's own trained (4-split LoRA).
+"""EW+GA: mage-paper without its average; four branches by modality role, only the task's own trained (4-split LoRA).
 
 General branches are trained on tasks that read their modality, experts on tasks that write it.
 
@@ -18,6 +18,8 @@ from cnext.methods.parts.branches import RoleBranches
 class EwGa(RoleBranches):
     """y = W x + scale * sum over the four roles of B_i A_i x."""
 
+    scale: float = 6.0
+    lr_factor: float = 0.25
     average: Annotated[str, "Averaging rule, see mage."] = "none"
 
     card = Card(

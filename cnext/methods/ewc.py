@@ -28,7 +28,8 @@ from cnext.methods.parts.penalties import FisherPenalty
 class Ewc(LowRank):
     """y = W x + scale B A x."""
 
-    penalty: Annotated[float, "Weight of the quadratic penalty; F has mean 1 per task, for any scale of loss."] = 0.01
+    scale: float = 6.0
+    penalty: Annotated[float, "Weight of the quadratic penalty; F has mean 1 per task, for any scale of loss."] = 0.108
 
     card = Card(
         "arXiv 1612.00796",

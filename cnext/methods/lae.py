@@ -31,7 +31,7 @@ from cnext.methods.parts.low_rank import LowRank
 class Lae(LowRank):
     """y = W x + scale B A x."""
 
-    decay: Annotated[float, "Decay of the average per step: after n steps the old value has weight decay^n."] = 0.99
+    decay: Annotated[float, "Decay of the average per step: after n steps the old value has weight decay^n."] = 0.995
 
     card = Card(
         "arXiv 2303.10070",

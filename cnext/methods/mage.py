@@ -1,9 +1,10 @@
-"""MAGE: four branches by modality role, only the task's own trained, and a Fisher-weighted moving average.
+"""MAGE: four branches, and a moving average by the damped inverse of blocks of the Fisher information.
 
-Text and image have a general branch each (trained on tasks that read the modality) and an expert branch each (trained
-on tasks that write it). At the end of a task every trained parameter is averaged with its value from before the task,
-see `cnext.averaging.Pema`. With A fixed, as in LoRA-FA, the output is linear in what is trained, so that an average of
-parameters is the same average of the branches' weights B A.
+Text and image have a general and an expert branch each, all trained on every task. A is fixed at its random initial
+value, as in LoRA-FA: the output is then linear in what is trained, so that an average of parameters is the same average
+of the branches' weights B A. The Fisher information of a row of B is a block over the branches side by side; its damped
+inverse pulls towards the task's start during training, and merges at the task's end, see `cnext.averaging.PemaKron`.
+The paper's form, trained by modality role and with a diagonal Fisher information, is `mage-paper`.
 
 Reference: Continual-NExT, arXiv 2602.18055, section 4; LoRA-FA, arXiv 2308.03303.
 """
@@ -30,17 +31,20 @@ TRAINS = ("roles", "all")
 class Mage(RoleBranches):
     """y = W x + scale * sum over the four roles of B_i A_i x."""
 
-    trains: Annotated[str, "Branches that a task trains: roles, those of its modalities, or all."] = "roles"
-    a: Annotated[str, "Matrix A of every branch: trained, or fixed at its random initial value."] = "trained"
+    scale: float = 12.0
+    average: str = "pema-kron"
+    trains: Annotated[str, "Branches that a task trains: roles, those of its modalities, or all."] = "all"
+    a: Annotated[str, "Matrix A of every branch: trained, or fixed at its random initial value."] = "fixed"
     pull: Annotated[float, "Weight of pema-kron's pull to the task's start, at the largest learning rate; 0: none."] = (
-        0.01
+        0.024
     )
 
     options: ClassVar[Mapping[str, tuple[str, ...]]] = {**RoleBranches.options, "pull": ("pema-kron",)}
     card = Card(
-        "arXiv 2602.18055",
-        keeps="the averaging rule's state; of pema the summed Fisher information",
-        grid={"scale": (1.0, 3.0, 6.0), "c": (2.0, 5.0, 10.0, 20.0)},
+        "own; arXiv 2602.18055, 2308.03303",
+        keeps="the averaging rule's state; of pema-kron the factors of the summed Fisher information",
+        grid={"scale": (3.0, 6.0, 12.0), "pull": (0.0005, 0.001, 0.002, 0.004)},
+        grows={"pull": 1},
     )
 
     def __post_init__(self) -> None:

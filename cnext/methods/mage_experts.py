@@ -41,7 +41,7 @@ class MageExperts(RoleBranches):
         "Scaling factor of the branches' output: with six tasks three eighths of the rank take part in an answer.",
     ] = 6.0
     c: Annotated[float, "Plasticity of the merge, see mage."] = 20.0
-    pull: Annotated[float, "Weight of the penalty towards the task's start, see mage-pull."] = 0.01
+    pull: Annotated[float, "Weight of the penalty towards the task's start, see mage-pull."] = 0.36
 
     sides = ("general",)
     by_task = True

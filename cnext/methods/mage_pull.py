@@ -1,4 +1,4 @@
-"""MAGE-pull: MAGE with a quadratic penalty towards each task's start, weighted by earlier tasks' Fisher information.
+"""MAGE-pull: mage-paper with a quadratic penalty to each task's start, weighted by earlier tasks' Fisher information.
 
 Derivation. Near theta*, where the last task ended, the sum of the old tasks' losses is to second order
 1/2 sum_j F_old,j (theta_j - theta*_j)^2, with F_old their summed Fisher information (Laplace's approximation, as in
@@ -26,8 +26,9 @@ from cnext.methods.parts.penalties import pull_to_start
 class MagePull(RoleBranches):
     """L = L_task + pull / 2 * sum of F_old (theta - theta*)^2 in every step, and MAGE's merge after the last."""
 
+    scale: float = 3.0
     c: Annotated[float, "Plasticity of the merge, see mage."] = 20.0
-    pull: Annotated[float, "Weight lambda of the penalty; 0 is mage."] = 0.01
+    pull: Annotated[float, "Weight lambda of the penalty; 0 is mage-paper."] = 0.09
 
     card = Card(
         "own; arXiv 2602.18055 and 1612.00796",

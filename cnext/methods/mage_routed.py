@@ -1,4 +1,4 @@
-"""MAGE-routed: MAGE with hard routing by position: each position of the forward pass uses the branch of its role only.
+"""MAGE-routed: mage-paper with hard routing: each position of the forward pass uses the branch of its role only.
 
 A frozen branch of MAGE still adds to every output. Here text that is read goes through text-general, an image that is
 read through image-general, positions that write text through text-expert, and positions that write an image through
@@ -31,6 +31,8 @@ from cnext.tasks.base import Task
 class MageRouted(RoleBranches):
     """y = W x + scale * B_r A_r x, r the role of the position of x."""
 
+    scale: float = 6.0
+    c: float = 2.0
     pull: Annotated[float, "Weight of a penalty towards the task's start, see mage-pull."] = 0.0
 
     card = Card(

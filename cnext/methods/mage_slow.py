@@ -1,4 +1,4 @@
-"""MAGE-slow: MAGE with a smaller learning rate for the general branches, which nearly every task trains.
+"""MAGE-slow: mage-paper with a smaller learning rate for the general branches, which nearly every task trains.
 
 Derivation. Of the six tasks of the paper all train text-general and five image-general, so these two are overwritten
 most often. AdamW divides the gradient by its own magnitude, so scaling the gradient would change nothing. Instead the
@@ -29,6 +29,7 @@ from cnext.tasks.base import Task
 class MageSlow(RoleBranches):
     """MAGE whose general branches take ``slow`` times the optimizer's step."""
 
+    scale: float = 3.0
     slow: Annotated[float, "Factor of the general branches' learning rate, from 0 to 1."] = 0.5
 
     card = Card(

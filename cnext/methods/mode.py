@@ -44,6 +44,8 @@ class ModalityRouter(Router):
 class Mode(MoeLora):
     """y = W x + scale * (sum over text experts of w_e(x) B_e A_e x, or where an image is written B_image A_image x)."""
 
+    scale: float = 2.0
+    lr_factor: float = 1.0
     experts: Annotated[int, "Number of text experts, besides one image expert."] = 3
     distill: Annotated[float, "Weight of the distillation from the pretrained model, for batches with images."] = 0.3
 

@@ -40,10 +40,11 @@ class Router(nn.Module):
 class MoeLora(LowRank):
     """y = W x + scale * sum over experts of w_e(x) B_e A_e x, w(x) = softmax(R x)."""
 
+    lr_factor: float = 0.5
     rank: Annotated[int, "Rank of each expert."] = 8
     scale: Annotated[
         float, "Scaling factor of the experts' weighted mean (1.0 in the paper; 2.0 was better on validation items)."
-    ] = 2.0
+    ] = 12.0
     experts: Annotated[int, "Number of experts."] = 4
 
     router: ClassVar[type[Router]] = Router

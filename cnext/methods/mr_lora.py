@@ -38,10 +38,11 @@ def routing_sample(sample: Sample, task: int = 0) -> Sample:
 class MrLora(TaskBranches):
     """y = W x + scale * B_t A_t x, t the task that the router predicts."""
 
+    scale: float = 3.0
     samples: Annotated[int, "Training samples kept of every task, for the router."] = 20
     router_steps: Annotated[
         int, "Steps of the router after every task: learning rate 0.002, batches of up to 16 samples of all tasks."
-    ] = 40
+    ] = 80
     oracle: Annotated[bool, "Use the branch of the question's true task, as a perfect router would."] = False
 
     def __post_init__(self) -> None:

@@ -29,7 +29,8 @@ from cnext.methods.parts.branches import TaskBranches
 class OLora(TaskBranches):
     """y = W x + scale * sum over the tasks so far of B_i A_i x."""
 
-    penalty: Annotated[float, "Weight of the orthogonality penalty."] = 0.05
+    scale: float = 3.0
+    penalty: Annotated[float, "Weight of the orthogonality penalty."] = 5.0
 
     card = Card(
         "arXiv 2310.14152",

@@ -32,7 +32,7 @@ from cnext.tasks.base import Task
 class Pgp(LowRank):
     """y = W x + scale B A x."""
 
-    epsilon: Annotated[float, "Share of the inputs' squared norm that the protected subspace contains."] = 0.9
+    epsilon: Annotated[float, "Share of the inputs' squared norm that the protected subspace contains."] = 0.5
     batches: Annotated[int, "Steps at the end of a task whose inputs are counted."] = 16
 
     card = Card(

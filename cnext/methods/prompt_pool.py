@@ -36,7 +36,7 @@ class PromptPool(Method):
         float, "Factor of the prompts over their parameters: the published learning rate is 0.03, the suite's 0.001."
     ] = 100.0
 
-    lr_factor: Annotated[float, "Factor of the recipe's learning rate."] = 1.0
+    lr_factor: Annotated[float, "Factor of the recipe's learning rate."] = 0.5
 
     card = Card("arXiv 2112.08654", grid={"scale": (10.0, 30.0, 100.0), "lr_factor": (0.25, 0.5, 1.0, 2.0)})
 

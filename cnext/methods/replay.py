@@ -27,8 +27,9 @@ from cnext.methods.parts.low_rank import LowRank
 class Replay(LowRank):
     """L = L_task(batch) + weight L_task(memory batch)."""
 
+    scale: float = 3.0
     samples: Annotated[int, "Training samples kept of every task."] = 20
-    weight: Annotated[float, "Weight of the memory batch's loss."] = 1.0
+    weight: Annotated[float, "Weight of the memory batch's loss."] = 3.0
 
     def __post_init__(self) -> None:
         super().__post_init__()

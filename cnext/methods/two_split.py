@@ -18,6 +18,8 @@ from cnext.methods.parts.branches import RoleBranches
 class TwoSplit(RoleBranches):
     """y = W x + scale * (B_text A_text + B_image A_image) x."""
 
+    scale: float = 3.0
+    lr_factor: float = 0.5
     rank: Annotated[int, "Rank of each branch."] = 16
     average: Annotated[str, "Averaging rule, see mage."] = "none"
 

@@ -20,6 +20,9 @@ from cnext.methods.parts.low_rank import LowRank
 class UpperBound(LowRank):
     """y = W x + scale B A x, trained on all tasks at once."""
 
+    scale: float = 3.0
+    lr_factor: float = 2.0
+
     joint = True
     card = Card(
         "arXiv 2602.18055, Table 1",

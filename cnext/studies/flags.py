@@ -104,12 +104,18 @@ def _group(method: str, preset: Mapping[str, Any]) -> type:
 
 
 def configs(flags: Flags) -> list[RunConfig]:
-    """One RunConfig per method, order and seed, in the order of execution."""
+    """One RunConfig per method, order and seed, in the order of execution, with the hyperparameters that were given."""
     shared = {item.name: getattr(flags, item.name) for item in dataclasses.fields(Options)}
     groups = {name: getattr(flags, name.replace("-", "_"), None) for name in flags.method}
-    given = {name: {} if group is None else dataclasses.asdict(group) for name, group in groups.items()}
+    given = {name: {} if group is None else _given(group) for name, group in groups.items()}
     orders = [None] if flags.order is None else flags.order
     return [
         RunConfig(method=method, hyperparameters=given[method], order=order, seed=seed, **shared)
         for method, order, seed in itertools.product(flags.method, orders, flags.seeds)
     ]
+
+
+def _given(group: Any) -> dict[str, Any]:
+    """A group's values that differ from its defaults, which `plan` knows, and may know to have no effect."""
+    default = type(group)()
+    return {name: value for name, value in vars(group).items() if value != getattr(default, name)}

@@ -120,7 +120,7 @@ def counts_and_weighs_its_loss(material: Material) -> None:
 def gives_gradients_to_branches_alone(material: Material) -> None:
     """With MAGE's branches, a backward pass reaches the branches that a task trains, and no frozen parameter."""
     for kind, samples in material.samples.items():
-        backbone, mage = material.make(), methods.load("mage")()
+        backbone, mage = material.make(), methods.load("mage-paper")()
         reads = ("text", "image") if kind in ("read", "edit") else ("text",)
         writes = ("image",) if kind in ("write", "edit") else ("text",)
         task = replace(suites.load("next-tiny").tasks[0], reads=reads, writes=writes)

@@ -84,7 +84,7 @@ def test_means_leave_out_what_is_not_there() -> None:
 @pytest.fixture
 def several(tmp_path: Path) -> Path:
     """Two methods of the ablation and one outside it, two orders, two seeds."""
-    for method, gain in (("ew", 0), ("mage", 6), ("lora", 2)):
+    for method, gain in (("ew", 0), ("mage-paper", 6), ("lora", 2)):
         for seed in (0, 1):
             matrix = [[v and v + gain + seed for v in row] for row in small_runs.MATRIX]
             write(tmp_path / method / "paper" / str(seed), method=method, seed=seed, matrix=matrix)
@@ -96,7 +96,7 @@ def several(tmp_path: Path) -> Path:
 
 def test_orders_with_means_of_text_and_image(several: Path) -> None:
     by_order, over = ANALYSES["orders"](study(several))
-    cells = rows(by_order, "text", "image", "Avg.ACC")["mage", "paper"]
+    cells = rows(by_order, "text", "image", "Avg.ACC")["mage-paper", "paper"]
     assert [value(cell) for cell in cells] == pytest.approx([(45 + 60) / 2 + 6.5, 70 + 6.5, 175 / 3 + 6.5])
     text, image, _ = rows(by_order, "text", "image", "Avg.ACC")["lora", "reverse"]
     assert (value(text), value(image)) == pytest.approx(((20 + 30) / 2 + 2, 60 + 2))
@@ -108,12 +108,12 @@ def test_ablation_has_the_ladder_alone_and_steps_paired_by_seed(several: Path) -
     scores, steps = ANALYSES["ablations"](study(several))
     assert [row[:2] for row in scores.rows] == [
         ["ew", "paper"],
-        ["mage", "paper"],
+        ["mage-paper", "paper"],
         ["ew", "reverse"],
-        ["mage", "reverse"],
+        ["mage-paper", "reverse"],
     ]
-    assert value(rows(scores, "draw")["mage", "paper"][0]) == 76.5
-    found = rows(steps, "pairs", "Avg.ACC", "Forgetting")["ew → mage", "paper"]
+    assert value(rows(scores, "draw")["mage-paper", "paper"][0]) == 76.5
+    found = rows(steps, "pairs", "Avg.ACC", "Forgetting")["ew → mage-paper", "paper"]
     assert found[0] == 2
     assert (found[1].n, found[1].mean, found[1].sd) == pytest.approx((2, 6, 0))
     assert value(found[2]) == pytest.approx(0, abs=1e-9)
@@ -293,7 +293,7 @@ def test_what_cannot_be_made_is_named_and_the_rest_is_made(answered: Path, tmp_p
 
 
 def test_every_finding_has_a_definition_and_every_format(several: Path, answered: Path) -> None:
-    for folder in (several / "mage", answered):
+    for folder in (several / "mage-paper", answered):
         found = analyze(study(folder))
         assert found.results
         assert all(result.definition.endswith(".") for result in found.results)

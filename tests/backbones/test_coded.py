@@ -63,7 +63,7 @@ def always_draws(backbone: CodedBackbone) -> CodedBackbone:
 @pytest.mark.parametrize("task", TASKS)
 def test_mage_trains_only_the_branches_of_the_task(load: Load, data: Path, task: str) -> None:
     backbone, suite = load(), suites.load("next-tiny")
-    mage = methods.load("mage")()
+    mage = methods.load("mage-paper")()
     mage.setup(backbone, [suite.task(name) for name in TASKS], torch.Generator().manual_seed(0))
     trainable = mage.trainable(suite.task(task))
     encoded = backbone.train().encode(samples(data, task)[:3])

@@ -217,7 +217,7 @@ def test_training_the_branches_changes_answers_and_nothing_else(load: Load, imag
     pretrained = {name: value.clone() for name, value in backbone.state_dict().items()}
     reads = ("text", "image") if backbone.reads_images else ("text",)
     task = Task("one", reads, ("text",), "llava", "exact_answer", "", "", "", "")
-    mage = methods.load("mage")()
+    mage = methods.load("mage-paper")(scale=1.0)
     mage.setup(backbone, [task], torch.Generator().manual_seed(0))
     layers = adapters.layers(backbone.model)
     assert len(layers) == 2 * (4 if "c_attn" in backbone.targets else 7)

@@ -32,7 +32,7 @@ def flags(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     data = write_continual_next(root / "data", train=38, tests=2)
     weights = write_released(root / "weights")
     given = {"--suite": suite, "--data": data, "--weights": weights, "--backbone": "seed-x", "--preset": "released"}
-    given |= {"--method": "mage", "--device": "cpu", "--checkpoint-interval": 1}
+    given |= {"--method": "mage-paper", "--device": "cpu", "--checkpoint-interval": 1}
     return [*(str(part) for pair in given.items() for part in pair), "--backbone-options", "resolution=8", "steps=1"]
 
 
@@ -40,7 +40,7 @@ def flags(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 def test_six_tasks_in_two_processes_resumed_judged_and_reported(flags: list[str], tmp_path: Path) -> None:
     command = ["-m", "cnext.cli", "run", *flags, "--out", str(tmp_path)]
     finish(start(command))
-    [folder] = tmp_path.glob("mage/*/seed-0")
+    [folder] = tmp_path.glob("mage-paper/*/seed-0")
     results = (folder / "results.json").read_bytes()
     assert json.loads(results)["finished"]
 

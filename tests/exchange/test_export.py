@@ -221,7 +221,7 @@ def test_the_checksum_tolerates_rounding_errors_only(run: Path) -> None:
 def test_a_merged_model_loads_as_backbone_weights(tmp_path: Path) -> None:
     """With the tokenizer and the image processor, without which neither transformers nor a run can use it."""
     weights = write_janus(tmp_path / "janus")
-    export(made(tmp_path, "lora", backbone="janus", weights=weights), tmp_path / "merged", "merged")
+    export(made(tmp_path, "lora", backbone="janus", weights=weights, scale=1.0), tmp_path / "merged", "merged")
     again = backbones.load("janus").load("cpu", tmp_path / "merged")
     ids = torch.arange(10, 30)[None]
     expected = restore(tmp_path / "lora").model(input_ids=ids).logits

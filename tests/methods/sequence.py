@@ -22,8 +22,8 @@ __all__ = [
 SHORT = {"mr-lora": {"router_steps": 2}}
 """Hyperparameters that shorten what a method trains besides the steps of its tasks."""
 VARIANTS = {
-    "mage with pema-kron": ("mage", {"average": "pema-kron", "pull": 0.1}),
-    "mage with A fixed": ("mage", {"average": "pema-kron", "a": "fixed", "pull": 0.1}),
+    "mage-paper with pema-kron": ("mage-paper", {"average": "pema-kron"}),
+    "mage by roles": ("mage", {"trains": "roles", "pull": 0.1}),
 }
 """Methods with other hyperparameters, by the name that tests call them: these also read frozen branches' gradients."""
 

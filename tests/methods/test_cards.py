@@ -184,7 +184,7 @@ WRONG = [
     ("mage-slow", {"slow": float("nan")}, "slow must be from 0 to 1, got nan"),
     ("mode", {"distill": float("nan")}, "distill must be at least 0 and finite"),
     ("moelora", {"experts": 0}, "experts must be at least 1, got 0"),
-    ("mr-lora", {"samples": 0}, "samples and router_steps must be at least 1, got 0 and 40"),
+    ("mr-lora", {"samples": 0}, "samples and router_steps must be at least 1, got 0 and 80"),
     ("mr-lora", {"router_steps": 0}, "samples and router_steps must be at least 1, got 20 and 0"),
     ("o-lora", {"penalty": -1.0}, "penalty of at least 0"),
     ("pgp", {"epsilon": 1.5}, "expected 0 <= epsilon <= 1 <= batches"),

@@ -27,7 +27,7 @@ KINDS = {
     "lae": "evaluates other parameters than it trains",
     "pgp": "changes gradients and steps",
     "prompt-pool": "no low-rank branches",
-    "mage with pema-kron": "reads gradients of frozen branches",
+    "mage-paper with pema-kron": "reads gradients of frozen branches",
 }
 
 

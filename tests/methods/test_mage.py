@@ -16,6 +16,7 @@ from cnext.backbones.tiny.model import TinyBackbone
 from cnext.config.schedules import SCHEDULES
 from cnext.errors import UserError
 from cnext.methods.mage import Mage
+from cnext.methods.mage_paper import MagePaper
 from cnext.tasks.base import Task
 
 
@@ -29,7 +30,7 @@ from cnext.tasks.base import Task
     ids=["comprehension", "generation", "editing"],
 )
 def test_the_modalities_and_not_the_name_decide(tiny: TinyBackbone, reads: tuple, writes: tuple, frozen: set) -> None:
-    method = Mage()
+    method = MagePaper()
     method.setup(tiny, [], torch.Generator().manual_seed(0))
     trained = method.trainable(Task("any name", reads, writes, "conversation", "short_answer", "", "", "", ""))
     still = adapters.branch_parameters(tiny.language_model, frozen)
@@ -40,7 +41,7 @@ def test_the_modalities_and_not_the_name_decide(tiny: TinyBackbone, reads: tuple
 
 def test_frozen_branches_have_no_gradient_and_no_decay(data: Path) -> None:
     """The recipe decays by 0.1; the released code shrinks its frozen branches with it."""
-    sequence, trainer = opened("mage", data, "HQEdit", "Flickr30k")
+    sequence, trainer = opened("mage-paper", data, "HQEdit", "Flickr30k")
     assert trainer.optimizer.defaults["weight_decay"] > 0
     frozen = adapters.branch_parameters(sequence.tiny.language_model, ["image-general", "text-expert"])
     before = {name: parameter.detach().clone() for name, parameter in frozen.items()}
@@ -56,7 +57,7 @@ def test_frozen_branches_have_no_gradient_and_no_decay(data: Path) -> None:
 def test_the_merge_against_a_plain_loop(data: Path) -> None:
     """Two tasks: beta = mu / (F_t + mu + damping) with mu = F_old / C, F_t the normalized mean of squared gradients
     over the second half of the steps; a branch that no task trained before keeps what it learnt."""
-    sequence = Sequence("mage", data)
+    sequence = Sequence("mage-paper", data)
     method = sequence.method
     fisher_old: dict[str, torch.Tensor] = {}
     for name in ("VQAv2", "HQEdit"):
@@ -83,7 +84,7 @@ def test_the_merge_against_a_plain_loop(data: Path) -> None:
 @pytest.mark.parametrize("trains", ["roles", "all"])
 def test_a_fixed_a_is_neither_trained_nor_read(data: Path, trains: str) -> None:
     """Over two tasks: A keeps its initial value to the bit, no optimizer and no average has it, and every B learns."""
-    sequence = Sequence("mage", data, a="fixed", average="pema-kron", trains=trains, pull=0.1)
+    sequence = Sequence("mage", data, trains=trains, pull=0.1)
     added = sequence.method.adapter_parameters
     initial = {name: parameter.detach().clone() for name, parameter in added().items()}
     for name in ("VQAv2", "HQEdit"):
@@ -102,7 +103,7 @@ def test_a_fixed_a_is_neither_trained_nor_read(data: Path, trains: str) -> None:
 
 
 def test_the_pull_follows_the_learning_rate(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    sequence, trainer = opened("mage", data, "VQAv2", "HQEdit", average="pema-kron", pull=0.1)
+    sequence, trainer = opened("mage", data, "VQAv2", "HQEdit", pull=0.1)
     rates: list[float] = []
     update = sequence.method.rule.update
     monkeypatch.setattr(sequence.method.rule, "update", lambda *, rate: (rates.append(rate), update(rate=rate)))
@@ -118,7 +119,7 @@ def test_what_a_may_be(data: Path) -> None:
 
 
 def test_statistics_are_of_the_branches_trained(data: Path) -> None:
-    sequence, trainer = opened("mage", data, "VQAv2", "Flickr30k")
+    sequence, trainer = opened("mage-paper", data, "VQAv2", "Flickr30k")
     train_rest(trainer)
     statistics = sequence.method.after_task()
     assert set(statistics) == {"text-general", "image-expert"}
@@ -135,14 +136,14 @@ def test_the_flag_names_every_averaging_rule() -> None:
 @pytest.mark.filterwarnings("ignore:pema-literal")
 def test_every_averaging_rule_learns_two_tasks(data: Path, rule: str) -> None:
     """With finite parameters."""
-    sequence = Sequence("mage", data, average=rule)
+    sequence = Sequence("mage-paper", data, average=rule)
     for name in ("VQAv2", "HQEdit"):
         sequence.learn(name)
     assert all(torch.isfinite(tensor).all() for tensor in sequence.state().values())
 
 
 @pytest.mark.parametrize(
-    ("name", "values"), [("mage", {"average": "pema-released"}), ("cia", {"after_optimizer": True})]
+    ("name", "values"), [("mage-paper", {"average": "pema-released"}), ("cia", {"after_optimizer": True})]
 )
 def test_a_released_average_is_updated_where_its_loop_does(
     name: str, values: dict[str, object], data: Path, monkeypatch: pytest.MonkeyPatch
@@ -151,7 +152,7 @@ def test_a_released_average_is_updated_where_its_loop_does(
     sequence, seen = Sequence(name, data, **values), []
     trainer = sequence.open("VQAv2", recipe=replace(RECIPE, micro_batch_size=2))
     rule = sequence.method.rule
-    whole = STEPS * (2 if name == "mage" else 1)
+    whole = STEPS * (2 if name == "mage-paper" else 1)
     assert rule.steps == whole
     update, step = rule.update, trainer.optimizer.step
 
@@ -163,5 +164,5 @@ def test_a_released_average_is_updated_where_its_loop_does(
     monkeypatch.setattr(rule, "update", watched)
     monkeypatch.setattr(trainer.optimizer, "step", lambda: (seen.append("step"), step()))
     train_rest(trainer)
-    assert seen == [*(["update"] if name == "mage" else []), "step", "update"] * STEPS
+    assert seen == [*(["update"] if name == "mage-paper" else []), "step", "update"] * STEPS
     sequence.method.after_task()

@@ -57,7 +57,7 @@ def test_one_expert_is_lora(tiny: TinyBackbone) -> None:
     other = TinyBackbone.load()
     ids = torch.arange(20)[None]
     outputs = []
-    for backbone, method in ((tiny, MoeLora(experts=1, rank=32, scale=1.0)), (other, Lora())):
+    for backbone, method in ((tiny, MoeLora(experts=1, rank=32, scale=1.0)), (other, Lora(scale=1.0))):
         method.setup(backbone, [], torch.Generator().manual_seed(0))
         with torch.no_grad():
             for branch in adapters.branch_parameters(backbone.language_model).values():

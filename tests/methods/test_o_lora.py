@@ -62,7 +62,7 @@ def test_the_current_branch_is_trained_and_later_ones_are_off(data: Path) -> Non
 
 def test_the_branches_are_as_good_as_merged(data: Path) -> None:
     """Two frozen branches and a trained one equal the trained one on a weight that the two are merged into."""
-    sequence = Sequence("o-lora", data)
+    sequence = Sequence("o-lora", data, scale=1.0)
     sequence.learn(*TASKS)
     layer: AdapterLinear = next(iter(adapters.layers(sequence.tiny.language_model).values()))
     x = torch.randn(5, layer.base.in_features, generator=torch.Generator().manual_seed(0))

@@ -112,6 +112,6 @@ def test_draws_of_a_step_repeat(data: Path) -> None:
 
 
 def test_a_small_memory_is_replayed_whole(data: Path) -> None:
-    sequence, trainer = opened("replay", data, "VQAv2", "Flickr30k", samples=2)
+    sequence, trainer = opened("replay", data, "VQAv2", "Flickr30k", samples=2, weight=1.0)
     expected = sequence.tiny.loss(sequence.method.memory).total
     torch.testing.assert_close(sequence.method.extra_loss(trainer.batches.encoded[:4]), expected)

@@ -51,6 +51,8 @@ def test_the_branches_that_a_task_trains(tiny: TinyBackbone, method: Ew, trained
 
 
 BOTH = ("VQAv2", "HQEdit")
+PLAIN = {"scale": 1.0, "lr_factor": 1.0}
+"""Without what is tuned for each method."""
 
 
 @pytest.mark.parametrize(
@@ -59,11 +61,11 @@ BOTH = ("VQAv2", "HQEdit")
         ("ewc", {}, "lora", BOTH[:1]),
         ("pgp", {}, "lora", BOTH[:1]),
         ("lae", {}, "lora", BOTH),
-        ("ew-ga", {}, "mage", BOTH[:1]),
-        ("ew-ga", {"average": "pema"}, "mage", BOTH),
-        ("mage-pull", {"c": 5.0}, "mage", BOTH[:1]),
-        ("mage-pull", {"c": 5.0, "pull": 0.0}, "mage", BOTH),
-        ("mage-slow", {"slow": 1.0}, "mage", BOTH),
+        ("ew-ga", {}, "mage-paper", BOTH[:1]),
+        ("ew-ga", {"average": "pema", "c": 2.0}, "mage-paper", BOTH),
+        ("mage-pull", {"c": 2.0}, "mage-paper", BOTH[:1]),
+        ("mage-pull", {"c": 2.0, "pull": 0.0}, "mage-paper", BOTH),
+        ("mage-slow", {"slow": 1.0, "c": 2.0}, "mage-paper", BOTH),
     ],
     ids=lambda value: value if isinstance(value, str) else str(value)[:30],
 )
@@ -71,7 +73,7 @@ def test_a_method_is_another_where_they_agree(
     name: str, values: dict[str, object], other: str, tasks: tuple[str, ...], data: Path
 ) -> None:
     """To the bit: on a first task, which has nothing to preserve, or at the hyperparameters that switch a part off."""
-    one, two = Sequence(name, data, **values), Sequence(other, data)
+    one, two = Sequence(name, data, **PLAIN, **values), Sequence(other, data, **PLAIN)
     one.learn(*tasks)
     two.learn(*tasks)
     with one.method.for_eval():
@@ -80,10 +82,10 @@ def test_a_method_is_another_where_they_agree(
 
 
 @pytest.mark.parametrize(
-    ("name", "other"), [("ew-ga", "mage"), ("mage-pull", "mage"), ("ewc", "lora"), ("pgp", "lora")]
+    ("name", "other"), [("ew-ga", "mage-paper"), ("mage-pull", "mage-paper"), ("ewc", "lora"), ("pgp", "lora")]
 )
 def test_a_second_task_differs(name: str, other: str, data: Path) -> None:
-    one, two = Sequence(name, data), Sequence(other, data)
+    one, two = Sequence(name, data, **PLAIN), Sequence(other, data, **PLAIN)
     one.learn(*BOTH)
     two.learn(*BOTH)
     assert not same(one.state(), two.state())
@@ -99,7 +101,7 @@ def test_equal_weights_are_lora(data: Path) -> None:
     """Four branches of rank 8 whose sum has weight one are one of rank 32: the same start, the same steps."""
     ends = []
     for name in ("ew", "lora"):
-        sequence = Sequence(name, data)
+        sequence = Sequence(name, data, **PLAIN)
         sequence.learn("VQAv2", "HQEdit")
         ends.append(torch.cat([product.flatten() for product in joined(sequence).values()]))
     assert (ends[0] - ends[1]).norm() < 0.01 * ends[1].norm()
@@ -136,9 +138,9 @@ def test_attention_alone_buys_the_largest_rank_that_fits(tiny: TinyBackbone) -> 
 
 def test_slow_branches_take_a_part_of_the_steps_of_adamw(data: Path) -> None:
     """Against AdamW with a smaller learning rate for the general branches, with weight decay."""
-    slow = Sequence("mage-slow", data, slow=0.25, average="none")
+    slow = Sequence("mage-slow", data, slow=0.25, average="none", **PLAIN)
     trainer = slow.open("HQEdit")
-    plain = Sequence("ew-ga", data)
+    plain = Sequence("ew-ga", data, **PLAIN)
     reference = plain.open("HQEdit")
     general = [p for key, p in plain.parameters.items() if "-general." in key]
     others = [p for key, p in plain.parameters.items() if "-general." not in key]

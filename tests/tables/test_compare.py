@@ -25,7 +25,7 @@ def moved(row: list[float | None]) -> list[float | None]:
     return [None if value is None else value + DELTA for value in row]
 
 
-def results(method: str = "mage", **changes: Any) -> dict[str, Any]:
+def results(method: str = "mage-paper", **changes: Any) -> dict[str, Any]:
     """The results.json of a run that did everything as the paper, and scored 1.5 points more under its profile."""
     rows = METHODS[method]["score_matrix"]
     zero_shot = METHODS["zero-shot"]["score_matrix"][-1]
@@ -78,7 +78,7 @@ def test_against_the_paper_under_its_profile(method: str, tmp_path: Path) -> Non
 
 
 def test_cells_and_signs_by_hand(tmp_path: Path) -> None:
-    found = compare(of_run(run(tmp_path, results("lora")), "paper"), of_paper("mage"))
+    found = compare(of_run(run(tmp_path, results("lora")), "paper"), of_paper("mage-paper"))
     assert values(found.scores[3]["VQAv2"]) == pytest.approx((18.94 + DELTA, 41.25, -20.81))
     assert values(found.scores[0]["HQEdit"]) == pytest.approx((58.76 + DELTA, 58.76, DELTA))
     assert found.scores[3]["OCRVQA"] is None
@@ -105,7 +105,7 @@ DIFFERENT = {
 def test_one_difference_is_refused(condition: str, tmp_path: Path) -> None:
     given = results(**{condition: DIFFERENT[condition]})
     with pytest.raises(UserError) as error:
-        compare(of_run(run(tmp_path, given), "paper"), of_paper("mage"))
+        compare(of_run(run(tmp_path, given), "paper"), of_paper("mage-paper"))
     head, *named, advice = str(error.value).splitlines()
     assert head.endswith("MAGE of the paper (tables 1, 2, 3, 4, 5, 6, 7) are not comparable:")
     assert [line.partition(":")[0].strip() for line in named] == [condition]
@@ -127,7 +127,7 @@ def test_scores_of_another_clip_are_refused(clip: str | None, alike: bool, tmp_p
     for folder, told in (("a", clip), ("b", None)):
         (run(tmp_path / folder, results()) / "config.json").write_text(json.dumps({"clip": told}))
     here = of_run(tmp_path / "a" / "results.json", "paper")
-    for there in (of_paper("mage"), of_run(tmp_path / "b", "paper")):
+    for there in (of_paper("mage-paper"), of_run(tmp_path / "b", "paper")):
         if alike:
             assert compare(here, there).unlike == []
         else:
@@ -137,7 +137,7 @@ def test_scores_of_another_clip_are_refused(clip: str | None, alike: bool, tmp_p
 
 def test_every_difference_is_in_one_message_and_above_the_table(tmp_path: Path) -> None:
     given = results(**DIFFERENT, profiles={})
-    here, there = of_run(run(tmp_path, given), "paper"), of_paper("mage")
+    here, there = of_run(run(tmp_path, given), "paper"), of_paper("mage-paper")
     lines = [
         "  profile: strict here, paper there",
         "  suite: next-tiny here, continual-next there",
@@ -160,14 +160,14 @@ def test_an_unfinished_run_is_compared_up_to_its_last_stage(tmp_path: Path) -> N
     given = results()
     paper = given["profiles"]["paper"]
     paper["score_matrix"] = [row if t < 3 else [None] * 6 for t, row in enumerate(paper["score_matrix"])]
-    found = compare(of_run(run(tmp_path, given), "paper"), of_paper("mage"))
+    found = compare(of_run(run(tmp_path, given), "paper"), of_paper("mage-paper"))
     assert found.stages == 3
     assert found.metrics["avg_acc"].there == pytest.approx((41.25 + 78.37 + 31.26) / 3)
     assert found.metrics["avg_acc"].difference == pytest.approx(DELTA)
 
 
 def test_two_runs(tmp_path: Path) -> None:
-    here = of_run(run(tmp_path / "a", results("mage", seed=1, versions={"cnext": "1"})))
+    here = of_run(run(tmp_path / "a", results("mage-paper", seed=1, versions={"cnext": "1"})))
     there = of_run(run(tmp_path / "b", results("lora")), here.conditions["profile"])
     found = compare(here, there)
     assert values(found.scores[6]["VQAv2"]) == pytest.approx((45.42, 18.40, 27.02))
@@ -207,7 +207,7 @@ def test_the_papers_profile_may_be_below_zero(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("method", "title"),
-    [("mage", "MAGE"), ("ew-ga", "EW+GA"), ("zero-shot", "Zero-Shot"), ("reglora", "RegLoRA")],
+    [("mage-paper", "MAGE"), ("ew-ga", "EW+GA"), ("zero-shot", "Zero-Shot"), ("reglora", "RegLoRA")],
 )
 def test_a_method_is_shown_under_its_name_in_the_paper(method: str, title: str) -> None:
     assert of_paper(method).name.startswith(f"{title} of the paper")
@@ -241,9 +241,9 @@ def test_results_that_are_none(content: str | None, message: str, tmp_path: Path
 
 
 def test_json_has_both_sides_and_the_difference(tmp_path: Path) -> None:
-    shown = json.loads(as_json(compare(of_run(run(tmp_path, results()), "paper"), of_paper("mage"))))
+    shown = json.loads(as_json(compare(of_run(run(tmp_path, results()), "paper"), of_paper("mage-paper"))))
     assert shown["metrics"]["avg_acc"]["difference"] == pytest.approx(DELTA)
-    assert shown["metrics"]["new_acc"]["deviation_there"] == METHODS["mage"]["deviations"]["new_acc"]
+    assert shown["metrics"]["new_acc"]["deviation_there"] == METHODS["mage-paper"]["deviations"]["new_acc"]
     assert len(shown["scores"]) == 7
     assert shown["states"] is None
 
@@ -263,7 +263,7 @@ def test_values_of_other_types_are_refused(profile: str, tmp_path: Path) -> None
         for value in VALUES:
             try:
                 here = of_run(run(tmp_path, results() | dict.fromkeys(changed, value)), profile)
-                text(compare(here, of_paper("mage"), anyway=True))
+                text(compare(here, of_paper("mage-paper"), anyway=True))
                 of_paper(here.method)
             except UserError:
                 refused[changed[0]] += len(changed) == 1

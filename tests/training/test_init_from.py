@@ -160,7 +160,7 @@ def test_an_exported_adapter_goes_on_as_its_run(
     assert found["init"]["kind"] == ("released" if format == "authors" else "peft")
     if method == "mage":
         [note] = found["init"]["notes"]
-        assert note.startswith("it has none of what mage keeps (the averaging rule's state; of pema the summed Fisher")
+        assert note.startswith("it has none of what mage keeps (the averaging rule's state; of pema-kron the factors")
         adapters = [load_file(run / "checkpoints" / FIRST / "adapters.safetensors") for run in (before, made.folder)]
         assert all(torch.equal(adapters[1][name], tensor) for name, tensor in adapters[0].items())
         assert "What it started from: it has none of what mage keeps" in (made.folder / "report.md").read_text()
@@ -344,8 +344,8 @@ def test_layers_that_an_adapter_is_not_for_start_at_zero(config: Make, tmp_path:
     base = TinyBackbone.load().decoder
     settings = LoraConfig(r=32, lora_alpha=32, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
     get_peft_model(base, settings).save_pretrained(tmp_path / "out")
-    made = config(method="lora", order="VQAv2", init_from=tmp_path / "out", init_tasks=("VQAv2",))
-    connected = config(method="lora", order="VQAv2", init_from=tmp_path / "out", trainable="connections")
+    options = {"method": "lora", "order": "VQAv2", "init_from": tmp_path / "out", "hyperparameters": {"scale": 1.0}}
+    made, connected = config(**options, init_tasks=("VQAv2",)), config(**options, trainable="connections")
     zeros, kept = run(connected)["init"]["notes"]
     assert zeros.startswith("it is not for 20 layers, whose branches are zero: model.layers.0.self_attn.k_proj")
     assert kept.startswith("it has no image_queries, ")
@@ -376,8 +376,8 @@ REFUSED = {
     "PEFT for routers": ("moelora", "mage-peft", {}, r"a PEFT adapter holds branches that are always active"),
     "mage for routers": ("mage-routed", "mage-authors", {}, r"found text-general, .* with other routers"),
     "rank": ("lora", "lora-peft", {"rank": 8}, r"branches lora \(rank 32\); lora has lora \(rank 8\): set its rank"),
-    "scale": ("lora", "lora-peft", {"scale": 3.0}, r"its scale is 1, here it is 3; give --lora\.scale 1"),
-    "scale folded in": ("moelora", "moelora-authors", {}, r"its scale is 1, here it is 2; give --moelora\.scale 1"),
+    "scale": ("lora", "lora-peft", {"scale": 3.0}, r"its scale is 6, here it is 3; give --lora\.scale 6"),
+    "scale folded in": ("moelora", "moelora-authors", {}, r"its scale is 1, here it is 12; give --moelora\.scale 1"),
     "experts": (
         "moelora",
         "moelora-authors",
@@ -403,7 +403,7 @@ def test_an_adapter_that_does_not_fit_is_refused_before_anything_runs(
 
 RUNS_REFUSED = {
     "method": ({"method": "ewc"}, r"the run is another: method: lora there, ewc here; cnext export gives its adapter"),
-    "scale": ({"hyperparameters": {"scale": 2.0}}, r"lora\.scale: 1\.0 there, 2\.0 here"),
+    "scale": ({"hyperparameters": {"scale": 2.0}}, r"lora\.scale: 6\.0 there, 2\.0 here"),
     "rank": ({"hyperparameters": {"rank": 8}}, r"lora\.rank: 32 there, 8 here"),
     "backbone": ({"backbone": "janus"}, r"backbone: tiny there, janus here"),
     "tasks": ({"init_tasks": ORDER[:1]}, r"had learnt VQAv2, Flickr30k, HQEdit, --init-tasks names VQAv2; give the ch"),
@@ -426,7 +426,7 @@ def test_parts_of_tasks_are_for_these_tasks_alone(runs: Runs, config: Make) -> N
 
 
 def test_connections_that_the_run_does_not_train_are_refused(runs: Runs, config: Make) -> None:
-    before = runs("lora", order="VQAv2,Flickr30k", trainable="connections", hyperparameters={"scale": 1.0})
+    before = runs("lora", order="VQAv2,Flickr30k", trainable="connections")
     with pytest.raises(UserError, match=r"layers that the run does not train \(branches\): image_queries, "):
         run(config(method="lora", init_from=before))
 
@@ -473,7 +473,7 @@ def test_weights_and_rates_may_differ_and_are_named(runs: Runs, config: Make) ->
         method="ewc", order="VQAv2,HQEdit", init_from=before / "checkpoints" / FIRST, init_tasks=("VQAv2",),
         hyperparameters={"penalty": 0.5},
     )  # fmt: skip
-    assert run(made)["init"]["notes"] == ["its run was trained otherwise: ewc.penalty: 0.01 there, 0.5 here"]
+    assert run(made)["init"]["notes"] == ["its run was trained otherwise: ewc.penalty: 0.108 there, 0.5 here"]
     assert "Started from 1_VQAv2 of seed-0 (SHA-256 " in (made.folder / "report.html").read_text()
     export(made.folder, made.folder / "out", "peft")
     assert "| started from | 1_VQAv2 of seed-0 (SHA-256 " in (made.folder / "out" / "README.md").read_text()
@@ -495,7 +495,7 @@ def test_what_changed_between_stop_and_resume_is_refused(
 ) -> None:
     file = tmp_path / "pytorch_model.bin"
     shutil.copyfile(files / "lora-authors" / "pytorch_model.bin", file)
-    made = config(method="lora", init_from=file, init_tasks=("VQAv2",))
+    made = config(method="lora", init_from=file, init_tasks=("VQAv2",), hyperparameters={"scale": 1.0})
     with monkeypatch.context() as patch:
         patch.setattr(TaskTrainer, "train_step", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):

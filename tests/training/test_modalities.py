@@ -98,7 +98,7 @@ def sounds(data: Path, toy_suite: Path, tmp_path: Path, monkeypatch: pytest.Monk
 
 def configured(sounds: tuple[Path, Path], out: Path, **changes: object) -> RunConfig:
     folder, files = sounds
-    values = {"method": "mage", "suite": str(folder), "data": files, "backbone": "listening", "device": "cpu"}
+    values = {"method": "mage-paper", "suite": str(folder), "data": files, "backbone": "listening", "device": "cpu"}
     return RunConfig(**(values | {"order": "Pitch,VQAv2", "out": out, "checkpoint_interval": 1} | changes))
 
 
@@ -142,7 +142,8 @@ def test_every_method_of_roles_has_a_branch_for_each_modality(sounds: tuple[Path
         ("two-split", {}, 3),
         ("mage-experts", {}, 5),
         ("mage-routed", {}, 6),
-        ("mage", kron, 6),
+        ("mage", {}, 6),
+        ("mage-paper", kron, 6),
     ):
         config = configured(sounds, tmp_path / "runs", method=method, hyperparameters=given)
         run(config)

@@ -85,7 +85,7 @@ def test_every_step_is_logged_once(finished: Path) -> None:
 def test_costs_count_what_was_trained(finished: Path) -> None:
     cost = json.loads((finished / "results.json").read_text())["cost"]
     assert cost["adapter_parameters"] == 312_320
-    assert cost["trainable_params_by_task"] == {"VQAv2": 234_240, "Flickr30k": 156_160, "HQEdit": 234_240}
+    assert cost["trainable_params_by_task"] == dict.fromkeys(("VQAv2", "Flickr30k", "HQEdit"), 169_984)
     assert cost["optimizer_steps"] == 12
 
 

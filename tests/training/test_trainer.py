@@ -137,7 +137,7 @@ def test_reading_samples_takes_no_random_numbers(data: Path) -> None:
 
 
 def trained(
-    data: Path, recipe: Recipe, method: str = "mage", task: str = "Flickr30k"
+    data: Path, recipe: Recipe, method: str = "mage-paper", task: str = "Flickr30k"
 ) -> tuple[dict[str, Tensor], StepLog]:
     tiny = TinyBackbone.load()
     made = methods.load(method)()
@@ -152,7 +152,7 @@ def trained(
     return {name: parameter.detach().clone() for name, parameter in made.adapter_parameters().items()}, log
 
 
-@pytest.mark.parametrize("method", ["mage", "ewc", "distillation", "prompt-pool"])
+@pytest.mark.parametrize("method", ["mage-paper", "ewc", "distillation", "prompt-pool"])
 def test_micro_batches_give_the_batch(data: Path, method: str) -> None:
     """Parts of 3, 3 and 2 with different numbers of tokens: the mean is over all tokens, not over the parts' means."""
     # eps: Adam would make whole steps of gradients as small as what sums of other lengths differ by.

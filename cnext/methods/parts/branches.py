@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar
 
@@ -35,7 +35,8 @@ class RoleBranches(LowRank):
         "Averaging rule: pema, pema-kron, pema-step, pema-literal, pema-released, dema, constant, none.",
     ] = "pema"
     c: Annotated[
-        float, "Plasticity of pema: weight of a new task's Fisher information against that of earlier tasks."
+        float,
+        "Plasticity of pema and pema-kron: weight of a new task's Fisher information against that of earlier tasks.",
     ] = 5.0
 
     sides: ClassVar[tuple[str, ...]] = ("general", "expert")
@@ -51,14 +52,20 @@ class RoleBranches(LowRank):
             raise unknown("averaging rule", self.average, list(RULES))
         if not self.c > 0:
             raise UserError(f"expected c > 0, got c={self.c}")
-        for name, rules in self.options.items():
-            if self.average not in rules and (value := getattr(self, name)) != getattr(type(self), name):
+        idle = self.idle({"average": self.average})
+        for name in idle:
+            if (value := getattr(self, name)) != getattr(type(self), name):
                 raise UserError(
                     f"{name}={value} has no effect with the averaging rule {self.average}, only with "
-                    f"{' and '.join(rules)}; omit it"
+                    f"{' and '.join(self.options[name])}; omit it"
                 )
-        own = {name: getattr(self, name) for name, rules in self.options.items() if self.average in rules}
-        self.rule = RULES[self.average](**own)
+        self.rule = RULES[self.average](**{name: getattr(self, name) for name in self.options if name not in idle})
+
+    @classmethod
+    def idle(cls, given: Mapping[str, Any]) -> Collection[str]:
+        """Options of other averaging rules."""
+        average = given.get("average", cls.average)
+        return [name for name, rules in cls.options.items() if average not in rules]
 
     @property
     def roles(self) -> tuple[BranchRole, ...]:

@@ -80,7 +80,7 @@ def test_prepared_samples_are_pixels_and_can_be_pickled(loaded: SeedX, tasks: di
 def test_mage_trains_its_roles(fresh: SeedX, encoded: dict[str, list[SeedXInputs]], task: str) -> None:
     """Gradients reach the task's branches and the connections it uses, and are the same with checkpointing."""
     suite = suites.load("continual-next")
-    method = methods.load("mage")(dropout=0.0)
+    method = methods.load("mage-paper")(dropout=0.0)
     method.setup(fresh, [suite.task(name) for name in TASKS], torch.Generator().manual_seed(0))
     trained = method.trainable(suite.task(task)) | {n: p.requires_grad_() for n, p in fresh.connections().items()}
     for name, parameter in trained.items():

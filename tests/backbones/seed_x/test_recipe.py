@@ -99,8 +99,8 @@ def trained(
 
 
 def test_three_tasks_are_those_of_the_released_loop(folder: Path, tasks: dict[str, list[Sample]]) -> None:
-    ours, ready = trained(folder, tasks, True, "mage")
-    theirs, _ = trained(folder, tasks, False, "mage")
+    ours, ready = trained(folder, tasks, True, "mage-paper")
+    theirs, _ = trained(folder, tasks, False, "mage-paper")
     for one, other in zip(ours, theirs, strict=True):
         for name, tensor in one.items():
             torch.testing.assert_close(tensor, other[name], rtol=1e-5, atol=1e-7, msg=name)
@@ -112,7 +112,7 @@ def test_three_tasks_are_those_of_the_released_loop(folder: Path, tasks: dict[st
 
 def test_initial_values_and_decay(folder: Path, tasks: dict[str, list[Sample]]) -> None:
     """A begins with a standard deviation of 0.01; a frozen branch shrinks by the product over the steps' rates."""
-    after, _ = trained(folder, {name: samples[:1] for name, samples in tasks.items()}, True, "mage")
+    after, _ = trained(folder, {name: samples[:1] for name, samples in tasks.items()}, True, "mage-paper")
     frozen = [name for name in after[0] if ".image-general.A" in name]
     values = torch.cat([after[0][name].flatten() for name in frozen])
     assert float(values.std()) == pytest.approx(0.01, rel=0.05)
