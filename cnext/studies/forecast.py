@@ -6,6 +6,7 @@ text lists the assumed figures of the hardware.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,10 +36,12 @@ DECODING_BATCH = 16
 
 @dataclass(frozen=True)
 class Sizes:
-    """Parameter counts: of the language model's layers, of everything that is loaded, and of what is trained."""
+    """Parameter counts: of the language model's layers, of everything that is loaded, of what checkpoints hold
+    (adapters and what is trained beside them), and of what some task trains."""
 
     language: int
     loaded: int
+    added: int
     trained: int
 
 
@@ -60,7 +63,7 @@ def text(planned: Plan, gpus: int, teraflops: float) -> str:
     tasks = [planned.suite.task(name) for name in planned.order]
     generator = torch.Generator().manual_seed(stable_seed(config.seed, "adapters"))
     method.setup(backbone, tasks, generator, planned.suite.modalities)
-    sizes = _sizes(backbone, method, recipe.trainable)
+    sizes = _sizes(backbone, method, tasks, recipe.trainable)
     what = f"{config.method} on {config.backbone}, suite {planned.suite.name} ({config.preset})"
     counts = f"{sizes.loaded:,}, {sizes.language:,} of them in the language model; {sizes.trained:,} trained"
     lines = [
@@ -120,15 +123,18 @@ def tokens(backbone: Backbone, task: Task) -> int:
     return TEXT_TOKENS + read * ("image" in task.reads) + written * ("image" in task.writes)
 
 
-def _sizes(backbone: Backbone, method: Method, trainable: str) -> Sizes:
+def _sizes(backbone: Backbone, method: Method, tasks: Sequence[Task], trainable: str) -> Sizes:
     own = {id(p): p.numel() for p in method.adapter_parameters().values()}
+    # A method with phases of its own may train any of its parameters there.
+    within_tasks = {id(p) for task in tasks for p in method.trainable(task).values()}
+    trained = {k: n for k, n in own.items() if k in within_tasks or type(method).phases is not Method.phases}
     extras = {} if trainable == "branches" else backbone.connections()
     if trainable == "released":
         extras |= backbone.released_extras()
+    beside = {id(p): p.numel() for p in extras.values()}
     language = sum(p.numel() for p in backbone.language_model.parameters())
-    trained_bytes = own | {id(p): p.numel() for p in extras.values()}
     loaded = {id(p): p.numel() for p in backbone.parameters()} | own
-    return Sizes(language, sum(loaded.values()), sum(trained_bytes.values()))
+    return Sizes(language, *(sum(part.values()) for part in (loaded, own | beside, trained | beside)))
 
 
 def extra_bytes(method: str) -> str:
@@ -175,4 +181,5 @@ def _answer_seconds(backbone: Backbone, task: Task, sizes: Sizes, precision: str
 
 def _disk(method: Method, sizes: Sizes, tasks: int) -> float:
     """Bytes of a checkpoint after every task and of two within a task, with the optimizer's moments, in float32."""
-    return (4 * sizes.trained + method.extra_bytes(tasks)) * tasks + 2 * 12 * sizes.trained
+    moments = 2 * 8 * sizes.trained
+    return (4 * sizes.added + method.extra_bytes(tasks)) * tasks + 2 * 4 * sizes.added + moments

@@ -53,7 +53,8 @@ def test_flops_of_training_are_those_that_torch_counts(checkpointing: bool) -> N
 
 
 def test_parameters_and_samples_of_seed_x_as_published(capsys: pytest.CaptureFixture[str]) -> None:
-    assert run_main(["--suite", "continual-next", "--backbone", "seed-x", "--dry-run", "--gpus", "8"]) == 0
+    flags = ["--suite", "continual-next", "--backbone", "seed-x", "--dry-run", "--gpus", "8"]
+    assert run_main([*flags, "--method", "mage-paper"]) == 0
     shown = capsys.readouterr().out
     # The paper's optimizer steps and batch sizes: 3,000 of 256, for editing 10,000 of 96.
     assert "768,000" in shown
@@ -65,6 +66,13 @@ def test_parameters_and_samples_of_seed_x_as_published(capsys: pytest.CaptureFix
     language = LLAMA_2_13B - 2 * 32_000 * 5_120 + 32_330 * 5_120 + branches
     assert f"{language:,} of them in the language model" in shown
     assert max(map(len, shown.splitlines())) <= 200
+    # A of shape (32, in) is fixed in mage: 40 layers, six matrices of width 5,120 and one of 13,824.
+    assert run_main([*flags, "--method", "mage"]) == 0
+    fixed = 40 * 32 * (6 * 5_120 + 13_824)
+    assert f"{branches - fixed + 126_197_760 + 88_375_296 + 20_480:,} trained (connections)" in capsys.readouterr().out
+    assert run_main([*flags, "--method", "mr-lora"]) == 0
+    own = 7 * branches
+    assert f"{own + 126_197_760 + 88_375_296 + 20_480:,} trained (connections)" in capsys.readouterr().out
 
 
 def test_counts_are_those_of_a_run(toy_suite: Path, data: Path, tmp_path: Path) -> None:
