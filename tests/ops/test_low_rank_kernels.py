@@ -1,6 +1,7 @@
 """The C++ kernels of `cnext.ops.low_rank`, pass by pass: against float64, and to the bit on any number of threads."""
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from types import ModuleType
 
 import pytest
@@ -20,26 +21,41 @@ CPP = dispatch.core("cpp")
 assert CPP is not None, "conftest.py leaves this file out where there are no C++ kernels"
 
 
+@contextmanager
 def using(name: str) -> Iterator[ModuleType]:
     """The compiled module with an instruction set."""
     before = CPP.use_instruction_set(name)
-    yield CPP
-    CPP.use_instruction_set(before)
+    try:
+        yield CPP
+    finally:
+        CPP.use_instruction_set(before)
+
+
+def is_fused(name: str) -> bool:
+    with using(name) as module:
+        return module.has_low_rank()
 
 
 SETS = CPP.instruction_sets()
-FUSED = [name for name in SETS if any(module.has_low_rank() for module in using(name))]
+FUSED = [name for name in SETS if is_fused(name)]
 """Those that do not leave the products to torch."""
 
 
 @pytest.fixture(params=SETS)
 def core(request: pytest.FixtureRequest) -> Iterator[ModuleType]:
-    yield from using(request.param)
+    with using(request.param) as module:
+        yield module
 
 
 @pytest.fixture(params=FUSED)
 def fused(request: pytest.FixtureRequest) -> Iterator[ModuleType]:
-    yield from using(request.param)
+    with using(request.param) as module:
+        yield module
+
+
+def test_no_module_leaves_another_instruction_set_behind() -> None:
+    """Sums in an order of its own would make runs in this process differ from those of others."""
+    assert CPP.instruction_set() == SETS[0]
 
 
 def drawn(rows: int, columns: int, gap: int) -> Tensor:
