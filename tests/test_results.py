@@ -92,6 +92,22 @@ def test_the_other_readme_says_what_the_four_orders_hold() -> None:
     assert "\n".join(orders_table()) in text
     study = aggregate.of_folders(sorted(aggregate.find([RESULTS / "mage", RESULTS / "ewc"])), "ewc")
     (found,) = study.differences
+    rows = {(row.method, row.order): " / ".join(figures(row)) for row in study.rows}
+    for order in ORDERS:
+        assert f"| {order} | {rows['mage', order]} | {rows['ewc', order]} |" in text
+    every = {row.method: " / ".join(f"{getattr(row, m).mean:.1f}" for m in aggregate.METRICS) for row in study.orders}
+    assert f"| all | {every['mage']} | {every['ewc']} |" in text
     assert found.n == 12
     difference = f"{found.avg_acc.mean:+.1f} points of Avg.ACC over `ewc`, in {found.avg_acc.above} of 12 pairs"
     assert f"{difference} (sign test: p = {found.avg_acc.p:.4f})" in " ".join(text.split())
+
+
+def test_the_other_readme_says_what_the_papers_parts_hold() -> None:
+    """Means of Avg.ACC / Forgetting / New.ACC in the paper's order and in reverse, and what the averaging brings."""
+    text = (RESULTS / "README.md").read_text(encoding="utf-8")
+    means = {(row.method, row.order): [getattr(row, m).mean for m in aggregate.METRICS] for row in STUDY.rows}
+    for method in ("lora", "ew", "ew-ga", "mage-paper"):
+        cells = (" / ".join(f"{mean:.1f}" for mean in means[method, order]) for order in ("paper", "reverse"))
+        assert f"| `{method}` | {' | '.join(cells)} |" in text
+    gains = [means["mage-paper", order][0] - means["ew-ga", order][0] for order in ("paper", "reverse")]
+    assert f"The averaging brings {gains[0]:.1f} points, and {gains[1]:.1f} in reverse." in " ".join(text.split())
