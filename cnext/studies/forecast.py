@@ -181,5 +181,4 @@ def _answer_seconds(backbone: Backbone, task: Task, sizes: Sizes, precision: str
 
 def _disk(method: Method, sizes: Sizes, tasks: int) -> float:
     """Bytes of a checkpoint after every task and of two within a task, with the optimizer's moments, in float32."""
-    moments = 2 * 8 * sizes.trained
-    return (4 * sizes.added + method.extra_bytes(tasks)) * tasks + 2 * 4 * sizes.added + moments
+    return (4 * sizes.added + method.extra_bytes(tasks)) * tasks + 2 * (4 * sizes.added + 8 * sizes.trained)
