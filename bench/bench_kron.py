@@ -161,8 +161,8 @@ def second_task(trials: Trials, **hyperparameters: object) -> TaskTrainer:
 
 @pytest.mark.parametrize(
     "options",
-    [{"average": "pema-kron"}, {"average": "pema-kron", "trains": "all"}],
-    ids=["frozen branches' gradients", "all branches trained"],
+    [{}, {"trains": "all", "a": "trained"}, {"trains": "roles", "a": "trained"}],
+    ids=["mage", "A trained", "A trained and frozen branches' gradients"],
 )
 def test_kron_train_step(race, options):
     """A whole training step; the baseline is that of ``--mage.average pema`` with the same branches trained."""
