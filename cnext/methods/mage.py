@@ -1,4 +1,4 @@
-"""MAGE: four branches, and a moving average by the damped inverse of blocks of the Fisher information.
+"""MAGE: four LoRA branches, and a moving average by the damped inverse of blocks of the Fisher information.
 
 Text and image have a general and an expert branch each, all trained on every task. A is fixed at its random initial
 value, as in LoRA-FA: the output is then linear in what is trained, so that an average of parameters is the same average

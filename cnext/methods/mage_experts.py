@@ -40,7 +40,7 @@ class MageExperts(RoleBranches):
         float,
         "Scaling factor of the branches' output: with six tasks three eighths of the rank take part in an answer.",
     ] = 6.0
-    c: Annotated[float, "Plasticity of the merge, see mage."] = 20.0
+    c: Annotated[float, "Plasticity of the merge, see mage-paper."] = 20.0
     pull: Annotated[float, "Weight of the penalty towards the task's start, see mage-pull."] = 0.36
 
     sides = ("general",)

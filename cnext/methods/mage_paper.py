@@ -1,4 +1,4 @@
-"""MAGE as the paper has it: four branches by modality role, only those of the task's modalities trained, and PEMA.
+"""MAGE-paper: four LoRA branches by modality role, of which a task trains its own, averaged by PEMA.
 
 A general branch is trained on tasks that read its modality, an expert branch on tasks that write it. At the end of a
 task every trained parameter is averaged with its value from before the task, weighted by the damped inverse of its own

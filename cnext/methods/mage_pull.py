@@ -27,7 +27,7 @@ class MagePull(RoleBranches):
     """L = L_task + pull / 2 * sum of F_old (theta - theta*)^2 in every step, and MAGE's merge after the last."""
 
     scale: float = 3.0
-    c: Annotated[float, "Plasticity of the merge, see mage."] = 20.0
+    c: Annotated[float, "Plasticity of the merge, see mage-paper."] = 20.0
     pull: Annotated[float, "Weight lambda of the penalty; 0 is mage-paper."] = 0.09
 
     card = Card(

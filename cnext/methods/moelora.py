@@ -42,9 +42,7 @@ class MoeLora(LowRank):
 
     lr_factor: float = 0.5
     rank: Annotated[int, "Rank of each expert."] = 8
-    scale: Annotated[
-        float, "Scaling factor of the experts' weighted mean (1.0 in the paper; 2.0 was better on validation items)."
-    ] = 12.0
+    scale: Annotated[float, "Scaling factor of the experts' weighted mean; 1.0 in the paper."] = 12.0
     experts: Annotated[int, "Number of experts."] = 4
 
     router: ClassVar[type[Router]] = Router

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from cnext.errors import unknown
+from cnext.errors import UserError, unknown
 from cnext.scoring.matrix import ScoreMatrix
 
 
@@ -18,5 +18,6 @@ def continual_next() -> dict[str, Any]:
 def score_matrix(paper: dict[str, Any], method: str) -> ScoreMatrix:
     """The score matrix that a paper printed for a method. Raises UserError with the methods that it has."""
     if method not in paper["methods"]:
-        raise unknown("method of the paper", method, list(paper["methods"]))
+        error = unknown("method of the paper", method, list(paper["methods"]))
+        raise UserError(f"{error}; choose one with --paper METHOD")
     return ScoreMatrix.from_rows(paper["methods"][method]["score_matrix"])
