@@ -279,7 +279,8 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=SEEDS, help="default: 10 11 12")
     help = f"of {', '.join(ORDERS)}; default: {' '.join(DEFAULT_ORDERS)}"
     parser.add_argument("--orders", choices=ORDERS, default=DEFAULT_ORDERS, help=help, **several)
-    parser.add_argument("--out", type=Path, default=RESULTS, help="file of all runs (default: results/next-tiny)")
+    help = "file of all runs (default: results/next-tiny/ablation.json)"
+    parser.add_argument("--out", type=Path, default=RESULTS, help=help)
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, one thread each (default: %(default)s)")
     parser.add_argument("--show", action="store_true", help="print the table of the runs so far and stop")
     arguments = parser.parse_args()

@@ -146,7 +146,8 @@ def main() -> None:
         "--method", nargs="+", choices=tunable, default=tunable, metavar="METHOD", help=f"default: all of {listed}"
     )
     parser.add_argument("--preset", default="default", help="training settings of the runs (default: %(default)s)")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="file of all runs (default: results/next-tiny)")
+    help = "file of all runs (default: results/next-tiny/tuning.json)"
+    parser.add_argument("--out", type=Path, default=RESULTS, help=help)
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, one thread each (default: %(default)s)")
     arguments = parser.parse_args()
     if arguments.out.is_dir():
