@@ -112,12 +112,25 @@ def _analyze(arguments: argparse.Namespace) -> None:
 
 def _table(arguments: argparse.Namespace) -> None:
     from cnext.runs import fingerprint
-    from cnext.tables import aggregate, formats
+    from cnext.tables import aggregate, columns, formats
 
-    folders = aggregate.find(arguments.run)
-    study = aggregate.of_folders(folders, arguments.baseline, arguments.mix_environments)
-    print(formats.FORMATS[arguments.format](study), end="")
-    if note := fingerprint.older([run.fingerprint for run in aggregate.finished(folders)]):
+    kind = formats.kind_of(arguments.out, arguments.format)
+    if arguments.columns is None and arguments.decimals is not None:
+        raise UserError("--decimals is for --columns; name these too")
+    found = {folder: aggregate.read(folder) for folder in aggregate.find(arguments.run)}
+    runs, missing = [run for run in found.values() if run], [str(folder) for folder, run in found.items() if not run]
+    given = (arguments.baseline, arguments.mix_environments)
+    if arguments.columns is None:
+        text = formats.WRITERS[kind](aggregate.tabulate(runs, given[0], missing, given[1]))
+    else:
+        chosen = columns.choose(aggregate.group(runs, *given), arguments.columns, missing)
+        text = columns.written(chosen, kind, 1 if arguments.decimals is None else arguments.decimals)
+    if arguments.out:
+        formats.write(arguments.out, text)
+        print(arguments.out)
+    else:
+        print(text, end="")
+    if note := fingerprint.older([run.fingerprint for run in runs]):
         print(note, file=sys.stderr)
 
 
@@ -250,7 +263,15 @@ def _parser() -> argparse.ArgumentParser:
 
     table = add("table", _table, "print means over seeds and orders, and paired differences, from run folders")
     table.add_argument("run", type=Path, nargs="+", help="run folders, or folders that contain some")
-    table.add_argument("--format", choices=tables, default="markdown", help="default: markdown")
+    help = (
+        "one table of these columns, the best in bold: metrics as in results.json (avg_acc forgetting new_acc ...), "
+        "scores of each task (final learnt drop zero_shot), n, and test against the baseline (default: means over "
+        "seeds, over orders, and differences)"
+    )
+    table.add_argument("--columns", nargs="+", metavar="NAME", help=help)
+    table.add_argument("--decimals", type=int, choices=range(5), metavar="N", help="of --columns, 0 to 4 (default: 1)")
+    table.add_argument("--format", choices=(*tables, "html"), help="default: by --out, else markdown")
+    table.add_argument("--out", type=Path, metavar="FILE", help="write a file: .md, .csv, .tex, .html or .json")
 
     help = "average runs made on different processors, versions or thread counts, and say so"
     for verb in (report, analyze, table):

@@ -127,6 +127,13 @@ class TableResults(Record, kw_only=True):
     metrics: dict[str, Percent | None]
     cost: Cost
     fingerprint: dict[str, Any] | None = None
+    profile: Any = "strict"
+    joint: Any = False
+    score_matrix: Any = None
+    zero_shot: Any = None
+    error_matrix: Any = None
+    writes: Any = None
+    """What `columns` alone reads, and checks then."""
 
     def __post_init__(self) -> None:
         if self.cost.optimizer_steps is None or not METRICS.keys() <= self.metrics.keys():
@@ -151,8 +158,8 @@ SETTING = tuple(name for name in Setting.__struct_fields__ if name not in ("code
 
 @dataclass(frozen=True)
 class FinishedRun:
-    """A finished run, as far as a table needs it. values: by metric, None where the method has none. fingerprint: of
-    the environment, None where the run is older than fingerprints."""
+    """A finished run, as far as a table needs it. values: by metric, None where the method has none. results: what was
+    read of results.json."""
 
     folder: Path
     method: str
@@ -162,7 +169,32 @@ class FinishedRun:
     hyperparameters: dict[str, Any]
     setting: dict[str, Any]
     values: dict[str, float | None]
-    fingerprint: dict[str, Any] | None = None
+    results: TableResults
+
+    @property
+    def fingerprint(self) -> dict[str, Any] | None:
+        """Of the environment; None where the run is older than fingerprints."""
+        return self.results.fingerprint
+
+    @property
+    def untrained(self) -> bool:
+        """Whether nothing was learnt, so that nothing can be new or forgotten."""
+        return not self.results.cost.optimizer_steps
+
+
+@dataclass(frozen=True)
+class Groups:
+    """Comparable finished runs by method, order and seed.
+
+    An order has one name, however it was asked for; a method's has the hyperparameters in which its runs differ.
+    runs: all, with these names.  setting: what they have in common.  notes: on their environments.
+    """
+
+    cells: dict[str, dict[str, dict[int, FinishedRun]]]
+    runs: list[FinishedRun]
+    baseline: str
+    setting: dict[str, Any]
+    notes: list[str]
 
 
 def find(paths: Iterable[Path]) -> list[Path]:
@@ -192,11 +224,9 @@ def read(folder: Path) -> FinishedRun | None:
         return None
     setting = asdict(schemas.read(folder / "config.json", Setting))
     values = {metric: results.metrics[metric] for metric in METRICS}
-    if not results.cost.optimizer_steps:
-        # Nothing was learnt, so nothing can be new or forgotten.
-        values |= {"forgetting": None, "new_acc": None}
     given = (results.method, results.order, tuple(results.tasks), results.seed, results.hyperparameters)
-    return FinishedRun(folder, *given, setting, values, results.fingerprint)
+    run = FinishedRun(folder, *given, setting, values, results)
+    return replace(run, values=values | {"forgetting": None, "new_acc": None}) if run.untrained else run
 
 
 def finished(folders: Iterable[Path]) -> list[FinishedRun]:
@@ -242,13 +272,11 @@ def _labelled(runs: Sequence[FinishedRun]) -> list[FinishedRun]:
     return labelled
 
 
-def tabulate(
-    runs: Sequence[FinishedRun], baseline: str | None = None, missing: Sequence[str] = (), mix: bool = False
-) -> StudyTables:
-    """The tables of a study.
+def group(runs: Sequence[FinishedRun], baseline: str | None = None, mix: bool = False) -> Groups:
+    """The runs of a study, grouped.
 
-    Args: baseline: the method to compare with (None: lora where it is there, else the first).  missing: names of runs
-    that are not finished, for the notes.  mix: whether runs of different environments are averaged.
+    Args: baseline: the method to compare with (None: lora where it is there, else the first).  mix: whether runs of
+    different environments are averaged.
     Raises: UserError for no runs, runs that are not comparable or of different environments, a run twice, or an
         unknown baseline.
     """
@@ -262,17 +290,26 @@ def tabulate(
         other = once.setdefault((run.method, run.tasks, run.seed), run)
         if other is not run:
             raise UserError(f"{other.folder} and {run.folder} are the same run; name one of them")
-    # An order has one name in the table, however it was asked for.
     names: dict[tuple[str, ...], str] = {}
+    runs = [replace(run, order=names.setdefault(run.tasks, run.order)) for run in runs]
     cells: dict[str, dict[str, dict[int, FinishedRun]]] = {}
     for run in runs:
-        cells.setdefault(run.method, {}).setdefault(names.setdefault(run.tasks, run.order), {})[run.seed] = run
+        cells.setdefault(run.method, {}).setdefault(run.order, {})[run.seed] = run
     base = baseline or (BASELINE if BASELINE in cells else next(iter(cells)))
     if base not in cells:
         raise unknown("baseline", base, list(cells))
-    setting = runs[0].setting
+    setting = {key: runs[0].setting[key] for key in SETTING if key != "recipe"} | {"profile": "strict"}
+    return Groups(cells, runs, base, setting, notes)
+
+
+def tabulate(
+    runs: Sequence[FinishedRun], baseline: str | None = None, missing: Sequence[str] = (), mix: bool = False
+) -> StudyTables:
+    """The tables of a study. missing: names of runs that are not finished, for the notes. The rest is as in `group`."""
+    study = group(runs, baseline, mix)
+    cells, base = study.cells, study.baseline
     return StudyTables(
-        setting={key: setting[key] for key in SETTING if key != "recipe"} | {"profile": "strict"},
+        setting=study.setting,
         baseline=base,
         rows=[
             SeedsRow(method=method, order=order, seeds=sorted(seeds), n=len(seeds), **_means(list(seeds.values())))
@@ -281,9 +318,9 @@ def tabulate(
         ],
         orders=[_over_orders(method, orders) for method, orders in cells.items() if len(orders) > 1],
         differences=[_paired(method, cells[method], cells[base]) for method in cells if method != base],
-        runs=[RunRow(r.method, names[r.tasks], r.seed, **r.values) for r in runs],
+        runs=[RunRow(r.method, r.order, r.seed, **r.values) for r in study.runs],
         missing=list(missing),
-        notes=notes or UNSET,
+        notes=study.notes or UNSET,
     )
 
 
