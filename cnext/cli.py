@@ -145,19 +145,24 @@ def _metrics(arguments: argparse.Namespace) -> None:
     from cnext.scoring.matrix_file import read
     from cnext.scoring.metrics_text import metrics_text
 
-    matrix = read(arguments.matrix)
+    matrix = read(arguments.matrix, arguments.scale)
     print(json.dumps(matrix.metrics(), indent=2) if arguments.json else metrics_text(matrix))
 
 
 def _compare(arguments: argparse.Namespace) -> None:
     from cnext.tables import compare
 
+    here = compare.of(arguments.run, None if arguments.to else "paper", arguments.scale)
     if arguments.to is not None:
-        here = compare.of_run(arguments.run)
-        there = compare.of_run(arguments.to, here.conditions["profile"])
+        there = compare.of(arguments.to, here.conditions.get("profile"), arguments.scale)
+    elif not (arguments.paper or here.method):
+        raise UserError(
+            f"{arguments.run} does not say its method: name the paper's with --paper METHOD, as MAGE or LoRA"
+        )
     else:
-        here = compare.of_run(arguments.run, "paper")
-        there = compare.of_paper(arguments.paper or here.method)
+        there = compare.of_paper(arguments.paper or here.method, printed=bool(arguments.paper))
+    if arguments.scale and not (here.matrix or there.matrix):
+        raise UserError("--scale is for a score matrix in a file; the scores of runs are in percent")
     comparison = compare.compare(here, there, arguments.anyway)
     print(compare.as_json(comparison) if arguments.json else compare.text(comparison))
 
@@ -284,16 +289,24 @@ def _parser() -> argparse.ArgumentParser:
     verb.add_argument("dir", type=Path, nargs="*", help="run folders, or folders that contain some (default: runs)")
     verb.add_argument("--json", action="store_true", help="print all details as JSON")
 
-    verb = add("metrics", _metrics, "compute every metric of a score matrix in a CSV or JSON file")
+    metrics = add("metrics", _metrics, "compute every metric of a score matrix in a CSV or JSON file")
     help = "scores in percent; one row per stage (after each task), one column per task, both in training order"
-    verb.add_argument("matrix", type=Path, help=help)
-    verb.add_argument("--json", action="store_true", help="print the metrics as in results.json")
+    metrics.add_argument("matrix", type=Path, help=help)
+    metrics.add_argument("--json", action="store_true", help="print the metrics as in results.json")
 
-    verb = add("compare", _compare, "compare a run's scores with the paper's or another run's, cell by cell")
-    verb.add_argument("run", type=Path, help="a run folder, or its results.json")
+    text = "compare scores of a run or a matrix with the paper's or with others, cell by cell"
+    verb = compare = add("compare", _compare, text)
+    help = "a run folder, its results.json, or a score matrix in a .csv or .json file, as for cnext metrics"
+    verb.add_argument("run", type=Path, help=help)
     other = verb.add_mutually_exclusive_group(required=True)
-    other.add_argument("--paper", nargs="?", const="", metavar="METHOD", help="the paper's method (default: the run's)")
-    other.add_argument("--to", type=Path, metavar="RUN", help="another run")
+    help = "the paper's method, by its name there or here: MAGE, mage-paper, LoRA ... (default: the run's)"
+    other.add_argument("--paper", nargs="?", const="", metavar="METHOD", help=help)
+    other.add_argument("--to", type=Path, metavar="RUN", help="another run, or matrix")
+    help = (
+        "of a matrix in a file: whether its scores go to 100 or to 1 (default: percent; refused if all are at most 1)"
+    )
+    for each in (metrics, compare):
+        each.add_argument("--scale", choices=("percent", "fraction"), help=help)
     help = "compare runs under different conditions as well, and list the differences"
     verb.add_argument("--anyway", action="store_true", help=help)
     verb.add_argument("--json", action="store_true", help="print the comparison as JSON")

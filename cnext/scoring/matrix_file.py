@@ -4,6 +4,8 @@ Rows are stages and columns tasks, both in training order; an empty cell (null) 
 row of task names, a first column of row labels, and a first row labelled zero-shot. JSON is a list of rows, or an
 object with "score_matrix" and, each optional, "tasks", "zero_shot", "writes" {task: [modalities]}, "error_matrix",
 "joint", "single", "chance" (a score per task) and "held_out" {"before": [...], "after": [...]}.
+
+Scores are in percent. A file whose scores are all at most 1 may hold fractions, and is read where the scale is given.
 """
 
 from __future__ import annotations
@@ -12,7 +14,7 @@ import csv
 import io
 import json
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +24,17 @@ from cnext.scoring.matrix import ScoreMatrix, metrics, reference_metrics
 
 NUMBER = re.compile(r"[+-]?(\d+(\.\d*)?|\.\d+)([eE][+-]?\d+)?", re.ASCII)
 ZERO_SHOT = re.compile(r"zero[ _-]?shot", re.IGNORECASE)
+SCALES = ("percent", "fraction")
+OF_A_RUN = {"method", "profile", "score_matrix"}
+"""Keys of results.json, whose scores are always in percent."""
 
 
 @dataclass(frozen=True)
 class ScoreRecord:
-    """A score matrix, and other input of metrics. references: keyword arguments of ``reference_metrics``."""
+    """A score matrix, and other input of metrics.
+
+    references: keyword arguments of ``reference_metrics``.  named: whether the tasks have names, else numbers.
+    """
 
     tasks: list[str]
     matrix: ScoreMatrix
@@ -34,6 +42,7 @@ class ScoreRecord:
     errors: dict[str, ScoreMatrix] | None = None
     writes: list[list[str]] | None = None
     references: dict[str, Any] = field(default_factory=dict)
+    named: bool = True
 
     def metrics(self) -> dict[str, float | None]:
         """Every metric, under its name in results.json; None where something that it needs is missing."""
@@ -41,16 +50,68 @@ class ScoreRecord:
         return own | reference_metrics(self.matrix, **self.references)
 
 
-def read(path: Path) -> ScoreRecord:
-    """What a .csv or .json file holds.
+def read(path: Path, scale: str | None = None) -> ScoreRecord:
+    """What a .csv or .json file holds, in percent. A folder: its results.json.
 
+    Args: scale: one of ``SCALES``, that of the file; None: percent, but refused where all scores are at most 1.
     Raises:
         UserError: there is no such file, or it holds something else; says where and what.
     """
-    readers = {".csv": _from_csv, ".json": lambda path: from_json(read_json(path), str(path))}
-    if path.suffix.lower() not in readers:
+    if (path / "results.json").is_file():
+        path = path / "results.json"
+    if path.suffix.lower() not in (".csv", ".json"):
         raise UserError(f"{path}: expected a score matrix in a .csv or .json file; of a run, give its results.json")
-    given = readers[path.suffix.lower()](path)
+    if path.suffix.lower() == ".csv":
+        return of_matrix(_from_csv(path), path, scale)
+    value = read_json(path)
+    given = from_json(value, str(path))
+    if not of_a_run(value):
+        return of_matrix(given, path, scale)
+    if scale is not None:
+        raise UserError(f"{path}: the scores of a run are in percent; leave out --scale")
+    return _with_a_stage(given, path)
+
+
+def of_a_run(value: Any) -> bool:
+    """Whether a JSON value is the results.json of a run."""
+    return isinstance(value, dict) and value.keys() >= OF_A_RUN
+
+
+def of_matrix(given: ScoreRecord, path: Path, scale: str | None) -> ScoreRecord:
+    """A record from a file of a score matrix, in percent. Raises UserError where its scale is not certain or not so."""
+    given = _with_a_stage(given, path)
+    rows = [*given.matrix.to_rows(), given.zero_shot or []]
+    if scale is None and 0 < max(score for row in rows for score in row if score is not None) <= 1:
+        raise UserError(
+            f"{path}: all scores are at most 1: give --scale fraction where 1 is the best score, so that they are "
+            "multiplied by 100, or --scale percent where they are in percent"
+        )
+    if scale != "fraction":
+        return given
+
+    def percent(row: list[Any], what: str) -> list[Any]:
+        for column, value in enumerate(row, 1):
+            if value is not None and value > 1:
+                where = f"{path}, {what}, column {column}"
+                raise UserError(f"{where}: expected a fraction from 0 to 1, got {value:g}; or give --scale percent")
+        return [None if value is None else 100 * value for value in row]
+
+    def matrix(of: ScoreMatrix, what: str) -> ScoreMatrix:
+        return ScoreMatrix.from_rows([percent(row, f"{what}row {t}") for t, row in enumerate(of.to_rows(), 1)])
+
+    references = {key: percent(row, key) for key, row in given.references.items() if key != "held_out"}
+    if "held_out" in given.references:
+        references["held_out"] = tuple(percent(row, "held_out") for row in given.references["held_out"])
+    return replace(
+        given,
+        matrix=matrix(given.matrix, ""),
+        zero_shot=given.zero_shot and percent(given.zero_shot, "zero-shot"),
+        errors=given.errors and {kind: matrix(shares, f"{kind}, ") for kind, shares in given.errors.items()},
+        references=references,
+    )
+
+
+def _with_a_stage(given: ScoreRecord, path: Path) -> ScoreRecord:
     if given.matrix.stages_done == 0:
         raise UserError(f"{path}: expected a row t with a score on every task up to task t, found none; fill one in")
     return given
@@ -100,7 +161,7 @@ def from_json(value: Any, where: str, least: float = 0.0) -> ScoreRecord:
         writes = [_member(writes, task, f"{where}, writes") for task in tasks]
         for task, modalities in zip(tasks, writes, strict=True):
             _check_names(modalities, f"{where}, writes, {task}")
-    return ScoreRecord(tasks, matrix, zero_shot, errors, writes, references)
+    return ScoreRecord(tasks, matrix, zero_shot, errors, writes, references, named="tasks" in given)
 
 
 def _rows(value: Any, size: int, where: str, limits: tuple[float, float]) -> ScoreMatrix:
@@ -200,7 +261,7 @@ def _from_csv(path: Path) -> ScoreRecord:
             f"{path}: expected 1 to {len(tasks)} rows of scores, as many as tasks at most, got {len(rows)}; "
             "a row before any training is the first and labelled zero-shot"
         )
-    return ScoreRecord(tasks, ScoreMatrix.from_rows(rows), zero_shot)
+    return ScoreRecord(tasks, ScoreMatrix.from_rows(rows), zero_shot, named=named)
 
 
 def _cell(cell: str, where: str) -> float | None:

@@ -209,16 +209,16 @@ def choose(study: Groups, names: Sequence[str], missing: Sequence[str] = ()) -> 
     counts = {len(runs) for order in orders for runs in blocks[order].values()}
     if len(counts) > 1 and "n" not in chosen:
         chosen.insert(0, "n")
-    heads = [
-        Head(name, task) for name in chosen for task in (tasks if COLUMNS[name].of_task else [""])
-    ]
+    heads = [Head(name, task) for name in chosen for task in (tasks if COLUMNS[name].of_task else [""])]
     rows = []
     for order, methods in blocks.items():
         tests = _tests(methods, study.baseline) if {*chosen} & {*GROUPS["test"]} else {}
         block = []
         for method, runs in methods.items():
             of = [scores[id(run)] for run in runs]
-            known = tests.get(method, {}) | {head.key: _value(head, of, order == ALL, tests.get(method, {})) for head in heads}
+            known = tests.get(method, {}) | {
+                head.key: _value(head, of, order == ALL, tests.get(method, {})) for head in heads
+            }
             block.append(Row(method, order, len(runs), _reference(of), known))
         rows += _with_best(block, heads)
     table = Chosen(study.setting, study.baseline, heads, rows)
@@ -424,7 +424,12 @@ def as_json(chosen: Chosen) -> str:
         "setting": chosen.setting,
         "baseline": chosen.baseline,
         "columns": [
-            {"name": head.key, "title": head.column.title, "task": head.task or None, "best": better[head.column.better]}
+            {
+                "name": head.key,
+                "title": head.column.title,
+                "task": head.task or None,
+                "best": better[head.column.better],
+            }
             for head in chosen.heads
         ],
         "rows": [

@@ -1,4 +1,7 @@
-"""Compare the scores of a run cell by cell with the paper's or another run's, if both have the same conditions."""
+"""Compare scores cell by cell, of runs, of score matrices in files and of the paper, under the same conditions.
+
+What a file does not say, as its suite or scoring profile, cannot be checked, and is listed.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,7 @@ from cnext.errors import UserError
 from cnext.runs import fingerprint
 from cnext.scoring import published
 from cnext.scoring.matrix import ScoreMatrix, points, without_repeats
-from cnext.scoring.matrix_file import ScoreRecord, from_json, read_json
+from cnext.scoring.matrix_file import ScoreRecord, from_json, of_a_run, read, read_json
 from cnext.tasks import suites
 
 CONDITIONS = ("suite", "backbone", "tasks", "split", "samples", "budget")
@@ -28,7 +31,8 @@ class Side:
     """One side of a comparison.
 
     deviations: standard deviations of some metrics over seeds.  digests: by stage and what it trained, in order.
-    fingerprint: of the environment, None where it is unknown.
+    fingerprint: of the environment, None where it is unknown.  matrix: whether it is a matrix from a file, which may
+    lack conditions.
     """
 
     name: str
@@ -39,6 +43,8 @@ class Side:
     note: str = ""
     digests: dict[tuple[int, str], str] = field(default_factory=dict)
     fingerprint: dict[str, Any] | None = None
+    seed: int | None = None
+    matrix: bool = False
 
     def score(self, stage: int, task: str) -> float | None:
         """The score on a task after a stage, 0 being zero-shot; None where not evaluated."""
@@ -91,16 +97,43 @@ class States:
 
 @dataclass(frozen=True)
 class Comparison:
-    """scores: by stage, 0 being zero-shot, and task.  environments: lines of fingerprint fields that differ."""
+    """scores: by stage, 0 being zero-shot, and task.  environments: lines of fingerprint fields that differ.
+
+    unknown: by the side ("here", "there") the conditions that a file does not say, with those of the other side, None
+    where that does not say them either.
+    """
 
     here: Side
     there: Side
     unlike: list[Difference]
+    unknown: dict[str, dict[str, Any]]
     stages: int
     scores: list[dict[str, Pair | None]]
     metrics: dict[str, Pair | None]
     states: States | None
     environments: list[str]
+
+
+def of(path: Path, profile: str | None = None, scale: str | None = None) -> Side:
+    """A run, as ``of_run``, or a score matrix in a .csv or .json file, as ``matrix_file.read`` takes it with a scale.
+
+    Raises: UserError as these two.
+    """
+    if path.is_dir() or not path.is_file() or path.suffix.lower() not in (".csv", ".json"):
+        return of_run(path, profile)
+    value = read_json(path) if path.suffix.lower() == ".json" else None
+    if of_a_run(value):
+        return of_run(path, profile)
+    record, said = read(path, scale), value if isinstance(value, dict) else {}
+    conditions = {key: said[key] for key in ("profile", *CONDITIONS) if key in said and key != "tasks"}
+    method = said.get("method")
+    return Side(
+        str(path),
+        method if isinstance(method, str) else "",
+        conditions | ({"tasks": record.tasks} if record.named else {}),
+        record,
+        matrix=True,
+    )
 
 
 def of_run(path: Path, profile: str | None = None) -> Side:
@@ -111,7 +144,10 @@ def of_run(path: Path, profile: str | None = None) -> Side:
     """
     file = path / "results.json" if path.is_dir() else path
     if not file.is_file():
-        raise UserError(f"{file}: expected the results of a run, found nothing; give a run folder or its results.json")
+        raise UserError(
+            f"{file}: expected the results of a run, found nothing; give a run folder, its results.json, "
+            "or a score matrix in a .csv or .json file"
+        )
     results = read_json(file)
     needed = ("method", "tasks", "score_matrix", "profile", *CONDITIONS)
     missing = [key for key in needed if not isinstance(results, dict) or key not in results]
@@ -130,7 +166,7 @@ def of_run(path: Path, profile: str | None = None) -> Side:
         **{key: results[key] for key in CONDITIONS},
         **_scored_by(file.parent, results["suite"]),
     }
-    here = results.get("fingerprint")
+    here, seed = results.get("fingerprint"), results.get("seed")
     return Side(
         f"{results['method']} ({path})",
         str(results["method"]),
@@ -138,6 +174,7 @@ def of_run(path: Path, profile: str | None = None) -> Side:
         record,
         digests=_digests(results.get("digests"), str(file)),
         fingerprint=here if isinstance(here, dict) else None,
+        seed=seed if isinstance(seed, int) and not isinstance(seed, bool) else None,
     )
 
 
@@ -164,8 +201,8 @@ def _digests(rows: Any, where: str) -> dict[tuple[int, str], str]:
 
 
 def _states(here: Side, there: Side) -> States | None:
-    """Which stages are bit-identical; None where a side has no digests."""
-    if not here.digests or not there.digests:
+    """Which stages are bit-identical; None where a side has no digests, or the seeds differ and so every stage does."""
+    if not here.digests or not there.digests or here.seed != there.seed:
         return None
     same: list[str] = []
     for (stage, trained), digest in here.digests.items():
@@ -178,9 +215,17 @@ def _states(here: Side, there: Side) -> States | None:
     return States(same)
 
 
-def of_paper(method: str) -> Side:
-    """The published results of a method in the Continual-NExT paper. Raises UserError with the methods that it has."""
+def of_paper(method: str, printed: bool = False) -> Side:
+    """The published results of a method in the Continual-NExT paper.
+
+    Args: printed: the name may also be the paper's own ("MAGE" of mage-paper), in any case of its letters.
+    Raises: UserError with the methods that it has.
+    """
     paper = published.continual_next()
+    if printed and method not in paper["methods"]:
+        known = {entry["title"].lower(): name for name, entry in paper["methods"].items()}
+        known |= {name.lower(): name for name in paper["methods"]}
+        method = known.get(method.lower(), method)
     conditions = {**paper["conditions"], "clip": SUITES_OWN}
     tasks = conditions["tasks"]
     matrix = published.score_matrix(paper, method)
@@ -192,12 +237,32 @@ def of_paper(method: str) -> Side:
     return Side(name, method, conditions, record, entry.get("deviations", {}), note)
 
 
+def _named(side: Side, other: Side) -> Side:
+    """A matrix whose tasks have no names with those of the other side, if it has as many."""
+    if side.record.named or not other.record.named:
+        return side
+    count, names = len(side.record.tasks), other.record.tasks
+    if count != len(names):
+        raise UserError(
+            f"{side.name} has {count} columns without names, {other.name} has the tasks {', '.join(names)}; "
+            'name the columns in a first row, or as "tasks" in JSON'
+        )
+    return replace(side, record=replace(side.record, tasks=names))
+
+
 def compare(here: Side, there: Side, anyway: bool = False) -> Comparison:
     """Scores and metrics of both sides and their differences, here minus there, up to the last stage of both.
 
     Raises:
         UserError: the conditions differ, unless ``anyway``; or no score was evaluated on both sides.
     """
+    conditions = dict.fromkeys(("profile", *CONDITIONS, *here.conditions, *there.conditions))
+    unknown = {
+        place: {key: other.conditions.get(key) for key in conditions if key not in side.conditions}
+        for place, side, other in (("here", here, there), ("there", there, here))
+        if side.matrix
+    }
+    here, there = _named(here, there), _named(there, here)
     unlike = [
         Difference(key, value, there.conditions[key])
         for key, value in here.conditions.items()
@@ -219,7 +284,7 @@ def compare(here: Side, there: Side, anyway: bool = False) -> Comparison:
         name: _pair(value, theirs[name], there.deviations.get(name)) for name, value in here.metrics(stages).items()
     }
     environments = fingerprint.differences(here.fingerprint, there.fingerprint)
-    return Comparison(here, there, unlike, stages, scores, metrics, _states(here, there), environments)
+    return Comparison(here, there, unlike, unknown, stages, scores, metrics, _states(here, there), environments)
 
 
 def _pair(here: float | None, there: float | None, deviation: float | None = None) -> Pair | None:
@@ -246,6 +311,8 @@ def as_json(comparison: Comparison) -> str:
         "here": comparison.here.name,
         "there": comparison.there.name,
         "not_comparable": [vars(difference) for difference in comparison.unlike],
+        "unknown": comparison.unknown,
+        "seeds": {"here": comparison.here.seed, "there": comparison.there.seed},
         "stages": comparison.stages,
         "scores": [{task: pair(of) for task, of in row.items()} for row in comparison.scores],
         "metrics": {name: pair(of) for name, of in comparison.metrics.items()},
@@ -262,6 +329,7 @@ def text(comparison: Comparison) -> str:
     lines = [f"here:  {comparison.here.name}", f"there: {comparison.there.name}"]
     if comparison.unlike:
         lines += ["NOT COMPARABLE:", *map(str, comparison.unlike)]
+    lines += _unknown_text(comparison)
     lines += ["", "score here, and its difference to there (here minus there), in percent"]
     lines.append(f"{'after stage':<12}" + "".join(f"{task:>16}" for task in scores[0]))
     for stage, row in enumerate(scores):
@@ -276,8 +344,29 @@ def text(comparison: Comparison) -> str:
             here, there = points(pair.here), points(pair.there)
             spread = "" if pair.deviation is None else f"  there ± {points(pair.deviation)} over seeds"
             lines.append(f"{name:<{width}}{here:>8}{there:>8}{points(pair.difference, '+'):>12}{spread}")
-    lines += [comparison.there.note] if comparison.there.note else []
+    seeds = [side.seed for side in (comparison.here, comparison.there)]
+    if None not in seeds and seeds[0] != seeds[1]:
+        lines.append(f"seeds: {seeds[0]} here, {seeds[1]} there, so that all parameters differ from the start")
+    if comparison.there.note and (comparison.here.record.errors or not comparison.here.matrix):
+        lines.append(comparison.there.note)
     return "\n".join([*lines, *_states_text(comparison)])
+
+
+def _unknown_text(comparison: Comparison) -> list[str]:
+    """What the files do not say, beside what the other side has; the columns that were named after it."""
+    lines = []
+    for place, conditions in comparison.unknown.items():
+        side, other = (comparison.here, comparison.there)[:: 1 if place == "here" else -1]
+        known = {key: _plain(value) for key, value in conditions.items() if value is not None}
+        if "tasks" in known:
+            known["tasks"] += "; the columns are taken as these, in this order"
+        if known:
+            lines += [f"NOT CHECKED, as {side.name} does not say it; {other.name} has:"]
+            lines += [f"  {key}: {value}" for key, value in known.items()]
+    neither = [key for key in ("profile", *CONDITIONS) if all(key in of for of in comparison.unknown.values())]
+    if len(comparison.unknown) == 2 and neither:
+        lines += [f"NOT CHECKED, as neither file says it: {', '.join(neither)}"]
+    return lines
 
 
 def _states_text(comparison: Comparison) -> list[str]:

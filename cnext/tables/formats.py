@@ -237,7 +237,7 @@ STYLE = (
 
 def as_html(tables: Iterable[Table]) -> str:
     """One page without scripts; a table is copied from it into a document, or its element into another page."""
-    lines = ['<!doctype html>', '<html lang="en">', '<meta charset="utf-8">', "<title>Tables of a study</title>"]
+    lines = ["<!doctype html>", '<html lang="en">', '<meta charset="utf-8">', "<title>Tables of a study</title>"]
     lines += [f"<style>{STYLE}</style>"]
     for table in tables:
         lines += ["<table>", f"<caption>{markup.escape(table.caption)}</caption>", "<thead>"]
@@ -249,9 +249,7 @@ def as_html(tables: Iterable[Table]) -> str:
                 for title, count in table.over
             )
             lines.append(f"<tr>{''.join(above)}</tr>")
-        cells = (
-            f'<th{_words(table, i)} scope="col">{markup.escape(name)}</th>' for i, name in enumerate(table.head)
-        )
+        cells = (f'<th{_words(table, i)} scope="col">{markup.escape(name)}</th>' for i, name in enumerate(table.head))
         lines += [f"<tr>{''.join(cells)}</tr>", "</thead>", "<tbody>"]
         for i, row in enumerate(table.rows):
             cells = (_html_cell(table, (i, j), cell) for j, cell in enumerate(row))

@@ -134,6 +134,73 @@ def test_the_final_row_alone_of_the_paper() -> None:
     assert "each task's score when learnt, and two stages" in text
 
 
+FRACTIONS = [[0.6, 0.05, None], [0.5, 0.7, None], [0.4, 0.655, 0.8]]
+
+
+def fractions(value: object) -> object:
+    """Every number of a JSON value in hundredths."""
+    if isinstance(value, dict):
+        return {key: fractions(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [fractions(item) for item in value]
+    return value / 100 if isinstance(value, int | float) else value
+
+
+def test_fractions_are_refused_or_read_as_told(tmp_path: Path) -> None:
+    path = written(tmp_path, json.dumps(FRACTIONS), "matrix.json")
+    with pytest.raises(
+        UserError, match=r"all scores are at most 1: give --scale fraction .* or --scale percent"
+    ) as said:
+        read(path)
+    assert "\n" not in str(said.value)
+    assert read(path, "percent").matrix.to_rows() == FRACTIONS
+    found = read(path, "fraction").matrix.to_rows()
+    assert [[value and round(value, 9) for value in row] for row in found] == ROWS
+
+
+def test_everything_in_a_file_is_of_one_scale(tmp_path: Path) -> None:
+    shares = {kind: [[40 / 3] * 1] for kind in ERROR_TYPES}
+    percent = {
+        "score_matrix": [[60]],
+        "zero_shot": [10],
+        "error_matrix": shares,
+        "joint": [70],
+        "single": [65],
+        "chance": [5],
+        "held_out": {"before": [50], "after": [45]},
+    }
+    expected = read(written(tmp_path, json.dumps(percent), "matrix.json")).metrics()
+    found = read(written(tmp_path, json.dumps(fractions(percent)), "matrix.json"), "fraction").metrics()
+    assert found == pytest.approx(expected)
+    assert found["zero_shot_retention"] == pytest.approx(-5)
+
+
+@pytest.mark.parametrize("scores", ["0,\n0,0\n", "0.5,\n1,1.5\n", "100,\n0,0.3\n"], ids=["none", "above one", "large"])
+def test_what_can_only_be_percent_is_read(scores: str, tmp_path: Path) -> None:
+    assert read(written(tmp_path, scores)) == read(written(tmp_path, scores), "percent")
+
+
+@pytest.mark.parametrize(
+    ("text", "where"),
+    [
+        ("A,B\n0.5,\n60,70\n", "row 2, column 1"),
+        ("x,A,B\nzero-shot,1.5,0\nA,0.5,\nB,0.6,0.7\n", "zero-shot, column 1"),
+    ],
+)
+def test_what_is_no_fraction_is_refused(text: str, where: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=f"{where}: expected a fraction from 0 to 1, got"):
+        read(written(tmp_path, text), "fraction")
+
+
+def test_a_run_is_in_percent_however_low_its_scores(tmp_path: Path) -> None:
+    """Also where its folder is given."""
+    written(tmp_path, '{"method": "lora", "profile": "strict", "score_matrix": [[0.5]]}', "results.json")
+    for path in (tmp_path, tmp_path / "results.json"):
+        assert read(path).matrix.to_rows() == [[0.5]]
+        with pytest.raises(UserError, match="the scores of a run are in percent; leave out --scale"):
+            read(path, "fraction")
+
+
 BAD_CSV = {
     "empty": ("", "matrix.csv: expected scores, got an empty file"),
     "blank": ("\n  \n\n", "matrix.csv: expected scores, got an empty file"),

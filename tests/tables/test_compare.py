@@ -14,7 +14,7 @@ import pytest
 from cnext.errors import UserError
 from cnext.scoring import published
 from cnext.scoring.base import ERROR_TYPES
-from cnext.tables.compare import CONDITIONS, Comparison, Pair, as_json, compare, of_paper, of_run, text
+from cnext.tables.compare import CONDITIONS, Comparison, Pair, as_json, compare, of, of_paper, of_run, text
 
 PAPER = published.continual_next()
 METHODS = PAPER["methods"]
@@ -224,7 +224,7 @@ def test_a_method_that_the_paper_does_not_have() -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (None, "results.json: expected the results of a run, found nothing; give a run folder or its results.json"),
+        (None, "results.json: expected the results of a run, found nothing; give a run folder, its"),
         ("", "results.json: expected scores, got an empty file"),
         ("{", r"results.json: expected JSON, got something else \(.*line 1 column 2"),
         ("[[60.0]]", "results.json: expected the results.json of a run, lacks method, tasks, score_matrix"),
@@ -239,6 +239,96 @@ def test_results_that_are_none(content: str | None, message: str, tmp_path: Path
         with pytest.raises(UserError, match=message) as error:
             of_run(path)
         assert "\n" not in str(error.value)
+
+
+def csv(path: Path, rows: list[list[float | None]], names: bool = True) -> Path:
+    lines = [TASKS] * names + [["" if score is None else str(score) for score in row] for row in rows]
+    path.write_text("".join(f"{','.join(line)}\n" for line in lines))
+    return path
+
+
+def test_a_matrix_in_csv_is_enough_and_what_it_does_not_say_is_listed(tmp_path: Path) -> None:
+    """Against the paper's method by its printed name: what the CSV cannot say is shown with what the paper has."""
+    here = of(csv(tmp_path / "mine.csv", METHODS["lora"]["score_matrix"]))
+    found = compare(here, of_paper("mage", printed=True))
+    assert values(found.scores[3]["VQAv2"]) == pytest.approx((18.94, 41.25, -22.31))
+    assert found.scores[0]["VQAv2"] is None
+    assert found.unlike == []
+    expected = {key: value for key, value in found.there.conditions.items() if key != "tasks"} | {"budget": None}
+    assert found.unknown == {"here": expected}
+    head, scores = text(found).split("\n\n")[:2]
+    assert f"NOT CHECKED, as {tmp_path / 'mine.csv'} does not say it; MAGE of the paper" in head
+    assert "\n  profile: paper\n  suite: continual-next\n  backbone: seed-x\n  split: test\n" in head
+    assert "budget" not in head
+    assert "18.94 -22.31" in scores
+    assert "error types" not in text(found), "the file has none"
+    assert json.loads(as_json(found))["unknown"]["here"] == expected
+
+
+def test_columns_without_names_are_taken_in_order_and_that_is_said(tmp_path: Path) -> None:
+    bare = of(csv(tmp_path / "bare.csv", METHODS["lora"]["score_matrix"], names=False))
+    named = of(csv(tmp_path / "named.csv", METHODS["mage-paper"]["score_matrix"]))
+    for here, there in ((bare, named), (named, bare)):
+        found = compare(here, there)
+        assert list(found.scores[0]) == TASKS
+        assert f"tasks: {', '.join(TASKS)}; the columns are taken as these, in this order" in text(found)
+        assert "NOT CHECKED, as neither file says it: profile, suite, backbone, split, samples, budget" in text(found)
+    few = of(csv(tmp_path / "few.csv", [[60.0, None], [50.0, 70.0]], names=False))
+    with pytest.raises(UserError, match=r"few.csv has 2 columns without names, .* has the tasks VQAv2, ImageNet"):
+        compare(few, named)
+
+
+def test_conditions_that_a_json_matrix_says_are_checked(tmp_path: Path) -> None:
+    path = tmp_path / "mine.json"
+    said = {"tasks": TASKS, "score_matrix": METHODS["lora"]["score_matrix"], "suite": "next-tiny", "method": "LoRA"}
+    path.write_text(json.dumps(said))
+    assert of(path).method == "LoRA"
+    with pytest.raises(UserError, match="are not comparable:\n  suite: next-tiny here, continual-next there"):
+        compare(of(path), of_paper("lora"))
+
+
+def test_a_matrix_of_other_tasks_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "mine.csv").write_text("ImageNet,VQAv2\n60,\n50,70\n")
+    with pytest.raises(UserError, match="  tasks: ImageNet, VQAv2 here, VQAv2, ImageNet, Flickr30k, OCRVQA"):
+        compare(of(tmp_path / "mine.csv"), of_paper("lora"))
+
+
+def test_fractions_are_compared_where_the_scale_is_given(tmp_path: Path) -> None:
+    rows = [[None if score is None else score / 100 for score in row] for row in METHODS["lora"]["score_matrix"]]
+    path = csv(tmp_path / "mine.csv", rows)
+    with pytest.raises(UserError, match="all scores are at most 1: give --scale fraction"):
+        of(path)
+    assert differences(compare(of(path, scale="fraction"), of_paper("lora"))) == {0}
+
+
+@pytest.mark.parametrize("name", ["MAGE", "mage", "mage-paper", "Mage-Paper"])
+def test_the_papers_name_of_a_method(name: str) -> None:
+    assert of_paper(name, printed=True).method == "mage-paper"
+
+
+def test_every_name_that_the_paper_prints() -> None:
+    for method, entry in METHODS.items():
+        assert of_paper(entry["title"].upper(), printed=True).method == method
+
+
+def test_two_seeds_of_one_method(tmp_path: Path) -> None:
+    """Their parameters differ from the start: that is said once, and no stage is reported as not identical."""
+    digests = {
+        seed: [{"stage": 0, "trained": "zero-shot", "sha256": "same"}, {"stage": 1, "trained": "VQAv2", "sha256": seed}]
+        for seed in ("0", "1")
+    }
+    sides = [
+        of_run(run(tmp_path / seed, results("lora", seed=int(seed), digests=rows))) for seed, rows in digests.items()
+    ]
+    found = compare(*sides)
+    assert found.unlike == []
+    assert found.states is None
+    assert "seeds: 0 here, 1 there" in text(found)
+    assert "identical" not in text(found)
+    assert json.loads(as_json(found))["seeds"] == {"here": 0, "there": 1}
+    same = compare(sides[0], sides[0])
+    assert "states: bit-identical up to stage 1 VQAv2" in text(same)
+    assert "seeds:" not in text(same)
 
 
 def test_json_has_both_sides_and_the_difference(tmp_path: Path) -> None:
