@@ -112,7 +112,7 @@ def _analyze(arguments: argparse.Namespace) -> None:
 
 def _table(arguments: argparse.Namespace) -> None:
     from cnext.runs import fingerprint
-    from cnext.tables import aggregate, columns, formats
+    from cnext.tables import aggregate, columns, columns_formats, formats
 
     kind = formats.kind_of(arguments.out, arguments.format)
     if arguments.columns is None and arguments.decimals is not None:
@@ -124,7 +124,7 @@ def _table(arguments: argparse.Namespace) -> None:
         text = formats.WRITERS[kind](aggregate.tabulate(runs, given[0], missing, given[1]))
     else:
         chosen = columns.choose(aggregate.group(runs, *given), arguments.columns, missing)
-        text = columns.written(chosen, kind, 1 if arguments.decimals is None else arguments.decimals)
+        text = columns_formats.written(chosen, kind, 1 if arguments.decimals is None else arguments.decimals)
     if arguments.out:
         formats.write(arguments.out, text)
         print(arguments.out)

@@ -99,7 +99,7 @@ def of_matrix(given: ScoreRecord, path: Path, scale: str | None) -> ScoreRecord:
     def matrix(of: ScoreMatrix, what: str) -> ScoreMatrix:
         return ScoreMatrix.from_rows([percent(row, f"{what}row {t}") for t, row in enumerate(of.to_rows(), 1)])
 
-    references = {key: percent(row, key) for key, row in given.references.items() if key != "held_out"}
+    references: dict[str, Any] = {key: percent(row, key) for key, row in given.references.items() if key != "held_out"}
     if "held_out" in given.references:
         references["held_out"] = tuple(percent(row, "held_out") for row in given.references["held_out"])
     return replace(

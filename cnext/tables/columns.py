@@ -5,24 +5,18 @@ Needs neither torch nor numpy. ``COLUMNS`` declares every column: a metric of `s
 
 from __future__ import annotations
 
-import csv
 import difflib
-import io
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from math import isclose
 from typing import Any
 
-from msgspec.structs import asdict
-
 from cnext.errors import UserError
 from cnext.scoring.matrix import FORMULAS
 from cnext.scoring.matrix_file import ScoreRecord, from_json
 from cnext.tables import aggregate, formats
 from cnext.tables.aggregate import FinishedRun, Groups, Summary
-from cnext.tables.formats import NOTHING, Table
 
 HIGHER, LOWER, NEITHER = 1, -1, 0
 SAME = 1e-9
@@ -147,6 +141,8 @@ class Head:
 
 
 Value = Summary | int | float | None
+Tests = dict[str, dict[str, Value]]
+"""The columns of the group test by method."""
 
 
 @dataclass(frozen=True)
@@ -213,16 +209,19 @@ def choose(study: Groups, names: Sequence[str], missing: Sequence[str] = ()) -> 
     rows = []
     for order, methods in blocks.items():
         tests = _tests(methods, study.baseline) if {*chosen} & {*GROUPS["test"]} else {}
-        block = []
-        for method, runs in methods.items():
-            of = [scores[id(run)] for run in runs]
-            known = tests.get(method, {}) | {
-                head.key: _value(head, of, order == ALL, tests.get(method, {})) for head in heads
-            }
-            block.append(Row(method, order, len(runs), _reference(of), known))
+        block = [
+            _row(method, order, [scores[id(run)] for run in runs], heads, tests) for method, runs in methods.items()
+        ]
         rows += _with_best(block, heads)
     table = Chosen(study.setting, study.baseline, heads, rows)
     return replace(table, notes=_notes(table, study.notes, missing))
+
+
+def _row(method: str, order: str, of: Sequence[Scores], heads: Sequence[Head], tests: Tests) -> Row:
+    test = tests.get(method, {})
+    # With the whole test, which the note needs.
+    values = test | {head.key: _value(head, of, order == ALL, test) for head in heads}
+    return Row(method, order, len(of), _reference(of), values)
 
 
 def _reference(of: Sequence[Scores]) -> str:
@@ -250,10 +249,10 @@ def _value(head: Head, of: Sequence[Scores], over_orders: bool, test: Mapping[st
     return aggregate.summary_with_range(known(of), [mean for mean in means if mean is not None])
 
 
-def _tests(methods: Mapping[str, Sequence[FinishedRun]], baseline: str) -> dict[str, dict[str, Value]]:
+def _tests(methods: Mapping[str, Sequence[FinishedRun]], baseline: str) -> Tests:
     """The columns of the group test, of every method that learns in turn but the baseline."""
     of = {(run.order, run.seed): run.values["avg_acc"] for run in methods.get(baseline, ())}
-    found: dict[str, dict[str, Value]] = {}
+    found: Tests = {}
     for method, runs in methods.items():
         if method == baseline or _reference([Scores(run) for run in runs]):
             continue
@@ -303,10 +302,7 @@ def _notes(table: Chosen, environments: Sequence[str], missing: Sequence[str]) -
     setting, rows, names = table.setting, table.rows, {head.name for head in table.heads}
     single = [row for row in rows if row.order != ALL]
     several, counts = len(table.orders) > 1, sorted({row.n for row in single})
-    notes = [
-        f"Suite {setting['suite']}, backbone {setting['backbone']}, preset {setting['budget']}, {setting['split']} "
-        f"items, {setting['profile']} scores in percent."
-    ]
+    notes = [formats.setting_text(setting)]
     seeds = f"{counts[0]} seed{'s' * (counts[0] > 1)}" if len(counts) == 1 else "n seeds"
     notes.append(f"Mean ± sample standard deviation over {seeds}." if counts != [1] else "One seed.")
     if ALL in table.orders:
@@ -348,108 +344,6 @@ def _test_note(table: Chosen) -> str:
         f"Test against {base}: p of the exact two-sided sign test (at least {least}), not corrected; p (Holm): "
         f"corrected for the number of methods tested{' in the order' if orders else ''}, {most}."
     )
-
-
-def _shown(head: Head, value: Value, decimals: int) -> str:
-    if value is None or (isinstance(value, Summary) and value.mean is None):
-        return NOTHING
-    if isinstance(value, Summary):
-        return formats.cell(value, "+" if head.name == "difference" else "", decimals)
-    return formats.p_value(value) if isinstance(value, float) else str(value)
-
-
-def as_table(chosen: Chosen, decimals: int = 1) -> Table:
-    """The table as text, its notes as the caption."""
-    several = len(chosen.orders) > 1
-    words = 1 + several
-    rows, bold, breaks = [], set(), set()
-    for place, row in enumerate(chosen.rows):
-        names = [row.order, row.method] if several else [row.method]
-        rows.append([*names, *(_shown(head, row.values[head.key], decimals) for head in chosen.heads)])
-        bold |= {(place, words + i) for i, head in enumerate(chosen.heads) if head.key in row.best}
-        if place and row.order != chosen.rows[place - 1].order:
-            breaks.add(place)
-    over = [("", words)]
-    for head in chosen.heads:
-        title = head.column.title if head.task else ""
-        if title == over[-1][0]:
-            over[-1] = (title, over[-1][1] + 1)
-        else:
-            over.append((title, 1))
-    heads = [*([ORDER, METHOD] if several else [METHOD]), *(head.task or head.column.title for head in chosen.heads)]
-    given = (" ".join(chosen.notes), heads, rows, words)
-    return Table(*given, over if len(over) > 1 else [], frozenset(bold), frozenset(breaks), narrow=True)
-
-
-def comma_separated(chosen: Chosen) -> str:
-    """A line a row, figures not rounded: under the name of a column its mean, and its sd, low and high beside it."""
-    figures = {
-        head.key: [
-            figure
-            for figure in ("sd", "low", "high")
-            if any(_figure(row.values[head.key], figure) is not None for row in chosen.rows)
-        ]
-        for head in chosen.heads
-    }
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    keys = [head.key for head in chosen.heads if head.name != "n"]
-    beside = [name for key in keys for name in (key, *(f"{key} {figure}" for figure in figures[key]))]
-    writer.writerow([METHOD, ORDER, "n", *beside])
-    for row in chosen.rows:
-        cells = [_figure(row.values[key], figure) for key in keys for figure in ("mean", *figures[key])]
-        writer.writerow([row.method, row.order, row.n, *cells])
-    return text.getvalue()
-
-
-def _figure(value: Value, figure: str) -> Any:
-    if not isinstance(value, Summary):
-        return value if figure == "mean" else None
-    return {name: found for name, found in asdict(value).items() if isinstance(found, float | int)}.get(figure)
-
-
-def as_json(chosen: Chosen) -> str:
-    """Columns, rows with the mean, sd and n of every cell and whether it is the best, and the notes."""
-
-    def cell(row: Row, head: Head) -> Any:
-        value = row.values[head.key]
-        if not isinstance(value, Summary):
-            return value
-        known = {figure: _figure(value, figure) for figure in ("n", "mean", "sd", "low", "high")}
-        kept = {name: found for name, found in known.items() if found is not None or name in ("n", "mean", "sd")}
-        return kept | {"best": head.key in row.best}
-
-    better = {HIGHER: "higher", LOWER: "lower", NEITHER: None}
-    value = {
-        "setting": chosen.setting,
-        "baseline": chosen.baseline,
-        "columns": [
-            {
-                "name": head.key,
-                "title": head.column.title,
-                "task": head.task or None,
-                "best": better[head.column.better],
-            }
-            for head in chosen.heads
-        ],
-        "rows": [
-            {"method": row.method, "order": row.order, "n": row.n, "reference": row.reference or None}
-            | {"values": {head.key: cell(row, head) for head in chosen.heads}}
-            for row in chosen.rows
-        ],
-        "notes": chosen.notes,
-    }
-    return json.dumps(value, indent=2, allow_nan=False) + "\n"
-
-
-def written(chosen: Chosen, kind: str, decimals: int = 1) -> str:
-    """The table in one of ``formats.KINDS``."""
-    if kind in ("csv", "json"):
-        return comma_separated(chosen) if kind == "csv" else as_json(chosen)
-    table = as_table(chosen, decimals)
-    if kind == "latex":
-        return formats.as_latex([table])
-    return formats.as_html([table]) if kind == "html" else formats.as_markdown([formats.marked(table)])
 
 
 def listing() -> list[tuple[str, str, str]]:

@@ -11,6 +11,7 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from msgspec import UNSET, to_builtins
 
@@ -98,12 +99,15 @@ def _cells(row: SeedsRow | OrdersRow | DifferenceRow, sign: str = "") -> list[st
     return [cell(getattr(row, metric), sign) for metric in METRICS]
 
 
+def setting_text(setting: dict[str, Any]) -> str:
+    """A sentence with what the runs of a table have in common."""
+    where = f"Suite {setting['suite']}, backbone {setting['backbone']}, preset {setting['budget']}"
+    return f"{where}, {setting['split']} items, {setting['profile']} scores in percent."
+
+
 def blocks(study: StudyTables) -> Iterator[Table]:
     """The tables of a study."""
-    setting = study.setting
-    where = f"Suite {setting['suite']}, backbone {setting['backbone']}, preset {setting['budget']}"
-    caption = f"{where}, {setting['split']} items, {setting['profile']} scores in percent. "
-    caption += "Mean ± sample standard deviation of n runs."
+    caption = f"{setting_text(study.setting)} Mean ± sample standard deviation of n runs."
     if study.missing:
         caption += f" Not finished and left out: {', '.join(study.missing)}."
     caption += "".join(f" {note}" for note in study.notes or ())
