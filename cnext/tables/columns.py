@@ -178,8 +178,8 @@ def expanded(names: Sequence[str]) -> list[str]:
     for name in names:
         if name not in COLUMNS | GROUPS:
             near = difflib.get_close_matches(name.lower().replace(".", "_").replace("-", "_"), [*COLUMNS, *GROUPS], 1)
-            meant = f"; did you mean {near[0]}?" if near else ""
-            raise UserError(f"unknown column {name!r}{meant} valid: {', '.join([*COLUMNS, *GROUPS])}")
+            meant = f"did you mean {near[0]}? " if near else ""
+            raise UserError(f"unknown column {name!r}; {meant}valid: {', '.join([*COLUMNS, *GROUPS])}")
         for each in GROUPS.get(name, (name,)):
             if each in found:
                 raise UserError(f"column {each} is named twice; name it once")

@@ -323,6 +323,10 @@ def write(path: Path, text: str) -> None:
     """Writes a file whole or not at all."""
     if path.is_dir():
         raise UserError(f"{path}: expected a file to write, found a folder; name a file in it")
+    if not path.parent.is_dir():
+        raise UserError(
+            f"{path}: expected a folder {path.parent} to write it into, found none; make it, or name another"
+        )
     part = path.with_name(f"{path.name}.part")
     part.write_text(text, encoding="utf-8")
     os.replace(part, path)
