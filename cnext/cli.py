@@ -97,6 +97,16 @@ def _report(arguments: argparse.Namespace) -> None:
         print(path)
 
 
+def _plot(arguments: argparse.Namespace) -> None:
+    from cnext.report.figures import write_figures
+
+    if not 1 <= arguments.width <= 20:
+        raise UserError(f"--width: expected a width from 1 to 20 inches, got {arguments.width:g}")
+    given = (arguments.run, arguments.to, arguments.format, arguments.figures, arguments.width)
+    for path in write_figures(*given, arguments.mix_environments):
+        print(path)
+
+
 def _analyze(arguments: argparse.Namespace) -> None:
     from cnext.analysis import analyze, formats
     from cnext.analysis.groups import RunGroups
@@ -259,6 +269,17 @@ def _parser() -> argparse.ArgumentParser:
     report.add_argument("run", type=Path, nargs="+", help=help)
     report.add_argument("--out", type=Path, metavar="DIR", help="folder for study.html (default: the runs' parent)")
 
+    plot = add("plot", _plot, "write the figures of a run, or of a study of several runs, as files for a document")
+    help = "one run folder; several, or folders that contain some, for the figures of a study"
+    plot.add_argument("run", type=Path, nargs="+", help=help)
+    plot.add_argument("--to", type=Path, required=True, metavar="DIR", help="output folder")
+    help = "formats of the files (default: pdf)"
+    plot.add_argument("--format", choices=("pdf", "svg", "png"), nargs="+", default=["pdf"], help=help)
+    help = "figures, such as score_matrix, stages or stages_1 (default: all of the report)"
+    plot.add_argument("--figures", nargs="+", metavar="NAME", help=help)
+    help = "width in inches that a figure has at most, where it can be so narrow (default: 3.3, a column of a paper)"
+    plot.add_argument("--width", type=float, default=3.3, metavar="INCHES", help=help)
+
     analyze = add("analyze", _analyze, "analyze where and why methods forget, from run folders")
     analyze.add_argument("run", type=Path, nargs="+", help="run folders, or folders that contain some")
     names = ("types", "transfer", "orders", "ablations", "seeds", "stages", "drift", "samples", "breaks")
@@ -279,7 +300,7 @@ def _parser() -> argparse.ArgumentParser:
     table.add_argument("--out", type=Path, metavar="FILE", help="write a file: .md, .csv, .tex, .html or .json")
 
     help = "average runs made on different processors, versions or thread counts, and say so"
-    for verb in (report, analyze, table):
+    for verb in (report, plot, analyze, table):
         verb.add_argument("--mix-environments", action="store_true", help=help)
     help = "method that the others are compared with (default: lora if present, else the first)"
     for verb in (report, table):

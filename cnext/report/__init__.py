@@ -57,7 +57,7 @@ def write_reports(
         UserError: there is no run, the runs are not comparable, or one run comes with options for a study.
     """
     [first, *others] = given
-    if not others and out is None and any((first / f"{name}.json").is_file() for name in ("config", "results")):
+    if not others and out is None and is_run(first):
         if baseline or mix:
             raise UserError(
                 f"{first} is one run, but --baseline and --mix-environments are for several; leave them out"
@@ -65,6 +65,11 @@ def write_reports(
         return list(write_report(first))
     folders = aggregate.find(given)
     return write_study(folders, out or _parent(given), baseline, mix)
+
+
+def is_run(path: Path) -> bool:
+    """Whether a folder is that of one run."""
+    return any((path / f"{name}.json").is_file() for name in ("config", "results"))
 
 
 def write_study(folders: Sequence[Path], out: Path, baseline: str | None = None, mix: bool = False) -> list[Path]:

@@ -7,7 +7,9 @@ import io
 import re
 import textwrap
 from collections.abc import Callable, Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass
+from math import inf, isfinite
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -66,14 +68,56 @@ def task_colour(index: int) -> str:
     return TASK_COLOURS[index % len(TASK_COLOURS)]
 
 
-def svg(draw: Callable[..., Figure], crop: bool = False) -> Callable[..., bytes]:
+COLUMN: ContextVar[float] = ContextVar("COLUMN", default=inf)
+"""The width in inches that a figure has at most in a document, where it can be so narrow; infinite on a page."""
+FILES: dict[str, dict[str, None]] = {
+    "pdf": {"CreationDate": None, "Creator": None, "Producer": None},
+    "svg": {"Date": None, "Creator": None},
+    "png": {"Software": None},
+}
+"""What is left out of files of each format, so that the same figure is the same file."""
+FOR_FILES: dict[Any, Any] = {"savefig.bbox": "tight", "pdf.fonttype": 42, "savefig.dpi": 300}
+"""Style of files. pdf.fonttype 42: text stays text."""
+
+
+class Drawing(bytes):
+    """A figure as SVG for a page. ``as_file`` draws it again for a document, in one of ``FILES``."""
+
+    _draw: Callable[[], Figure]
+
+    @classmethod
+    def of(cls, page: bytes, draw: Callable[[], Figure]) -> Drawing:
+        """page: the SVG for a page.  draw: draws it."""
+        made = cls(page)
+        made._draw = draw
+        return made
+
+    def as_file(self, kind: str, column: float) -> bytes:
+        """The same bytes each time. column: the greatest width in inches, of a figure that can be so narrow."""
+        import matplotlib
+
+        buffer, before = io.BytesIO(), COLUMN.set(column)
+        try:
+            with matplotlib.rc_context(STYLE | FOR_FILES | {"svg.hashsalt": "cnext"}):
+                self._draw().savefig(buffer, format=kind, facecolor="white", metadata=FILES[kind])
+        finally:
+            COLUMN.reset(before)
+        return buffer.getvalue()
+
+
+def in_document() -> bool:
+    """Whether the figure is drawn for a document, where no page has the key beside it."""
+    return isfinite(COLUMN.get())
+
+
+def svg(draw: Callable[..., Figure], crop: bool = False) -> Callable[..., Drawing]:
     """Turns a function that draws a figure into one that returns it as SVG, the same bytes for the same arguments.
 
     crop: whether the picture ends where the drawing does, even outside of the figure.
     """
 
     @functools.wraps(draw)
-    def render(*args: object, **options: object) -> bytes:
+    def render(*args: object, **options: object) -> Drawing:
         import matplotlib
 
         buffer = io.BytesIO()
@@ -82,7 +126,8 @@ def svg(draw: Callable[..., Figure], crop: bool = False) -> Callable[..., bytes]
             figure = draw(*args, **options)
             figure.savefig(buffer, format="svg", facecolor=PAPER, metadata={"Date": None, "Creator": None})
         head, mark, body = buffer.getvalue().partition(b"<defs>")
-        return head + _stylesheet().encode() + mark + body
+        page = head + _stylesheet().encode() + mark + body
+        return Drawing.of(page, functools.partial(draw, *args, **options))
 
     return render
 
@@ -124,8 +169,13 @@ def score_matrix(scores: np.ndarray, stages: Sequence[str], tasks: Sequence[str]
     from matplotlib.figure import Figure
     from matplotlib.patches import Rectangle
 
-    count, label, cell, head = len(tasks), 0.2 + 0.075 * max(map(len, stages)), (0.82, 0.42), 0.34
+    count, longest = len(tasks), max(map(len, stages))
+    label, cell, head, sizes = 0.2 + 0.075 * longest, (0.82, 0.42), 0.34, (8, 9.5, 7)
     slanted = max(map(len, tasks)) > 11
+    if label + cell[0] * (count + 1.15) > COLUMN.get():
+        label, sizes, slanted = 0.1 + 0.06 * longest, (6.5, 6.5, 5.5), True
+        # The last slanted name ends 0.35 inches to the right of the cells.
+        cell = (max(0.3, (COLUMN.get() - label - 0.35) / (count + 1.15)), 0.3)
     width, height = label + cell[0] * (count + 1.15), head + 0.7 * slanted + cell[1] * (len(stages) + 0.25)
     figure = Figure(figsize=(width, height))
     axes = figure.add_axes((0, 0, 1, 1))
@@ -133,13 +183,14 @@ def score_matrix(scores: np.ndarray, stages: Sequence[str], tasks: Sequence[str]
     axes.axis("off")
     slant: dict[str, Any] = {"rotation": 35, "ha": "left"} if slanted else {"ha": "center"}
     for column, task in enumerate([*tasks, "average"]):
-        axes.text(column + 0.5 + 0.12 * (column == count), -0.22, task, color=MUTED, va="bottom", **slant)
+        place = (column + 0.5 + 0.12 * (column == count), -0.22)
+        axes.text(*place, task, color=MUTED, va="bottom", size=sizes[0], **slant)
     for stage, name in enumerate(stages):
         top = stage + 0.2 * (stage > 0)
-        axes.text(-label / cell[0], top + 0.5, name, va="center", color=MUTED)
+        axes.text(-label / cell[0], top + 0.5, name, va="center", color=MUTED, size=sizes[0])
         average = mean_seen(scores[stage][[not stage or row <= stage for row in learnt]])
         if np.isfinite(average):
-            axes.text(count + 0.62, top + 0.5, points(average), weight="bold", size=9.5, **CENTRED)
+            axes.text(count + 0.62, top + 0.5, points(average), weight="bold", size=sizes[1], **CENTRED)
         for column, value in enumerate(scores[stage]):
             if not np.isfinite(value):
                 continue
@@ -148,10 +199,10 @@ def score_matrix(scores: np.ndarray, stages: Sequence[str], tasks: Sequence[str]
             if stage == learnt[column]:
                 axes.add_patch(Rectangle(corner, *size, fill=False, ec=INK, lw=1.2))
             later = stage > learnt[column] and np.isfinite(scores[learnt[column], column])
-            axes.text(column + 0.5, top + (0.36 if later else 0.5), points(value), size=9.5, **CENTRED)
+            axes.text(column + 0.5, top + (0.36 if later else 0.5), points(value), size=sizes[1], **CENTRED)
             if later:
                 change = points(value - scores[learnt[column], column], signed=True)
-                axes.text(column + 0.5, top + 0.74, change, size=7, **CENTRED)
+                axes.text(column + 0.5, top + 0.74, change, size=sizes[2], **CENTRED)
     return figure
 
 
@@ -183,6 +234,16 @@ def accuracy(scores: np.ndarray, task: int | None, title: str) -> Figure:
     return figure
 
 
+def error_key(figure: Figure) -> None:
+    """The colours of error types below a figure in a document."""
+    from matplotlib.patches import Patch
+
+    if in_document():
+        parts = [Patch(color=colour, label=error.replace("_", " ")) for error, colour in ERROR_COLOURS.items()]
+        place: dict[str, Any] = {"loc": "upper center", "bbox_to_anchor": (0.5, 0)}
+        figure.legend(handles=parts, fontsize=7, frameon=False, handlelength=1, **place)
+
+
 @svg
 def errors(shares: dict[str, dict[str, float]], title: str) -> Figure:
     """Stacked error shares in percent of all samples, one bar for each time: {"learnt": {error: share}, "end": ...}."""
@@ -197,6 +258,7 @@ def errors(shares: dict[str, dict[str, float]], title: str) -> Figure:
         axes.text(left + 1.5, row, points(left), size=8, weight="bold", va="center_baseline")
     axes.set(xlim=(0, 100), ylim=(len(shares) - 0.5, -0.5), xticks=(0, 50, 100), yticks=range(len(shares)))
     axes.set_yticklabels(list(shares))
+    error_key(figure)
     return figure
 
 

@@ -17,14 +17,14 @@ if TYPE_CHECKING:
 
 
 def _rows(names: Sequence[str]) -> tuple[Figure, Axes]:
-    """A figure 4 inches wide with a row for each name."""
+    """A figure 4 inches wide, in a document no wider than its column, with a row for each name."""
     from matplotlib.figure import Figure
 
-    labels = [plots.on_lines(name, 24) for name in names]
+    labels, width = [plots.on_lines(name, 24) for name in names], min(4.0, plots.COLUMN.get())
     height = (0.11 + 0.13 * max(map(len, labels))) * len(names) + 0.3
     left = 0.2 + 0.075 * max(len(line) for label in labels for line in label)
-    figure = Figure(figsize=(4.0, height))
-    axes = figure.add_axes((left / 4.0, 0.24 / height, 1 - (left + 0.1) / 4.0, 1 - 0.3 / height))
+    figure = Figure(figsize=(width, height))
+    axes = figure.add_axes((left / width, 0.24 / height, 1 - (left + 0.1) / width, 1 - 0.3 / height))
     axes.set(ylim=(len(names) - 0.5, -0.5), yticks=range(len(names)))
     axes.set_yticklabels(["\n".join(label) for label in labels])
     axes.tick_params(axis="y", labelsize=8, labelcolor=INK)
@@ -57,7 +57,7 @@ def accuracy(methods: Mapping[str, tuple[Sequence[float], float | None]]) -> Fig
         least = min(*map(float, seeds), mean if new is None else new)
         _label(axes, least, row, mean, -1)
     low, high = axes.get_xlim()
-    axes.set(xlim=(low - 0.2 * (high - low), high))
+    axes.set(xlim=(low - (0.28 if plots.in_document() else 0.2) * (high - low), high))
     return figure
 
 
@@ -77,6 +77,7 @@ def error_types(methods: Mapping[str, Mapping[str, float]]) -> Figure:
     axes.axvline(0, color=MUTED, lw=0.6)
     low, high = axes.get_xlim()
     axes.set(xlim=(low, high + 0.16 * (high - low)))
+    plots.error_key(figure)
     return figure
 
 

@@ -354,11 +354,12 @@ def test_html_has_heads_with_scopes_and_no_markup_from_names(write: Write, runs:
     text = columns_formats.written(table(runs, "avg_acc", "final"), "html")
     assert "<script" not in text
     above, head, *body = Cells(text).rows
+    # method, n and Avg.ACC have no title above.
     assert [(tag, given["colspan"], words) for tag, given, words in above] == [
-        ("td", "2", ""),
+        ("td", "3", ""),
         ("th", "2", "at the end"),
     ]
-    assert len(head) == 4
+    assert len(head) == 5
     assert {given["scope"] for _, given, _ in head} == {"col"}
     assert [(tag, given["scope"]) for tag, given, _ in (row[0] for row in body)] == [("th", "row")] * 6
     assert "<script>alert(1)</script>" in [row[0][2] for row in body]
