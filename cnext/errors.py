@@ -12,6 +12,10 @@ RESUME = "run the same command again to resume from the last checkpoint"
 class UserError(ValueError):
     """Bad input. The message says what was expected, what was found, and what to do."""
 
+    def _render_traceback_(self) -> list[str]:
+        """What IPython and notebooks show: the message, as the command line does; ``%debug`` still has the frames."""
+        return [f"{type(self).__name__}: {self}"]
+
 
 def unknown(kind: str, name: str, valid: list[str] | tuple[str, ...]) -> UserError:
     """The error for an unknown name; lists the valid ones."""

@@ -27,6 +27,7 @@ LEVELS = (
     ("tables", "integrations"),
     ("monitoring", "analysis", "judging"),
     ("report",),
+    ("results",),
     ("training",),
     ("exchange", "studies", "testing"),
     ("doctor", "example_method"),

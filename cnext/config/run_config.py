@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from cnext.config import init_source
+from cnext.config.given import converted
 from cnext.config.init_source import InitSource
 from cnext.errors import UserError, unknown
 from cnext.scoring.base import find_scorer, make_scorers
@@ -122,6 +123,8 @@ class Options:
 class RunConfig(Options):
     """One run: a method, an order of a suite's tasks, and a seed. All further fields: see `Options`.
 
+    Paths may be given as strings, and ``suite`` as a path.
+
     Attributes:
         data: as of `Options`; or, where ``suite`` is a folder of your own, ``datasets.Dataset`` objects by task and
             split, ``{"Photos": {"train": ..., "test": ...}}``, as `cnext.tasks.tables.save_datasets` takes them.
@@ -133,7 +136,7 @@ class RunConfig(Options):
         seed: of the initialization and the order of samples.
 
     Raises:
-        UserError: there is no such method. Everything else is checked by `plan`.
+        UserError: a value is of another type. What is named, and every number, is checked by `plan`.
 
     Example::
 
@@ -145,6 +148,10 @@ class RunConfig(Options):
     hyperparameters: dict[str, Any] = field(default_factory=dict)
     order: str | None = None
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name, value in converted(self).items():
+            object.__setattr__(self, name, value)
 
     @property
     def folder(self) -> Path:

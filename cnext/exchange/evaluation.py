@@ -14,6 +14,7 @@ from cnext.config.init_source import InitSource
 from cnext.config.run_config import RunConfig, as_words
 from cnext.errors import UserError
 from cnext.exchange.importing import hyperparameters_of, kind_of
+from cnext.results import RunResult
 from cnext.runs import checkpoint
 from cnext.runs.checkpoint import EXTRAS
 from cnext.tasks import suites
@@ -25,7 +26,7 @@ OUT = Path("evaluations")
 
 def evaluate(
     path: Path, method: str | None = None, tasks: str | None = None, out: Path | None = None, **options: Any
-) -> dict[str, Any]:
+) -> RunResult:
     """Scores an adapter or a run's checkpoint as a run does that has learnt all tasks, in a run folder of its own.
 
     Args:
@@ -37,7 +38,7 @@ def evaluate(
         options: fields of `RunConfig`. Of a run, its own backbone, weights, suite and preset are the defaults.
 
     Returns:
-        The content of results.json: the scores are the last row of ``score_matrix``.
+        The result: the scores are the last row of ``score_matrix``.
 
     Raises:
         UserError: as `cnext.run`.

@@ -1,4 +1,7 @@
-"""Progress of a run or a study: bars on a terminal, plain lines elsewhere, and the heartbeat in the run folder."""
+"""Progress of a run or a study, and the heartbeat in the run folder.
+
+On a terminal it is bars, in a notebook a bar that is updated in place, and plain lines elsewhere.
+"""
 
 from __future__ import annotations
 
@@ -14,9 +17,12 @@ from cnext.config.run_config import Plan
 from cnext.monitoring import heartbeat
 from cnext.monitoring.eta import Estimate, RunEta, StudyEta, time_left
 from cnext.monitoring.heartbeat import Heartbeat
+from cnext.monitoring.notebook import Bars as NotebookBars
+from cnext.monitoring.notebook import Row, in_notebook
 from cnext.tables.aggregate import METRICS
 
 if TYPE_CHECKING:
+    from rich.console import Console
     from rich.progress import TaskID
 
 
@@ -34,6 +40,23 @@ def shown_metrics(values: Mapping[str, float | None]) -> str:
     return "  ".join(f"{label} {values[key]:.2f}" for key, label in METRICS.items() if values[key] is not None)
 
 
+def console(stderr: bool, quiet: bool = False) -> Console:
+    """A console without colors in lines. In a notebook it writes plain lines to standard output, which is not red."""
+    from rich.console import Console
+
+    if in_notebook():
+        return Console(file=sys.stdout, highlight=False, quiet=quiet, force_jupyter=False, force_terminal=False)
+    return Console(stderr=stderr, file=None if stderr else sys.stdout, highlight=False, quiet=quiet)
+
+
+def all_runs(study: StudyEta) -> Row:
+    """How far the runs of a study are together."""
+    done = study.ended + sum(estimate.share for estimate in study.latest.values())
+    return Row(
+        "all runs", done / max(1, study.total), f"{study.ended} of {study.total} done; {time_left(study.left())}"
+    )
+
+
 class Progress:
     """Shows a run: bars on standard error, which the context starts and stops, and results on standard output.
 
@@ -44,13 +67,12 @@ class Progress:
     """
 
     def __init__(self, name: str = "", study: StudyEta | None = None, quiet: bool = False) -> None:
-        from rich.console import Console
         from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
         from rich.progress import Progress as Bars
 
         self.name, self.study = name, study
-        self.console = Console(stderr=True, highlight=False, quiet=quiet)
-        self.output = Console(file=sys.stdout, highlight=False, quiet=quiet)
+        self.console, self.output = console(True, quiet), console(False, quiet)
+        self.notebook = NotebookBars(in_notebook() and not quiet)
         self.bars = Bars(
             TextColumn("{task.description:<24}"),
             BarColumn(),
@@ -71,10 +93,12 @@ class Progress:
 
     def __enter__(self) -> Progress:
         self.bars.start()
+        self.notebook.show([Row(self.name, 0.0, self.doing)])
         return self
 
     def __exit__(self, *_: object) -> None:
         self.bars.stop()
+        self.notebook.stop()
 
     def kept_in(self, folder: Path) -> ExitStack:
         """Context that keeps a heartbeat and a log in the run folder, and writes there how the run ended."""
@@ -111,6 +135,8 @@ class Progress:
         if self.study is not None:
             self.study.update(self.name, estimate)
             self.bars.update(self.ids["study"], completed=self.study.ended, shown=time_left(self.study.left()))
+        rows = [Row(self.name, estimate.share, f"{doing}; {time_left(estimate.left)}")]
+        self.notebook.show(rows if self.study is None else [*rows, all_runs(self.study)])
 
     def plan(self, planned: Plan, tasks_done: int, step: int) -> None:
         """Starts the bar of all optimizer steps of the run. tasks_done, step: where the run starts or resumes."""
@@ -182,11 +208,12 @@ class StudyProgress:
     """Shows each run of a study that is under way, by a bar or lines, and the time left of them all."""
 
     def __init__(self, total: int, jobs: int) -> None:
-        from rich.console import Console
         from rich.progress import BarColumn, TaskProgressColumn, TextColumn
         from rich.progress import Progress as Bars
 
-        self.console = Console(stderr=True, highlight=False)
+        self.console = console(True)
+        self.notebook = NotebookBars(in_notebook())
+        self.rows: dict[str, Row] = {}
         self.bars = Bars(
             TextColumn("{task.description}", markup=False),
             BarColumn(bar_width=16),
@@ -206,6 +233,7 @@ class StudyProgress:
 
     def __exit__(self, *_: object) -> None:
         self.bars.stop()
+        self.notebook.stop()
 
     def say(self, text: str) -> None:
         self.console.print(text, markup=False, soft_wrap=True)
@@ -213,18 +241,22 @@ class StudyProgress:
     def start(self, name: str) -> None:
         self.eta.start(name)
         self.ids[name] = self.bars.add_task(name, total=1.0, left="", doing="loading")
+        self.rows[name] = Row(name, 0.0, "loading")
+        self._show_all()
 
     def update(self, name: str, event: Event) -> None:
         """Shows an event of a run's `ForwardedProgress`."""
         self.eta.update(name, event.estimate)
         left = time_left(event.estimate.left)
         self.bars.update(self.ids[name], completed=event.estimate.share, left=left, doing=event.doing)
+        self.rows[name] = Row(name, event.estimate.share, f"{event.doing}; {left}")
         self._show_all()
         if event.line and not self.console.is_terminal:
             self.say(f"{name}: {event.doing}; {left}; all runs: {time_left(self.eta.left())}")
 
     def end(self, name: str, result: str, failed: bool = False) -> None:
         self.bars.remove_task(self.ids.pop(name))
+        del self.rows[name]
         self.eta.end(name, failed)
         self._show_all()
         self.say(f"{name}: {result}  ({self.eta})")
@@ -233,3 +265,4 @@ class StudyProgress:
         done = self.eta.ended + sum(estimate.share for estimate in self.eta.latest.values())
         doing = f"{self.eta.ended} of {self.eta.total} runs"
         self.bars.update(self.all, completed=done, left=time_left(self.eta.left()), doing=doing)
+        self.notebook.show([*self.rows.values(), all_runs(self.eta)])

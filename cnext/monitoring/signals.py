@@ -22,6 +22,10 @@ class Stopped(KeyboardInterrupt):
         super().__init__(f"stopped by {number.name}: {where}; {RESUME}")
         self.status = 0 if number == signal.SIGTERM else 130
 
+    def _render_traceback_(self) -> list[str]:
+        """What IPython and notebooks show, instead of where in the code the signal came."""
+        return [f"{type(self).__name__}: {self}"]
+
 
 class Stop:
     """Context in which SIGTERM and the interrupt key raise `Stopped`: at once, or inside `deferred` at `check`.

@@ -13,6 +13,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -274,7 +275,8 @@ def interruptible() -> Iterator[None]:
 
     Shells start background jobs with SIGINT ignored.
     """
-    ignored = signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+    main = threading.current_thread() is threading.main_thread()
+    ignored = main and signal.getsignal(signal.SIGINT) == signal.SIG_IGN
     if ignored:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     try:

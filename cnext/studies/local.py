@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import signal
 import sys
+import threading
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -18,6 +19,7 @@ from cnext.config.run_config import Plan, RunConfig
 from cnext.errors import RESUME, UserError
 from cnext.monitoring.eta import StudyEta
 from cnext.monitoring.heartbeat import LOG, stamped
+from cnext.monitoring.notebook import note
 from cnext.monitoring.progress import Event, ForwardedProgress, Progress, StudyProgress, shown_metrics
 from cnext.monitoring.signals import Stop, Stopped
 from cnext.tables.aggregate import read
@@ -67,7 +69,7 @@ def run_in_sequence(plans: list[Plan]) -> list[Failure]:
             lines = traceback.format_exc().splitlines()[-TAIL:]
             failures.append(Failure(planned.config, CRASH, type(error).__name__, lines))
         eta.end(label, failed=len(failures) > before)
-        print(f"{label}: {'failed' if len(failures) > before else 'done'}  ({eta})", file=sys.stderr)
+        note(f"{label}: {'failed' if len(failures) > before else 'done'}  ({eta})")
     return failures
 
 
@@ -205,7 +207,10 @@ def _stop(processes: list[SpawnProcess], grace: float) -> None:
 
 @contextmanager
 def _sigint_ignored() -> Iterator[None]:
-    """Inside, started processes ignore SIGINT from the beginning."""
+    """Inside, started processes ignore SIGINT from the beginning. Only the main thread may say so."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         yield

@@ -13,6 +13,7 @@ from cnext import backbones
 from cnext.config.run_config import Plan, plan
 from cnext.distributed import collectives, processes
 from cnext.errors import UserError, unknown
+from cnext.monitoring.notebook import note
 from cnext.runs import fingerprint
 from cnext.studies.flags import Flags, configs
 from cnext.studies.local import Failure
@@ -20,8 +21,11 @@ from cnext.tables import aggregate, formats
 from cnext.tasks import suites
 
 
-def _check(flags: Flags, plans: list[Plan]) -> None:
-    """Raises UserError if the runs cannot be compared in one table, or a flag has no effect."""
+def check(flags: Flags, plans: list[Plan]) -> None:
+    """Raises UserError if the runs cannot be compared in one table, a flag has no effect, or a model cannot do a task.
+
+    Prints a note for every order that leaves out tasks.
+    """
     from cnext.studies import launchers
 
     for flag in ("method", "order", "seeds"):
@@ -49,6 +53,10 @@ def _check(flags: Flags, plans: list[Plan]) -> None:
         raise UserError("--tflops needs --gpus N")
     if flags.baseline is not None and flags.baseline not in flags.method:
         raise unknown("baseline", flags.baseline, flags.method)
+    for planned in plans:
+        config = planned.config
+        backbones.check_tasks(config.backbone, config.weights, map(planned.suite.task, planned.order))
+    _note_missing_tasks(plans)
 
 
 def _note_missing_tasks(plans: list[Plan]) -> None:
@@ -56,10 +64,9 @@ def _note_missing_tasks(plans: list[Plan]) -> None:
     for planned in {planned.order: planned for planned in plans}.values():
         missing = [name for name in suites.order(planned.suite, "alphabet") if name not in planned.order]
         if missing:
-            print(
+            note(
                 f"note: order {planned.config.order} leaves out {', '.join(missing)}, which are neither trained nor "
-                f"tested; orders of all tasks: {', '.join([*planned.suite.orders, *suites.ORDERS])}",
-                file=sys.stderr,
+                f"tested; orders of all tasks: {', '.join([*planned.suite.orders, *suites.ORDERS])}"
             )
 
 
@@ -93,8 +100,8 @@ def _write_tables(flags: Flags, plans: list[Plan]) -> None:
         print(f"no table: no run of {flags.baseline or 'the study'} is finished", file=sys.stderr)
         return
     study = aggregate.of_folders(folders, flags.baseline, flags.mix_environments)
-    if note := fingerprint.older([run.fingerprint for run in runs]):
-        print(note, file=sys.stderr)
+    if older := fingerprint.older([run.fingerprint for run in runs]):
+        print(older, file=sys.stderr)
     write_study(folders, flags.out, flags.baseline, flags.mix_environments)
     print(formats.markdown(study))
     print(f"tables: {flags.out / 'study.md'}, also as .csv, .tex and .json")
@@ -112,7 +119,7 @@ def _execute(flags: Flags, to_do: list[Plan]) -> list[Failure]:
     else:
         jobs = len(to_do) if flags.jobs == "auto" else min(int(flags.jobs), len(to_do))
         summary = f"{len(to_do)} runs to do, {jobs} in parallel ({flags.launcher})"
-    print(summary, file=sys.stderr)
+    note(summary)
     if here and jobs == 1:
         return local.run_in_sequence(to_do)
     # Shared by all runs: generated once, and an error in them is reported once, before any run starts.
@@ -125,10 +132,9 @@ def _execute(flags: Flags, to_do: list[Plan]) -> list[Failure]:
     return launchers.launch(flags.launcher, to_do, launchers.options(flags.launcher_option), jobs)
 
 
-def _study(flags: Flags, plans: list[Plan]) -> int:
-    """Executes the runs that are not finished, then writes the tables. Returns the exit status."""
+def execute(flags: Flags, plans: list[Plan]) -> list[Failure]:
+    """Executes the runs that are not finished. Returns those that failed."""
     from cnext.runs.run_folder import RunFolder
-    from cnext.studies import local
 
     to_do = [planned for planned in plans if not is_finished(planned)]
     _check_environments(flags, plans)
@@ -136,8 +142,15 @@ def _study(flags: Flags, plans: list[Plan]) -> int:
         # Before the first run starts: a folder that cannot be created, or that another process has locked, is an error.
         RunFolder(planned.config.folder, planned.as_dict()).close()
     if len(to_do) < len(plans):
-        print(f"{len(plans) - len(to_do)} of {len(plans)} runs are already finished", file=sys.stderr)
-    failures = _execute(flags, to_do) if to_do else []
+        note(f"{len(plans) - len(to_do)} of {len(plans)} runs are already finished")
+    return _execute(flags, to_do) if to_do else []
+
+
+def _study(flags: Flags, plans: list[Plan]) -> int:
+    """Executes the runs that are not finished, then writes the tables. Returns the exit status."""
+    from cnext.studies import local
+
+    failures = execute(flags, plans)
     _write_tables(flags, plans)
     for failure in failures:
         print(f"\n{failure}", file=sys.stderr)
@@ -192,11 +205,7 @@ def main(flags: Flags) -> int:
     forecasting = flags.gpus is not None
     elsewhere = forecasting or (flags.launcher != "local" and not flags.dry_run)
     plans = [plan(config, elsewhere, forecasting) for config in configs(flags)]
-    _check(flags, plans)
-    for planned in plans:
-        config = planned.config
-        backbones.check_tasks(config.backbone, config.weights, map(planned.suite.task, planned.order))
-    _note_missing_tasks(plans)
+    check(flags, plans)
     if flags.dry_run:
         _dry_run(flags, plans)
         return 0

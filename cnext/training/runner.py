@@ -19,6 +19,7 @@ from cnext.distributed import collectives, processes
 from cnext.monitoring.progress import Progress
 from cnext.monitoring.resource_errors import as_user_errors
 from cnext.monitoring.signals import Stop
+from cnext.results import RunResult
 from cnext.runs import command_line, environment, fingerprint
 from cnext.runs.checkpoint import write_json
 from cnext.runs.run_folder import RunFolder
@@ -38,7 +39,7 @@ from cnext.training.trainer import TaskTrainer, begin
 ZERO_SHOT = "zero-shot"
 
 
-def run(config: RunConfig, progress: Progress | None = None) -> dict[str, Any]:
+def run(config: RunConfig, progress: Progress | None = None) -> RunResult:
     """Runs a configuration, or resumes it from its last checkpoint. A finished run is not run again.
 
     The run folder, ``config.folder``, gets config.json, options.json, results.json, cost.json, environment.json,
@@ -47,10 +48,12 @@ def run(config: RunConfig, progress: Progress | None = None) -> dict[str, Any]:
 
     Args:
         config: what to run.
-        progress: shows how far the run is; by default bars on standard error, and results on standard output.
+        progress: shows how far the run is; by default bars on standard error, and results on standard output; in a
+            notebook a bar in place.
 
     Returns:
-        The content of results.json. Scores are in percent, T is the number of tasks:
+        The result, which print, rich and notebooks show as a table. It is also a mapping with the content of
+        results.json. Scores are in percent, T is the number of tasks:
 
         - ``score_matrix``: T rows, one per stage, of T scores, one per task; None where not evaluated. ``zero_shot``:
           the T scores before training, None where nothing is trained. ``error_matrix``: as score_matrix, by type.
@@ -73,8 +76,9 @@ def run(config: RunConfig, progress: Progress | None = None) -> dict[str, Any]:
 
         from cnext import RunConfig, run
 
-        results = run(RunConfig(method="lora", preset="smoke", out="runs"))
-        print(results["metrics"]["forgetting"])
+        result = run(RunConfig(method="lora", preset="smoke", out="runs"))
+        print(result)
+        result.metrics["forgetting"]
     """
     planned = plan(config)
     torch.set_num_threads(config.threads)
@@ -83,7 +87,7 @@ def run(config: RunConfig, progress: Progress | None = None) -> dict[str, Any]:
         processes.check(planned.recipes)
         if collectives.rank():
             with Progress(quiet=True) as hidden:
-                return Runner(local, None, hidden, stop).run()
+                return RunResult(planned.config.folder, Runner(local, None, hidden, stop).run())
         with (
             progress or Progress() as shown,
             closing(RunFolder(planned.config.folder, planned.as_dict())) as folder,
@@ -92,7 +96,7 @@ def run(config: RunConfig, progress: Progress | None = None) -> dict[str, Any]:
         ):
             command_line.write(planned.config)
             shown.say(f"run folder: {folder.path}")
-            return Runner(local, folder, shown, stop).run()
+            return RunResult(folder.path, Runner(local, folder, shown, stop).run())
 
 
 class Runner:

@@ -1,0 +1,80 @@
+"""What may be given for a field of a configuration in Python, and what it becomes: one type per field from here on."""
+
+from __future__ import annotations
+
+import functools
+import numbers
+import os
+import typing
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from cnext.errors import UserError
+
+NAMES_OR_FOLDERS = ("suite", "clip")
+"""Strings that may name a folder or file, and be given as a path."""
+
+
+@functools.cache
+def _hints(kind: type) -> dict[str, Any]:
+    return typing.get_type_hints(kind)
+
+
+def converted(config: Any) -> dict[str, Any]:
+    """The values of a dataclass's fields as their types say: strings become paths, lists tuples.
+
+    Raises:
+        UserError: a value is of another type. What it names, and how large it is, is checked by `plan`.
+    """
+    return {name: _converted(name, getattr(config, name), hint) for name, hint in _hints(type(config)).items()}
+
+
+def _converted(name: str, value: Any, hint: Any) -> Any:
+    options = typing.get_args(hint) if type(None) in typing.get_args(hint) else (hint,)
+    if value is None and type(None) in options:
+        return None
+    kind = options[0]
+    if kind is Path:
+        if name == "data" and isinstance(value, Mapping):  # of datasets by task and split
+            return value
+        if isinstance(value, str | os.PathLike) and os.fspath(value):
+            return Path(value)
+    elif kind is str or typing.get_origin(kind) is typing.Literal:
+        if isinstance(value, str):
+            return value
+        if name in NAMES_OR_FOLDERS and isinstance(value, os.PathLike):
+            return str(value)
+    elif kind is bool:
+        if isinstance(value, bool):
+            return value
+    elif kind is int:
+        if isinstance(value, numbers.Integral) and not isinstance(value, bool):
+            return int(value)
+    elif kind is float:
+        if isinstance(value, numbers.Real) and not isinstance(value, bool):
+            return value if isinstance(value, int) else float(value)
+    elif typing.get_origin(kind) is tuple:
+        if isinstance(value, list | tuple) and all(isinstance(each, str) for each in value):
+            return tuple(value)
+    elif isinstance(value, Mapping):
+        return dict(value)
+    expected = _in_words(name, kind) + (" or None" if type(None) in options else "")
+    raise UserError(f"{name} must be {expected}, got {value!r:.80} ({type(value).__name__})")
+
+
+def _in_words(name: str, kind: Any) -> str:
+    """What is expected, as said in an error."""
+    if name == "order":
+        return 'a string such as "reverse" or "a,b,c"'
+    if name == "data":
+        return "a folder as a string or Path, datasets by task and split,"
+    if kind is Path:
+        return "a path as a string or Path"
+    if typing.get_origin(kind) is typing.Literal:
+        return "one of " + ", ".join(map(repr, typing.get_args(kind)))
+    if typing.get_origin(kind) is tuple:
+        return "a list of strings"
+    text = "a name, or a path," if name in NAMES_OR_FOLDERS else "a string"
+    words = {str: text, bool: "True or False", int: "a whole number", float: "a number"}
+    return words.get(kind, "a dictionary by name")
