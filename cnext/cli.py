@@ -55,6 +55,11 @@ def run_main(arguments: list[str] | None = None) -> int:
     given = sys.argv[1:] if arguments is None else arguments
 
     def verb() -> int | None:
+        if {"-h", "--help"} & {*given}:
+            from cnext.studies import short_help
+
+            print(short_help.text())
+            return 0
         from cnext.studies import flags
 
         parsed = flags.parse(given)

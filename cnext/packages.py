@@ -44,9 +44,20 @@ SOME_RUNS = {
     "submitit": ("submitit", "for cnext-run --launcher slurm"),
     "pyarrow": ("pyarrow.parquet", "for data in Parquet files"),
     "datasets": ("datasets", "for data of the library datasets"),
+    "tensorboard": ("torch.utils.tensorboard:SummaryWriter", "for cnext-run --log tensorboard"),
+    "wandb": ("wandb", "for cnext-run --log wandb"),
 }
 """Packages that some runs import: distribution to module and purpose."""
-EXTRAS = {"gguf": "gguf", "openai": "judge", "ray": "ray", "submitit": "slurm", "pyarrow": "data", "datasets": "data"}
+EXTRAS = {
+    "gguf": "gguf",
+    "openai": "judge",
+    "ray": "ray",
+    "submitit": "slurm",
+    "pyarrow": "data",
+    "datasets": "data",
+    "tensorboard": "tensorboard",
+    "wandb": "wandb",
+}
 """Optional packages, and the extra of cnext that installs each."""
 _ON_TORCHVISION = ("transformers", "open_clip_torch", "accelerate", "peft", "diffusers")
 IMPORTED_BY = {"torch": ("torchvision", "safetensors", *_ON_TORCHVISION), "torchvision": _ON_TORCHVISION}

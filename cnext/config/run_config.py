@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import importlib.util
 import inspect
 import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_type_hints
 
-from cnext.config import init_source
+from cnext import packages
+from cnext.config import init_source, settings_file
 from cnext.config.given import converted
 from cnext.config.init_source import InitSource
 from cnext.errors import UserError, unknown
@@ -25,7 +25,7 @@ from cnext.tasks.left_out import ON_BAD_ROW
 from cnext.tasks.tables import save_datasets
 
 SPLITS = ("test", "validation")
-LOGS = ("jsonl", "tensorboard")
+LOGS = ("jsonl", "tensorboard", "wandb")
 OVERRIDES = (
     "learning_rate",
     "batch_size",
@@ -109,8 +109,9 @@ class Options:
     """Placement of the model on several devices, for example "balanced". None: one device."""
     workers: int = 0
     """Data-loading processes. Results do not depend on their number."""
-    log: Literal["jsonl", "tensorboard"] = "jsonl"
-    """"tensorboard" writes event files into the run folder besides train.jsonl and scores.jsonl."""
+    log: tuple[Literal["jsonl", "tensorboard", "wandb"], ...] = ("jsonl",)
+    """Trackers besides train.jsonl and scores.jsonl: "tensorboard" (event files in the run folder), "wandb" (Weights &
+    Biases; offline with the environment variable WANDB_MODE=offline)."""
     init_from: Path | None = None
     """What the first task's training starts from: the authors' released file, PEFT adapters, a merged model, another
     run's folder (its last checkpoint) or one of its checkpoints. Zero-shot is still the pretrained model. None: new
@@ -152,6 +153,35 @@ class RunConfig(Options):
     def __post_init__(self) -> None:
         for name, value in converted(self).items():
             object.__setattr__(self, name, value)
+
+    @classmethod
+    def from_yaml(cls, path: str | Path) -> RunConfig:
+        """The run that a YAML file describes, as ``cnext-run --config`` reads it: run.yaml of a run folder for example.
+
+        Raises:
+            UserError: what is wrong with the file and in which line; or it describes several runs.
+        """
+        hints = get_type_hints(Options)
+        varied = {"method": list[str], "order": list[str], "seeds": list[int]}
+        found = settings_file.read(path, hints | varied)
+        found.check()
+        for name in varied:
+            if len(found.values.get(name, [None])) != 1:
+                raise UserError(f"{path}: {name}: expected one, for a RunConfig is one run; cnext-run takes several")
+        values = {name: value for name, value in found.values.items() if name not in varied}
+        values |= {name.removesuffix("s"): found.values[name][0] for name in varied if name in found.values}
+        config = cls(**values)
+        if others := sorted(found.hyperparameters.keys() - {config.method}):
+            raise UserError(f"{path}: hyperparameters of {', '.join(others)}, but the method is {config.method}")
+        preset = suites.preset_hyperparameters(config.suite, config.preset)
+        given = found.given(config.method, preset.get(config.method, {}))
+        return dataclasses.replace(config, hyperparameters=given)
+
+    @property
+    def trackers(self) -> tuple[str, ...]:
+        """What ``log`` names besides "jsonl", which is always written; each once."""
+        given = (self.log,) if isinstance(self.log, str) else self.log
+        return tuple(name for name in dict.fromkeys(given) if name != "jsonl")
 
     @property
     def folder(self) -> Path:
@@ -351,10 +381,11 @@ def _check_options(config: RunConfig, suite: Suite) -> None:
         raise unknown("split", config.split, SPLITS)
     if config.on_bad_row not in ON_BAD_ROW:
         raise unknown("on_bad_row", config.on_bad_row, ON_BAD_ROW)
-    if config.log not in LOGS:
-        raise unknown("log", config.log, LOGS)
-    if config.log == "tensorboard" and importlib.util.find_spec("tensorboard") is None:
-        raise UserError("--log tensorboard needs the package tensorboard; pip install 'cnext[tensorboard]'")
+    for name in config.trackers:
+        if name not in LOGS:
+            raise unknown("log", name, LOGS)
+        if packages.version(name) is None:
+            raise UserError(f"--log {name} needs the package {name}; pip install 'cnext[{name}]'")
     if config.backbone not in backbones.modules():
         raise unknown("backbone", config.backbone, sorted(backbones.modules()))
     for name, least in (("seed", 0), ("threads", 1), ("checkpoint_interval", 1)):

@@ -1,15 +1,17 @@
-"""Rebuild the command line of a run from config.json and options.json in its folder."""
+"""Rebuild the command line of a run from config.json and options.json in its folder; write it as YAML too."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
 import shlex
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from cnext import methods
-from cnext.config.run_config import ADDED_RECIPE, OVERRIDES, RunConfig, as_words, current_names
+from cnext.config import settings_file
+from cnext.config.run_config import ADDED_RECIPE, OVERRIDES, Plan, RunConfig, as_words, current_names
 from cnext.errors import UserError
 from cnext.runs.checkpoint import write_text
 from cnext.tasks import suites
@@ -17,6 +19,8 @@ from cnext.tasks.base import PROMPTS
 
 FILE = "options.json"
 """The options of a run as given. config.json has the resolved ones that influence results: no folder, no --workers."""
+YAML, STUDY_YAML = "run.yaml", "study.yaml"
+"""Files that ``cnext-run --config`` takes: of a run, in its folder, and of a study."""
 FLAGS = {"seed": "seeds"}
 """Flags of ``cnext-run`` with another name than the field of `RunConfig`."""
 KEYS = {"preset": "budget"}
@@ -39,12 +43,12 @@ def read(path: str | Path) -> RunConfig:
     for field in dataclasses.fields(RunConfig):
         value, kind = values.get(field.name), str(field.type)
         if value is not None and kind.startswith(("Path", "tuple")):
-            values[field.name] = Path(value) if kind.startswith("Path") else tuple(value)
+            values[field.name] = Path(value) if kind.startswith("Path") else tuple(_several(value))
     return RunConfig(**values)
 
 
-def command(config: dict[str, Any], options: dict[str, Any]) -> str:
-    """The command that resolves to a configuration.
+def settings(config: dict[str, Any], options: dict[str, Any]) -> dict[str, Any]:
+    """What resolves to a configuration, by the names in `RunConfig`; hyperparameters are not among it.
 
     Args:
         config, options: config.json and options.json of the run; {} where an older folder has none.
@@ -54,14 +58,24 @@ def command(config: dict[str, Any], options: dict[str, Any]) -> str:
     given = _from_config(config) | {
         name: value for name, value in options.items() if name == "suite" or KEYS.get(name, name) not in config
     }
-    words = ["cnext-run"]
+    found = {}
     for field in dataclasses.fields(RunConfig):
-        value = given.get(field.name)
+        value, default = given.get(field.name), field.default
         # Defaults that do not influence results are left out.
         if field.name == "hyperparameters" or value in (None, [], ()):
             continue
-        if KEYS.get(field.name, field.name) in config or field.name in OVERRIDES or str(value) != str(field.default):
-            words += _flag(FLAGS.get(field.name, field.name), value)
+        changed = list(_several(value)) != list(default) if isinstance(default, tuple) else str(value) != str(default)
+        if KEYS.get(field.name, field.name) in config or field.name in OVERRIDES or changed:
+            found[field.name] = value
+    return found
+
+
+def command(config: dict[str, Any], options: dict[str, Any]) -> str:
+    """The command that resolves to a configuration. Arguments as of `settings`."""
+    config, given = current_names(config), settings(config, options)
+    words = ["cnext-run"]
+    for name, value in given.items():
+        words += _flag(FLAGS.get(name, name), value)
     method = config.get("method", "")
     preset = suites.preset_hyperparameters(given.get("suite", ""), config.get("budget", ""))
     defaults = _defaults(method) | preset.get(method, {})
@@ -73,6 +87,45 @@ def command(config: dict[str, Any], options: dict[str, Any]) -> str:
         elif value is not None or defaults.get(name) is not None:
             words += _flag(label, value)
     return shlex.join(words)
+
+
+def write_yaml(plans: Sequence[Plan], path: Path, **more: Any) -> Path:
+    """Writes the settings that resolve to these runs, all those of a study, for ``cnext-run --config``.
+
+    Args:
+        more: settings of the study alone, by the names of its flags.
+    """
+    first = plans[0]
+    values = settings(first.as_dict(), json.loads(json.dumps(dataclasses.asdict(first.config), default=str)))
+    varied = {
+        "method": [planned.config.method for planned in plans],
+        "order": [planned.config.order for planned in plans],
+        "seeds": [planned.config.seed for planned in plans],
+    }
+    values = {name: _one_or_all(each) for name, each in varied.items()} | {
+        name: value for name, value in (values | more).items() if name not in (*varied, *FLAGS)
+    }
+    hyperparameters = {planned.config.method: planned.hyperparameters for planned in plans}
+    what = "this run" if len(plans) == 1 else f"these {len(plans)} runs"
+    comment = (
+        f"The settings of {what}, with all hyperparameters, written by cnext.\n"
+        f"The same again: {shlex.join(['cnext-run', '--config', str(path), '--out', 'again'])}\n"
+        "Flags win over this file. Paths are relative to the folder in which the command is given."
+    )
+    content = settings_file.text(values, hyperparameters, comment)
+    if not path.is_file() or path.read_bytes() != content.encode():
+        write_text(path, content)
+    return path
+
+
+def _one_or_all(values: list[Any]) -> Any:
+    distinct = list(dict.fromkeys(values))
+    return distinct[0] if len(distinct) == 1 else distinct
+
+
+def _several(value: Any) -> Sequence[Any]:
+    """The values of an option that takes several: earlier versions wrote one of --log as text."""
+    return (value,) if isinstance(value, str) else value
 
 
 def _flag(name: str, *values: Any) -> list[str]:

@@ -20,7 +20,7 @@ from cnext.errors import UserError, parse_json
 from cnext.runs import checkpoint, schemas
 from cnext.runs.checkpoint import Damaged
 from cnext.runs.schemas import StageScore, TrainStep
-from cnext.runs.tensorboard import EventLog
+from cnext.runs.trackers.base import Tracker, final
 
 STEPS, SCORES = "train.jsonl", "scores.jsonl"
 LEFT_OUT = "left_out.json"
@@ -92,7 +92,7 @@ class RunFolder:
     def __init__(self, path: Path, config: dict[str, Any]) -> None:
         self.path = path
         self.checkpoints = path / "checkpoints"
-        self.events: EventLog | None = None
+        self.trackers: Sequence[Tracker] = ()
         file = path / "config.json"
         check_free(path, config)
         path.mkdir(parents=True, exist_ok=True)
@@ -114,8 +114,8 @@ class RunFolder:
         return lock
 
     def close(self) -> None:
-        if self.events is not None:
-            self.events.close()
+        for tracker in self.trackers:
+            tracker.close()
         self._lock.close()
 
     def note_left_out(self, rows: dict[str, Any]) -> None:
@@ -197,17 +197,24 @@ class RunFolder:
             if other.name not in labels:
                 shutil.rmtree(other)
 
-    def mirror(self, events: EventLog) -> None:
-        """Writes what is logged, so far and from now on, as TensorBoard events too."""
-        self.events = events
-        events.steps([row for _, row in _rows(self.path / STEPS, TrainStep)])
-        for _, row in _rows(self.path / SCORES, StageScore):
-            events.score(row)
+    def mirror(self, trackers: Sequence[Tracker]) -> None:
+        """Gives trackers what is logged, so far and from now on."""
+        self.trackers = trackers
+        steps, scores = _rows(self.path / STEPS, TrainStep), _rows(self.path / SCORES, StageScore)
+        for tracker in trackers:
+            tracker.steps([row for _, row in steps])
+            for _, row in scores:
+                tracker.score(row)
+
+    def conclude(self, results: dict[str, Any]) -> None:
+        """Gives trackers the metrics of a finished run."""
+        for tracker in self.trackers:
+            tracker.metrics(final(results))
 
     def log_steps(self, rows: Sequence[TrainStep]) -> None:
         _append(self.path / STEPS, rows)
-        if self.events is not None:
-            self.events.steps(rows)
+        for tracker in self.trackers:
+            tracker.steps(rows)
 
     def cut_steps(self, stage: int, step: int) -> None:
         """Drops logged steps after the checkpoint that training resumes from; they will be repeated."""
@@ -215,8 +222,8 @@ class RunFolder:
 
     def log_score(self, row: StageScore) -> None:
         _append(self.path / SCORES, [row])
-        if self.events is not None:
-            self.events.score(row)
+        for tracker in self.trackers:
+            tracker.score(row)
 
     def scores(self, stage: int) -> dict[tuple[int, str], StageScore]:
         """The rows of scores.jsonl by (stage, task); drops those of later stages than this, from the file too."""

@@ -6,12 +6,15 @@ import argparse
 import dataclasses
 import inspect
 import itertools
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Annotated, Any, Literal
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_type_hints
 
 from cnext import methods
 from cnext.config.run_config import Options, RunConfig, check_type
+from cnext.config.settings_file import Settings, read
 from cnext.errors import UserError
 from cnext.studies.usage_errors import in_one_line
 from cnext.tasks import suites
@@ -19,6 +22,8 @@ from cnext.tasks import suites
 Launcher = Literal["local", "ray", "slurm"]
 RENAMED = {"--budget": "--preset", "--block-steps": "--checkpoint-interval"}
 """Flags of earlier versions."""
+OF_A_COMMAND = ("config", "help_all", "version", "dry_run", "gpus", "tflops")
+"""Flags that are no settings of a study."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,8 +47,12 @@ class Flags(Options):
     """Options of Ray tasks (and address) or of submitit, as key=value, for example slurm_partition=gpu."""
     baseline: str | None = None
     """Method that the table compares the others with. None: lora if present, else the first."""
+    config: Path | None = None
+    """YAML file with any of these settings, for example run.yaml of a run folder. Flags win over it."""
     mix_environments: bool = False
     """Average runs made on different processors, versions or thread counts, and say so in the tables."""
+    help_all: bool = False
+    """Show all flags, with the hyperparameters of the methods that --method names, and exit."""
     version: bool = False
     """Print the version and its location, and exit."""
     dry_run: bool = False
@@ -66,23 +75,47 @@ def parse(arguments: list[str]) -> Flags:
         if flag in RENAMED:
             raise UserError(f"{flag} is now {RENAMED[flag]}: use {RENAMED[flag]} {value or 'VALUE'}")
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    first.add_argument("--method", nargs="*", default=["mage"])
-    for flag in ("suite", "preset"):
-        first.add_argument(f"--{flag}", nargs="?", default=getattr(Options, flag))
+    first.add_argument("--method", nargs="*")
+    for flag in ("suite", "preset", "config"):
+        first.add_argument(f"--{flag}", nargs="?")
     chosen = first.parse_known_args(arguments)[0]
-    preset = suites.preset_hyperparameters(chosen.suite or "", chosen.preset or "")  # tyro refuses a flag without value
-    groups, known = [], []
-    for name in dict.fromkeys(chosen.method):
-        kind = _group(name, preset.get(name, {}))
+    settings = Settings() if chosen.config is None else read(chosen.config, kinds())
+    settings.check()
+    method = settings.values.get("method", ["mage"]) if chosen.method is None else chosen.method
+    if others := [name for name in settings.hyperparameters if name not in method]:
+        unused = f"{chosen.config}: hyperparameters of {', '.join(others)}, which is not among the methods"
+        if chosen.method is None:
+            raise UserError(f"{unused} ({', '.join(method)})")
+        print(f"note: {unused} of --method", file=sys.stderr)
+    suite, preset = (
+        getattr(chosen, name) or settings.values.get(name, getattr(Options, name)) for name in ("suite", "preset")
+    )
+    defaults = suites.preset_hyperparameters(suite, preset)
+    groups, known, values = [], [], dict(settings.values)
+    for name in dict.fromkeys(method):
+        kind = _group(name, defaults.get(name, {}))
         known += [f"--{name}.{item.name.replace('_', '-')}" for item in dataclasses.fields(kind) if item.init]
         if any(item.init for item in dataclasses.fields(kind)):
-            groups.append((name.replace("-", "_"), kind, field(default_factory=kind)))
+            label = name.replace("-", "_")
+            groups.append((label, kind, field(default_factory=kind)))
+            values[label] = kind(**settings.hyperparameters.get(name, {}))
     flags = dataclasses.make_dataclass("Flags", groups, bases=(Flags,), frozen=True, kw_only=True)
     description = inspect.cleandoc(Flags.__doc__ or "")
+    words = ["--help" if argument == "--help-all" else argument for argument in arguments]
     with in_one_line(known):
         return tyro.cli(
-            flags, prog="cnext-run", args=arguments, description=description, config=(tyro.conf.FlagCreatePairsOff,)
+            flags,
+            prog="cnext-run",
+            args=words,
+            description=description,
+            default=flags(**values),
+            config=(tyro.conf.FlagCreatePairsOff,),
         )
+
+
+def kinds() -> dict[str, Any]:
+    """Names in a file of settings, and their types: the flags but for those that ask for something else than runs."""
+    return {name: hint for name, hint in get_type_hints(Flags).items() if name not in OF_A_COMMAND}
 
 
 def _group(method: str, preset: Mapping[str, Any]) -> type:

@@ -7,6 +7,7 @@ cnext-run --method mage --preset smoke
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 
 from cnext import backbones
@@ -14,11 +15,14 @@ from cnext.config.run_config import Plan, plan
 from cnext.distributed import collectives, processes
 from cnext.errors import UserError, unknown
 from cnext.monitoring.notebook import note
-from cnext.runs import fingerprint
+from cnext.runs import command_line, fingerprint
 from cnext.studies.flags import Flags, configs
 from cnext.studies.local import Failure
 from cnext.tables import aggregate, formats
 from cnext.tasks import suites
+
+OF_A_STUDY = ("jobs", "launcher", "launcher_option", "baseline", "mix_environments")
+"""Flags of a study alone that study.yaml repeats."""
 
 
 def check(flags: Flags, plans: list[Plan]) -> None:
@@ -89,6 +93,13 @@ def _check_environments(flags: Flags, plans: list[Plan]) -> None:
         fingerprint.check_alike({str(run.folder): run.fingerprint for run in done}, flags.mix_environments)
 
 
+def _write_yaml(flags: Flags, plans: list[Plan]) -> None:
+    """Writes the study's settings into its folder, for --config."""
+    more = {item.name: (getattr(flags, item.name), item.default) for item in dataclasses.fields(Flags)}
+    given = {name: more[name][0] for name in OF_A_STUDY if more[name][0] and more[name][0] != more[name][1]}
+    command_line.write_yaml(plans, flags.out / command_line.STUDY_YAML, **given)
+
+
 def _write_tables(flags: Flags, plans: list[Plan]) -> None:
     """Prints the table of the finished runs, and writes it in all formats into the study's folder."""
     from cnext.report import write_study
@@ -141,6 +152,7 @@ def execute(flags: Flags, plans: list[Plan]) -> list[Failure]:
     for planned in to_do:
         # Before the first run starts: a folder that cannot be created, or that another process has locked, is an error.
         RunFolder(planned.config.folder, planned.as_dict()).close()
+    _write_yaml(flags, plans)
     if len(to_do) < len(plans):
         note(f"{len(plans) - len(to_do)} of {len(plans)} runs are already finished")
     return _execute(flags, to_do) if to_do else []
@@ -169,6 +181,8 @@ def _distributed(flags: Flags, plans: list[Plan]) -> None:
     with processes.process_group(plans[0].device):
         for planned in plans:
             processes.check(planned.recipes)
+        if collectives.rank() == 0 and len(plans) > 1:
+            _write_yaml(flags, plans)
         for planned in plans:
             if not collectives.broadcast_object(collectives.rank() == 0 and is_finished(planned)):
                 run(planned.config)

@@ -20,12 +20,11 @@ from cnext.monitoring.progress import Progress
 from cnext.monitoring.resource_errors import as_user_errors
 from cnext.monitoring.signals import Stop
 from cnext.results import RunResult
-from cnext.runs import command_line, environment, fingerprint
+from cnext.runs import command_line, environment, fingerprint, trackers
 from cnext.runs.checkpoint import write_json
 from cnext.runs.run_folder import RunFolder
 from cnext.runs.schemas import StageScore, TrainStep
 from cnext.runs.state_digests import StateDigest, digest
-from cnext.runs.tensorboard import EventLog
 from cnext.scoring.base import find_scorer, make_scorers
 from cnext.tasks.base import Task
 from cnext.training import cost, results
@@ -42,7 +41,7 @@ ZERO_SHOT = "zero-shot"
 def run(config: RunConfig, progress: Progress | None = None) -> RunResult:
     """Runs a configuration, or resumes it from its last checkpoint. A finished run is not run again.
 
-    The run folder, ``config.folder``, gets config.json, options.json, results.json, cost.json, environment.json,
+    The run folder, ``config.folder``, gets config.json, options.json, run.yaml, results.json, cost.json, environment.json,
     left_out.json (where rows of the data are left out), scores.jsonl, train.jsonl, predictions/, checkpoints/ and
     report.html. A launcher's environment (torchrun, ``accelerate launch``) makes it one run in several processes.
 
@@ -95,6 +94,7 @@ def run(config: RunConfig, progress: Progress | None = None) -> RunResult:
             as_user_errors(folder.path, lambda: shown.doing, planned.recipe.batch_size),
         ):
             command_line.write(planned.config)
+            command_line.write_yaml([planned], folder.path / command_line.YAML)
             shown.say(f"run folder: {folder.path}")
             return RunResult(folder.path, Runner(local, folder, shown, stop).run())
 
@@ -140,6 +140,7 @@ class Runner:
             self.folder.tidy([stage.label for stage in self.stages])
             html, _ = report.write_report(self.folder.path)
             self.progress.finished(outcome["metrics"], html)
+            self.folder.conclude(outcome)
         return outcome
 
     def load(self) -> None:
@@ -204,8 +205,7 @@ class Runner:
             if others := {row.scorer for row in self.state.scores.values() if row.task == task.name} - {task.scorer}:
                 before = f"{task.name} was scored by {', '.join(sorted(others))} and is by {task.scorer} from here"
                 self.progress.say(f"warning: {before}: scores that do not compare; run it anew with another --out")
-        if self.plan.config.log == "tensorboard":
-            folder.mirror(EventLog(folder.path / "tensorboard", self._last_steps()))
+        folder.mirror(trackers.begin(self.plan.config, self.plan.as_dict(), self._last_steps(), self.progress.say))
 
     def _last_steps(self) -> dict[int, int]:
         """Optimizer steps of the whole run at the end of each stage."""
