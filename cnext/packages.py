@@ -26,6 +26,7 @@ EVERY_RUN = {
     "psutil": "psutil",
     "rich": "rich.progress",
     "tyro": "tyro",
+    "pyyaml": "yaml",
 }
 """Packages that every run imports: distribution to module, or module:name where importing the module loads too little.
 

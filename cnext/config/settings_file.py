@@ -5,8 +5,8 @@
     mage:
       pull: 0.02
 
-Each value is read by the type that is declared for its name, so that ``1e-3`` is a number, and ``on`` a text where a text
-is expected. Which names there are is not said here.
+Each value is read by the type that is declared for its name, so that ``1e-3`` is a number, and ``on`` a text where a
+text is expected. Which names there are is not said here.
 """
 
 from __future__ import annotations

@@ -97,7 +97,8 @@ def _write_yaml(flags: Flags, plans: list[Plan]) -> None:
     """Writes the study's settings into its folder, for --config."""
     more = {item.name: (getattr(flags, item.name), item.default) for item in dataclasses.fields(Flags)}
     given = {name: more[name][0] for name in OF_A_STUDY if more[name][0] and more[name][0] != more[name][1]}
-    command_line.write_yaml(plans, flags.out / command_line.STUDY_YAML, **given)
+    # As given: a launcher's machines may have other devices than this one.
+    command_line.write_yaml(plans, flags.out / command_line.STUDY_YAML, device=flags.device, **given)
 
 
 def _write_tables(flags: Flags, plans: list[Plan]) -> None:

@@ -2,24 +2,25 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from pathlib import Path
 
 import pytest
 
+from cnext import packages
 from cnext.config.run_config import RunConfig, plan
 from cnext.errors import UserError
 from cnext.runs.run_folder import RunFolder
 from cnext.runs.schemas import StageScore, TrainStep
-from cnext.runs.tensorboard import TRAINING, EventLog
+from cnext.runs.trackers.base import TRAINING
+from cnext.runs.trackers.tensorboard import EventLog
 from cnext.scoring.base import ERROR_TYPES, PROFILES
 
 ENDS = {0: 0, 1: 4, 2: 7}
 
 
 def step(stage: int, number: int) -> TrainStep:
-    return TrainStep(stage=stage, task="t", step=number, **dict.fromkeys(TRAINING, 10.0 * stage + number))
+    return TrainStep(stage=stage, task="t", step=number, **dict.fromkeys(TRAINING, 10 * stage + number))
 
 
 def score(stage: int, strict: float) -> StageScore:
@@ -36,16 +37,35 @@ def scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:
 
 
 def test_steps_count_over_the_whole_run(tmp_path: Path) -> None:
-    log = EventLog(tmp_path / "tensorboard", ENDS)
+    log = EventLog(tmp_path / "tensorboard", ENDS, {"seed": 3, "recipe": {"betas": [0.9, 0.98]}, "data": None})
     log.score(score(0, 5.0))
     log.steps([step(1, 3), step(1, 4)])
     log.score(score(1, 50.0))
     log.steps([step(2, 1)])
+    log.metrics({"metrics/avg_acc": 50.0})
     log.close()
     found = scalars(tmp_path / "tensorboard")
     assert found["train/loss"] == [(3, 13.0), (4, 14.0), (5, 21.0)]
     assert found["strict/VQAv2"] == [(0, 5.0), (4, 50.0)]
-    assert {f"train/{name}" for name in TRAINING} | {"strict/VQAv2", "paper/VQAv2"} == set(found)
+    assert found["metrics/avg_acc"] == [(7, 50.0)]
+    assert {f"train/{name}" for name in TRAINING} | {"strict/VQAv2", "paper/VQAv2", "metrics/avg_acc"} == set(found)
+
+
+def test_the_configuration_is_shown_beside_the_metrics(tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    from tensorboard.plugins.hparams.metadata import parse_session_start_info_plugin_data
+
+    log = EventLog(tmp_path, ENDS, {"seed": 3, "recipe": {"betas": [0.9, 0.98], "schedule": "cosine"}, "data": None})
+    log.metrics({"metrics/avg_acc": 50.0})
+    log.close()
+    found = EventAccumulator(str(tmp_path))
+    found.Reload()
+    start = found.summary_metadata["_hparams_/session_start_info"].plugin_data.content
+    shown = {
+        name: value.string_value or value.number_value
+        for name, value in parse_session_start_info_plugin_data(start).hparams.items()
+    }
+    assert shown == {"seed": 3, "recipe.betas": "0.9, 0.98", "recipe.schedule": "cosine"}
 
 
 def test_a_resumed_run_has_every_step_once(tmp_path: Path) -> None:
@@ -53,7 +73,7 @@ def test_a_resumed_run_has_every_step_once(tmp_path: Path) -> None:
     for interrupted in (True, False):
         folder = RunFolder(tmp_path, config)
         folder.cut_steps(1, 2)
-        folder.mirror(EventLog(tmp_path / "tensorboard", ENDS))
+        folder.mirror([EventLog(tmp_path / "tensorboard", ENDS, config)])
         if interrupted:
             folder.log_score(score(0, 5.0))
             folder.log_steps([step(1, 1), step(1, 2)])
@@ -69,14 +89,17 @@ def test_a_resumed_run_has_every_step_once(tmp_path: Path) -> None:
     assert logged == [1, 2, 3, 4], "train.jsonl is written with or without TensorBoard"
 
 
-def test_without_the_package_no_run_starts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(UserError, match=r"needs the package tensorboard; pip install 'cnext\[tensorboard\]'"):
-        plan(RunConfig(log="tensorboard"))
+@pytest.mark.parametrize("name", ["tensorboard", "wandb"])
+def test_without_the_package_no_run_starts(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(packages, "version", {"tensorboard": "1", "wandb": "1", name: None}.get)
+    with pytest.raises(UserError, match=rf"needs the package {name}; pip install 'cnext\[{name}\]'"):
+        plan(RunConfig(log=("tensorboard", "wandb")))
     assert plan(RunConfig())
 
 
 def test_how_a_run_is_logged_is_not_part_of_what_it_is() -> None:
-    assert plan(RunConfig(log="tensorboard")).as_dict() == plan(RunConfig()).as_dict()
-    with pytest.raises(UserError, match="unknown log 'wandb'; valid: jsonl, tensorboard"):
-        plan(RunConfig(log="wandb"))
+    for log in ("tensorboard", ("tensorboard", "wandb"), ["wandb"], "jsonl", ()):
+        assert plan(RunConfig(log=log)).as_dict() == plan(RunConfig()).as_dict()
+    assert RunConfig(log=("wandb", "jsonl", "wandb")).trackers == ("wandb",)
+    with pytest.raises(UserError, match="unknown log 'mlflow'; valid: jsonl, tensorboard, wandb"):
+        plan(RunConfig(log=("mlflow",)))

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import wandb
 from wandb.proto.wandb_internal_pb2 import Record
 
 BLOCK, HEAD = 2**15, 7
@@ -31,6 +32,7 @@ def chunks(content: bytes) -> Iterator[bytes]:
 
 def records(folder: Path) -> list[list[Record]]:
     """The records of every process that logged into a run folder, the first process first."""
+    wandb.teardown()  # its own process writes the rest when it ends
     files = sorted(folder.glob("wandb/offline-run-*/run-*.wandb"), key=lambda path: path.stat().st_mtime_ns)
     return [[Record.FromString(chunk) for chunk in chunks(file.read_bytes())] for file in files]
 
