@@ -14,6 +14,8 @@ from cnext.errors import UserError
 
 NAMES_OR_FOLDERS = ("suite", "clip")
 """Strings that may name a folder or file, and be given as a path."""
+ONE_OR_SEVERAL = ("log",)
+"""Lists of names of which one may be given as a string."""
 
 
 @functools.cache
@@ -55,6 +57,8 @@ def _converted(name: str, value: Any, hint: Any) -> Any:
         if isinstance(value, numbers.Real) and not isinstance(value, bool):
             return value if isinstance(value, int) else float(value)
     elif typing.get_origin(kind) is tuple:
+        if name in ONE_OR_SEVERAL and isinstance(value, str):
+            return (value,)
         if isinstance(value, list | tuple) and all(isinstance(each, str) for each in value):
             return tuple(value)
     elif isinstance(value, Mapping):
@@ -74,7 +78,7 @@ def _in_words(name: str, kind: Any) -> str:
     if typing.get_origin(kind) is typing.Literal:
         return "one of " + ", ".join(map(repr, typing.get_args(kind)))
     if typing.get_origin(kind) is tuple:
-        return "a list of strings"
+        return "a name or a list of names" if name in ONE_OR_SEVERAL else "a list of strings"
     text = "a name, or a path," if name in NAMES_OR_FOLDERS else "a string"
     words = {str: text, bool: "True or False", int: "a whole number", float: "a number"}
     return words.get(kind, "a dictionary by name")

@@ -180,8 +180,7 @@ class RunConfig(Options):
     @property
     def trackers(self) -> tuple[str, ...]:
         """What ``log`` names besides "jsonl", which is always written; each once."""
-        given = (self.log,) if isinstance(self.log, str) else self.log
-        return tuple(name for name in dict.fromkeys(given) if name != "jsonl")
+        return tuple(name for name in dict.fromkeys(self.log) if name != "jsonl")
 
     @property
     def folder(self) -> Path:
