@@ -1,7 +1,8 @@
 """Build the compiled core, without torch: C++ where a compiler is found, CUDA where a suitable nvcc is found.
 
 Environment variables: CNEXT_CUDA=0 skips the CUDA part, 1 requires it; CXX and CUDA_HOME choose the compilers;
-CNEXT_WERROR=1 turns warnings into errors; CNEXT_SANITIZE=1 builds the C++ part with ASan and UBSan.
+MAX_JOBS limits the compilers that run at once; CNEXT_WERROR=1 turns warnings into errors; CNEXT_SANITIZE=1 builds the
+C++ part with ASan and UBSan.
 
 cnext/_build.json says what was built, and why the rest was not: pip hides the output of a build that succeeds.
 """
@@ -112,18 +113,28 @@ def cxx_flags() -> str:
     return f"{flags} {INCLUDES}"
 
 
+def compression() -> str:
+    """Flags for small device code: zstd at its strongest where nvcc has it, whose drivers read it."""
+    new = NVCC is not None and int(toolkit(NVCC).partition(".")[0]) >= 13
+    return "-compress-mode=size" if new else "-Xfatbin=-compress-all"
+
+
 def ninja_file(name: str, sources: list[str], target: Path, objects: Path) -> str:
     """The build of one extension: every source in parallel, rebuilt only when it or a header has changed."""
     cuda = any(source.endswith(".cu") for source in sources)
-    nvcc_flags = f"-std=c++17 -O3 -Xcompiler -fPIC,-fvisibility=hidden -fmad=false {GENCODE}"
+    nvcc_flags = (
+        f"-std=c++17 -O3 -Xcompiler -fPIC,-fvisibility=hidden -fmad=false {GENCODE} {compression() if cuda else ''}"
+    )
     if os.environ.get("CNEXT_WERROR"):
         nvcc_flags += " -Werror all-warnings"
     sanitize = " -fsanitize=address,undefined" if os.environ.get("CNEXT_SANITIZE") else ""
-    shared = "-bundle -undefined dynamic_lookup" if sys.platform == "darwin" else f"-shared -fopenmp{sanitize}"
+    strip = "" if sanitize else " -Wl,-x" if sys.platform == "darwin" else " -s"  # symbols are a tenth of a module
+    linux = f"-shared -fopenmp{sanitize}"
+    shared = ("-bundle -undefined dynamic_lookup" if sys.platform == "darwin" else linux) + strip
     rules = {
         "cxx": f"{CXX} {cxx_flags()} $flags -MMD -MF $out.d -c $in -o $out\n  depfile = $out.d",
         "nvcc": f"{NVCC} {nvcc_flags} -MD -MF $out.d -c $in -o $out\n  depfile = $out.d",
-        "link": f"{NVCC} -shared -cudart static $in -o $out" if cuda else f"{CXX} {shared} $in -o $out",
+        "link": f"{NVCC} -shared -cudart static -Xlinker -s $in -o $out" if cuda else f"{CXX} {shared} $in -o $out",
     }
     lines = [f"rule {rule}\n  command = {command}" for rule, command in rules.items()]
     built: list[str] = []
@@ -189,6 +200,8 @@ class NinjaBuild(build_ext):
         objects.mkdir(parents=True, exist_ok=True)
         (objects / "build.ninja").write_text(ninja_file(ext.name, ext.sources, target, objects))
         command = [sys.executable, "-m", "ninja", "-C", str(objects)]
+        if jobs := os.environ.get("MAX_JOBS"):
+            command += ["-j", jobs]
         run = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace")
         print(run.stdout, flush=True)
         if run.returncode:

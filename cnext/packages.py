@@ -16,24 +16,20 @@ from cnext.errors import UserError
 OK, NOTE, ERROR = "ok", "note", "error"
 EVERY_RUN = {
     "torch": "torch",
-    "torchvision": "torchvision",
-    "transformers": "transformers:LlamaForCausalLM",
-    "open_clip_torch": "open_clip",
     "safetensors": "safetensors.torch",
     "numpy": "numpy",
     "pillow": "PIL.Image",
-    "matplotlib": "matplotlib.pyplot",
     "psutil": "psutil",
     "rich": "rich.progress",
     "tyro": "tyro",
     "pyyaml": "yaml",
 }
-"""Packages that every run imports: distribution to module, or module:name where importing the module loads too little.
-
-torchvision comes before the packages that import it, so that a broken torchvision is reported as such."""
-MODELS = ("torchvision", "transformers")
-"""Those of ``EVERY_RUN`` that backbones need."""
+"""Packages that every run imports, and a plain installation has: distribution to module."""
 SOME_RUNS = {
+    "torchvision": ("torchvision", "for models of transformers and open_clip"),
+    "transformers": ("transformers:LlamaForCausalLM", "for backbones other than tiny, export and import"),
+    "open_clip_torch": ("open_clip", "for a CLIP other than the included one"),
+    "matplotlib": ("matplotlib.pyplot", "for the figures of reports"),
     "triton": ("triton", "for kernels on CUDA devices without the compiled ones"),
     "accelerate": ("accelerate", "for several processes, and models on several devices"),
     "peft": ("peft:PeftModel", "for adapters in PEFT's format"),
@@ -48,8 +44,19 @@ SOME_RUNS = {
     "tensorboard": ("torch.utils.tensorboard:SummaryWriter", "for cnext-run --log tensorboard"),
     "wandb": ("wandb", "for cnext-run --log wandb"),
 }
-"""Packages that some runs import: distribution to module and purpose."""
+"""Packages that some runs import: distribution to module, or module:name where importing the module loads too little,
+and purpose.
+
+torchvision comes before the packages that import it, so that a broken torchvision is reported as such."""
 EXTRAS = {
+    "torchvision": "hf",
+    "transformers": "hf",
+    "accelerate": "hf",
+    "peft": "hf",
+    "sentencepiece": "hf",
+    "open_clip_torch": "clip",
+    "diffusers": "seed-x",
+    "matplotlib": "report",
     "gguf": "gguf",
     "openai": "judge",
     "ray": "ray",
@@ -59,7 +66,16 @@ EXTRAS = {
     "tensorboard": "tensorboard",
     "wandb": "wandb",
 }
-"""Optional packages, and the extra of cnext that installs each."""
+"""Optional packages, and the extra of cnext that installs each; torch brings triton where it can be used."""
+MODELS = ("torchvision", "transformers")
+"""What backbones of transformers need."""
+NEEDED_BY = {
+    "hf": MODELS,
+    "janus": MODELS,
+    "emu3": MODELS,
+    "seed-x": (*MODELS, "diffusers", "sentencepiece"),
+}
+"""By backbone, the packages of its extra, which has the backbone's name; tiny needs none."""
 _ON_TORCHVISION = ("transformers", "open_clip_torch", "accelerate", "peft", "diffusers")
 IMPORTED_BY = {"torch": ("torchvision", "safetensors", *_ON_TORCHVISION), "torchvision": _ON_TORCHVISION}
 """Packages that cannot be imported either when one is broken."""
@@ -95,11 +111,12 @@ def version(package: str) -> str | None:
         return None
 
 
-def check_packages(required: Collection[str] = ()) -> list[Check]:
+def check_packages(required: Collection[str] = (), backbone: str = "") -> list[Check]:
     """Checks every package: installed, at least of the version that cnext requires, and importable.
 
     Args:
         required: packages of ``SOME_RUNS`` that this run cannot do without.
+        backbone: of the run, whose extra installs what it lacks.
     """
     modules = EVERY_RUN | {name: module for name, (module, _) in SOME_RUNS.items()}
     installed = [name for name in modules if version(name) is not None]
@@ -111,7 +128,8 @@ def check_packages(required: Collection[str] = ()) -> list[Check]:
         purpose = f", {SOME_RUNS[name][1]}" if name in SOME_RUNS else ""
         failed = ERROR if name in EVERY_RUN or name in required else NOTE
         if found is None:
-            fix = f"pip install '{f'cnext[{EXTRAS[name]}]' if name in EXTRAS else name}'"
+            extra = backbone if name in needed(backbone) else EXTRAS.get(name)
+            fix = f"pip install '{f'cnext[{extra}]' if extra else name}'"
             checks.append(Check("packages", name, failed, f"not installed{purpose}", fix))
         elif error := errors.get(name):
             checks.append(Check("packages", name, failed, f"{found}, broken: {error}", fix_for(name, errors)))
@@ -142,19 +160,44 @@ def import_errors(modules: Sequence[str]) -> list[str]:
     return errors
 
 
+def require_installed(what: str, names: Sequence[str], extra: str = "") -> None:
+    """Raises UserError where one of these packages is not installed, in one line that names the extra. Imports none.
+
+    what: what needs them, for the message.  extra: of cnext; "": that of the first one missing.
+    """
+    absent = [name for name in names if version(name) is None]
+    if absent:
+        raise UserError(
+            f"{what} needs {', '.join(absent)}, not installed here: pip install 'cnext[{extra or EXTRAS[absent[0]]}]'"
+        )
+
+
+def needed(backbone: str) -> Sequence[str]:
+    """Packages that a backbone cannot do without. Another package's backbone requires its own by itself."""
+    return NEEDED_BY.get(backbone, ())
+
+
+def require_backbone(name: str) -> None:
+    """Raises UserError where a backbone that comes with cnext lacks a package. Imports none."""
+    require_installed(f"--backbone {name}", needed(name), name)
+
+
 def require(*names: str) -> None:
-    """Imports packages of ``EVERY_RUN`` in this process, before a run imports them somewhere inside.
+    """Imports packages in this process, before a run imports them somewhere inside.
 
     Raises:
-        UserError: one cannot be imported; says which, why and how to fix it.
+        UserError: one is not installed or cannot be imported; says which, why and how to fix it.
     """
     for name in names:
-        module, _, attribute = EVERY_RUN[name].partition(":")
+        place = EVERY_RUN[name] if name in EVERY_RUN else SOME_RUNS[name][0]
+        module, _, attribute = place.partition(":")
         try:
             found = importlib.import_module(module)
             if attribute:
                 getattr(found, attribute)
         except (ImportError, RuntimeError, OSError, AttributeError, ValueError) as error:
+            if version(name) is None and name in EXTRAS:
+                require_installed("this", [name])
             # The first line is the reason; the rest is often a library's own diagnostics.
             reason = str(error).strip().partition("\n")[0]
             installed = version(name) or "(not installed)"

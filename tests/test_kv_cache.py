@@ -44,6 +44,7 @@ def decoder_with(name: str) -> type[LlamaModel]:
 def test_answers_are_the_same_under_either_name(tiny: TinyBackbone, data: Path, name: str, prompted: bool) -> None:
     suite = suites.load("next-tiny")
     samples = [s for task in ("VQAv2", "RefCOCO") for s in formats.read_samples(suite.task(task), data, "test")[:3]]
+    tiny.decoder = tiny.outer_model()
     prompts = Prompts(tiny.language_model, 20_000, 5, 2, 3.0, torch.Generator().manual_seed(0))
     prompts.chosen = torch.tensor([[3, 17]]) if prompted else None
     expected = [answer.text for answer in tiny.generate(samples, 20)]

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from cnext import packages
 from cnext.errors import UserError
 from cnext.scoring.base import Prediction
 from cnext.tasks.base import ImageNeed, Sample, Task, Turn
@@ -337,6 +338,21 @@ class Backbone(ABC, nn.Module):
             parts.append(logits[:, index, tokens[:, index]])
         return torch.cat(parts)
 
+    def outer_model(self) -> Any:
+        """The outermost transformers model that contains the language model, or one that shares all its layers.
+
+        Raises: UserError where there is none.
+        """
+        from transformers import PreTrainedModel
+
+        for module in self.modules():
+            if isinstance(module, PreTrainedModel) and any(m is self.language_model for m in module.modules()):
+                return module
+        raise UserError(
+            f"backbone {self.name}: its language model is in no transformers model, and only such can be exported or "
+            "take an adapter from elsewhere"
+        )
+
     @abstractmethod
     def supervised(self, encoded: Sequence[Any]) -> tuple[int, int]:
         """Number of supervised text tokens and of images written: N and M of `Output` for these samples."""
@@ -364,17 +380,10 @@ class Backbone(ABC, nn.Module):
         return Loss(text + self.image_loss_weight * image, text.detach(), image.detach(), tokens)
 
 
-def outer_model(backbone: Backbone) -> nn.Module:
+def outer_model(backbone: Backbone) -> Any:
     """The outermost transformers model that contains the language model, which other tools load.
 
-    Raises: UserError where there is none.
+    Raises: UserError where there is none, or no transformers.
     """
-    from transformers import PreTrainedModel
-
-    for module in backbone.modules():
-        if isinstance(module, PreTrainedModel) and any(m is backbone.language_model for m in module.modules()):
-            return module
-    raise UserError(
-        f"backbone {backbone.name}: its language model is in no transformers model, and only such can be exported or "
-        "take an adapter from elsewhere"
-    )
+    packages.require_installed(f"the exchange of weights of backbone {backbone.name}", ["transformers"])
+    return backbone.outer_model()

@@ -16,7 +16,8 @@ from cnext.kv_cache import cache_argument
 class Decoder(Protocol):
     """A language model with its head, as every `Backbone` here is one.
 
-    language_model: a decoder of transformers.  lm_head: hidden states (N, hidden) to logits (N, vocabulary).
+    language_model: a decoder of transformers, or one that is called so and has ``new_cache``.
+    lm_head: hidden states (N, hidden) to logits (N, vocabulary).
     positions: see `Backbone.positions`; set before each pass.
     stop_ids: tokens that end an answer.  banned_ids: tokens that are never generated.  pad_id: the padding token.
     """
@@ -56,10 +57,8 @@ class CachedDecoding:
     """
 
     def __init__(self, model: Decoder, inputs: Tensor, mask: Tensor, positions: Tensor) -> None:
-        from transformers import DynamicCache
-
         self.model = model
-        cache = DynamicCache(config=model.language_model.config)  # pyright: ignore[reportArgumentType]
+        cache = _new_cache(model.language_model)
         self._cache = {cache_argument(model.language_model): cache}
         self._mask = mask
         self.last = self._pass(inputs, positions)
@@ -81,6 +80,15 @@ class CachedDecoding:
             **self._cache,
         ).last_hidden_state
         return hidden[:, -1].to(self.model.device)
+
+
+def _new_cache(decoder: Any) -> Any:
+    """An empty key-value cache of a decoder: its own kind where it has one, else that of transformers."""
+    if hasattr(decoder, "new_cache"):
+        return decoder.new_cache()
+    from transformers import DynamicCache
+
+    return DynamicCache(config=decoder.config)
 
 
 def greedy(

@@ -319,6 +319,11 @@ def plan(config: RunConfig, elsewhere: bool = False, forecast: bool = False) -> 
         raise UserError(f"preset {config.preset} of suite {suite.name} gives no steps for: {', '.join(missing)}")
     if config.data is None and not suite.synthetic and not forecast:
         raise UserError(f"suite {suite.name} needs --data, the folder that holds its files")
+    if not elsewhere and any("image" in suite.task(name).writes for name in order):
+        from cnext.scoring.clip import needs_open_clip
+
+        extra = config.backbone if config.backbone in packages.NEEDED_BY else ""
+        packages.require_installed(f"CLIP {suite.clip}", ["open_clip_torch"] * needs_open_clip(suite.clip), extra)
     hyperparameters = _hyperparameters(config, recipe)
     source = _source(config, order, hyperparameters, forecast)
     recipe = dataclasses.replace(recipe, steps=recipe.steps | dict.fromkeys(config.init_tasks, 0))
@@ -391,6 +396,7 @@ def _check_options(config: RunConfig, suite: Suite) -> None:
         _at_least(name, getattr(config, name), least)
     for name in ("workers", "micro_batch_size"):
         _at_least(name, getattr(config, name) or 0, 0)
+    packages.require_backbone(config.backbone)
     loading_options(config.backbone, config.backbone_options)
 
 

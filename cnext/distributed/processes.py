@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, distributed, nn
 
+from cnext import packages
 from cnext.distributed import collectives
 from cnext.distributed.deepspeed import zero_config
 from cnext.errors import RESUME, UserError
@@ -57,6 +58,7 @@ def process_group(device: str) -> Iterator[str]:
     if launched() == 1 or collectives.world_size() > 1:
         yield own_device(device)
         return
+    packages.require_installed("a run in several processes", ["accelerate"])
     from accelerate import PartialState
 
     zero_config()

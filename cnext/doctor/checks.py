@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 from cnext import packages
@@ -20,8 +21,6 @@ from cnext.packages import ERROR, NOTE, OK, Check
 from cnext.tasks.base import DataError, Suite
 from cnext.tasks.kept_images import cache
 
-NEEDED_BY = {"seed-x": ("diffusers", "sentencepiece")}
-"""Packages of ``SOME_RUNS`` that a backbone cannot do without."""
 DISK = {"tiny": 3e7}
 """Bytes that a run writes, by backbone, where it has been measured."""
 CPU_BUILD = (
@@ -54,14 +53,14 @@ def check_run(run: Options) -> list[Check]:
     if run.backbone not in known.modules():
         raise unknown("backbone", run.backbone, sorted(known.modules()))
     suite = suites.load(run.suite)
-    checks = packages.check_packages(NEEDED_BY.get(run.backbone, ()))
+    checks = packages.check_packages(packages.needed(run.backbone), run.backbone)
     broken = {check.name for check in failed(checks)}
     if {"torch", "numpy"} & broken:
         return [*checks, *data(suite, run.data)]
     writes_images = any("image" in task.writes for task in suite.tasks)
     checks += [*devices(), *kernels(), *backbones(run, writes_images), *tasks(run, suite), *data(suite, run.data)]
-    if not {"torchvision", "open_clip_torch", "pillow"} & broken:
-        checks += scorers(suite, run.clip)
+    if "pillow" not in broken:
+        checks += scorers(suite, run.clip, checks)
     return checks + memory_and_disk(run)
 
 
@@ -169,18 +168,26 @@ def data(suite: Suite, folder: Path | None) -> list[Check]:
     return found
 
 
-def scorers(suite: Suite, clip: str | None) -> list[Check]:
-    """Whether the CLIP that scores the suite's images can be loaded; one that would be downloaded is not tried."""
+def scorers(suite: Suite, clip: str | None, found: Sequence[Check] = ()) -> list[Check]:
+    """Whether the CLIP that scores the suite's images can be loaded; one that would be downloaded is not tried.
+
+    found: the checks of packages.
+    """
     name = clip or suite.clip
     if not any("image" in task.writes for task in suite.tasks):
         return [Check("scorers", "rules", OK, "no task of the suite writes images")]
     if name == "tiny":
         return [Check("scorers", "CLIP", OK, "tiny, installed with cnext")]
+    from cnext.scoring.clip import load_clip, needs_open_clip
+
+    if needs_open_clip(name):
+        lacking = [check for check in found if check.name in ("torchvision", "open_clip_torch") and check.state != OK]
+        if lacking:
+            text = f"{name} needs {' and '.join(check.name for check in lacking)}"
+            return [Check("scorers", "CLIP", ERROR, text, lacking[0].fix)]
     if not Path(name).exists() and clip is None:
         text = f"{name} is loaded from open_clip's cache, or downloaded by the first run"
         return [Check("scorers", "CLIP", NOTE, text, "--clip ViT-B-32.pt loads a file instead")]
-    from cnext.scoring.clip import load_clip
-
     try:
         model = load_clip(name, "cpu").model
     except UserError as error:

@@ -6,7 +6,6 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
-from cnext import packages
 from cnext.adapters import exchange_files
 from cnext.adapters.exchange_authors import LANGUAGE_MODEL
 from cnext.config import init_source
@@ -50,7 +49,6 @@ def configuration(
     path: Path, method: str | None = None, tasks: str | None = None, out: Path | None = None, **options: Any
 ) -> RunConfig:
     """The run that `evaluate` executes."""
-    packages.require(*packages.MODELS)
     source = init_source.find(path)
     given = {name: value for name, value in options.items() if value is not None}
     load = _of_merged if source.kind == "merged" else _of_adapter if source.run is None else _of_run

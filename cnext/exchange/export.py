@@ -98,6 +98,7 @@ def restore(run: Path, label: str | None = None) -> Restored:
     file = run / "results.json"
     results = schemas.read(file, FinalResults) if file.is_file() else None
     tensors, values = checkpoint.load(folder)
+    packages.require_installed("cnext export", packages.MODELS)
     packages.require(*packages.MODELS)
     options = loading_options(config.backbone, as_words(config.backbone_options))
     merged = None if config.merged is None else init_source.check_merged(config.merged)

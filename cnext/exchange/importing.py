@@ -43,6 +43,7 @@ def import_adapter(
     """
     kind = kind_of(method)
     with new_folder(to) as folder:
+        packages.require_installed("cnext import", packages.MODELS)
         packages.require(*packages.MODELS)
         model = backbones.load(backbone).load("cpu", weights)
         connections = {name.partition(".")[0] for name in _connections(model)}

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from cnext.analysis.run import mean_seen, points
+from cnext.packages import version
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -118,6 +119,8 @@ def svg(draw: Callable[..., Figure], crop: bool = False) -> Callable[..., Drawin
 
     @functools.wraps(draw)
     def render(*args: object, **options: object) -> Drawing:
+        if version("matplotlib") is None:
+            return Drawing(_no_figure())
         import matplotlib
 
         buffer = io.BytesIO()
@@ -130,6 +133,14 @@ def svg(draw: Callable[..., Figure], crop: bool = False) -> Callable[..., Drawin
         return Drawing.of(page, functools.partial(draw, *args, **options))
 
     return render
+
+
+def _no_figure() -> bytes:
+    """What stands in for a figure where matplotlib is not installed."""
+    lines = ("Figure left out: it needs matplotlib.", "pip install 'cnext[report]', then cnext report RUN")
+    text = "".join(f'<text x="0" y="{14 + 14 * row}" font-size="10">{line}</text>' for row, line in enumerate(lines))
+    head = '<svg xmlns="http://www.w3.org/2000/svg" width="230pt" height="36pt" viewBox="0 0 230 36">'
+    return f'{head}<g fill="{MUTED}" font-family="sans-serif">{text}</g></svg>'.encode()
 
 
 def _stylesheet() -> str:

@@ -1,4 +1,4 @@
-"""CLIP models through open_clip: pretrained weights, and the small model that scores the embedded suite.
+"""CLIP models: pretrained weights through open_clip, and the small model that scores the embedded suite.
 
 A small CLIP is a folder of three files: ``model.json`` (open_clip's model configuration without the vocabulary size),
 ``vocabulary.json`` (a list of words, the id of each its place: 0 pads, 1 is unknown, the last ends the text, so that
@@ -19,8 +19,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from cnext import packages
 from cnext.errors import UserError
 from cnext.scoring.clip_weights import WEIGHTS_FILES, load_weights, weights_in
+from cnext.scoring.small_clip import SmallClip, transform
+from cnext.tensor_files import read_tensors
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -29,7 +32,6 @@ TINY_CLIP = Path(__file__).parent / "tiny_clip"
 """The folder of the small CLIP that is installed with cnext."""
 
 MODEL_FILE, VOCABULARY_FILE, WEIGHTS_FILE = "model.json", "vocabulary.json", "weights.safetensors"
-_PREPROCESSING: dict[str, Any] = {"image_mean": (0.5, 0.5, 0.5), "image_std": (0.5, 0.5, 0.5)}
 _NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
 _BATCH = 64
 
@@ -92,6 +94,11 @@ class Clip:
         return torch.nn.functional.normalize(torch.cat(parts), dim=-1)
 
 
+def needs_open_clip(name: str) -> bool:
+    """Whether the CLIP of that name, as `load_clip` takes it, is loaded by open_clip: all but small ones are."""
+    return name != "tiny" and not (Path(name).is_dir() and weights_in(Path(name)) is None)
+
+
 @cache
 def load_clip(name: str, device: str) -> Clip:
     """The CLIP model of that name, loaded once per process.
@@ -106,19 +113,16 @@ def load_clip(name: str, device: str) -> Clip:
     Raises:
         UserError: there is no such model, or its files cannot be read or downloaded, or are not a CLIP's.
     """
+    path = Path(name)
+    transform: Any
+    if not needs_open_clip(name):
+        return _clip(_load_folder(TINY_CLIP if name == "tiny" else path), device)
+    packages.require_installed(f"CLIP {name}", ["open_clip_torch"])
     import open_clip
 
     tag, _, model_name = name.partition("/")
-    path = Path(name)
-    transform: Any
-    if name == "tiny":
-        model, transform, tokenizer = _load_folder(TINY_CLIP)
-    elif path.is_file():
-        model, transform, tokenizer = load_weights(path)
-    elif weights := weights_in(path):
+    if weights := path if path.is_file() else weights_in(path):
         model, transform, tokenizer = load_weights(weights)
-    elif path.is_dir():
-        model, transform, tokenizer = _load_folder(path)
     elif (model_name, tag) in open_clip.list_pretrained():
         quick_gelu = open_clip.get_pretrained_cfg(model_name, tag).get("quick_gelu", False)
         # open_clip logs every attempt to download; the error below tells the outcome.
@@ -145,7 +149,12 @@ def load_clip(name: str, device: str) -> Clip:
             "<tag>/<model> as open_clip.list_pretrained() has them, as in openai/ViT-B-32, or a repository in Hugging "
             "Face's cache on this machine, into which `hf download openai/clip-vit-base-patch32` puts one"
         )
-    return Clip(model.to(device).eval(), transform, tokenizer, device)
+    return _clip((model, transform, tokenizer), device)
+
+
+def _clip(parts: tuple[Any, Callable, Callable], device: str) -> Clip:
+    model, prepare, tokenizer = parts
+    return Clip(model.to(device).eval(), prepare, tokenizer, device)
 
 
 def _cached_weights(name: str) -> Path | None:
@@ -183,15 +192,20 @@ def _load_folder(folder: Path) -> tuple[torch.nn.Module, Callable, WordTokenizer
 def _create(
     folder: Path, vocabulary: Sequence[str], weights: Path | None
 ) -> tuple[torch.nn.Module, Callable, WordTokenizer]:
-    import open_clip
-
-    # open_clip knows a model by its file's stem, and the file added last wins.
-    open_clip.add_model_config(folder / MODEL_FILE)
-    name = (folder / MODEL_FILE).stem
-    config: Any = open_clip.get_model_config(name)
-    text = {**config["text_cfg"], "vocab_size": len(vocabulary)}
-    transform: Any
-    model, _, transform = open_clip.create_model_and_transforms(
-        name, pretrained=str(weights) if weights else None, text_cfg=text, **_PREPROCESSING
-    )
-    return model, transform, WordTokenizer(vocabulary, text["context_length"])
+    try:
+        config = json.loads((folder / MODEL_FILE).read_text(encoding="utf-8"))
+        model = SmallClip(config, len(vocabulary))
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"{folder / MODEL_FILE}: expected open_clip's configuration of a small CLIP, as {TINY_CLIP / MODEL_FILE} "
+            f"has it: {error!r}"
+        ) from error
+    if weights:
+        try:
+            model.load_state_dict(read_tensors(weights))
+        except RuntimeError as error:
+            raise UserError(
+                f"{weights}: expected the weights of the CLIP in {MODEL_FILE} beside it: {error}"
+            ) from error
+    tokenizer = WordTokenizer(vocabulary, config["text_cfg"]["context_length"])
+    return model, transform(config["vision_cfg"]["image_size"]), tokenizer

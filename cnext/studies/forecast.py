@@ -57,7 +57,7 @@ def text(planned: Plan, gpus: int, teraflops: float) -> str:
     uneven = [name for name in planned.order if recipe.of(name).batch_size % gpus]
     if uneven:
         raise UserError(f"--gpus {gpus} does not divide the batch size of {', '.join(uneven)}; give another number")
-    packages.require(*packages.MODELS)
+    packages.require(*packages.needed(config.backbone))
     backbone = backbones.load(config.backbone).meta(config.weights)
     method = methods.load(config.method)(**planned.hyperparameters)
     tasks = [planned.suite.task(name) for name in planned.order]
@@ -139,7 +139,6 @@ def _sizes(backbone: Backbone, method: Method, tasks: Sequence[Task], trainable:
 
 def extra_bytes(method: str) -> str:
     """What a method stores after the six tasks of next-tiny on the tiny backbone, as text for its card."""
-    packages.require(*packages.MODELS)
     made, suite = methods.load(method)(), suites.load("next-tiny")
     made.setup(backbones.load("tiny").load(), suite.tasks, torch.Generator().manual_seed(0))
     count = made.extra_bytes(len(suite.tasks))

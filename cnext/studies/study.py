@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import sys
 
-from cnext import backbones
+from cnext import backbones, packages
 from cnext.config.run_config import Plan, plan
 from cnext.distributed import collectives, processes
 from cnext.errors import UserError, unknown
@@ -72,6 +72,12 @@ def _note_missing_tasks(plans: list[Plan]) -> None:
                 f"note: order {planned.config.order} leaves out {', '.join(missing)}, which are neither trained nor "
                 f"tested; orders of all tasks: {', '.join([*planned.suite.orders, *suites.ORDERS])}"
             )
+
+
+def _note_missing_figures() -> None:
+    """Prints a note where reports will have no figures."""
+    if packages.version("matplotlib") is None:
+        print("note: the report has no figures without matplotlib: pip install 'cnext[report]'", file=sys.stderr)
 
 
 def is_finished(planned: Plan) -> bool:
@@ -224,6 +230,7 @@ def main(flags: Flags) -> int:
     if flags.dry_run:
         _dry_run(flags, plans)
         return 0
+    _note_missing_figures()
     if processes.launched() > 1:
         _distributed(flags, plans)
         return 0

@@ -15,7 +15,7 @@ from cnext.backbones.base import Backbone
 from cnext.config.run_config import Plan, loading_options
 from cnext.errors import UserError
 from cnext.methods.base import Method
-from cnext.scoring.clip import load_clip
+from cnext.scoring.clip import load_clip, needs_open_clip
 from cnext.tasks import formats, synthetic
 from cnext.tasks.base import DataError, Sample
 from cnext.tasks.kept_images import cache
@@ -189,7 +189,7 @@ def refuse_empty(planned: Plan, data: Path, samples: Samples, left: LeftOut) -> 
 def load_backbone(planned: Plan) -> Backbone:
     """The backbone on its device, at its precision. Raises UserError where a task needs images that it cannot write."""
     config, recipe = planned.config, planned.recipe
-    packages.require(*packages.MODELS)
+    packages.require(*packages.needed(config.backbone))
     backbone = backbones.load(config.backbone).load(
         planned.device,
         config.weights,
@@ -215,5 +215,6 @@ def trained_beside(backbone: Backbone, trainable: str) -> dict[str, nn.Parameter
 def check_clip(planned: Plan, device: str) -> None:
     """Loads the CLIP model where a task writes images. Raises UserError where it is missing or no CLIP."""
     if any("image" in planned.suite.task(name).writes for name in planned.order):
-        packages.require("torchvision", "open_clip_torch")
+        if needs_open_clip(planned.suite.clip):
+            packages.require("torchvision", "open_clip_torch")
         load_clip(planned.suite.clip, device)

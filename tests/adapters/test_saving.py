@@ -766,7 +766,7 @@ def test_cnext_import_reads_what_is_saved(tmp_path: Path) -> None:
     from cnext.backbones.tiny.model import TinyBackbone
     from cnext.exchange.importing import import_adapter
 
-    handle = cnext.attach_mage(TinyBackbone.load().decoder, rank=2)
+    handle = cnext.attach_mage(TinyBackbone.load().outer_model(), rank=2)
     handle.save_pretrained(tmp_path / "out", base_model="cnext:tiny")
     told = import_adapter(tmp_path / "out", tmp_path / "run", method="mage")
     assert "reference logits as exported" in told

@@ -14,9 +14,10 @@ from backbones.seed_x.released import write_released
 from tasks.official import write_continual_next
 
 from cnext import packages
-from cnext.cli import main, run_main
+from cnext.cli import main
 from cnext.config.run_config import Options
 from cnext.doctor import checks
+from cnext.errors import UserError
 from cnext.ops import dispatch
 from cnext.packages import ERROR, EVERY_RUN, NOTE, OK, SOME_RUNS, Check
 from cnext.scoring.clip import TINY_CLIP
@@ -64,17 +65,16 @@ def test_packages_that_cannot_be_imported(tmp_path: Path, monkeypatch: pytest.Mo
 def test_a_torchvision_of_another_torch_is_the_one_to_fix(monkeypatch: pytest.MonkeyPatch) -> None:
     wrong = {"torchvision": "operator torchvision::nms does not exist", "open_clip": "the same", "peft:PeftModel": "so"}
     monkeypatch.setattr(packages, "import_errors", lambda modules: [wrong.get(module, "") for module in modules])
-    found = {check.name: check for check in packages.check_packages()}
-    assert [name for name, check in found.items() if check.state == ERROR] == ["torchvision", "open_clip_torch"]
+    assert ERROR not in states(packages.check_packages(packages.needed("tiny"))).values()
+    found = {check.name: check for check in packages.check_packages(packages.needed("janus"))}
+    assert [name for name, check in found.items() if check.state == ERROR] == ["torchvision"]
     assert found["torchvision"].text.endswith("broken: operator torchvision::nms does not exist")
     assert "install --force-reinstall torchvision torch==" in found["torchvision"].fix
     assert found["open_clip_torch"].fix == found["peft"].fix == "fix torchvision first, which it imports"
     assert found["peft"].state == NOTE
 
 
-def test_a_run_with_a_broken_torchvision_fails_at_once(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_broken_torchvision_fails_a_model_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As a CPU build of torch finds the torchvision of a CUDA build."""
     (tmp_path / "torchvision.py").write_text("raise RuntimeError('operator torchvision::nms does not exist')")
     monkeypatch.syspath_prepend(tmp_path)
@@ -82,12 +82,12 @@ def test_a_run_with_a_broken_torchvision_fails_at_once(
     real = packages.version
     versions = {"torch": "2.13.0+cpu", "torchvision": "0.28.0"}
     monkeypatch.setattr(packages, "version", lambda name: versions.get(name) or real(name))
-    assert run_main(["--method", "lora", "--preset", "smoke", "--out", str(tmp_path / "runs")]) == 2
-    why, fix, more = capsys.readouterr().err.splitlines()[-3:]
-    assert why == "error: torchvision 0.28.0 cannot be imported: operator torchvision::nms does not exist"
+    with pytest.raises(UserError) as refused:
+        packages.require(*packages.needed("janus"))
+    why, fix, more = str(refused.value).splitlines()
+    assert why == "torchvision 0.28.0 cannot be imported: operator torchvision::nms does not exist"
     assert "pip install --force-reinstall torchvision torch==2.13.0+cpu --index-url INDEX, with the index that" in fix
     assert more == "`cnext doctor` checks every package"
-    assert not list(tmp_path.rglob("results.json"))
 
 
 @pytest.mark.usefixtures("importable")
@@ -109,7 +109,7 @@ def test_a_broken_package_fails_the_doctor(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Imported in a real subprocess: a torchvision for another torch, which breaks transformers."""
-    monkeypatch.setattr(packages, "EVERY_RUN", {name: EVERY_RUN[name] for name in ("torchvision", "transformers")})
+    monkeypatch.setattr(packages, "EVERY_RUN", {name: SOME_RUNS[name][0] for name in packages.MODELS})
     monkeypatch.setattr(packages, "SOME_RUNS", {})
     (tmp_path / "torchvision.py").write_text("raise RuntimeError('operator torchvision::nms does not exist')")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))

@@ -78,7 +78,7 @@ def loaded(folder: Path, format: str) -> nn.Module:
 
     if format == "merged":
         return AutoModelForCausalLM.from_pretrained(folder)
-    base = TinyBackbone.load().decoder
+    base = TinyBackbone.load().outer_model()
     if format == "peft-merged-rank":
         return PeftModel.from_pretrained(base, folder)
     model = PeftModel.from_pretrained(base, folder / ROLES[0], adapter_name=ROLES[0])
@@ -147,7 +147,7 @@ def test_trained_extras_round_trip(tmp_path: Path) -> None:
     """Embeddings, head, norms and connection layers, in the authors' layout and merged; PEFT has no place for them."""
     run = made(tmp_path / "runs", "mage", trainable="released")
     before = restore(run)
-    assert not torch.equal(before.model.lm_head.weight, TinyBackbone.load().decoder.lm_head.weight)
+    assert not torch.equal(before.model.lm_head.weight, TinyBackbone.load().outer_model().lm_head.weight)
     export(run, tmp_path / "out", "authors")
     told = import_adapter(tmp_path / "out", tmp_path / "back", method="mage")
     assert "reference logits as exported" in told

@@ -341,7 +341,7 @@ def test_layers_that_an_adapter_is_not_for_start_at_zero(config: Make, tmp_path:
     """As PEFT's default target modules have it; and what was left as pretrained is said."""
     from peft import LoraConfig, get_peft_model
 
-    base = TinyBackbone.load().decoder
+    base = TinyBackbone.load().outer_model()
     settings = LoraConfig(r=32, lora_alpha=32, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
     get_peft_model(base, settings).save_pretrained(tmp_path / "out")
     options = {"method": "lora", "order": "VQAv2", "init_from": tmp_path / "out", "hyperparameters": {"scale": 1.0}}

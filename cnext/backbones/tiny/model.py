@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,7 @@ from cnext.backbones.base import Backbone, Output
 from cnext.backbones.conversation import IGNORED, IMAGE_READ, IMAGE_WRITTEN, TEXT_READ, TEXT_WRITTEN
 from cnext.backbones.decoding import greedy, pad_left
 from cnext.backbones.pretrained import LLAMA_LINEARS, checkpoint_activations
+from cnext.backbones.tiny.decoder import Config, Llama, as_transformers
 from cnext.backbones.tiny.tokenizer import TinyTokenizer
 from cnext.backbones.tiny.vision import TOKENS, WIDTH, Detokenizer, VisualEncoder, to_image, to_input
 from cnext.errors import UserError
@@ -70,16 +71,14 @@ class TinyBackbone(Backbone):
     )
 
     def __init__(self) -> None:
-        from transformers import LlamaConfig, LlamaForCausalLM
-
         super().__init__()
         self.tokenizer = token = TinyTokenizer()
         self.pad_id = token["<pad>"]
         self.stop_ids = (token["</s>"], token["<img>"])
         self.banned_ids = (token["<pad>"], token["<s>"], token["<patch>"])
         hidden = 128
-        self.decoder = LlamaForCausalLM(
-            LlamaConfig(
+        self.decoder = Llama(
+            Config(
                 vocab_size=len(token),
                 hidden_size=hidden,
                 intermediate_size=344,
@@ -89,7 +88,6 @@ class TinyBackbone(Backbone):
                 bos_token_id=token["<s>"],
                 eos_token_id=token["</s>"],
                 pad_token_id=token["<pad>"],
-                tie_word_embeddings=False,
             )
         )
         self.encoder = VisualEncoder()
@@ -140,6 +138,9 @@ class TinyBackbone(Backbone):
             for name, parameter in self.named_parameters()
             if name.startswith("decoder.") and ("norm" in name or "embed_tokens" in name or "lm_head" in name)
         }
+
+    def outer_model(self) -> Any:
+        return as_transformers(self.decoder)
 
     @property
     def language_model(self) -> nn.Module:
