@@ -293,6 +293,33 @@ class Backbone(ABC, nn.Module):
             (N, hidden), on `device`; (0, hidden) of no samples.
         """
 
+    @torch.no_grad()
+    def question_means(self, encoded: Sequence[Any]) -> Tensor:
+        """Mean last hidden state over the positions that read text of each sample's first instruction.
+
+        They have attended to an image before them. With the adapters that are active, without gradient. Answers and
+        target images are not read. A backbone may override it to take several samples at once; one at a time there is
+        no padding.
+
+        Returns:
+            (N, hidden), on `device`; (0, hidden) of no samples.
+        """
+        found: list[Tensor] = []
+        hook = self.language_model.register_forward_hook(lambda _, __, output: found.append(output[0]))
+        try:
+            parts = [self.question_features([])]
+            for item in encoded:
+                found.clear()
+                self.positions = None
+                self.question_features([item])
+                [[states]] = found
+                text = torch.ones(len(states), dtype=torch.bool) if self.positions is None else self.positions[0] == 0
+                states = states[text.to(states.device)] if text.any() else states
+                parts.append(states.float().mean(0, keepdim=True).to(parts[0]))
+        finally:
+            hook.remove()
+        return torch.cat(parts)
+
     @abstractmethod
     def generate(self, samples: Sequence[Sample], max_new_tokens: int) -> list[Prediction]:
         """Answers each sample's first instruction, text by greedy decoding. Answers and target images are not read.

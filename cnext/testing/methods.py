@@ -79,7 +79,8 @@ def old_samples_seen(sequence: Sequence) -> int:
     """Number of samples of a first task that a method encodes or puts through the model while it trains on a second."""
     tiny: Any = sequence.tiny
     encoded, passed = [], []
-    plain = {name: getattr(tiny, name) for name in ("encode", "output", "question_features")}
+    passing = ("output", "question_features", "question_means")
+    plain = {name: getattr(tiny, name) for name in ("encode", *passing)}
 
     def encode(samples: list) -> list:
         encoded.extend((sample.image, sample.turns[0].instruction) for sample in samples)
@@ -92,7 +93,9 @@ def old_samples_seen(sequence: Sequence) -> int:
 
         return call
 
-    tiny.encode, tiny.output, tiny.question_features = encode, watched("output"), watched("question_features")
+    tiny.encode = encode
+    for method in passing:
+        setattr(tiny, method, watched(method))
     sequence.learn(TASKS[0])
     assert not sequence.parameters or passed, "training must put its batches through the backbone's `output`"
     first = {id(item): item for batch in passed for item in batch}

@@ -7,7 +7,7 @@ to the features of the target image. A de-tokenizer decodes features to pixels.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -266,17 +266,30 @@ class TinyBackbone(Backbone):
 
     @torch.no_grad()
     def question_features(self, encoded: Sequence[TinyInputs]) -> Tensor:
-        parts = []
+        return self._of_questions(encoded, lambda hidden, length: hidden[torch.arange(len(hidden)), length - 1])
+
+    @torch.no_grad()
+    def question_means(self, encoded: Sequence[TinyInputs]) -> Tensor:
+        def mean(hidden: Tensor, length: Tensor) -> Tensor:
+            assert self.positions is not None, "_embed sets them"
+            text = (self.positions == TEXT_READ) & (torch.arange(hidden.shape[1], device=self.device) < length[:, None])
+            return (hidden * text[..., None]).sum(1) / text.sum(1, keepdim=True)
+
+        return self._of_questions(encoded, mean)
+
+    def _of_questions(self, encoded: Sequence[TinyInputs], pooled: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+        """(N, hidden) of first instructions. pooled: of hidden states (B, L, hidden) and lengths (B,), padded right."""
+        parts = [torch.empty(0, self.image_queries.shape[1], device=self.device)]
         for start in range(0, len(encoded), BATCH):
             chunk = encoded[start : start + BATCH]
             prompts = [item.question for item in chunk]
             ids = nn.utils.rnn.pad_sequence(prompts, True, self.pad_id).to(self.device)
-            last = torch.tensor([len(prompt) - 1 for prompt in prompts], device=self.device)
-            written = torch.arange(ids.shape[1], device=self.device) == last[:, None]
+            length = torch.tensor([len(prompt) for prompt in prompts], device=self.device)
+            written = torch.arange(ids.shape[1], device=self.device) == length[:, None] - 1
             embeddings, _ = self._embed(ids, [item.features for item in chunk], [False] * len(chunk), written)
             hidden = self.decoder.model(inputs_embeds=embeddings, use_cache=False).last_hidden_state
-            parts.append(hidden[torch.arange(len(chunk), device=self.device), last])
-        return torch.cat(parts) if parts else torch.empty(0, self.image_queries.shape[1], device=self.device)
+            parts.append(pooled(hidden, length))
+        return torch.cat(parts)
 
     @torch.no_grad()
     def generate(self, samples: Sequence[Sample], max_new_tokens: int) -> list[Prediction]:
