@@ -287,7 +287,7 @@ def _parser() -> argparse.ArgumentParser:
 
     analyze = add("analyze", _analyze, "analyze where and why methods forget, from run folders")
     analyze.add_argument("run", type=Path, nargs="+", help="run folders, or folders that contain some")
-    names = ("types", "transfer", "orders", "ablations", "seeds", "stages", "drift", "samples", "breaks")
+    names = ("types", "transfer", "orders", "ablations", "seeds", "stages", "drift", "samples", "breaks", "validity")
     help = "analyses to do (default: all that these folders allow)"
     analyze.add_argument("--what", choices=names, nargs="+", default=[], help=help)
     analyze.add_argument("--format", choices=tables, default="markdown", help="default: markdown")

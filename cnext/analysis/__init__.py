@@ -16,6 +16,7 @@ from cnext.analysis.overall import ablations, orders, seeds, stages
 from cnext.analysis.result import ResultTable, Unavailable
 from cnext.analysis.samples import samples
 from cnext.analysis.transfer import transfer
+from cnext.analysis.validity import validity
 from cnext.errors import unknown
 
 ANALYSES: dict[str, Callable[[RunGroups], list[ResultTable]]] = {
@@ -28,6 +29,7 @@ ANALYSES: dict[str, Callable[[RunGroups], list[ResultTable]]] = {
     "drift": drift,
     "samples": samples,
     "breaks": breaks,
+    "validity": validity,
 }
 
 

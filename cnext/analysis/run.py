@@ -15,6 +15,7 @@ from cnext.errors import UserError
 from cnext.records import Record
 from cnext.runs import schemas
 from cnext.runs.schemas import (
+    SEPARABILITY,
     Answer,
     Config,
     Cost,
@@ -24,6 +25,7 @@ from cnext.runs.schemas import (
     Matrix,
     Results,
     Row,
+    Separability,
     TrainStep,
 )
 from cnext.scoring.matrix import ScoreMatrix
@@ -153,6 +155,12 @@ class Run:
         """The answers to a task's samples after a stage; empty where it was not evaluated."""
         folder = self.path / "predictions" / self.stage(stage).replace(" ", "_", 1)
         return schemas.read_rows(folder / f"{task}.jsonl", Answer)
+
+    @cached_property
+    def separability(self) -> Separability | None:
+        """How separable the tasks are without training; None where it was not measured."""
+        file = self.path / SEPARABILITY
+        return schemas.read(file, Separability) if file.is_file() else None
 
     @cached_property
     def answered(self) -> bool:

@@ -305,7 +305,11 @@ class Backbone(ABC, nn.Module):
             (N, hidden), on `device`; (0, hidden) of no samples.
         """
         found: list[Tensor] = []
-        hook = self.language_model.register_forward_hook(lambda _, __, output: found.append(output[0]))
+
+        def keep(_: nn.Module, __: Any, output: Any) -> None:
+            found.append(output if isinstance(output, Tensor) else output[0])
+
+        hook = self.language_model.register_forward_hook(keep)
         try:
             parts = [self.question_features([])]
             for item in encoded:

@@ -223,11 +223,50 @@ class Plan:
 
         Zero-shot is left out where nothing is trained, and so are the stages before the last of ``init_tasks``.
         """
+        total, given = len(self.order), len(self.config.init_tasks)
+        return [total if self.trains else 0, *(count if count >= given else 0 for count in self._numbers[1:])]
+
+    def apart(self, stage: int) -> tuple[Task, ...]:
+        """What a stage is evaluated on besides the tasks learnt: the next one, and the suite's held-out sets.
+
+        The scores are kept apart from the score matrix. Nothing where nothing is trained; no next task where all are
+        learnt at once.
+        """
+        if not self.trains or 0 < stage < len(self.config.init_tasks):
+            return ()
+        in_turn = 0 < stage < len(self.order) and not self._joint
+        ahead = [self.suite.task(self.order[stage])] if in_turn else []
+        return (*ahead, *(task for task in self.suite.held_out if self.config.split in task.splits))
+
+    @property
+    def evaluations(self) -> list[int]:
+        """How many evaluations each stage has, from stage 0 on: as `evaluated`, and those of `apart`."""
+        return [count + len(self.apart(stage)) for stage, count in zip(self._numbers, self.evaluated, strict=True)]
+
+    @property
+    def asked(self) -> list[tuple[Task, int]]:
+        """Every task in order and every held-out set, with the number of its evaluations in the run."""
+        again = [task.name for stage in self._numbers for task in self.apart(stage)]
+        times = {name: sum(count > i for count in self.evaluated) for i, name in enumerate(self.order)}
+        names = dict.fromkeys([*self.order, *again])
+        return [(self.suite.task(name), times.get(name, 0) + again.count(name)) for name in names]
+
+    @property
+    def _joint(self) -> bool:
         from cnext import methods
 
-        total, given = len(self.order), len(self.config.init_tasks)
-        stages = [total] if methods.load(self.config.method).joint else range(1, total + 1)
-        return [total if self.trains else 0, *(count if count >= given else 0 for count in stages)]
+        return methods.load(self.config.method).joint
+
+    @property
+    def _numbers(self) -> list[int]:
+        """The numbers of the stages, 0 included."""
+        total = len(self.order)
+        return [0, total] if self._joint else list(range(total + 1))
+
+    @property
+    def held_out(self) -> list[str]:
+        """The names of the held-out sets that the run is evaluated on."""
+        return [task.name for task in self.apart(0)]
 
     @property
     def recipes(self) -> list[Recipe]:
@@ -260,7 +299,7 @@ class Plan:
             "backbone_options": loading_options(config.backbone, config.backbone_options),
             "recipe": recipe,
         }
-        tasks = [self.suite.task(name) for name in self.order]
+        tasks = [*map(self.suite.task, self.order), *self.apart(0)]
         if code := _code(tasks) | _option_files(config.backbone, values["backbone_options"]):
             values["code"] = code
         if config.on_bad_row != Options.on_bad_row:
@@ -312,7 +351,7 @@ def plan(config: RunConfig, elsewhere: bool = False, forecast: bool = False) -> 
     if isinstance(config.data, Mapping):  # which is no flag's type
         config = dataclasses.replace(config, data=save_datasets(suite, config.data, order))
     recipe = _recipe(config, suite.budgets[config.preset])
-    for name in order:
+    for name in [*order, *(task.name for task in suite.held_out)]:
         _check_task(suite.task(name), suite.modalities)
     missing = [task for task in order if task not in recipe.steps]
     if missing:

@@ -1,10 +1,10 @@
 """Prototype: one LoRA per task as in mr-lora, chosen for a question by the nearest centroid of its frozen features.
 
-Nothing is trained to choose. The centroid of a task is the mean of the pretrained model's hidden states, over the text
-of its first 100 training questions, after their images, with the branches off. A question is answered with the branch of
-the task, of those learnt, whose centroid is nearest to its features in units of their standard deviation within tasks.
-Counts, sums and summed squares are kept, and no sample. Where a suite's tasks are separable without training, this comes
-as far as a trained router; `cnext analyze --what validity` shows how separable they are.
+Nothing is trained to choose. The centroid of a task is the mean of the pretrained model's hidden states over the text
+of its first 100 training questions, each after its image, with the branches off. A question is answered with the branch
+of the task, of those learnt, whose centroid is nearest to its features, in units of their deviation within tasks.
+Counts, sums and summed squares are kept, and no sample. How separable the tasks of a suite are without training is what
+`cnext analyze --what validity` shows.
 
 Reference: the project's own baseline; branches as in Zhao et al., MLLM-CL, arXiv 2506.05453; centroids as in Rebuffi et
 al., iCaRL, arXiv 1611.07725, section 2.1.
@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from cnext import adapters
 from cnext.adapters.by_centroid import ByCentroid

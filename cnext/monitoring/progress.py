@@ -141,7 +141,7 @@ class Progress:
     def plan(self, planned: Plan, tasks_done: int, step: int) -> None:
         """Starts the bar of all optimizer steps of the run. tasks_done, step: where the run starts or resumes."""
         steps = [planned.recipe.steps[name] for name in planned.order]
-        self.eta = RunEta(steps, planned.evaluated, tasks_done, step)
+        self.eta = RunEta(steps, planned.evaluations, tasks_done, step)
         if self.study is not None:
             self.ids["study"] = self.bars.add_task("all runs", total=self.study.total, shown="")
         self.ids["all"] = self.bars.add_task("all tasks", total=sum(steps), completed=self.eta.steps.done, shown="")
@@ -159,6 +159,10 @@ class Progress:
         self.bars.advance(self.ids["all"])
         doing = f"stage {stage} {name}: step {step} of {steps}, loss {loss:.3f}"
         self._report(doing, stage=stage, task=name, step=step, steps=steps)
+
+    def measuring(self, what: str) -> None:
+        """The run does something else than training and evaluating."""
+        self._report(what)
 
     @contextmanager
     def evaluating(self, stage: int, trained: str, name: str, samples: int) -> Iterator[None]:

@@ -14,7 +14,7 @@ from cnext.analysis.groups import RunGroups, means
 from cnext.analysis.overall import BY_OUTPUT, averages, forgettings
 from cnext.analysis.result import ResultTable
 from cnext.analysis.transfer import changes, in_turn
-from cnext.report import plots, study_plots
+from cnext.report import plots, study_plots, validity
 from cnext.report.analyses import heat_map, missing, table, without
 from cnext.report.blocks import Block, Code, Folded, Key, Picture, Plots, Section, Table, Text
 from cnext.scoring.base import ERROR_TYPES
@@ -33,6 +33,7 @@ def sections(study: RunGroups, analysis: Analysis, command: str) -> list[Section
         *([page.section("ablations", "Ablation")] if "ablations" in done else []),
         *([page.section("seeds", "Seeds", page.first)] if "seeds" in done else []),
         page.section("drift", "Adapter updates", page.first),
+        Section(validity.TITLE, validity.blocks(page.analysis.tables["validity"], page.table)),
         *(_metrics(), _reproduction(page, command)),
     ]
     return [section for section in found if section.blocks]

@@ -85,13 +85,68 @@ class Answer(Record, kw_only=True):
     released_text: str | None = None
 
 
+class HeldOut(Record):
+    """Scores on held-out sets, which no task trains.
+
+    scores: a row a stage from zero-shot on, a column a set, None where not evaluated.  before, after: the first row and
+    the last, where both are there.
+    """
+
+    tasks: list[FileName]
+    scores: Matrix
+    samples: dict[str, int] = field(default_factory=dict)
+    before: Row | None = None
+    after: Row | None = None
+
+    def __post_init__(self) -> None:
+        if any(row is not None and len(row) != len(self.tasks) for row in self.scores):
+            raise ValueError(f"Expected rows of {len(self.tasks)} held-out sets")
+
+
+SEPARABILITY = "separability.json"
+
+
+class Routed(Record):
+    """How well a nearest-centroid router finds the task.
+
+    accuracy: percent of all samples.  confusion: a row a task, how many of its samples are assigned to each.
+    """
+
+    accuracy: Percent
+    confusion: list[list[int]]
+
+
+class Separability(Record):
+    """separability.json: how separable the tasks are without training. centroids: samples that each is the mean of.
+
+    question, image_and_question: what the router sees. split: of the samples that it assigns.
+    """
+
+    tasks: list[FileName]
+    split: str
+    centroids: list[int]
+    question: Routed
+    image_and_question: Routed
+
+    def __post_init__(self) -> None:
+        size = len(self.tasks)
+        rows = [row for one in (self.question, self.image_and_question) for row in [one.confusion, *one.confusion]]
+        if len(self.centroids) != size or any(len(row) != size for row in rows):
+            raise ValueError(f"Expected centroids and confusions of {size} tasks")
+
+
 class ProfileScores(Record):
-    """The scores of a run under a second profile. zero_shot: stage 0; score_matrix: stages from 1 on."""
+    """The scores of a run under a second profile. zero_shot: stage 0; score_matrix: stages from 1 on.
+
+    before_learnt: of each task right before its own stage, None where not measured.
+    """
 
     score_matrix: Matrix | None = None
     zero_shot: Row | None = None
     metrics: dict[str, Percent | None] = field(default_factory=dict)
     error_matrix: dict[str, Matrix | None] | None = None
+    before_learnt: Row | None = None
+    held_out: HeldOut | None = None
 
 
 class Usage(Record):
@@ -181,12 +236,15 @@ class Results(Record):
     order: str = ""
     split: str = ""
     init: Init | None = None
+    before_learnt: Row | None = None
+    held_out: HeldOut | None = None
 
     def __post_init__(self) -> None:
         """Matrices as wide as there are tasks."""
         width, profiles = len(self.tasks), [self, *(self.profiles or {}).values()]
         matrices = [m for p in profiles for m in (p.score_matrix, *(p.error_matrix or {}).values()) if m is not None]
-        rows = [row for matrix in matrices for row in matrix] + [profile.zero_shot for profile in profiles]
+        rows = [row for matrix in matrices for row in matrix]
+        rows += [row for profile in profiles for row in (profile.zero_shot, profile.before_learnt)]
         if not width or len(set(self.tasks)) < width or any(len(matrix) > width for matrix in matrices):
             raise ValueError("Expected distinct tasks, and a row a stage at most")
         merged = {merge.task for merge in self.averaging or []}

@@ -24,7 +24,8 @@ FORMULAS: dict[str, str] = {
     "forgetting_peak (Mammoth) unless a task is best after the last stage",
     "forgetting_peak": "(1/(T-1)) Σ_{i<T} (max_{i<=l<=T} R[l][i] - R[T][i]); divisor T-1, never negative; Mammoth",
     "bwt": "(1/(T-1)) Σ_{i<T} (R[T][i] - R[i][i]) = -forgetting; divisor T-1; GEM",
-    "fwt": "(1/(T-1)) Σ_{i>1} (R[i-1][i] - R[0][i]); divisor T-1; GEM, with zero-shot as the base",
+    "fwt": "(1/(T-1)) Σ_{i>1} (R[i-1][i] - R[0][i]), each task's score right before its own stage minus zero-shot; "
+    "divisor T-1; GEM, with zero-shot as the base",
     "transfer": "(1/(T-1)) Σ_{i>1} (1/(i-1)) Σ_{1<=t<i} R[t][i]; divisor T-1; scores before the task's own stage; ZSCL",
     "worst_acc": "min_i R[T][i]; no divisor",
     "worst_forgetting": "max_{i<T} (R[i][i] - R[T][i]); no divisor",
@@ -147,6 +148,7 @@ def metrics(
     zero_shot: Sequence[float | None] | None = None,
     error_matrices: Mapping[str, ScoreMatrix] | None = None,
     writes: Sequence[Sequence[str]] | None = None,
+    before_learnt: Sequence[float | None] | None = None,
 ) -> dict[str, float | None]:
     """Every metric of ``FORMULAS`` over the stages done; None where it is undefined or a score it needs is missing.
 
@@ -155,6 +157,7 @@ def metrics(
         zero_shot: R[0], in training order, for ``fwt``.
         error_matrices: the share of each of ``ERROR_TYPES`` in percent of all test samples, in the same layout.
         writes: the output modalities of each task, in training order.
+        before_learnt: R[i-1][i] of each task, for ``fwt``, where they are not in the matrix.
 
     Returns:
         One entry for every key of ``FORMULAS``.
@@ -184,7 +187,7 @@ def metrics(
     changes = matrix.changes()
     result["recovery"] = fsum(_max([0.0, change]) for _, _, change in changes)
     if zero_shot is not None:
-        result["fwt"] = _forward_transfer(matrix, zero_shot, done)
+        result["fwt"] = _forward_transfer(matrix, zero_shot, done, before_learnt)
     if writes is not None:
         for modality in ("text", "image"):
             result[f"avg_acc_{modality}"] = _mean([final[i] for i in range(done) if modality in writes[i]])
@@ -264,11 +267,18 @@ def _defined(result: dict[str, float | None]) -> dict[str, float | None]:
     return {name: None if value is None or isnan(value) else value for name, value in result.items()}
 
 
-def _forward_transfer(matrix: ScoreMatrix, zero_shot: Sequence[float | None], done: int) -> float | None:
-    pairs = [(matrix[i - 1, i], nan if (base := zero_shot[i]) is None else base) for i in range(1, done)]
-    if any(isnan(ahead) or isnan(base) for ahead, base in pairs):
+def _forward_transfer(
+    matrix: ScoreMatrix,
+    zero_shot: Sequence[float | None],
+    done: int,
+    before_learnt: Sequence[float | None] | None = None,
+) -> float | None:
+    measured = before_learnt or [None] * done
+    ahead = [matrix[i - 1, i] if (apart := measured[i]) is None else apart for i in range(1, done)]
+    pairs = [(score, nan if (base := zero_shot[i]) is None else base) for i, score in enumerate(ahead, 1)]
+    if any(isnan(score) or isnan(base) for score, base in pairs):
         return None
-    return _mean([ahead - base for ahead, base in pairs])
+    return _mean([score - base for score, base in pairs])
 
 
 def _error_growth(matrix: ScoreMatrix, errors: Mapping[str, ScoreMatrix], last: int) -> dict[str, float | None]:

@@ -2,8 +2,9 @@
 
 Rows are stages and columns tasks, both in training order; an empty cell (null) was not evaluated. CSV may have a header
 row of task names, a first column of row labels, and a first row labelled zero-shot. JSON is a list of rows, or an
-object with "score_matrix" and, each optional, "tasks", "zero_shot", "writes" {task: [modalities]}, "error_matrix",
-"joint", "single", "chance" (a score per task) and "held_out" {"before": [...], "after": [...]}.
+object with "score_matrix" and, each optional, "tasks", "zero_shot", "before_learnt" (each task's score right before its
+stage), "writes" {task: [modalities]}, "error_matrix", "joint", "single", "chance" (a score per task) and "held_out"
+{"before": [...], "after": [...]}.
 
 Scores are in percent. A file whose scores are all at most 1 may hold fractions, and is read where the scale is given.
 """
@@ -42,11 +43,12 @@ class ScoreRecord:
     errors: dict[str, ScoreMatrix] | None = None
     writes: list[list[str]] | None = None
     references: dict[str, Any] = field(default_factory=dict)
+    before_learnt: list[float | None] | None = None
     named: bool = True
 
     def metrics(self) -> dict[str, float | None]:
         """Every metric, under its name in results.json; None where something that it needs is missing."""
-        own = metrics(self.matrix, self.zero_shot, self.errors, self.writes)
+        own = metrics(self.matrix, self.zero_shot, self.errors, self.writes, self.before_learnt)
         return own | reference_metrics(self.matrix, **self.references)
 
 
@@ -147,12 +149,17 @@ def from_json(value: Any, where: str, least: float = 0.0) -> ScoreRecord:
     # In the results.json of a run "joint" is a flag: whether it learnt all tasks at once.
     if not isinstance(given.get("joint", False), bool):
         references["joint"] = _full(given["joint"], size, f"{where}, joint")
-    if "held_out" in given:
-        before, after = (_member(given["held_out"], key, f"{where}, held_out") for key in ("before", "after"))
+    held_out = given.get("held_out")
+    # A run whose zero-shot scores are missing has scores on held-out sets, and no change of them.
+    if held_out is not None and not (isinstance(held_out, dict) and "scores" in held_out and "before" not in held_out):
+        before, after = (_member(held_out, key, f"{where}, held_out") for key in ("before", "after"))
         references["held_out"] = tuple(_full(row, len(before), f"{where}, held_out") for row in (before, after))
-    zero_shot, errors, writes = (given.get(key) for key in ("zero_shot", "error_matrix", "writes"))
+    keys = ("zero_shot", "before_learnt", "error_matrix", "writes")
+    zero_shot, before, errors, writes = (given.get(key) for key in keys)
     if zero_shot is not None:
         zero_shot = _row(zero_shot, size, f"{where}, zero_shot", (least, 100))
+    if before is not None:
+        before = _row(before, size, f"{where}, before_learnt", (least, 100))
     if errors is not None:
         place = f"{where}, error_matrix"
         shares = {kind: _member(errors, kind, place) for kind in ERROR_TYPES}
@@ -161,7 +168,7 @@ def from_json(value: Any, where: str, least: float = 0.0) -> ScoreRecord:
         writes = [_member(writes, task, f"{where}, writes") for task in tasks]
         for task, modalities in zip(tasks, writes, strict=True):
             _check_names(modalities, f"{where}, writes, {task}")
-    return ScoreRecord(tasks, matrix, zero_shot, errors, writes, references, named="tasks" in given)
+    return ScoreRecord(tasks, matrix, zero_shot, errors, writes, references, before, named="tasks" in given)
 
 
 def _rows(value: Any, size: int, where: str, limits: tuple[float, float]) -> ScoreMatrix:

@@ -15,7 +15,7 @@ from cnext.monitoring.eta import duration
 from cnext.tasks.base import Sample, Task
 from cnext.training.evaluation import answer
 from cnext.training.precision import autocast
-from cnext.training.setup import Prepared, prepare, reference_warnings
+from cnext.training.setup import HELD_OUT_SAMPLES, Prepared, prepare, reference_warnings
 from cnext.training.trainer import begin
 
 SAMPLES = ("train_samples", "test_samples")
@@ -52,18 +52,26 @@ def estimate(planned: Plan) -> Estimate:
             f"{'task':<12} {'reads':<12} {'writes':<8} {'steps':>6} {'trained':>10}   time to train, to evaluate once",
         ]
         total = 0.0
-        for index, name in enumerate(planned.order):
+        evaluations = {task.name: times for task, times in planned.asked}
+        for name in planned.order:
             task = planned.suite.task(name)
             trained, step_seconds = _time_steps(planned, ready, task) if recipe.steps[name] else (0, 0.0)
             test = ready.samples[config.split][name]
             questions = len(test) if config.data else recipe.test_samples or len(test)
             answers = _time_answers(planned, ready, task, test[:TIMED_SAMPLES]) * questions
             training = step_seconds * recipe.steps[name]
-            total += training + answers * sum(count > index for count in planned.evaluated)
+            total += training + answers * evaluations.pop(name)
             reads, writes = "+".join(task.reads), "+".join(task.writes)
             steps = recipe.steps[name] if trained else 0
             times = f"{duration(training)}, {duration(answers)}"
             lines.append(f"{name:<12} {reads:<12} {writes:<8} {steps:>6} {trained:>10,}   {times}")
+        for name, times in evaluations.items():
+            task, test = planned.suite.task(name), ready.samples[config.split][name]
+            questions = len(test) if config.data else min(recipe.test_samples or len(test), HELD_OUT_SAMPLES)
+            answers = _time_answers(planned, ready, task, test[:TIMED_SAMPLES]) * questions
+            total += answers * times
+            reads, writes = "+".join(task.reads), "+".join(task.writes)
+            lines.append(f"{name:<12} {reads:<12} {writes:<8} {'held out':>17}   none, {duration(answers)}")
         state = [*ready.saved_parameters().values(), *method.state_dict().values()]
         size = sum(tensor.numel() * tensor.element_size() for tensor in state) * len(planned.order)
     lines += [*ready.left_out.lines(), *reference_warnings(planned, ready.samples)]
@@ -114,5 +122,8 @@ def _time_answers(planned: Plan, ready: Prepared, task: Task, samples: list[Samp
     """Seconds per answer."""
     started = time.perf_counter()
     with autocast(planned.recipe.precision, ready.backbone.device), ready.method.for_eval():
-        answer(ready.method, task, samples)
+        # A method that is told the task of a question knows those of the order alone.
+        answer(
+            ready.method, task, samples, None if task.name in planned.order else planned.suite.task(planned.order[0])
+        )
     return (time.perf_counter() - started) / len(samples)

@@ -21,6 +21,7 @@ from cnext.tasks import suites
 from cnext.tasks.base import Task
 from cnext.training.batches import stable_seed
 from cnext.training.precision import DTYPES
+from cnext.training.setup import HELD_OUT_SAMPLES
 
 TEXT_TOKENS = 64
 """Assumed text tokens of a training sample, question and answer together."""
@@ -163,11 +164,9 @@ def _memory(
 
 
 def _questions(planned: Plan, tasks: list[Task]) -> list[tuple[Task, int]]:
-    """Each task with its number of answers at all stages."""
-    return [
-        (task, (planned.recipe.test_samples or task.test_count) * sum(count > index for count in planned.evaluated))
-        for index, task in enumerate(tasks)
-    ]
+    """Each task and held-out set with its number of answers at all stages."""
+    counts = [(task, planned.recipe.test_samples or task.test_count, times) for task, times in planned.asked]
+    return [(task, (count if task in tasks else min(count, HELD_OUT_SAMPLES)) * times) for task, count, times in counts]
 
 
 def _answer_seconds(backbone: Backbone, task: Task, sizes: Sizes, precision: str, teraflops: float) -> float:

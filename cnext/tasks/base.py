@@ -256,6 +256,7 @@ class Suite:
     synthetic: name of the generator of the data folder, "" if the user supplies the data.
     clip: the CLIP model that scores images, see ``cnext.scoring.make_scorers``.
     modalities: what its tasks may read and write, see ``cnext.adapters.branch_roles``.
+    held_out: sets that no task trains, scored at every stage: how much of its general ability the model keeps.
     source, license: of the annotations; "" if unknown.
     """
 
@@ -269,10 +270,16 @@ class Suite:
     modalities: tuple[str, ...] = ("text", "image")
     source: str = ""
     license: str = ""
+    held_out: tuple[Task, ...] = ()
+
+    @property
+    def sets(self) -> tuple[Task, ...]:
+        """The tasks, and the held-out sets."""
+        return self.tasks + self.held_out
 
     def task(self, name: str) -> Task:
-        """The task of that name. Raises UserError with the valid names."""
-        for task in self.tasks:
+        """The task or held-out set of that name. Raises UserError with the tasks' names."""
+        for task in self.sets:
             if task.name == name:
                 return task
         raise unknown("task", name, [task.name for task in self.tasks])

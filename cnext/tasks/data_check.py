@@ -135,7 +135,7 @@ def check(suite: Suite, data: Path, progress: Progress, look: str = "decode", ne
         raise UserError(f"expected a folder with the files of suite {suite.name}, found none: {data}")
     report = Report(suite.name, str(data.absolute()))
     looked: dict[str, Inspection] = {}
-    for task in suite.tasks:
+    for task in suite.sets:
         found = report.tasks[task.name] = TaskReport()
         seen = {}
         for split in task.splits:
@@ -150,7 +150,7 @@ def check(suite: Suite, data: Path, progress: Progress, look: str = "decode", ne
         for one, other in combinations(task.splits, 2):
             found.shared_items += _shared(seen[one].questions, seen[other].questions)
             found.shared_images += _shared(seen[one].images, seen[other].images)
-    folders = {data / task.image_folder(split) for task in suite.tasks for split in task.splits}
+    folders = {data / task.image_folder(split) for task in suite.sets for split in task.splits}
     progress.begin("images that no row names", 0)
     for path in _images_in(folders):
         if path not in looked:

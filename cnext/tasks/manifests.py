@@ -30,9 +30,12 @@ class SuiteManifest(Record):
     modalities: list[ModalityName] = field(default_factory=lambda: list(map(ModalityName, Suite.modalities)))
     source: str = ""
     license: str = ""
+    held_out: list[FileName] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         names = set(self.tasks)
+        if names & set(self.held_out) or len(set(self.held_out)) < len(self.held_out):
+            raise ValueError(f"Expected held-out sets, each once and no task, got {', '.join(self.held_out)}")
         if not names or len(names) < len(self.tasks):
             raise ValueError("Expected distinct tasks, at least one")
         if not self.modalities or len(set(self.modalities)) < len(self.modalities):
@@ -51,15 +54,23 @@ def _built(kind: type[T], values: dict[str, Any], where: str) -> T:
     return convert(values, kind, where, ADVICE)
 
 
-def _task(file: Path, name: str) -> Task:
+def _task(file: Path, name: str, defaults: dict[str, Any] | None = None) -> Task:
     values = read(file, dict[str, Any], ADVICE)
-    task = _built(Task, values | {"name": name}, str(file))
+    task = _built(Task, (defaults or {}) | values | {"name": name}, str(file))
     for key in FILES:
         if value := getattr(task, key):
             convert(value, RelativePath, f"{file}, {key}", ADVICE)
     for key in FOLDERS:
         convert(getattr(task, key), AnyPath, f"{file}, {key}", ADVICE)
     return replace(task, folder=str(file.parent))
+
+
+def _held_out(file: Path, name: str) -> Task:
+    """A held-out set: the manifest of a task without what is trained."""
+    task = _task(file, name, {"train": ""})
+    if task.train:
+        raise UserError(f"{file}: Expected no files to train on, {name} is held out, got {task.train!r}; {ADVICE}")
+    return task
 
 
 def _recipe(values: dict[str, Any], where: str) -> Recipe:
@@ -94,4 +105,5 @@ def read_suite(folder: Path) -> Suite:
         modalities=tuple(map(str, manifest.modalities)),
         source=manifest.source,
         license=manifest.license,
+        held_out=tuple(_held_out(folder / f"{name}.json", str(name)) for name in manifest.held_out),
     )

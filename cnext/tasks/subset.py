@@ -61,7 +61,7 @@ def _write(suite: Suite, data: Path, n: int, seed: int, protocol: str, folder: P
     sampled_from: dict[str, dict[str, int]] = {}
     kept: dict[str, int] = {}
     digest = hashlib.sha256()
-    for task in suite.tasks:
+    for task in suite.sets:
         totals = sampled_from[task.name] = {}
         counts = {}
         unpacked: list[str] = []
@@ -75,7 +75,8 @@ def _write(suite: Suite, data: Path, n: int, seed: int, protocol: str, folder: P
             counts[split] = len(rows)
             content = _rows_file(folder / _place(task, split), rows)
             digest.update(f"{task.name}/{split}\n{content}".encode())
-        kept[task.name] = counts["train"]
+        if task in suite.tasks:
+            kept[task.name] = counts["train"]
         _json(folder / f"{task.name}.json", _manifest(task, data, counts, beside, unpacked))
         _copy_code(task, folder)
     values: dict[str, Any] = {
@@ -86,6 +87,7 @@ def _write(suite: Suite, data: Path, n: int, seed: int, protocol: str, folder: P
         "clip": suite.clip,
         "modalities": suite.modalities,
         "tasks": [task.name for task in suite.tasks],
+        "held_out": [one.name for one in suite.held_out],
         "orders": suite.orders,
         "budgets": {label: _scaled(recipe, kept, sampled_from) for label, recipe in suite.budgets.items()},
         "protocol": {"suite": suite.name, "n": n, "seed": seed, "rows": sampled_from, "sha256": digest.hexdigest()},
@@ -200,7 +202,7 @@ def _manifest(
         train_images=images("train"),
         test_images=images("test"),
         references="",
-        train_count=counts["train"],
+        train_count=counts.get("train", 0),
         test_count=counts["test"],
     )
     defaults = {item.name: item.default for item in dataclasses.fields(Task)}
@@ -210,7 +212,8 @@ def _manifest(
 
 def _scaled(recipe: Recipe, kept: dict[str, int], sampled_from: dict[str, dict[str, int]]) -> dict[str, Any]:
     """A budget with as many epochs over the sampled rows as the original has over all rows."""
-    full = {name: min(rows["train"], recipe.train_samples or rows["train"]) for name, rows in sampled_from.items()}
+    trained = {name: rows["train"] for name, rows in sampled_from.items() if "train" in rows}
+    full = {name: min(rows, recipe.train_samples or rows) for name, rows in trained.items()}
     shares = {name: min(1.0, kept[name] / full[name]) for name in kept}
     steps = {name: max(1, round(count * shares.get(name, 1.0))) for name, count in recipe.steps.items()}
     by_task = {name: dict(own) for name, own in recipe.by_task.items()}

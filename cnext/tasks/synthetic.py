@@ -1,4 +1,5 @@
-"""Generates the data of the synthetic suite `next-tiny`: six small tasks in the paper's file formats, from a seed.
+"""Generates the data of the synthetic suite `next-tiny`: six small tasks in the paper's file formats, from a seed,
+and a held-out set of what the tiny backbone was pretrained on.
 
 Layout of the folder: ``<task>/annotations/train_001.jsonl``, ``<task>/questions/{test,validation}.json`` and
 ``<task>/images/{train,test,validation}/*.png`` (HQEdit: ``images/{source,target}_images/``).
@@ -23,7 +24,9 @@ SHORT = "Answer the question using a single word or phrase."
 DRAW = "Please generate the image:"
 LOCATE = "Please provide the bounding box coordinate of the region this sentence describes:"
 FORMAT_VERSION = 1
-"""Increased when the same seed gives other files, so that old folders are not reused."""
+"""Increased when the same seed gives other examples."""
+FOLDER_VERSION = f"{FORMAT_VERSION}.1"
+"""Changed when a folder has other files, so that old ones are not reused."""
 
 
 @dataclass(frozen=True)
@@ -32,13 +35,13 @@ class Example:
 
     instruction: str
     answer: str
-    picture: Scene | Icon | Lettering
+    picture: Scene | Icon | Lettering | None
     target: Scene | None = None
     box: tuple[float, float, float, float] | None = None
 
     @property
     def content(self) -> str:
-        return self.answer if self.instruction == DRAW else scenes.key(self.picture)
+        return self.answer if self.instruction == DRAW or self.picture is None else scenes.key(self.picture)
 
 
 def vqa(rng: Random, kinds: tuple[str, ...] = ("color", "shape", "count", "place", "exists")) -> Example:
@@ -118,6 +121,34 @@ def editing(rng: Random, kinds: tuple[str, ...] = ("color", "shape", "remove", "
     return Example(text, "", scene, target)
 
 
+def skill(rng: Random) -> Example:
+    """What the tiny backbone was pretrained on, in the wordings of that, which no task has.
+
+    Questions about a scene (two of four), letters to read, and words to repeat.
+    """
+    kind = rng.choice(("question", "question", "letters", "words"))
+    if kind == "letters":
+        word = "".join(rng.choices("abcdefghijklmnopqrstuvwxyz", k=3))
+        return Example("Read letters", f"text: {word}", scenes.random_lettering(rng, word))
+    if kind == "words":
+        words = " ".join(rng.sample([*COLORS, *SHAPES, *ICONS], rng.randint(1, 4)))
+        return Example(f"Say: {words}", words, None)
+    scene = scenes.random_scene(rng)
+    thing = rng.choice(scene.things)
+    asked, answer = rng.choice(
+        (
+            (f"color of {thing.shape}", thing.color),
+            (f"shape of {thing.color}", thing.shape),
+            (f"shape at {thing.place}", thing.shape),
+            (f"color at {thing.place}", thing.color),
+            ("how many", str(len(scene.things))),
+        )
+    )
+    if rng.random() < 0.5:
+        return Example(f"Short: {asked}", answer, scene)
+    return Example(f"Tell me {asked}", f"it is {answer}", scene)
+
+
 EXAMPLES: dict[str, Callable[[Random], Example]] = {
     "VQAv2": vqa,
     "ImageNet": classification,
@@ -126,13 +157,15 @@ EXAMPLES: dict[str, Callable[[Random], Example]] = {
     "RefCOCO": grounding,
     "HQEdit": editing,
 }
+HELD_OUT: dict[str, Callable[[Random], Example]] = {"Skills": skill}
+"""What no task trains."""
 
 
 def examples(task: str, split: str, seed: int = 0) -> Iterator[Example]:
     """An endless, deterministic stream of a task's examples of one split."""
     rng = Random(f"next-tiny/{FORMAT_VERSION}/{seed}/{task}/{split}")
     while True:
-        example = EXAMPLES[task](rng)
+        example = (EXAMPLES | HELD_OUT)[task](rng)
         if scenes.split_of(example.content) == split:
             yield example
 
@@ -151,7 +184,8 @@ def _write_task(folder: Path, task: str, split: str, count: int, seed: int) -> N
     rows: list[dict[str, Any]] = []
     for index, example in zip(range(count), examples(task, split, seed), strict=False):
         name = f"{split}/{index:05d}.png"
-        _save(scenes.draw(example.picture), roots[0] / f"{index:05d}.png")
+        if example.picture is not None:
+            _save(scenes.draw(example.picture), roots[0] / f"{index:05d}.png")
         if edit:
             assert example.target is not None
             _save(scenes.draw(example.target), roots[1] / f"{index:05d}.png")
@@ -164,6 +198,7 @@ def _write_task(folder: Path, task: str, split: str, count: int, seed: int) -> N
             row = {"image": name, "data": [example.instruction, example.answer]}
         else:
             row = {"question_id": f"{task}-{split}-{index:05d}", "image": name, "text": example.instruction}
+            row |= {} if example.picture else {"image": None}
             if example.box is not None:
                 x1, y1, x2, y2 = example.box
                 row["size"] = [SIZE, SIZE]
@@ -185,7 +220,7 @@ def _write_task(folder: Path, task: str, split: str, count: int, seed: int) -> N
 
 
 def write_next_tiny(folder: Path, train: int, test: int, seed: int = 0) -> Path:
-    """Writes the suite's six tasks to ``folder`` atomically, unless it exists.
+    """Writes the suite's six tasks and its held-out set to ``folder`` atomically, unless it exists.
 
     Args:
         train, test: samples per task; validation has as many as test.
@@ -201,6 +236,9 @@ def write_next_tiny(folder: Path, train: int, test: int, seed: int = 0) -> Path:
         for task in EXAMPLES:
             for split, count in (("train", train), ("test", test), ("validation", test)):
                 _write_task(unfinished / task, task, split, count, seed)
+        for name in HELD_OUT:
+            for split in ("test", "validation"):
+                _write_task(unfinished / name, name, split, test, seed)
         try:
             os.rename(unfinished, folder)
         except OSError:

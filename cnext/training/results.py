@@ -12,7 +12,7 @@ from cnext.methods.base import Method
 from cnext.runs import environment, fingerprint
 from cnext.runs.schemas import StageScore
 from cnext.scoring.base import ERROR_TYPES, PROFILES
-from cnext.scoring.matrix import ScoreMatrix, metrics
+from cnext.scoring.matrix import ScoreMatrix, metrics, reference_metrics
 from cnext.training.cost import Meter, highest, total
 from cnext.training.initial import described
 from cnext.training.state import RunState
@@ -52,12 +52,35 @@ def _profile(planned: Plan, state: RunState, profile: str) -> dict[str, Any]:
     matrix = _matrix(state, order, lambda row: row.score(profile))
     errors = {kind: _matrix(state, order, lambda row, kind=kind: row.errors[profile][kind]) for kind in ERROR_TYPES}
     zero_shot = [row.score(profile) if (row := state.scores.get((0, name))) else None for name in order]
+    before = [row.score(profile) if (row := state.apart.get((t, name))) else None for t, name in enumerate(order)]
+    before[0] = None  # which zero-shot is, and a first task needs no transfer
+    held_out, writes = _held_out(planned, state, profile), [planned.suite.task(name).writes for name in order]
+    kept: dict[str, float | None] = {}
+    if known := held_out.get("held_out"):
+        ends = (known["before"], known["after"]) if "before" in known else None
+        kept["zero_shot_retention"] = reference_metrics(matrix, held_out=ends)["zero_shot_retention"]
     return {
         "score_matrix": matrix.to_rows(),
         "zero_shot": zero_shot,
-        "metrics": metrics(matrix, zero_shot, errors, [planned.suite.task(name).writes for name in order]),
+        "before_learnt": before,
+        **held_out,
+        "metrics": metrics(matrix, zero_shot, errors, writes, before) | kept,
         "error_matrix": {kind: shares.to_rows() for kind, shares in errors.items()},
     }
+
+
+def _held_out(planned: Plan, state: RunState, profile: str) -> dict[str, Any]:
+    """{"held_out": a `schemas.HeldOut`}; {} where nothing of a held-out set is scored."""
+    names = planned.held_out
+    rows = {key: row for key, row in state.apart.items() if row.task in names}
+    if not rows:
+        return {}
+    last = max(stage for stage, _ in rows)
+    scores = [[row.score(profile) if (row := rows.get((t, name))) else None for name in names] for t in range(last + 1)]
+    found = {"tasks": names, "samples": {row.task: row.samples for row in rows.values()}, "scores": scores}
+    if last and None not in (*scores[0], *scores[last]):
+        found |= {"before": scores[0], "after": scores[last]}
+    return {"held_out": found}
 
 
 def _matrix(state: RunState, order: tuple[str, ...], value: Callable[[StageScore], float]) -> ScoreMatrix:

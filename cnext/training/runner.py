@@ -22,14 +22,15 @@ from cnext.monitoring.signals import Stop
 from cnext.results import RunResult
 from cnext.runs import command_line, environment, fingerprint, trackers
 from cnext.runs.checkpoint import write_json
-from cnext.runs.run_folder import RunFolder
-from cnext.runs.schemas import StageScore, TrainStep
+from cnext.runs.run_folder import APART, RunFolder
+from cnext.runs.schemas import SEPARABILITY, StageScore, TrainStep
 from cnext.runs.state_digests import StateDigest, digest
 from cnext.scoring.base import find_scorer, make_scorers
 from cnext.tasks.base import Task
 from cnext.training import cost, results
 from cnext.training.evaluation import evaluate
 from cnext.training.precision import autocast
+from cnext.training.separability import separability
 from cnext.training.setup import prepare, reference_warnings
 from cnext.training.stages import Stage, rehearsal_memory, stages
 from cnext.training.state import RunState, Trained
@@ -42,8 +43,9 @@ def run(config: RunConfig, progress: Progress | None = None) -> RunResult:
     """Runs a configuration, or resumes it from its last checkpoint. A finished run is not run again.
 
     The run folder, ``config.folder``, gets config.json, options.json, run.yaml, results.json, cost.json, environment.json,
-    left_out.json (where rows of the data are left out), scores.jsonl, train.jsonl, predictions/, checkpoints/ and
-    report.html. A launcher's environment (torchrun, ``accelerate launch``) makes it one run in several processes.
+    left_out.json (where rows of the data are left out), separability.json, scores.jsonl, train.jsonl, predictions/,
+    apart.jsonl and apart/ (scores and answers that are in no score matrix), checkpoints/ and report.html. A launcher's
+    environment (torchrun, ``accelerate launch``) makes it one run in several processes.
 
     Args:
         config: what to run.
@@ -56,6 +58,8 @@ def run(config: RunConfig, progress: Progress | None = None) -> RunResult:
 
         - ``score_matrix``: T rows, one per stage, of T scores, one per task; None where not evaluated. ``zero_shot``:
           the T scores before training, None where nothing is trained. ``error_matrix``: as score_matrix, by type.
+        - ``before_learnt``: each task's score right before its own stage, None for the first and where not measured.
+        - ``held_out``: scores on the suite's held-out sets, see `cnext.runs.schemas.HeldOut`; absent where it has none.
         - ``metrics``: ``avg_acc``, ``new_acc``, ``forgetting`` and others, see `cnext.scoring.matrix.metrics`.
         - ``profiles``: the same four under the paper's own scorers.
         - ``tasks``, ``reads``, ``writes``, ``samples``: names in training order; modalities and test samples by name.
@@ -129,6 +133,7 @@ class Runner:
         self.progress.plan(self.plan, self.state.tasks_done, self.state.step)
         if self.plan.trains or self.state.tasks_done:
             self.evaluate_stage(self.state.tasks_done)
+        self.separate_tasks()
         self.start_from_source()
         for stage in [stage for stage in self.stages if stage.number > self.state.tasks_done]:
             with self.stop.deferred():
@@ -177,7 +182,21 @@ class Runner:
             self.progress.say(f"resuming from {path.name}")
         if self.folder is not None:
             self._cut_logs(self.folder)
-        self.state.scores = collectives.broadcast_object(self.state.scores)
+        self.state.scores, self.state.apart = collectives.broadcast_object((self.state.scores, self.state.apart))
+
+    def separate_tasks(self) -> None:
+        """Writes how separable the tasks are without training, where the run begins and has two tasks or more."""
+        there = self.folder and (self.folder.path / SEPARABILITY).is_file()
+        begins = not (self.state.tasks_done or self.state.step or collectives.broadcast_object(there))
+        if not (begins and self.plan.trains and len(self.tasks) > 1):
+            return
+        self.progress.measuring("measuring how separable the tasks are")
+        with autocast(self.plan.recipe.precision, self.backbone.device):
+            given = (self.backbone, self.tasks, self.ready.samples, self.plan.config.split)
+            found = separability(*given, self.uneven)
+        if self.folder is not None:
+            write_json(self.folder.path / SEPARABILITY, found)
+        self._measure(ZERO_SHOT, "evaluate")
 
     def start_from_source(self) -> None:
         """Puts what ``init_from`` names in place of the pretrained state, as the state after ``init_tasks``."""
@@ -200,7 +219,7 @@ class Runner:
         done, step = self.state.tasks_done, self.state.step
         under_way = next((stage.number for stage in self.stages if stage.number > done), done)
         folder.cut_steps(under_way if step else done, step or (sys.maxsize if done else 0))
-        self.state.scores = folder.scores(done)
+        self.state.scores, self.state.apart = folder.scores(done), folder.scores(done, APART)
         for task in self.tasks:
             if others := {row.scorer for row in self.state.scores.values() if row.task == task.name} - {task.scorer}:
                 before = f"{task.name} was scored by {', '.join(sorted(others))} and is by {task.scorer} from here"
@@ -310,6 +329,9 @@ class Runner:
             return
         trained = next((stage.task.name for stage in self.stages if stage.number == number), ZERO_SHOT)
         tasks = self.tasks[:number] if number else self.tasks
+        if any((number, task.name) not in self.state.scores for task in tasks):
+            # First, so that a stage whose own scores are all there lacks none of these that it ever had.
+            self._evaluate_apart(number, trained)
         for task in tasks:
             if (number, task.name) in self.state.scores:
                 continue
@@ -320,18 +342,43 @@ class Runner:
         self._measure(trained, "evaluate")
         self.progress.stage(number, trained, {t.name: self.state.scores[number, t.name].strict for t in tasks})
 
-    def _score(self, number: int, trained: str, task: Task) -> StageScore:
-        """A task's scores after a stage; the zero-shot scores where nothing has been trained."""
-        if number and not self.plan.source and not any(each.parameters for each in self.state.trained.values()):
-            return replace(self.state.scores[0, task.name], stage=number, trained=trained)
+    def _evaluate_apart(self, number: int, trained: str) -> None:
+        """Evaluates what `Plan.apart` names of a stage; not the next task where nothing is trained."""
+        held_out = {task.name for task in self.plan.suite.held_out}
+        for task in self.plan.apart(number):
+            if (number, task.name) in self.state.apart or (self._untrained(number) and task.name not in held_out):
+                continue
+            row = self._score(number, trained, task, apart=True)
+            if self.folder is not None:
+                self.folder.log_apart(row)
+            self.state.apart[number, task.name] = row
+
+    def _untrained(self, number: int) -> bool:
+        """Whether a stage after zero-shot is the pretrained model."""
+        return bool(
+            number and not self.plan.source and not any(each.parameters for each in self.state.trained.values())
+        )
+
+    def _score(self, number: int, trained: str, task: Task, apart: bool = False) -> StageScore:
+        """A task's scores after a stage; the zero-shot scores where nothing has been trained.
+
+        apart: whether the task's answers go into the folder apart/, as those of a task not learnt.
+        """
+        if self._untrained(number) and (known := (self.state.scores | self.state.apart).get((0, task.name))):
+            return replace(known, stage=number, trained=trained)
         samples = self.ready.samples[self.plan.config.split][task.name]
         with (
             self.progress.evaluating(number, trained, task.name, len(samples)),
             autocast(self.plan.recipe.precision, self.backbone.device),
             self.method.for_eval(),
         ):
-            folder, scorer = self.folder and self.folder.path, find_scorer(task, self.scorers)
-            return evaluate(self.method, task, samples, scorer, folder, number, trained, self.uneven)
+            folder, scorer = (
+                self.folder and self.folder.path / ("apart" if apart else ""),
+                find_scorer(task, self.scorers),
+            )
+            # A method that is told the task of a question knows those of the order alone.
+            told = None if task.name in self.plan.order else self.tasks[max(number, 1) - 1]
+            return evaluate(self.method, task, samples, scorer, folder, number, trained, self.uneven, told)
 
     def _write_results(self) -> dict[str, Any]:
         """Writes results.json, cost.json and environment.json. Returns the first one's content."""

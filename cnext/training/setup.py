@@ -28,6 +28,8 @@ from cnext.training.precision import DTYPES, in_float32
 
 Samples = dict[str, dict[str, list[Sample]]]
 """Samples by split and by the task's name."""
+HELD_OUT_SAMPLES = 200
+"""Most samples of a held-out set: it is evaluated after every stage."""
 SKIP = "correct these rows, or leave them out with --on-bad-row skip"
 
 
@@ -88,7 +90,8 @@ def prepare(planned: Plan, generated: Path | None = None) -> Prepared:
 def check_model(planned: Plan) -> None:
     """Raises UserError where weights are missing, or the backbone cannot read or write what a task does."""
     config = planned.config
-    backbones.check_tasks(config.backbone, config.weights, map(planned.suite.task, planned.order))
+    names = [*planned.order, *planned.held_out]
+    backbones.check_tasks(config.backbone, config.weights, map(planned.suite.task, names))
     backbones.load(config.backbone).check(config.weights)
 
 
@@ -97,25 +100,29 @@ def data_folder(planned: Plan, generated: Path | None = None) -> Path:
     recipe = planned.recipe
     if planned.config.data is not None:
         return planned.config.data
-    name = f"{planned.suite.name}-v{synthetic.FORMAT_VERSION}-{recipe.train_samples}-{recipe.test_samples}"
+    name = f"{planned.suite.name}-v{synthetic.FOLDER_VERSION}-{recipe.train_samples}-{recipe.test_samples}"
     return synthetic.GENERATORS[planned.suite.synthetic](
         (generated or cache()) / name, recipe.train_samples, recipe.test_samples
     )
 
 
 def read_suite(planned: Plan, data: Path, left: LeftOut | None = None) -> Samples:
-    """The samples of a run: split ("train" and the one evaluated) to task name to samples.
+    """The samples of a run: split ("train" and the one evaluated) to task name to samples. Held-out sets follow the
+    tasks in the latter, the first `HELD_OUT_SAMPLES` of each.
 
     left: gets the rows that are left out.
 
     Raises:
         DataError: lists every unusable row of every file, or says why nothing is left of one.
     """
-    limits = {"train": planned.recipe.train_samples, planned.config.split: planned.recipe.test_samples}
+    limits: dict[str, int] = {"train": planned.recipe.train_samples, planned.config.split: planned.recipe.test_samples}
     samples: Samples = {split: {} for split in limits}
     need = backbones.unmet_need(planned.config.backbone, weights=planned.config.weights)
     problems, skip, skippable = [], planned.config.on_bad_row == "skip", False
-    for name in planned.order:
+    few = min(planned.recipe.test_samples or HELD_OUT_SAMPLES, HELD_OUT_SAMPLES)
+    wanted = [(name, limits) for name in planned.order]
+    wanted += [(name, {planned.config.split: few}) for name in planned.held_out]
+    for name, limits in wanted:
         for split, limit in limits.items():
             try:
                 task = planned.suite.task(name)
@@ -199,7 +206,7 @@ def load_backbone(planned: Plan) -> Backbone:
         **loading_options(config.backbone, config.backbone_options),
     )
     backbone.seed = config.seed
-    if any("image" in planned.suite.task(name).writes for name in planned.order):
+    if any("image" in planned.suite.task(name).writes for name in [*planned.order, *planned.held_out]):
         backbone.require_drawing()
     return backbone
 
@@ -214,7 +221,7 @@ def trained_beside(backbone: Backbone, trainable: str) -> dict[str, nn.Parameter
 
 def check_clip(planned: Plan, device: str) -> None:
     """Loads the CLIP model where a task writes images. Raises UserError where it is missing or no CLIP."""
-    if any("image" in planned.suite.task(name).writes for name in planned.order):
+    if any("image" in planned.suite.task(name).writes for name in [*planned.order, *planned.held_out]):
         if needs_open_clip(planned.suite.clip):
             packages.require("torchvision", "open_clip_torch")
         load_clip(planned.suite.clip, device)

@@ -53,11 +53,12 @@ def worded(suite: Suite, prompts: str) -> Suite:
 
 
 def summary(suite: Suite) -> str:
-    """A suite in four lines: what it is, its tasks, orders and presets."""
+    """A suite in a few lines: what it is, its tasks, held-out sets, orders and presets."""
     return "\n".join(
         [
             f"  {suite.name:<16} {suite.description}",
             f"    tasks          {', '.join(task.name for task in suite.tasks)}",
+            *([f"    held out       {', '.join(one.name for one in suite.held_out)}"] if suite.held_out else []),
             f"    orders         {', '.join([*suite.orders, *ORDERS])}, or a list: a,b,c",
             f"    presets        {', '.join(suite.budgets)}",
         ]
@@ -69,7 +70,7 @@ def details(suite: Suite) -> str:
     known = (("annotations", suite.source), ("license", suite.license))
     lines = [summary(suite), *(f"    {label:<14} {value}" for label, value in known if value)]
     lines += _hyperparameters(suite)
-    for task in suite.tasks:
+    for task in suite.sets:
         lines.append(f"  {task.name}: {'+'.join(task.reads)} -> {'+'.join(task.writes)}, {task.description}")
         lines.append(f"    format, scorer {task.format}, {task.scorer}")
         for split in task.splits:

@@ -1,0 +1,29 @@
+"""Section of a study's report: what its figures stand on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from cnext.analysis.result import ResultTable
+from cnext.report.blocks import Block, Folded, Table, Text
+
+TITLE = "Benchmark validity"
+NOTES = {
+    "validity.separability": (
+        "Can the tasks be told apart without learning? If so, a method that keeps a part for each task and looks up "
+        "which one a question belongs to has next to nothing to forget, and its low forgetting says little."
+    ),
+    "validity.fwt": "Does learning one task help the next?",
+    "validity.general": "Does the model keep what it could do before, where no task trains it?",
+    "validity.orders": "How much depends on the order of the tasks?",
+}
+FOLDED = ("validity.confusion", "validity.general.stages")
+
+
+def blocks(found: list[ResultTable], table: Callable[[ResultTable], Table]) -> list[Block]:
+    """The tables of the analysis "validity", each under what it asks. table: lays one out."""
+    shown: list[Block] = []
+    for one in found:
+        shown += [Text(NOTES[one.name])] if one.name in NOTES else []
+        shown.append(Folded(one.title, table(one)) if one.name in FOLDED else table(one))
+    return shown
