@@ -33,8 +33,8 @@ def _separability(study: RunGroups) -> list[ResultTable]:
         for task, counts in zip(tasks, found.confusion, strict=True):
             confusions.append([name, task, *counts])
     definition = (
-        "Share of the samples whose task is that of the nearest centroid of the pretrained model's features, in percent. "
-        "Chance: one task of all. Nothing is trained."
+        "Share of the samples whose task is that of the nearest centroid of the pretrained model's features, in "
+        "percent. Chance: one task of all. Nothing is trained."
     )
     head = ["the router sees", "samples", "accuracy", "chance"]
     rows = rows or [[name, None, UNMEASURED, None] for name in SEEN.values()]

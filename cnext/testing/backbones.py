@@ -179,7 +179,8 @@ def answers_by_the_question_alone(material: Material) -> None:
 
 
 def describes_questions_without_their_answers(material: Material) -> None:
-    """`question_features` and `choice_logits` have a row per sample, and read neither answers nor target images."""
+    """`question_features`, `question_means` and `choice_logits` have a row per sample, and read neither answers nor
+    target images."""
     backbone = material.make()
     for kind, samples in material.samples.items():
         found = backbone.question_features(backbone.encode(samples))
@@ -189,6 +190,11 @@ def describes_questions_without_their_answers(material: Material) -> None:
         assert torch.isfinite(found).all(), f"`question_features` of {kind} are not finite"
         blind = backbone.question_features(backbone.encode(_blind(samples)))
         assert _close(found, blind), f"`question_features` of {kind} depend on the answers"
+        means = backbone.question_means(backbone.encode(samples))
+        assert means.shape == found.shape, f"`question_means` must be {tuple(found.shape)}, got {tuple(means.shape)}"
+        assert _close(means, backbone.question_means(backbone.encode(_blind(samples)))), (
+            f"`question_means` of {kind} depend on the answers"
+        )
         logits = backbone.choice_logits(samples, ["a", "b"])
         assert logits.shape == (len(samples), 2), f"`choice_logits` must be (samples, 2), got {tuple(logits.shape)}"
         assert _close(logits, backbone.choice_logits(_blind(samples), ["a", "b"])), (

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from cnext.backbones.base import Backbone
 from cnext.backbones.tiny.model import IGNORED, TinyBackbone, pixels
 from cnext.backbones.tiny.tokenizer import TinyTokenizer
 from cnext.backbones.tiny.vision import TOKENS
@@ -157,6 +158,22 @@ def test_question_features_are_the_last_state_of_the_instruction(tiny: TinyBackb
     asked = [Sample("", (Turn(sample.turns[0].instruction),), sample.image) for sample in several]
     torch.testing.assert_close(tiny.question_features(tiny.encode(asked)), found, rtol=1e-5, atol=1e-5)
     assert tiny.question_features([]).shape == (0, 128)
+    torch.testing.assert_close(tiny.question_means(tiny.encode(asked)), tiny.question_means(tiny.encode(several)))
+
+
+def test_question_means_are_of_the_positions_that_read_text(tiny: TinyBackbone, data: Path) -> None:
+    """In batches as one at a time, and by hand from the states of one question."""
+    several = [sample for task in ("VQAv2", "Flickr30k") for sample in samples(data, task)[:3]]
+    encoded = tiny.encode(several)
+    found = tiny.question_means(encoded)
+    torch.testing.assert_close(Backbone.question_means(tiny, encoded), found, rtol=1e-5, atol=1e-5)
+    for index in (0, 5):
+        inputs, _ = tiny._embed(encoded[index].question[None], [encoded[index].features], [False], torch.zeros(1))
+        states = tiny.decoder.model(inputs_embeds=inputs).last_hidden_state[0]
+        text = (tiny.positions[0] == 0)[:-1]
+        assert text.sum() == len(text) - (16 if index == 0 else 0)
+        torch.testing.assert_close(found[index], states[:-1][text].mean(0), rtol=1e-5, atol=1e-5)
+    assert tiny.question_means([]).shape == (0, 128)
 
 
 def test_choice_logits_of_one_token_answers(tiny: TinyBackbone, data: Path) -> None:

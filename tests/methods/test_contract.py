@@ -23,6 +23,7 @@ from cnext.testing.methods import LORA, old_samples_seen, resumes_to_the_same_bi
 KINDS = {
     "lora": "one branch",
     "mage-experts": "branches by role, average, penalty, choice by the question",
+    "prototype": "a branch per task, choice by frozen features",
     "mr-lora": "a branch per task, rehearsal, an additional phase",
     "lae": "evaluates other parameters than it trains",
     "pgp": "changes gradients and steps",

@@ -95,6 +95,16 @@ def test_json_with_all_that_there_is(tmp_path: Path) -> None:
     assert "60.00 60.00 61.83" in text
 
 
+def test_what_a_run_measures_apart_is_read() -> None:
+    rows = [[60, None, None], [50, 70, None], [40, 65.5, 80]]
+    given = {"score_matrix": rows, "zero_shot": [1, 2, 3], "before_learnt": [None, 5, 6]}
+    held_out = {"tasks": ["S"], "scores": [[50], None, [45]]}
+    found = from_json(given | {"held_out": held_out | {"before": [50], "after": [45]}}, "results.json").metrics()
+    assert (found["fwt"], found["zero_shot_retention"]) == (3.0, -5.0)
+    without_ends = from_json(given | {"held_out": held_out}, "results.json").metrics()
+    assert (without_ends["fwt"], without_ends["zero_shot_retention"]) == (3.0, None)
+
+
 @pytest.mark.parametrize("joint", [False, True])
 def test_the_flag_joint_of_a_run_is_no_list_of_scores(joint: bool) -> None:
     record = from_json({"score_matrix": ROWS, "joint": joint, "chance": None, "error_matrix": None}, "file")

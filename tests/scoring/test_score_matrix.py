@@ -75,6 +75,16 @@ def test_transfer_is_a_mean_over_tasks_of_means_over_stages() -> None:
     assert metrics(matrix)["transfer"] == pytest.approx((10 + (20 + 40) / 2 + (0 + 3 + 6) / 3) / 3)
 
 
+def test_forward_transfer_takes_scores_before_learnt_and_is_never_zero_without_them() -> None:
+    matrix = ScoreMatrix.from_rows([[80, None, None], [70, 60, None], [50, 40, 70]])
+    zero_shot = [50, 10, 20]
+    assert metrics(matrix, zero_shot, before_learnt=[None, 15, 18])["fwt"] == pytest.approx((5 - 2) / 2)
+    for lacking in (None, [None, None, None], [None, 15, None]):
+        assert metrics(matrix, zero_shot, before_learnt=lacking)["fwt"] is None
+    assert metrics(matrix, [50, 10, None], before_learnt=[None, 15, 18])["fwt"] is None
+    assert metrics(matrix, before_learnt=[None, 15, 18])["fwt"] is None
+
+
 def test_metrics_against_other_scores_by_hand() -> None:
     matrix = ScoreMatrix.from_rows([[80, 15], [50, 60]])
     result = reference_metrics(

@@ -5,11 +5,13 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import re
 from pathlib import Path
 
 import numpy
 import pytest
 from PIL import Image
+from pretraining import corpus
 
 from cnext.backbones.tiny.tokenizer import TinyTokenizer
 from cnext.tasks import formats, scenes, suites, synthetic
@@ -44,6 +46,27 @@ def test_splits_are_read_and_disjoint_by_pixels(data: Path, task: str) -> None:
     found = [samples(data, task, split) for split in SPLITS]
     assert [len(rows) for rows in found] == [32, 8, 8]
     assert disjoint([{identity(sample) for sample in rows} for rows in found])
+
+
+def test_no_task_has_the_held_out_skills_and_pretraining_has_them(data: Path) -> None:
+    """Wordings of the pretraining corpus alone; test and validation share nothing; words have no image."""
+    skills = {split: list(itertools.islice(synthetic.examples("Skills", split), 300)) for split in SPLITS[1:]}
+    assert disjoint([{one.content for one in examples} for examples in skills.values()])
+    first = {one.instruction.split()[0] for examples in skills.values() for one in examples}
+    assert first == {"Read", "Say:", "Short:", "Tell"}
+    for task in TASKS:
+        asked = itertools.islice(synthetic.examples(task, "train"), 300)
+        assert not first & {one.instruction.split()[0] for one in asked}
+    trained = itertools.islice(corpus.corpus(0, 0.0), 2000)
+    known = {(question, len(answer.split())) for question, answer, _, _ in trained if not question.startswith("Say")}
+    assert {
+        (one.instruction, len(one.answer.split()))
+        for one in skills["test"]
+        if not one.instruction.startswith("Say") and not re.search("of|at", one.instruction)
+    } <= known
+    read = samples(data, "Skills", "test")
+    assert [sample.image is None for sample in read] == [sample.turns[0].instruction[:3] == "Say" for sample in read]
+    assert suites.load("next-tiny").task("Skills").splits == ("test", "validation")
 
 
 def test_same_seed_same_bytes(data: Path, tmp_path: Path) -> None:
