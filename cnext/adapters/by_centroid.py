@@ -53,8 +53,9 @@ class ByCentroid:
         """Index of the nearest task among those added, (N,) int64; 0 before the first. x: (N, width)."""
         means = self.sums / self.counts.clamp(min=1)
         variances = (self.squares - (self.sums * means).sum(0)) / self.counts.sum().clamp(min=1)
-        # A feature that does not vary within tasks, as of one sample each, must not be divided by.
-        variances = variances.clamp(min=0) + 1e-3 * variances.clamp(min=0).mean() + torch.finfo(variances.dtype).tiny
-        scale = variances.rsqrt()
+        # A feature that does not vary within tasks must not be divided by; with one sample of each, none varies.
+        variances = variances.clamp(min=0)
+        least = 1e-3 * variances.mean()
+        scale = (variances + torch.where(least > 0, least, 1.0)).rsqrt()
         distances = torch.cdist(x.double() * scale, means * scale, compute_mode="donot_use_mm_for_euclid_dist")
         return distances.masked_fill(self.counts.T == 0, torch.inf).argmin(1)

@@ -240,7 +240,7 @@ def test_what_was_not_trained_has_nothing_to_forget(tmp_path: Path) -> None:
     assert re.findall(r"<dd><b>(.*?)</b>", text) == [points(found["metrics"]["avg_acc"])]
     assert not {"change since learnt", "judge"} & {table[0][0] for table in tables}
     study = write_reports([tmp_path], tmp_path / "study")[4].read_text()
-    assert titles(study) == ["Results", "Metrics", "Reproduction"]
+    assert titles(study) == ["Results", "Benchmark validity", "Metrics", "Reproduction"]
     assert "Not shown" not in study
 
 

@@ -81,7 +81,10 @@ def test_counts_are_those_of_a_run(toy_suite: Path, data: Path, tmp_path: Path) 
     results = run(made)
     planned = plan(made)
     assert figure(planned, "model;") == results["cost"]["adapter_parameters"]
-    assert figure(planned, "evaluation:") == 8 * (3 + 2), "8 answers: twice zero-shot, after VQAv2, two after HQEdit"
+    asked = (
+        "8 answers: twice zero-shot, after VQAv2, two after HQEdit; HQEdit before it is learnt, Skills at each stage"
+    )
+    assert figure(planned, "evaluation:") == 8 * (3 + 2 + 1 + 3), asked
     row = next(line for line in forecast.text(planned, 1, 1.0).splitlines() if line.startswith("HQEdit")).split()
     assert row[1:4] == ["4", "16", "64"]
 
