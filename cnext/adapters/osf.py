@@ -1,0 +1,128 @@
+"""Orthogonal subspace layers: the low singular directions of frozen weights, trained apart from the high ones."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from cnext.adapters.attach import trained_like
+from cnext.adapters.bases import has_own_forward, is_transposed, is_wrapped, sizes
+from cnext.adapters.targets import linear_targets
+from cnext.errors import UserError
+
+
+class OsfLayer(nn.Module):
+    """The trained part of one frozen weight W, split by a singular value decomposition of what it has become.
+
+    W + D = sum over i of s_i u_i v_i^T, singular values descending, m = min(out, in) of them. The last ``rank`` of these
+    triples start U (out, rank), S (rank,) and V (rank, in), which are trained, and
+
+        y = W x + D x + U diag(S) V x - U_0 diag(S_0) V_0 x
+
+    with D the sum of earlier tasks' changes and U_0, S_0, V_0 the starting values. All triples but the last ``live``
+    are the high directions H: `project` takes them out of a change of U and V, and freezes the columns of U that are
+    among them.
+
+    Args:
+        weight: W, (out, in), of float dtype. Not changed.
+        rank: triples in U, S and V.
+        device: of the parameters. Default: the weight's.
+    """
+
+    def __init__(self, weight: Tensor, rank: int, device: torch.device | None = None) -> None:
+        super().__init__()
+        self.weight = (weight,)
+        """In a tuple, so that it is neither a buffer nor moved."""
+        out, width = weight.shape
+        self.rank = min(rank, out, width)
+        zeros = trained_like(torch.zeros((), device=weight.device), weight, device)
+        self.U = nn.Parameter(zeros.new_zeros(out, self.rank))
+        self.S = nn.Parameter(zeros.new_zeros(self.rank))
+        self.V = nn.Parameter(zeros.new_zeros(self.rank, width))
+        self.merged: Tensor | None = None
+        """D; None for zero."""
+        self.start: tuple[Tensor, Tensor, Tensor] = (self.U.detach(), self.S.detach(), self.V.detach())
+        self.live = self.rank
+
+    @torch.no_grad()
+    def split(self, live: int, restart: bool = True) -> None:
+        """Decomposes W + D. live: number of the last triples that may change.
+
+        restart: start U, S and V from it; else they keep the values that they have.
+        """
+        (weight,) = self.weight
+        current = weight.to(self.U.device, torch.float64)
+        u, s, v = torch.linalg.svd(current if self.merged is None else current + self.merged, full_matrices=False)
+        # A triple has either sign: the largest number of u becomes positive, whatever rounding or the library prefer.
+        signs = u.gather(0, u.abs().argmax(0, keepdim=True)).sign()
+        u, v = u * signs, v * signs.T
+        self.live, kept = live, len(s) - self.rank
+        self.high = u[:, : len(s) - live].to(self.U.dtype), v[: len(s) - live].to(self.U.dtype)
+        self.start = tuple(part.to(self.U.dtype).contiguous() for part in (u[:, kept:], s[kept:], v[kept:]))  # type: ignore[assignment]
+        if restart:
+            for parameter, value in zip((self.U, self.S, self.V), self.start, strict=True):
+                parameter.copy_(value)
+
+    @torch.no_grad()
+    def merge(self, live: int) -> None:
+        """Adds the change of U, S and V to D, and splits the weight anew. The layer's output stays as it is."""
+        u, s, v = self.start
+        change = (self.U * self.S) @ self.V - (u * s) @ v
+        self.merged = change if self.merged is None else self.merged + change
+        self.split(live)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """What is added to W x, (..., out) of x (..., in), in the parameters' dtype unless under autocast."""
+        x = x.to(self.U.dtype)
+        u, s, v = self.start
+        # Two products alike, which cancel to the bit at the start.
+        y = F.linear(F.linear(x, self.V), self.U * self.S) - F.linear(F.linear(x, v), u * s)
+        return y if self.merged is None else y + F.linear(x, self.merged)
+
+    def project(self, u: Tensor, s: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Changes of U, S and V, without their part along the high directions: u <- u - H_u H_u^T u, v <- v - v H_v^T H_v.
+
+        Columns that are not live become zero.
+        """
+        high_u, high_v = self.high
+        live = (torch.arange(self.rank, device=u.device) >= self.rank - self.live).to(u.dtype)
+        return (u - high_u @ (high_u.T @ u)) * live, s * live, (v - (v @ high_v.T) @ high_v) * live[:, None]
+
+
+def attach_osf(model: nn.Module, targets: Sequence[str] | str, rank: int) -> dict[str, OsfLayer]:
+    """Puts an `OsfLayer` beside every linear layer whose name ends in a target, and freezes the model.
+
+    Args:
+        model: gets a hook on each of these layers, and is otherwise unchanged.
+        targets: as of `cnext.adapters.attach`.
+        rank: triples of each weight that may be trained, at most.
+
+    Returns:
+        The layers by name, not yet split.
+
+    Raises:
+        UserError: targets that match no linear layer, or a weight whose singular vectors cannot be computed.
+    """
+    found: Mapping[str, Any] = linear_targets(model, targets)
+    if bad := [name for name, base in found.items() if has_own_forward(base) or is_wrapped(base.weight)]:
+        raise UserError(
+            f"orthogonal subspaces need the singular vectors of {bad[0]}, whose weight is quantized; load the model in "
+            "bfloat16 or float32, or use a method with low-rank branches"
+        )
+    model.requires_grad_(False)
+    made = {}
+    for name, base in found.items():
+        weight = base.weight.detach()
+        made[name] = OsfLayer(weight.T if is_transposed(base) else weight, rank)
+        assert made[name].V.shape[1] == sizes(base)[0]
+        base.register_forward_hook(partial(_add, made[name]))
+    return made
+
+
+def _add(layer: OsfLayer, base: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+    return output + layer(inputs[0]).to(output.dtype)
