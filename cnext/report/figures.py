@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from cnext import packages
 from cnext.analysis import analyze
 from cnext.analysis.groups import RunGroups
 from cnext.analysis.run import Run
@@ -59,6 +60,7 @@ def write_figures(
     Raises:
         UserError: there is no run, the runs are not comparable, or there is no figure of a name.
     """
+    packages.require_installed("cnext plot", ["matplotlib"])
     figures = _chosen(_found(given, mix), names)
     out.mkdir(parents=True, exist_ok=True)
     paths = []

@@ -12,6 +12,7 @@ from functools import partial
 from html import escape
 from typing import TYPE_CHECKING, Any
 
+from cnext import packages
 from cnext.errors import UserError
 from cnext.tables.formats import NOTHING
 
@@ -134,7 +135,12 @@ def data_frame(rows: list[dict[str, Any]]) -> pandas.DataFrame:
 
 
 def drawn(render: Callable[..., bytes], *values: object) -> Figure:
-    """The figure that a function of `cnext.report.plots` draws and renders. Notebooks show it, and need no pyplot."""
+    """The figure that a function of `cnext.report.plots` draws and renders. Notebooks show it, and need no pyplot.
+
+    Raises:
+        UserError: matplotlib is not installed.
+    """
+    packages.require_installed("plot", ["matplotlib"])
     import matplotlib
 
     from cnext.report import plots

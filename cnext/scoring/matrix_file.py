@@ -82,7 +82,7 @@ def of_a_run(value: Any) -> bool:
 def of_matrix(given: ScoreRecord, path: Path, scale: str | None) -> ScoreRecord:
     """A record from a file of a score matrix, in percent. Raises UserError where its scale is not certain or not so."""
     given = _with_a_stage(given, path)
-    rows = [*given.matrix.to_rows(), given.zero_shot or []]
+    rows = [*given.matrix.to_rows(), given.zero_shot or [], given.before_learnt or []]
     if scale is None and 0 < max(score for row in rows for score in row if score is not None) <= 1:
         raise UserError(
             f"{path}: all scores are at most 1: give --scale fraction where 1 is the best score, so that they are "
@@ -108,6 +108,7 @@ def of_matrix(given: ScoreRecord, path: Path, scale: str | None) -> ScoreRecord:
         given,
         matrix=matrix(given.matrix, ""),
         zero_shot=given.zero_shot and percent(given.zero_shot, "zero-shot"),
+        before_learnt=given.before_learnt and percent(given.before_learnt, "before_learnt"),
         errors=given.errors and {kind: matrix(shares, f"{kind}, ") for kind, shares in given.errors.items()},
         references=references,
     )
