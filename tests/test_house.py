@@ -19,7 +19,8 @@ LIGHT = {"torch", "numpy", "msgspec", "cnext"}
 SIBLINGS = ("methods", "backbones", "tasks", "scoring")
 LEVELS = (
     ("errors", "kernels"),
-    ("records", "registry", "tensor_files", "image_files", "kv_cache", "packages", "distributed", "ops"),
+    ("packages",),
+    ("records", "registry", "tensor_files", "image_files", "kv_cache", "distributed", "ops"),
     ("adapters", "averaging"),
     SIBLINGS,
     ("config",),
