@@ -77,7 +77,12 @@ FILES: dict[str, dict[str, None]] = {
     "png": {"Software": None},
 }
 """What is left out of files of each format, so that the same figure is the same file."""
-FOR_FILES: dict[Any, Any] = {"savefig.bbox": "tight", "pdf.fonttype": 42, "savefig.dpi": 300}
+FOR_FILES: dict[Any, Any] = {
+    "savefig.bbox": "tight",
+    "savefig.dpi": 300,
+    "pdf.fonttype": 42,
+    "svg.hashsalt": "cnext",
+}
 """Style of files. pdf.fonttype 42: text stays text."""
 
 
@@ -99,7 +104,7 @@ class Drawing(bytes):
 
         buffer, before = io.BytesIO(), COLUMN.set(column)
         try:
-            with matplotlib.rc_context(STYLE | FOR_FILES | {"svg.hashsalt": "cnext"}):
+            with matplotlib.rc_context(STYLE | FOR_FILES):
                 self._draw().savefig(buffer, format=kind, facecolor="white", metadata=FILES[kind])
         finally:
             COLUMN.reset(before)
@@ -183,14 +188,16 @@ def score_matrix(scores: np.ndarray, stages: Sequence[str], tasks: Sequence[str]
     count, longest = len(tasks), max(map(len, stages))
     label, cell, head, sizes = 0.2 + 0.075 * longest, (0.82, 0.42), 0.34, (8, 9.5, 7)
     slanted = max(map(len, tasks)) > 11
+    head += 0.7 * slanted
     if label + cell[0] * (count + 1.15) > COLUMN.get():
         label, sizes, slanted = 0.1 + 0.06 * longest, (6.5, 6.5, 5.5), True
+        head = 0.12 + 0.04 * max(map(len, [*tasks, "average"]))
         # The last slanted name ends 0.35 inches to the right of the cells.
         cell = (max(0.3, (COLUMN.get() - label - 0.35) / (count + 1.15)), 0.3)
-    width, height = label + cell[0] * (count + 1.15), head + 0.7 * slanted + cell[1] * (len(stages) + 0.25)
+    width, height = label + cell[0] * (count + 1.15), head + cell[1] * (len(stages) + 0.25)
     figure = Figure(figsize=(width, height))
     axes = figure.add_axes((0, 0, 1, 1))
-    axes.set(xlim=(-label / cell[0], count + 1.15), ylim=(len(stages) + 0.25, (-head - 0.7 * slanted) / cell[1]))
+    axes.set(xlim=(-label / cell[0], count + 1.15), ylim=(len(stages) + 0.25, -head / cell[1]))
     axes.axis("off")
     slant: dict[str, Any] = {"rotation": 35, "ha": "left"} if slanted else {"ha": "center"}
     for column, task in enumerate([*tasks, "average"]):

@@ -334,16 +334,18 @@ def _notes(table: Chosen, environments: Sequence[str], missing: Sequence[str]) -
 
 def _test_note(table: Chosen) -> str:
     tested = [(row.order, pairs) for row in table.rows if isinstance(pairs := row.values.get("pairs"), int) and pairs]
-    orders = len(table.orders) > 1
+    orders, names = len(table.orders) > 1, {head.name for head in table.heads}
     base = f"{table.baseline} in Avg.ACC, paired by {'order and ' if orders else ''}seed"
     if not tested:
         return f"No method has a pair to be tested against {base}."
+    if not names & {"p", "p_holm"}:
+        return f"Difference to {base}."
     least = ", ".join(f"{2.0 ** (1 - n):.2g} with {n} pairs" for n in sorted({pairs for _, pairs in tested}))
     most = max(sum(order == other for other, _ in tested) for order in table.orders)
-    return (
-        f"Test against {base}: p of the exact two-sided sign test (at least {least}), not corrected; p (Holm): "
-        f"corrected for the number of methods tested{' in the order' if orders else ''}, {most}."
-    )
+    number = f"the number of methods tested{' in an order' if orders else ''}, {most}"
+    texts = {"p": f"p is not corrected for {number}", "p_holm": f"p (Holm) is corrected for {number}"}
+    corrected = [text for name, text in texts.items() if name in names]
+    return f"Exact two-sided sign test against {base} (p is at least {least}); {'; '.join(corrected)}."
 
 
 def listing() -> list[tuple[str, str, str]]:

@@ -23,7 +23,7 @@ from cnext.runs.run_folder import RunFolder
 from cnext.scoring import matrix_file
 from cnext.scoring.base import ERROR_TYPES
 from cnext.scoring.metrics_text import metrics_text
-from cnext.tables import aggregate, compare, formats
+from cnext.tables import aggregate, columns, columns_formats, compare, formats
 
 Try = Callable[[Callable[[], object]], bool]
 TASKS = ("VQAv2", "HQEdit")
@@ -59,8 +59,12 @@ def restored(file: Path, work: Callable[[], None]) -> None:
 def used(study: Path) -> None:
     """Everything light that reads results."""
     table = aggregate.of_folders(aggregate.find([study]), None, mix=True)
-    for render in formats.FORMATS.values():
+    for render in formats.WRITERS.values():
         render(table)
+    runs = aggregate.group(aggregate.finished(aggregate.find([study])), mix=True)
+    chosen = columns.choose(runs, [name for name in columns.COLUMNS if name not in columns.GROUPS])
+    for kind in formats.WRITERS:
+        columns_formats.written(chosen, kind)
 
 
 def compared(study: Path) -> None:
@@ -140,7 +144,13 @@ def test_matrices(suffix: str, place: Path, fuzzed_and_restored: Callable) -> No
     change, strategy = functools.partial(mutated_bytes, CSV), BYTES
     if suffix == "json":
         change, strategy = lambda mutations: dumped(mutated_value(MATRIX, mutations)), VALUES
-    fuzzed_and_restored(path, change, strategy, 900, lambda: metrics_text(matrix_file.read(path)))
+
+    def use() -> None:
+        metrics_text(matrix_file.read(path))
+        here = compare.of(path)
+        compare.text(compare.compare(here, compare.of(path, scale="percent")))
+
+    fuzzed_and_restored(path, change, strategy, 900, use)
 
 
 @pytest.mark.parametrize("content", [b"[" * 100_000, b"1" * 5000, b"\xff\xfe", b'{"a":1}{', b""])

@@ -158,16 +158,20 @@ def test_the_test_has_its_pairs_and_is_corrected_for_the_methods_tested(write: W
     # The pairs of mage: one level, one above; of one sign p is 1.
     assert means(found, "p") == {"ewc": 0.5, "lora": None, "mage": 1.0, "moe": None, "upper": None, "zero": None}
     assert (means(found, "p_holm")["ewc"], means(found, "p_holm")["mage"]) == (1.0, 1.0)
-    (note,) = [note for note in found.notes if note.startswith("Test against lora")]
-    assert "sign test (at least 0.5 with 2 pairs), not corrected" in note
-    assert note.endswith("corrected for the number of methods tested, 2.")
+    assert found.notes[-1] == (
+        "Exact two-sided sign test against lora in Avg.ACC, paired by seed (p is at least 0.5 with 2 pairs); p is not "
+        "corrected for the number of methods tested, 2; p (Holm) is corrected for the number of methods tested, 2."
+    )
+    assert "Holm" not in table(runs, "p").notes[-1]
+    assert table(runs, "difference").notes[-1] == "Difference to lora in Avg.ACC, paired by seed."
+    assert table(runs / "moe", "test", baseline="moe").notes[-1].startswith("No method has a pair to be tested")
 
 
 def test_another_baseline(runs: Path) -> None:
     found = table(runs, "difference", "p", baseline="ewc")
     assert means(found, "difference")["ewc"] is None
     assert means(found, "difference")["lora"] == 4
-    assert any(note.startswith("Test against ewc") for note in found.notes)
+    assert any(note.startswith("Exact two-sided sign test against ewc") for note in found.notes)
 
 
 def test_holm_by_hand() -> None:
@@ -405,3 +409,26 @@ def test_chosen_columns_need_no_torch(runs: Path) -> None:
     words = ["table", str(runs), "--columns", "avg_acc", "final", "test", "--format", "html"]
     code = f"import sys; from cnext.cli import main; assert main({words!r}) == 0; assert not ({heavy}), {heavy}"
     subprocess.run([sys.executable, "-c", code], cwd=runs, check=True, stdout=subprocess.DEVNULL)
+
+
+PAGE = Path(__file__).parents[2] / "docs" / "tables.md"
+
+
+def test_the_page_names_every_column() -> None:
+    text = PAGE.read_text(encoding="utf-8")
+    assert {*COLUMNS, *GROUPS} <= {*re.findall(r"`([a-z_]+)`", text)}
+
+
+def test_the_examples_are_what_the_commands_print(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Each format as it comes out."""
+    monkeypatch.chdir(PAGE.parents[1])
+    formats_shown = set()
+    for block in re.findall(r"```console\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL):
+        for part in re.split(r"^\$ cnext ", block, flags=re.MULTILINE)[1:]:
+            words, shown = part.split("\n", 1)
+            assert main(words.split()) == 0
+            assert capsys.readouterr().out.rstrip() == shown.rstrip(), words
+            formats_shown.add(re.search(r"(?:--format (\w+))?$", words)[1] or "markdown")
+    assert formats_shown == formats.WRITERS.keys()
