@@ -6,6 +6,7 @@ import importlib.util
 import inspect
 import io
 import math
+import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -27,6 +28,8 @@ CELL = "padding:.2em .7em;border:0;border-bottom:1px solid rgba(128,128,128,.35)
 SHADE = "rgba(0,118,184,{:.2f})"
 """Blue behind a score, the deeper the higher; the text on it stays readable on both papers."""
 DEEPEST = 0.4
+LETTERS = 17
+"""Letters of a figure's caption in an inch."""
 
 
 @dataclass(frozen=True)
@@ -134,8 +137,10 @@ def data_frame(rows: list[dict[str, Any]]) -> pandas.DataFrame:
     return pandas.DataFrame(rows)
 
 
-def drawn(render: Callable[..., bytes], *values: object) -> Figure:
-    """The figure that a function of `cnext.report.plots` draws and renders. Notebooks show it, and need no pyplot.
+def drawn(render: Callable[..., bytes], *values: object, caption: str) -> Figure:
+    """The figure that a function of `cnext.report.plots` draws and renders, above a caption.
+
+    Notebooks show it, and need no pyplot for that.
 
     Raises:
         UserError: matplotlib is not installed.
@@ -148,7 +153,16 @@ def drawn(render: Callable[..., bytes], *values: object) -> Figure:
     draw: Callable[..., Figure] = inspect.unwrap(render)  # pyright: ignore[reportAssignmentType]
     with matplotlib.rc_context(plots.STYLE):
         made = draw(*values)
-    made.set(facecolor=plots.PAPER, dpi=120)
+        width, height = made.get_size_inches()
+        lines = textwrap.wrap(caption, max(20, int(LETTERS * width)))
+        below = 0.12 * len(lines) + 0.08
+        share = height / (height + below)  # of the drawing in the higher figure, above the caption
+        for axes in made.axes:
+            left, bottom, across, up = axes.get_position().bounds
+            axes.set_position((left, 1 - share + share * bottom, across, share * up))
+        made.set_size_inches(width, height + below)
+        made.text(0.02, 0.02, "\n".join(lines), size=7, color=plots.MUTED, va="bottom")
+    made.set_facecolor(plots.PAPER)
     # IPython shows figures by itself once pyplot has been imported, which results need not wait for.
     made._repr_png_ = partial(_png, made)  # pyright: ignore[reportAttributeAccessIssue]
     return made
@@ -156,5 +170,5 @@ def drawn(render: Callable[..., bytes], *values: object) -> Figure:
 
 def _png(made: Figure) -> bytes:
     buffer = io.BytesIO()
-    made.savefig(buffer, format="png", bbox_inches="tight")
+    made.savefig(buffer, format="png", bbox_inches="tight", dpi=120)
     return buffer.getvalue()

@@ -149,7 +149,8 @@ class RunResult(Shown, Mapping[str, Any]):
 
         Args:
             of: "scores": a row for each stage and task, with the columns method, order, seed, stage, trained, task,
-                score; stage 0 is zero-shot. "metrics": one row with method, order, seed and every metric, NaN where it is undefined.
+                score; stage 0 is zero-shot. "metrics": one row with method, order, seed and every metric, NaN where it
+                is undefined.
 
         Raises:
             UserError: pandas is not installed, or there is no such form.
@@ -178,13 +179,17 @@ class RunResult(Shown, Mapping[str, Any]):
         ]
 
     def plot(self) -> Figure:
-        """The score matrix as a heat map, as in the report: a matplotlib Figure, which ``savefig`` writes to a file."""
+        """The score matrix as a heat map, as in the report: a matplotlib Figure; ``savefig`` writes it to a file."""
         from cnext.report import plots
 
         run = self._run
         names = [run.stage(stage) for stage in run.stages]
         learnt = [run.stages.index(run.learnt(task)) for task in range(len(run.tasks))]
-        return drawn(plots.score_matrix, run.scores[run.stages], names, run.tasks, learnt)
+        caption = (
+            f"{self._name()}: score in percent on each task (column) after each stage (row). Outlined: the task just "
+            "learnt; small figures: the change since then."
+        )
+        return drawn(plots.score_matrix, run.scores[run.stages], names, run.tasks, learnt, caption=caption)
 
 
 def _existing(file: Path) -> Path | None:

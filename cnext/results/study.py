@@ -131,7 +131,8 @@ class StudyResult(Shown):
             if seeds := [run.avg_acc for run in runs if run.avg_acc is not None]:
                 found[self._name(row)] = (seeds, row.new_acc.mean)
         best_first = sorted(found.items(), key=lambda item: -sum(item[1][0]) / len(item[1][0]))
-        return drawn(study_plots.accuracy, dict(best_first))
+        caption = "Avg.ACC in percent: a tick for each seed, a dot for their mean; open dot: New.ACC."
+        return drawn(study_plots.accuracy, dict(best_first), caption=caption)
 
 
 def of_folders(
