@@ -150,11 +150,11 @@ def breaks(study: RunGroups) -> list[ResultTable]:
 
 
 DEFINITION = (
-    "In percent of a task's test samples: answers with a score of 50 or more when learnt (correct), those of them with "
-    "less than half of that score at the end (broken), and the error types of the broken; of the broken, non-empty "
-    "ones that the paper's lenient profile scores as correct (lenient), ones that contain the expected words or whose "
-    "numbers form the expected box (fixed), and either (format only). In points: the sums of all falls (lost) and "
-    "rises (gained) of samples, whose difference is the task's forgetting."
+    "In percent of a task's test samples. Correct when learnt: with a score of 50 or more then. Broken: of these, with "
+    "less than half of that score at the end; HAL, IUF and OTH are the broken by type of error (hallucination, "
+    "instruction unfollowing, other). Lenient: broken, but still right for the paper's own, more lenient scorers. "
+    "Fixed: broken, but the expected words or box are in the answer. Format only: lenient or fixed. In points: lost "
+    "and gained, all falls and all rises of samples, whose difference is the task's forgetting."
 )
 
 

@@ -13,13 +13,14 @@ from cnext.analysis.transfer import in_turn
 from cnext.analysis.updates import Updates, has_branches, read, relations
 
 SIMILARITY = (
-    "Over the pairs of tasks with the same or another set of input and output modalities: percent that their updates "
-    "share, Σ min(p_s, p_t), p_t the share of a branch (or of a branch in one layer's projection) in the squared norm "
-    "of task t's update U_t = B_t A_t - B_{t-1} A_{t-1}, and the cosine of the two updates; over all layers and halves "
-    "of them, of the adapters as checkpoints keep them."
+    "How much the updates of two tasks overlap: the mean over the pairs of tasks whose inputs and outputs are of the "
+    "same kinds or not. Shared: percent of the squared norms of the two updates that is in the same weight matrices of "
+    "the same branches; branches shared: in the same branches, wherever in the model. Cosine: 1 the same direction, 0 "
+    "unrelated, below 0 opposed. Shallow and deep half: of the layers. An update is the product of a branch's two "
+    "matrices at the end of a task minus that before it."
 )
-BRANCHES = "Share of each branch in the squared norm of each task's update, in percent."
-TURNED = "Cosine between the updates of the tasks in row and column: 1 same direction, 0 orthogonal, below 0 opposite."
+BRANCHES = "How each task's update is divided among the branches, in percent of its squared norm."
+TURNED = "Cosine between the updates of the tasks in row and column: 1 same direction, 0 unrelated, below 0 opposed."
 PAIRS = (
     "Frobenius norm of the difference of one branch between the stages of two tasks, over all projections of a layer "
     "and over all layers of a projection, without the method's scale."

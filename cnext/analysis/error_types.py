@@ -38,9 +38,10 @@ def _by_rules(study: RunGroups) -> ResultTable:
         if cells[0].n:
             rows.append([group.method, group.order, *cells])
     definition = (
-        "Growth, from when a task was learnt to the end and as the mean over all but the last task, of the share of "
-        "points lost to answers that break the instruction (IUF), that are well formed and wrong (HAL) and to others "
-        "(OTH), in percent of all test samples; the three add up to Forgetting. Classified by the scorers' rules."
+        "How many points more each type of error costs at the end than when a task was learnt, as the mean over the "
+        "tasks before the last: answers that do not have the form that was asked for (IUF, instruction unfollowing), "
+        "that have it and say something wrong (HAL, hallucination), and others (OTH). The three add up to Forgetting. "
+        "Fixed rules decide the type."
     )
     return ResultTable(
         "types", "Forgetting by error type", definition, ["method", "order", *TYPES.values()], rows, words=2

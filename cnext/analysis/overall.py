@@ -15,6 +15,8 @@ from cnext.tables.aggregate import METRICS, Summary, summary, summary_with_range
 
 ABLATION = ("moelora", "ew", "ew-ga", "mage-paper")
 """The paper's ablation: experts with a router, with equal weights, trained by modality, and averaged."""
+ACCURACY = "After each stage, the mean score of the tasks learnt so far, in percent."
+FORGETTING = "After each stage, the mean fall of the scores of the earlier tasks since each was learnt, in points."
 BY_OUTPUT = {"avg_acc_text": "text", "avg_acc_image": "image"}
 
 
@@ -53,12 +55,12 @@ def ablations(study: RunGroups) -> list[ResultTable]:
         [
             group.method,
             group.order,
-            *(group.mean(lambda run, task=task: _at_end(run, task)) for task in tasks),
+            *(group.mean(lambda run, task=task: at_end(run, task)) for task in tasks),
             *(_metric(group, name) for name in METRICS),
         ]
         for group in groups
     ]
-    definition = "Score on each task at the end, R[T][i], then Avg.ACC, Forgetting and New.ACC."
+    definition = "Score on each task at the end, in percent, then Avg.ACC, Forgetting and New.ACC."
     head = ["method", "order", *tasks, *METRICS.values()]
     found = [ResultTable("ablations", "Ablation", definition, head, rows, words=2)]
     steps = []
@@ -104,20 +106,19 @@ def stages(study: RunGroups) -> list[ResultTable]:
     numbers = [str(stage) for stage in range(1, count + 1)]
     found = []
     for name, title, of, definition in (
-        ("accuracy", "Accuracy over stages", averages, "a_t = (1/t) Σ_{i<=t} R[t][i]"),
-        ("forgetting", "Forgetting over stages", forgettings, "f_t = (1/(t-1)) Σ_{i<t} (R[i][i] - R[t][i])"),
+        ("accuracy", "Accuracy over stages", averages, ACCURACY),
+        ("forgetting", "Forgetting over stages", forgettings, FORGETTING),
     ):
-        text = f"{title.split()[0]} of the tasks learnt so far after each stage t, {definition}."
         rows = [
             [g.method, g.order, *over_stages(g, of, count)] for g in groups if of is averages or not g.runs[0].untrained
         ]
-        found.append(ResultTable(f"stages.{name}", title, text, ["method", "order", *numbers], rows, words=2))
+        found.append(ResultTable(f"stages.{name}", title, definition, ["method", "order", *numbers], rows, words=2))
     rows = [
         [group.method, group.order, task, *over_stages(group, lambda run, i=i: run.scores[1:, i], count)]
         for group in groups
         for i, task in enumerate(group.tasks)
     ]
-    definition = "Score on each task after each stage, R[t][i], from the stage that learns it on."
+    definition = "Score on each task after each stage, in percent, from the stage that learns it on."
     return [
         *found,
         ResultTable(
@@ -146,7 +147,8 @@ def _metric(group: Group, name: str) -> Summary:
     return group.mean(lambda run: run.metric(name))
 
 
-def _at_end(run: Run, task: str) -> float | None:
+def at_end(run: Run, task: str) -> float | None:
+    """The score on a task after the last stage."""
     value = run.scores[-1, run.tasks.index(task)] if task in run.tasks else np.nan
     return None if np.isnan(value) else float(value)
 

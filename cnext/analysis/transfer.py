@@ -51,13 +51,14 @@ def transfer(study: RunGroups) -> list[ResultTable]:
         for group, of in zip(groups, flow, strict=True)
     ]
     definition = (
-        "Mean change of an earlier task's score during one stage, R[t][i] - R[t-1][i] with i < t, over the pairs whose "
-        "tasks share an output modality (within) or none (across: inter-modal forgetting with its sign turned), and by "
-        "output modality, trained > earlier task; regained and lost: the sums of all rises and falls."
+        "Mean change of an earlier task's score while another task is learnt, in points. Within: both tasks write "
+        "text, or both write images; across: one writes text and the other images. text > image: of tasks that write "
+        "images, while one that writes text is learnt; and so on. Regained and lost: the sums of all rises and of all "
+        "falls."
     )
     head = ["method", "order", *names]
-    moved = "Change of the task in the column while the task in the row was trained, R[t][i] - R[t-1][i]."
-    back = "Rise of the task in the column while the task in the row was trained, max(0, R[t][i] - R[t-1][i])."
+    moved = "Change of the task in the column while the task in the row was learnt, in points."
+    back = "Rise of the task in the column while the task in the row was learnt, in points; 0 where it fell."
     return [
         ResultTable("transfer", "Transfer within and across modalities", definition, head, rows, 2, True),
         _matrix(groups, "transfer.changes", "Change of earlier tasks", moved, -np.inf),

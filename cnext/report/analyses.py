@@ -2,27 +2,30 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
 
 from cnext.analysis import ANALYSES
-from cnext.analysis.drift import TURNED, later
+from cnext.analysis.drift import later
 from cnext.analysis.formats import shown
 from cnext.analysis.groups import RunGroups
-from cnext.analysis.result import Cell, ResultTable, Unavailable
+from cnext.analysis.result import ResultTable, Unavailable
 from cnext.analysis.run import Run
 from cnext.analysis.transfer import changes, in_turn
 from cnext.analysis.updates import Updates, has_branches, read
 from cnext.report import plots
-from cnext.report.blocks import Block, Folded, Key, Picture, Plots, Section, Table, Text
+from cnext.report.blocks import Block, Code, Folded, Key, Picture, Plots, Section, Table, Text
 from cnext.report.plots import DEEPEST, MORE, Panel
 
 LISTED = 40
 """Forgotten samples that the page lists for each task; `cnext analyze` lists all."""
-NARROW = 16
-"""Heat maps of at most so many columns are shown side by side."""
+SIZES = (
+    "How large each task's update of each weight matrix is (Frobenius norm): a row of maps for each branch, a column "
+    "for each task; in a map, a row for each layer and a column for each of its weight matrices."
+)
 
 
 def without(names: Sequence[str], head: list[str], rows: list[list[str]], words: int, caption: str) -> Table:
@@ -45,9 +48,8 @@ def missing(why: Unavailable | str) -> Text:
     return Text(f"Not shown: {why}.", "missing")
 
 
-def heat_map(name: str, panel: Panel, limit: float, values: str = "", alt: str = "") -> Picture:
-    """A heat map as a picture. alt: its content in words; "": that the table below repeats it."""
-    alt = alt or f"Heat map: {panel.title}; see the table below"
+def heat_map(name: str, panel: Panel, limit: float, values: str, alt: str) -> Picture:
+    """A heat map as a picture. alt: its content in words."""
     return Picture(name, plots.heat_maps([[panel]], limit, values), alt)
 
 
@@ -55,25 +57,17 @@ def transfer(run: Run) -> Section:
     """How learning one task changed the scores of the earlier ones."""
     if not in_turn(run):
         return Section("", [])
-    summary, moved, back = ANALYSES["transfer"](RunGroups.of(run))
+    summary, moved, _ = ANALYSES["transfer"](RunGroups.of(run))
     values = changes(run)[1 : run.last, : run.last - 1]
-    rows, columns = run.tasks[1 : run.last], run.tasks[: run.last - 1]
-    pictures = [
-        heat_map(f"{name}.svg", Panel(title, cells, rows, columns), float(np.nanmax(abs(values), initial=0)), "+.1f")
-        for name, title, cells in (
-            ("transfer", "change of an earlier task", values),
-            ("recovery", "recovery of an earlier task", np.where(values < 0, 0.0, values)),
-        )
-    ]
-    note = "Row: the task in training; column: an earlier task; in points of its score. Blue: rises; vermilion: falls."
-    blocks: list[Block] = [
-        table(summary),
-        Text(note),
-        Plots(pictures, "maps"),
-        Folded("Change of earlier tasks as a table", table(moved)),
-        Folded("Recovery of earlier tasks as a table", table(back)),
-    ]
-    return Section("Transfer between tasks", blocks)
+    panel = Panel("change of an earlier task", values, run.tasks[1 : run.last], run.tasks[: run.last - 1])
+    alt = "Heat map of the change of each earlier task while another is learnt; the table below has the values"
+    picture = heat_map("transfer.svg", panel, float(np.nanmax(abs(values), initial=0)), "+.1f", alt)
+    note = (
+        "How the score of an earlier task (column) changed while another task (row) was learnt, in points. Blue: it "
+        "rose; vermilion: it fell."
+    )
+    folded = Folded("Change of earlier tasks as a table", table(moved))
+    return Section("Transfer between tasks", [Text(note), Plots([picture], "maps"), folded, table(summary)])
 
 
 def breaks(run: Run) -> Section:
@@ -102,7 +96,7 @@ def drift(run: Run) -> Section:
         found = read(run)
     except Unavailable as why:
         return Section(title, [missing(why)])
-    shared, moved, cosines, distances, pairs, norms = ANALYSES["drift"](RunGroups.of(run))
+    shared, moved, cosines, *_ = ANALYSES["drift"](RunGroups.of(run))
     fields = found.norms()
     deepest = float(np.nanmax(fields, initial=0))
     layers = [str(layer) for layer in found.layers]
@@ -114,22 +108,32 @@ def drift(run: Run) -> Section:
         ]
         for row, of in enumerate(fields)
     ]
-    alt = "Heat maps of the norm of every task's update, a row a branch and a column a task, as in the last table below"
+    drawn = plots.heat_maps(grid, deepest, sides=found.branches)
     blocks: list[Block] = [
-        table(shared),
         table(moved),
-        Text(f"{norms.definition} Rows: layers; columns: projections."),
+        Text(SIZES),
         _scale(deepest),
-        Plots([Picture("drift.svg", plots.heat_maps(grid, deepest, sides=found.branches), alt)], "wide plot"),
-        *_pairs(found, pairs),
-        Text(TURNED),
+        Plots([Picture("drift.svg", drawn, _largest(found))], "wide plot"),
+        Text("How similar the directions of two tasks' updates are: 1 the same, 0 unrelated, below 0 opposed."),
         Plots(_cosines(found), "maps"),
-        Folded("Cosines between updates of all branches as a table", table(cosines)),
-        Folded("Distances between stages as a table", table(distances)),
-        Folded("Distances between tasks, by layer and by projection, as a table", table(pairs)),
-        Folded("Norms of all updates as a table", table(norms)),
+        Folded("Similarity of directions as a table", table(cosines)),
+        table(shared),
+        Text("The sizes of all updates, and the distances between stages, are printed by this command."),
+        Code(shlex.join(["cnext", "analyze", str(run.path), "--what", "drift"])),
     ]
     return Section(title, blocks)
+
+
+def _largest(found: Updates) -> str:
+    """The heat maps of the updates' sizes in words: where each task's update is the largest."""
+    fields = found.norms()
+    spoken = []
+    for column, task in enumerate(found.tasks):
+        branch, layer, projection = np.unravel_index(np.nanargmax(fields[:, column]), fields[:, column].shape)
+        place = f"{found.branches[branch]}, layer {found.layers[layer]}, {_short(found.projections[projection])}"
+        spoken.append(f"{task}: {place}, {fields[branch, column, layer, projection]:.2f}")
+    listed = "; ".join(spoken)
+    return f"Heat maps of the size of every task's update, a row a branch and a column a task. Largest: {listed}"
 
 
 def _scale(deepest: float) -> Key:
@@ -153,22 +157,6 @@ def _cosines(found: Updates) -> list[Picture]:
         panel, alt = Panel(name, values, found.tasks[:-1], found.tasks[1:]), f"Cosines of updates of {name}: {listed}"
         pictures.append(heat_map(f"cosines_{number}.svg", panel, limit, "+.2f", alt))
     return pictures
-
-
-def _pairs(found: Updates, pairs: ResultTable) -> list[Block]:
-    """How far the adapters after one task are from those after a later one, a heat map a branch."""
-    if not pairs.rows:
-        return []
-    columns = [*map(str, found.layers), "", *map(_short, found.projections)]
-    rows: dict[str, dict[str, list[Cell]]] = {}
-    for branch, first, second, *norms in pairs.rows:
-        norms.insert(len(found.layers), None)
-        rows.setdefault(str(branch), {})[f"{first} → {second}"] = norms
-    panels = [Panel(branch, np.array([*of.values()], float), [*of], columns) for branch, of in rows.items()]
-    deepest = max(float(np.nanmax(panel.values)) for panel in panels)
-    pictures = [heat_map(f"distances_{number}.svg", panel, deepest) for number, panel in enumerate(panels, 1)]
-    note = f"{pairs.definition} Rows: the two tasks; columns: layers, then projections."
-    return [Text(note), _scale(deepest), Plots(pictures, "maps" if len(columns) <= NARROW else "wide plot")]
 
 
 def _short(projection: str) -> str:

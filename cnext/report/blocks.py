@@ -3,10 +3,18 @@
 from __future__ import annotations
 
 import base64
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass
+from math import isfinite
+from urllib.parse import quote
 
 LONG = 24
 """A column of words with longer cells may break its lines."""
+WIDE = 110
+"""Letters in a line of a table, above which they become smaller."""
+IN_URLS = " !$()*+,-./:;=?@[]^_`{|}~'&<>"
+"""What a browser reads in a data URL as it is; a page escapes what HTML reserves."""
 
 
 @dataclass(frozen=True)
@@ -33,12 +41,27 @@ class Numbers:
 
 @dataclass(frozen=True)
 class Table:
-    """A table whose first column names the rows. words: the other columns that hold words and not numbers."""
+    """A table whose first column names the rows.
+
+    words: the other columns that hold words and not numbers.  heat: for each cell, 0 to 1, how deeply its ground is
+    coloured; NaN for no colour, [] for a plain table.
+    """
 
     head: list[str]
     rows: list[list[str]]
     caption: str = ""
     words: tuple[int, ...] = ()
+    heat: Sequence[Sequence[float]] = ()
+
+    def depth(self, row: int, column: int) -> str:
+        """The opacity of a cell's ground; "" where it has none."""
+        return f"{self.heat[row][column]:.2f}" if self.heat and isfinite(self.heat[row][column]) else ""
+
+    @property
+    def dense(self) -> bool:
+        """Whether it is so wide that it needs small letters."""
+        widths = [max(map(len, column)) for column in zip(self.head, *self.rows, strict=True)]
+        return len(self.head) > 8 or sum(min(width, LONG) + 2 for width in widths) > WIDE
 
     @property
     def classes(self) -> list[str]:
@@ -66,9 +89,17 @@ class Picture:
     alt: str
 
     @property
+    def points(self) -> str:
+        """The width of an SVG in points; "" of another picture."""
+        found = re.search(rb"width='([\d.]+)pt'", self.data[:500]) if self.name.endswith("svg") else None
+        return found[1].decode() if found else ""
+
+    @property
     def url(self) -> str:
-        """The picture as a data URL."""
-        kind = "svg+xml" if self.name.endswith("svg") else "png"
+        """The picture as a data URL. SVG stays text, a quarter shorter than in base64."""
+        if self.name.endswith("svg"):
+            return f"data:image/svg+xml,{quote(self.data.decode(), safe=IN_URLS)}"
+        kind = "jpeg" if self.name.endswith("jpg") else "png"
         return f"data:image/{kind};base64,{base64.b64encode(self.data).decode()}"
 
 
@@ -76,8 +107,8 @@ class Picture:
 class Plots:
     """Pictures side by side or over the whole width.
 
-    kind: a class of the style sheet: "panels", "maps" (heat maps, fewer in a row), "wide plot" (scrolls on a phone)
-    or "fits" (shrinks on a phone).
+    kind: a class of the style sheet: "panels", "maps" (heat maps, fewer in a row), "pairs" (two in a row), "wide plot"
+    (one, scrolls on a phone) or "fits" (shrinks on a phone).
     """
 
     pictures: list[Picture]
@@ -104,7 +135,7 @@ class Strip:
 
 @dataclass(frozen=True)
 class Folded:
-    """A table that the reader opens."""
+    """A table that the reader opens: in Markdown too, as GitHub shows it."""
 
     summary: str
     table: Table

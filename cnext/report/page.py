@@ -31,8 +31,15 @@ def environment(folder: Path) -> Any:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    made.filters |= {"mark": mark, "kind": lambda block: type(block).__name__}
+    made.filters |= {"mark": mark, "kind": lambda block: type(block).__name__, "quoted": quoted}
     return made
+
+
+def quoted(value: str) -> Any:
+    """A value for an attribute in double quotes; what may stand there, of which a picture has much, is not escaped."""
+    from markupsafe import Markup
+
+    return Markup(value.replace("&", "&amp;").replace('"', "&quot;"))
 
 
 def _render(template: str, **values: Any) -> str:

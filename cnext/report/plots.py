@@ -16,6 +16,7 @@ import numpy as np
 
 from cnext.analysis.run import mean_seen, points
 from cnext.packages import version
+from cnext.report.compact import compact
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -134,7 +135,7 @@ def svg(draw: Callable[..., Figure], crop: bool = False) -> Callable[..., Drawin
             figure = draw(*args, **options)
             figure.savefig(buffer, format="svg", facecolor=PAPER, metadata={"Date": None, "Creator": None})
         head, mark, body = buffer.getvalue().partition(b"<defs>")
-        page = head + _stylesheet().encode() + mark + body
+        page = compact(head + _stylesheet(body.decode()).encode() + mark + body)
         return Drawing.of(page, functools.partial(draw, *args, **options))
 
     return render
@@ -148,12 +149,13 @@ def _no_figure() -> bytes:
     return f'{head}<g fill="{MUTED}" font-family="sans-serif">{text}</g></svg>'.encode()
 
 
-def _stylesheet() -> str:
-    """Rules that replace the light colours by the dark ones; a viewer without style sheets shows the light ones."""
+def _stylesheet(drawn: str) -> str:
+    """Rules that replace the light colours drawn by the dark ones; a viewer without style sheets shows the former."""
     dark = "".join(
-        f'[style*="{part}: {light}"]{{{part}:{colour}!important}}'
+        f'[style*="{part}:{light}"]{{{part}:{colour}!important}}'
         for light, colour in DARK.items()
         for part in ("fill", "stroke")
+        if f"{part}: {light}" in drawn
     )
     font = "text{font-family:'Gill Sans','Gill Sans MT','Open Sans',Calibri,system-ui,sans-serif!important}"
     return f"<style>{font}@media (prefers-color-scheme:dark){{{dark}}}</style>"

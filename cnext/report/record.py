@@ -25,7 +25,10 @@ def training(run: Run) -> Section:
             )
             for stage, values in sorted(run.losses.items())
         ]
-        note = "Training loss over optimizer steps: mean, and band from minimum to maximum. Scales differ by task."
+        note = (
+            "Training loss over the optimizer steps of each task: the line is the mean, the band goes from the least "
+            "to the greatest. Each panel has a scale of its own."
+        )
         blocks += [Text(note), Plots(pictures)]
     branches: dict[str, dict[int, tuple[float, float]]] = {}
     for merge in run.results.averaging or []:
@@ -41,9 +44,8 @@ def training(run: Run) -> Section:
             for number, (branch, stages) in enumerate(branches.items(), 1)
         ]
         note = (
-            "Moving average: beta, the weight of the old average when a stage's parameters are merged into it: "
-            "average = beta · average + (1 - beta) · new. Dot: mean over the branch's parameters; bar: one standard "
-            "deviation."
+            "Moving average: how much of the old average (beta) is kept when the parameters of a task are merged into "
+            "it; 1 keeps all of it, 0 replaces it. Dot: mean over the branch's parameters; bar: one standard deviation."
         )
         blocks += [Text(note), Plots(pictures)]
     return Section("Training", blocks)
@@ -63,9 +65,9 @@ def metrics(run: Run) -> Section:
         rows.append([name, points(value), *beside, FORMULAS.get(name, "")])
     columns = [column for profile in profiles for column in (profile, "gap")]
     note = (
-        "R[t][i] is the score in percent on task i after stage t of T, tasks in training order. Profile strict: each "
-        "score as it is defined. Profile paper: the evaluators as the paper's authors released them, errors included. "
-        "Gap: the second minus the first."
+        "Every metric by two ways of scoring the same answers. Strict: each score as it is meant. Paper: the "
+        "evaluators as the paper's authors released them, errors included. Gap: the second minus the first. In the "
+        "formulas, R[t][i] is the score in percent on task i after stage t of T, tasks in training order."
     )
     formulas = Table(["metric", main, *columns, "formula and divisor"], rows, words=(2 + len(columns),))
     blocks: list[Block] = [Text(note), formulas]

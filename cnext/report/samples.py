@@ -14,6 +14,8 @@ from cnext.runs.schemas import Answer
 
 SMALL, LARGE = 128, 256
 """Images up to SMALL pixels a side are enlarged by whole pixels to at most 2 SMALL, larger ones shrunk to LARGE."""
+QUALITY = 82
+"""Of a large image as JPEG, which takes a tenth of a PNG."""
 RIGHT, WRONG = 99.5, 50.0
 SHOWN = 3
 
@@ -44,8 +46,8 @@ def images(run: Run) -> Section:
                 frames.append(Frame(label, None, verdict, f"no image{instead}"))
         blocks.append(Strip(f"{task}: {_shorten(row.instruction, 300)}", frames))
     note = (
-        "For each task that writes images: of the samples with images at the most stages, the one whose score varies "
-        "most. Above each image its stage, below it its score in percent."
+        "One sample of each task that writes images: the one whose score varies most over the stages. Above each image "
+        "stands its stage, below it its score in percent."
     )
     return Section(title, [Text(note), *blocks] if blocks else [])
 
@@ -72,8 +74,8 @@ def answers(run: Run) -> Section:
             frames += [_answer(run.stage(stage), given) for stage, given in sample.items()]
             blocks.append(Strip(_shorten(row.instruction, 300), frames))
     note = (
-        f"Samples that were correct when learnt ({RIGHT:g} or more) and are wrong at the end (below {WRONG:g}): "
-        f"the first for each distinct wrong answer, at most {SHOWN} a task."
+        "Answers that were correct when their task was learnt and are wrong at the end: of each task at most "
+        f"{SHOWN}, each with another wrong answer. Correct is a score of {RIGHT:g} or more, wrong one below {WRONG:g}."
     )
     return Section("Answers over stages", [Text(note), *blocks] if blocks else [])
 
@@ -95,7 +97,7 @@ def _given(path: str, name: str, label: str) -> Frame:
 
 
 def picture(path: Path, name: str, alt: str) -> Picture:
-    """An image file as a PNG of the report's size. Raises UserError naming a file that is not an image."""
+    """An image file in the report's size: PNG where it is small, else JPEG. Raises UserError for what is no image."""
     from PIL import Image
 
     image = open_image(path)
@@ -106,5 +108,9 @@ def picture(path: Path, name: str, alt: str) -> Picture:
     else:
         image.thumbnail((LARGE, LARGE))
     buffer = io.BytesIO()
-    image.save(buffer, "PNG")
+    if longest <= SMALL:
+        image.save(buffer, "PNG", optimize=True)
+    else:
+        image.save(buffer, "JPEG", quality=QUALITY)
+        name = f"{name.removesuffix('.png')}.jpg"
     return Picture(name, buffer.getvalue(), alt)

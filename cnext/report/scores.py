@@ -11,6 +11,12 @@ from cnext.report import plots
 from cnext.report.blocks import Block, Folded, Key, Numbers, Picture, Plots, Section, Table, Text
 from cnext.scoring.base import ERROR_TYPES
 
+MEANING = {
+    "avg_acc": "mean score over all tasks at the end, in percent",
+    "forgetting": "mean fall of the tasks before the last, from when each was learnt to the end, in points",
+    "new_acc": "mean score of each task right after it was learnt, in percent",
+}
+"""The main metrics in words."""
 _AVERAGES = ("avg_hal", "avg_iuf", "avg_oth")
 
 
@@ -29,10 +35,10 @@ def headline(run: Run) -> Section:
     if results.budget == "smoke":
         blocks.append(Text("Preset smoke: a test that everything works; its scores mean nothing.", "banner"))
     numbers = [
-        ("Avg.ACC", metrics.get("avg_acc"), "mean score over all tasks after the last stage, in percent"),
-        ("Forgetting", metrics.get("forgetting"), "mean drop since a task was learnt, all but the last, in points"),
-        ("New.ACC", metrics.get("new_acc"), "mean score of each task right after it was learnt"),
-        ("Zero-shot", mean_seen(run.scores[0]), "mean score over all tasks before training"),
+        ("Avg.ACC", metrics.get("avg_acc"), MEANING["avg_acc"]),
+        ("Forgetting", metrics.get("forgetting"), MEANING["forgetting"]),
+        ("New.ACC", metrics.get("new_acc"), MEANING["new_acc"]),
+        ("Zero-shot", mean_seen(run.scores[0]), "mean score over all tasks before any training, in percent"),
     ]
     if run.joint:
         blocks.append(Text("Joint training, an upper bound: all tasks are trained at once, and nothing is forgotten."))
@@ -45,7 +51,21 @@ def headline(run: Run) -> Section:
         blocks.append(Text(f"Started from {results.init}."))
         blocks += [Text(f"What it started from: {note}.", "banner") for note in results.init.notes]
     blocks.append(Numbers([(name, points(value), meaning) for name, value, meaning in numbers]))
+    blocks += [Text(text)] if (text := _sentence(run)) else []
     return Section(f"{results.method} on {results.suite}", blocks)
+
+
+def _sentence(run: Run) -> str:
+    """The main figures in words; "" of a run that does not learn tasks one after another."""
+    average, new, forgetting = (run.metric(name) for name in ("avg_acc", "new_acc", "forgetting"))
+    if not in_turn(run) or average is None or new is None or forgetting is None:
+        return ""
+    change = "lost" if forgetting >= 0 else "gained"
+    return (
+        f"After learning {run.last} tasks one after another, the model reaches a mean score of {points(average)} "
+        f"percent on them. Right after learning each of them it reached {points(new)}; the tasks before the last one "
+        f"have {change} {points(abs(forgetting))} points each since then, on average."
+    )
 
 
 def _untrained(run: Run) -> bool:
@@ -64,12 +84,16 @@ def matrix(run: Run) -> Section:
     learnt = [run.stages.index(run.learnt(task)) for task in range(len(run.tasks))]
     heat = plots.score_matrix(run.scores[run.stages], names, run.tasks, learnt)
     note = (
-        "Score in percent on each task (column) after each stage (row). Outlined: the task just learnt; small figures: "
-        "the change since then. Blank: not evaluated. Average: over the tasks learnt so far, of zero-shot over all."
+        "A row for the model before training and after each stage of it, a column for each task; scores in percent. "
+        "Outlined: the task just learnt. Below a later score stands its change since then. Blank: not tested. The "
+        "average is over the tasks learnt so far, in the first row over all tasks."
     )
     samples = run.results.samples.values()
     if samples:
-        note += f" The standard error of a score is at most {points(50 / min(samples) ** 0.5)} points."
+        note += (
+            f" With {min(samples)} samples a task, a score has a standard error of at most "
+            f"{points(50 / min(samples) ** 0.5)} points."
+        )
     picture = Picture("score_matrix.svg", heat, "Heat map of the score matrix; see the table below")
     return Section(
         "Score matrix", [Text(note), Plots([picture], "wide plot"), Folded("Score matrix as a table", table)]
@@ -89,8 +113,9 @@ def stages(run: Run) -> Section:
         alt = f"Score over stages of {title}: {spoken}"
         pictures.append(Picture(f"stages_{number}.svg", plots.accuracy(run.scores, task, title), alt))
     note = (
-        "Score in percent over the stages, numbered as in the matrix. Open dot: zero-shot. The line starts where the "
-        "task is learnt; grey: the other tasks. Labels: the score when learnt and, in bold, the last one."
+        "Score in percent after each stage, numbered as in the score matrix: the mean over the tasks learnt so far, "
+        "then each task. Open dot: before any training. The solid line starts where the task is learnt; grey: the "
+        "other tasks. The figures are the score when learnt and, in bold, the last one."
     )
     return Section("Accuracy over stages", [Text(note), Plots(pictures)])
 
@@ -122,12 +147,15 @@ def error_types(run: Run) -> Section:
     rows.append(["mean", *(points(value, signed=True) for value in sums)])
     when = "at the end" if once else "when the task was learnt and at the end"
     note = (
-        f"Points missing from a score of 100, {when}, by error type: hallucination (well-formed answer with wrong "
-        "content), instruction unfollowing (answer not in the form that was asked for) and other, as classified by the "
-        "scorers' rules."
+        f"What is missing to a score of 100, in points, {when}, by the type of error. Hallucination: the answer has "
+        "the form that was asked for and says something wrong. Instruction unfollowing: it does not have that form. "
+        "Other: neither of these. Fixed rules decide the type."
     )
     head = ["change since learnt", "hallucination", "instruction unfollowing", "other", "sum"]
-    caption = "In points. Last row: Avg.HAL + Avg.IUF + Avg.OTH = Forgetting."
+    caption = (
+        "How each type grew from when a task was learnt to the end, in points. The last row holds Avg.HAL, Avg.IUF and "
+        "Avg.OTH, which add up to Forgetting."
+    )
     key = Key([(error.replace("_", " "), plots.ERROR_COLOURS[error]) for error in ERROR_TYPES])
     table = [Table(head, rows, caption)] if len(rows) > 1 else []
     title = "Errors by type" if once else "Forgetting by error type"

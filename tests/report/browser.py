@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-WIDTH, HEIGHT = 390, 844
+WIDTH, HEIGHT = 360, 844
 """Pixels of a phone."""
 
 

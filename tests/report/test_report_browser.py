@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 import torch
 from analysis.small_runs import write_checkpoint
-from report.browser import WIDTH, chromium, work
+from report import accessibility
+from report.browser import CHROMIUM, WIDTH, chromium, work
 from report.fake_run import ORDER, write_fake_run
 
 from cnext.report import write_report, write_reports
@@ -36,7 +37,10 @@ for (const table of page.querySelectorAll("table.data")) for (const head of tabl
   }
   sorted.push([head.classList.contains("words"), clicks]);
 }
-return { tables: before, copied, sorted, out: out.map(element => element.outerHTML.slice(0, 200)),
+const blocks = [...page.querySelectorAll(".wide")].filter(block => !block.closest("details:not([open])"));
+const hinted = block => block.previousElementSibling.getClientRects().length > 0;
+const seen = blocks.map(block => [block.scrollWidth > block.clientWidth + 1, hinted(block), block.tabIndex === 0]);
+return { tables: before, wide: seen, copied, sorted, out: out.map(element => element.outerHTML.slice(0, 200)),
          width: view.innerWidth, scrolls: page.documentElement.scrollWidth,
          blank: [...page.images].filter(image => !image.naturalWidth).map(image => image.alt) };
 """
@@ -73,6 +77,13 @@ def test_a_phone_shows_it_without_scrolling_sideways(seen: dict[str, Any]) -> No
     assert seen["width"] == WIDTH
     assert seen["out"] == []
     assert seen["scrolls"] <= WIDTH
+
+
+def test_what_scrolls_has_a_hint_and_is_reached_by_keyboard(seen: dict[str, Any]) -> None:
+    """And what does not scroll has neither."""
+    assert any(scrolls for scrolls, _, _ in seen["wide"])
+    for scrolls, hint, focus in seen["wide"]:
+        assert (hint, focus) == (scrolls, scrolls)
 
 
 def test_every_picture_is_drawn(seen: dict[str, Any]) -> None:
@@ -134,3 +145,19 @@ def test_it_prints(run: Path, tmp_path: Path) -> None:
     text = file.read_bytes()
     assert text.startswith(b"%PDF-")
     assert 3 <= len(re.findall(rb"/Type\s*/Page\b", text)) <= 20
+
+
+AXE = """
+const dark = () => String(matchMedia("(prefers-color-scheme: dark)").matches);
+const folds = () => String(document.querySelectorAll("details[open]").length);
+window.axe = { run: async () => ({ violations: [{ id: dark(), impact: "minor", nodes: [{ html: folds() }] }] }) };
+"""
+
+
+@pytest.mark.parametrize("colours", accessibility.COLOURS)
+def test_the_accessibility_check_reports_what_axe_finds(run: Path, colours: str) -> None:
+    """With a small stand-in for axe: it is called in the page, with all folds open, in the colours asked for."""
+    assert CHROMIUM is not None
+    found = accessibility.check(run, AXE, CHROMIUM, WIDTH, colours)
+    folds = str(run.read_text().count("<details>"))
+    assert found == {"width": WIDTH, "violations": [[str(colours == "dark").lower(), "minor", 1, folds]]}

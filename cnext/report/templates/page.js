@@ -1,4 +1,14 @@
 "use strict";
+// What is wider than the page gets a hint, and can be reached by keyboard; what is not is left out of the tab order.
+document.documentElement.classList.add("measured");
+const measure = new ResizeObserver(found => {
+  for (const { target } of found) {
+    const more = target.scrollWidth > target.clientWidth + 1;
+    target.classList.toggle("scrolls", more);
+    if (more) target.tabIndex = 0; else target.removeAttribute("tabindex");
+  }
+});
+for (const wide of document.querySelectorAll(".wide")) measure.observe(wide);
 for (const table of document.querySelectorAll("table.data")) {
   const head = [...table.tHead.rows[0].cells], body = table.tBodies[0];
   const text = cell => cell.textContent.trim();
