@@ -19,7 +19,7 @@ from cnext.errors import UserError
 class OsfLayer(nn.Module):
     """The trained part of one frozen weight W, split by a singular value decomposition of what it has become.
 
-    W + D = sum over i of s_i u_i v_i^T, singular values descending, m = min(out, in) of them. The last ``rank`` of these
+    W + D = sum over i of s_i u_i v_i^T, singular values descending, min(out, in) of them. The last ``rank`` of these
     triples start U (out, rank), S (rank,) and V (rank, in), which are trained, and
 
         y = W x + D x + U diag(S) V x - U_0 diag(S_0) V_0 x
@@ -85,9 +85,9 @@ class OsfLayer(nn.Module):
         return y if self.merged is None else y + F.linear(x, self.merged)
 
     def project(self, u: Tensor, s: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Changes of U, S and V, without their part along the high directions: u <- u - H_u H_u^T u, v <- v - v H_v^T H_v.
+        """Changes of U, S and V, without their part along the high directions: u - H_u H_u^T u, and v - v H_v^T H_v.
 
-        Columns that are not live become zero.
+        Those of triples that are not live become zero.
         """
         high_u, high_v = self.high
         live = (torch.arange(self.rank, device=u.device) >= self.rank - self.live).to(u.dtype)

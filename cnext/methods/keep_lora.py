@@ -82,8 +82,8 @@ class KeepLora(TaskBranches):
         super().__post_init__()
         if not (0 <= self.principal <= 1 and 0 <= self.features <= 1 <= min(self.estimate, self.batches)):
             raise UserError(
-                "keep-lora: expected shares principal and features from 0 to 1, and estimate and batches of at least 1, "
-                f"got {self.principal}, {self.features}, {self.estimate} and {self.batches}"
+                "keep-lora: expected shares principal and features from 0 to 1, and estimate and batches of at least "
+                f"1, got {self.principal}, {self.features}, {self.estimate} and {self.batches}"
             )
         self.step, self.window, self.first = 0, 0, 0
         self.gradients: dict[str, Tensor] = {}

@@ -51,7 +51,7 @@ class Osf(Method):
     card = Card(
         "arXiv 2504.07097",
         keeps="the change of every weight; within a task also the weights' high directions",
-        grid={"freeze": (0.0, 0.5, 1.0), "lr_factor": (0.1, 0.25, 0.5, 1.0)},
+        grid={"freeze": (0.0, 0.5, 1.0), "lr_factor": (0.25, 0.5, 1.0, 2.0)},
     )
 
     def __post_init__(self) -> None:

@@ -34,10 +34,13 @@ class _Prepared:
         return len(self.samples)
 
     def __getitem__(self, place: Place) -> Any:
+        return self.backbone.prepare(self.sample(place))
+
+    def sample(self, place: Place) -> Sample:
+        """A sample as it is drawn in an epoch."""
         index, epoch = place
         sample = self.samples[index]
-        key = "/".join(map(str, (*self.seed, epoch)))
-        return self.backbone.prepare(sample.drawn(key) if sample.redraws else sample)
+        return sample.drawn("/".join(map(str, (*self.seed, epoch)))) if sample.redraws else sample
 
 
 class Order:
@@ -103,6 +106,11 @@ class Batches:
     def ids(self, step: int) -> list[str]:
         """Ids of the samples of a step, those of other processes included; steps count from 0."""
         return [self.samples[index].id for index in self._order.indices(step)]
+
+    def samples_at(self, step: int) -> list[Sample]:
+        """This process's samples of a step, of which `at` has the encoded ones."""
+        drawn = _Prepared(self.backbone, self.samples, self.seed)
+        return [drawn.sample(place) for place in collectives.shard(self._order.places(step))]
 
     def _loader(self, batches: Iterable[list[Place]]) -> DataLoader[Any]:
         return DataLoader(

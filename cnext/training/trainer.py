@@ -157,7 +157,9 @@ class TaskTrainer:
         if self.recipe.loss_mean == "batch" and count > 1:
             whole = collectives.all_reduce(*self.backbone.supervised(batch), device=self.backbone.device)
         sums, penalties = Tensor(), {}
-        for part in parts:
+        samples = self.batches.samples_at(self.step)
+        for number, part in enumerate(parts):
+            self.method.samples = samples[number * size : number * size + len(part)]
             losses = self._backward_task_loss(part, whole, 1.0 if whole else 1 / count)
             sums = sums + losses if len(sums) else losses
             self._add_penalty_gradients(penalties, part, len(parts))

@@ -87,6 +87,9 @@ def compare(method: str, found: dict[str, torch.Tensor], expected: dict[str, tor
             same = numpy.isin(found[name].numpy(), value.numpy()).mean()
             assert same == 1 if value.ndim == 0 else same > 0.9, name
             continue
+        if ".low." in name:
+            # Of osf's weights, which are compared; where singular values are close, their vectors turn.
+            continue
         ours = found[name]
         if name.startswith("state:basis."):
             # A subspace has many bases, so projections onto it are compared.

@@ -170,6 +170,9 @@ WRONG = [
     ("distillation", {"temperature": float("nan")}, "temperature must be above 0 and finite, got nan"),
     ("ewc", {"penalty": -1.0}, "penalty of at least 0"),
     ("ewc", {"penalty": float("inf")}, "penalty of at least 0"),
+    ("keep-lora", {"principal": 1.5}, "expected shares principal and features from 0 to 1"),
+    ("keep-lora", {"features": float("nan")}, "expected shares principal and features from 0 to 1"),
+    ("keep-lora", {"estimate": 0}, "estimate and batches of at least 1, got 0.5, 0.9, 0 and 16"),
     ("lae", {"decay": -0.1}, "decay in [0, 1]"),
     ("lora", {"init_std": -0.1}, "init_std must be at least 0 and finite, got -0.1"),
     ("lae", {"decay": float("nan")}, "decay in [0, 1]"),
@@ -187,6 +190,9 @@ WRONG = [
     ("mr-lora", {"samples": 0}, "samples and router_steps must be at least 1, got 0 and 80"),
     ("mr-lora", {"router_steps": 0}, "samples and router_steps must be at least 1, got 20 and 0"),
     ("o-lora", {"penalty": -1.0}, "penalty of at least 0"),
+    ("osf", {"rank": 0}, "expected rank of at least 1 and freeze from 0 to 1, got 0, 1.0"),
+    ("osf", {"freeze": float("nan")}, "freeze from 0 to 1"),
+    ("osf", {"lr_factor": 0.0}, "lr_factor must be positive and finite"),
     ("pgp", {"epsilon": 1.5}, "expected 0 <= epsilon <= 1 <= batches"),
     ("pgp", {"batches": 0}, "expected 0 <= epsilon <= 1 <= batches"),
     ("prompt-pool", {"length": 0}, "expected length and top_k of at least 1"),
@@ -197,6 +203,10 @@ WRONG = [
     ("reglora", {"share": 0.0}, "share in (0, 1]"),
     ("replay", {"samples": 0}, "samples must be at least 1, got 0"),
     ("replay", {"weight": float("nan")}, "weight must be above 0 and finite, got nan"),
+    ("sdft", {"ema": 1.5}, "expected 0 <= ema <= 1 <= longest, got 1.5 and 32"),
+    ("sdft", {"longest": 0}, "expected 0 <= ema <= 1 <= longest"),
+    ("sdft", {"divergence": "jsd"}, "unknown divergence 'jsd'; valid: reverse, forward"),
+    ("sdft", {"template": "{question}"}, "template must contain {demonstration}, got '{question}'"),
 ]
 
 
@@ -210,7 +220,7 @@ BRANCHED = [name for name in NAMES if {"independent", "init_std"} <= {f.name for
 
 
 def test_every_method_with_branches_has_their_dropout_and_initial_values() -> None:
-    assert set(NAMES) - set(BRANCHED) == {"prompt-pool", "zero-shot"}
+    assert set(NAMES) - set(BRANCHED) == {"osf", "prompt-pool", "zero-shot"}
 
 
 @pytest.mark.parametrize("name", BRANCHED)

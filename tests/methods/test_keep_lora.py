@@ -1,4 +1,4 @@
-"""KeepLoRA: the gradient of the frozen weight, the directions taken from it, and that protected inputs are left alone."""
+"""KeepLoRA: the gradient of the frozen weight, the directions taken from it, and that protected inputs stay."""
 
 from __future__ import annotations
 
