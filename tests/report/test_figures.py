@@ -121,7 +121,7 @@ def test_drawing_for_a_document_leaves_the_page_as_it_is(run: Path, tmp_path: Pa
 
 def test_a_document_has_the_key_of_error_types_in_the_figure() -> None:
     shares = {"mage": dict.fromkeys(plots.ERROR_COLOURS, 4.0)}
-    for picture in (plots.errors(shares, "VQAv2"), study_plots.error_types(shares)):
+    for picture in (plots.errors(shares, "VQAv2"), study_plots.error_types(shares, "errors")):
         text = picture.as_file("svg", COLUMN).decode()
         assert all(f">{error.replace('_', ' ')}<" in text for error in plots.ERROR_COLOURS)
 
