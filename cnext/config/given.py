@@ -72,13 +72,13 @@ def _in_words(name: str, kind: Any) -> str:
     if name == "order":
         return 'a string such as "reverse" or "a,b,c"'
     if name == "data":
-        return "a folder as a string or Path, datasets by task and split,"
+        return "a folder as a string or Path, or datasets by task and split"
     if kind is Path:
         return "a path as a string or Path"
     if typing.get_origin(kind) is typing.Literal:
         return "one of " + ", ".join(map(repr, typing.get_args(kind)))
     if typing.get_origin(kind) is tuple:
         return "a name or a list of names" if name in ONE_OR_SEVERAL else "a list of strings"
-    text = "a name, or a path," if name in NAMES_OR_FOLDERS else "a string"
+    text = "a name or a path" if name in NAMES_OR_FOLDERS else "a string"
     words = {str: text, bool: "True or False", int: "a whole number", float: "a number"}
     return words.get(kind, "a dictionary by name")
