@@ -366,4 +366,6 @@ def heat_maps(grid: Sequence[Sequence[Panel]], limit: float, values: str = "", s
             if values and np.isfinite(value):
                 shown = format(value, values).replace("-", "\N{MINUS SIGN}")
                 axes.text(j, i, shown if set(shown) & set("123456789") else shown[1:], size=7, **CENTRED)
+    if in_document() and not values:
+        figure.text(0, -0.1 / (high * lines * len(grid)), f"deepest: {limit:.2g}", size=7, color=MUTED, va="top")
     return figure

@@ -201,8 +201,8 @@ def _digests(rows: Any, where: str) -> dict[tuple[int, str], str]:
 
 
 def _states(here: Side, there: Side) -> States | None:
-    """Which stages are bit-identical; None where a side has no digests, or the seeds differ and so every stage does."""
-    if not here.digests or not there.digests or here.seed != there.seed:
+    """Which stages are bit-identical; None where a side has no digests, or none can be, of other seeds or methods."""
+    if not here.digests or not there.digests or (here.seed, here.method) != (there.seed, there.method):
         return None
     same: list[str] = []
     for (stage, trained), digest in here.digests.items():

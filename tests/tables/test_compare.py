@@ -326,6 +326,8 @@ def test_two_seeds_of_one_method(tmp_path: Path) -> None:
     assert "seeds: 0 here, 1 there" in text(found)
     assert "identical" not in text(found)
     assert json.loads(as_json(found))["seeds"] == {"here": 0, "there": 1}
+    other = of_run(run(tmp_path / "ewc", results("ewc", digests=digests["1"])))
+    assert "states:" not in text(compare(sides[0], other)), "nor of two methods"
     same = compare(sides[0], sides[0])
     assert "states: bit-identical up to stage 1 VQAv2" in text(same)
     assert "seeds:" not in text(same)
