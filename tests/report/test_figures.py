@@ -21,6 +21,7 @@ from cnext.cli import main
 from cnext.errors import UserError
 from cnext.report import SECTIONS, plots, study_plots
 from cnext.report.figures import CAPTIONS, COLUMN, write_figures
+from cnext.report.scores import matrix
 
 TASKS = ("VQAv2", "HQEdit")
 STEMS = ["score_matrix", "stages_0", "stages_1", "stages_2", "errors_1", "errors_2"]
@@ -49,7 +50,7 @@ def test_the_figures_of_a_run_are_those_of_its_report_in_its_order(run: Path, tm
     found = names(write_figures([run], tmp_path / "out", ["svg"]))
     shown = [picture.name for build in SECTIONS for picture in build(Run.read(run)).pictures()]
     assert found[:-1] == [name for name in shown if name in found]
-    assert found[: len(STEMS)] == [f"{stem}.svg" for stem in STEMS]
+    assert {f"{stem}.svg" for stem in STEMS} <= {*found}
     assert not [name for name in found if name.endswith(".png")]
     assert any(name.endswith(".png") for name in shown)
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == sorted(found)
@@ -98,10 +99,10 @@ def test_files_are_the_same_each_time(run: Path, tmp_path: Path) -> None:
 
 def test_figures_fit_a_column(runs: Path, tmp_path: Path) -> None:
     """The score matrix of six tasks too; a wider column is used where it helps."""
-    matrix = plots.score_matrix(np.full((7, 6), 88.8), ["0 zero-shot", *ORDER], ORDER, range(1, 7))
+    drawn = plots.score_matrix(np.full((7, 6), 88.8), ["0 zero-shot", *ORDER], ORDER, range(1, 7))
     widths = []
     for column in (COLUMN, 6.0):
-        with Image.open(io.BytesIO(matrix.as_file("png", column))) as image:
+        with Image.open(io.BytesIO(drawn.as_file("png", column))) as image:
             assert round(image.info["dpi"][0]) == 300
             assert image.convert("L").getextrema()[0] < 100, "something is drawn"
             widths.append(image.width / 300)
@@ -113,10 +114,13 @@ def test_figures_fit_a_column(runs: Path, tmp_path: Path) -> None:
 
 
 def test_drawing_for_a_document_leaves_the_page_as_it_is(run: Path, tmp_path: Path) -> None:
-    pictures = {picture.name: picture.data for picture in SECTIONS[1](Run.read(run)).pictures()}
+    def page() -> bytes:
+        return matrix(Run.read(run)).pictures()[0].data
+
+    before = page()
     write_figures([run], tmp_path, ["svg"], ["score_matrix"])
-    assert {picture.name: picture.data for picture in SECTIONS[1](Run.read(run)).pictures()} == pictures
-    assert pictures["score_matrix.svg"] != (tmp_path / "score_matrix.svg").read_bytes()
+    assert page() == before
+    assert before != (tmp_path / "score_matrix.svg").read_bytes()
 
 
 def test_a_document_has_the_key_of_error_types_in_the_figure() -> None:
@@ -128,8 +132,9 @@ def test_a_document_has_the_key_of_error_types_in_the_figure() -> None:
 
 def test_the_figures_of_a_study(runs: Path, tmp_path: Path) -> None:
     found = names(write_figures([runs], tmp_path, ["svg"]))
-    assert found[0] == "avg_acc.svg"
-    assert {"accuracy_0.svg", "accuracy_1.svg", "forgetting_0.svg", "transfer_1.svg"} <= {*found}
+    groups = list(dict.fromkeys(re.sub(r"(_\d+)?\.svg$", "", name) for name in found))
+    assert groups[0] == "avg_acc"
+    assert {"accuracy", "forgetting", "transfer"} <= {*groups}
 
 
 def test_the_verb_prints_its_files(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
