@@ -36,7 +36,7 @@ class Prototype(TaskBranches):
     """y = W x + scale * B_t A_t x, t the task whose centroid is nearest to the question's features."""
 
     scale: float = 3.0
-    lr_factor: float = 1.0
+    lr_factor: float = 2.0
 
     card = Card(
         "own; arXiv 2506.05453, 1611.07725",

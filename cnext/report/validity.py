@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from cnext.analysis.result import ResultTable
+from cnext.analysis.validity import FEW, INAPPLICABLE, UNMEASURED
 from cnext.report.blocks import Block, Folded, Table, Text
+from cnext.tables.aggregate import Summary
 
 TITLE = "Benchmark validity"
 NOTES = {
@@ -21,9 +23,23 @@ FOLDED = ("validity.confusion", "validity.general.stages")
 
 
 def blocks(found: list[ResultTable], table: Callable[[ResultTable], Table]) -> list[Block]:
-    """The tables of the analysis "validity", each under what it asks. table: lays one out."""
+    """The tables of the analysis "validity", each under what it asks, or a line where it has no figure.
+
+    table: lays one out.
+    """
     shown: list[Block] = []
     for one in found:
         shown += [Text(NOTES[one.name])] if one.name in NOTES else []
-        shown.append(Folded(one.title, table(one)) if one.name in FOLDED else table(one))
+        if lacking := _lacking(one):
+            shown.append(Text(f"{one.title}: {lacking}.", "missing"))
+        else:
+            shown.append(Folded(one.title, table(one)) if one.name in FOLDED else table(one))
     return shown
+
+
+def _lacking(result: ResultTable) -> str:
+    """What all rows say in place of figures, "" where one has a figure."""
+    if any(isinstance(cell, float | Summary) for row in result.rows for cell in row):
+        return ""
+    words = [cell for row in result.rows for cell in row if cell in (FEW, UNMEASURED, INAPPLICABLE)]
+    return ", or ".join(str(word) for word in dict.fromkeys(words))

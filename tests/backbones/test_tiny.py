@@ -168,7 +168,12 @@ def test_question_means_are_of_the_positions_that_read_text(tiny: TinyBackbone, 
     found = tiny.question_means(encoded)
     torch.testing.assert_close(Backbone.question_means(tiny, encoded), found, rtol=1e-5, atol=1e-5)
     for index in (0, 5):
-        inputs, _ = tiny._embed(encoded[index].question[None], [encoded[index].features], [False], torch.zeros(1, len(encoded[index].question)).bool())
+        inputs, _ = tiny._embed(
+            encoded[index].question[None],
+            [encoded[index].features],
+            [False],
+            torch.zeros(1, len(encoded[index].question)).bool(),
+        )
         states = tiny.decoder.model(inputs_embeds=inputs).last_hidden_state[0]
         text = (tiny.positions[0] == 0)[:-1]
         assert text.sum() == len(text) - (16 if index == 0 else 0)
