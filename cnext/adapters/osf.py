@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from cnext.adapters.attach import trained_like
-from cnext.adapters.bases import has_own_forward, is_transposed, is_wrapped, sizes
+from cnext.adapters.bases import has_own_forward, is_transposed, is_wrapped, offloaded_to, sizes
 from cnext.adapters.targets import linear_targets
+from cnext.distributed.processes import whole
 from cnext.errors import UserError
 
 
@@ -29,23 +30,24 @@ class OsfLayer(nn.Module):
     among them.
 
     Args:
-        weight: W, (out, in), of float dtype. Not changed.
+        base: the linear layer, whose weight is W, or W^T where it is a Conv1D. Not changed.
         rank: triples in U, S and V.
-        device: of the parameters. Default: the weight's.
     """
 
-    def __init__(self, weight: Tensor, rank: int, device: torch.device | None = None) -> None:
+    def __init__(self, base: nn.Module, rank: int) -> None:
         super().__init__()
-        self.weight = (weight,)
-        """In a tuple, so that it is neither a buffer nor moved."""
-        out, width = weight.shape
+        self.base = (base,)
+        """In a tuple, so that it is no part of this module."""
+        width, out = sizes(base)
         self.rank = min(rank, out, width)
-        zeros = trained_like(torch.zeros((), device=weight.device), weight, device)
+        weight = base.get_parameter("weight")
+        zeros = trained_like(torch.zeros((), device=weight.device), weight)
         self.U = nn.Parameter(zeros.new_zeros(out, self.rank))
         self.S = nn.Parameter(zeros.new_zeros(self.rank))
         self.V = nn.Parameter(zeros.new_zeros(self.rank, width))
         self.merged: Tensor | None = None
         """D; None for zero."""
+        self.high: tuple[Tensor, Tensor] = (self.U.detach()[:, :0], self.V.detach()[:0])
         self.start: tuple[Tensor, Tensor, Tensor] = (self.U.detach(), self.S.detach(), self.V.detach())
         self.live = self.rank
 
@@ -55,8 +57,9 @@ class OsfLayer(nn.Module):
 
         restart: start U, S and V from it; else they keep the values that they have.
         """
-        (weight,) = self.weight
-        current = weight.to(self.U.device, torch.float64)
+        (base,) = self.base
+        weight = whole(base.get_parameter("weight"))
+        current = (weight.T if is_transposed(base) else weight).to(self.U.device, torch.float64)
         u, s, v = torch.linalg.svd(current if self.merged is None else current + self.merged, full_matrices=False)
         # A triple has either sign: the largest number of u becomes positive, whatever rounding or the library prefer.
         signs = u.gather(0, u.abs().argmax(0, keepdim=True)).sign()
@@ -103,24 +106,22 @@ def attach_osf(model: nn.Module, targets: Sequence[str] | str, rank: int) -> dic
         rank: triples of each weight that may be trained, at most.
 
     Returns:
-        The layers by name, not yet split.
+        The layers by name, not yet split: they add nothing.
 
     Raises:
         UserError: targets that match no linear layer, or a weight whose singular vectors cannot be computed.
     """
-    found: Mapping[str, Any] = linear_targets(model, targets)
-    if bad := [name for name, base in found.items() if has_own_forward(base) or is_wrapped(base.weight)]:
-        raise UserError(
-            f"orthogonal subspaces need the singular vectors of {bad[0]}, whose weight is quantized; load the model in "
-            "bfloat16 or float32, or use a method with low-rank branches"
-        )
-    model.requires_grad_(False)
-    made = {}
+    found: dict[str, Any] = dict(linear_targets(model, targets))
     for name, base in found.items():
-        weight = base.weight.detach()
-        made[name] = OsfLayer(weight.T if is_transposed(base) else weight, rank)
-        assert made[name].V.shape[1] == sizes(base)[0]
-        base.register_forward_hook(partial(_add, made[name]))
+        if has_own_forward(base) or is_wrapped(base.weight) or offloaded_to(base) is not None:
+            raise UserError(
+                f"orthogonal subspaces need the singular vectors of {name}, whose weight is quantized or offloaded; "
+                "load the model in bfloat16 or float32 without offloading, or use a method with low-rank branches"
+            )
+    model.requires_grad_(False)
+    made = {name: OsfLayer(base, rank) for name, base in found.items()}
+    for name, layer in made.items():
+        found[name].register_forward_hook(partial(_add, layer))
     return made
 
 

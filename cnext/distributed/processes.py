@@ -202,6 +202,21 @@ def copy_whole(tensor: Tensor, parameter: nn.Parameter) -> None:
         parameter.copy_(value)
 
 
+@torch.no_grad()
+def whole(parameter: nn.Parameter) -> Tensor:
+    """The value of a parameter, which may be sharded as by `sharded`. Every rank calls this, and gets all of it."""
+    from torch.distributed.tensor import DTensor
+
+    if isinstance(parameter, DTensor):
+        return parameter.full_tensor()
+    if hasattr(parameter, "ds_id"):
+        import deepspeed
+
+        with deepspeed.zero.GatheredParameters([parameter]):
+            return parameter.detach().clone()
+    return parameter.detach()
+
+
 def _uneven(model: nn.Module, take_part: Callable[[], None]) -> Callable[[], AbstractContextManager[None]]:
     """Context at whose end a rank takes part in the forward passes of the others, until all are done."""
     device = next(model.parameters()).device

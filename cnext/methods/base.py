@@ -128,7 +128,7 @@ class Method(ABC):
     micro_batches: int = 1
     """Micro-batches of an optimizer step; the trainer sets it before `before_task`."""
 
-    samples: Sequence[Sample] = ()
+    batch_samples: Sequence[Sample] = ()
     """The samples of the forward pass to come, in the order of its batch; the trainer sets it before `before_step`."""
 
     modalities: tuple[str, ...] = adapters.MODALITIES

@@ -58,15 +58,12 @@ class Osf(Method):
         if self.rank < 1 or not 0 <= self.freeze <= 1:
             raise UserError(f"osf: expected rank of at least 1 and freeze from 0 to 1, got {self.rank}, {self.freeze}")
         check_lr_factor(self.lr_factor)
-        self.learnt = 0
+        self.learnt, self.split = 0, False
 
     def attach(self, tasks: Sequence[Task], generator: torch.Generator) -> None:
         self.count = max(len(tasks), 1)
         self.budget = 32 * total_width(self.model, self.backbone.targets)
         self.layers = attach_osf(self.model, self.backbone.targets, self.rank)
-        for layer in self.layers.values():
-            if not layer.U.is_meta:
-                layer.split(self.live)
 
     @property
     def live(self) -> int:
@@ -82,6 +79,10 @@ class Osf(Method):
 
     def before_task(self, parameters: dict[str, nn.Parameter], steps: int, memory: Memory) -> None:
         self.before: dict[str, list[Tensor]] = {}
+        if not self.split:  # now, as a run may start from other weights than those that were there when it attached
+            for layer in self.layers.values():
+                layer.split(self.live, restart=not layer.U.any())  # a resumed run has them
+        self.split = True
 
     @torch.no_grad()
     def transform_gradients(self, parameters: dict[str, nn.Parameter]) -> None:
@@ -121,3 +122,4 @@ class Osf(Method):
             merged = state.get(f"merged.{name}")
             layer.merged = None if merged is None else merged.to(layer.U.device)
             layer.split(self.live, restart=False)
+        self.split = True

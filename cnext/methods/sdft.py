@@ -133,11 +133,11 @@ class Sdft(LowRank):
                 parameter.grad.zero_()
 
     def extra_loss(self, batch: Sequence[Any]) -> Tensor | None:
-        if not self.distills or not self.samples:
+        if not self.distills:
             return None
         training = self.model.training
         self.backbone.eval()
-        own, shown = self.rollouts(self.samples)
+        own, shown = self.rollouts(self.batch_samples)
         with torch.no_grad(), adapters.holding(self.parameters, self.teacher):
             wanted = self.backbone.output(self.backbone.encode(shown)).logits
         encoded = self.backbone.encode(own)
@@ -171,7 +171,7 @@ class Sdft(LowRank):
     def after_step(self) -> None:
         self.step += 1
         for names in by_kind(self.teacher):
-            online = [self.parameters[name] for name in names]
+            online: list[Tensor] = [self.parameters[name] for name in names]
             ops.ema_step_(online, [self.teacher[name] for name in names], beta=1 - self.ema)
 
     def after_task(self) -> None:

@@ -159,7 +159,7 @@ class TaskTrainer:
         sums, penalties = Tensor(), {}
         samples = self.batches.samples_at(self.step)
         for number, part in enumerate(parts):
-            self.method.samples = samples[number * size : number * size + len(part)]
+            self.method.batch_samples = samples[number * size : number * size + len(part)]
             losses = self._backward_task_loss(part, whole, 1.0 if whole else 1 / count)
             sums = sums + losses if len(sums) else losses
             self._add_penalty_gradients(penalties, part, len(parts))

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from methods.sequence import RECIPE, TASKS, Sequence, opened
+from methods.sequence import RECIPE, TASKS, Sequence, opened, train_rest
 from peft import OSFConfig
 from peft.tuners.osf.layer import Linear
 from torch import nn
@@ -23,10 +23,16 @@ def pair(shape: tuple[int, int], trained: int) -> tuple[nn.Linear, OsfLayer, Lin
     torch.manual_seed(0)
     out, width = shape
     base = nn.Linear(width, out)
-    ours = OsfLayer(base.weight.detach(), trained)
+    ours = OsfLayer(base, trained)
     ours.split(trained)
     theirs = Linear(base, "default", OSFConfig(), effective_rank=min(shape) - trained)
     return base, ours, theirs
+
+
+def layer_of(weight: torch.Tensor, rank: int) -> OsfLayer:
+    base = nn.Linear(weight.shape[1], weight.shape[0], bias=False)
+    base.weight = nn.Parameter(weight)
+    return OsfLayer(base, rank)
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -58,8 +64,7 @@ def test_output_and_projected_gradients_are_those_of_peft(shape: tuple[int, int]
 def test_the_split_is_the_weight(shape: tuple[int, int]) -> None:
     """Nothing is added at the start, to the bit; high and low directions are the weight's, high ones the larger."""
     torch.manual_seed(0)
-    weight = torch.randn(shape)
-    layer = OsfLayer(weight, 5)
+    layer = layer_of(weight := torch.randn(shape), 5)
     layer.split(3)
     assert not layer(torch.randn(4, shape[1])).any()
     high_u, high_v = layer.high
@@ -73,7 +78,7 @@ def test_the_split_is_the_weight(shape: tuple[int, int]) -> None:
 
 def test_columns_that_are_not_live_do_not_change() -> None:
     torch.manual_seed(0)
-    layer = OsfLayer(torch.randn(9, 7), 5)
+    layer = layer_of(torch.randn(9, 7), 5)
     layer.split(2)
     u, s, v = layer.project(torch.randn(9, 5), torch.randn(5), torch.randn(5, 7))
     assert not torch.cat([u[:, :3].flatten(), s[:3], v[:3].flatten()]).any()
@@ -85,7 +90,7 @@ def test_columns_that_are_not_live_do_not_change() -> None:
 def test_merging_keeps_the_output_and_splits_what_the_weight_has_become() -> None:
     torch.manual_seed(0)
     weight, x = torch.randn(9, 7), torch.randn(4, 7)
-    layer = OsfLayer(weight, 3)
+    layer = layer_of(weight, 3)
     layer.split(3)
     for live in (2, 1):
         with torch.no_grad():
@@ -102,10 +107,10 @@ def test_no_step_moves_along_a_high_direction(data: Path) -> None:
     assert RECIPE.weight_decay > 0
     sequence = Sequence("osf", data)
     for task in TASKS:
+        trainer = sequence.open(task)
         high = {name: layer.high for name, layer in sequence.method.layers.items()}
         start = {name: layer.start for name, layer in sequence.method.layers.items()}
-        sequence.method.after_task = lambda: None
-        sequence.learn(task)
+        train_rest(trainer)
         for name, layer in sequence.method.layers.items():
             (high_u, high_v), (u, s, v) = high[name], start[name]
             moved = layer.U.detach() - u, layer.S.detach() - s, layer.V.detach() - v
@@ -114,8 +119,7 @@ def test_no_step_moves_along_a_high_direction(data: Path) -> None:
             frozen = layer.rank - layer.live
             assert not torch.cat([moved[0][:, :frozen].flatten(), moved[1][:frozen], moved[2][:frozen].flatten()]).any()
             assert all(part.norm() > 1e-2 for part in moved)
-        del sequence.method.after_task
-        sequence.method.after_task()
+        sequence.finish(trainer)
 
 
 @pytest.mark.parametrize(("freeze", "expected"), [(0.0, [32, 32, 32]), (0.5, [32, 27, 21]), (1.0, [32, 21, 11])])
@@ -166,7 +170,9 @@ def test_quantized_weights_are_refused() -> None:
     model = nn.Sequential()
     model.add_module("proj", nn.Linear(32, 32))
     quantize_(model, Int8WeightOnlyConfig())
-    with pytest.raises(UserError, match="the singular vectors of proj, whose weight is quantized; load the model in"):
+    with pytest.raises(
+        UserError, match="the singular vectors of proj, whose weight is quantized or offloaded; load the model"
+    ):
         attach_osf(model, ["proj"], 4)
 
 
@@ -174,3 +180,18 @@ def test_its_parameters_are_those_of_lora_for_any_rank_of_the_default(tiny) -> N
     method = Osf()
     method.setup(tiny, [], torch.Generator())
     assert sum(p.numel() for p in method.adapter_parameters().values()) == 312_320 + 32 * len(method.layers)
+
+
+def test_it_decomposes_the_weights_that_the_first_task_finds(data: Path) -> None:
+    """Which are others than when it attached, where a run starts from a merged model."""
+    sequence = Sequence("osf", data)
+    with torch.no_grad():
+        for parameter in sequence.tiny.language_model.parameters():
+            parameter.mul_(1.5)
+    expected = [answer.text for answer in sequence.tiny.generate(sequence.samples(TASKS[0])[:4], 4)]
+    sequence.open(TASKS[0])
+    weight = sequence.tiny.language_model.get_parameter("layers.0.mlp.up_proj.weight")
+    layer = sequence.method.layers["layers.0.mlp.up_proj"]
+    torch.testing.assert_close(layer.S.detach(), torch.linalg.svdvals(weight)[-32:], rtol=1e-4, atol=1e-5)
+    sequence.tiny.eval()
+    assert [answer.text for answer in sequence.tiny.generate(sequence.samples(TASKS[0])[:4], 4)] == expected

@@ -74,7 +74,7 @@ def test_the_loss_is_that_of_the_teacher_with_the_demonstration(data: Path) -> N
     trainer.train_step()
     trainer.train_step()
     samples = trainer.batches.samples_at(2)
-    method.samples = samples
+    method.batch_samples = samples
     own, shown = method.rollouts(samples)
     now = {name: p.detach().clone() for name, p in sequence.parameters.items()}
     assert any(not torch.equal(now[name], value) for name, value in method.teacher.items())
@@ -105,7 +105,7 @@ def test_no_pull_where_the_demonstration_changes_nothing(data: Path) -> None:
     """The teacher is the model itself at a task's start, and the prompt the question: nothing to learn."""
     sequence, trainer = opened("sdft", data, "Flickr30k", "VQAv2")
     sequence.method.prompt = lambda turn: turn.instruction
-    sequence.method.samples = trainer.batches.samples_at(0)
+    sequence.method.batch_samples = trainer.batches.samples_at(0)
     loss = sequence.method.extra_loss(trainer.batches.at(0, 1))
     loss.backward()
     assert abs(loss.item()) < 1e-6
@@ -138,9 +138,9 @@ def test_it_comes_to_answer_as_a_fixed_teacher_does(data: Path) -> None:
     """The divergence on one batch goes down."""
     sequence, trainer = opened("sdft", data, "VQAv2", ema=0.0)
     method, batch = sequence.method, trainer.batches.at(0, 1)
-    method.samples = trainer.batches.samples_at(0)
+    method.batch_samples = trainer.batches.samples_at(0)
     optimizer, losses = torch.optim.Adam(sequence.parameters.values(), 2e-3), []
-    own, shown = method.rollouts(method.samples)
+    own, shown = method.rollouts(method.batch_samples)
     method.rollouts = lambda samples: (own, shown)
     for _ in range(12):
         loss = method.extra_loss(batch)
@@ -183,7 +183,7 @@ def test_the_samples_are_those_of_the_batch(data: Path) -> None:
 
     def check(batch: list) -> None:
         sizes.append(len(batch))
-        for item, again in zip(batch, tiny.encode(sequence.method.samples), strict=True):
+        for item, again in zip(batch, tiny.encode(sequence.method.batch_samples), strict=True):
             assert torch.equal(item.ids, again.ids)
             torch.testing.assert_close(item.features, again.features)
 
@@ -201,7 +201,7 @@ def test_the_template_is_filled_once() -> None:
 def test_another_number_of_tokens_after_the_demonstration_is_an_error(data: Path) -> None:
     sequence, trainer = opened("sdft", data, "VQAv2")
     method, plain = sequence.method, sequence.tiny.output
-    method.samples = trainer.batches.samples_at(0)
+    method.batch_samples = trainer.batches.samples_at(0)
     calls = []
 
     def shorter(encoded: list) -> Output:
