@@ -259,6 +259,7 @@ def test_only_branches_of_learnt_tasks_are_exported(tmp_path: Path) -> None:
         ("mode", "routed by their input"),
         ("mr-lora", "mr-lora selects parameters by the question"),
         ("prompt-pool", "prompt-pool selects parameters by the question"),
+        ("osf", "found none that is active"),
         ("zero-shot", "found none that is active"),
     ],
 )

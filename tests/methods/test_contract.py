@@ -28,6 +28,8 @@ KINDS = {
     "lae": "evaluates other parameters than it trains",
     "pgp": "changes gradients and steps",
     "prompt-pool": "no low-rank branches",
+    "osf": "parts of the weights, which are decomposed anew after each task",
+    "sdft": "answers questions in training",
     "mage-paper with pema-kron": "reads gradients of frozen branches",
 }
 

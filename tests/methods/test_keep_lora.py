@@ -127,3 +127,18 @@ def test_more_gradient_is_the_sum_over_steps(data: Path) -> None:
     a, m = sequence.method.downs[LAYERS[0]].detach(), sequence.method.inputs.basis[LAYERS[0]]
     torch.testing.assert_close(a, residual_directions(parts[0] + parts[1], m, 32), rtol=0, atol=1e-4)
     assert not [name for name in sequence.method.state_dict() if name.startswith("gradient.")]
+
+
+def test_the_estimate_goes_on_where_it_was_interrupted(data: Path) -> None:
+    sequence, trainer = opened("keep-lora", data, TASKS[0])
+    sequence.method.window = 2
+    trainer.train_step()
+    kept = {name: tensor.clone() for name, tensor in sequence.method.state_dict().items()}
+    again, resumed = opened("keep-lora", data, TASKS[0])
+    again.method.load_state_dict(kept)
+    again.method.window = 2
+    resumed.load_state_dict(trainer.state_dict(), 1)
+    for one in (trainer, resumed):
+        one.train_step()
+    for name, down in sequence.method.downs.items():
+        assert torch.equal(down, again.method.downs[name])
