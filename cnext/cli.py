@@ -239,6 +239,12 @@ def _doctor(arguments: argparse.Namespace) -> int:
     return checks.main(Options(**{name: getattr(arguments, name) for name in names}), arguments.json)
 
 
+def _validate(arguments: argparse.Namespace) -> int:
+    from cnext.doctor import validation
+
+    return validation.main(arguments.file)
+
+
 def _parser() -> argparse.ArgumentParser:
     # Raw, so that --version does not break the path in two lines.
     parser = argparse.ArgumentParser(
@@ -433,6 +439,10 @@ def _parser() -> argparse.ArgumentParser:
     verb.add_argument("--device", help="auto, cpu, cuda or cuda:N (default: auto)")
     verb.add_argument("--out", type=Path, metavar="DIR", help="output folder (default: evaluations/NAME-SHA256)")
     verb.epilog = "Writes a run folder for cnext compare, judge and report. Zero-shot: cnext-run --method zero-shot."
+
+    verb = add("validate", _validate, "check a file of settings without running it, and show the runs that it describes")
+    verb.epilog = "Exit status 0: cnext-run --config FILE can start; 2: it cannot, and every problem is listed."
+    verb.add_argument("file", type=Path, help="YAML file, for example run.yaml of a run folder")
 
     text = "check whether a run can start here: packages, devices, kernels, weights, data, CLIP, memory, disk"
     verb = add("doctor", _doctor, text)

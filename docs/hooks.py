@@ -56,7 +56,7 @@ def verbs(*parents: str) -> list[tuple[str, ...]]:
 
 def command_line() -> str:
     """The help of ``cnext-run`` and of every verb of ``cnext``."""
-    parts = ["## cnext-run\n", block(output(cli.run_main, "--help"))]
+    parts = ["## cnext-run\n", block(output(cli.run_main, "--help-all"))]
     for verb in verbs():
         if verb != ("run",):
             parts += [f"\n## cnext {' '.join(verb)}\n", block(output(cli.main, *verb, "--help"))]

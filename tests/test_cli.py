@@ -23,7 +23,9 @@ def toy(toy_suite: Path, data: Path, tmp_path: Path) -> list[str]:
     return ["--suite", str(toy_suite), "--data", str(data), "--out", str(tmp_path)]
 
 
-VERBS = "list card report plot analyze table status metrics compare judge data export import evaluate doctor".split()
+VERBS = (
+    "list card report plot analyze table status metrics compare judge data export import evaluate doctor validate".split()
+)
 
 
 def test_help(capsys: pytest.CaptureFixture[str]) -> None:
@@ -38,7 +40,7 @@ def test_help(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_help_of_a_method_shows_its_hyperparameters(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
-        run_main(["--method", "mage", "--help"])
+        run_main(["--method", "mage", "--help-all"])
     assert stop.value.code == 0
     shown = capsys.readouterr().out
     assert "--mage.c" in shown
@@ -288,14 +290,16 @@ def test_list(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize(
     "flags",
     [
-        ["--method", *methods.modules(), "--help"],
+        ["--method", *methods.modules(), "--help-all"],
+        ["--config", "run.yaml", "--help-all"],
         ["--version"],
         ["--mage.cc", "1"],
         ["--method", "ewc", "--seeds", "x"],
     ],
-    ids=["help on every method", "version", "unknown flag", "wrong value"],
+    ids=["help on every method", "help with a file", "version", "unknown flag", "wrong value"],
 )
 def test_flags_are_parsed_without_importing_torch(flags: list[str], tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text("method: [mage, ewc]\nmage: {c: 2}\n")
     heavy = "sys.modules.keys() & {'torch', 'numpy', 'transformers', 'PIL'}"
     code = f"import atexit, sys; atexit.register(lambda: print({heavy})); from cnext import cli; cli.run_main({flags})"
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)

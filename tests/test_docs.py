@@ -72,7 +72,7 @@ def test_commands_parse(page: Path, methods_of_the_docs: None, monkeypatch: pyte
         raise Parsed
 
     for program, *words in commands(page):
-        if {"--version", "--help"} & {*words} or not words:
+        if {"--version", "--help", "--help-all"} & {*words} or not words:
             continue
         if program == "cnext-run" or words[0] == "run":
             flags.parse(words[program == "cnext" :])

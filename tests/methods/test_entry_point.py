@@ -116,7 +116,7 @@ def test_a_field_is_a_flag_whatever_its_form(
     (installed / "l2_lora.py").write_text(source.replace("    strength:", f"    {field}\n    strength:"))
     monkeypatch.delitem(sys.modules, "l2_lora", raising=False)
     with pytest.raises(SystemExit) as stop:
-        run_main(["--method", "l2-lora", "--help"])
+        run_main(["--method", "l2-lora", "--help-all"])
     assert stop.value.code == 0
     told = " ".join(capsys.readouterr().out.replace("│", " ").split())
     assert shown in told

@@ -14,7 +14,7 @@ from cnext import methods
 from cnext.backbones.tiny.model import TinyBackbone
 from cnext.cli import run_main
 from cnext.config.run_config import Options, Plan, RunConfig, plan
-from cnext.runs.command_line import FILE, command, read, write
+from cnext.runs.command_line import FILE, YAML, command, read, write, write_yaml
 from cnext.studies.flags import configs, parse
 
 
@@ -75,6 +75,7 @@ GIVEN: dict[str, list[str]] = {
     "device_map": ["--device-map", "balanced"],
     "workers": ["--workers", "3"],
     "log": ["--log", "tensorboard"],
+    "logs": ["--log", "wandb", "tensorboard"],
     "init_from": ["--init-from", "{toy}/suite.json"],
     "init_tasks": ["--init-from", "{toy}/suite.json", "--init-tasks", "VQAv2", "ImageNet"],
     "order": ["--order", "VQAv2,HQEdit", "--seeds", "3"],
@@ -87,7 +88,7 @@ GIVEN: dict[str, list[str]] = {
 
 
 @pytest.mark.parametrize("given", GIVEN.values(), ids=GIVEN.keys())
-def test_the_command_resolves_to_the_same_plan(given: list[str], toy_suite: Path) -> None:
+def test_the_command_resolves_to_the_same_plan(given: list[str], toy_suite: Path, tmp_path: Path) -> None:
     """With the options that were kept, and of a folder from before they were kept."""
     [first] = planned([word.format(toy=toy_suite) for word in given])
     config, options = first.as_dict(), json.loads(json.dumps(dataclasses.asdict(first.config), default=str))
@@ -96,6 +97,12 @@ def test_the_command_resolves_to_the_same_plan(given: list[str], toy_suite: Path
     # What decides no numbers comes again as well.
     known = {"device": first.device, "hyperparameters": first.hyperparameters}
     assert dataclasses.replace(second.config, **known) == dataclasses.replace(first.config, **known)
+    # So do the settings that the run wrote.
+    file = write_yaml([first], tmp_path / YAML)
+    third = plan(RunConfig.from_yaml(file))
+    assert third.as_dict() == config
+    assert dataclasses.replace(third.config, **known) == dataclasses.replace(first.config, **known)
+    assert configs(parse(["--config", str(file)])) == [RunConfig.from_yaml(file)]
     if str(toy_suite) in first.config.suite:
         assert f"--suite path/to/{first.suite.name} " in command(config, {}), "its path is not known"
     else:
@@ -103,12 +110,15 @@ def test_the_command_resolves_to_the_same_plan(given: list[str], toy_suite: Path
 
 
 @pytest.mark.parametrize("name", sorted(methods.modules()))
-def test_every_methods_hyperparameters_come_again(name: str) -> None:
+def test_every_methods_hyperparameters_come_again(name: str, tmp_path: Path) -> None:
     fields = [field for field in dataclasses.fields(methods.declared(name)) if field.type is not str]
     changed = {field.name: True if field.type is bool else field.type(field.default + 1) for field in fields}
     for values in ({}, {label: value for label, value in changed.items() if label in ("rank", "scale", "oracle")}):
         first = plan(RunConfig(method=name, hyperparameters=values))
         assert again(first.as_dict(), {})[1].as_dict() == first.as_dict()
+        file = write_yaml([first], tmp_path / YAML)
+        assert plan(RunConfig.from_yaml(file)).as_dict() == first.as_dict()
+        assert configs(parse(["--config", str(file)])) == [RunConfig.from_yaml(file)]
 
 
 def test_no_option_is_left_out() -> None:
@@ -156,6 +166,7 @@ def test_a_run_keeps_its_options_and_resumes_with_others(
     assert run_main(flags) == 0
     folder = Path("runs/zero-shot/VQAv2/seed-0")
     assert read(folder / FILE).suite == str(toy_suite)
+    assert RunConfig.from_yaml(folder / YAML).folder == folder
     assert f"--suite {shlex.quote(str(toy_suite))} " in (folder / "report.md").read_text()
     before = (folder / "results.json").read_bytes(), (folder / "config.json").read_bytes()
     # As left by an earlier release; and with other options that decide no numbers.
@@ -165,7 +176,7 @@ def test_a_run_keeps_its_options_and_resumes_with_others(
     assert " --workers 1" in (folder / "report.md").read_text()
     # A folder that was moved goes on where it is.
     Path("runs").rename("moved")
-    assert run_main([*flags, "--out", "moved"]) == 0
+    assert run_main(["--config", f"moved/{folder.relative_to('runs')}/{YAML}", "--out", "moved"]) == 0
     moved = Path("moved/zero-shot/VQAv2/seed-0")
     assert ((moved / "results.json").read_bytes(), (moved / "config.json").read_bytes()) == before
 
@@ -183,8 +194,12 @@ def test_files_of_an_earlier_version_are_read(tmp_path: Path) -> None:
     config.folder.mkdir(parents=True)
     path = write(config)
     earlier = path.read_text().replace("checkpoint_interval", "block_steps").replace("preset", "budget")
-    path.write_text(earlier)
+    path.write_text(json.dumps(json.loads(earlier) | {"log": "tensorboard"}))
+    assert read(path) == dataclasses.replace(config, log=("tensorboard",))
+    assert " --log tensorboard" in command({}, json.loads(path.read_text()))
+    path.write_text(json.dumps(json.loads(earlier) | {"log": "jsonl"}))
     assert read(path) == config
+    assert "--log" not in command({}, json.loads(path.read_text()))
     values = plan(config).as_dict()
     values["block_steps"] = values.pop("checkpoint_interval")
     assert " --checkpoint-interval 7 " in command(values, json.loads(earlier))
