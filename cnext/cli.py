@@ -440,7 +440,7 @@ def _parser() -> argparse.ArgumentParser:
     verb.add_argument("--out", type=Path, metavar="DIR", help="output folder (default: evaluations/NAME-SHA256)")
     verb.epilog = "Writes a run folder for cnext compare, judge and report. Zero-shot: cnext-run --method zero-shot."
 
-    verb = add("validate", _validate, "check a file of settings without running it, and show the runs that it describes")
+    verb = add("validate", _validate, "check a file of settings without running it, and show its runs")
     verb.epilog = "Exit status 0: cnext-run --config FILE can start; 2: it cannot, and every problem is listed."
     verb.add_argument("file", type=Path, help="YAML file, for example run.yaml of a run folder")
 

@@ -23,9 +23,8 @@ def toy(toy_suite: Path, data: Path, tmp_path: Path) -> list[str]:
     return ["--suite", str(toy_suite), "--data", str(data), "--out", str(tmp_path)]
 
 
-VERBS = (
-    "list card report plot analyze table status metrics compare judge data export import evaluate doctor validate".split()
-)
+VERBS = "list card report plot analyze table status metrics compare judge data export import evaluate doctor".split()
+VERBS += ["validate"]
 
 
 def test_help(capsys: pytest.CaptureFixture[str]) -> None:

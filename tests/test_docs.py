@@ -66,6 +66,7 @@ class Parsed(Exception):
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_commands_parse(page: Path, methods_of_the_docs: None, monkeypatch: pytest.MonkeyPatch) -> None:
     parse = argparse.ArgumentParser.parse_args
+    monkeypatch.setattr(flags, "read", lambda path, kinds: flags.Settings())  # files of settings are the reader's
 
     def only_parse(parser: argparse.ArgumentParser, words: list[str]) -> None:
         parse(parser, words)
@@ -116,6 +117,14 @@ def test_paths_exist() -> None:
         missing += [path for path in named if not (ROOT / path).exists()]
         missing += [path for path in linked if not (page.parent / path).exists()]
     assert not missing
+
+
+def test_the_settings_file_of_the_docs_is_valid(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    [block] = re.findall(r"```yaml\n(.*?)```", (ROOT / "docs/tracking.md").read_text(encoding="utf-8"), re.DOTALL)
+    file = tmp_path / "mine.yaml"
+    file.write_text(f"{block}out: {tmp_path}\n", encoding="utf-8")
+    assert cli.main(["validate", str(file)]) == 0
+    assert capsys.readouterr().out.startswith(f"{file}: 6 runs\n")
 
 
 def test_the_recipe_of_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -251,7 +251,8 @@ def _shown(node: Node) -> str:
     if _is_null(node):
         return "nothing"
     text = str(node.value) if len(node.value) <= 60 else f"{node.value[:60]}..."
-    return repr(text) if node.style is None else f"the text {text!r} in quotes"
+    plain = not isinstance(node, yaml.ScalarNode) or node.style is None
+    return repr(text) if plain else f"the text {text!r} in quotes"
 
 
 def text(values: Mapping[str, Any], hyperparameters: Mapping[str, Mapping[str, Any]], comment: str) -> str:

@@ -42,10 +42,10 @@ ZERO_SHOT = "zero-shot"
 def run(config: RunConfig, progress: Progress | None = None) -> RunResult:
     """Runs a configuration, or resumes it from its last checkpoint. A finished run is not run again.
 
-    The run folder, ``config.folder``, gets config.json, options.json, run.yaml, results.json, cost.json, environment.json,
-    left_out.json (where rows of the data are left out), separability.json, scores.jsonl, train.jsonl, predictions/,
-    apart.jsonl and apart/ (scores and answers that are in no score matrix), checkpoints/ and report.html. A launcher's
-    environment (torchrun, ``accelerate launch``) makes it one run in several processes.
+    The run folder, ``config.folder``, gets config.json, options.json, run.yaml, results.json, cost.json,
+    environment.json, left_out.json (where rows of the data are left out), separability.json, scores.jsonl,
+    train.jsonl, predictions/, apart.jsonl and apart/ (scores and answers that are in no score matrix), checkpoints/
+    and report.html. A launcher's environment (torchrun, ``accelerate launch``) makes it one run in several processes.
 
     Args:
         config: what to run.

@@ -1,4 +1,4 @@
-"""``cnext validate``: every problem of a file with its line, or the runs that it describes; nothing is run or written."""
+"""``cnext validate``: every problem of a file with its line, or its runs; nothing is run or written."""
 
 from __future__ import annotations
 

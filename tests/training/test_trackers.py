@@ -1,4 +1,4 @@
-"""A run that wandb and TensorBoard log, interrupted and resumed: each step is there once, and the results are the same."""
+"""A run that wandb and TensorBoard log, interrupted and resumed: each step is there once."""
 
 from __future__ import annotations
 
