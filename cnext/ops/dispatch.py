@@ -34,6 +34,8 @@ BranchImpl = Literal[Impl, "torch"]
 """Implementations of `cnext.ops.lora_branches`."""
 IMPLS: tuple[Impl, ...] = get_args(Impl)
 BRANCH_IMPLS: tuple[BranchImpl, ...] = get_args(BranchImpl)
+ROOT = __name__.removesuffix(".ops.dispatch")
+"""The package that kernels are looked for in: cnext, or another name for it in the layout of the kernels hub."""
 BEST = {"cpu": ("cpp",), "cuda": ("cuda", "triton")}
 """What is faster than plain torch on a device type, the best first."""
 TRITON_FROM_ROWS = 4096
@@ -46,7 +48,7 @@ _last: dict[str, str] = {}
 @cache
 def core(name: str) -> ModuleType | None:
     """The compiled module ``cnext._cpu`` ("cpp") or ``cnext._cuda`` ("cuda"); None where it was not built."""
-    module = {"cpp": "cnext._cpu", "cuda": "cnext._cuda"}[name]
+    module = {"cpp": f"{ROOT}._cpu", "cuda": f"{ROOT}._cuda"}[name]
     return importlib.import_module(module) if importlib.util.find_spec(module) else None
 
 
@@ -73,7 +75,7 @@ def missing(impl: str, device: str) -> str:
     if impl == "triton":
         if importlib.util.find_spec("triton") is None:
             return "triton is not installed"
-        if importlib.util.find_spec("cnext.kernels") is None:  # installed from kernels/triton
+        if importlib.util.find_spec(f"{ROOT}.kernels") is None:  # installed from kernels/triton
             return build.without(impl)
         if device == "cuda" or _triton_interprets():
             return ""

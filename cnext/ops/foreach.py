@@ -280,7 +280,7 @@ def _launcher(path: str, sizes: numpy.ndarray, device: torch.device) -> Callable
     tensor; None where the rule has none.
     """
     if path == "triton":
-        kernels: Any = importlib.import_module("cnext.kernels.averaging")
+        kernels: Any = importlib.import_module(f"{dispatch.ROOT}.kernels.averaging")
         return kernels.Lists(sizes, device)
     return _Cpp(sizes) if path == "cpp" else _Cuda(sizes, device)
 

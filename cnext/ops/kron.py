@@ -197,7 +197,7 @@ def _launch(
 ) -> None:
     """Runs a kernel. parts, groups: (lists, matrices) and (lists, groups) int64 addresses."""
     if path == "triton":
-        kernels: Any = importlib.import_module("cnext.kernels.kron")
+        kernels: Any = importlib.import_module(f"{dispatch.ROOT}.kernels.kron")
         kernels.run(op, layout, parts, groups, scalars)
         return
     core: Any = dispatch.core(path)
