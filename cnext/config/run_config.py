@@ -358,7 +358,7 @@ def plan(config: RunConfig, elsewhere: bool = False, forecast: bool = False) -> 
         raise UserError(f"preset {config.preset} of suite {suite.name} gives no steps for: {', '.join(missing)}")
     if config.data is None and not suite.synthetic and not forecast:
         raise UserError(f"suite {suite.name} needs --data, the folder that holds its files")
-    if not elsewhere and any("image" in suite.task(name).writes for name in order):
+    if not (elsewhere or forecast) and any("image" in suite.task(name).writes for name in order):
         from cnext.scoring.clip import needs_open_clip
 
         extra = config.backbone if config.backbone in packages.NEEDED_BY else ""

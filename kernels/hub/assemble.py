@@ -1,12 +1,12 @@
 """Write the kernels in the layout of the Hugging Face kernels hub: `python kernels/hub/assemble.py OUT`.
 
-OUT gets what kernel-builder takes (build.toml, CARD.md, torch-ext/cnext_kernels, benchmarks) and, in OUT/build, what it
-makes of a package without compiled parts, so that `kernels.get_local_kernel(OUT)` loads it offline. The Python files are
-those of cnext/ops and kernels/triton: imports of cnext become relative, and ops are registered under a name of their own,
-so that they and an installed cnext can be used side by side.
+OUT gets what kernel-builder takes (build.toml, CARD.md, torch-ext/cnext_kernels, benchmarks) and, in OUT/build, what
+it makes of a package without compiled parts, so that `kernels.get_local_kernel(OUT)` loads it offline. The Python files
+are those of cnext/ops and kernels/triton: imports of cnext become relative, and ops are registered under a name of
+their own, so that they and an installed cnext can be used side by side.
 
-The C++ and CUDA parts are not in it. They are modules for Python without a header of torch (csrc), and the hub wants ops
-that are registered through torch's C++ library and built by kernel-builder, which needs Nix and a network.
+The C++ and CUDA parts are not in it. They are modules for Python without a header of torch (csrc), and the hub wants
+ops that are registered through torch's C++ library and built by kernel-builder, which needs Nix and a network.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The embedded model's own decoder gives transformers' numbers, to the bit, and is shared with a model of transformers."""
+"""The embedded model's decoder gives transformers' numbers, to the bit, and is shared with a model of transformers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The layout of the kernels hub: assembled, read by the hub's own library, loaded beside cnext, and its ops compared."""
+"""The layout of the kernels hub: assembled, read by the hub's library, loaded beside cnext, and its ops compared."""
 
 from __future__ import annotations
 
