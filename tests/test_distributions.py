@@ -27,7 +27,8 @@ MADE = {"PKG-INFO", "setup.cfg"}
 def tracked() -> set[str]:
     """The repository's files by git; in an unpacked sdist, those that it lists."""
     if (ROOT / ".git").exists():
-        command = f"git -c safe.directory={ROOT} ls-files -z --cached --others --exclude-standard".split()
+        words = "ls-files -z --cached --others --exclude-standard"
+        command = ["git", "-c", f"safe.directory={ROOT}", *words.split()]
         listed = subprocess.check_output(command, cwd=ROOT, text=True).split("\0")
         return {name for name in listed if name and (ROOT / name).is_file()}
     listed = (ROOT / "cnext.egg-info/SOURCES.txt").read_text(encoding="utf-8").splitlines()
