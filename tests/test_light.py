@@ -101,6 +101,7 @@ def test_what_else_an_extra_is_for_names_it(
         capsys.readouterr().err
     )
     monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setitem(sys.modules, "accelerate", None)
     assert run_main(["--method", "lora", "--out", str(tmp_path / "runs")]) == 2
     assert (
         "a run in several processes needs accelerate, not installed here: pip install 'cnext[hf]'"

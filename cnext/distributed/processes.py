@@ -7,6 +7,7 @@ the run folder.
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import time
 import warnings
@@ -18,7 +19,6 @@ from typing import Any
 import torch
 from torch import Tensor, distributed, nn
 
-from cnext import packages
 from cnext.distributed import collectives
 from cnext.distributed.deepspeed import zero_config
 from cnext.errors import RESUME, UserError
@@ -58,7 +58,8 @@ def process_group(device: str) -> Iterator[str]:
     if launched() == 1 or collectives.world_size() > 1:
         yield own_device(device)
         return
-    packages.require_installed("a run in several processes", ["accelerate"])
+    if importlib.util.find_spec("accelerate") is None:
+        raise UserError("a run in several processes needs accelerate, not installed here: pip install 'cnext[hf]'")
     from accelerate import PartialState
 
     zero_config()
