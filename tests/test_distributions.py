@@ -7,11 +7,14 @@ import shutil
 import subprocess
 import sys
 import tarfile
+import zlib
 from pathlib import Path
 
 import pytest
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
+
+import cnext
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -71,6 +74,15 @@ def test_the_metadata_names_what_can_be_looked_up(sdist: Path) -> None:
     assert f"url: {PROJECT['project']['urls']['Paper']}\n" in citation
     code = (ROOT / "cnext/__init__.py").read_text(encoding="utf-8")
     assert f'__version__ = "{PROJECT["project"]["version"]}"' in code
+
+
+def test_a_wheel_of_the_cpp_part_has_at_most_five_megabytes() -> None:
+    """By the files that it has, each compressed as wheels compress them."""
+    names = {name for name in tracked() if name.startswith(("cnext/", "kernels/triton/"))}
+    built = [*Path(cnext.__file__).parent.glob("_cpu*.so")]
+    assert built
+    sizes = {path: len(zlib.compress(path.read_bytes(), 6)) for path in [*(ROOT / name for name in names), *built]}
+    assert sum(sizes.values()) < 5e6, sorted(sizes.items(), key=lambda item: -item[1])[:5]
 
 
 def test_wheels_are_built_for_every_python_that_is_declared() -> None:
