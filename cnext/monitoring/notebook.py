@@ -64,9 +64,9 @@ def _bundle(rows: Sequence[Row]) -> dict[str, str]:
     text = "\n".join(f"{row.name} {row.share:4.0%}  {row.doing}".strip() for row in rows)
     cell = '<td style="text-align:left;border:0;background:none;padding:0 .6em 0 0">'
     html = "".join(
-        f"<tr>{cell}{escape(row.name)}</td>{cell}"
+        f'<tr>{cell}<span style="white-space:nowrap">{escape(row.name)}</span></td>{cell}'
         f'<progress max="1" value="{row.share:.3f}" style="width:12em"></progress></td>'
         f"{cell}{row.share:.0%}</td>{cell}{escape(row.doing)}</td></tr>"
         for row in rows
     )
-    return {"text/plain": text, "text/html": f"<table>{html}</table>"}
+    return {"text/plain": text, "text/html": f'<table style="color:inherit">{html}</table>'}

@@ -67,7 +67,7 @@ class View:
         notes = "".join(f'<div style="opacity:.8">{escape(note)}</div>' for note in self.notes)
         return (
             f'<div style="overflow-x:auto;max-width:100%"><div><b>{escape(self.title)}</b></div>'
-            f'<table style="border-collapse:collapse;margin:.4em 0;font-variant-numeric:tabular-nums">'
+            f'<table style="border-collapse:collapse;color:inherit;margin:.4em 0;font-variant-numeric:tabular-nums">'
             f"<thead>{rows[0]}</thead><tbody>{''.join(rows[1:])}</tbody></table>{notes}</div>"
         )
 
