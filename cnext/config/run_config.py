@@ -9,6 +9,7 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, get_type_hints
 
@@ -236,7 +237,7 @@ class Plan:
             return ()
         in_turn = 0 < stage < len(self.order) and not self._joint
         ahead = [self.suite.task(self.order[stage])] if in_turn else []
-        return (*ahead, *(task for task in self.suite.held_out if self.config.split in task.splits))
+        return (*ahead, *self._able)
 
     @property
     def evaluations(self) -> list[int]:
@@ -250,6 +251,17 @@ class Plan:
         times = {name: sum(count > i for count in self.evaluated) for i, name in enumerate(self.order)}
         names = dict.fromkeys([*self.order, *again])
         return [(self.suite.task(name), times.get(name, 0) + again.count(name)) for name in names]
+
+    @cached_property
+    def _able(self) -> tuple[Task, ...]:
+        """The held-out sets that have the split, and that the backbone can read and write."""
+        from cnext import backbones
+
+        if not self.suite.held_out:
+            return ()
+        reads, writes = map(set, backbones.load(self.config.backbone).modalities(self.config.weights))
+        able = (one for one in self.suite.held_out if {*one.reads} <= reads and {*one.writes} <= writes)
+        return tuple(one for one in able if self.config.split in one.splits)
 
     @property
     def _joint(self) -> bool:

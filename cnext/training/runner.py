@@ -157,6 +157,9 @@ class Runner:
             self.progress.say(line)
         for line in reference_warnings(self.plan, self.ready.samples):
             self.progress.say(line)
+        for name in [one.name for one in self.plan.suite.held_out if self.plan.trains]:
+            if name not in self.plan.held_out:
+                self.progress.say(f"held-out set {name} is not scored: no such split, or the backbone cannot do it")
         for note in self.ready.notes:
             self.progress.say(f"--init-from: {note}")
         self.backbone, self.method = self.ready.backbone, self.ready.method

@@ -135,6 +135,17 @@ def test_the_plan_counts_every_evaluation(config: Make) -> None:
     assert plan(config(split="validation")).held_out == ["Skills"]
 
 
+def test_a_held_out_set_that_the_backbone_cannot_do_is_left_out_and_named(
+    config: Make, monkeypatch: pytest.MonkeyPatch, tiny: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(type(tiny), "modalities", classmethod(lambda cls, weights: (("text",), ("image",))))
+    made = config(order="Flickr30k")
+    assert plan(made).evaluations == plan(made).evaluated == [1, 1]
+    run(made)
+    assert "held-out set Skills is not scored" in capsys.readouterr().err
+    assert "held_out" not in results(made.folder)
+
+
 def test_the_progress_of_a_run_ends_with_all_evaluations_done(config: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     kept = []
     monkeypatch.setattr(Progress, "finished", lambda self, *_: kept.append(self.eta.evaluations))
