@@ -132,7 +132,9 @@ class StudyResult(Shown):
                 found[self._name(row)] = (seeds, row.new_acc.mean)
         best_first = sorted(found.items(), key=lambda item: -sum(item[1][0]) / len(item[1][0]))
         caption = "Avg.ACC in percent: a tick for each seed, a dot for their mean; open dot: New.ACC."
-        return drawn(study_plots.accuracy, dict(best_first), caption=caption)
+        values = [value for seeds, new in found.values() for value in (*seeds, new) if value is not None]
+        limits = (min(values, default=0.0), max(values, default=100.0))
+        return drawn(study_plots.accuracy, dict(best_first), "", limits, caption=caption)
 
 
 def of_folders(
