@@ -161,7 +161,7 @@ def drawn(render: Callable[..., bytes], *values: object, caption: str) -> Figure
             left, bottom, across, up = axes.get_position().bounds
             axes.set_position((left, 1 - share + share * bottom, across, share * up))
         made.set_size_inches(width, height + below)
-        made.text(0.02, 0.02, "\n".join(lines), size=7, color=plots.MUTED, va="bottom")
+        made.text(0.02, 0.05 / (height + below), "\n".join(lines), size=7, color=plots.MUTED, va="bottom")
     made.set_facecolor(plots.PAPER)
     # IPython shows figures by itself once pyplot has been imported, which results need not wait for.
     made._repr_png_ = partial(_png, made)  # pyright: ignore[reportAttributeAccessIssue]
