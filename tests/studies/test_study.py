@@ -80,7 +80,7 @@ def test_parallel_runs_give_the_same_results(
         assert one.read_bytes() == other.read_bytes(), name
     assert "after 1 VQAv2" in (tmp_path / "several" / folder / "run.log").read_text()
     tables = {path.name: path.read_text() for path in (tmp_path / "several").glob("study.*")}
-    assert sorted(tables) == ["study.csv", "study.html", "study.json", "study.md", "study.tex"]
+    assert sorted(tables) == ["study.csv", "study.html", "study.json", "study.md", "study.tex", "study.yaml"]
     assert tables["study.md"] in shown.out
 
     # The second time nothing is executed, and only the tables are written.
