@@ -39,7 +39,5 @@ def line(box: str, hyperparameters: Sequence[str] = ()) -> str:
     message = [" ".join(parts[0]).removeprefix("Error parsing ").removesuffix(".")]
     message += [f"{_SECTIONS[part[0]]} {part[1]}" for part in parts[1:] if part[0] in _SECTIONS]
     if message[0].startswith("Unrecognized options"):
-        message.append(
-            f"hyperparameters of these methods: {', '.join(hyperparameters) or 'none'}; others: --help-all"
-        )
+        message.append(f"hyperparameters of these methods: {', '.join(hyperparameters) or 'none'}; others: --help-all")
     return "; ".join(message)
