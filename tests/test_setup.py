@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -83,6 +84,18 @@ def test_both_parts_are_built(tree: Path, tmp_path: Path) -> None:
     built = json.loads((tree / "out/cnext/_build.json").read_text())["built"]
     assert built["cpp"].startswith("g++, for baseline")
     assert built["cuda"] == f"{tmp_path}/bin/nvcc of CUDA 12.4"
+
+
+@pytest.mark.parametrize(("release", "flag"), [("12.4", "-Xfatbin=-compress-all"), ("13.0", "-compress-mode=size")])
+def test_modules_are_small(release: str, flag: str, tree: Path, tmp_path: Path) -> None:
+    """Device code is compressed, which is four fifths of the CUDA part, and symbols are left out; not for sanitizers."""
+    nvcc = WORKS.replace("12.4", release)
+    for sanitized in ({}, {"CNEXT_SANITIZE": "1"}):
+        outcome(tree, programs(tmp_path / f"bin{len(sanitized)}", g_x=WORKS, nvcc=nvcc) | sanitized | {"MAX_JOBS": "1"})
+        cpu, cuda = ((tree / f"temp/cnext.{part}/build.ninja").read_text() for part in ("_cpu", "_cuda"))
+        links = [re.search(r"rule link\n  command = (.*)", text)[1] for text in (cpu, cuda)]  # pyright: ignore
+        assert flag in cuda
+        assert (" -s " in links[0], "-Xlinker -s " in links[1]) == (not sanitized, True)
 
 
 def test_cuda_is_skipped_silently_where_nothing_asks_for_it(tree: Path, tmp_path: Path) -> None:
