@@ -88,7 +88,7 @@ def test_both_parts_are_built(tree: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("release", "flag"), [("12.4", "-Xfatbin=-compress-all"), ("13.0", "-compress-mode=size")])
 def test_modules_are_small(release: str, flag: str, tree: Path, tmp_path: Path) -> None:
-    """Device code is compressed, which is four fifths of the CUDA part, and symbols are left out; not for sanitizers."""
+    """Device code, four fifths of the CUDA part, is compressed, and symbols are left out; not for sanitizers."""
     nvcc = WORKS.replace("12.4", release)
     for sanitized in ({}, {"CNEXT_SANITIZE": "1"}):
         outcome(tree, programs(tmp_path / f"bin{len(sanitized)}", g_x=WORKS, nvcc=nvcc) | sanitized | {"MAX_JOBS": "1"})
