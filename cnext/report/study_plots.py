@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def _rows(names: Sequence[str], title: str = "") -> tuple[Figure, Axes]:
-    """A figure 4 inches wide, in a document no wider than its column, with a row for each name, under its title, if any."""
+    """A figure 4 inches wide, or of a document's column, with a row for each name, under its title, if any."""
     from matplotlib.figure import Figure
 
     labels, width = [on_lines(name, 24) for name in names], min(4.0, plots.COLUMN.get())
