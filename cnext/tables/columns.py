@@ -107,6 +107,9 @@ COLUMNS: dict[str, Column] = {
     "avg_hal": Column("Avg.HAL", LOWER),
     "avg_iuf": Column("Avg.IUF", LOWER),
     "avg_oth": Column("Avg.OTH", LOWER),
+    "zero_shot_retention": Column(
+        "General ability", HIGHER, "change of the mean score on held-out sets from zero-shot to the end, in points"
+    ),
     "final": Column("at the end", HIGHER, "each task's score after the last stage", Scores.final),
     "learnt": Column("when learnt", HIGHER, "each task's score right after it was learnt", Scores.learnt),
     "drop": Column("drop", LOWER, "each task's score when learnt minus that at the end, but the last's", Scores.drop),
