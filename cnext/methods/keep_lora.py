@@ -66,9 +66,9 @@ class KeepLora(TaskBranches):
     """y = W x + scale * sum over the tasks so far of B_i A_i x, with A_i fixed and A_i M_i = 0."""
 
     principal: Annotated[float, "Share of a pretrained weight's squared norm that its protected subspace contains."] = (
-        0.5
+        0.3
     )
-    features: Annotated[float, "Share of a task's inputs' squared norm that the protected subspace contains."] = 0.9
+    features: Annotated[float, "Share of a task's inputs' squared norm that the protected subspace contains."] = 0.5
     estimate: Annotated[int, "Steps at a task's start that estimate its gradient: at most an eighth of them."] = 4
     batches: Annotated[int, "Steps at the end of a task whose inputs are counted."] = 16
 

@@ -46,7 +46,7 @@ class Osf(Method):
     freeze: Annotated[float, "Share of these directions that is frozen step by step over the tasks, but 1 / tasks."] = (
         1.0
     )
-    lr_factor: Annotated[float, "Factor of the recipe's learning rate."] = 0.25
+    lr_factor: Annotated[float, "Factor of the recipe's learning rate."] = 1.0
 
     card = Card(
         "arXiv 2504.07097",

@@ -172,7 +172,7 @@ WRONG = [
     ("ewc", {"penalty": float("inf")}, "penalty of at least 0"),
     ("keep-lora", {"principal": 1.5}, "expected shares principal and features from 0 to 1"),
     ("keep-lora", {"features": float("nan")}, "expected shares principal and features from 0 to 1"),
-    ("keep-lora", {"estimate": 0}, "estimate and batches of at least 1, got 0.5, 0.9, 0 and 16"),
+    ("keep-lora", {"estimate": 0}, "estimate and batches of at least 1, got 0.3, 0.5, 0 and 16"),
     ("lae", {"decay": -0.1}, "decay in [0, 1]"),
     ("lora", {"init_std": -0.1}, "init_std must be at least 0 and finite, got -0.1"),
     ("lae", {"decay": float("nan")}, "decay in [0, 1]"),
