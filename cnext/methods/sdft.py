@@ -8,7 +8,8 @@ from p(. | x). Its teacher is a moving average of the model, which reads the dem
 
 over the whole vocabulary at each token; y is not differentiated. The cross-entropy with the demonstration is computed
 for the log, and its gradient is dropped. How much is learnt depends on what a demonstration in the context changes: a
-model that cannot use one teaches itself nothing, and the paper's model of 3 B parameters learns less by it than by fine-tuning.
+model that cannot use one teaches itself nothing, and the paper's model of 3 B parameters learns less by it than by
+fine-tuning.
 
 From the paper: the loss (its equations have this direction; it reports that its experiments used the other one,
 ``divergence`` "forward"), answers sampled on-policy, the sum over the vocabulary, the teacher and its rates of 0.01 to
