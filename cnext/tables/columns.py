@@ -343,7 +343,8 @@ def _test_note(table: Chosen) -> str:
         return f"No method has a pair to be tested against {base}."
     if not names & {"p", "p_holm"}:
         return f"Difference to {base}."
-    least = ", ".join(f"{2.0 ** (1 - n):.2g} with {n} pairs" for n in sorted({pairs for _, pairs in tested}))
+    counts = sorted({pairs for _, pairs in tested})
+    least = ", ".join(f"{2.0 ** (1 - n):.2g} with {n} pair{'s' * (n > 1)}" for n in counts)
     most = max(sum(order == other for other, _ in tested) for order in table.orders)
     number = f"the number of methods tested{' in an order' if orders else ''}, {most}"
     texts = {"p": f"p is not corrected for {number}", "p_holm": f"p (Holm) is corrected for {number}"}
