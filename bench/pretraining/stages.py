@@ -177,8 +177,8 @@ def pretrain_clip(
         pixels = to_input(torch.from_numpy(numpy.stack([scenes.draw(scene) for scene in drawn])))
         with torch.no_grad():
             pixels[::2] = model.detokenizer(model.encoder(pixels[::2])).clamp(-1, 1)
-        images = clip.encode_image(pixels, normalize=True)
-        texts = clip.encode_text(tokenizer([_pictured_caption(rng, scene) for scene in drawn]), normalize=True)
+        images = F.normalize(clip.encode_image(pixels), dim=-1)
+        texts = F.normalize(clip.encode_text(tokenizer([_pictured_caption(rng, scene) for scene in drawn])), dim=-1)
         cosines = images @ texts.T
         wanted = torch.arange(len(drawn))
         logits = clip.logit_scale.exp() * cosines

@@ -307,7 +307,8 @@ class Backbone(ABC, nn.Module):
         found: list[Tensor] = []
 
         def keep(_: nn.Module, __: Any, output: Any) -> None:
-            found.append(output if isinstance(output, Tensor) else output[0])
+            states = getattr(output, "last_hidden_state", output)
+            found.append(states if isinstance(states, Tensor) else states[0])
 
         hook = self.language_model.register_forward_hook(keep)
         try:

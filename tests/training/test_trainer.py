@@ -259,7 +259,7 @@ def test_every_method_learns_in_bfloat16(data: Path, method: str) -> None:
         logs.append([trainer.train_step() for _ in range(2)])
         assert any(not torch.equal(old, new) for old, new in zip(before, parameters.values(), strict=True))
         trainer.finish()
-    assert [log.loss for log in logs[1]] == pytest.approx([log.loss for log in logs[0]], rel=0.05)
+    assert [log.loss for log in logs[1]] == pytest.approx([log.loss for log in logs[0]], rel=0.08)
 
 
 def test_widening_keeps_the_values() -> None:
@@ -278,7 +278,7 @@ def test_a_whole_run_in_bfloat16_with_checkpointing(config: Make) -> None:
         assert run(made)["finished"]
         losses.append([row["loss"] for row in rows(made.folder / "train.jsonl")])
     assert losses[0] != losses[1]
-    assert losses[0] == pytest.approx(losses[1], rel=0.05)
+    assert losses[0] == pytest.approx(losses[1], rel=0.08)
 
 
 @pytest.mark.parametrize(
