@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any, ClassVar
@@ -130,6 +130,10 @@ class Method(ABC):
 
     batch_samples: Sequence[Sample] = ()
     """The samples of the forward pass to come, in the order of its batch; the trainer sets it before `before_step`."""
+
+    uneven: Callable[[], AbstractContextManager[None]] = nullcontext
+    """Context for generating answers while training, of which processes need different numbers of passes through a
+    model that may be sharded; the runner sets it."""
 
     modalities: tuple[str, ...] = adapters.MODALITIES
     """What the suite's tasks may read and write; set by `setup`."""

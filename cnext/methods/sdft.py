@@ -155,7 +155,8 @@ class Sdft(LowRank):
         """The questions with the model's own answers, sampled; and these after the demonstrations, for the teacher."""
         texts = [f"{self.backbone.seed}/{self.step}/{sample.id}" for sample in samples]
         seeds = [int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1 for text in texts]
-        with sampled(self.backbone, seeds):
+        # Answers end at different tokens on different processes.
+        with self.uneven(), sampled(self.backbone, seeds):
             answers = [answer.text for answer in self.backbone.generate(samples, self.most)]
         own, shown = [], []
         for sample, answer in zip(samples, answers, strict=True):

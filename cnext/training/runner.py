@@ -164,7 +164,7 @@ class Runner:
             self.progress.say(f"--init-from: {note}")
         self.backbone, self.method = self.ready.backbone, self.ready.method
         self.parameters = self.ready.saved_parameters()
-        self.uneven = processes.sharded(self.backbone.language_model, self.parameters.values())
+        self.uneven = self.method.uneven = processes.sharded(self.backbone.language_model, self.parameters.values())
         self.scorers = make_scorers(self.plan.suite.clip, self.plan.device)
 
     def resume(self) -> None:

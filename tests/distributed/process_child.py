@@ -33,7 +33,7 @@ def learnt(method: str, data: Path) -> dict[str, torch.Tensor]:
     made = Sequence(method, data, **({"scale": 1.0} if issubclass(kind, LowRank) else {}), **CHOSEN.get(method, {}))
     model = made.tiny.language_model
     whole = sum(p.numel() for p in model.layers[-1].parameters())
-    unevenly = sharded(model, made.method.adapter_parameters().values())
+    unevenly = made.method.uneven = sharded(model, made.method.adapter_parameters().values())
     for name in TASKS:
         made.learn(name)
     if os.environ.get("ACCELERATE_USE_FSDP") or os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE"):
