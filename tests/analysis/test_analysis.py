@@ -284,7 +284,7 @@ def test_samples_through_the_stages(answered: Path) -> None:
 
 def test_what_cannot_be_made_is_named_and_the_rest_is_made(answered: Path, tmp_path: Path) -> None:
     found = analyze(study(answered))
-    assert set(found.tables) == {"types", "transfer", "stages", "samples", "breaks"}
+    assert set(found.tables) == {"types", "transfer", "stages", "samples", "breaks", "validity"}
     assert set(found.left_out) == {"orders", "ablations", "seeds", "drift"}
     assert "checkpoints/ lacks 1_say, 2_draw" in found.left_out["drift"]
     bare = write(tmp_path / "bare")

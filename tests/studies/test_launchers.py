@@ -62,7 +62,7 @@ def test_a_stopped_run_resumes_to_the_same_results(
 ) -> None:
     launched = [*flags, *LAUNCHED[engine], "--out", str(tmp_path)]
     log = tmp_path / FOLDER / "run.log"
-    with signalled(signal.SIGTERM, lambda: seen(log, "after 0 zero-shot")) as found:
+    with signalled(signal.SIGTERM, lambda: seen(log, "after 1 VQAv2")) as found:
         assert run_main(launched) == 0
     assert found == [True]
     shown = capsys.readouterr().err
