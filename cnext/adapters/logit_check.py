@@ -91,7 +91,8 @@ def last_logits(model: nn.Module, ids: Tensor) -> Tensor:
     # Not model(...): the autocast that accelerate puts around an instance's forward would round the logits.
     with undisturbed(model):
         output = type(model).forward(model, input_ids=ids, **decoder)
-    values = output.logits if "logits" in output else output.last_hidden_state
+    values = getattr(output, "logits", None)
+    values = output.last_hidden_state if values is None else values
     values = values[0] if values.dim() == 2 else values[0, -1]
     return values.double().cpu()
 

@@ -385,6 +385,13 @@ class Backbone(ABC, nn.Module):
             "take an adapter from elsewhere"
         )
 
+    def logits_model(self) -> Any:
+        """The model whose logits tell whether weights are those of an export; its layers may be sharded.
+
+        It calls the layers that training calls, as a model that only shares their parts would read single shards.
+        """
+        return outer_model(self)
+
     @abstractmethod
     def supervised(self, encoded: Sequence[Any]) -> tuple[int, int]:
         """Number of supervised text tokens and of images written: N and M of `Output` for these samples."""

@@ -213,6 +213,10 @@ def whole(parameter: nn.Parameter) -> Tensor:
     if hasattr(parameter, "ds_id"):
         import deepspeed
 
+        held: Any = parameter
+        if held.ds_active_sub_modules:
+            # Gathered, as the first block's after a backward pass, which the next forward pass ends.
+            return parameter.detach().clone()
         with deepspeed.zero.GatheredParameters([parameter]):
             return parameter.detach().clone()
     return parameter.detach()

@@ -219,7 +219,7 @@ def _compare_logits(path: Path, backbone: Backbone, precision: str) -> None:
     if not file.is_file():
         return
     with autocast(precision, backbone.device):
-        found = deviation(outer_model(backbone), schemas.read(file, Reference))
+        found = deviation(backbone.logits_model(), schemas.read(file, Reference))
     if found > (SAME if precision == "float32" else ALIKE):
         raise UserError(
             f"backbone {backbone.name} with it gives other logits than {file} has: it is for another backbone or other "

@@ -93,6 +93,7 @@ def test_a_model_of_transformers_shares_the_layers(tiny: TinyBackbone) -> None:
     assert {*adapters.layers(model).values()} == {*adapters.layers(tiny).values()}
     assert all(one is other for one, other in zip(model.parameters(), tiny.decoder.parameters(), strict=True))
     ids = torch.tensor([[1, 20, 30, 40]])
+    assert torch.equal(model(input_ids=ids).logits, tiny.logits_model()(ids).logits)
     assert torch.equal(model(input_ids=ids).logits, tiny.lm_head(tiny.language_model(ids).last_hidden_state))
 
 

@@ -105,7 +105,7 @@ def test_zero_trains_as_one_process(
     stage: int, alone: dict[str, dict[str, torch.Tensor]], data: Path, tmp_path: Path
 ) -> None:
     """Moments partitioned by stages 1 and 2, the frozen model by stage 3."""
-    names = ["ewc", "mage", "pgp"]
+    names = ["ewc", "mage", "osf", "pgp", "sdft"]
     finish(start([str(CHILD), ",".join(names), str(data), str(tmp_path)], **zero(stage, tmp_path)))
     for method in names:
         compare(method, load_file(tmp_path / f"{method}.safetensors"), alone[method])

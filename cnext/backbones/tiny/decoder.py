@@ -130,6 +130,13 @@ class States:
     last_hidden_state: Tensor
 
 
+@dataclass
+class Logits:
+    """What the decoder and its head return. logits: (B, L, vocabulary)."""
+
+    logits: Tensor
+
+
 class Decoder(nn.Module):
     """Embeddings, (B, L, hidden), to hidden states."""
 
@@ -213,6 +220,14 @@ class Llama(nn.Module):
         self.model = Decoder(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         nn.init.normal_(self.lm_head.weight, std=0.02)
+
+    def get_input_embeddings(self) -> nn.Embedding:
+        """The token embedding."""
+        return self.model.embed_tokens
+
+    def forward(self, input_ids: Tensor) -> Logits:
+        """Logits of (B, L) token ids without padding."""
+        return Logits(self.lm_head(self.model(input_ids).last_hidden_state))
 
     def gradient_checkpointing_enable(self, options: dict[str, Any] | None = None) -> None:
         """Computes each layer's activations again in the backward pass."""

@@ -142,6 +142,9 @@ class TinyBackbone(Backbone):
     def outer_model(self) -> Any:
         return as_transformers(self.decoder)
 
+    def logits_model(self) -> Any:
+        return self.decoder
+
     @property
     def language_model(self) -> nn.Module:
         return self.decoder.model
