@@ -58,7 +58,9 @@ def sampled(backbone: Backbone, seeds: Sequence[int]) -> Iterator[None]:
         seeds: one for each sample. Its answer follows from this alone, as long as the backbone generates all of them
             in one batch; else the answers follow from all seeds and the batches.
     """
-    head: Any = outer_model(backbone).get_output_embeddings()  # pyright: ignore[reportCallIssue]
+    # A backbone's own head, where it has one, needs no transformers.
+    head: Any = getattr(backbone, "lm_head", None)
+    head = outer_model(backbone).get_output_embeddings() if head is None else head
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
 
     def add(module: nn.Module, inputs: tuple[Tensor, ...], logits: Tensor) -> Tensor:
