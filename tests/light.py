@@ -7,6 +7,7 @@ import json
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 from packaging.requirements import Requirement
 
@@ -61,4 +62,5 @@ def absent(more: tuple[str, ...] = ()) -> tuple[list[str], list[str]]:
 def run(code: str, *arguments: object, without: tuple[str, ...] = ()) -> subprocess.CompletedProcess[str]:
     """Runs a program with these arguments in a plain installation that lacks these packages besides."""
     command = [sys.executable, "-c", CHILD + code, json.dumps(absent(without)), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True)
+    # Not where this process is: in a checkout the child would import the source tree, in which nothing is compiled.
+    return subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent)

@@ -20,7 +20,8 @@ from cnext.cli import main, run_main
 from cnext.config.run_config import RunConfig, plan
 from cnext.errors import UserError
 
-RESULTS = Path(__file__).parents[1] / "results" / "next-tiny"
+HERE = Path(__file__).parent
+RESULTS = HERE.parent / "results" / "next-tiny"
 VERB = "from cnext.cli import main; sys.exit(main(sys.argv[1:]))"
 HEAVY = ("torch", "numpy", "transformers", "matplotlib", "PIL", "rich", "msgspec", "tyro", "safetensors", "psutil")
 
@@ -31,7 +32,7 @@ def test_importing_cnext_imports_nothing_heavy_and_takes_a_moment() -> None:
         "import sys, time; start = time.perf_counter(); import cnext; took = time.perf_counter() - start; dir(cnext);"
         f"print(took, *(name for name in {HEAVY} if name in sys.modules))"
     )
-    runs = [subprocess.check_output([sys.executable, "-c", code], text=True).split() for _ in range(2)]
+    runs = [subprocess.check_output([sys.executable, "-c", code], text=True, cwd=HERE).split() for _ in range(2)]
     assert [names for _, *names in runs] == [[], []]
     assert min(float(took) for took, *_ in runs) < 1
 

@@ -307,6 +307,7 @@ class Backbone(ABC, nn.Module):
         found: list[Tensor] = []
 
         def keep(_: nn.Module, __: Any, output: Any) -> None:
+            # A tensor, or a structure or tuple with it, as language models return them.
             states = getattr(output, "last_hidden_state", output)
             found.append(states if isinstance(states, Tensor) else states[0])
 
