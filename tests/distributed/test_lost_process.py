@@ -18,7 +18,7 @@ from cnext.errors import RESUME
 from cnext.runs import checkpoint
 
 ORDER, STEPS = "VQAv2,HQEdit", 4
-RESULTS = ("results.json", "scores.jsonl", "train.jsonl", "config.json")
+RESULTS = ("results.json", "scores.jsonl", "apart.jsonl", "separability.json", "train.jsonl", "config.json")
 Make = Callable[[str], RunConfig]
 ZERO = {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "1"}
 OPTIMIZERS = {"replicated": {}} | ({"partitioned": ZERO} if find_spec("deepspeed") else {})
@@ -44,6 +44,11 @@ def finished(config: RunConfig, processes: int) -> RunConfig:
 def whole(request: pytest.FixtureRequest, make: Make) -> tuple[int, RunConfig]:
     """The number of processes, and a run in them without interruption."""
     return request.param, finished(make(f"whole-{request.param}"), request.param)
+
+
+def events(config: RunConfig) -> list[str]:
+    """What happened on rank 0 of a run without interruption, in order."""
+    return (config.out / "events-0").read_text().split()
 
 
 def same_end(config: RunConfig, whole: RunConfig) -> None:
@@ -93,10 +98,10 @@ def test_both_survivors_of_three_name_the_lost_rank(make: Make) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", [KILL, TERM])
 def test_answers_of_finished_tasks_are_kept(kind: str, make: Make, whole: tuple[int, RunConfig]) -> None:
-    """Ended at the second of a stage's two tasks: the first one's answers are kept, and not generated again."""
+    """Ended at the second of the last stage's two tasks: the first one's answers are kept, and not generated again."""
     processes, expected = whole
     made = make(f"evaluated-{processes}-{kind}")
-    members = go(made, processes, End(kind, 5, ("answer",), processes - 1))
+    members = go(made, processes, End(kind, events(expected).count("answer"), ("answer",), processes - 1))
     assert members[-1].status == {KILL: -9, TERM: 0}[kind], members[-1].said
     kept = made.folder / "predictions" / "2_HQEdit" / "VQAv2.jsonl"
     written = kept.stat().st_mtime_ns
@@ -109,9 +114,10 @@ def test_answers_of_finished_tasks_are_kept(kind: str, make: Make, whole: tuple[
 
 
 def test_a_signal_while_rank_0_saves_stops_all_ranks(make: Make, of_two: RunConfig) -> None:
-    """Rank 0 receives it while it writes a checkpoint, the ninth file, and the other waits."""
-    made = make("while-writing")
-    members = go(made, 2, End(TERM, 9, ("half",)))
+    """Rank 0 receives it while it writes a checkpoint, the second file after the first steps, and the other waits."""
+    made, before = make("while-writing"), events(of_two)
+    before = before[: before.index("step")].count("half")
+    members = go(made, 2, End(TERM, before + 2, ("half",)))
     for member in members:
         assert member.status == 0, member.said
         assert "stopped by SIGTERM: saved after step 2 of 4 of VQAv2" in member.said
