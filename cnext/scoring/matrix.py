@@ -157,7 +157,7 @@ def metrics(
         zero_shot: R[0], in training order, for ``fwt``.
         error_matrices: the share of each of ``ERROR_TYPES`` in percent of all test samples, in the same layout.
         writes: the output modalities of each task, in training order.
-        before_learnt: R[i-1][i] of each task, for ``fwt``, where they are not in the matrix.
+        before_learnt: ``R[i-1][i]`` of each task, for ``fwt``, where they are not in the matrix.
 
     Returns:
         One entry for every key of ``FORMULAS``.
