@@ -294,7 +294,7 @@ def test_open_reads_without_torch(done: StudyResult) -> None:
         f"run = cnext.open_run({str(done.runs[0].folder)!r}); "
         "str(study), study._repr_html_(), str(run), run.records(); assert 'torch' not in sys.modules"
     )
-    subprocess.run([sys.executable, "-c", code], check=True)
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parent)
 
 
 def test_what_cannot_be_opened(tmp_path: Path) -> None:

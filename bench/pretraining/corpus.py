@@ -57,19 +57,7 @@ def _caption(rng: Random) -> Item:
 
 def _question(rng: Random) -> Item:
     scene = new_scene(rng)
-    thing = rng.choice(scene.things)
-    asked, answer = rng.choice(
-        (
-            (f"color of {thing.shape}", thing.color),
-            (f"shape of {thing.color}", thing.shape),
-            (f"shape at {thing.place}", thing.shape),
-            (f"color at {thing.place}", thing.color),
-            ("how many", str(len(scene.things))),
-        )
-    )
-    if rng.random() < 0.5:
-        return f"Short: {asked}", answer, scene, None
-    return f"Tell me {asked}", f"it is {answer}", scene, None
+    return *synthetic.about(rng, scene), scene, None
 
 
 def _location(rng: Random) -> Item:

@@ -1,4 +1,4 @@
-"""What a benchmark's figures stand on: separable tasks, forward transfer, general ability, the order of the tasks."""
+"""Benchmark validity: separability of the tasks, forward transfer, general ability kept, range over task orders."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What may be given for a field of a configuration in Python, and what it becomes: one type per field from here on."""
+"""Convert and check the values that are given for a configuration in Python."""
 
 from __future__ import annotations
 

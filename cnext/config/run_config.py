@@ -227,7 +227,7 @@ class Plan:
         total, given = len(self.order), len(self.config.init_tasks)
         return [total if self.trains else 0, *(count if count >= given else 0 for count in self._numbers[1:])]
 
-    def apart(self, stage: int) -> tuple[Task, ...]:
+    def extra(self, stage: int) -> tuple[Task, ...]:
         """What a stage is evaluated on besides the tasks learnt: the next one, and the suite's held-out sets.
 
         The scores are kept apart from the score matrix. Nothing where nothing is trained; no next task where all are
@@ -241,13 +241,13 @@ class Plan:
 
     @property
     def evaluations(self) -> list[int]:
-        """How many evaluations each stage has, from stage 0 on: as `evaluated`, and those of `apart`."""
-        return [count + len(self.apart(stage)) for stage, count in zip(self._numbers, self.evaluated, strict=True)]
+        """How many evaluations each stage has, from stage 0 on: as `evaluated`, and those of `extra`."""
+        return [count + len(self.extra(stage)) for stage, count in zip(self._numbers, self.evaluated, strict=True)]
 
     @property
     def asked(self) -> list[tuple[Task, int]]:
         """Every task in order and every held-out set, with the number of its evaluations in the run."""
-        again = [task.name for stage in self._numbers for task in self.apart(stage)]
+        again = [task.name for stage in self._numbers for task in self.extra(stage)]
         times = {name: sum(count > i for count in self.evaluated) for i, name in enumerate(self.order)}
         names = dict.fromkeys([*self.order, *again])
         return [(self.suite.task(name), times.get(name, 0) + again.count(name)) for name in names]
@@ -278,7 +278,7 @@ class Plan:
     @property
     def held_out(self) -> list[str]:
         """The names of the held-out sets that the run is evaluated on."""
-        return [task.name for task in self.apart(0)]
+        return [task.name for task in self.extra(0)]
 
     @property
     def recipes(self) -> list[Recipe]:
@@ -311,7 +311,7 @@ class Plan:
             "backbone_options": loading_options(config.backbone, config.backbone_options),
             "recipe": recipe,
         }
-        tasks = [*map(self.suite.task, self.order), *self.apart(0)]
+        tasks = [*map(self.suite.task, self.order), *self.extra(0)]
         if code := _code(tasks) | _option_files(config.backbone, values["backbone_options"]):
             values["code"] = code
         if config.on_bad_row != Options.on_bad_row:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from cnext import adapters
-from cnext.adapters.by_centroid import ByCentroid
+from cnext.adapters.by_question import ByCentroid
 from cnext.distributed import collectives
 from cnext.methods.base import Card
 from cnext.methods.parts.branches import TaskBranches

@@ -1,4 +1,4 @@
-"""Matplotlib's SVG in a quarter of its bytes: the same picture, without what no viewer needs."""
+"""Shorten matplotlib's SVG to a quarter of its bytes, without changing the picture."""
 
 from __future__ import annotations
 

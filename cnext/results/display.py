@@ -7,6 +7,7 @@ import inspect
 import io
 import math
 import textwrap
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -105,11 +106,12 @@ class View:
         return table
 
 
-class Shown:
+class Shown(ABC):
     """Lets a class with a ``view`` be shown by print, rich and notebooks."""
 
+    @abstractmethod
     def view(self) -> View:
-        raise NotImplementedError
+        """What is shown."""
 
     def __str__(self) -> str:
         return self.view().text()

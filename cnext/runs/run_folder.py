@@ -22,9 +22,9 @@ from cnext.runs.checkpoint import Damaged
 from cnext.runs.schemas import StageScore, TrainStep
 from cnext.runs.trackers.base import Tracker, final
 
-STEPS, SCORES, APART = "train.jsonl", "scores.jsonl", "apart.jsonl"
+STEPS, SCORES, EXTRA = "train.jsonl", "scores.jsonl", "extra_scores.jsonl"
 LEFT_OUT = "left_out.json"
-LOGS = (STEPS, SCORES, APART)
+LOGS = (STEPS, SCORES, EXTRA)
 """The append-only logs. A checkpoint has the length and the checksum that they had before it."""
 
 T = TypeVar("T")
@@ -225,12 +225,12 @@ class RunFolder:
         for tracker in self.trackers:
             tracker.score(row)
 
-    def log_apart(self, row: StageScore) -> None:
-        _append(self.path / APART, [row])
+    def log_extra(self, row: StageScore) -> None:
+        _append(self.path / EXTRA, [row])
 
     def scores(self, stage: int, log: str = SCORES) -> dict[tuple[int, str], StageScore]:
-        """The rows of scores.jsonl, or of apart.jsonl, by (stage, task); drops those of later stages than this, from
-        the file too."""
+        """The rows of scores.jsonl, or of extra_scores.jsonl, by (stage, task); drops those of later stages than
+        this, from the file too."""
         rows = self._keep(log, StageScore, lambda row: row.stage <= stage)
         return {(row.stage, row.task): row for row in rows}
 

@@ -77,7 +77,7 @@ def _note_missing_tasks(plans: list[Plan]) -> None:
 def _note_missing_figures() -> None:
     """Prints a note where reports will have no figures."""
     if packages.version("matplotlib") is None:
-        print("note: the report has no figures without matplotlib: pip install 'cnext[report]'", file=sys.stderr)
+        note("note: the report has no figures without matplotlib: pip install 'cnext[report]'")
 
 
 def is_finished(planned: Plan) -> bool:

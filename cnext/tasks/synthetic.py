@@ -134,6 +134,11 @@ def skill(rng: Random) -> Example:
         words = " ".join(rng.sample([*COLORS, *SHAPES, *ICONS], rng.randint(1, 4)))
         return Example(f"Say: {words}", words, None)
     scene = scenes.random_scene(rng)
+    return Example(*about(rng, scene), scene)
+
+
+def about(rng: Random, scene: Scene) -> tuple[str, str]:
+    """A question about a scene, in the wording of the pretraining, and its answer."""
     thing = rng.choice(scene.things)
     asked, answer = rng.choice(
         (
@@ -145,8 +150,8 @@ def skill(rng: Random) -> Example:
         )
     )
     if rng.random() < 0.5:
-        return Example(f"Short: {asked}", answer, scene)
-    return Example(f"Tell me {asked}", f"it is {answer}", scene)
+        return f"Short: {asked}", answer
+    return f"Tell me {asked}", f"it is {answer}"
 
 
 EXAMPLES: dict[str, Callable[[Random], Example]] = {

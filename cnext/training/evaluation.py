@@ -26,7 +26,7 @@ def evaluate(
     stage: int,
     trained: str,
     uneven: Callable[[], AbstractContextManager[None]] = nullcontext,
-    told: Task | None = None,
+    task_id: Task | None = None,
 ) -> StageScore:
     """Answers and scores a task's samples; every process answers its shard.
 
@@ -36,12 +36,12 @@ def evaluate(
         run: the run folder on rank 0, None on other ranks.
         stage: its number; ``trained``: what it trained.
         uneven: as `processes.sharded` returns it.
-        told: as in `answer`.
+        task_id: as in `answer`.
 
     Returns: mean scores and error shares in percent of all samples, the same on every rank.
     """
     with uneven():
-        answers = answer(method, task, collectives.shard(samples), told)
+        answers = answer(method, task, collectives.shard(samples), task_id)
     predictions, score = collectives.gather_shards(answers), None
     if run is not None:
         scores = scorer(task, samples, predictions)
@@ -52,12 +52,12 @@ def evaluate(
     return score
 
 
-def answer(method: Method, task: Task, samples: Sequence[Sample], told: Task | None = None) -> list[Prediction]:
+def answer(method: Method, task: Task, samples: Sequence[Sample], task_id: Task | None = None) -> list[Prediction]:
     """A method's answers. It sees `question` of each sample, and the task only where its card asks for it.
 
-    told: the task that it is told instead, where the samples are of none, as those of a held-out set.
+    task_id: the task that it is given as the samples' own, where these are of none, as those of a held-out set.
     """
-    task_id = (told or task) if method.card.task_id_at_test else None
+    task_id = (task_id or task) if method.card.task_id_at_test else None
     return method.answer([question(sample) for sample in samples], task.max_new_tokens, task_id)
 
 

@@ -52,7 +52,7 @@ def _profile(planned: Plan, state: RunState, profile: str) -> dict[str, Any]:
     matrix = _matrix(state, order, lambda row: row.score(profile))
     errors = {kind: _matrix(state, order, lambda row, kind=kind: row.errors[profile][kind]) for kind in ERROR_TYPES}
     zero_shot = [row.score(profile) if (row := state.scores.get((0, name))) else None for name in order]
-    before = [row.score(profile) if (row := state.apart.get((t, name))) else None for t, name in enumerate(order)]
+    before = [row.score(profile) if (row := state.extra.get((t, name))) else None for t, name in enumerate(order)]
     before[0] = None  # which zero-shot is, and a first task needs no transfer
     held_out, writes = _held_out(planned, state, profile), [planned.suite.task(name).writes for name in order]
     kept: dict[str, float | None] = {}
@@ -72,7 +72,7 @@ def _profile(planned: Plan, state: RunState, profile: str) -> dict[str, Any]:
 def _held_out(planned: Plan, state: RunState, profile: str) -> dict[str, Any]:
     """{"held_out": a `schemas.HeldOut`}; {} where nothing of a held-out set is scored."""
     names = planned.held_out
-    rows = {key: row for key, row in state.apart.items() if row.task in names}
+    rows = {key: row for key, row in state.extra.items() if row.task in names}
     if not rows:
         return {}
     last = max(stage for stage, _ in rows)

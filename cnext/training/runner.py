@@ -22,7 +22,7 @@ from cnext.monitoring.signals import Stop
 from cnext.results import RunResult
 from cnext.runs import command_line, environment, fingerprint, trackers
 from cnext.runs.checkpoint import write_json
-from cnext.runs.run_folder import APART, RunFolder
+from cnext.runs.run_folder import EXTRA, RunFolder
 from cnext.runs.schemas import SEPARABILITY, StageScore, TrainStep
 from cnext.runs.state_digests import StateDigest, digest
 from cnext.scoring.base import find_scorer, make_scorers
@@ -44,8 +44,9 @@ def run(config: RunConfig, progress: Progress | None = None) -> RunResult:
 
     The run folder, ``config.folder``, gets config.json, options.json, run.yaml, results.json, cost.json,
     environment.json, left_out.json (where rows of the data are left out), separability.json, scores.jsonl,
-    train.jsonl, predictions/, apart.jsonl and apart/ (scores and answers that are in no score matrix), checkpoints/
-    and report.html. A launcher's environment (torchrun, ``accelerate launch``) makes it one run in several processes.
+    train.jsonl, predictions/, extra_scores.jsonl and extra/ (scores and answers that are in no score matrix),
+    checkpoints/ and report.html. A launcher's environment (torchrun, ``accelerate launch``) makes it one run in several
+    processes.
 
     Args:
         config: what to run.
@@ -185,7 +186,7 @@ class Runner:
             self.progress.say(f"resuming from {path.name}")
         if self.folder is not None:
             self._cut_logs(self.folder)
-        self.state.scores, self.state.apart = collectives.broadcast_object((self.state.scores, self.state.apart))
+        self.state.scores, self.state.extra = collectives.broadcast_object((self.state.scores, self.state.extra))
 
     def separate_tasks(self) -> None:
         """Writes how separable the tasks are without training, where the run begins and has two tasks or more."""
@@ -222,7 +223,7 @@ class Runner:
         done, step = self.state.tasks_done, self.state.step
         under_way = next((stage.number for stage in self.stages if stage.number > done), done)
         folder.cut_steps(under_way if step else done, step or (sys.maxsize if done else 0))
-        self.state.scores, self.state.apart = folder.scores(done), folder.scores(done, APART)
+        self.state.scores, self.state.extra = folder.scores(done), folder.scores(done, EXTRA)
         for task in self.tasks:
             if others := {row.scorer for row in self.state.scores.values() if row.task == task.name} - {task.scorer}:
                 before = f"{task.name} was scored by {', '.join(sorted(others))} and is by {task.scorer} from here"
@@ -334,7 +335,7 @@ class Runner:
         tasks = self.tasks[:number] if number else self.tasks
         if any((number, task.name) not in self.state.scores for task in tasks):
             # First, so that a stage whose own scores are all there lacks none of these that it ever had.
-            self._evaluate_apart(number, trained)
+            self._evaluate_extra(number, trained)
         for task in tasks:
             if (number, task.name) in self.state.scores:
                 continue
@@ -345,16 +346,16 @@ class Runner:
         self._measure(trained, "evaluate")
         self.progress.stage(number, trained, {t.name: self.state.scores[number, t.name].strict for t in tasks})
 
-    def _evaluate_apart(self, number: int, trained: str) -> None:
-        """Evaluates what `Plan.apart` names of a stage; not the next task where nothing is trained."""
+    def _evaluate_extra(self, number: int, trained: str) -> None:
+        """Evaluates what `Plan.extra` names of a stage; not the next task where nothing is trained."""
         held_out = {task.name for task in self.plan.suite.held_out}
-        for task in self.plan.apart(number):
-            if (number, task.name) in self.state.apart or (self._untrained(number) and task.name not in held_out):
+        for task in self.plan.extra(number):
+            if (number, task.name) in self.state.extra or (self._untrained(number) and task.name not in held_out):
                 continue
-            row = self._score(number, trained, task, apart=True)
+            row = self._score(number, trained, task, extra=True)
             if self.folder is not None:
-                self.folder.log_apart(row)
-            self.state.apart[number, task.name] = row
+                self.folder.log_extra(row)
+            self.state.extra[number, task.name] = row
 
     def _untrained(self, number: int) -> bool:
         """Whether a stage after zero-shot is the pretrained model."""
@@ -362,12 +363,12 @@ class Runner:
             number and not self.plan.source and not any(each.parameters for each in self.state.trained.values())
         )
 
-    def _score(self, number: int, trained: str, task: Task, apart: bool = False) -> StageScore:
+    def _score(self, number: int, trained: str, task: Task, extra: bool = False) -> StageScore:
         """A task's scores after a stage; the zero-shot scores where nothing has been trained.
 
-        apart: whether the task's answers go into the folder apart/, as those of a task not learnt.
+        extra: whether the task's answers go into the folder extra/, as those of a task not learnt.
         """
-        if self._untrained(number) and (known := (self.state.scores | self.state.apart).get((0, task.name))):
+        if self._untrained(number) and (known := (self.state.scores | self.state.extra).get((0, task.name))):
             return replace(known, stage=number, trained=trained)
         samples = self.ready.samples[self.plan.config.split][task.name]
         with (
@@ -376,12 +377,12 @@ class Runner:
             self.method.for_eval(),
         ):
             folder, scorer = (
-                self.folder and self.folder.path / ("apart" if apart else ""),
+                self.folder and self.folder.path / ("extra" if extra else ""),
                 find_scorer(task, self.scorers),
             )
-            # A method that is told the task of a question knows those of the order alone.
-            told = None if task.name in self.plan.order else self.tasks[max(number, 1) - 1]
-            return evaluate(self.method, task, samples, scorer, folder, number, trained, self.uneven, told)
+            # A method that is given the task of a question knows those of the order alone.
+            task_id = None if task.name in self.plan.order else self.tasks[max(number, 1) - 1]
+            return evaluate(self.method, task, samples, scorer, folder, number, trained, self.uneven, task_id)
 
     def _write_results(self) -> dict[str, Any]:
         """Writes results.json, cost.json and environment.json. Returns the first one's content."""

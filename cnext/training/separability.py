@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from cnext import adapters
-from cnext.adapters.by_centroid import ByCentroid
+from cnext.adapters.by_question import ByCentroid
 from cnext.backbones.base import Backbone
 from cnext.distributed import collectives
 from cnext.tasks.base import Sample, Task

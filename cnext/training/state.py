@@ -52,14 +52,14 @@ class RunState(Ledger):
         tasks_done: stages trained.
         step: optimizer steps done in the stage after these; 0 between two stages.
         scores: by (stage, task); saved in scores.jsonl as they come.
-        apart: the same of what `Plan.apart` names, saved in apart.jsonl.
+        extra: the same of what `Plan.extra` names, saved in extra_scores.jsonl.
         fingerprints: environments that the run was done in; saved in environment.json.
     """
 
     tasks_done: int = 0
     step: int = 0
     scores: dict[tuple[int, str], StageScore] = field(default_factory=dict)
-    apart: dict[tuple[int, str], StageScore] = field(default_factory=dict)
+    extra: dict[tuple[int, str], StageScore] = field(default_factory=dict)
     fingerprints: list[dict[str, Any]] = field(default_factory=list)
 
     def add_averaging(self, name: str, statistics: Mapping[str, Any] | None) -> None:

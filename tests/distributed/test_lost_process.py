@@ -18,7 +18,7 @@ from cnext.errors import RESUME
 from cnext.runs import checkpoint
 
 ORDER, STEPS = "VQAv2,HQEdit", 4
-RESULTS = ("results.json", "scores.jsonl", "apart.jsonl", "separability.json", "train.jsonl", "config.json")
+RESULTS = ("results.json", "scores.jsonl", "extra_scores.jsonl", "separability.json", "train.jsonl", "config.json")
 Make = Callable[[str], RunConfig]
 ZERO = {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "1"}
 OPTIMIZERS = {"replicated": {}} | ({"partitioned": ZERO} if find_spec("deepspeed") else {})

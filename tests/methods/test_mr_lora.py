@@ -26,9 +26,10 @@ def learnt(data: Path) -> Sequence:
     return sequence
 
 
-def test_a_branch_is_what_it_would_be_had_no_task_come_before(data: Path) -> None:
+@pytest.mark.parametrize("method", ["mr-lora", "prototype"])
+def test_a_branch_is_what_it_would_be_had_no_task_come_before(method: str, data: Path) -> None:
     """To the bit: branches are independent, and none changes during another task."""
-    both, alone = Sequence("mr-lora", data), Sequence("mr-lora", data)
+    both, alone = Sequence(method, data), Sequence(method, data)
     both.learn("VQAv2")
     first = {name: p.clone() for name, p in adapters.branch_parameters(both.tiny.language_model, ["task-1"]).items()}
     both.learn("Flickr30k")

@@ -10,7 +10,7 @@ import torch
 from methods.sequence import TASKS, Sequence, opened, questions
 
 from cnext import adapters
-from cnext.adapters.by_centroid import ByCentroid
+from cnext.adapters.by_question import ByCentroid
 from cnext.backbones.tiny.model import TinyBackbone
 from cnext.tasks.base import Turn
 
@@ -67,20 +67,6 @@ def test_features_are_those_of_the_pretrained_model(data: Path) -> None:
     assert (after["counts"] - before["counts"]).flatten().tolist() == [0, 5, 0]
     torch.testing.assert_close(after["sums"] - before["sums"], torch.stack([0 * x[0], x.sum(0), 0 * x[0]]))
     torch.testing.assert_close(after["squares"] - before["squares"], x.square().sum(0))
-
-
-def test_a_branch_is_what_it_would_be_had_no_task_come_before(data: Path) -> None:
-    """To the bit, as in mr-lora: branches are independent, and none changes during another task."""
-    both, alone = Sequence("prototype", data), Sequence("prototype", data)
-    both.learn("VQAv2")
-    first = {name: p.clone() for name, p in adapters.branch_parameters(both.tiny.language_model, ["task-1"]).items()}
-    both.learn("Flickr30k")
-    alone.learn("Flickr30k")
-    seconds = [adapters.branch_parameters(s.tiny.language_model, ["task-2"]) for s in (both, alone)]
-    assert all(torch.equal(one, other) for one, other in zip(*(s.values() for s in seconds), strict=True))
-    assert any(p.any() for name, p in seconds[0].items() if name.endswith("B"))
-    after = adapters.branch_parameters(both.tiny.language_model, ["task-1"])
-    assert all(torch.equal(first[name], p) for name, p in after.items())
 
 
 def test_no_sample_is_kept(learnt: Sequence) -> None:

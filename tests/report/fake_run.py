@@ -8,9 +8,12 @@ import random
 from pathlib import Path
 
 import numpy as np
+import torch
+from analysis.small_runs import write_checkpoint
 from PIL import Image
 from tasks.official import lines
 
+from cnext.report import write_report
 from cnext.scoring.base import ERROR_TYPES
 from cnext.scoring.matrix import ScoreMatrix, metrics
 
@@ -140,6 +143,16 @@ def _answer(
         rows.append(row)
     lines(folder / f"{task}.jsonl", rows)
     return rows
+
+
+def write_reported_run(folder: Path) -> Path:
+    """A run with every section of a report, adapter updates included. Returns its page."""
+    write_fake_run(folder, samples=12)
+    torch.manual_seed(0)
+    names = [f"layers.{n}.up_proj.{branch}.{half}" for n in (0, 1) for branch in ("a", "b") for half in "AB"]
+    for stage in range(1, len(ORDER) + 1):
+        write_checkpoint(folder, stage, {name: torch.randn(2, 2) for name in names}, ORDER)
+    return write_report(folder)[0]
 
 
 def _profile(cells: dict, tasks: tuple[str, ...], done: int, writes: dict, profile: str) -> dict:

@@ -90,7 +90,9 @@ def test_files_are_the_same_each_time(run: Path, tmp_path: Path) -> None:
     words = ["plot", str(run), "--to", str(tmp_path / "there"), "--figures", *chosen, "--format", *plots.FILES]
     code = f"import sys; from cnext.cli import main; sys.exit(main({words!r}))"
     environment = os.environ | {"PYTHONHASHSEED": "7"}
-    subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.DEVNULL, env=environment)
+    subprocess.run(
+        [sys.executable, "-c", code], check=True, cwd=Path(__file__).parent, stdout=subprocess.DEVNULL, env=environment
+    )
     for path in here:
         content = path.read_bytes()
         assert content == (tmp_path / "there" / path.name).read_bytes(), path.name

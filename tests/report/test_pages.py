@@ -11,10 +11,8 @@ from xml.etree import ElementTree
 
 import numpy as np
 import pytest
-import torch
-from analysis.small_runs import write_checkpoint
 from PIL import Image
-from report.fake_run import ORDER, write_fake_run
+from report.fake_run import ORDER, write_fake_run, write_reported_run
 from report.test_report import Page, contrast, results, svgs, titles
 
 from cnext.analysis.run import points
@@ -29,13 +27,7 @@ LIMIT = 1_000_000
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run with every section, adapter updates included."""
-    folder = write_fake_run(tmp_path_factory.mktemp("run"), samples=12)
-    torch.manual_seed(0)
-    names = [f"layers.{n}.up_proj.{branch}.{half}" for n in (0, 1) for branch in ("a", "b") for half in "AB"]
-    for stage in range(1, len(ORDER) + 1):
-        write_checkpoint(folder, stage, {name: torch.randn(2, 2) for name in names}, ORDER)
-    write_report(folder)
-    return folder
+    return write_reported_run(tmp_path_factory.mktemp("run")).parent
 
 
 @pytest.fixture(scope="module")

@@ -9,13 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from analysis.small_runs import write_checkpoint
 from report import accessibility
 from report.browser import CHROMIUM, WIDTH, chromium, work
-from report.fake_run import ORDER, write_fake_run
+from report.fake_run import ORDER, write_fake_run, write_reported_run
 
-from cnext.report import write_report, write_reports
+from cnext.report import write_reports
 
 SEE = """
 const cells = row => [...row.cells].map(cell => cell.textContent.trim());
@@ -48,12 +46,7 @@ return { tables: before, wide: seen, copied, sorted, out: out.map(element => ele
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = write_fake_run(tmp_path_factory.mktemp("run"), samples=12)
-    torch.manual_seed(0)
-    names = [f"layers.{n}.up_proj.{branch}.{half}" for n in (0, 1) for branch in ("a", "b") for half in "AB"]
-    for stage in range(1, len(ORDER) + 1):
-        write_checkpoint(folder, stage, {name: torch.randn(2, 2) for name in names}, ORDER)
-    return write_report(folder)[0]
+    return write_reported_run(tmp_path_factory.mktemp("run"))
 
 
 @pytest.fixture(scope="module")

@@ -7,6 +7,7 @@ import inspect
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -73,4 +74,4 @@ def test_it_says_what_is_declared(full: str) -> None:
 def test_it_loads_neither_torch_nor_the_parser() -> None:
     heavy = "sys.modules.keys() & {'torch', 'numpy', 'tyro', 'msgspec', 'yaml', 'rich'}"
     code = f"import sys; from cnext import cli; cli.run_main(['--help']); assert not ({heavy}), {heavy}"
-    subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.DEVNULL)
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parent, stdout=subprocess.DEVNULL)

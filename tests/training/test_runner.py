@@ -35,7 +35,7 @@ def test_files_of_a_run(finished: Path) -> None:
     names = {path.name for path in finished.iterdir() if not path.name.startswith(".")}
     assert names == {
         "config.json", "options.json", "run.yaml", "results.json", "cost.json", "environment.json", "scores.jsonl",
-        "train.jsonl", "separability.json", "apart.jsonl", "apart", "predictions", "checkpoints", "report.html",
+        "train.jsonl", "separability.json", "extra_scores.jsonl", "extra", "predictions", "checkpoints", "report.html",
         "report.md", "report_files", "run.log",
     }  # fmt: skip
     assert sorted(path.name for path in (finished / "checkpoints").iterdir()) == ["1_VQAv2", "2_Flickr30k", "3_HQEdit"]

@@ -19,7 +19,7 @@ from cnext.scoring.matrix import metrics
 from cnext.tasks import suites
 from cnext.training import runner, separability
 
-APART = [
+EXTRA = [
     (0, "Skills"), (1, "Flickr30k"), (1, "Skills"), (2, "HQEdit"), (2, "Skills"), (3, "Skills"),
 ]  # fmt: skip
 
@@ -29,10 +29,10 @@ def results(folder: Path) -> dict[str, Any]:
 
 
 def test_the_next_task_and_held_out_sets_are_scored_at_every_stage(finished: Path) -> None:
-    logged = rows(finished / "apart.jsonl")
-    assert [(row["stage"], row["task"]) for row in logged] == APART
+    logged = rows(finished / "extra_scores.jsonl")
+    assert [(row["stage"], row["task"]) for row in logged] == EXTRA
     for row in logged:
-        answers = rows(finished / f"apart/predictions/{row['stage']}_{row['trained']}/{row['task']}.jsonl")
+        answers = rows(finished / f"extra/predictions/{row['stage']}_{row['trained']}/{row['task']}.jsonl")
         assert len(answers) == row["samples"] == 8
         assert row["strict"] == pytest.approx(sum(answer["strict"] for answer in answers) / 8)
     scores = {(row["stage"], row["task"]): row for row in logged}
@@ -53,7 +53,7 @@ def test_no_bit_of_the_scores_depends_on_it(
 ) -> None:
     """The random streams of training and answering are not moved."""
     measured = runs(method)
-    monkeypatch.setattr(Plan, "apart", lambda self, stage: ())
+    monkeypatch.setattr(Plan, "extra", lambda self, stage: ())
     monkeypatch.setattr(runner.Runner, "separate_tasks", lambda self: None)
     plain = config(method=method)
     run(plain)
@@ -75,7 +75,7 @@ def test_stopped_while_measuring_it_ends_with_the_same_bits(
     made, whole, done = config(), runner.evaluate, []
 
     def stopping(method: Any, task: Any, samples: Any, scorer: Any, folder: Path, *others: Any) -> Any:
-        done.extend([task.name] if folder.name == "apart" else [])
+        done.extend([task.name] if folder.name == "extra" else [])
         if len(done) > after:
             raise RuntimeError("stopped")
         return whole(method, task, samples, scorer, folder, *others)
@@ -85,7 +85,7 @@ def test_stopped_while_measuring_it_ends_with_the_same_bits(
         run(made)
     monkeypatch.setattr(runner, "evaluate", whole)
     run(made)
-    for name in ("results.json", "apart.jsonl", "scores.jsonl", "separability.json"):
+    for name in ("results.json", "extra_scores.jsonl", "scores.jsonl", "separability.json"):
         assert (made.folder / name).read_bytes() == (finished / name).read_bytes(), name
 
 
@@ -93,7 +93,7 @@ def test_a_run_of_an_earlier_version_is_resumed_without(finished: Path, config: 
     """What was not measured stays so: it is no zero, and nothing of it is done for the stages that are there."""
     made = config()
     with pytest.MonkeyPatch.context() as earlier:
-        earlier.setattr(Plan, "apart", lambda self, stage: ())
+        earlier.setattr(Plan, "extra", lambda self, stage: ())
         earlier.setattr(runner.Runner, "separate_tasks", lambda self: None)
         run(made)
     shutil.rmtree(made.folder / "checkpoints" / "3_HQEdit")
@@ -110,9 +110,11 @@ def test_a_run_of_an_earlier_version_is_resumed_without(finished: Path, config: 
 
 def test_joint_and_untrained_runs_have_no_next_task(runs: Runs) -> None:
     joint, untrained = runs("upper-bound"), runs("zero-shot")
-    assert [(row["stage"], row["task"]) for row in rows(joint / "apart.jsonl")] == [(0, "Skills"), (3, "Skills")]
-    assert [row["task"] for row in rows(untrained / "apart.jsonl")] == ["Skills"] * 4
-    assert {row["strict"] for row in rows(untrained / "apart.jsonl")} == {results(untrained)["held_out"]["before"][0]}
+    assert [(row["stage"], row["task"]) for row in rows(joint / "extra_scores.jsonl")] == [(0, "Skills"), (3, "Skills")]
+    assert [row["task"] for row in rows(untrained / "extra_scores.jsonl")] == ["Skills"] * 4
+    assert {row["strict"] for row in rows(untrained / "extra_scores.jsonl")} == {
+        results(untrained)["held_out"]["before"][0]
+    }
     for folder in (joint, untrained):
         assert results(folder)["metrics"]["fwt"] is None
     assert results(joint)["held_out"]["scores"][1:3] == [[None], [None]]
@@ -121,7 +123,7 @@ def test_joint_and_untrained_runs_have_no_next_task(runs: Runs) -> None:
 def test_a_method_that_is_told_the_task_is_told_one_of_the_order(config: Make) -> None:
     made = config(method="mr-lora", hyperparameters={"oracle": True, "router_steps": 1})
     run(made)
-    assert [(row["stage"], row["task"]) for row in rows(made.folder / "apart.jsonl")] == APART
+    assert [(row["stage"], row["task"]) for row in rows(made.folder / "extra_scores.jsonl")] == EXTRA
 
 
 def test_the_plan_counts_every_evaluation(config: Make) -> None:
@@ -189,7 +191,7 @@ def test_one_task_is_not_told_apart(config: Make) -> None:
     run(made)
     assert not (made.folder / "separability.json").exists()
     assert results(made.folder)["before_learnt"] == [None]
-    assert [row["task"] for row in rows(made.folder / "apart.jsonl")] == ["Skills"] * 2
+    assert [row["task"] for row in rows(made.folder / "extra_scores.jsonl")] == ["Skills"] * 2
 
 
 @pytest.mark.parametrize(
@@ -219,5 +221,5 @@ def test_a_suite_without_a_held_out_set_has_nothing_of_it(toy_suite: Path, confi
     found = results(made.folder)
     assert "held_out" not in found
     assert "zero_shot_retention" not in found["metrics"]
-    assert [(row["stage"], row["task"]) for row in rows(made.folder / "apart.jsonl")] == [(1, "Flickr30k")]
+    assert [(row["stage"], row["task"]) for row in rows(made.folder / "extra_scores.jsonl")] == [(1, "Flickr30k")]
     assert found["metrics"].keys() == metrics(runner.results.ScoreMatrix(2)).keys()

@@ -1,4 +1,4 @@
-"""LLaMA in plain torch, so that the embedded model needs no transformers: its names, its numbers.
+"""LLaMA decoder in plain torch, for the embedded model: names and outputs as of transformers, without needing it.
 
 Of `transformers.LlamaForCausalLM` it has what the embedded model needs: no grouped queries, no bias, no scaled rotary
 embeddings, no tied weights, no `generate`. `as_transformers` gives the whole, for export and adapters from elsewhere.
