@@ -16,7 +16,7 @@ from torch import Tensor
 from trials import Trials
 
 from cnext import RunConfig, methods, ops
-from cnext.config.run_config import plan
+from cnext.config.plan import plan
 from cnext.ops import dispatch, kron_reference
 from cnext.training import trainer
 from cnext.training.setup import Prepared

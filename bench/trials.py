@@ -10,7 +10,8 @@ from typing import Any
 import torch
 
 from cnext import methods
-from cnext.config.run_config import RunConfig, plan
+from cnext.config.plan import plan
+from cnext.config.run_config import RunConfig
 from cnext.methods.base import Method
 from cnext.scoring import make_scorers
 from cnext.training import setup, trainer

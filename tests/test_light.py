@@ -17,7 +17,8 @@ from packaging.requirements import Requirement
 
 from cnext import packages
 from cnext.cli import main, run_main
-from cnext.config.run_config import RunConfig, plan
+from cnext.config.plan import plan
+from cnext.config.run_config import RunConfig
 from cnext.errors import UserError
 
 HERE = Path(__file__).parent

@@ -24,7 +24,7 @@ from studies import fake_child
 
 import cnext
 from cnext import RunConfig, RunResult, StudyResult, open_run, open_study, study
-from cnext.config.run_config import plan
+from cnext.config.plan import plan
 from cnext.errors import UserError
 from cnext.monitoring import notebook
 from cnext.monitoring.eta import Estimate

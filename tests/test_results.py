@@ -11,7 +11,7 @@ from statistics import fmean
 import pytest
 
 from cnext import methods
-from cnext.config.run_config import ADDED
+from cnext.config.plan import ADDED
 from cnext.tables import aggregate, formats
 from cnext.tables.aggregate import SeedsRow
 

@@ -12,7 +12,7 @@ import tune
 from trials import Trials
 
 from cnext import RunConfig, methods, run
-from cnext.config.run_config import plan
+from cnext.config.plan import plan
 from cnext.errors import UserError
 
 

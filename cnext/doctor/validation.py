@@ -11,7 +11,8 @@ from typing import Any
 
 from cnext import backbones
 from cnext.config import settings_file
-from cnext.config.run_config import Options, Plan, RunConfig, plan
+from cnext.config.plan import Plan, plan
+from cnext.config.run_config import Options, RunConfig
 from cnext.config.settings_file import Settings
 from cnext.doctor import checks
 from cnext.errors import UserError

@@ -10,7 +10,8 @@ from cnext.adapters import exchange_files
 from cnext.adapters.exchange_authors import LANGUAGE_MODEL
 from cnext.config import init_source
 from cnext.config.init_source import InitSource
-from cnext.config.run_config import RunConfig, as_words
+from cnext.config.plan import as_words
+from cnext.config.run_config import RunConfig
 from cnext.errors import UserError
 from cnext.exchange.importing import hyperparameters_of, kind_of
 from cnext.results import RunResult

@@ -21,7 +21,7 @@ from cnext.adapters.logit_check import reference
 from cnext.backbones.base import outer_model
 from cnext.config import init_source
 from cnext.config.init_source import CONNECTIONS
-from cnext.config.run_config import as_words, loading_options
+from cnext.config.plan import as_words, loading_options
 from cnext.errors import UserError, listed, unknown
 from cnext.exchange.model_card import FinalResults, RestorableConfig, card
 from cnext.methods.base import Method

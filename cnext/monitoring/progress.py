@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cnext.config.run_config import Plan
+from cnext.config.plan import Plan
 from cnext.monitoring import heartbeat
 from cnext.monitoring.eta import Estimate, RunEta, StudyEta, time_left
 from cnext.monitoring.heartbeat import Heartbeat

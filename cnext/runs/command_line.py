@@ -11,7 +11,8 @@ from typing import Any
 
 from cnext import methods
 from cnext.config import settings_file
-from cnext.config.run_config import ADDED_RECIPE, OVERRIDES, Plan, RunConfig, as_words, current_names
+from cnext.config.plan import ADDED_RECIPE, Plan, as_words, current_names
+from cnext.config.run_config import OVERRIDES, RunConfig
 from cnext.errors import UserError
 from cnext.runs.checkpoint import write_text
 from cnext.tasks import suites

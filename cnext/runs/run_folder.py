@@ -15,7 +15,7 @@ from typing import IO, Any, TypeVar
 from torch import Tensor
 
 from cnext import records
-from cnext.config.run_config import completed
+from cnext.config.plan import completed
 from cnext.errors import UserError, parse_json
 from cnext.runs import checkpoint, schemas
 from cnext.runs.checkpoint import Damaged

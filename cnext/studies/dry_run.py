@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import torch
 
-from cnext.config.run_config import Plan
+from cnext.config.plan import Plan
 from cnext.monitoring.eta import duration
 from cnext.tasks.base import Sample, Task
 from cnext.training.evaluation import answer

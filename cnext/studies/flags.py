@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, get_type_hints
 
 from cnext import methods
-from cnext.config.run_config import Options, RunConfig, check_type
+from cnext.config.plan import check_type
+from cnext.config.run_config import Options, RunConfig
 from cnext.config.settings_file import Settings, read
 from cnext.errors import UserError
 from cnext.studies.usage_errors import in_one_line

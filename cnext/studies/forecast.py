@@ -14,7 +14,7 @@ import torch
 
 from cnext import backbones, methods, packages
 from cnext.backbones.base import Backbone
-from cnext.config.run_config import Plan
+from cnext.config.plan import Plan
 from cnext.errors import UserError
 from cnext.methods.base import Method
 from cnext.tasks import suites

@@ -9,7 +9,8 @@ from collections.abc import Iterable, Mapping
 from numbers import Integral
 from typing import Any, Literal
 
-from cnext.config.run_config import Options, RunConfig, plan
+from cnext.config.plan import plan
+from cnext.config.run_config import Options, RunConfig
 from cnext.distributed import processes
 from cnext.errors import UserError, unknown
 from cnext.monitoring.signals import Stop

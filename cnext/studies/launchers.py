@@ -21,7 +21,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
-from cnext.config.run_config import Plan, RunConfig
+from cnext.config.plan import Plan
+from cnext.config.run_config import RunConfig
 from cnext.errors import UserError
 from cnext.monitoring import heartbeat
 from cnext.monitoring.eta import Estimate

@@ -15,7 +15,8 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
 
-from cnext.config.run_config import Plan, RunConfig
+from cnext.config.plan import Plan
+from cnext.config.run_config import RunConfig
 from cnext.errors import RESUME, UserError
 from cnext.monitoring.eta import StudyEta
 from cnext.monitoring.heartbeat import LOG, stamped

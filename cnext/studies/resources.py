@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from cnext.config.run_config import Plan
+from cnext.config.plan import Plan
 
 PEAK_MEMORY = {"tiny": 1.1e9}
 """Peak memory of one run in bytes, by backbone, where it has been measured (``bench/bench_run.py``)."""

@@ -11,7 +11,7 @@ import dataclasses
 import sys
 
 from cnext import backbones, packages
-from cnext.config.run_config import Plan, plan
+from cnext.config.plan import Plan, plan
 from cnext.distributed import collectives, processes
 from cnext.errors import UserError, unknown
 from cnext.monitoring.notebook import note

@@ -20,7 +20,7 @@ from cnext.adapters.saving import ALIKE, REFERENCE, SAME
 from cnext.backbones.base import Backbone, outer_model
 from cnext.config import init_source
 from cnext.config.init_source import InitSource
-from cnext.config.run_config import Plan
+from cnext.config.plan import Plan
 from cnext.errors import UserError, listed
 from cnext.methods.base import Method
 from cnext.runs import checkpoint, schemas

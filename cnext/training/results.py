@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from cnext import records
-from cnext.config.run_config import Plan
+from cnext.config.plan import Plan
 from cnext.methods.base import Method
 from cnext.runs import environment, fingerprint
 from cnext.runs.schemas import StageScore

@@ -14,7 +14,8 @@ from msgspec.structs import replace
 from torch import Tensor, nn
 
 from cnext import report
-from cnext.config.run_config import Plan, RunConfig, plan
+from cnext.config.plan import Plan, plan
+from cnext.config.run_config import RunConfig
 from cnext.distributed import collectives, processes
 from cnext.monitoring.progress import Progress
 from cnext.monitoring.resource_errors import as_user_errors

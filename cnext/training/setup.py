@@ -12,7 +12,7 @@ from torch import nn
 
 from cnext import backbones, methods, packages
 from cnext.backbones.base import Backbone
-from cnext.config.run_config import Plan, loading_options
+from cnext.config.plan import Plan, loading_options
 from cnext.errors import UserError
 from cnext.methods.base import Method
 from cnext.scoring.clip import load_clip, needs_open_clip

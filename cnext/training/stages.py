@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from cnext import methods
-from cnext.config.run_config import Plan
+from cnext.config.plan import Plan
 from cnext.tasks.base import Sample, Task, joined
 from cnext.training.batches import stable_seed
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from cnext.backbones.base import Backbone
-from cnext.config.run_config import Plan
+from cnext.config.plan import Plan
 from cnext.config.schedules import SCHEDULES
 from cnext.distributed import collectives, deepspeed
 from cnext.errors import UserError

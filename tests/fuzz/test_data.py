@@ -19,7 +19,8 @@ from hypothesis import strategies as st
 from PIL import Image
 from pyarrow import parquet
 
-from cnext.config.run_config import RunConfig, plan
+from cnext.config.plan import plan
+from cnext.config.run_config import RunConfig
 from cnext.errors import UserError
 from cnext.image_files import inspect, open_image
 from cnext.tasks import data_check, formats, suites

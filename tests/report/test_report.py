@@ -26,7 +26,7 @@ from report.fake_run import HOSTILE, ORDER, write_fake_run
 from training.toy import change
 
 from cnext.analysis.run import Run, points
-from cnext.config.run_config import plan
+from cnext.config.plan import plan
 from cnext.errors import UserError
 from cnext.report import plots, write_report, write_reports
 from cnext.report.samples import answers, images, picture

@@ -13,7 +13,8 @@ import pytest
 from cnext import methods
 from cnext.backbones.tiny.model import TinyBackbone
 from cnext.cli import run_main
-from cnext.config.run_config import Options, Plan, RunConfig, plan
+from cnext.config.plan import Plan, plan
+from cnext.config.run_config import Options, RunConfig
 from cnext.runs.command_line import FILE, YAML, command, read, write, write_yaml
 from cnext.studies.flags import configs, parse
 

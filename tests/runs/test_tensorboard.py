@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from cnext import packages
-from cnext.config.run_config import RunConfig, plan
+from cnext.config.plan import plan
+from cnext.config.run_config import RunConfig
 from cnext.errors import UserError
 from cnext.runs.run_folder import RunFolder
 from cnext.runs.schemas import StageScore, TrainStep

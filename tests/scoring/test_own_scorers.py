@@ -14,7 +14,7 @@ from training.toy import change, rows
 
 from cnext import RunConfig, run
 from cnext.cli import main
-from cnext.config.run_config import plan
+from cnext.config.plan import plan
 from cnext.errors import UserError
 from cnext.scoring import make_scorers
 from cnext.scoring.base import AnswerScorer, Prediction, Score, reference_check

@@ -15,7 +15,7 @@ from cnext import RunConfig, run
 from cnext.backbones.base import Backbone
 from cnext.backbones.tiny.model import TinyBackbone
 from cnext.cli import run_main
-from cnext.config.run_config import Plan, plan
+from cnext.config.plan import Plan, plan
 from cnext.errors import UserError
 from cnext.studies import forecast
 

@@ -16,7 +16,8 @@ import pytest
 from studies.fake_child import signalled, soon
 
 from cnext.cli import run_main
-from cnext.config.run_config import RunConfig, plan
+from cnext.config.plan import plan
+from cnext.config.run_config import RunConfig
 from cnext.errors import UserError
 from cnext.studies import launchers
 from cnext.studies.launchers import ENGINES, Ended, Work

@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from cnext import RunConfig
-from cnext.config.run_config import plan
+from cnext.config.plan import plan
 from cnext.config.settings_file import read, text
 from cnext.errors import UserError
 from cnext.runs.command_line import write_yaml

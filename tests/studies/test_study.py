@@ -26,7 +26,8 @@ from studies.fake_child import CRASHES, ENDS_WELL, GOES_ON, KILLED, SAVES, USER_
 from training.toy import change
 
 from cnext.cli import run_main
-from cnext.config.run_config import RunConfig, plan
+from cnext.config.plan import plan
+from cnext.config.run_config import RunConfig
 from cnext.errors import UserError
 from cnext.monitoring.eta import Estimate
 from cnext.monitoring.progress import Event, ForwardedProgress, StudyProgress

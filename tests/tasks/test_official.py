@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 from tasks.official import SHORT, lines, listing, picture, write_continual_next
 
-from cnext.config.run_config import RunConfig, plan
+from cnext.config.plan import plan
+from cnext.config.run_config import RunConfig
 from cnext.errors import UserError
 from cnext.scoring.images import caption_of
 from cnext.tasks import formats, suites

@@ -10,7 +10,8 @@ from tasks.official import listing, picture, write_continual_next
 from training.toy import rows
 
 from cnext.cli import main
-from cnext.config.run_config import RunConfig, plan
+from cnext.config.plan import plan
+from cnext.config.run_config import RunConfig
 from cnext.errors import UserError
 from cnext.tasks import data_check, formats, suites
 from cnext.tasks.base import DataError

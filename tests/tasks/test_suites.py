@@ -13,7 +13,8 @@ from training.toy import change
 
 from cnext import methods
 from cnext.cli import main, run_main
-from cnext.config.run_config import RunConfig, plan
+from cnext.config.plan import plan
+from cnext.config.run_config import RunConfig
 from cnext.errors import UserError
 from cnext.scoring import published
 from cnext.studies.flags import configs, parse

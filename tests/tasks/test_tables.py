@@ -22,7 +22,7 @@ from pyarrow import parquet
 
 from cnext import RunConfig, run
 from cnext.cli import main
-from cnext.config.run_config import plan
+from cnext.config.plan import plan
 from cnext.errors import UserError
 from cnext.image_files import open_image
 from cnext.tasks import formats, rows, subset, suites

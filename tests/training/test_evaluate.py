@@ -11,7 +11,8 @@ from training.toy import rows
 
 from cnext.backbones.tiny.model import TinyBackbone
 from cnext.cli import main
-from cnext.config.run_config import RunConfig, plan
+from cnext.config.plan import plan
+from cnext.config.run_config import RunConfig
 from cnext.errors import UserError
 from cnext.exchange.evaluation import configuration, evaluate, trainable_for
 from cnext.exchange.export import export

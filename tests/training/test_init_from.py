@@ -17,7 +17,7 @@ from training.toy import change, rows
 from cnext import RunConfig, run
 from cnext.backbones.tiny.model import TinyBackbone
 from cnext.cli import main
-from cnext.config.run_config import plan
+from cnext.config.plan import plan
 from cnext.errors import UserError
 from cnext.exchange.evaluation import evaluate
 from cnext.exchange.export import export

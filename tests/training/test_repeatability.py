@@ -14,7 +14,7 @@ from training.toy import change
 
 from cnext import records, run
 from cnext.cli import main, run_main
-from cnext.config.run_config import plan
+from cnext.config.plan import plan
 from cnext.errors import UserError
 from cnext.monitoring.progress import Progress
 from cnext.monitoring.signals import Stop

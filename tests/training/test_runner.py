@@ -19,7 +19,7 @@ from waiting import until
 
 from cnext import RunConfig, run
 from cnext.backbones.tiny.model import TinyBackbone
-from cnext.config.run_config import plan
+from cnext.config.plan import plan
 from cnext.errors import UserError
 from cnext.monitoring.progress import Progress
 from cnext.monitoring.signals import Stop

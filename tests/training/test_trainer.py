@@ -14,7 +14,7 @@ from training.toy import copy_suite, rows
 
 from cnext import methods, run
 from cnext.backbones.tiny.model import TinyBackbone
-from cnext.config.run_config import loading_options, plan
+from cnext.config.plan import loading_options, plan
 from cnext.config.schedules import SCHEDULES
 from cnext.distributed import collectives
 from cnext.errors import UserError

@@ -12,7 +12,7 @@ from training.conftest import ORDER, Make, Runs
 from training.toy import change, rows
 
 from cnext import run
-from cnext.config.run_config import Plan, plan
+from cnext.config.plan import Plan, plan
 from cnext.errors import UserError
 from cnext.monitoring.progress import Progress
 from cnext.scoring.matrix import metrics

@@ -11,7 +11,8 @@ from cnext import methods
 from cnext.adapters import exchange_authors
 from cnext.backbones.base import outer_model
 from cnext.backbones.seed_x.model import SeedX
-from cnext.config.run_config import RunConfig, plan
+from cnext.config.plan import plan
+from cnext.config.run_config import RunConfig
 from cnext.errors import UserError
 from cnext.exchange.evaluation import configuration
 from cnext.exchange.export import _by_kind

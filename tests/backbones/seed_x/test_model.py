@@ -19,7 +19,8 @@ from cnext.backbones.pretrained import checkpoint_activations
 from cnext.backbones.seed_x import placing
 from cnext.backbones.seed_x.encoding import SeedXInputs
 from cnext.backbones.seed_x.model import SeedX
-from cnext.config.run_config import RunConfig, plan
+from cnext.config.plan import plan
+from cnext.config.run_config import RunConfig
 from cnext.errors import UserError
 from cnext.tasks import suites
 from cnext.tasks.base import Sample, Turn

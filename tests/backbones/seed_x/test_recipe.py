@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from cnext import adapters, methods
 from cnext.backbones.base import Backbone
 from cnext.backbones.seed_x.model import SeedX
-from cnext.config.run_config import RunConfig, plan
+from cnext.config.plan import plan
+from cnext.config.run_config import RunConfig
 from cnext.methods.base import Method
 from cnext.tasks.base import Sample
 from cnext.training import trainer
