@@ -25,13 +25,25 @@ namespace {
 
 constexpr int64_t kChunk = 16384;  // elements per unit of work: its operands fit into L2
 
-struct InstructionSet {
+// The kernels of an instruction set.
+struct Kernels {
   const char* name;
-  bool runs_here;
   KernelTable table;
   DropoutTable dropout;
   const LowRankTable* low_rank;
   const KronTable* kron;
+};
+
+struct InstructionSet {
+  const char* name;
+  bool runs_here;
+  // Called where the set runs alone: these functions themselves are compiled for it.
+  KernelTable (*table)();
+  DropoutTable (*dropout)();
+  const LowRankTable* (*low_rank)();
+  const KronTable* (*kron)();
+
+  Kernels kernels() const { return {name, table(), dropout(), low_rank(), kron()}; }
 };
 
 std::vector<InstructionSet> instruction_sets() {
@@ -40,30 +52,30 @@ std::vector<InstructionSet> instruction_sets() {
   sets.push_back({"avx512",
                   __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"),
-                  averaging_avx512(), branches_avx512(), low_rank_avx512(), kron_avx512()});
+                  averaging_avx512, branches_avx512, low_rank_avx512, kron_avx512});
 #endif
 #ifdef CNEXT_HAVE_avx2
-  sets.push_back({"avx2", __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"), averaging_avx2(),
-                  branches_avx2(), low_rank_avx2(), kron_avx2()});
+  sets.push_back({"avx2", __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"), averaging_avx2,
+                  branches_avx2, low_rank_avx2, kron_avx2});
 #endif
-  sets.push_back({"baseline", true, averaging_baseline(), branches_baseline(), low_rank_baseline(), kron_baseline()});
+  sets.push_back({"baseline", true, averaging_baseline, branches_baseline, low_rank_baseline, kron_baseline});
   return sets;
 }
 
-InstructionSet& active() {
-  static InstructionSet set = [] {
+Kernels& active() {
+  static Kernels kernels = [] {
     for (const InstructionSet& set : instruction_sets())
-      if (set.runs_here) return set;
+      if (set.runs_here) return set.kernels();
     throw std::logic_error("no instruction set");
   }();
-  return set;
+  return kernels;
 }
 
 std::string use_instruction_set(const std::string& name) {
   const std::string before = active().name;
   for (const InstructionSet& set : instruction_sets())
     if (name == set.name && set.runs_here) {
-      active() = set;
+      active() = set.kernels();
       return before;
     }
   throw std::invalid_argument("instruction set " + name + " was not built or does not run here");
