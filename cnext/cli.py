@@ -344,7 +344,7 @@ def _parser() -> argparse.ArgumentParser:
     verb.add_argument("--json", action="store_true", help="print the comparison as JSON")
 
     verb = add("judge", _judge, "classify each error of a run as hallucination, instruction unfollowing or other")
-    help = "run folders, or folders that contain some; or `validate`, to score the judge on 200 labelled errors"
+    help = "run folders, or folders that contain some; or `validate`, to compare the judge with errors of known type"
     verb.add_argument("run", nargs="+", help=help)
     help = (
         "rules (default; no model), openai:URL (a server, e.g. http://localhost:8000/v1; its key, if it wants one, in "

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,13 +10,12 @@ import numpy
 
 from cnext.scoring import BOXES, SHORT_ANSWERS
 from cnext.scoring.base import Prediction
-from cnext.scoring.boxes import parse_box
+from cnext.scoring.boxes import overlap_with, read_box
 from cnext.scoring.errors import box_error, image_error, text_error
+from cnext.scoring.text_rules import Asked
 
 KINDS = ("text", "box", "draw", "edit")
 """Kinds of tasks, each with a prompt of its own: short answers, bounding boxes, text to image, image editing."""
-OCR = "ocr_answer"
-"""The scorer of answers that are read letter by letter and need not be words."""
 _ANY_IMAGE = numpy.zeros((1, 1, 3), numpy.uint8)
 
 
@@ -63,23 +62,27 @@ class Case:
         return [(title, path) for title, path in shown[self.kind] if path is not None]
 
 
-def rule(
-    scorer: str, text: str, generated: bool, expected: str, instruction: str, known: Collection[str], scored: str
-) -> str:
+def asked_by(scorer: str, samples: Iterable[tuple[str, str]]) -> Asked:
+    """What a task asks for and accepts, from (question, reference) of its samples."""
+    return Asked.of(samples, read=scorer == "ocr_answer")
+
+
+def rule(scorer: str, text: str, generated: bool, expected: str, instruction: str, asked: Asked, scored: str) -> str:
     """The error type of a wrong answer by rules.
 
     Args:
         scorer: a name that ``cnext.scoring.make_scorers`` gives.
         generated: whether the answer has an image.
-        known: the words of the task's questions and references.
+        asked: what the task asks for and accepts, as `asked_by` gives it.
         scored: the error type that the scorer gave; it is returned for scorers without rules here.
     """
     # The rules ask only whether there is an image.
     prediction = Prediction(text, image=_ANY_IMAGE if generated else None)
     if scorer in SHORT_ANSWERS:
-        return text_error(prediction, expected, instruction, None if scorer == OCR else known)
+        return text_error(prediction, expected, instruction, asked)
     if scorer in BOXES:
-        return box_error(prediction, parsable=parse_box(text) is not None)
+        reference = read_box(expected)
+        return box_error(prediction, overlap_with(reference, text) if reference else None)
     if scorer in ("clip_text", "clip_image"):
         return image_error(prediction)
     return scored

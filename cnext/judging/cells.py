@@ -12,15 +12,15 @@ from typing import Any
 from msgspec.structs import replace
 
 from cnext.errors import UserError
-from cnext.judging.cases import Case, rule
+from cnext.judging.cases import Case, asked_by, rule
 from cnext.judging.statistics import wilson
 from cnext.records import Record
 from cnext.runs import schemas
 from cnext.runs.schemas import Answer, StageScore
 from cnext.scoring import BOXES
 from cnext.scoring.base import ERROR_TYPES
-from cnext.scoring.kinds import known_words
 from cnext.scoring.matrix import IDENTITY_TOLERANCE, ScoreMatrix, metrics
+from cnext.scoring.text_rules import Asked
 
 METRICS = {"forgetting": "Forgetting", "avg_hal": "Avg.HAL", "avg_iuf": "Avg.IUF", "avg_oth": "Avg.OTH"}
 
@@ -102,20 +102,20 @@ def _cell(run: Path, row: StageScore, zero_shot: StageScore | None, writes: dict
             f"{path}: expected answers with a mean score of {row.strict}, as in scores.jsonl, got "
             f"{len(answers)} with a mean of {score}; the files are of different runs"
         )
-    known = known_words(text for answer in answers for text in (answer.instruction, answer.answer))
+    asked = asked_by(row.scorer, ((answer.instruction, answer.answer) for answer in answers))
     errors = {}
     for index, answer in enumerate(answers):
         if answer.strict < 100.0:
-            case = _case(run, row, answer, index, known, "image" in writes.get(task, ()))
+            case = _case(run, row, answer, index, asked, "image" in writes.get(task, ()))
             errors[case] = 100.0 - answer.strict
     return Cell(stage, trained, task, len(answers), score, errors)
 
 
-def _case(run: Path, row: StageScore, answer: Answer, index: int, known: frozenset[str], draws: bool) -> Case:
+def _case(run: Path, row: StageScore, answer: Answer, index: int, asked: Asked, draws: bool) -> Case:
     source, target = (Path(path) if path else None for path in (answer.source_image, answer.target_image))
     kind = ("edit" if source else "draw") if draws else "box" if row.scorer in BOXES else "text"
     image, expected = run / answer.image if answer.image else None, "" if draws else answer.answer
-    by_rule = rule(row.scorer, answer.text, bool(image), expected, answer.instruction, known, answer.error or "other")
+    by_rule = rule(row.scorer, answer.text, bool(image), expected, answer.instruction, asked, answer.error or "other")
     texts = (kind, answer.instruction, expected, answer.text)
     return Case(row.stage, row.task, index, answer.id, *texts, image, source, target, by_rule)
 

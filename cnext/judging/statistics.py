@@ -54,7 +54,7 @@ def wilson(hits: float, count: float) -> tuple[float, float]:
 
 
 def agreement(known: Sequence[str], judged: Sequence[str | None]) -> dict[str, Any]:
-    """Accuracy, Cohen's kappa and confusion matrix over the judged cases; None where a figure is undefined.
+    """Accuracy, Cohen's kappa, and precision and recall of each type over the judged cases; None where undefined.
 
     kappa = (p_o - p_e) / (1 - p_e), p_o the accuracy and p_e = Σ_c p_known(c) p_judged(c) that of chance.
 
@@ -62,7 +62,8 @@ def agreement(known: Sequence[str], judged: Sequence[str | None]) -> dict[str, A
         judged: the error type of each case, None where it was not judged.
 
     Returns:
-        accuracy, kappa, confusion {known: {judged: count}}, judged and unjudged counts.
+        accuracy, kappa, types {type: {precision, recall}}, confusion {known: {judged: count}}, judged and unjudged
+        counts.
 
     Reference: Cohen 1960, "A coefficient of agreement for nominal scales".
     """
@@ -74,6 +75,13 @@ def agreement(known: Sequence[str], judged: Sequence[str | None]) -> dict[str, A
     return {
         "accuracy": accuracy,
         "kappa": None if accuracy is None or chance == 1.0 else (accuracy - chance) / (1 - chance),
+        "types": {
+            kind: {
+                "precision": counts[kind, kind] / columns[kind] if columns[kind] else None,
+                "recall": counts[kind, kind] / rows[kind] if rows[kind] else None,
+            }
+            for kind in ERROR_TYPES
+        },
         "confusion": {label: {found: counts[label, found] for found in ERROR_TYPES} for label in ERROR_TYPES},
         "judged": count,
         "unjudged": len(known) - count,

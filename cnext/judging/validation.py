@@ -1,4 +1,4 @@
-"""``cnext judge validate``: agreement of a judge with 200 synthetic errors of known type."""
+"""``cnext judge validate``: agreement of a judge with errors of known type."""
 
 from __future__ import annotations
 
@@ -8,41 +8,61 @@ from pathlib import Path
 from typing import Any
 
 from cnext.judging import output
-from cnext.judging.cases import Case, rule
+from cnext.judging.cases import Case, asked_by, rule
 from cnext.judging.run import JudgeConfig, judge_cases
 from cnext.judging.statistics import agreement
 from cnext.runs.checkpoint import write_json
 from cnext.scoring import BOXES
 from cnext.scoring.base import ERROR_TYPES
-from cnext.scoring.kinds import known_words
 from cnext.scoring.matrix_file import read_json
 from cnext.tasks import scenes, suites, synthetic
 
-LABELLED = Path(__file__).with_name("labelled.json")
+FOLDER = Path(__file__).with_name("labelled")
+SETS = {
+    "made": "errors on next-tiny made by a program, of a type that is known from how",
+    "edited": "right answers to questions about photographs, edited by a program until they are wrong",
+    "read": "wrong answers of runs on next-tiny, labelled by a reader; the rules were written with them at hand",
+    "read-later": "as read, of other methods, labelled after the rules were final",
+}
+"""The labelled sets: files of `FOLDER`, and what is in them."""
+WITHOUT_PICTURES = ("edited",)
 
 
 def validate(config: JudgeConfig, folder: Path) -> dict[str, Any] | None:
-    """Judges the labelled errors; prints, saves and returns accuracy, kappa and confusion matrix.
+    """Judges the labelled errors; prints, saves and returns the agreement by set.
+
+    A model judges the sets with pictures.
 
     Args:
         folder: gets the verdicts, as ``<name>.jsonl``, and the result, as ``<name>.json``.
 
     Returns:
-        As `statistics.agreement`, with the judge; None after a dry run.
+        ``sets`` {name: as `statistics.agreement`}, ``reasons`` {why: how many are not judged}, and the judge; None
+        after a dry run.
 
     Raises:
         UserError: as `judge_cases`, or judging ended early; verdicts so far are saved.
     """
-    labelled = read_json(LABELLED)
+    names = [name for name in SETS if config.kind == "rules" or name not in WITHOUT_PICTURES]
+    labelled = {name: read_json(FOLDER / f"{name}.json") for name in names}
     with tempfile.TemporaryDirectory() as pictures:
-        cases = _cases(labelled, Path(pictures), draw=config.kind != "rules")
-        outcome = judge_cases(cases, config, folder)
+        draw = config.kind != "rules"
+        cases = {
+            name: _without_pictures(place, rows)
+            if name in WITHOUT_PICTURES
+            else _cases(place, rows, Path(pictures), draw)
+            for place, (name, rows) in enumerate(labelled.items())
+        }
+        outcome = judge_cases([case for each in cases.values() for case in each], config, folder)
     if outcome is None:
         return None
     if outcome.stopped is not None:
         raise outcome.stopped
-    found = agreement([row["error"] for row in labelled], [outcome.labels.get(case) for case in cases])
-    found = {**outcome.judge, **found, "reasons": dict(outcome.reasons)}
+    sets = {
+        name: agreement([row["error"] for row in rows], [outcome.labels.get(case) for case in cases[name]])
+        for name, rows in labelled.items()
+    }
+    found = {**outcome.judge, "sets": sets, "reasons": dict(outcome.reasons)}
     file = folder / f"{config.file_name}.json"
     if config.kind == "openai":
         found["usage"] = output.usage(file, found, outcome.usage)
@@ -55,24 +75,53 @@ def validate(config: JudgeConfig, folder: Path) -> dict[str, Any] | None:
 
 def text(found: dict[str, Any]) -> str:
     """The result of `validate` as text."""
-    values = [
-        f"{name} {'undefined' if found[name] is None else f'{found[name]:.3f}'}" for name in ("accuracy", "kappa")
-    ]
-    lines = ["  ".join([*values, f"judged {found['judged']}", f"unjudged {found['unjudged']}"])]
-    lines.append(f"{'known, judged as':<26}" + "".join(f"{kind:>26}" for kind in ERROR_TYPES))
-    for label, row in found["confusion"].items():
-        lines.append(f"{label:<26}" + "".join(f"{row[kind]:>26}" for kind in ERROR_TYPES))
-    return "\n".join([*lines, *(f"not judged: {count}, {reason}" for reason, count in found["reasons"].items())])
+    lines = []
+    for name, each in found["sets"].items():
+        values = [f"{figure} {_figure(each[figure], 3)}" for figure in ("accuracy", "kappa")]
+        lines += [
+            f"{name}: {SETS[name]}",
+            "  ".join([*values, f"judged {each['judged']}", f"unjudged {each['unjudged']}"]),
+        ]
+        lines.append(f"{'known, judged as':<26}" + "".join(f"{kind:>26}" for kind in (*ERROR_TYPES, "recall")))
+        for label, row in each["confusion"].items():
+            recall = _figure(each["types"][label]["recall"], 2)
+            lines.append(f"{label:<26}" + "".join(f"{value:>26}" for value in (*row.values(), recall)))
+        precision = [_figure(each["types"][kind]["precision"], 2) for kind in ERROR_TYPES]
+        lines += [f"{'precision':<26}" + "".join(f"{value:>26}" for value in precision), ""]
+    return "\n".join(
+        [*lines, *(f"not judged: {count}, {reason}" for reason, count in found["reasons"].items())]
+    ).rstrip()
 
 
-def _cases(labelled: list[dict[str, Any]], folder: Path, draw: bool) -> list[Case]:
-    """The labelled errors as a judge sees them. draw: whether to write their images, which rules do not need."""
+def _figure(value: float | None, digits: int) -> str:
+    return "undefined" if value is None else f"{value:.{digits}f}"
+
+
+def _without_pictures(place: int, rows: list[dict[str, Any]]) -> list[Case]:
+    """Labelled errors that rules alone judge."""
+    asked = asked_by("short_answer", ((row["instruction"], row["expected"]) for row in rows))
+    cases = []
+    for index, row in enumerate(rows):
+        instruction, expected, answer = row["instruction"], row["expected"], row["answer"]
+        by_rule = rule("short_answer", answer, False, expected, instruction, asked, "other")
+        said = (instruction, expected, answer)
+        cases.append(Case(place, row["task"], index, str(index), "text", *said, None, None, None, by_rule))
+    return cases
+
+
+def _cases(place: int, labelled: list[dict[str, Any]], folder: Path, draw: bool) -> list[Case]:
+    """Labelled errors on next-tiny as a judge sees them.
+
+    place: of the set among the sets.  draw: whether to write their images, which rules do not need.
+    """
     suite = suites.load("next-tiny")
     cases = {}
     for task in suite.tasks:
-        rows = [row for row in labelled if row["task"] == task.name]
-        known = known_words(text for row in rows for text in (row["instruction"], row["expected"]))
-        last = max(max(row["index"], row["drawn"] or 0) for row in rows)
+        rows = [(number, row) for number, row in enumerate(labelled) if row["task"] == task.name]
+        if not rows:
+            continue
+        asked = asked_by(task.scorer, ((row["instruction"], row["expected"]) for _, row in rows))
+        last = max(max(row["index"], row["drawn"] or 0) for _, row in rows)
         examples = list(islice(synthetic.examples(task.name, "test"), last + 1))
 
         def picture(index: int, name: str, task: str = task.name, examples: list = examples) -> Path:
@@ -84,17 +133,16 @@ def _cases(labelled: list[dict[str, Any]], folder: Path, draw: bool) -> list[Cas
         draws = "image" in task.writes
         kind = ("edit" if "image" in task.reads else "draw") if draws else "box" if task.scorer in BOXES else "text"
         right = "target" if kind == "edit" else "picture"
-        for row in rows:
-            instruction, expected, answer = asked = (row["instruction"], row["expected"], row["answer"])
-            by_rule = rule(task.scorer, answer, row["drawn"] is not None, expected, instruction, known, "other")
+        for number, row in rows:
+            instruction, expected, answer = said = (row["instruction"], row["expected"], row["answer"])
+            by_rule = rule(task.scorer, answer, row["drawn"] is not None, expected, instruction, asked, "other")
             pictures = (
                 None if row["drawn"] is None else picture(row["drawn"], right),
                 None if kind == "draw" else picture(row["index"], "picture"),
                 picture(row["index"], right) if draws else None,
             )
-            place = (task.name, row["index"])
-            cases[place] = Case(0, *place, str(row["index"]), kind, *asked, *pictures, by_rule)
-    return [cases[row["task"], row["index"]] for row in labelled]
+            cases[number] = Case(place, task.name, number, str(row["index"]), kind, *said, *pictures, by_rule)
+    return [cases[number] for number in range(len(labelled))]
 
 
 def _save(pixels: Any, path: Path) -> None:

@@ -36,6 +36,7 @@ def present(device: str, threads: int) -> dict[str, Any]:
 
     from cnext.distributed import collectives
     from cnext.ops import dispatch
+    from cnext.scoring.errors import RULES_VERSION
 
     versions = environment.versions()
     kind = torch.device(device).type
@@ -51,6 +52,7 @@ def present(device: str, threads: int) -> dict[str, Any]:
         "device": torch.cuda.get_device_name(device) if kind == "cuda" else kind,
         "cuda": torch.version.cuda if kind == "cuda" else None,
         "ops": dispatch.best(kind),
+        "error_rules": RULES_VERSION,
     }
 
 

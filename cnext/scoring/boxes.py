@@ -85,6 +85,14 @@ def iou(a: Box, b: Box) -> float:
     return intersection / union if union > 0 else 0.0
 
 
+def overlap_with(reference: Box, text: str) -> float | None:
+    """The IoU of the one box in a text with a reference, 0 where that has no area; None where there is no such box."""
+    answer = parse_box(text)
+    if answer is None:
+        return None
+    return iou(answer, reference) if has_area(reference) else 0.0
+
+
 def _expected(reference: str) -> str:
     return f"expected a reference box [x1,y1,x2,y2] with x1 < x2 and y1 < y2, got {reference!r}"
 
@@ -135,16 +143,15 @@ def _score(sample: Sample, prediction: Prediction, released: Callable[[Predictio
     if reference is None:
         where = sample.origin or sample.id
         raise DataError(f"{where}: {_expected(sample.turns[0].answer)}; correct the file or remove the sample")
-    answer = parse_box(prediction.text)
-    overlap = iou(answer, reference) if answer is not None and has_area(reference) else 0.0
-    hit = prediction.image is None and overlap >= 0.5
+    overlap = overlap_with(reference, prediction.text)
+    hit = prediction.image is None and (overlap or 0.0) >= 0.5
 
     found = released(prediction)
     # The common scale cancels in IoU but for rounding, which decides boxes at exactly one half.
     side = max(sample.size) if sample.size else 1
     paper_hit = found is not None and iou(_scaled(found, side), _scaled(reference, side)) > 0.5
 
-    error = "" if hit else box_error(prediction, parsable=answer is not None)
+    error = "" if hit else box_error(prediction, overlap)
     return Score(strict=100.0 * hit, paper=100.0 * paper_hit, error=error)
 
 

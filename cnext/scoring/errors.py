@@ -1,63 +1,52 @@
-"""Classify wrong answers by error type, with rules.
-
-Instruction unfollowing takes precedence: the content of a malformed answer is not examined.
-"""
+"""Classify wrong answers by error type, with rules that docs/judge.md lists."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from math import fsum
 
-from cnext.scoring import kinds
-from cnext.scoring.answers import contains_words, normalise, plain, repeats_a_word
+from cnext.scoring import text_rules
 from cnext.scoring.base import ERROR_TYPES, Prediction, Score
+from cnext.scoring.text_rules import Asked, Wrong
 
-MAX_WORDS = 5
-"""The most words that count as "a single word or phrase"; a longer reference raises it to its own length."""
+RULES_VERSION = 2
+"""Part of a run's fingerprint: raised whenever an answer's type may change."""
+NEAR = 0.1
+"""IoU from which a wrong box is a localization error and not a box of something else (Hoiem et al., ECCV 2012)."""
 
 
-def text_error(
-    prediction: Prediction, reference: str, instruction: str = "", known: Collection[str] | None = None
-) -> str:
-    """The error type of a wrong short answer.
+def text_error(prediction: Prediction, reference: str, instruction: str = "", asked: Asked | None = None) -> str:
+    """The error type of a wrong short answer, by the first of `text_rules.RULES` that applies.
 
-    instruction_unfollowing: an image was generated, the text is empty, has more than ``MAX_WORDS`` words or a word more
-    than twice, is an answer of another kind than the question asks for ("fish" for a color), a second answer after the
-    first ("snowman blue"), or what is no word at all ("djt", "[ a").
-    other: well formed, and the answer's words contain the reference's or the reverse ("red circle" for "red"):
-    wrong under exact match, but not made up.
+    instruction_unfollowing: the answer is malformed; its content is not examined.
+    other: well formed and near the reference.
     hallucination: any other well-formed answer.
 
     Args:
-        known: the words of the task's questions and references; None where answers are read from
-            an image and need not be words.
+        asked: what the task asks for and accepts; None for the question and its reference alone.
+
+    Example:
+        >>> text_error(Prediction("snowman blue"), "snowman", "What is the object in the image?")
+        'instruction_unfollowing'
+        >>> text_error(Prediction("blue snowman"), "snowman", "What is the object in the image?")
+        'other'
     """
-    text, reference = plain(prediction.text), plain(reference)
-    allowed = max(MAX_WORDS, len(reference.split()))
-    malformed = (
-        prediction.image is not None
-        or not normalise(text)
-        or len(text.split()) > allowed
-        or repeats_a_word(text)
-        or kinds.is_of_another_kind(text, reference, instruction)
-        or kinds.answers_another_question_too(text, reference)
-        or (known is not None and _says_no_word(text, reference, known))
-    )
-    if malformed:
+    rule = text_rules.first(Wrong(prediction, reference, instruction, asked or Asked()))
+    return text_rules.RULES[rule][0]
+
+
+def box_error(prediction: Prediction, overlap: float | None) -> str:
+    """The error type of a wrong box.
+
+    instruction_unfollowing where an image was generated or no box can be parsed, other where its IoU with the reference
+    is at least ``NEAR``, else hallucination.
+
+    Args:
+        overlap: the IoU; None where no box can be parsed.
+    """
+    if overlap is None or prediction.image is not None:
         return "instruction_unfollowing"
-    if contains_words(text, reference) or contains_words(reference, text):
-        return "other"
-    return "hallucination"
-
-
-def _says_no_word(text: str, reference: str, known: Collection[str]) -> bool:
-    no_word = kinds.is_no_word(text, known) or kinds.lacks_a_word(text, reference)
-    return no_word and not kinds.may_be_short_for(text, reference)
-
-
-def box_error(prediction: Prediction, parsable: bool) -> str:
-    """The error type of a wrong box: instruction_unfollowing where an image was generated or no box can be parsed."""
-    return "hallucination" if parsable and prediction.image is None else "instruction_unfollowing"
+    return "other" if overlap >= NEAR else "hallucination"
 
 
 def image_error(prediction: Prediction) -> str:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from cnext.scoring.answers import normalise, repeats_a_word
 from cnext.scoring.base import Flaw, Prediction, Score
 from cnext.scoring.errors import text_error
-from cnext.scoring.kinds import known_words
+from cnext.scoring.text_rules import Asked
 
 if TYPE_CHECKING:
     from cnext.tasks.base import Sample, Task
@@ -104,13 +104,12 @@ def sample_scores(
     as_released: bool = False,
 ) -> list[Score]:
     """As `text_scores`, with a released rule that sees the whole sample."""
-    asked = [(sample.turns[0].instruction, sample.answers[0]) for sample in samples]
-    known = None if read else known_words(text for pair in asked for text in pair)
+    asked = Asked.of(((sample.turns[0].instruction, sample.answers[0]) for sample in samples), read)
     scores = []
     for sample, prediction in zip(samples, predictions, strict=True):
         accepted, said = sample.answers, normalise(prediction.text)
         hit = prediction.image is None and bool(said) and said in map(normalise, accepted)
-        error = "" if hit else text_error(prediction, accepted[0], sample.turns[0].instruction, known)
+        error = "" if hit else text_error(prediction, accepted[0], sample.turns[0].instruction, asked)
         seen = prediction.as_released if as_released else prediction.text
         scores.append(Score(strict=100.0 * hit, paper=100.0 * released(sample, seen), error=error))
     return scores

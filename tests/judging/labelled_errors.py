@@ -1,4 +1,4 @@
-"""Writes cnext/judging/labelled.json: 200 errors on next-tiny whose type is known from how they were made.
+"""Writes cnext/judging/labelled/made.json: 200 errors on next-tiny whose type is known from how they were made.
 
 `PYTHONPATH=tests python -m judging.labelled_errors` in a checkout writes the file again; a test compares.
 """
@@ -18,7 +18,18 @@ from cnext.tasks import synthetic
 from cnext.tasks.scenes import COLORS, ICONS, SHAPES, WORDS
 from cnext.tasks.synthetic import Example
 
-FILE = Path(cnext.__file__).parent / "judging" / "labelled.json"
+
+def folder() -> Path:
+    """Where the labelled sets are."""
+    return Path(cnext.__file__).parent / "judging" / "labelled"
+
+
+def as_text(rows: list[dict[str, Any]]) -> str:
+    """A set as the text of its file, a row a line."""
+    return "[\n" + ",\n".join(json.dumps(row) for row in rows) + "\n]\n"
+
+
+FILE = folder() / "made.json"
 COUNTS = {"VQAv2": 72, "ImageNet": 44, "OCRVQA": 40, "RefCOCO": 22, "Flickr30k": 11, "HQEdit": 11}
 LABELS = ("hallucination", "instruction_unfollowing", "other")
 NUMBERS = {"1": "one", "2": "two", "3": "three"}
@@ -133,7 +144,7 @@ def labelled_errors() -> list[dict[str, Any]]:
 
 def content() -> str:
     """The file's text."""
-    return "[\n" + ",\n".join(json.dumps(row) for row in labelled_errors()) + "\n]\n"
+    return as_text(labelled_errors())
 
 
 if __name__ == "__main__":

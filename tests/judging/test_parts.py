@@ -10,18 +10,19 @@ from pathlib import Path
 
 import numpy
 import pytest
-from judging.labelled_errors import FILE, content, labelled_errors
+from judging import edited_errors
+from judging import labelled_errors as made_errors
+from judging.labelled_errors import labelled_errors
 
 from cnext.errors import UserError
 from cnext.judging.cache import Verdict, Verdicts
-from cnext.judging.cases import Case, rule
+from cnext.judging.cases import Case, asked_by, rule
 from cnext.judging.requests import Prompts
 from cnext.judging.statistics import agreement, stratified, wilson
 from cnext.scoring import BOXES, SHORT_ANSWERS, make_scorers
 from cnext.scoring.answers import normalise
 from cnext.scoring.base import Prediction
 from cnext.scoring.boxes import iou, parse_box
-from cnext.scoring.kinds import known_words
 from cnext.tasks.base import Sample, Turn
 
 PROMPTS = Prompts()
@@ -128,15 +129,15 @@ def test_a_judge_has_the_rules_of_the_scorer(scorer: str, drawn: bool) -> None:
     samples = [Sample(str(number), (Turn(asked, expected),), references=given) for number in range(len(SAID))]
     picture = numpy.zeros((2, 2, 3), numpy.uint8) if drawn else None
     scores = make_scorers()[scorer](None, samples, [Prediction(text, picture) for text in SAID])
-    known = known_words([asked, expected])
-    ruled = [rule(scorer, text, drawn, expected, asked, known, "") for text in SAID]
+    task = asked_by(scorer, [(asked, expected)] * len(SAID))
+    ruled = [rule(scorer, text, drawn, expected, asked, task, "") for text in SAID]
     assert ruled == [score.error for score in scores]
     case = Case(1, "t", 0, "0", "text", asked, expected, "", None, None, None, IUF)
     assert [replace(case, by_rule=label).decided for label in ruled] == [label == IUF for label in ruled]
     if scorer not in BOXES and not drawn:
         alone = dict(zip(SAID, ruled, strict=True))
         assert [alone[text] for text in ("[ a", "djt")] == [IUF, IUF], "no color, whatever else"
-        labels = [rule(scorer, "[ a", False, "boat", "What is it?", frozenset(), "")]
+        labels = [rule(scorer, "djt", False, "boat", "What is it?", task, "")]
         assert labels == ["hallucination" if scorer == "ocr_answer" else IUF]
 
 
@@ -162,13 +163,16 @@ def test_agreement() -> None:
     assert found["accuracy"] == pytest.approx(7 / 9)
     assert found["kappa"] == pytest.approx((7 / 9 - 36 / 81) / (1 - 36 / 81))
     assert found["confusion"][OTH] == {HAL: 1, IUF: 0, OTH: 0}
+    assert found["types"][HAL] == {"precision": 3 / 4, "recall": 3 / 4}
+    assert found["types"][OTH] == {"precision": None, "recall": 0.0}
     assert (found["judged"], found["unjudged"]) == (9, 1)
     assert agreement(known, [None] * 10)["accuracy"] is None
     assert agreement([HAL], [HAL])["kappa"] is None
 
 
 def test_the_labelled_set_is_what_its_generator_makes() -> None:
-    assert FILE.read_text(encoding="utf-8") == content()
+    for generator in (made_errors, edited_errors):
+        assert generator.FILE.read_text(encoding="utf-8") == generator.content()
 
 
 def test_labelled_errors_are_errors() -> None:

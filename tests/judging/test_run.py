@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import signal
 import threading
@@ -17,7 +18,7 @@ from cnext.cli import main
 from cnext.judging import asking
 from cnext.judging.client import Client
 from cnext.judging.run import JudgeConfig, judge_run
-from cnext.judging.validation import LABELLED, validate
+from cnext.judging.validation import FOLDER, SETS, validate
 from cnext.scoring.base import ERROR_TYPES, PROFILES
 from cnext.scoring.boxes import box
 from cnext.scoring.text import short_answer
@@ -424,16 +425,29 @@ def test_bad_options_are_named(given: str, run: Path, capsys: pytest.CaptureFixt
     assert not (run / "judge").exists()
 
 
+PICTURED = ("made", "read", "read-later")
+
+
 def test_validate(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     found = validate(JudgeConfig(), tmp_path)
-    assert found["judged"] == 200
-    assert found["confusion"]["hallucination"]["hallucination"] == 69
-    assert "accuracy 0.855  kappa 0.781  judged 200  unjudged 0" in capsys.readouterr().out
+    assert list(found["sets"]) == list(SETS)
+    made = found["sets"]["made"]
+    assert (made["judged"], made["confusion"]["hallucination"]["hallucination"]) == (200, 69)
+    assert "accuracy 0.925  kappa 0.887  judged 200  unjudged 0" in capsys.readouterr().out
+    docs = (Path(__file__).parents[2] / "docs" / "judge.md").read_text(encoding="utf-8")
+    for name, each in found["sets"].items():
+        types = [
+            f"{each['types'][kind]['precision']:.2f} / {each['types'][kind]['recall']:.2f}" for kind in ERROR_TYPES
+        ]
+        cells = [str(each["judged"]), f"{each['accuracy']:.2f}", f"{each['kappa']:.2f}", *types]
+        assert re.search(rf"^\| `{name}` \| [^|]* \| {re.escape(' | '.join(cells))} \|$", docs, re.MULTILINE), cells
     assert main(["judge", "validate", "--out", str(tmp_path / "judge")]) == 0
     assert (tmp_path / "judge" / "rules.json").is_file()
 
     labelled = {
-        (row["instruction"], row["expected"], row["answer"]): row["error"] for row in json.loads(LABELLED.read_text())
+        (row["instruction"], row["expected"], row["answer"]): row["error"]
+        for name in PICTURED
+        for row in json.loads((FOLDER / f"{name}.json").read_text())
     }
 
     def knowing(messages: list) -> dict[str, bool]:
@@ -443,19 +457,20 @@ def test_validate(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
     with serving(Judge(brain=knowing)) as judge:
         found = validate(JudgeConfig(f"openai:{judge.url}", "toy"), tmp_path)
-        assert found["accuracy"] == 1.0
-        assert len(judge.requests) == 200 - 66
+        assert {name: each["accuracy"] for name, each in found["sets"].items()} == dict.fromkeys(PICTURED, 1.0)
+        asked = len(judge.requests)
+        assert asked <= sum(each["judged"] for each in found["sets"].values()) - 66
         titles = {sum(part["type"] == "image_url" for part in r["messages"][1]["content"]) for r in judge.requests}
         assert titles == {1, 3}
         validate(JudgeConfig(f"openai:{judge.url}", "toy"), tmp_path)
-        assert len(judge.requests) == 200 - 66
+        assert len(judge.requests) == asked
 
 
 def test_validate_that_is_incomplete(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with serving(Judge(["malformed"] * 2)) as judge:
         given = ["judge", "validate", "--judge", f"openai:{judge.url}", "--out", str(tmp_path), "--concurrency", "1"]
         assert main([*given, "--limit", "3"]) == 1
-        assert "judged 68  unjudged 132" in capsys.readouterr().out
+        assert "judged 71  unjudged 129" in capsys.readouterr().out
         assert main([*given, "--limit", "3"]) == 0
         assert len(judge.requests) == 5
     [file] = tmp_path.glob("*.json")

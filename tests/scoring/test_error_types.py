@@ -1,13 +1,16 @@
 """What shortfalls are booked to, and that the shares add up."""
 
 import random
+import re
+from pathlib import Path
 
 import numpy
 import pytest
 
-from cnext.scoring import make_scorers
+from cnext.scoring import make_scorers, text_rules
 from cnext.scoring.base import ERROR_TYPES, PROFILES, Prediction, Score
 from cnext.scoring.errors import box_error, error_shares, image_error, text_error
+from cnext.scoring.text_rules import Asked, Wrong
 from cnext.tasks.base import Sample, Turn
 
 SCORERS = make_scorers()
@@ -15,89 +18,139 @@ SCORERS = make_scorers()
 IMAGE = numpy.zeros((4, 4, 3), numpy.uint8)
 
 
-@pytest.mark.parametrize(
-    ("text", "reference", "image", "error"),
-    [
-        ("blue", "red", None, "hallucination"),
-        ("one two three four five", "red", None, "hallucination"),
-        ("one two three four five six", "red", None, "instruction_unfollowing"),
-        ("one two three four five six", "a title of six words here", None, "hallucination"),
-        ("one two three four five six seven", "a title of six words here", None, "instruction_unfollowing"),
-        ("", "red", None, "instruction_unfollowing"),
-        (" . ", "red", None, "instruction_unfollowing"),
-        ("no no no", "red", None, "instruction_unfollowing"),
-        ("no no", "red", None, "hallucination"),
-        ("blue", "red", IMAGE, "instruction_unfollowing"),
-        ("red", "red", IMAGE, "instruction_unfollowing"),
-        ("red circle", "red", None, "other"),
-        ("red", "red circle", None, "other"),
-        ("bored", "red", None, "hallucination"),
-        ("it is plain that it is red", "red", None, "instruction_unfollowing"),
-    ],
-)
-def test_text_error(text: str, reference: str, image: numpy.ndarray | None, error: str) -> None:
-    assert text_error(Prediction(text, image), reference) == error
-
-
 COLOR, COUNT, THING = "What color is the circle?", "How many objects are there?", "What is the object in the image?"
-ASKED = "Is there a red circle?"
-
-
-@pytest.mark.parametrize(
-    ("instruction", "text", "reference", "error"),
-    [
-        (COLOR, "jm", "red", "instruction_unfollowing"),
-        (COLOR, "fish", "red", "instruction_unfollowing"),
-        (COLOR, "blue", "red", "hallucination"),
-        (COLOR, "dark blue", "red", "hallucination"),
-        (COLOR, "red circle", "red", "other"),
-        (COLOR, "stripes", "polka dots", "hallucination"),
-        (COUNT, "fish", "2", "instruction_unfollowing"),
-        (COUNT, "3", "2", "hallucination"),
-        (COUNT, "two", "2", "hallucination"),
-        (COUNT, "many", "2", "hallucination"),
-        (ASKED, "fish", "yes", "instruction_unfollowing"),
-        (ASKED, "no", "yes", "hallucination"),
-        (ASKED, "yes it is", "yes", "other"),
-        (THING, "yes", "snowman", "instruction_unfollowing"),
-        (THING, "snowman blue", "snowman", "instruction_unfollowing"),
-        (THING, "blue snowman", "snowman", "other"),
-        (THING, "little snowman", "snowman", "other"),
-        (THING, "[0.1,0.2,0.3,0.4]", "snowman", "instruction_unfollowing"),
-        (THING, "djt", "snowman", "instruction_unfollowing"),
-        (THING, "[ a", "snowman", "instruction_unfollowing"),
-        (THING, "[", "snowman", "instruction_unfollowing"),
-        (THING, "7", "snowman", "hallucination"),
-        (THING, "\N{CJK UNIFIED IDEOGRAPH-732B}", "snowman", "hallucination"),
-        ("Which one is it?", "a", "b", "hallucination"),
-        ("Which one is it?", "b", "A. dog", "hallucination"),
-        ("Which one is it?", "b", "(A) dog", "hallucination"),
-        ("Which way?", "N", "north", "hallucination"),
-        ("Which way?", "e", "north", "instruction_unfollowing"),
-        ("When?", "p.m.", "in the evening", "hallucination"),
-        (THING, "cup", "snowman", "hallucination"),
-        (THING, "tv", "snowman", "hallucination"),
-        (THING, "TV", "snowman", "hallucination"),
-        ("Is it red or blue?", "no", "red", "hallucination"),
-        ("What is the answer?", "no", "not yes", "hallucination"),
-    ],
+ASKED, WHERE, WORD = "Is there a red circle?", "Where is it?", "What word is written in the image?"
+TASK = Asked.of(
+    [(THING, name) for name in ("cup", "house", "hot dog", "ice")] + [("Is the tv on?", "yes"), (COUNT, "2")]
 )
-def test_answers_of_another_kind(instruction: str, text: str, reference: str, error: str) -> None:
-    assert text_error(Prediction(text), reference, instruction, {"tv", "cup"}) == error
+CASES = [
+    ("empty", COLOR, " . ", "red"),
+    ("long", COLOR, "one two three four five six", "red"),
+    ("wrong", "Which book?", "one two three four five six", "a title of six words here"),
+    ("loop", ASKED, "no no no", "yes"),
+    ("echo", THING, "what is the object", "snowman"),
+    ("echo", "What is it?", "What is it? A cat", "cat"),
+    ("marks", THING, "[", "snowman"),
+    ("marks", THING, "[0.6", "snowman"),
+    ("marks", THING, ", cup", "snowman"),
+    ("marks", THING, "<image>", "snowman"),
+    ("wrong", "What does it say?", "[5", "[4"),
+    ("wrong", "Which set is it?", "[1]", "[2]"),
+    ("kind", COLOR, "jm", "red"),
+    ("kind", COLOR, "fish", "red"),
+    ("wrong", COLOR, "blue", "red"),
+    ("wrong", COLOR, "dark blue", "red"),
+    ("wrong", COLOR, "stripes", "polka dots"),
+    ("kind", COUNT, "fish", "2"),
+    ("wrong", COUNT, "3", "2"),
+    ("wrong", COUNT, "many", "2"),
+    ("kind", ASKED, "fish", "yes"),
+    ("wrong", ASKED, "no", "yes"),
+    ("kind", THING, "yes", "snowman"),
+    ("wrong", "Is it red or blue?", "no", "red"),
+    ("wrong", "What is the answer?", "no", "not yes"),
+    ("kind", THING, "[0.1,0.2,0.3,0.4]", "snowman"),
+    ("kind", THING, "7", "snowman"),
+    ("wrong", "What is on the sign?", "7", "stop"),
+    ("kind", WORD, "cup red", "pea"),
+    ("part", WORD, "the word pea", "pea"),
+    ("wrong", "What words are written?", "cup fish", "pea"),
+    ("no answer", THING, "and and", "snowman"),
+    ("no answer", THING, "how", "snowman"),
+    ("wrong", "Is the switch on or off?", "to", "on"),
+    ("no word", THING, "djt", "snowman"),
+    ("no word", THING, "fish k", "snowman"),
+    ("no word", THING, "qa", "snowman"),
+    ("wrong", THING, "tv", "snowman"),
+    ("wrong", THING, "TV", "snowman"),
+    ("wrong", THING, "nak", "snowman"),
+    ("wrong", THING, "\N{CJK UNIFIED IDEOGRAPH-732B}", "snowman"),
+    ("wrong", "Which one is it?", "b", "A. dog"),
+    ("wrong", "Which one is it?", "b", "(A) dog"),
+    ("wrong", "Which way?", "N", "north"),
+    ("no word", "Which way?", "e", "north"),
+    ("wrong", "When?", "p.m.", "in the evening"),
+    ("wrong", THING, "t-shirt", "snowman"),
+    ("breaks off", THING, "boat a", "snowman"),
+    ("breaks off", THING, "boat and", "snowman"),
+    ("wrong", "Is the switch on or off?", "lights at", "a look at"),
+    ("goes on", THING, "snowman circle", "snowman"),
+    ("goes on", THING, "snowman blue", "snowman"),
+    ("goes on", THING, "house blue", "snowman"),
+    ("goes on", THING, "lamp blue", "snowman"),
+    ("goes on", THING, "house and fish", "snowman"),
+    ("goes on", COLOR, "red ring", "red"),
+    ("goes on", COUNT, "2 fish", "2"),
+    ("goes on", COUNT, "two fish", "2"),
+    ("wrong", THING, "hot dog", "snowman"),
+    ("wrong", THING, "blue house", "snowman"),
+    ("wrong", "What shade is it?", "sky blue", "dark red"),
+    ("part", COLOR, "red circle", "red"),
+    ("part", COLOR, "Red it is.", "red"),
+    ("part", ASKED, "yes it is", "yes"),
+    ("part", COUNT, "two objects", "2"),
+    ("form", THING, "snowmen", "snowman"),
+    ("form", THING, "snow man", "snowman"),
+    ("form", THING, '"snowman"', "snowman"),
+    ("form", COUNT, "two", "2"),
+    ("wrong", COUNT, "three", "2"),
+    ("wrong", "How much is it?", "1 5", "15"),
+    ("wrong", "How cold is it?", "-5", "5"),
+    ("part", THING, "blue snowman", "snowman"),
+    ("part", THING, "circle", "red circle"),
+    ("wrong", THING, "cup", "snowman"),
+    ("wrong", THING, "bored", "red"),
+]
+
+
+@pytest.mark.parametrize(("rule", "question", "text", "reference"), CASES, ids=[f"{c[2]} for {c[3]}" for c in CASES])
+def test_the_rule_that_decides(rule: str, question: str, text: str, reference: str) -> None:
+    assert text_rules.first(Wrong(Prediction(text), reference, question, TASK)) == rule
+    assert text_error(Prediction(text), reference, question, TASK) == text_rules.RULES[rule][0]
+    assert text_error(Prediction(text, IMAGE), reference, question, TASK) == "instruction_unfollowing"
+
+
+def test_every_rule_has_a_case_and_a_row_in_the_docs() -> None:
+    assert {case[0] for case in CASES} | {"image"} == set(text_rules.RULES)
+    short = {"instruction_unfollowing": "IUF", "other": "OTH", "hallucination": "HAL"}
+    docs = (Path(__file__).parents[2] / "docs" / "judge.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| `([a-z ]+)` \| (IUF|OTH|HAL) \|", docs, re.MULTILINE)
+    assert rows == [(name, short[kind]) for name, (kind, _) in text_rules.RULES.items()]
 
 
 def test_letters_may_be_read_from_an_image() -> None:
-    assert text_error(Prediction("djt"), "dot", THING) == "hallucination"
-    samples = [Sample("1", (Turn("What word is written in the image?", "dot"),))]
-    assert SCORERS["ocr_answer"](None, samples, [Prediction("djt")])[0].error == "hallucination"
-    assert SCORERS["ocr_answer"](None, samples, [Prediction("d")])[0].error == "hallucination"
+    samples = [Sample("1", (Turn("What does it say?", "dot"),))]
+    for text in ("djt", "d", "dots", "pea red"):
+        assert SCORERS["ocr_answer"](None, samples, [Prediction(text)])[0].error == "hallucination"
     assert SCORERS["short_answer"](None, samples, [Prediction("djt")])[0].error == "instruction_unfollowing"
+    assert SCORERS["short_answer"](None, samples, [Prediction("dots")])[0].error == "other"
+
+
+def test_without_a_task_words_are_not_doubted() -> None:
+    assert text_error(Prediction("djt"), "dot", THING) == "hallucination"
+    assert text_error(Prediction("house on fire"), "dot", THING) == "hallucination"
+    assert text_error(Prediction("house on fire"), "dot", THING, TASK) == "instruction_unfollowing"
+
+
+@pytest.mark.parametrize(
+    ("word", "form"),
+    [("dogs", "dog"), ("boxes", "box"), ("buses", "buse"), ("puppies", "puppy"), ("women", "woman"), ("feet", "foot"),
+     ("bus", "bus"), ("glass", "glass"), ("this", "this"), ("glasses", "glass"), ("is", "is"), ("ninety", "90"),
+     ("ties", "tie")],
+)  # fmt: skip
+def test_one_form_of_a_word(word: str, form: str) -> None:
+    assert text_rules.alike(word) == form
 
 
 def test_box_and_image_errors() -> None:
-    assert box_error(Prediction("[0,0,1,1]"), parsable=True) == "hallucination"
-    assert box_error(Prediction("left"), parsable=False) == "instruction_unfollowing"
-    assert box_error(Prediction("[0,0,1,1]", IMAGE), parsable=True) == "instruction_unfollowing"
+    assert box_error(Prediction("[0,0,1,1]"), 0.0999) == "hallucination"
+    assert box_error(Prediction("[0,0,1,1]"), 0.1) == "other"
+    assert box_error(Prediction("left"), None) == "instruction_unfollowing"
+    assert box_error(Prediction("[0,0,1,1]", IMAGE), 0.9) == "instruction_unfollowing"
+    samples = [Sample("1", (Turn("?", "[0,0,0.5,0.5]"),))] * 4
+    said = [Prediction(text) for text in ("[0,0,0.3,0.3]", "[0.1,0.1,0.2,0.2]", "[0.6,0.6,0.9,0.9]", "[0,0,0.5]")]
+    found = [score.error for score in SCORERS["box"](None, samples, said)]
+    assert found == ["other", "hallucination", "hallucination", "instruction_unfollowing"]
     assert image_error(Prediction("a red circle")) == "instruction_unfollowing"
     assert image_error(Prediction("", IMAGE)) == "hallucination"
 
