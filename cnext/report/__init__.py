@@ -21,6 +21,7 @@ from cnext.report.record import costs, data, metrics, reproduction, training
 from cnext.report.samples import answers, images
 from cnext.report.scores import error_types, headline, matrix, stages
 from cnext.report.study_page import sections
+from cnext.report.validity import beside_the_tasks
 from cnext.runs.checkpoint import write_text
 from cnext.tables import aggregate, formats
 
@@ -34,6 +35,7 @@ SECTIONS = (
     images,
     answers,
     drift,
+    beside_the_tasks,
     training,
     metrics,
     costs,

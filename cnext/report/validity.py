@@ -1,12 +1,16 @@
-"""Section of a study's report: what its figures stand on."""
+"""What the figures of a study stand on, and of one run what it did beside its tasks."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
+from cnext.analysis import ANALYSES
+from cnext.analysis.groups import RunGroups
 from cnext.analysis.result import ResultTable
+from cnext.analysis.run import Run
 from cnext.analysis.validity import FEW, INAPPLICABLE, UNMEASURED
-from cnext.report.blocks import Block, Folded, Table, Text
+from cnext.report import analyses
+from cnext.report.blocks import Block, Folded, Section, Table, Text
 from cnext.tables.aggregate import Summary
 
 TITLE = "Benchmark validity"
@@ -19,7 +23,15 @@ NOTES = {
     "validity.general": "Does the model keep what it could do before, where no task trains it?",
     "validity.orders": "How much depends on the order of the tasks?",
 }
+OF_A_RUN = ("validity.general.stages", "validity.fwt", "validity.separability")
 FOLDED = ("validity.confusion", "validity.general.stages")
+
+
+def beside_the_tasks(run: Run) -> Section:
+    """The held-out set over the stages, forward transfer, and separability, as far as the run has them."""
+    found = {one.name: one for one in ANALYSES["validity"](RunGroups.of(run))}
+    tables = [found[name] for name in OF_A_RUN if name in found and not _lacking(found[name])]
+    return Section("General ability and forward transfer", [analyses.table(one) for one in tables])
 
 
 def blocks(found: list[ResultTable], table: Callable[[ResultTable], Table]) -> list[Block]:

@@ -548,3 +548,19 @@ def test_drift_is_drawn_from_checkpoints(tmp_path: Path) -> None:
 def test_points() -> None:
     shown = [points(12.34), points(-0.04), points(-2.0, signed=True), points(2.0, signed=True), points(None)]
     assert shown == ["12.3", "0.0", "\N{MINUS SIGN}2.0", "+2.0", "\N{EN DASH}"]
+
+
+def test_a_held_out_set_and_forward_transfer(run: Path, tmp_path: Path) -> None:
+    """Of a run that measured them, by stage; the fixture's, of an earlier version, has neither, and no such section."""
+    folder = Path(shutil.copytree(run, tmp_path / "run"))
+    found = results(folder)
+    scores = [[50.0 - stage] for stage in range(len(ORDER) + 1)]
+    found["held_out"] = {"tasks": ["General"], "samples": {"General": 9}, "scores": scores, "before": [50.0]}
+    found["held_out"]["after"] = scores[-1]
+    found["metrics"]["fwt"] = -1.25
+    (folder / "results.json").write_text(json.dumps(found))
+    text = write_report(folder)[0].read_text()
+    assert "General ability and forward transfer" in titles(text)
+    page = Page(text)
+    assert page.table("held-out set")["General"] == [f"{score:.2f}" for (score,) in scores]
+    assert page.table("method", "forward transfer") == {"mage": ["\N{MINUS SIGN}1.25"]}
