@@ -226,7 +226,9 @@ def _is_of_another_kind(wrong: Wrong) -> bool:
 
 
 def _answers_nothing(wrong: Wrong) -> bool:
-    """Only words that answer nothing alone, such as "and", "how" and "to"; one of an option's letters does."""
+    """Only words that answer nothing alone, such as "and", "how" and "to"; what is read may be any word."""
+    if wrong.asked.read:
+        return False
     return NO_ANSWER.issuperset(wrong.said) and NO_ANSWER.isdisjoint(wrong.expected) and not _may_be_short_for(wrong)
 
 
@@ -258,9 +260,9 @@ def _may_be_short_for(wrong: Wrong) -> bool:
 
 
 def _breaks_off(wrong: Wrong) -> bool:
-    """Several words, the last of which ends no phrase: "blue a"."""
+    """Several words, the last of which ends no phrase: "blue a"; what is read may end anywhere."""
     said = words(wrong.text)
-    return len(said) > 1 and said[-1] in NO_END and said[-1:] != words(wrong.right)[-1:]
+    return not wrong.asked.read and len(said) > 1 and said[-1] in NO_END and said[-1:] != words(wrong.right)[-1:]
 
 
 def _goes_on(wrong: Wrong) -> bool:

@@ -120,7 +120,7 @@ def test_every_rule_has_a_case_and_a_row_in_the_docs() -> None:
 
 def test_letters_may_be_read_from_an_image() -> None:
     samples = [Sample("1", (Turn("What does it say?", "dot"),))]
-    for text in ("djt", "d", "dots", "pea red"):
+    for text in ("djt", "d", "dots", "pea red", "not", "edge of"):
         assert SCORERS["ocr_answer"](None, samples, [Prediction(text)])[0].error == "hallucination"
     assert SCORERS["short_answer"](None, samples, [Prediction("djt")])[0].error == "instruction_unfollowing"
     assert SCORERS["short_answer"](None, samples, [Prediction("dots")])[0].error == "other"
