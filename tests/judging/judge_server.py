@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
-MOST_REQUESTS = 200
+MOST_REQUESTS = 500
 BLOCK = re.compile(r"DATA-([0-9a-f]{16}) (.*) DATA-\1")
 ORDER = re.compile(r"(follows_instruction|consistent) is (true|false)")
 
