@@ -425,11 +425,11 @@ def test_bad_options_are_named(given: str, run: Path, capsys: pytest.CaptureFixt
     assert not (run / "judge").exists()
 
 
-PICTURED = ("made", "read", "read-later")
+PICTURED, IUF = ("made", "read", "read-later"), "instruction_unfollowing"
 
 
 def test_validate(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    found = validate(JudgeConfig(), tmp_path)
+    rules = found = validate(JudgeConfig(), tmp_path)
     assert list(found["sets"]) == list(SETS)
     made = found["sets"]["made"]
     assert (made["judged"], made["confusion"]["hallucination"]["hallucination"]) == (200, 69)
@@ -457,7 +457,12 @@ def test_validate(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
     with serving(Judge(brain=knowing)) as judge:
         found = validate(JudgeConfig(f"openai:{judge.url}", "toy"), tmp_path)
-        assert {name: each["accuracy"] for name, each in found["sets"].items()} == dict.fromkeys(PICTURED, 1.0)
+        for name in PICTURED:
+            # Where rules say unfollowing, no model is asked.
+            by_rule = rules["sets"][name]["confusion"]
+            missed = sum(row[IUF] for kind, row in by_rule.items() if kind != IUF)
+            each = found["sets"][name]
+            assert each["accuracy"] == pytest.approx(1 - missed / each["judged"])
         asked = len(judge.requests)
         assert asked <= sum(each["judged"] for each in found["sets"].values()) - 66
         titles = {sum(part["type"] == "image_url" for part in r["messages"][1]["content"]) for r in judge.requests}
