@@ -34,7 +34,7 @@ def test_every_method_has_as_many_settings() -> None:
             plan(RunConfig(method=name, hyperparameters=settings))
 
 
-NOT_TUNED = {"keep-lora", "osf", "sdft"}
+NOT_TUNED = {"sdft"}
 """Methods whose defaults are still their papers', as docs/methods.md says."""
 
 

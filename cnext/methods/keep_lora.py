@@ -68,7 +68,7 @@ class KeepLora(TaskBranches):
     principal: Annotated[float, "Share of a pretrained weight's squared norm that its protected subspace contains."] = (
         0.3
     )
-    features: Annotated[float, "Share of a task's inputs' squared norm that the protected subspace contains."] = 0.5
+    features: Annotated[float, "Share of a task's inputs' squared norm that the protected subspace contains."] = 0.9
     estimate: Annotated[int, "Steps at a task's start that estimate its gradient: at most an eighth of them."] = 4
     batches: Annotated[int, "Steps at the end of a task whose inputs are counted."] = 16
 

@@ -44,9 +44,9 @@ class Osf(Method):
 
     rank: Annotated[int, "Low singular directions of every weight that the first task trains."] = 32
     freeze: Annotated[float, "Share of these directions that is frozen step by step over the tasks, but 1 / tasks."] = (
-        1.0
+        0.0
     )
-    lr_factor: Annotated[float, "Factor of the recipe's learning rate."] = 1.0
+    lr_factor: Annotated[float, "Factor of the recipe's learning rate."] = 2.0
 
     card = Card(
         "arXiv 2504.07097",
