@@ -16,6 +16,8 @@ from cnext.errors import UserError, parse_json
 from cnext.runs import environment
 
 PACKAGES = ("python", "cnext", "torch", "transformers", "open_clip_torch", "numpy", "pillow")
+NOTES = {"error_rules": " (error types may differ, scores do not; null: version 1)"}
+"""What is said of a field that differs, by its name."""
 UNKNOWN = "unknown"
 """The fingerprint of older results, which have none."""
 
@@ -95,7 +97,7 @@ def differences(one: Mapping[str, Any] | None, other: Mapping[str, Any] | None) 
         return [] if one is other else [f"fingerprint: {' and '.join(names)}"]
     fields = [name for name in dict.fromkeys([*one, *other]) if name != "sha256"]
     return [
-        f"{name}: {json.dumps(one.get(name))} and {json.dumps(other.get(name))}"
+        f"{name}: {json.dumps(one.get(name))} and {json.dumps(other.get(name))}{NOTES.get(name, '')}"
         for name in fields
         if one.get(name) != other.get(name)
     ]

@@ -145,6 +145,8 @@ def test_joined_and_differences() -> None:
     assert fingerprint.differences({**one, "sha256": "a"}, {**one, "sha256": "b"}) == []
     assert fingerprint.differences(None, one) == ["fingerprint: unknown and known"]
     assert fingerprint.differences(None, None) == []
+    (line,) = fingerprint.differences(one, {**one, "error_rules": 2})
+    assert line == "error_rules: null and 2 (error types may differ, scores do not; null: version 1)"
 
 
 def test_different_environments_are_not_averaged_by_default(
