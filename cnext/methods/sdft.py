@@ -97,6 +97,8 @@ def divergence(student: Tensor, teacher: Tensor, counts: Sequence[int], directio
 class Sdft(LowRank):
     """y = W x + scale B A x."""
 
+    scale: float = 3.0
+    lr_factor: float = 0.25
     ema: Annotated[float, "Weight of the current parameters in the teacher's, at each step."] = 0.02
     divergence: Annotated[str, "KL of the student from the teacher (reverse), or of the teacher (forward)."] = "reverse"
     template: Annotated[str, "What the teacher is asked: a text with {demonstration} and {question}."] = (

@@ -153,7 +153,7 @@ def test_it_comes_to_answer_as_a_fixed_teacher_does(data: Path) -> None:
 
 def test_a_task_that_writes_images_is_trained_by_its_loss(data: Path) -> None:
     sequence, trainer = opened("sdft", data, "Flickr30k")
-    plain, others = opened("lora", data, "Flickr30k", scale=1.0)
+    plain, others = opened("lora", data, "Flickr30k", scale=sequence.method.scale)
     assert sequence.method.extra_loss(trainer.batches.at(0, 1)) is None
     for one in (trainer, others):
         one.train_step()
