@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy
 
-from cnext.scoring import BOXES, SHORT_ANSWERS
+from cnext.scoring import BOXES, READ, SHORT_ANSWERS
 from cnext.scoring.base import Prediction
 from cnext.scoring.boxes import overlap_with, read_box
 from cnext.scoring.errors import box_error, image_error, text_error
@@ -64,7 +64,7 @@ class Case:
 
 def asked_by(scorer: str, samples: Iterable[tuple[str, str]]) -> Asked:
     """What a task asks for and accepts, from (question, reference) of its samples."""
-    return Asked.of(samples, read=scorer == "ocr_answer")
+    return Asked.of(samples, read=scorer in READ)
 
 
 def rule(scorer: str, text: str, generated: bool, expected: str, instruction: str, asked: Asked, scored: str) -> str:

@@ -8,6 +8,6 @@ and data files are elsewhere. Another package adds a scorer by an entry point of
 from __future__ import annotations
 
 from cnext.scoring.base import make_scorers
-from cnext.scoring.names import BOXES, SHORT_ANSWERS
+from cnext.scoring.names import BOXES, READ, SHORT_ANSWERS
 
-__all__ = ["BOXES", "SHORT_ANSWERS", "make_scorers"]
+__all__ = ["BOXES", "READ", "SHORT_ANSWERS", "make_scorers"]

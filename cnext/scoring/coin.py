@@ -74,7 +74,7 @@ def coin_textvqa(task: Task, samples: Sequence[Sample], predictions: Sequence[Pr
             raise DataError(f"{sample.origin or sample.id}: {flaw.text}")
         return soft_accuracy(answer, sample.answers)
 
-    return sample_scores(samples, predictions, released)
+    return sample_scores(samples, predictions, released, read=True)
 
 
 def annotators_flaw(sample: Sample) -> Flaw | None:
@@ -117,4 +117,4 @@ def coin_ocrvqa(task: Task, samples: Sequence[Sample], predictions: Sequence[Pre
     def released(answer: str, reference: str) -> bool:
         return "Unanswerable" not in answer and answer.strip().lower() == reference.lower()
 
-    return text_scores(samples, predictions, released)
+    return text_scores(samples, predictions, released, read=True)

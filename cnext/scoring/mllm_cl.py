@@ -113,7 +113,7 @@ def mllm_cl_ocr(task: Task, samples: Sequence[Sample], predictions: Sequence[Pre
 
         return any(form(reference) in form(answer) for reference in sample.answers)
 
-    return sample_scores(samples, predictions, released)
+    return sample_scores(samples, predictions, released, read=True)
 
 
 def category_flaw(sample: Sample) -> Flaw | None:

@@ -31,3 +31,5 @@ BOXES = ("box", "coin_grounding")
 """The scorers of bounding boxes."""
 SHORT_ANSWERS = tuple(_TEXT)
 """The scorers of a word or phrase."""
+READ = ("ocr_answer", "coin_textvqa", "coin_ocrvqa", "mllm_cl_ocr")
+"""Of these, the scorers of what is read from an image letter by letter and need not be words."""

@@ -37,17 +37,20 @@ COLORS = frozenset(
     "olive multicolored multi rainbow clear transparent plaid striped stripes checkered camouflage wood wooden brick "
     "dark light neon".split()
 )
+AFTER = frozenset("red green blue yellow purple orange cyan magenta white black brown gray grey pink".split())
+"""Colors that no noun ends in, as "ice cream" and "traffic light" do: after another word they are a second answer."""
 KINDS = {"yes or no": YES_NO, "count": COUNTS, "color": COLORS}
 """The words of which an answer of a kind has at least one; a count may have digits instead."""
 RESTATING = frozenset("it is are was were the a an this that there of in on at to and not here".split())
 """Words that say nothing beside an answer: "no it is not" says "no"."""
 NO_END = frozenset("a an the and or of at as to with from".split())
 """Words that no phrase ends in."""
-NO_ANSWER = RESTATING | NO_END | frozenset("what which who whose where when why how".split())
+NO_ANSWER = NO_END | frozenset("it is are was were what which who whose where when why how".split())
 """Words that answer nothing alone."""
 SHORT = frozenset(
     "a i ad ah am an as at ax be by cd dj do go ha he hi id if in is it ma me my no of oh ok on or ox pa pc pi re so "
-    "to tv uk up us we mr mrs ms dr st mt ft vs nyc bbq hwy rv lb kg cm mm km mph pm hmm shh".split()
+    "to tv uk up us we mr mrs ms dr st mt ft vs nyc bbq bmw dvd gps hdtv hwy kfc lb kg cm mlb mm mtv km mph nbc nfl "
+    "nhl pm rv".split()
 )
 """Words of one or two letters, and abbreviations without a vowel."""
 IRREGULAR = {
@@ -68,7 +71,7 @@ _STRAY = re.compile(r"^\s*[,;:)\]}]|<\w+>")
 _VOWEL = re.compile("[aeiouy]")
 _TWO_LETTERS = re.compile(r"[^\W\d_]{2}")
 _INITIALS = re.compile(r"([a-z]\.)+[a-z]?")
-_OPTION = re.compile(r"\(?[A-Za-z][.):]\s")
+_OPTION = re.compile(r"\(?[a-z][.):]\s")
 # A number keeps its sign, decimals and colons: -5, 1.5 and 10:30 are one word each.
 _WORD = re.compile(r"(?<!\w)-?\d+(?:[.,:/]\d+)+|(?<!\w)-\d+|\w+")
 
@@ -100,12 +103,18 @@ def alike(word: str) -> str:
     return word
 
 
+def form(text: str, read: bool) -> tuple[str, ...]:
+    """The words of a text as answers are compared: each as `alike` has it, but not where letters are read."""
+    found = words(text)
+    return tuple(found) if read else tuple(map(alike, found))
+
+
 @dataclass(frozen=True)
 class Asked:
     """What a task asks for and accepts, as far as its samples tell.
 
     words: every word of questions and references; None where it is not known.  answers: by question, the accepted
-    answers, as `words` reads them.  read: whether answers are read from an image letter by letter and need be no words.
+    answers, each as `form` has it.  read: whether answers are read from an image letter by letter and need be no words.
     """
 
     words: frozenset[str] | None = None
@@ -118,15 +127,14 @@ class Asked:
         found: set[str] = set()
         answers: defaultdict[str, set[tuple[str, ...]]] = defaultdict(set)
         for question, reference in samples:
-            accepted = words(reference)
-            found.update(words(question), accepted)
-            answers[question].add(tuple(accepted))
+            found.update(words(question), words(reference))
+            answers[question].add(form(reference, read))
         return cls(frozenset(found), {question: frozenset(each) for question, each in answers.items()}, read)
 
 
 @dataclass(frozen=True)
 class Wrong:
-    """A wrong answer: what was said, generated or not, to which question, and what would have been right."""
+    """A wrong answer, the question and what would have been right, in the forms that rules compare."""
 
     prediction: Prediction
     reference: str
@@ -135,34 +143,32 @@ class Wrong:
 
     @cached_property
     def text(self) -> str:
+        """The answer in one spelling, see `plain`."""
         return plain(self.prediction.text)
 
     @cached_property
     def right(self) -> str:
+        """The reference in one spelling."""
         return plain(self.reference)
 
     @cached_property
     def said(self) -> tuple[str, ...]:
-        """The answer's words, in the form that counts: see `alike`, which is not for what is read letter by letter."""
-        return self._form(words(self.text))
+        """The answer's words, see `form`."""
+        return form(self.text, self.asked.read)
 
     @cached_property
     def expected(self) -> tuple[str, ...]:
-        """The reference's words, in the same form."""
-        return self._form(words(self.right))
+        """The reference's words."""
+        return form(self.right, self.asked.read)
 
     @cached_property
     def named(self) -> frozenset[str]:
-        """The question's words, in the same form."""
-        return frozenset(self._form(words(self.question)))
+        """The question's words."""
+        return frozenset(form(self.question, self.asked.read))
 
-    @cached_property
-    def accepted(self) -> set[tuple[str, ...]]:
-        """The reference and all other answers that the same question accepts."""
-        return {self.expected, *map(self._form, self.asked.answers.get(self.question, ()))}
-
-    def _form(self, found: Iterable[str]) -> tuple[str, ...]:
-        return tuple(found) if self.asked.read else tuple(map(alike, found))
+    def is_accepted(self, said: tuple[str, ...]) -> bool:
+        """Whether words are the reference, or another answer that the same question accepts."""
+        return said == self.expected or said in self.asked.answers.get(self.question, ())
 
 
 def _is_long(wrong: Wrong) -> bool:
@@ -227,9 +233,9 @@ def _is_of_another_kind(wrong: Wrong) -> bool:
 
 def _answers_nothing(wrong: Wrong) -> bool:
     """Only words that answer nothing alone, such as "and", "how" and "to"; what is read may be any word."""
-    if wrong.asked.read:
+    if wrong.asked.read or _may_be_short_for(wrong):
         return False
-    return NO_ANSWER.issuperset(wrong.said) and NO_ANSWER.isdisjoint(wrong.expected) and not _may_be_short_for(wrong)
+    return NO_ANSWER.issuperset(wrong.said) and NO_ANSWER.isdisjoint(wrong.expected)
 
 
 def _has_no_word(wrong: Wrong) -> bool:
@@ -252,10 +258,11 @@ def _has_no_word(wrong: Wrong) -> bool:
 
 
 def _may_be_short_for(wrong: Wrong) -> bool:
-    """Whether letters may abbreviate words: "p.m.", the reference's first letter, any one letter for "A. dog"."""
-    answer, right = wrong.text.strip().casefold(), wrong.right
-    if len(answer.rstrip(".")) == 1:
-        return _OPTION.match(right) is not None or right.casefold().startswith(answer.rstrip("."))
+    """Whether letters may stand for an answer: "p.m.", the reference's first letter, any one for "A. dog" or "B"."""
+    answer, right = wrong.text.strip().casefold(), wrong.right.strip().casefold()
+    letter = answer.rstrip(".")
+    if len(letter) == 1:
+        return len(right.rstrip(".")) == 1 or _OPTION.match(right) is not None or right.startswith(letter)
     return _INITIALS.fullmatch(answer) is not None
 
 
@@ -273,16 +280,15 @@ def _goes_on(wrong: Wrong) -> bool:
     part that follows. A color after any other word was not asked for either ("house blue"), unless the reference has a
     color or answers are read from an image.
     """
-    if wrong.said in wrong.accepted:
+    said = wrong.said
+    if not said or wrong.is_accepted(said):
         return False
     may_follow = wrong.named | RESTATING
-    for whole in wrong.accepted:
-        if whole and whole == wrong.said[: len(whole)] and not may_follow.issuperset(wrong.said[len(whole) :]):
+    for end in range(1, len(said)):
+        if not may_follow.issuperset(said[end:]) and wrong.is_accepted(said[:end]):
             return True
-    if wrong.asked.read:
-        return False
-    colored = wrong.said[-1:] and wrong.said[-1] in COLORS - wrong.named and not COLORS.issuperset(wrong.said)
-    return bool(colored) and not (COLORS | YES_NO).intersection(wrong.expected)
+    colored = said[-1] in AFTER - wrong.named and not COLORS.issuperset(said)
+    return colored and not wrong.asked.read and (COLORS | YES_NO).isdisjoint(wrong.expected)
 
 
 def _within(part: tuple[str, ...], whole: tuple[str, ...]) -> bool:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from random import Random
 from typing import Any
 
-from judging.labelled_errors import LABELS, as_text, folder
+from judging.made_errors import LABELS, as_text, folder
 
 FILE = folder() / "edited.json"
 END = " Answer the question using a single word or phrase."

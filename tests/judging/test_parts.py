@@ -10,16 +10,14 @@ from pathlib import Path
 
 import numpy
 import pytest
-from judging import edited_errors
-from judging import labelled_errors as made_errors
-from judging.labelled_errors import labelled_errors
+from judging import edited_errors, made_errors
 
 from cnext.errors import UserError
 from cnext.judging.cache import Verdict, Verdicts
 from cnext.judging.cases import Case, asked_by, rule
 from cnext.judging.requests import Prompts
 from cnext.judging.statistics import agreement, stratified, wilson
-from cnext.scoring import BOXES, SHORT_ANSWERS, make_scorers
+from cnext.scoring import BOXES, READ, SHORT_ANSWERS, make_scorers
 from cnext.scoring.answers import normalise
 from cnext.scoring.base import Prediction
 from cnext.scoring.boxes import iou, parse_box
@@ -138,7 +136,7 @@ def test_a_judge_has_the_rules_of_the_scorer(scorer: str, drawn: bool) -> None:
         alone = dict(zip(SAID, ruled, strict=True))
         assert [alone[text] for text in ("[ a", "djt")] == [IUF, IUF], "no color, whatever else"
         labels = [rule(scorer, "djt", False, "boat", "What is it?", task, "")]
-        assert labels == ["hallucination" if scorer == "ocr_answer" else IUF]
+        assert labels == ["hallucination" if scorer in READ else IUF]
 
 
 def test_wilson() -> None:
@@ -176,7 +174,7 @@ def test_the_labelled_set_is_what_its_generator_makes() -> None:
 
 
 def test_labelled_errors_are_errors() -> None:
-    errors = labelled_errors()
+    errors = made_errors.made_errors()
     assert len(errors) == 200
     assert min(Counter(error["error"] for error in errors).values()) >= 60
     for error in errors:

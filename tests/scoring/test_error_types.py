@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy
 import pytest
 
-from cnext.scoring import make_scorers, text_rules
+from cnext.scoring import READ, make_scorers, text_rules
 from cnext.scoring.base import ERROR_TYPES, PROFILES, Prediction, Score
 from cnext.scoring.errors import box_error, error_shares, image_error, text_error
 from cnext.scoring.text_rules import Asked, Wrong
@@ -39,6 +39,7 @@ CASES = [
     ("kind", COLOR, "jm", "red"),
     ("kind", COLOR, "fish", "red"),
     ("wrong", COLOR, "blue", "red"),
+    ("wrong", "Which words?", "one two three four five", "red"),
     ("wrong", COLOR, "dark blue", "red"),
     ("wrong", COLOR, "stripes", "polka dots"),
     ("kind", COUNT, "fish", "2"),
@@ -57,7 +58,8 @@ CASES = [
     ("wrong", "What words are written?", "cup fish", "pea"),
     ("no answer", THING, "and and", "snowman"),
     ("no answer", THING, "how", "snowman"),
-    ("wrong", "Is the switch on or off?", "to", "on"),
+    ("wrong", "Is the switch on or off?", "on", "off"),
+    ("wrong", "Which way does it go?", "from", "to"),
     ("no word", THING, "djt", "snowman"),
     ("no word", THING, "fish k", "snowman"),
     ("no word", THING, "qa", "snowman"),
@@ -65,6 +67,9 @@ CASES = [
     ("wrong", THING, "TV", "snowman"),
     ("wrong", THING, "nak", "snowman"),
     ("wrong", THING, "\N{CJK UNIFIED IDEOGRAPH-732B}", "snowman"),
+    ("wrong", "Which one is it?", "a", "b"),
+    ("wrong", "Which one is it?", "A", "C"),
+    ("wrong", "Which one is it?", "d", "C."),
     ("wrong", "Which one is it?", "b", "A. dog"),
     ("wrong", "Which one is it?", "b", "(A) dog"),
     ("wrong", "Which way?", "N", "north"),
@@ -79,6 +84,9 @@ CASES = [
     ("goes on", THING, "house blue", "snowman"),
     ("goes on", THING, "lamp blue", "snowman"),
     ("goes on", THING, "house and fish", "snowman"),
+    ("goes on", THING, "ice box", "snowman"),
+    ("wrong", THING, "traffic light", "snowman"),
+    ("wrong", "What is he eating?", "ice cream", "cake"),
     ("goes on", COLOR, "red ring", "red"),
     ("goes on", COUNT, "2 fish", "2"),
     ("goes on", COUNT, "two fish", "2"),
@@ -97,6 +105,7 @@ CASES = [
     ("wrong", "How much is it?", "1 5", "15"),
     ("wrong", "How cold is it?", "-5", "5"),
     ("part", THING, "blue snowman", "snowman"),
+    ("part", THING, "little snowman", "snowman"),
     ("part", THING, "circle", "red circle"),
     ("wrong", THING, "cup", "snowman"),
     ("wrong", THING, "bored", "red"),
@@ -114,14 +123,17 @@ def test_every_rule_has_a_case_and_a_row_in_the_docs() -> None:
     assert {case[0] for case in CASES} | {"image"} == set(text_rules.RULES)
     short = {"instruction_unfollowing": "IUF", "other": "OTH", "hallucination": "HAL"}
     docs = (Path(__file__).parents[2] / "docs" / "judge.md").read_text(encoding="utf-8")
-    rows = re.findall(r"^\| `([a-z ]+)` \| (IUF|OTH|HAL) \|", docs, re.MULTILINE)
+    rows = re.findall(r"^\| `([a-z ]+)`(?: †)? \| (IUF|OTH|HAL) \|", docs, re.MULTILINE)
     assert rows == [(name, short[kind]) for name, (kind, _) in text_rules.RULES.items()]
 
 
 def test_letters_may_be_read_from_an_image() -> None:
-    samples = [Sample("1", (Turn("What does it say?", "dot"),))]
-    for text in ("djt", "d", "dots", "pea red", "not", "edge of"):
-        assert SCORERS["ocr_answer"](None, samples, [Prediction(text)])[0].error == "hallucination"
+    turns = (Turn("What does it say?", "dot"),)
+    samples = [Sample("1", turns)]
+    for scorer in READ:
+        given = [Sample("1", turns, references=("dot",) * 10)] if scorer == "coin_textvqa" else samples
+        for text in ("djt", "d", "dots", "pea red", "not", "edge of"):
+            assert SCORERS[scorer](None, given, [Prediction(text)])[0].error == "hallucination", scorer
     assert SCORERS["short_answer"](None, samples, [Prediction("djt")])[0].error == "instruction_unfollowing"
     assert SCORERS["short_answer"](None, samples, [Prediction("dots")])[0].error == "other"
 

@@ -1,6 +1,6 @@
 """Writes cnext/judging/labelled/made.json: 200 errors on next-tiny whose type is known from how they were made.
 
-`PYTHONPATH=tests python -m judging.labelled_errors` in a checkout writes the file again; a test compares.
+`PYTHONPATH=tests python -m judging.made_errors` in a checkout writes the file again; a test compares.
 """
 
 from __future__ import annotations
@@ -119,7 +119,7 @@ MAKERS: dict[str, Callable[[Example, Random], Made]] = dict(
 )
 
 
-def labelled_errors() -> list[dict[str, Any]]:
+def made_errors() -> list[dict[str, Any]]:
     """The 200 errors. index: the sample's place among the task's test samples; drawn: whose picture was drawn."""
     draw, found = Random("labelled errors of next-tiny"), []
     for task, count in COUNTS.items():
@@ -144,7 +144,7 @@ def labelled_errors() -> list[dict[str, Any]]:
 
 def content() -> str:
     """The file's text."""
-    return as_text(labelled_errors())
+    return as_text(made_errors())
 
 
 if __name__ == "__main__":
