@@ -21,7 +21,7 @@ FOLDER = Path(__file__).with_name("labelled")
 SETS = {
     "made": "errors on next-tiny made by a program, of a type that is known from how",
     "edited": "right answers to questions about photographs, edited by a program until they are wrong",
-    "read": "wrong answers of runs on next-tiny, labelled by a reader; the rules were written with them at hand",
+    "read": "wrong answers of runs on next-tiny, labelled by hand; the rules were completed with these three",
     "read-later": "as read, of other methods, labelled after the rules were final",
 }
 """The labelled sets: files of `FOLDER`, and what is in them."""
