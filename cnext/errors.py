@@ -29,6 +29,12 @@ def listed(names: Iterable[str], shown: int = 8) -> str:
     return ", ".join(names[:shown]) + more
 
 
+def printable(text: str) -> str:
+    """A text of someone else's in one line: control characters, line ends, bidirectional overrides and lone surrogates
+    are escaped, as ``\\x1b``, so that they cannot move the cursor or hide what stands there."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
 def parse_json(text: str | bytes) -> Any:
     """``json.loads``, with a ValueError for nesting that is too deep. The caller says which file it is."""
     try:
