@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cnext.errors import UserError
+from cnext.regular_files import require_regular
 
 if TYPE_CHECKING:
     import numpy
@@ -67,6 +68,7 @@ def _opened(path: Path) -> Iterator[ImageFile]:
 
     try:
         # Of a path, Pillow maps an uncompressed TIFF into memory with the sides of the turned image.
+        require_regular(path)
         with path.open("rb") as file, Image.open(file, formats=FORMATS) as image:
             yield image
     except UnidentifiedImageError as error:

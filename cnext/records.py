@@ -12,6 +12,7 @@ import msgspec
 from msgspec import Meta
 
 from cnext.errors import UserError, parse_json
+from cnext.regular_files import LARGEST, read_bytes
 
 T = TypeVar("T")
 SHOWN = 60
@@ -104,7 +105,7 @@ def plain(value: Any) -> Any:
 def read(path: Path, kind: type[T], advice: str) -> T:
     """The record in a JSON file. Raises UserError as `convert`, and where there is no JSON."""
     try:
-        value = parse_json(path.read_bytes())
+        value = parse_json(read_bytes(path, LARGEST))
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: expected JSON, could not read it ({error}); {advice}") from error
     return convert(value, kind, path, advice)

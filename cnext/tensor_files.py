@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from cnext.errors import UserError
+from cnext.regular_files import require_regular
 
 UNREADABLE = (
     *(OSError, pickle.UnpicklingError, struct.error, zipfile.BadZipFile),
@@ -34,6 +35,7 @@ def load_file(path: Path, expected: str) -> Any:
     from safetensors import torch as safe
 
     try:
+        require_regular(path)
         if path.suffix == ".safetensors":
             return safe.load_file(path)
         return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))

@@ -19,7 +19,7 @@ LIGHT = {"torch", "numpy", "msgspec", "cnext"}
 SIBLINGS = ("methods", "backbones", "tasks", "scoring")
 LEVELS = (
     ("errors", "kernels"),
-    ("packages",),
+    ("packages", "regular_files"),
     ("records", "registry", "tensor_files", "image_files", "kv_cache", "distributed", "ops"),
     ("adapters", "averaging"),
     SIBLINGS,

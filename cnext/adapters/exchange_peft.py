@@ -16,6 +16,7 @@ from cnext.adapters.exchange import FLOATS, Branches, branches_of, not_finite, r
 from cnext.distributed.wrapped_names import unwrapped
 from cnext.errors import UserError, listed, parse_json
 from cnext.records import Finite, Record, convert
+from cnext.regular_files import LARGEST, read_bytes
 from cnext.tensor_files import read_tensors
 
 CONFIG, WEIGHTS, OLD_WEIGHTS = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
@@ -264,7 +265,7 @@ def _weights(folder: Path) -> Path:
 def _settings(folder: Path) -> tuple[Settings, dict[str, Any]]:
     """The settings that are read, and all of them."""
     try:
-        config = parse_json((folder / CONFIG).read_bytes())
+        config = parse_json(read_bytes(folder / CONFIG, LARGEST))
     except (OSError, ValueError) as error:
         raise UserError(f"expected {CONFIG} of a PEFT adapter in {folder}: {error}") from error
     return convert(config, Settings, folder / CONFIG, "save the adapter again"), config

@@ -18,6 +18,7 @@ import numpy as np
 from cnext.analysis.result import Unavailable
 from cnext.analysis.run import Run, mean_seen
 from cnext.errors import UserError
+from cnext.regular_files import require_regular
 
 RELATIONS = {
     (True, True): "same input, same output",
@@ -181,8 +182,9 @@ def _opened(files: list[Path]) -> Iterator[list[Any]]:
         opened = []
         for file in files:
             try:
+                require_regular(file)
                 opened.append(stack.enter_context(safe_open(file, framework="pt")))
-            except SafetensorError as error:
+            except (OSError, SafetensorError) as error:
                 raise UserError(f"{file} is damaged ({error}); copy the run folder again, or run it again") from error
         yield opened
 

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 
 from cnext.errors import UserError, listed, parse_json
+from cnext.regular_files import LARGEST, read_bytes
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 LOCAL = {"local_files_only": True, "trust_remote_code": False}
@@ -27,7 +28,7 @@ class Parts(NamedTuple):
 def read_json(path: Path) -> dict[str, Any]:
     """The object in a file. Raises UserError where it is none."""
     try:
-        value = parse_json(path.read_bytes())
+        value = parse_json(read_bytes(path, LARGEST))
     except (OSError, ValueError) as error:
         raise UserError(f"{path} is not readable JSON: {error}\ncopy it again from where the weights are") from error
     if not isinstance(value, dict):
@@ -56,7 +57,7 @@ def chat_template(folder: Path) -> str | None:
 def shard_files(index: Path) -> list[Path]:
     """The files of weights that an index names. Raises UserError where it, or one of them, is missing or broken."""
     try:
-        names = sorted(set(parse_json(index.read_bytes())["weight_map"].values()))
+        names = sorted(set(parse_json(read_bytes(index, LARGEST))["weight_map"].values()))
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise UserError(
             f"{index}: expected an object with 'weight_map', names of tensors and files: {error!r}"

@@ -15,6 +15,7 @@ from msgspec import field
 from cnext import records
 from cnext.errors import UserError, listed, parse_json
 from cnext.records import Count, FileName, Record
+from cnext.regular_files import LARGEST, read_bytes
 
 CONFIG, MANIFEST, CHECKPOINTS, OPTIMIZER = "config.json", "manifest.json", "checkpoints", "optimizer.safetensors"
 CONNECTIONS = "connection_layers.safetensors"
@@ -136,7 +137,7 @@ def _merged(folder: Path) -> MergedModel:
 def _is_model(path: Path) -> bool:
     """Whether it is the folder of a transformers model."""
     try:
-        config = parse_json((path / CONFIG).read_bytes())
+        config = parse_json(read_bytes(path / CONFIG, LARGEST))
     except (OSError, ValueError):
         return False
     return isinstance(config, dict) and bool(config.keys() & {"model_type", "architectures"})

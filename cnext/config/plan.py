@@ -9,7 +9,6 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 from cnext import packages
@@ -17,6 +16,7 @@ from cnext.config import init_source
 from cnext.config.init_source import InitSource
 from cnext.config.run_config import LOGS, OVERRIDES, SPLITS, Options, RunConfig
 from cnext.errors import UserError, unknown
+from cnext.regular_files import read_bytes
 from cnext.scoring.base import find_scorer, make_scorers
 from cnext.tasks import suites
 from cnext.tasks.base import Recipe, Suite, Task
@@ -417,7 +417,7 @@ def _option_files(backbone: str, options: Mapping[str, Any]) -> dict[str, str]:
     for name in backbones.load(backbone).option_files:
         if file := options.get(name):
             try:
-                found[f"backbone_options.{name}"] = hashlib.sha256(Path(file).read_bytes()).hexdigest()
+                found[f"backbone_options.{name}"] = hashlib.sha256(read_bytes(file)).hexdigest()
             except OSError as error:
                 raise UserError(f"--backbone-options {name}={file}: expected a file: {error}") from error
     return found

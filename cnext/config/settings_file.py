@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any, Literal, Union, get_args, get_origin
 
 from cnext import methods
 from cnext.errors import UserError, listed
+from cnext.regular_files import read_bytes
 
 if TYPE_CHECKING:
     from yaml import Node
@@ -96,7 +97,7 @@ def read(path: str | Path, kinds: Mapping[str, Any]) -> Settings:
     import yaml
 
     try:
-        content = Path(path).read_bytes()
+        content = read_bytes(path)
         if len(content) > LONGEST:
             raise UserError(f"{path}: expected a small YAML file of settings, it has {len(content):,} bytes")
         root = yaml.compose(content.decode("utf-8"), Loader=yaml.SafeLoader)

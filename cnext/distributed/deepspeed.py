@@ -16,7 +16,6 @@ import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,6 +23,7 @@ from torch import Tensor, nn
 
 from cnext.distributed import collectives
 from cnext.errors import UserError, parse_json
+from cnext.regular_files import read_bytes
 
 ACCELERATE = "ACCELERATE_DEEPSPEED_"
 SECTION = "zero_optimization"
@@ -130,7 +130,7 @@ def _configuration() -> tuple[str, dict[str, Any]]:
     file = given.pop("config_file", None)
     if file is not None:
         try:
-            config = parse_json(Path(file).read_bytes())
+            config = parse_json(read_bytes(file))
         except (OSError, ValueError) as error:
             raise UserError(f"the DeepSpeed configuration {file} cannot be read: {error}") from error
         if not isinstance(config, dict) or SECTION not in config:

@@ -14,6 +14,7 @@ from typing import Any
 from cnext.errors import UserError
 from cnext.image_files import for_web, image_size
 from cnext.judging.cases import KINDS, Case
+from cnext.regular_files import read_bytes
 
 FOLDER = Path(__file__).parent / "prompts"
 VERSION = "v1"
@@ -119,7 +120,7 @@ def _url(path: Path) -> str:
 
 def _bytes(path: Path) -> bytes:
     try:
-        return path.read_bytes()
+        return read_bytes(path)
     except OSError as error:
         raise _unreadable(path, error) from error
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from cnext.errors import UserError, parse_json
 from cnext.records import Count, FileName, Record, convert
+from cnext.regular_files import LARGEST, read_bytes
 
 MANIFEST, EXTRAS = "manifest.json", "extras"
 """EXTRAS: the tensors of an imported adapter that are in no parameter of its method, as "<kind>.<name>"."""
@@ -83,7 +84,7 @@ def save(folder: Path, tensors: dict[str, dict[str, Tensor]], values: dict[str, 
 def manifest(folder: Path) -> dict[str, Any]:
     """A checkpoint's manifest, checksum verified. Raises Damaged."""
     try:
-        values = parse_json((folder / MANIFEST).read_bytes())
+        values = parse_json(read_bytes(folder / MANIFEST, LARGEST))
         sealed = {key: value for key, value in values.items() if key != "sha256"} if isinstance(values, dict) else {}
         whole = bool(sealed) and _sealed(sealed) == values
     except (OSError, ValueError) as error:
@@ -109,7 +110,7 @@ def load(folder: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
     for name, checksum in values.pop("files").items():
         path = folder / name
         try:
-            content = path.read_bytes()
+            content = read_bytes(path)
             if _digest(content) != checksum:
                 raise Damaged(f"{path} has changed since it was written")
             tensors[path.stem] = deserialize(content)

@@ -17,6 +17,7 @@ from torch import Tensor
 from cnext import records
 from cnext.config.plan import completed
 from cnext.errors import UserError, parse_json
+from cnext.regular_files import read_bytes
 from cnext.runs import checkpoint, schemas
 from cnext.runs.checkpoint import Damaged
 from cnext.runs.schemas import StageScore, TrainStep
@@ -58,7 +59,10 @@ def _rows(path: Path, kind: type[T]) -> list[tuple[bytes, T]]:
 
 
 def _content(path: Path) -> bytes:
-    return path.read_bytes() if path.is_file() else b""
+    try:
+        return read_bytes(path)
+    except FileNotFoundError:
+        return b""
 
 
 def check_free(path: Path, config: dict[str, Any]) -> None:

@@ -13,6 +13,7 @@ from msgspec import Meta, field
 from cnext import records
 from cnext.errors import UserError, parse_json
 from cnext.records import AnyPath, FileName, Finite, Record, RelativePath
+from cnext.regular_files import read_bytes
 from cnext.scoring.base import ERROR_TYPES, PROFILES
 
 T = TypeVar("T")
@@ -338,9 +339,10 @@ def read_rows(path: Path, kind: type[T], advice: str = ADVICE) -> list[T]:
 
     Raises: UserError naming the file, the line and what in it is of another type.
     """
-    if not path.is_file():
+    try:
+        *lines, _unfinished = read_bytes(path).split(b"\n")
+    except FileNotFoundError:
         return []
-    *lines, _unfinished = path.read_bytes().split(b"\n")
     rows = []
     for number, line in enumerate(lines, 1):
         where = f"{path}:{number}"

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from cnext.errors import UserError
+from cnext.regular_files import require_regular
 from cnext.tensor_files import UNREADABLE
 
 
@@ -28,6 +29,7 @@ class _Module:
 def is_archive(path: Path) -> bool:
     """Whether a file is a TorchScript archive."""
     try:
+        require_regular(path)
         with zipfile.ZipFile(path) as archive:
             return any(name.endswith("/constants.pkl") for name in archive.namelist())
     except UNREADABLE:

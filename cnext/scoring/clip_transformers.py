@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from cnext.errors import UserError
+from cnext.regular_files import read_text
 
 FILES = ("model.safetensors", "pytorch_model.bin")
 """Files of weights in a folder of transformers."""
@@ -85,7 +86,7 @@ def configuration(folder: Path) -> tuple[bool, dict[str, Any], dict[str, Any]]:
         UserError: no config.json, or one of another model.
     """
     try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        config = json.loads(read_text(folder / "config.json"))
         text, vision = config["text_config"], config["vision_config"]
         (activation,) = {part.get("hidden_act", "quick_gelu") for part in (text, vision)}
         heads = text.get("num_attention_heads", 8)

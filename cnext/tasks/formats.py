@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 from cnext.errors import listed, parse_json
 from cnext.image_files import Inspection, inspect
+from cnext.regular_files import read_bytes
 from cnext.scoring.base import TRIED, Flaw, reference_check, try_scorer
 from cnext.tasks.base import DataError, ImageNeed, Sample, Suite, Task, any_size, caption_of
 from cnext.tasks.images import unfit
@@ -57,7 +58,7 @@ def read_captions(path: Path) -> dict[int | str, tuple[str, ...]]:
     """
     found: dict[int | str, list[str]] = {}
     try:
-        content = parse_json(path.read_bytes())
+        content = parse_json(read_bytes(path))
         if "data" in content:
             found |= {str(item["question_id"]): [*answers(item, "answers")] for item in content["data"]}
         else:

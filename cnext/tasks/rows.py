@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from cnext.errors import listed
+from cnext.regular_files import require_regular
 from cnext.tasks import tables
 from cnext.tasks.base import DataError
 from cnext.tasks.kept_images import ImageBytes
@@ -100,6 +101,8 @@ def files(data: Path, pattern: str) -> list[Path]:
         raise DataError(f"no file matches {data / pattern}; {data} is a file, no folder")
     for path in matched:
         tables.refuse_splits(path)
+        if not path.is_dir():
+            _require_file(path)
     if not found:
         folder = data
         for part in Path(pattern).parts[:-1]:
@@ -111,6 +114,14 @@ def files(data: Path, pattern: str) -> list[Path]:
     return found
 
 
+def _require_file(path: Path) -> None:
+    """A pipe or a link to nothing among the files must not shorten the data in silence."""
+    try:
+        require_regular(path)
+    except OSError as error:
+        raise DataError(f"{path}: {error.strerror}; put a file there, or correct the path in the suite") from error
+
+
 def rows(path: Path, advance: Callable[[int], None] | None = None) -> Iterator[tuple[str, Row | ValueError]]:
     """Yields (origin, row or ValueError) for every row of a file; spaces in keys become underscores.
 
@@ -119,6 +130,8 @@ def rows(path: Path, advance: Callable[[int], None] | None = None) -> Iterator[t
         advance: called with the number of bytes read, now and then.
     """
     advance = advance or (lambda count: None)
+    for file in tables.files(path):
+        require_regular(file)
     read = tables.lines(path, advance) or (_lines if path.suffix.lower() == ".jsonl" else _list)(path, advance)
     for origin, value in read:
         if isinstance(value, dict):

@@ -35,9 +35,14 @@ def is_saved(path: Path) -> bool:
     return (path / SAVED).is_file()
 
 
+def files(path: Path) -> list[Path]:
+    """A file, or the files in a folder of a saved dataset."""
+    return [each for each in path.iterdir() if not each.is_dir()] if path.is_dir() else [path]
+
+
 def size(path: Path) -> int:
-    """Bytes of a file, or of the files in a folder of a saved dataset."""
-    return sum(each.stat().st_size for each in (path.iterdir() if path.is_dir() else [path]))
+    """Bytes of `files`."""
+    return sum(each.stat().st_size for each in files(path))
 
 
 def lines(path: Path, advance: Advance) -> Lines | None:

@@ -28,6 +28,7 @@ from cnext.backbones.hf.chat import PLAIN, Chat
 from cnext.backbones.pretrained import LLAMA_LINEARS, checkpoint_activations
 from cnext.errors import UserError
 from cnext.image_files import image_size, open_image
+from cnext.regular_files import read_text
 from cnext.scoring.base import Prediction
 from cnext.tasks.base import ImageNeed, Sample, Task, Turn, any_size
 
@@ -490,7 +491,7 @@ def _concatenated(values: Sequence[Tensor]) -> Tensor:
 
 def _template(file: Path) -> str:
     try:
-        return file.read_text(encoding="utf-8")
+        return read_text(file)
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(
             f"--backbone-options chat_template={file}: expected a file with a Jinja template: {error}"

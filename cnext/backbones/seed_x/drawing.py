@@ -22,6 +22,7 @@ from cnext.backbones.seed_x.folder import NAMES, check, fill
 from cnext.backbones.seed_x.prompt_resampler import PromptResampler, PromptSizes
 from cnext.errors import UserError, parse_json, unknown
 from cnext.image_files import open_image
+from cnext.regular_files import read_bytes, require_regular
 from cnext.tensor_files import read_tensors
 
 SDXL = "stable-diffusion-xl-base-1.0"
@@ -96,15 +97,16 @@ class Drawing:
         sdxl = self.root / SDXL
         for path in (sdxl / "unet/config.json", sdxl / "vae/config.json", sdxl / "scheduler/scheduler_config.json"):
             try:
-                parse_json(path.read_bytes())
-            except ValueError as error:
+                parse_json(read_bytes(path))
+            except (OSError, ValueError) as error:
                 raise UserError(f"{path}: expected a JSON file of SDXL as diffusers saves it: {error}") from error
         for part in ("unet", "vae"):
             for path in sorted((sdxl / part).glob("diffusion_pytorch_model*.safetensors")):
                 try:
+                    require_regular(path)
                     with safe_open(path, "pt"):
                         pass
-                except SafetensorError as error:
+                except (OSError, SafetensorError) as error:
                     raise UserError(
                         f"{path}: expected {part} of SDXL; cannot read it: {error}; copy it again"
                     ) from error

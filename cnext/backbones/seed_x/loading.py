@@ -15,6 +15,7 @@ from cnext.backbones.seed_x.resampler import Resampler, sinusoids
 from cnext.backbones.seed_x.sizes import VisionSizes
 from cnext.backbones.seed_x.tokenizer import Tokenizer
 from cnext.errors import UserError, parse_json
+from cnext.regular_files import read_bytes
 from cnext.tensor_files import read_tensors
 
 POSITIONS = r"(.*\.)?pos_embed"
@@ -38,7 +39,7 @@ def read_config(file: Path, tokenizer: Tokenizer) -> Any:
     from huggingface_hub.errors import StrictDataclassError
 
     try:
-        values = parse_json(file.read_bytes())
+        values = parse_json(read_bytes(file))
     except (OSError, ValueError) as error:
         raise UserError(f"{file}: expected the config of a LLaMA model, cannot read it: {error}") from error
     kind = values.get("model_type") if isinstance(values, dict) else None

@@ -9,6 +9,7 @@ from typing import Any
 
 from cnext.backbones.seed_x.sizes import TOKENS
 from cnext.errors import UserError, listed, parse_json
+from cnext.regular_files import read_bytes, require_regular
 
 SLOTS = tuple(f"<img_{number:05d}>" for number in range(100))
 """Placeholders of visual features; the released models use the first 64."""
@@ -44,11 +45,12 @@ class Tokenizer:
 
         file = folder / "added_tokens.json"
         try:
+            require_regular(folder / "tokenizer.model")
             model = sentencepiece.SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
         except (OSError, RuntimeError) as error:
             raise UserError(f"{folder}: expected tokenizer.model of sentencepiece, cannot read it: {error}") from error
         try:
-            table = parse_json(file.read_bytes())
+            table = parse_json(read_bytes(file))
         except (OSError, ValueError) as error:
             raise UserError(f"expected the added tokens at {file}, cannot read them: {error}") from error
         if not isinstance(table, dict) or not all(type(number) is int for number in table.values()):
