@@ -20,7 +20,7 @@ SIBLINGS = ("methods", "backbones", "tasks", "scoring")
 LEVELS = (
     ("errors", "kernels"),
     ("packages", "regular_files"),
-    ("records", "registry", "tensor_files", "image_files", "kv_cache", "distributed", "ops"),
+    ("records", "registry", "tensor_files", "image_files", "durable", "kv_cache", "distributed", "ops"),
     ("adapters", "averaging"),
     SIBLINGS,
     ("config",),

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import shutil
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
+from cnext import durable
 from cnext.errors import UserError, parse_json
 from cnext.records import Count, FileName, Record, convert
 from cnext.regular_files import LARGEST, read_bytes
@@ -32,25 +31,19 @@ class Damaged(UserError):
 
 
 def write_bytes(path: Path, content: bytes) -> None:
-    """Writes a file atomically."""
-    unfinished = path.with_name(f".{path.name}.unfinished")
-    _write_through(unfinished, content)
-    os.replace(unfinished, path)
+    durable.write(path, content)
 
 
 def write_text(path: Path, text: str) -> None:
-    write_bytes(path, text.encode())
-
-
-def _write_through(path: Path, content: bytes) -> None:
-    with open(path, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
+    durable.write(path, text.encode())
 
 
 def write_json(path: Path, value: Any) -> None:
-    write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
+    write_text(path, _json(value))
+
+
+def _json(value: Any) -> str:
+    return json.dumps(value, indent=2, allow_nan=False) + "\n"
 
 
 def _digest(content: bytes) -> str:
@@ -67,18 +60,15 @@ def save(folder: Path, tensors: dict[str, dict[str, Tensor]], values: dict[str, 
     # Written by Python, so that a full disk is an OSError.
     from safetensors.torch import save as serialize
 
-    unfinished = folder.with_name(f".{folder.name}.unfinished")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    unfinished.mkdir(parents=True)
     checksums = {}
-    for key, state in tensors.items():
-        content = serialize({name: tensor.detach().contiguous() for name, tensor in state.items()})
-        checksums[f"{key}.safetensors"] = _digest(content)
-        _write_through(unfinished / f"{key}.safetensors", content)
-    # Through JSON, so that the checksum is of what a reader gets (keys are strings, tuples are lists).
-    write_json(unfinished / MANIFEST, _sealed(json.loads(json.dumps({"files": checksums, **values}))))
-    shutil.rmtree(folder, ignore_errors=True)
-    os.rename(unfinished, folder)
+    with durable.new_folder(folder) as unfinished:
+        for key, state in tensors.items():
+            content = serialize({name: tensor.detach().contiguous() for name, tensor in state.items()})
+            checksums[f"{key}.safetensors"] = _digest(content)
+            durable.put(unfinished / f"{key}.safetensors", content)
+        # Through JSON, so that the checksum is of what a reader gets (keys are strings, tuples are lists).
+        sealed = _sealed(json.loads(json.dumps({"files": checksums, **values})))
+        durable.put(unfinished / MANIFEST, _json(sealed).encode())
 
 
 def manifest(folder: Path) -> dict[str, Any]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Callable, Collection, Iterable, Sequence
 from contextlib import ExitStack
@@ -14,7 +13,7 @@ from typing import IO, Any, TypeVar
 
 from torch import Tensor
 
-from cnext import records
+from cnext import durable, records
 from cnext.config.plan import completed
 from cnext.errors import UserError, parse_json
 from cnext.regular_files import read_bytes
@@ -41,10 +40,7 @@ def _differences(old: Any, new: Any, path: str = "") -> list[str]:
 
 
 def _append(path: Path, rows: Iterable[Any]) -> None:
-    with open(path, "a", encoding="utf-8") as file:
-        file.writelines(json.dumps(records.plain(row)) + "\n" for row in rows)
-        file.flush()
-        os.fsync(file.fileno())
+    durable.append(path, "".join(json.dumps(records.plain(row)) + "\n" for row in rows).encode())
 
 
 def _rows(path: Path, kind: type[T]) -> list[tuple[bytes, T]]:
@@ -99,12 +95,17 @@ class RunFolder:
         self.trackers: Sequence[Tracker] = ()
         file = path / "config.json"
         check_free(path, config)
-        path.mkdir(parents=True, exist_ok=True)
+        durable.make_folder(path)
         self._lock = self._locked()
         with ExitStack() as undo:
             undo.callback(self.close)
             checkpoint.write_json(file, config)
-            self.checkpoints.mkdir(exist_ok=True)
+            durable.make_folder(self.checkpoints)
+            durable.restore(self.checkpoints)
+            # What the process before was writing when it was killed, and resuming reads.
+            for name in LOGS:
+                if (path / name).is_file():
+                    durable.sync(path / name)
             undo.pop_all()
 
     def _locked(self) -> IO[str]:
@@ -193,13 +194,13 @@ class RunFolder:
         whole, _ = self._whole()
         inside = [path for (_, step), path in whole if step and path.name != label]
         for other in inside[:-1]:
-            shutil.rmtree(other)
+            durable.discard(other)
 
     def tidy(self, labels: Collection[str]) -> None:
         """Removes all other checkpoints; a finished run needs none inside a task."""
         for other in self.checkpoints.iterdir():
             if other.name not in labels:
-                shutil.rmtree(other)
+                durable.discard(other)
 
     def mirror(self, trackers: Sequence[Tracker]) -> None:
         """Gives trackers what is logged, so far and from now on."""

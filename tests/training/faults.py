@@ -11,7 +11,6 @@ import os
 import shutil
 import signal
 import sys
-from collections.abc import Callable
 from functools import cache
 from multiprocessing import forkserver
 from multiprocessing.context import BaseContext
@@ -22,9 +21,8 @@ import pytest
 import torch
 from waiting import until
 
-from cnext import RunConfig, cli, report
+from cnext import RunConfig, cli, durable, report
 from cnext.backbones.tiny.model import TinyBackbone
-from cnext.runs import checkpoint, run_folder
 from cnext.training import runner
 from cnext.training.trainer import StepLog, TaskTrainer
 
@@ -75,20 +73,20 @@ def _watch(fault: Fault, work: Path) -> None:
 
         setattr(owner, name, watched)
 
-    def halves(owner: Any, name: str, cut: Callable[[Any], Any]) -> None:
+    def halves(owner: Any, name: str) -> None:
         original = getattr(owner, name)
 
-        def watched(path: Path, content: Any) -> None:
+        def watched(path: Path, content: bytes) -> None:
             fault.event("write")
-            content = content if isinstance(content, bytes) else list(content)
-            original(path, cut(content))
+            half = len(content) // 2
+            original(path, content[:half])
             fault.event("half")
-            return original(path, content) if owner is checkpoint else original(path, content[len(cut(content)) :])
+            return original(path, content if name == "put" else content[half:])
 
         setattr(owner, name, watched)
 
-    halves(checkpoint, "_write_through", lambda content: content[: len(content) // 2])
-    halves(run_folder, "_append", lambda rows: rows[: len(rows) // 2])
+    for name in ("put", "append"):
+        halves(durable, name)
     for name in ("replace", "rename"):
         before(os, name, "move")
     before(shutil, "rmtree", "remove")
