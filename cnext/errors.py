@@ -36,8 +36,21 @@ def printable(text: str) -> str:
 
 
 def parse_json(text: str | bytes) -> Any:
-    """``json.loads``, with a ValueError for nesting that is too deep. The caller says which file it is."""
+    """``json.loads``, with a ValueError for a key that an object has twice, and for nesting that is too deep.
+
+    The caller says which file it is.
+    """
     try:
-        return json.loads(text)
+        return json.loads(text, object_pairs_hook=_object)
     except RecursionError as error:
         raise ValueError("it is nested too deeply") from error
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of a JSON text, of whose values by one key Python keeps the last in silence."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        seen: set[str] = set()
+        twice = next(key for key, _ in pairs if key in seen or seen.add(key))
+        raise ValueError(f"it has the key {twice!r:.80} twice in one object")
+    return found

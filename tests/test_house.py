@@ -109,6 +109,16 @@ def test_every_package_says_what_it_holds_and_what_not(package_name: str) -> Non
     assert len([part for part in re.split(r"(?<=[.])\s", text) if part]) >= 2, f"{package_name}: two sentences"
 
 
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_json_is_read_by_parse_json(path: Path) -> None:
+    """It refuses a key that an object has twice, of which others keep the last."""
+    if path == ROOT / "errors.py":
+        return
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Call) and ast.unparse(node.func) in ("json.loads", "json.load", "msgspec.json.decode"):
+            assert ast.unparse(node.args[0]).startswith("json.dumps("), f"line {node.lineno}: use errors.parse_json"
+
+
 def test_type_checkers_are_told_that_it_has_types() -> None:
     assert (ROOT / "py.typed").is_file()
 

@@ -15,7 +15,7 @@ from cnext import packages
 from cnext.config import init_source
 from cnext.config.init_source import InitSource
 from cnext.config.run_config import LOGS, OVERRIDES, SPLITS, Options, RunConfig
-from cnext.errors import UserError, unknown
+from cnext.errors import UserError, parse_json, unknown
 from cnext.regular_files import read_bytes
 from cnext.scoring.base import find_scorer, make_scorers
 from cnext.tasks import suites
@@ -355,7 +355,7 @@ def loading_options(backbone: str, given: Sequence[str]) -> dict[str, Any]:
             values[name] = value
             continue
         try:
-            values[name] = json.loads(value.lower() if value in ("True", "False") else value)
+            values[name] = parse_json(value.lower() if value in ("True", "False") else value)
         except ValueError as error:
             raise UserError(f"--backbone-options {name} takes a number, true or false, got {value!r}") from error
         if type(known[name]) is float and type(values[name]) is int:

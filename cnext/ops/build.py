@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import importlib.metadata
-import json
 from pathlib import Path
+
+from cnext.errors import parse_json
 
 PACKAGE = Path(__file__).resolve().parents[1]
 REMEDIES = {
@@ -18,7 +19,7 @@ def without(part: str) -> str:
     """Why a part ("cpp", "cuda", "triton") is missing, and the remedy."""
     record = PACKAGE / "_build.json"
     if record.is_file():  # by setup.py
-        left_out = json.loads(record.read_text(encoding="utf-8"))["left_out"]
+        left_out = parse_json(record.read_bytes())["left_out"]
         why = left_out.get(part, "its module is gone, or is one for another Python")
         return f"cnext was built without it: {why}; {REMEDIES[part]}"
     tree = PACKAGE.parent

@@ -13,7 +13,7 @@ from cnext import methods
 from cnext.config import settings_file
 from cnext.config.plan import ADDED_RECIPE, Plan, as_words, current_names
 from cnext.config.run_config import OVERRIDES, RunConfig
-from cnext.errors import UserError
+from cnext.errors import UserError, parse_json
 from cnext.regular_files import read_text
 from cnext.runs.checkpoint import write_text
 from cnext.tasks import suites
@@ -40,7 +40,7 @@ def write(config: RunConfig) -> Path:
 def read(path: str | Path) -> RunConfig:
     """The configuration that `write` wrote."""
     older = {key: name for name, key in KEYS.items()}
-    values = current_names(json.loads(read_text(path)))
+    values = current_names(parse_json(read_text(path)))
     values = {older.get(name, name): value for name, value in values.items()}
     for field in dataclasses.fields(RunConfig):
         value, kind = values.get(field.name), str(field.type)

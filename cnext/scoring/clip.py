@@ -7,7 +7,6 @@ open_clip's argmax pooling finds it) and ``weights.safetensors``.
 
 from __future__ import annotations
 
-import json
 import logging
 import string
 from collections.abc import Callable, Iterable, Sequence
@@ -19,8 +18,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from cnext import packages
-from cnext.errors import UserError
+from cnext import packages, records
+from cnext.errors import UserError, parse_json
 from cnext.scoring.clip_weights import WEIGHTS_FILES, load_weights, weights_in
 from cnext.scoring.small_clip import SmallClip, transform
 from cnext.tensor_files import read_tensors
@@ -185,7 +184,7 @@ def _load_folder(folder: Path) -> tuple[torch.nn.Module, Callable, WordTokenizer
     missing = [name for name in (MODEL_FILE, VOCABULARY_FILE, WEIGHTS_FILE) if not (folder / name).is_file()]
     if missing:
         raise UserError(f"{folder}: expected a CLIP model's files, {', '.join(missing)} missing; pretrain it first")
-    vocabulary = json.loads((folder / VOCABULARY_FILE).read_text(encoding="utf-8"))
+    vocabulary = records.read(folder / VOCABULARY_FILE, list[str], "pretrain it again")
     return _create(folder, vocabulary, weights=folder / WEIGHTS_FILE)
 
 
@@ -193,7 +192,7 @@ def _create(
     folder: Path, vocabulary: Sequence[str], weights: Path | None
 ) -> tuple[torch.nn.Module, Callable, WordTokenizer]:
     try:
-        config = json.loads((folder / MODEL_FILE).read_text(encoding="utf-8"))
+        config = parse_json((folder / MODEL_FILE).read_bytes())
         model = SmallClip(config, len(vocabulary))
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(

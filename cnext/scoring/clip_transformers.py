@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cnext.errors import UserError
+from cnext.errors import UserError, parse_json
 from cnext.regular_files import read_text
 
 FILES = ("model.safetensors", "pytorch_model.bin")
@@ -86,14 +85,14 @@ def configuration(folder: Path) -> tuple[bool, dict[str, Any], dict[str, Any]]:
         UserError: no config.json, or one of another model.
     """
     try:
-        config = json.loads(read_text(folder / "config.json"))
+        config = parse_json(read_text(folder / "config.json"))
         text, vision = config["text_config"], config["vision_config"]
         (activation,) = {part.get("hidden_act", "quick_gelu") for part in (text, vision)}
         heads = text.get("num_attention_heads", 8)
         head_width = vision.get("hidden_size", 768) // vision.get("num_attention_heads", 12)
         quick_gelu = _ACTIVATIONS[activation]
         preprocessor = folder / "preprocessor_config.json"
-        values = json.loads(preprocessor.read_text(encoding="utf-8")) if preprocessor.is_file() else {}
+        values = parse_json(preprocessor.read_bytes()) if preprocessor.is_file() else {}
         preprocessing = {key: values[f"image_{key}"] for key in ("mean", "std") if f"image_{key}" in values}
     except (OSError, ValueError, KeyError, TypeError, AttributeError, ZeroDivisionError) as error:
         raise UserError(

@@ -8,7 +8,6 @@ unless ``open_clip_config.json`` or ``config.json`` beside them says otherwise.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cnext.errors import UserError
+from cnext.errors import UserError, parse_json
 from cnext.scoring.archive import is_archive, read_archive
 from cnext.scoring.clip_transformers import FILES, configuration, is_of_transformers, renamed
 from cnext.tensor_files import load_file
@@ -79,7 +78,7 @@ def _open_clip_config(config: Path) -> tuple[bool, dict[str, Any], dict[str, dic
     if not config.is_file():
         return True, {}, {}
     try:
-        values = json.loads(config.read_text(encoding="utf-8"))
+        values = parse_json(config.read_bytes())
         model = values["model_cfg"]
         kept = {"vision_cfg": ("head_width",), "text_cfg": ("heads",)}
         heads = {part: {k: model[part][k] for k in keys if k in model.get(part, {})} for part, keys in kept.items()}

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Collection, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from cnext.errors import parse_json
 from cnext.tasks.kept_images import ImageBytes
 
 if TYPE_CHECKING:
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 def features_of(schema: pyarrow.Schema) -> dict[str, Any]:
     """The features of columns as ``datasets.Features.to_dict`` gives them, which datasets writes into the schema."""
     try:
-        return dict(json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"])
+        return dict(parse_json((schema.metadata or {})[b"huggingface"])["info"]["features"])
     except (KeyError, TypeError, ValueError):
         return {}
 
@@ -79,7 +79,7 @@ def _named(value: Any, feature: Any) -> Any:
         names = feature.get("names")
         return (names[value] if 0 <= value < len(names) else None) if names else value
     if feature.get("_type") == "Json" and isinstance(value, str):
-        return json.loads(value)
+        return parse_json(value)
     if isinstance(value, dict):
         return {key: _named(item, feature.get(key)) for key, item in value.items()}
     return value

@@ -10,7 +10,7 @@ from math import isfinite
 from pathlib import Path
 from typing import Any
 
-from cnext.errors import listed
+from cnext.errors import listed, parse_json
 from cnext.regular_files import require_regular
 from cnext.tasks import tables
 from cnext.tasks.base import DataError
@@ -148,7 +148,7 @@ def rows(path: Path, advance: Callable[[int], None] | None = None) -> Iterator[t
 def _parsed(content: bytes) -> Any:
     """The JSON value of some bytes, or a ValueError that says why there is none."""
     try:
-        return json.loads(content.decode("utf-8-sig"))
+        return parse_json(content.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
         return ValueError(f"is not UTF-8 text ({error.reason} at byte {error.start})")
     except json.JSONDecodeError as error:
@@ -156,8 +156,6 @@ def _parsed(content: bytes) -> Any:
         return ValueError(f"is not JSON: {error.msg} at {line}column {error.colno}")
     except ValueError as error:
         return ValueError(f"is not JSON: {error}")
-    except RecursionError:
-        return ValueError("is not made of flat JSON objects: it is nested too deeply")
 
 
 def _lines(path: Path, advance: Callable[[int], None]) -> Iterator[tuple[str, Any]]:

@@ -72,6 +72,7 @@ GOOD = {"image": "a.png", "data": ["q", "a"]}
 BAD = {
     "not an object": ([1, 2], "must be a JSON object, got list"),
     "not JSON": ("{oops", "is not JSON"),
+    "key twice": ('{"image": "a.png", "data": ["q", "a"], "data": 1}', "has the key 'data' twice in one object"),
     "nested": ("[" * 100_000, "nested too deeply"),
     "PDF": ({"image": "book.PDF", "data": ["q", "a"]}, "names a PDF, which is not read: book.PDF"),
     "no text": ({"image": "a.png"}, "lacks the key 'answer'"),

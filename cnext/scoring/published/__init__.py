@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
-from cnext.errors import UserError, unknown
+from cnext.errors import UserError, parse_json, unknown
 from cnext.scoring.matrix import ScoreMatrix
 
 
 def continual_next() -> dict[str, Any]:
     """The tables of the Continual-NExT paper, by our names of methods; without stages where it printed none."""
-    return json.loads((Path(__file__).parent / "continual_next.json").read_text(encoding="utf-8"))
+    return parse_json((Path(__file__).parent / "continual_next.json").read_bytes())
 
 
 def score_matrix(paper: dict[str, Any], method: str) -> ScoreMatrix:
