@@ -16,16 +16,18 @@ from platform import python_version
 from typing import Any
 
 import cnext
-from cnext.errors import UserError
+from cnext.errors import UserError, printable
 from cnext.monitoring.signals import Stop, Stopped
-from cnext.monitoring.streams import tolerate_closed_pipes
+from cnext.monitoring.streams import escape_unencodable, tolerate_closed_pipes
 
 
-def _exit_status(verb: Callable[[], int | None]) -> int:
+def _exit_status(given: list[str], verb: Callable[[], int | None]) -> int:
     """Calls a verb. Errors of the user become one message and exit status 2, without a traceback."""
+    escape_unencodable()
     with tolerate_closed_pipes():
         try:
             try:
+                _check_text(given)
                 return verb() or 0
             finally:
                 # Here, as errors of a flush at the interpreter's exit cannot be handled.
@@ -44,6 +46,17 @@ def _exit_status(verb: Callable[[], int | None]) -> int:
         except KeyboardInterrupt as interrupt:
             print(str(interrupt) or "interrupted; the same command continues from what was saved", file=sys.stderr)
             return 130
+
+
+def _check_text(given: list[str]) -> None:
+    """Raises UserError for bytes that are no text, as in the name of a file: what is written could not name it."""
+    for word in given:
+        try:
+            word.encode()
+        except UnicodeEncodeError as error:
+            encoding = sys.getfilesystemencoding()
+            advice = "rename the file or folder" if encoding == "utf-8" else "set PYTHONUTF8=1"
+            raise UserError(f"expected text in {encoding}, got {printable(word):.200}; {advice}") from error
 
 
 def _version() -> str:
@@ -71,7 +84,7 @@ def run_main(arguments: list[str] | None = None) -> int:
         with Stop():
             return study.main(parsed)
 
-    return _exit_status(verb)
+    return _exit_status(given, verb)
 
 
 def _list(arguments: argparse.Namespace) -> None:
@@ -467,7 +480,7 @@ def main(arguments: list[str] | None = None) -> int:
         parsed = _parser().parse_args(given)
         return parsed.action(parsed)
 
-    return _exit_status(verb)
+    return _exit_status(given, verb)
 
 
 if __name__ == "__main__":

@@ -40,13 +40,11 @@ def _converted(name: str, value: Any, hint: Any) -> Any:
     if kind is Path:
         if name == "data" and isinstance(value, Mapping):  # of datasets by task and split
             return value
-        if isinstance(value, str | os.PathLike) and os.fspath(value):
-            return Path(value)
+        if isinstance(value, str | os.PathLike) and isinstance(path := os.fspath(value), str) and path:
+            return Path(_text(name, path))
     elif kind is str or typing.get_origin(kind) is typing.Literal:
-        if isinstance(value, str):
-            return value
-        if name in NAMES_OR_FOLDERS and isinstance(value, os.PathLike):
-            return str(value)
+        if isinstance(value, str) or (name in NAMES_OR_FOLDERS and isinstance(value, os.PathLike)):
+            return _text(name, str(value))
     elif kind is bool:
         if isinstance(value, bool):
             return value
@@ -60,11 +58,21 @@ def _converted(name: str, value: Any, hint: Any) -> Any:
         if name in ONE_OR_SEVERAL and isinstance(value, str):
             return (value,)
         if isinstance(value, list | tuple) and all(isinstance(each, str) for each in value):
-            return tuple(value)
+            return tuple(_text(name, each) for each in value)
     elif isinstance(value, Mapping):
         return dict(value)
     expected = _in_words(name, kind) + (" or None" if type(None) in options else "")
     raise UserError(f"{name} must be {expected}, got {value!r:.80} ({type(value).__name__})")
+
+
+def _text(name: str, value: str) -> str:
+    """The value. Raises UserError for bytes that are no UTF-8, as in a file's name, and for a zero character."""
+    try:
+        if b"\0" not in value.encode():
+            return value
+    except UnicodeEncodeError:
+        pass
+    raise UserError(f"{name} must be text in UTF-8 without zero characters, got {value!r:.200}; rename the file")
 
 
 def _in_words(name: str, kind: Any) -> str:

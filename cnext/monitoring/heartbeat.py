@@ -116,7 +116,7 @@ def alive(beat: Beat, now: float) -> bool:
 
 def log(folder: Path, text: str) -> None:
     """Appends a line with the time to the run's log. Errors are ignored: a full disk fails at the next checkpoint."""
-    with suppress(OSError), open(folder / LOG, "a", encoding="utf-8") as file:
+    with suppress(OSError), open(folder / LOG, "a", encoding="utf-8", errors="backslashreplace") as file:
         file.write(stamped(text) + "\n")
 
 

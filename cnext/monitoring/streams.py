@@ -1,7 +1,8 @@
-"""Standard streams that tolerate a closed pipe, as in ``cnext list | head -1``."""
+"""Standard streams that tolerate a closed pipe, as in ``cnext list | head -1``, and characters they cannot encode."""
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 from collections.abc import Iterator
@@ -42,6 +43,13 @@ class TolerantStream:
             if not isinstance(error, BrokenPipeError):
                 self._error = error
                 raise
+
+
+def escape_unencodable() -> None:
+    """From now on the standard streams escape characters that they cannot encode, as ``\\xb1`` where they are ASCII."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper) and not stream.closed:
+            stream.reconfigure(errors="backslashreplace")
 
 
 @contextmanager

@@ -23,6 +23,7 @@ from cnext.monitoring.heartbeat import LOG, stamped
 from cnext.monitoring.notebook import note
 from cnext.monitoring.progress import Event, ForwardedProgress, Progress, StudyProgress, shown_metrics
 from cnext.monitoring.signals import Stop, Stopped
+from cnext.monitoring.streams import escape_unencodable
 from cnext.tables.aggregate import read
 
 TAIL = 12
@@ -142,6 +143,7 @@ def _run(config: RunConfig, connection: Connection) -> None:
     with open(config.folder / LOG, "ab") as log:
         os.dup2(log.fileno(), sys.stdout.fileno())
         os.dup2(log.fileno(), sys.stderr.fileno())
+    escape_unencodable()
     faulthandler.enable()
 
     def send(event: Event) -> None:

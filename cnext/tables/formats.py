@@ -328,5 +328,5 @@ def write(path: Path, text: str) -> None:
             f"{path}: expected a folder {path.parent} to write it into, found none; make it, or name another"
         )
     part = path.with_name(f"{path.name}.part")
-    part.write_text(text, encoding="utf-8")
+    part.write_text(text, encoding="utf-8", errors="backslashreplace")
     os.replace(part, path)

@@ -221,7 +221,7 @@ def _write_task(folder: Path, task: str, split: str, count: int, seed: int) -> N
         path = folder / "questions" / f"{split}.json"
         text = json.dumps(rows, indent=1)
     path.parent.mkdir(exist_ok=True)
-    path.write_text(text)
+    path.write_text(text, encoding="utf-8")
 
 
 def write_next_tiny(folder: Path, train: int, test: int, seed: int = 0) -> Path:
