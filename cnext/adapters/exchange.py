@@ -10,15 +10,33 @@ import torch
 from torch import Tensor, nn
 
 from cnext.adapters.attach import layers, replace_modules
+from cnext.adapters.bases import is_linear, sizes
 from cnext.adapters.linear import AdapterLinear
 from cnext.errors import UserError, listed
 
+OTHER = "the adapter does not fit the model, is it of another backbone? "
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def not_finite(tensors: Mapping[str, Tensor]) -> list[str]:
     """Names of the tensors that are not floating-point or not finite."""
     return [n for n, t in tensors.items() if t.dtype not in FLOATS or not bool(torch.isfinite(t).all())]
+
+
+def overflows(tensor: Tensor, dtype: torch.dtype) -> bool:
+    """Whether finite values of a tensor would be infinite in a dtype."""
+    if not tensor.is_floating_point() or torch.finfo(tensor.dtype).max <= torch.finfo(dtype).max:
+        return False
+    return not bool(torch.isfinite(tensor.to(dtype)).all())
+
+
+def require_finite(tensors: Mapping[str, Tensor], what: str) -> None:
+    """Raises UserError naming the tensors with values that are not finite. what: begins the message."""
+    if wrong := not_finite(tensors):
+        raise UserError(
+            f"{what} would have values that are not finite, in {listed(wrong)}; take an earlier checkpoint, or one of "
+            "training with a smaller learning rate"
+        )
 
 
 @dataclass(frozen=True)
@@ -35,6 +53,15 @@ class Branches:
     def ranks(self) -> dict[str, int]:
         """Branch to rank."""
         return {name: len(a) for name, (a, _) in next(iter(self.pairs.values())).items()}
+
+    def named(self) -> dict[str, Tensor]:
+        """The tensors by name, as "<layer>.<branch>.<A or B>"."""
+        return {
+            f"{layer}.{key}.{half}": tensor
+            for layer, pairs in self.pairs.items()
+            for key, pair in pairs.items()
+            for half, tensor in zip("AB", pair, strict=True)
+        }
 
     def regrouped(self, ranks: Mapping[str, int]) -> Branches:
         """The same function as branches of other names and ranks, by concatenation; no value changes.
@@ -114,6 +141,23 @@ def with_zero_branches(model: nn.Module, branches: Branches, names: Collection[s
     return replace(branches, pairs=branches.pairs | zeros)
 
 
+def require_sizes(model: nn.Module, branches: Branches) -> None:
+    """Raises UserError for layers that a model without branches lacks, or has of other sizes.
+
+    It comes before the model is given branches of their rank: few numbers in a file can ask for much memory.
+    """
+    own = {name: sizes(each) for name, each in model.named_modules(remove_duplicate=False) if is_linear(each)}
+    firsts = {layer: next(iter(pairs.values())) for layer, pairs in branches.pairs.items()}
+    given = {layer: (a.shape[1], b.shape[0]) for layer, (a, b) in firsts.items()}
+    problems = []
+    if strange := sorted(given.keys() - own):
+        problems.append(f"layers not in the model: {listed(strange)}")
+    if wrong := [f"{n} {size}, expected {own[n]}" for n, size in given.items() if n in own and size != own[n]]:
+        problems.append(f"inputs and outputs of {listed(wrong)}")
+    if problems:
+        raise UserError(OTHER + "; ".join(problems))
+
+
 def fitted(model: nn.Module, branches: Branches) -> list[tuple[nn.Parameter, Tensor]]:
     """The parameters of a model's adapter layers, each with the tensor of branches that is for it.
 
@@ -136,9 +180,11 @@ def fitted(model: nn.Module, branches: Branches) -> list[tuple[nn.Parameter, Ten
             for half, tensor, target in zip("AB", pair, (own[key].A, own[key].B), strict=True):
                 if tensor.shape != target.shape:
                     wrong.append(f"{layer}.{key}.{half} is {tuple(tensor.shape)}, expected {tuple(target.shape)}")
+                elif overflows(tensor, target.dtype):
+                    wrong.append(f"{layer}.{key}.{half} has values beyond those of {target.dtype}")
     problems += [listed(wrong)] if wrong else []
     if problems:
-        raise UserError("the adapter does not fit the model, is it of another backbone? " + "; ".join(problems))
+        raise UserError(OTHER + "; ".join(problems))
     return [
         (parameter, tensor)
         for layer, pairs in branches.pairs.items()
@@ -161,7 +207,8 @@ def merged(model: nn.Module) -> Iterator[nn.Module]:
     """Context in which each adapter layer is replaced by its base layer, with the active branches merged into it.
 
     Raises:
-        UserError: the branches are routed, or a layer's weight is quantized, offloaded or another module's too.
+        UserError: the branches are routed, a layer's weight is quantized, offloaded or another module's too, or a sum
+            is too large for the weight's dtype.
     """
     refuse_routed(model, "a merged model")
     for name, layer in layers(model).items():
@@ -172,6 +219,8 @@ def merged(model: nn.Module) -> Iterator[nn.Module]:
     for layer in own:
         layer.merge()
     try:
+        sums = {name: layer.base.get_parameter("weight") for name, layer in layers(model).items()}
+        require_finite({name: each for name, each in sums.items() if not each.is_meta}, "the merged model")
         with _bases(model):
             yield model
     finally:

@@ -17,14 +17,16 @@ import torch
 from torch import Tensor, nn
 
 from cnext.adapters.attach import layers
-from cnext.adapters.exchange import Branches, branches_of, not_finite
+from cnext.adapters.exchange import Branches, branches_of, not_finite, overflows, require_finite
 from cnext.adapters.roles import BRANCH_ROLES
 from cnext.errors import UserError, listed, unknown
 
 KINDS = ("mage", "moelora", "lora")
 ROLES = tuple(role.name for role in BRANCH_ROLES)
 LLM = "llm.base_model.model."
-BRANCH = re.compile(r"(?P<layer>.+)\.lora_(?P<half>[AB])\.default\.(lora(?P=half)\.(?P<expert>\d+)\.(mlp\.)?)?weight")
+BRANCH = re.compile(
+    r"(?P<layer>.+)\.lora_(?P<half>[AB])\.default\.(lora(?P=half)\.(?P<expert>0|[1-9][0-9]{0,4})\.(mlp\.)?)?weight"
+)
 ROUTER = re.compile(r"(?P<layer>.+)\.lora_router\.default\.weight")
 NORM = re.compile(r"(?P<norm>.+)\.modules_to_save\.default\.weight")
 IGNORED = {"original_module": re.compile(r".+\.original_module\.weight"), "inv_freq": re.compile(r".+\.inv_freq")}
@@ -66,14 +68,14 @@ def from_released(
     """
     if kind not in KINDS:
         raise unknown("kind of released adapter", kind, KINDS)
+    if strange := not_finite(state):
+        raise UserError(f"not a released {kind} adapter as expected: not finite numbers: {listed(strange)}")
     halves: dict[str, dict[str, dict[str, Tensor]]] = {}
     routers, extras, ignored, problems = {}, {}, Counter(), {}
 
     def problem(what: str, name: str) -> None:
         problems.setdefault(what, []).append(name)
 
-    for key in not_finite(state):
-        problem("not finite numbers", key)
     for key, tensor in state.items():
         name = key.removeprefix("module.")
         part = name.partition(".")[0]
@@ -99,19 +101,20 @@ def from_released(
     if kind != "moelora":
         ignored.update({"lora_router": len(routers)} if routers else {})
         routers = {}
-    names = _names(halves, kind)
-    pairs = {}
+    names, ranks, pairs = _names(halves, kind), {}, {}
     for layer, experts in halves.items():
         pairs[layer] = {}
         for number, branch in names.items():
             pair = experts.get(number, {})
             if pair.keys() != {"A", "B"}:
                 problem("branches missing", f"{layer}.{number} ({' and '.join({'A', 'B'} - pair.keys())})")
-            elif any(t.ndim != 2 for t in pair.values()) or len(pair["A"]) != pair["B"].shape[1]:
+            elif any(t.ndim != 2 or not t.numel() for t in pair.values()) or len(pair["A"]) != pair["B"].shape[1]:
                 shapes = ", ".join(f"{half} {tuple(pair[half].shape)}" for half in "AB")
                 problem("wrong shapes", f"{layer}.{number}: {shapes}, expected (rank, in) and (out, rank)")
             else:
                 pairs[layer][branch] = (pair["A"], pair["B"])
+                if (rank := len(pair["A"])) != ranks.setdefault(branch, rank):
+                    problem("other ranks", f"{layer}.{number}: {rank}, expected {ranks[branch]} as in the first layer")
         if extra := experts.keys() - names.keys():
             problem("branches too many", f"{layer} has {', '.join(sorted(extra))}, expected {', '.join(names)}")
         if kind == "moelora" and not problems:
@@ -140,7 +143,12 @@ def _names(halves: dict[str, dict[str, dict[str, Tensor]]], kind: str) -> dict[s
     if kind == "mage" and "lora" not in found:
         return {str(number): role for number, role in enumerate(ROLES)}
     if kind == "moelora" and "lora" not in found:
-        return {str(number): f"expert-{number}" for number in range(1 + max(map(int, found)))}
+        if lost := {str(number) for number in range(len(found))} - found:
+            raise UserError(
+                f"expected experts numbered from 0 without gaps, the file has {len(found)} and none of the numbers "
+                f"{listed(sorted(lost, key=int))}"
+            )
+        return {str(number): f"expert-{number}" for number in range(len(found))}
     if kind == "lora" and found == {"lora"}:
         return {"lora": "lora"}
     contents = "one plain branch: kind lora" if found == {"lora"} else "numbered branches: kind mage or moelora"
@@ -175,7 +183,7 @@ def to_released(model: nn.Module, extras: Mapping[str, Mapping[str, Tensor]] | N
         Name to tensor.
 
     Raises:
-        UserError: the branches are neither MAGE's four, nor one, nor experts with softmax routers.
+        UserError: the branches are neither MAGE's four, nor one, nor experts with softmax routers, or not finite.
     """
     branches, kind, state = branches_of(model), kind_of(model), {}
     routers = _routers(model) or {}
@@ -191,6 +199,7 @@ def to_released(model: nn.Module, extras: Mapping[str, Mapping[str, Tensor]] | N
             if kind == "norms":
                 name = f"{name.removesuffix('.weight')}.modules_to_save.default.weight"
             state[f"{LLM}{name}" if kind in LANGUAGE_MODEL else name] = tensor
+    require_finite(state, "the adapter")
     return state
 
 
@@ -237,6 +246,11 @@ def copy_named(given: Mapping[str, Tensor], own: Mapping[str, Tensor], what: str
         f"{name} {tuple(tensor.shape)}, expected {tuple(own[name].shape) if name in own else 'no such parameter'}"
         for name, tensor in given.items()
         if name not in own or own[name].shape != tensor.shape
+    ]
+    wrong += [
+        f"{name} has values beyond those of {own[name].dtype}"
+        for name, tensor in given.items()
+        if name in own and overflows(tensor, own[name].dtype)
     ]
     if wrong:
         raise UserError(f"{what}: {listed(wrong)}")

@@ -314,7 +314,7 @@ def _read_adapter(folder: Path) -> tuple[dict[str, tuple[Tensor, Tensor]], float
         f"{layer}.{half} {tuple(tensor.shape)}"
         for layer, pair in halves.items()
         for half, tensor in pair.items()
-        if tensor.ndim != 2 or tensor.shape["AB".index(half)] != given.r
+        if tensor.ndim != 2 or tensor.shape["AB".index(half)] != given.r or not tensor.numel()
     ]
     quantized = [f"{key} is {tensor.dtype}" for key, tensor in tensors.items() if tensor.dtype not in FLOATS]
     problems = [

@@ -12,7 +12,8 @@ from torch import nn
 
 from cnext import packages
 from cnext.adapters import hub, saving
-from cnext.adapters.exchange import put_branches
+from cnext.adapters.attach import layers
+from cnext.adapters.exchange import put_branches, require_sizes
 from cnext.adapters.logit_check import Reference, deviation
 from cnext.adapters.mage import AttachedMage, attach_mage
 from cnext.adapters.saving import ALIKE, CONFIG, NO_LOGITS, REFERENCE, SAME, Saved
@@ -57,6 +58,11 @@ def load(
     given = config.attached
     options = {name: getattr(given, name) for name in given.__struct_fields__ if name != "language_model"}
     part = _part(model, given.language_model, path)
+    try:
+        if not layers(model):
+            require_sizes(model, branches)
+    except UserError as error:
+        raise UserError(f"{path}: {error}; {_made(config)}") from error
     handle = attach_mage(model, language_model=part, generator=torch.Generator(), **options)
     try:
         put_branches(model, branches)

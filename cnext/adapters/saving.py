@@ -139,14 +139,7 @@ def branches_in(model: nn.Module, state: Mapping[str, Tensor] | None = None) -> 
 
 def not_finite(branches: Branches) -> list[str]:
     """Names of the branches' tensors that have values which are not finite, as after training that diverged."""
-    return exchange.not_finite(
-        {
-            f"{layer}.{key}.{half}": tensor
-            for layer, pairs in branches.pairs.items()
-            for key, pair in pairs.items()
-            for half, tensor in zip("AB", pair, strict=True)
-        }
-    )
+    return exchange.not_finite(branches.named())
 
 
 def sharded(model: nn.Module) -> bool:
@@ -323,6 +316,12 @@ def read_saved(folder: Path) -> tuple[Saved, Branches, Reference | None]:
         raise UserError(
             f"{folder}: {exchange_peft.CONFIG} has ranks {branches.ranks} and lora_alpha / r {branches.scale:g}, "
             f"{CONFIG} {config.branches} and {config.scale:g}; {ADVICE}"
+        )
+    if len(config.branches) != 2 * len(config.attached.modalities):
+        count = len(config.attached.modalities)
+        raise UserError(
+            f"{folder / CONFIG}: expected two branches for each of {count} modalities, found "
+            f"{len(config.branches)}; {ADVICE}"
         )
     branches = Branches(branches.regrouped(config.branches).pairs, config.scale)
     kept = read(folder / REFERENCE, Reference, ADVICE) if (folder / REFERENCE).is_file() else None

@@ -207,6 +207,7 @@ def export(
         base = base_model or (os.path.abspath(weights) if weights else f"cnext:{restored.config.backbone}")
         with restored.method.for_eval():
             branches = exchange.branches_of(restored.model)
+            exchange.require_finite(branches.named(), "the adapter")
             notes += _write(restored, folder, format, extras, base)
             kept = reference(restored.model)
         checkpoint.write_json(folder / REFERENCE, to_builtins(kept))

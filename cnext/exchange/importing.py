@@ -50,6 +50,7 @@ def import_adapter(
         found, kind = exchange_files.read(path, kind, {*BESIDE, *connections})
         method = method or kind
         modalities = modalities_of(found.branches.ranks) or MODALITIES
+        exchange.require_sizes(outer_model(model), found.branches)
         made = methods.load(method)(**hyperparameters_of(found.branches, kind))
         made.setup(model, [], torch.Generator().manual_seed(0), modalities)
         outer = outer_model(model)
@@ -62,7 +63,10 @@ def import_adapter(
         _put_connections(model, found.extras)
         checked = _check(path, outer, backbone)
         config = _config(path, backbone, method, made, weights) | {"modalities": modalities}
-        extras = {f"{kind}.{name}": tensor for kind, part in found.extras.items() for name, tensor in part.items()}
+        # Clones: tensors of a file may share their values, which a checkpoint stores once for each.
+        extras = {
+            f"{kind}.{name}": tensor.clone() for kind, part in found.extras.items() for name, tensor in part.items()
+        }
         tensors = {"adapters": made.adapter_parameters(), "method": made.state_dict(), "optimizer": {}, EXTRAS: extras}
         checkpoint.write_json(folder / "config.json", config)
         checkpoint.save(folder / "checkpoints" / "0_imported", tensors, {"tasks_done": 0, "step": 0})

@@ -18,7 +18,7 @@ from torch import Tensor
 from cnext.errors import UserError, parse_json
 from cnext.scoring.archive import is_archive, read_archive
 from cnext.scoring.clip_transformers import FILES, configuration, is_of_transformers, renamed
-from cnext.tensor_files import load_file
+from cnext.tensor_files import load_file, require_dense
 
 CONFIG_FILE = "open_clip_config.json"
 WEIGHTS_FILES = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin", "ViT-B-32.pt", *FILES)
@@ -95,6 +95,7 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
         isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in given.items()
     ):
         raise UserError(f"{path}: expected the weights of a CLIP, a table of tensors; found {type(given).__name__}")
+    require_dense(path, given)
     return {name.removeprefix("module."): tensor for name, tensor in given.items()}
 
 

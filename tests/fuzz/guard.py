@@ -1,11 +1,13 @@
-"""An audit hook that reports file access outside of a folder."""
+"""An audit hook that reports file access outside of a folder, and bounds of memory and time."""
 
 from __future__ import annotations
 
 import os
 import sys
 import sysconfig
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -59,3 +61,21 @@ def _hook(event: str, arguments: tuple[Any, ...]) -> None:
 
 
 sys.addaudithook(_hook)
+
+
+@contextmanager
+def bounded(megabytes: int = 300, seconds: float = 20) -> Iterator[None]:
+    """Fails where a block takes more memory than what was there before it, or more time."""
+    start, before = time.monotonic(), _megabytes("VmRSS")
+    with suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
+    yield
+    assert _megabytes("VmHWM") - before < megabytes
+    assert time.monotonic() - start < seconds
+
+
+def _megabytes(name: str) -> float:
+    """A line of this process's status in Linux; 0 elsewhere."""
+    status = Path("/proc/self/status")
+    lines = status.read_text().splitlines() if status.is_file() else []
+    return sum(int(line.split()[1]) / 1024 for line in lines if line.startswith(f"{name}:"))
