@@ -25,7 +25,10 @@ from setuptools.command.build_ext import build_ext
 from setuptools.errors import CompileError
 
 CSRC = Path("csrc")
-INCLUDES = f"-I{pybind11.get_include()} -I{sysconfig.get_paths()['include']}"
+# pip builds with pybind11 in a folder of another name each time, and ninja compiles again when a command changes: the
+# folder is in the environment, and the version among the flags.
+INCLUDES = f"-DCNEXT_PYBIND11={pybind11.__version__} -I{sysconfig.get_paths()['include']}"
+SEARCHED = os.pathsep.join(filter(None, [pybind11.get_include(), os.environ.get("CPLUS_INCLUDE_PATH")]))
 HEADERS = sorted(str(path) for path in CSRC.rglob("*.[hi]*"))
 
 # Kernel sources are compiled once per instruction set; cnext._cpu chooses at import time by what the machine has.
@@ -202,7 +205,14 @@ class NinjaBuild(build_ext):
         command = [sys.executable, "-m", "ninja", "-C", str(objects)]
         if jobs := os.environ.get("MAX_JOBS"):
             command += ["-j", jobs]
-        run = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace")
+        run = subprocess.run(
+            command,
+            env=os.environ | {"CPLUS_INCLUDE_PATH": SEARCHED},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+        )
         print(run.stdout, flush=True)
         if run.returncode:
             used = NVCC if ext.name.endswith("_cuda") else CXX

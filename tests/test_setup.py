@@ -24,9 +24,9 @@ FILES = (
 )
 WORKS = """#!/bin/sh
 [ "$1" = --version ] && echo "Cuda compilation tools, release 12.4, V12.4.131" && exit
-while [ $# -gt 0 ]; do case "$1" in -o|-MF) : > "$2";; esac; shift; done
+while [ $# -gt 0 ]; do case "$1" in -o) : > "$2";; -MF) echo "${2%.d}:" > "$2";; esac; shift; done
 """
-"""A compiler that writes empty files."""
+"""A compiler that writes empty files, and that they depend on nothing."""
 FAILS = '#!/bin/sh\necho "fatal error: a broken toolkit" >&2; exit 1\n'
 UNFIT = {
     "old": (WORKS.replace("12.4", "12.0"), "belongs to CUDA 12.0; the CUDA part needs 12.1 or newer"),
@@ -153,6 +153,19 @@ def test_a_skipped_part_of_an_earlier_build_is_removed(tree: Path, tmp_path: Pat
     environment = programs(tmp_path / "bin", g_x=WORKS, nvcc=WORKS)
     assert outcome(tree, environment)[0]["cuda"] == ""
     assert outcome(tree, environment | {"CNEXT_CUDA": "0"})[0]["cuda"] == "CNEXT_CUDA=0 skipped it"
+
+
+def test_nothing_is_compiled_again_because_pip_has_pybind11_elsewhere(tree: Path, tmp_path: Path) -> None:
+    """Each `pip install` has it in a folder of another name. Another version does compile anew."""
+    environment, written = programs(tmp_path / "bin", g_x=WORKS), []
+    for folder, version in (("one", 3), ("two", 3), ("three", 4)):
+        (tmp_path / folder).mkdir()
+        text = f"__version__ = '{version}'\ndef get_include(): return '{folder}'"
+        (tmp_path / folder / "pybind11.py").write_text(text)
+        outcome(tree, environment | {"PYTHONPATH": str(tmp_path / folder)})
+        written.append([path.stat().st_mtime_ns for path in sorted((tree / "temp").rglob("*.o"))])
+    assert written[0] == written[1]
+    assert all(one < other for one, other in zip(written[1], written[2], strict=True))
 
 
 def hook(name: str) -> tuple[str, str]:
