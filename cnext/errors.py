@@ -35,6 +35,15 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
+def check_range(name: str, value: float, least: float, most: float) -> None:
+    """Raises UserError for a number that is out of its range, or none (nan)."""
+    if not least <= value <= most:
+        bound = f"at most {most}" if value > most else f"at least {least}"
+        # Python writes out no integer of thousands of digits.
+        got = value if isinstance(value, float) or abs(value) < 1e30 else "a number of more than 30 digits"
+        raise UserError(f"{name} must be {bound}, got {got}")
+
+
 def parse_json(text: str | bytes) -> Any:
     """``json.loads``, with a ValueError for a key that an object has twice, and for nesting that is too deep.
 

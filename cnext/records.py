@@ -21,8 +21,6 @@ MAX_NAME, MAX_FILE, MAX_PATH = 100, 255, 1024
 
 MAX = sys.float_info.max
 Finite = Annotated[float, Meta(ge=-MAX, le=MAX)]
-PositiveFloat = Annotated[float, Meta(gt=0, le=MAX)]
-NonNegativeFloat = Annotated[float, Meta(ge=0, le=MAX)]
 Fraction = Annotated[float, Meta(ge=0, le=1)]
 Count = Annotated[int, Meta(ge=0, lt=2**53)]
 PositiveInt = Annotated[int, Meta(ge=1, lt=2**53)]

@@ -72,7 +72,7 @@ ERRORS = {
     "uneven GPUs": (["--dry-run", "--gpus", "3"], "--gpus 3 does not divide the batch size of VQAv2"),
     "negative seed": (["--seeds", "-1"], "seed must be at least 0, got -1"),
     "no threads": (["--threads", "0"], "threads must be at least 1, got 0"),
-    "learning rate": (["--learning-rate", "nan"], "learning_rate must be positive and finite"),
+    "learning rate": (["--learning-rate", "nan"], "learning_rate must be at least 1e-12, got nan"),
     "data": (["--data", "nowhere"], "no file matches nowhere/VQAv2/annotations/*.jsonl; nowhere holds nothing: it is"),
     "data in a file": (["--data", "file"], "no file matches file/VQAv2/annotations/*.jsonl; file is a file, no folder"),
     "device map": (["--device-map", "balanced"], "the tiny backbone runs on one device and takes no device map, got"),

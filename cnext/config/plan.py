@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import inspect
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -14,8 +15,8 @@ from typing import Any
 from cnext import packages
 from cnext.config import init_source
 from cnext.config.init_source import InitSource
-from cnext.config.run_config import LOGS, OVERRIDES, SPLITS, Options, RunConfig
-from cnext.errors import UserError, parse_json, unknown
+from cnext.config.run_config import LOGS, OVERRIDES, RANGES, SPLITS, Options, RunConfig
+from cnext.errors import UserError, check_range, parse_json, unknown
 from cnext.regular_files import read_bytes
 from cnext.scoring.base import find_scorer, make_scorers
 from cnext.tasks import suites
@@ -190,11 +191,6 @@ def completed(values: Mapping[str, Any], present: Mapping[str, Any]) -> dict[str
     return found
 
 
-def _at_least(name: str, value: float, least: float) -> None:
-    if value < least:
-        raise UserError(f"{name} must be at least {least}, got {value}")
-
-
 def plan(config: RunConfig, elsewhere: bool = False, forecast: bool = False) -> Plan:
     """Resolves every name of a configuration and checks every value, without loading data or models.
 
@@ -293,10 +289,9 @@ def _check_options(config: RunConfig, suite: Suite) -> None:
             raise UserError(f"--log {name} needs the package {name}; pip install 'cnext[{name}]'")
     if config.backbone not in backbones.modules():
         raise unknown("backbone", config.backbone, sorted(backbones.modules()))
-    for name, least in (("seed", 0), ("threads", 1), ("checkpoint_interval", 1)):
-        _at_least(name, getattr(config, name), least)
-    for name in ("workers", "micro_batch_size"):
-        _at_least(name, getattr(config, name) or 0, 0)
+    for name, (least, most) in RANGES.items():
+        if (value := getattr(config, name)) is not None:
+            check_range(name, value, least, most)
     packages.require_backbone(config.backbone)
     loading_options(config.backbone, config.backbone_options)
 
@@ -304,6 +299,7 @@ def _check_options(config: RunConfig, suite: Suite) -> None:
 def _hyperparameters(config: RunConfig, recipe: Recipe) -> dict[str, Any]:
     """All hyperparameters of the method, the preset's and its own defaults included."""
     from cnext import methods
+    from cnext.methods.base import check_hyperparameters
 
     kind = methods.load(config.method)
     for name in recipe.hyperparameters.keys() - methods.modules().keys():
@@ -317,6 +313,7 @@ def _hyperparameters(config: RunConfig, recipe: Recipe) -> dict[str, Any]:
             raise unknown(f"hyperparameter of {config.method}", name, list(known))
         check_type(f"hyperparameter {name} of {config.method}", value, known[name].default)
     try:
+        check_hyperparameters(kind, given)
         return dataclasses.asdict(kind(**given))
     except ValueError as error:
         raise UserError(f"{config.method}: {error}") from error
@@ -374,8 +371,6 @@ def _recipe(config: RunConfig, recipe: Recipe) -> Recipe:
     """The preset's recipe with what the configuration overrides, for every task."""
     from cnext.config.schedules import SCHEDULES
 
-    if config.learning_rate is not None and not 0 < config.learning_rate < float("inf"):
-        raise UserError(f"learning_rate must be positive and finite, got {config.learning_rate}")
     given = {name: value for name in OVERRIDES if (value := getattr(config, name)) is not None}
     by_task = {task: {k: v for k, v in own.items() if k not in given} for task, own in recipe.by_task.items()}
     recipe = dataclasses.replace(recipe, **given, by_task=by_task)
@@ -428,13 +423,8 @@ def _device(name: str, elsewhere: bool) -> str:
 
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
-    valid = ["auto", "cpu", "cuda", "cuda:N"]
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise unknown("device", name, valid) from error
-    if device.type not in ("cpu", "cuda"):
-        raise unknown("device", name, valid)
-    if not elsewhere and device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+    if not re.fullmatch(r"cpu|cuda(:(0|[1-9][0-9]{0,3}))?", name):
+        raise unknown("device", name, ["auto", "cpu", "cuda", "cuda:N"])
+    if not elsewhere and name != "cpu" and int(name.partition(":")[2] or 0) >= torch.cuda.device_count():
         raise UserError(f"device {name} is not there: torch sees {torch.cuda.device_count()} CUDA devices")
     return name

@@ -12,6 +12,7 @@ from cnext.config import settings_file
 from cnext.config.given import converted
 from cnext.errors import UserError
 from cnext.tasks import suites
+from cnext.tasks.base import LARGEST_BATCH, LEARNING_RATES
 
 SPLITS = ("test", "validation")
 LOGS = ("jsonl", "tensorboard", "wandb")
@@ -26,6 +27,16 @@ OVERRIDES = (
     "draws",
 )
 """Flags that replace a field of the preset's recipe."""
+RANGES = {
+    "seed": (0, 2**53 - 1),
+    "threads": (1, 1024),
+    "checkpoint_interval": (1, 10**9),
+    "workers": (0, 256),
+    "learning_rate": LEARNING_RATES,
+    "batch_size": (1, LARGEST_BATCH),
+    "micro_batch_size": (0, LARGEST_BATCH),
+}
+"""The least and the greatest value of each number: what is outside of them is a slip, or a machine's end."""
 
 
 @dataclass(frozen=True)

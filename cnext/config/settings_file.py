@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 LONGEST = 1_000_000
 """Bytes of the largest file that is read."""
 _TAG = "tag:yaml.org,2002:"
-_WHOLE = re.compile(r"[-+]?(0|[1-9][0-9]*)")
+_WHOLE = re.compile(r"[-+]?(0|[1-9][0-9]{0,999})")
 _NUMBER = re.compile(r"[-+]?([0-9]+(\.[0-9]*)?|\.[0-9]+)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)")
 _TRUTHS = {text: value for value in (True, False) for text in (str(value).lower(), str(value), str(value).upper())}
 _NULLS = ("", "~", "null", "Null", "NULL")

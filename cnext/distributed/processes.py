@@ -58,6 +58,8 @@ def process_group(device: str) -> Iterator[str]:
     if launched() == 1 or collectives.world_size() > 1:
         yield own_device(device)
         return
+    if ":" in device:
+        raise UserError(f"{device} is one GPU, and {launched()} processes need one each; give --device cuda")
     if importlib.util.find_spec("accelerate") is None:
         raise UserError("a run in several processes needs accelerate, not installed here: pip install 'cnext[hf]'")
     from accelerate import PartialState

@@ -16,10 +16,13 @@ from torch import Tensor, nn
 from cnext import adapters
 from cnext.averaging import MovingAverage
 from cnext.backbones.base import Backbone
-from cnext.errors import UserError
+from cnext.errors import UserError, check_range
 from cnext.scoring.base import Prediction
 from cnext.tasks.base import Sample, Task
 
+RANGE, SMALLEST = (-1e6, 1e6), 1e-9
+"""The least and the greatest value of a hyperparameter, unless its method says others, and the smallest that is not 0:
+beyond them a product of two is not exact in float32, or nothing."""
 Memory = Mapping[str, Sequence[Sample]]
 """Training samples kept for rehearsal: task name to samples, earlier tasks and the current one, in training order."""
 
@@ -115,6 +118,9 @@ class Method(ABC):
 
     joint: ClassVar[bool] = False
     """Whether all tasks are trained at once, as a reference, instead of one after another."""
+
+    ranges: ClassVar[Mapping[str, tuple[float, float]]] = MappingProxyType({})
+    """The least and the greatest value of hyperparameters that have others than `RANGE`; a subclass names more."""
 
     by_task: ClassVar[bool] = False
     """Whether parts of what it stores belong to the tasks by their place in the order, as a branch for each."""
@@ -283,6 +289,20 @@ class Method(ABC):
         """Restores `state_dict`. Within a task it is called after `before_task`."""
         if self.rule:
             self.rule.load_state_dict(state)
+
+
+def check_hyperparameters(kind: type[Method], given: Mapping[str, Any]) -> None:
+    """Raises UserError for a hyperparameter that is infinite, nan or out of its range, see `Method.ranges`.
+
+    What else a value must be, its method says itself where it is made.
+    """
+    ranges = {name: own for base in reversed(kind.__mro__) for name, own in vars(base).get("ranges", {}).items()}
+    for name, value in given.items():
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            continue
+        check_range(name, value, *ranges.get(name, RANGE))
+        if 0 < abs(value) < SMALLEST:
+            raise UserError(f"{name} must be 0 or at least {SMALLEST} in size, got {value}")
 
 
 def check_lr_factor(factor: float) -> None:

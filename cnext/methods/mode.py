@@ -14,9 +14,9 @@ Reference: Wei, Munir and Marculescu, NeurIPS 2025, arXiv 2512.03125.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -50,6 +50,7 @@ class Mode(MoeLora):
     distill: Annotated[float, "Weight of the distillation from the pretrained model, for batches with images."] = 0.3
 
     router = ModalityRouter
+    ranges: ClassVar[Mapping[str, tuple[float, float]]] = {"experts": (1, 256)}
     card = Card("arXiv 2512.03125", grid={"scale": (2.0, 6.0, 12.0), "distill": (0.1, 0.3, 1.0, 3.0)})
 
     def __post_init__(self) -> None:

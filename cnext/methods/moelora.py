@@ -8,7 +8,7 @@ Reference: Liu et al., arXiv 2310.18339; Chen et al., CoIN, arXiv 2403.08350; Co
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, ClassVar
 
@@ -46,6 +46,7 @@ class MoeLora(LowRank):
     experts: Annotated[int, "Number of experts."] = 4
 
     router: ClassVar[type[Router]] = Router
+    ranges: ClassVar[Mapping[str, tuple[float, float]]] = {"experts": (1, 256)}
     card = Card("arXiv 2310.18339", grid={"scale": (2.0, 6.0, 12.0), "lr_factor": (0.25, 0.5, 1.0, 2.0)})
 
     def __post_init__(self) -> None:

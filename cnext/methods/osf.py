@@ -22,9 +22,9 @@ Reference: Nayak et al., Sculpting Subspaces, arXiv 2504.07097; PEFT, tuners/osf
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -48,6 +48,7 @@ class Osf(Method):
     )
     lr_factor: Annotated[float, "Factor of the recipe's learning rate."] = 2.0
 
+    ranges: ClassVar[Mapping[str, tuple[float, float]]] = {"rank": (1, 16384)}
     card = Card(
         "arXiv 2504.07097",
         keeps="the change of every weight; within a task also the weights' high directions",

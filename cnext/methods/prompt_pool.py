@@ -10,9 +10,9 @@ Reference: Wang et al., Learning to Prompt for Continual Learning, arXiv 2112.08
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -38,6 +38,7 @@ class PromptPool(Method):
 
     lr_factor: Annotated[float, "Factor of the recipe's learning rate."] = 0.5
 
+    ranges: ClassVar[Mapping[str, tuple[float, float]]] = {"length": (1, 16384), "top_k": (1, 1024)}
     card = Card("arXiv 2112.08654", grid={"scale": (10.0, 30.0, 100.0), "lr_factor": (0.25, 0.5, 1.0, 2.0)})
 
     def __post_init__(self) -> None:

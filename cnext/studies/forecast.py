@@ -6,6 +6,7 @@ text lists the assumed figures of the hardware.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -52,8 +53,8 @@ def text(planned: Plan, gpus: int, teraflops: float) -> str:
     Raises:
         UserError: the backbone's sizes are not known without its weights, or a batch cannot be divided by ``gpus``.
     """
-    if gpus < 1 or not teraflops > 0:
-        raise UserError(f"--gpus must be at least 1 and --tflops above 0, got {gpus} and {teraflops}")
+    if gpus < 1 or not 0 < teraflops < math.inf:
+        raise UserError(f"--gpus must be at least 1 and --tflops above 0 and finite, got {gpus} and {teraflops}")
     config, recipe = planned.config, planned.recipe
     uneven = [name for name in planned.order if recipe.of(name).batch_size % gpus]
     if uneven:

@@ -12,7 +12,7 @@ from typing import Annotated, Any
 from msgspec import Meta
 
 from cnext.errors import UserError, unknown
-from cnext.records import Count, Fraction, NonNegativeFloat, PositiveFloat, PositiveInt
+from cnext.records import Count, Fraction
 
 IMAGE_POSITIONS = ("first", "random")
 PROMPTS = ("released", "consistent")
@@ -23,7 +23,12 @@ LOSS_MEANS = ("batch", "micro-batch")
 DRAWS = ("sample", "epoch")
 BY_TASK = ("batch_size", "micro_batch_size", "learning_rate", "warmup_steps")
 """Fields of a `Recipe` that may differ from task to task."""
+LEARNING_RATES = (1e-12, 100.0)
+"""The least and the greatest learning rate."""
+LARGEST_BATCH = 2**20
 Beta = Annotated[float, Meta(ge=0, lt=1)]
+Batch = Annotated[int, Meta(ge=1, le=LARGEST_BATCH)]
+Steps = Annotated[int, Meta(ge=0, le=10**9)]
 _DRAW = re.compile(r"\A\s*please generate the image\s*[:.]\s*", re.IGNORECASE)
 
 
@@ -141,7 +146,7 @@ class Task:
     train_images: str = ""
     test_images: str = ""
     validation: str = ""
-    max_new_tokens: PositiveInt = 32
+    max_new_tokens: Annotated[int, Meta(ge=1, le=2**20)] = 32
     description: str = ""
     references: str = ""
     image_position: str = "first"
@@ -209,18 +214,18 @@ class Recipe:
     hyperparameters: of methods, where their defaults here are others than the method's own: its name to values.
     """
 
-    steps: dict[str, Count]
+    steps: dict[str, Steps]
     train_samples: Count = 0
     test_samples: Count = 0
-    batch_size: PositiveInt = 16
-    learning_rate: PositiveFloat = 1e-4
+    batch_size: Batch = 16
+    learning_rate: Annotated[float, Meta(ge=LEARNING_RATES[0], le=LEARNING_RATES[1])] = 1e-4
     min_learning_rate_ratio: Fraction = 0.05
-    warmup_steps: Count = 8
+    warmup_steps: Steps = 8
     betas: tuple[Beta, Beta] = (0.9, 0.98)
-    eps: PositiveFloat = 1e-6
-    weight_decay: NonNegativeFloat = 0.0
-    max_grad_norm: PositiveFloat = 1.0
-    micro_batch_size: Count = 0
+    eps: Annotated[float, Meta(ge=1e-30, le=1)] = 1e-6
+    weight_decay: Annotated[float, Meta(ge=0, le=1000)] = 0.0
+    max_grad_norm: Annotated[float, Meta(ge=1e-9, le=1e30)] = 1.0
+    micro_batch_size: Annotated[int, Meta(ge=0, le=LARGEST_BATCH)] = 0
     schedule: str = "cosine"
     trainable: str = "branches"
     precision: str = "float32"

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 import torch
 from torch import nn
@@ -31,6 +31,8 @@ class LowRank(Method):
     init_std: Annotated[
         float, "Standard deviation of A's normal initial values; 0: uniform in +-1/sqrt(width), as in PEFT."
     ] = 0.0
+
+    ranges: ClassVar[Mapping[str, tuple[float, float]]] = {"rank": (1, 16384)}
 
     def __post_init__(self) -> None:
         if self.rank < 1:
