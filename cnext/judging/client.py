@@ -8,14 +8,15 @@ import re
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from threading import Event, Lock
+from threading import Event, Lock, local
 from types import TracebackType
 from typing import Any
 from urllib.parse import parse_qsl, urlsplit
 
-from cnext.errors import UserError
+from cnext.errors import UserError, printable
+from cnext.judging.connection import Connection, Unavailable, library
 from cnext.judging.parameters import Parameters, changes
-from cnext.judging.replies import Completion, Malformed, NoReply, ServerError, read, server_error
+from cnext.judging.replies import Completion, Malformed, NoReply, NoVerdict, ServerError, line, read, server_error
 from cnext.judging.requests import PARAMETERS
 
 DEFAULT_MODEL = "Qwen/Qwen3-VL-30B-A3B-Instruct"
@@ -32,10 +33,6 @@ NO_SUCH_PARAMETER = (400, 422, 501)
 NO_SUCH_PATH = (404, 405)
 
 
-class Unavailable(UserError):
-    """The server cannot be used as it is: every further request would fail too."""
-
-
 def _ignore(text: str) -> None:
     pass
 
@@ -45,7 +42,7 @@ class Client:
     """One server and one model; thread-safe.
 
     url: for example http://localhost:8000/v1; where nothing is found there, /v1 is appended.
-    timeout: seconds without data after which a request fails.  tries: of one request, while the server is overloaded,
+    timeout: seconds that a request may take in all.  tries: of one request, while the server is overloaded,
     fails or is silent.  wait: seconds before the second try, doubled for each further one, with a random factor between
     0.5 and 1.  max_tokens: of a reply.  warn: is told what is sent otherwise than asked for, and of long waits.
     """
@@ -63,11 +60,16 @@ class Client:
     """Of all requests: how many, the tokens that the server counted, and replies for which it counted none."""
 
     def __post_init__(self) -> None:
-        parts = urlsplit(self.url)
-        if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise UserError(
-                f"expected openai:URL with http:// or https://, got {self.url!r}; try http://localhost:8000/v1"
-            )
+        invalid = UserError(
+            f"expected openai:URL with http:// or https://, got {self.url!r}; try http://localhost:8000/v1"
+        )
+        try:
+            parts = urlsplit(self.url)
+            usable = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0 and self.url.isprintable()
+        except ValueError as error:
+            raise invalid from error
+        if not usable:
+            raise invalid
         if parts.username or parts.password:
             raise UserError(f"the URL of the judge has a user name or password; set {KEY_VARIABLE} instead")
         try:
@@ -77,24 +79,48 @@ class Client:
         self._openai = openai
         path = parts.path.rstrip("/").removesuffix("/chat/completions")
         base = parts._replace(path=path, query="", fragment="").geturl()
+        try:
+            library(openai).URL(base)
+        except library(openai).InvalidURL as error:
+            raise invalid from error
         # Servers have their paths below a version; some have no version.
         self._other_base = "" if re.search(r"/v\d", path) else f"{base}/v1"
-        # Local servers accept any key, but want one. Retries are done here, so that waits can be ended.
-        self._api = openai.OpenAI(
-            base_url=base,
-            api_key=_key() or "none",
-            timeout=self.timeout,
-            max_retries=0,
-            default_query=dict(parse_qsl(parts.query)),
-        )
-        self.parameters = Parameters(self.max_tokens)
+        self._base, self._key, self._query = base, _key(), dict(parse_qsl(parts.query))
+        self._verify = library(openai).create_ssl_context()
+        self._mine, self._connections = local(), list[Connection]()
         self._lock = Lock()
+        self.parameters = Parameters(self.max_tokens)
 
     def __enter__(self) -> Client:
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self._api.close()
+        for connection in self._connections:
+            connection.close()
+
+    def hang_up(self) -> None:
+        """Ends all open requests; theirs is no reply."""
+        self.stopped.set()
+        for connection in self._connections:
+            connection.hang_up()
+
+    def _connected(self) -> tuple[Connection, Any]:
+        """The connection of this thread, and the openai client on it."""
+        if not hasattr(self._mine, "pair"):
+            connection = Connection(self._openai, self._base, self.timeout, self._verify)
+            # Local servers accept any key, but want one. Retries are done here, so that waits can be ended.
+            api = self._openai.OpenAI(
+                base_url=self._base,
+                api_key=self._key or "none",
+                timeout=self.timeout,
+                max_retries=0,
+                default_query=self._query,
+                default_headers={"Accept-Encoding": "identity"},
+                http_client=connection.http,
+            )
+            self._mine.pair = connection, api
+            self._connections.append(connection)
+        return self._mine.pair
 
     def ask(self, messages: list[Any]) -> Completion:
         """The completion of messages.
@@ -109,7 +135,7 @@ class Client:
             asked_wait = 0.0
             try:
                 return self._whole(self._request(messages))
-            except self._openai.APITimeoutError as error:
+            except (self._openai.APITimeoutError, TimeoutError) as error:
                 failure: Exception = NoReply(f"no reply within {self.timeout:g} s")
                 cause: Exception = error
             except self._openai.APIConnectionError as error:
@@ -130,11 +156,16 @@ class Client:
 
     def _request(self, messages: list[Any]) -> Completion:
         """The reply to one request; a request that the server does not take as sent is repeated in another form."""
+        connection, api = self._connected()
         while True:
-            api, sent = self._api, self.parameters.sent
+            if self.stopped.is_set():
+                raise NoReply("stopped")
+            base, sent = self._base, self.parameters.sent
+            api.base_url = base
             self._count({"requests": 1})
             try:
-                raw = api.chat.completions.with_raw_response.create(model=self.model, messages=messages, **sent)
+                with connection.limited(self.timeout):
+                    raw = api.chat.completions.with_raw_response.create(model=self.model, messages=messages, **sent)
                 completion = read(raw.text, raw.headers)
             except self._openai.APIStatusError as error:
                 refusal = server_error(error.status_code, error.response.text, error.response.headers)
@@ -144,10 +175,10 @@ class Client:
                 self._count(completion.tokens or {"uncounted_replies": 1})
                 self._other_base = ""
                 return replace(completion, parameters=changes(sent))
-            if not self._adapt(api, sent, refusal):
+            if not self._adapt(base, sent, refusal):
                 raise refusal
 
-    def _adapt(self, api: Any, sent: dict[str, Any], refusal: ServerError) -> bool:
+    def _adapt(self, base: str, sent: dict[str, Any], refusal: ServerError) -> bool:
         """Whether requests have another form now than the one that the server refused."""
         if refusal.status in NO_SUCH_PARAMETER:
             new = self.parameters.give_way(sent, refusal.text)
@@ -158,9 +189,9 @@ class Client:
         # LM Studio returns this with status 200.
         if nothing_there or "unexpected endpoint" in refusal.text.lower():
             with self._lock:
-                if api is self._api and self._other_base:
-                    self._api, self._other_base = api.with_options(base_url=self._other_base), ""
-                return api is not self._api
+                if base == self._base and self._other_base:
+                    self._base, self._other_base = self._other_base, ""
+                return base != self._base
         return False
 
     def _whole(self, completion: Completion) -> Completion:
@@ -175,8 +206,13 @@ class Client:
 
     def _unread(self, error: Exception) -> Exception:
         """What it means that no whole reply came: of a server that was reached, others may come."""
-        reason = f"{error.__cause__ or error}"
-        if type(error.__cause__).__name__ in BROKEN_REPLY:
+        cause = error.__cause__
+        if isinstance(cause, NoVerdict | Unavailable):
+            raise cause
+        if type(cause).__name__ == "TooManyRedirects":
+            raise Unavailable(f"the judge at {self.url} redirects in a circle; correct the URL")
+        reason = line(f"{cause or error}")
+        if type(cause).__name__ in BROKEN_REPLY:
             return NoReply("the reply broke off or cannot be unpacked", reason)
         return Unavailable(f"the judge at {self.url} cannot be reached ({reason}); start it, or correct the URL")
 
@@ -184,7 +220,7 @@ class Client:
         """What an error of the server means for this request and for others."""
         status = error.status
         if status in (401, 403):
-            given = f"refuses the key in {KEY_VARIABLE}" if _key() else f"wants a key in {KEY_VARIABLE}"
+            given = f"refuses the key in {KEY_VARIABLE}" if self._key else f"wants a key in {KEY_VARIABLE}"
             return Unavailable(f"the judge at {self.url} {given} (status {status})")
         if status in ONE_REQUEST:
             return NoReply(f"refused with status {status}: {error}")
@@ -192,7 +228,7 @@ class Client:
             return NoReply(f"status {status}", str(error))
         advice = "; check the URL and --model" if status in NO_SUCH_PATH else ""
         return Unavailable(
-            f"the judge at {self.url} refuses a request for {self.model} (status {status}): {error}{advice}"
+            f"the judge at {self.url} refuses a request for {printable(self.model)} (status {status}): {error}{advice}"
         )
 
     def _count(self, numbers: dict[str, int]) -> None:

@@ -12,11 +12,13 @@ from typing import Any
 
 import msgspec
 
-from cnext.errors import parse_json
+from cnext.errors import parse_json, printable
 from cnext.judging.requests import QUESTIONS
 
 SHOWN = 200
 """Characters of a reply or a server's message in errors."""
+MOST_OBJECTS = 500
+"""JSON objects that are looked at in a text."""
 LONGEST_WAIT = 600.0
 """The longest wait in seconds that a server's Retry-After gets."""
 _TAG = r"(?:think|thinking|thought|reasoning)"
@@ -37,7 +39,7 @@ class NoVerdict(Exception):
     """A case stays without a verdict. reason: of all such cases.  shown: what came this time."""
 
     def __init__(self, reason: str, shown: str = "") -> None:
-        super().__init__(f"{reason}: {_line(shown)!r}" if shown else reason)
+        super().__init__(f"{reason}: '{line(shown)}'" if shown else reason)
         self.reason = reason
 
 
@@ -56,7 +58,7 @@ class ServerError(Exception):
     """
 
     def __init__(self, status: int, message: str, text: str, retry_after: float = 0.0) -> None:
-        super().__init__(_line(message))
+        super().__init__(line(message))
         self.status, self.text, self.retry_after = status, text, retry_after
 
 
@@ -95,9 +97,10 @@ def parse(content: str, data: str = "") -> Reply:
     Raises:
         Malformed: there is no such object, or there are several that differ.
     """
-    text = content
-    while reasoning := _REASONING.match(text):
-        text = text[reasoning.end() :]
+    place = 0
+    while reasoning := _REASONING.match(content, place):
+        place = reasoning.end()
+    text = content[place:]
     # A chat template may open the reasoning itself. Such a mark in the case's texts may be quoted.
     if not _REASONING_ENDS.search(data):
         text = _REASONING_ENDS.split(text)[-1]
@@ -105,16 +108,23 @@ def parse(content: str, data: str = "") -> Reply:
     text = fenced[1] if fenced else text.strip()
     try:
         found = [(reply, part) for value, part in _objects(text) if (reply := _reply(value))]
-        quotable = any(_reply(value) for value, _ in _objects(data))
     except RecursionError as error:
         raise Malformed("nested too deeply", content) from error
     if not found:
         raise Malformed(_why_none(text), content or "(empty)")
     if len({reply for reply, _ in found}) > 1:
         raise Malformed("several verdicts that differ", content)
-    if quotable and found[0][1] != text:
+    if found[0][1] != text and _quotable(data):
         raise Malformed("not the JSON object alone", content)
     return found[0][0]
+
+
+def _quotable(data: str) -> bool:
+    """Whether a reply may have quoted a verdict from these texts."""
+    try:
+        return any(_reply(value) for value, _ in _objects(data))
+    except (RecursionError, Malformed):
+        return True
 
 
 def _why_none(text: str) -> str:
@@ -126,8 +136,12 @@ def _why_none(text: str) -> str:
 def _objects(text: str) -> Iterator[tuple[dict[str, bool | None], str]]:
     """The answers of each JSON object in a text, with its text; also of those within one that is no verdict."""
     decoder, place = json.JSONDecoder(object_pairs_hook=_clear), 0
+    tried = 0
     while start := _OBJECT.search(text, place):
-        place = start.start()
+        place, tried = start.start(), tried + 1
+        # Each may cost the time of the whole text.
+        if tried > MOST_OBJECTS:
+            raise Malformed(f"more than {MOST_OBJECTS} JSON objects", text)
         try:
             value, end = decoder.raw_decode(text, place)
         except ValueError:
@@ -164,9 +178,13 @@ def read(body: str, headers: Mapping[str, str]) -> Completion:
         Malformed: it is neither.
     """
     try:
-        value = parse_json(body)
-    except ValueError as error:
+        return _completion(body, headers)
+    except (ValueError, RecursionError) as error:
         raise Malformed("no chat completion", body or "(empty)") from error
+
+
+def _completion(body: str, headers: Mapping[str, str]) -> Completion:
+    value = parse_json(body)
     if not isinstance(value, dict) or not isinstance(value.get("choices") or [], list):
         raise Malformed("no chat completion", body)
     if value.get("error") or (not value.get("choices") and value.keys() & {"detail", "message"}):
@@ -183,16 +201,20 @@ def read(body: str, headers: Mapping[str, str]) -> Completion:
     said = "\n".join(part for part in (_text(message.get("content")), *_arguments(message)) if part.strip())
     # Some servers take the whole reply for reasoning.
     said = said if said.strip() else _text(message.get("reasoning_content") or message.get("reasoning"))
-    refusal = str(message.get("refusal") or _text(message.get("content"), "refusal"))
-    ended = str(choice.get("finish_reason") or "stop")
-    return Completion(said, str(value.get("model") or ""), _tokens(value.get("usage")), ended, refusal)
+    refusal = _word(message.get("refusal")) or _text(message.get("content"), "refusal")
+    ended = _word(choice.get("finish_reason")) or "stop"
+    return Completion(said, line(_word(value.get("model"))), _tokens(value.get("usage")), ended, refusal)
+
+
+def _word(value: Any) -> str:
+    return value if isinstance(value, str) else ""
 
 
 def _text(content: Any, kind: str = "text") -> str:
     """The text of a message's content, which may be a list of parts."""
     if isinstance(content, list):
         parts = [part for part in content if isinstance(part, dict)]
-        return "".join(str(part.get(kind) or "") for part in parts if part.get("type") in (kind, f"output_{kind}"))
+        return "".join(_word(part.get(kind)) for part in parts if part.get("type") in (kind, f"output_{kind}"))
     return content if isinstance(content, str) and kind == "text" else ""
 
 
@@ -208,34 +230,37 @@ def _arguments(message: dict[str, Any]) -> Iterator[str]:
 def _tokens(usage: Any) -> dict[str, int]:
     names = ("prompt_tokens", "completion_tokens")
     counts = {name: usage.get(name) for name in names} if isinstance(usage, dict) else {}
-    return {name: count for name, count in counts.items() if isinstance(count, int) and count >= 0}
+    return {name: count for name, count in counts.items() if type(count) is int and 0 <= count < 2**53}
 
 
 def server_error(status: int, body: str, headers: Mapping[str, str]) -> ServerError:
     """The error in the body of a response. One without a code in a response of status 200 is taken for a 500."""
     try:
         value = parse_json(body)
-    except ValueError:
+    except (ValueError, RecursionError):
         value = body
     value = value[0] if isinstance(value, list) and value else value
     error = (value.get("error") or value) if isinstance(value, dict) else value
     texts = [*_strings(error)] or [body]
     message = error.get("message") if isinstance(error, dict) else None
     if status == 200:
-        code = str(error.get("code", error.get("status"))) if isinstance(error, dict) else ""
-        status = int(code) if re.fullmatch(r"[45]\d\d", code) else 500
+        code = error.get("code", error.get("status")) if isinstance(error, dict) else None
+        code = str(code) if isinstance(code, str | int) else ""
+        status = int(code) if re.fullmatch(r"[45][0-9]{2}", code) else 500
     shown = message if isinstance(message, str) else " ".join(texts)
     return ServerError(status, shown, " ".join(texts), _retry_after(headers))
 
 
 def _strings(value: Any) -> Iterator[str]:
-    """All strings in a JSON value, apart from what it repeats of the request."""
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, list | dict):
-        parts = value if isinstance(value, list) else [part for key, part in value.items() if key != "input"]
-        for part in parts:
-            yield from _strings(part)
+    """All strings in a JSON value, apart from what it repeats of the request. It may be nested to any depth."""
+    left = [value]
+    while left:
+        value = left.pop()
+        if isinstance(value, str):
+            yield value
+        elif isinstance(value, list | dict):
+            parts = value if isinstance(value, list) else [part for key, part in value.items() if key != "input"]
+            left += reversed(parts)
 
 
 def _retry_after(headers: Mapping[str, str]) -> float:
@@ -252,5 +277,6 @@ def _retry_after(headers: Mapping[str, str]) -> float:
     return min(max(until - time.time(), 0.0), LONGEST_WAIT)
 
 
-def _line(text: str) -> str:
-    return " ".join(text.split())[:SHOWN]
+def line(text: str) -> str:
+    """The beginning of what a server sent, in one line that can be shown."""
+    return printable(" ".join(text[: 10 * SHOWN].split())[:SHOWN])
