@@ -17,7 +17,7 @@ from typing import Any
 
 import cnext
 from cnext.errors import UserError, printable
-from cnext.monitoring.signals import Stop, Stopped
+from cnext.monitoring.signals import Stop, Stopped, terminable
 from cnext.monitoring.streams import escape_unencodable, tolerate_closed_pipes
 
 
@@ -198,7 +198,9 @@ def _compare(arguments: argparse.Namespace) -> None:
 def _judge(arguments: argparse.Namespace) -> int:
     from cnext.judging import command
 
-    return command.judge(**{name: value for name, value in vars(arguments).items() if name not in ("verb", "action")})
+    given = {name: value for name, value in vars(arguments).items() if name not in ("verb", "action")}
+    with terminable():
+        return command.judge(**given)
 
 
 def _data_check(arguments: argparse.Namespace) -> int:
@@ -372,7 +374,7 @@ def _parser() -> argparse.ArgumentParser:
     verb.add_argument("--dry-run", action="store_true", help="print the number of requests and tokens, and exit")
     verb.add_argument("--name", help="name of the files in RUN/judge (default: rules, replay or the model's name)")
     verb.add_argument("--concurrency", type=int, metavar="N", help="concurrent requests (default: 8)")
-    verb.add_argument("--timeout", type=float, metavar="S", help="timeout of a request in seconds (default: 120)")
+    verb.add_argument("--timeout", type=float, metavar="S", help="most seconds of a request in all (default: 120)")
     verb.add_argument("--tries", type=int, metavar="N", help="attempts per request (default: 5)")
     help = "most tokens of a reply (default: 64); a model that reasons before it answers needs 2048 or more"
     verb.add_argument("--max-tokens", type=int, metavar="N", help=help)

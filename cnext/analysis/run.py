@@ -10,10 +10,9 @@ from typing import Any
 import numpy as np
 from msgspec.structs import asdict, replace
 
-from cnext import records
-from cnext.errors import UserError
+from cnext.errors import UserError, printable
 from cnext.records import Record
-from cnext.runs import schemas
+from cnext.runs import judge_tables, schemas
 from cnext.runs.schemas import (
     SEPARABILITY,
     Answer,
@@ -185,8 +184,8 @@ class Run:
     @cached_property
     def judged(self) -> dict[str, JudgeTable]:
         """The tables that ``cnext judge`` wrote, by the name of their file."""
-        advice = "expected what `cnext judge` writes; judge the run again"
-        return {path.stem: records.read(path, JudgeTable, advice) for path in sorted(self.path.glob("judge/*.json"))}
+        files = sorted(self.path.glob("judge/*.json"))
+        return {printable(file.stem): judge_tables.read(self.path, file) for file in files}
 
     @cached_property
     def losses(self) -> dict[int, np.ndarray]:

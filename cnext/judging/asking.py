@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
-from threading import Lock
+from contextlib import suppress
+from queue import Empty, SimpleQueue
+from threading import Lock, Thread
+from time import monotonic
+from typing import Any
 
 from cnext.judging.cache import Verdict, Verdicts
 from cnext.judging.cases import Case
-from cnext.judging.client import Client, Unavailable
+from cnext.judging.client import Client
+from cnext.judging.connection import Unavailable
 from cnext.judging.replies import Completion, Malformed, NoReply, NoVerdict, Reply, parse
 from cnext.judging.requests import Prompts, input_hash
 
 MAX_FAILED = 10
 """Cases in a row without a verdict after which judging ends: the server is down, or the model does not understand."""
+
+GRACE = 0.4
+"""Seconds that open requests have to end after an interrupt."""
 
 
 def keys(cases: Sequence[Case], verdicts: Verdicts) -> dict[Case, tuple[str, str]]:
@@ -66,46 +73,90 @@ def judge(
     Raises:
         Unavailable: the server cannot be used, or gives no verdicts; those so far are saved.
     """
+    verdicts.open()
     waiting = {key: (case, digest) for case, (key, digest) in keyed.items() if verdicts.error_type(key) is None}
     failures = _Failures(client)
+    todo, done = SimpleQueue[str](), SimpleQueue[tuple[str, Verdict | str] | BaseException]()
 
-    def one(key: str) -> tuple[str, str]:
-        """The key, and why there is no verdict: "" where there is one."""
+    def one(key: str) -> Verdict | str:
+        """The verdict, or why there is none."""
         case, digest = waiting[key]
-        if client.stopped.is_set():
-            return key, "stopped"
         try:
             completion, reply = _answer(case, client, prompts)
         except NoVerdict as error:
             if client.stopped.is_set():
-                return key, "stopped"
+                return "stopped"
             failures.add(error)
-            return key, f"malformed reply, {error.reason}" if isinstance(error, Malformed) else error.reason
-        except Unavailable:
-            client.stopped.set()
-            raise
+            return f"malformed reply, {error.reason}" if isinstance(error, Malformed) else error.reason
         failures.reset()
-        verdicts.add(
-            Verdict(
-                *(key, digest, case.stage, case.task, case.index, case.id),
-                *(reply.follows_instruction, reply.consistent, completion.served, completion.tokens),
-                *(verdicts.model, prompts.version, prompts.sha256, completion.parameters),
-            )
+        return Verdict(
+            *(key, digest, case.stage, case.task, case.index, case.id),
+            *(reply.follows_instruction, reply.consistent, completion.served, completion.tokens),
+            *(verdicts.model, prompts.version, prompts.sha256, completion.parameters),
         )
-        return key, ""
+
+    def work() -> None:
+        with suppress(Empty):
+            while not client.stopped.is_set():
+                key = todo.get_nowait()
+                try:
+                    done.put((key, one(key)))
+                except BaseException as error:  # noqa: BLE001 (raised in the calling thread)
+                    client.stopped.set()
+                    done.put(error)
 
     reasons: dict[str, str] = {}
-    pool = ThreadPoolExecutor(concurrency, thread_name_prefix="judge")
+
+    def keep(key: str, found: Verdict | str) -> None:
+        if isinstance(found, Verdict):
+            verdicts.add(found)
+        else:
+            reasons[key] = found
+        advance()
+
+    for key in waiting:
+        todo.put(key)
+    # They do not outlive the program, whatever a server or a name lookup does.
+    threads = [Thread(target=work, daemon=True, name=f"judge-{n}") for n in range(min(concurrency, len(waiting)))]
+    patience = client.timeout
     try:
-        for future in as_completed([pool.submit(one, key) for key in waiting]):
-            key, reason = future.result()
-            advance()
-            if reason:
-                reasons[key] = reason
+        for thread in threads:
+            thread.start()
+        for _ in waiting:
+            result = _next(done)
+            if isinstance(result, BaseException):
+                raise result
+            keep(*result)
+    except KeyboardInterrupt:
+        patience = GRACE
+        raise
     finally:
         client.stopped.set()
-        pool.shutdown(cancel_futures=True)
+        try:
+            _join(threads, patience)
+        finally:
+            client.hang_up()
+            _join(threads, GRACE)
+            while not done.empty():
+                result = done.get()
+                if not isinstance(result, BaseException):
+                    keep(*result)
     return reasons
+
+
+def _next(queue: SimpleQueue[Any]) -> Any:
+    # A signal that comes just before a wait does not end it.
+    while True:
+        with suppress(Empty):
+            return queue.get(timeout=0.2)
+
+
+def _join(threads: list[Thread], seconds: float) -> None:
+    """Waits for threads, at most so many seconds in all."""
+    end = monotonic() + seconds
+    for thread in threads:
+        while thread.is_alive() and monotonic() < end:
+            thread.join(0.1)
 
 
 def _answer(case: Case, client: Client, prompts: Prompts) -> tuple[Completion, Reply]:

@@ -14,7 +14,7 @@ from msgspec.structs import replace
 from cnext.errors import UserError
 from cnext.judging.cases import Case, asked_by, rule
 from cnext.judging.statistics import wilson
-from cnext.records import Record
+from cnext.records import FileName, Record
 from cnext.runs import schemas
 from cnext.runs.schemas import Answer, StageScore
 from cnext.scoring import BOXES
@@ -28,13 +28,16 @@ METRICS = {"forgetting": "Forgetting", "avg_hal": "Avg.HAL", "avg_iuf": "Avg.IUF
 class Modalities(Record):
     """What is read of results.json."""
 
-    tasks: list[str]
+    tasks: list[FileName]
     writes: dict[str, list[str]]
 
 
 @dataclass(frozen=True)
 class Cell:
-    """The answers to one task after one stage. errors: those with a score below 100, each with the points it lacks."""
+    """The answers to one task after one stage.
+
+    errors: those with a score below 100, each with the points it lacks.  file: has the answers.
+    """
 
     stage: int
     trained: str
@@ -42,6 +45,7 @@ class Cell:
     samples: int
     score: float
     errors: dict[Case, float]
+    file: Path = Path()
 
 
 @dataclass(frozen=True)
@@ -66,7 +70,7 @@ class JudgedRun:
                     "predictions/; give one, or run cnext-run again"
                 )
         results = schemas.read(file, Modalities)
-        tasks = results.tasks
+        tasks = [*map(str, results.tasks)]
         rows = {(row.stage, row.task): row for row in schemas.read_rows(scores, StageScore)}
         if strange := [key for key in rows if not 0 <= key[0] <= len(tasks) or key[1] not in tasks]:
             raise UserError(f"{scores}: expected the stages and tasks of {file.name}, got {strange[0]}")
@@ -108,7 +112,7 @@ def _cell(run: Path, row: StageScore, zero_shot: StageScore | None, writes: dict
         if answer.strict < 100.0:
             case = _case(run, row, answer, index, asked, "image" in writes.get(task, ()))
             errors[case] = 100.0 - answer.strict
-    return Cell(stage, trained, task, len(answers), score, errors)
+    return Cell(stage, trained, task, len(answers), score, errors, path)
 
 
 def _case(run: Path, row: StageScore, answer: Answer, index: int, asked: Asked, draws: bool) -> Case:

@@ -6,9 +6,12 @@ from collections import Counter
 from pathlib import Path
 from typing import Any, TypeVar
 
+from msgspec import field
+
 from cnext.errors import UserError
 from cnext.judging.cells import JudgedRun
-from cnext.records import Count, Record, read
+from cnext.records import Count, Record, convert, read
+from cnext.runs import judge_tables
 
 T = TypeVar("T")
 
@@ -29,6 +32,7 @@ class Written(Record):
     complete: bool
     tasks: list[str]
     cells: list[WrittenCell]
+    predictions: dict[str, str] = field(default_factory=dict)
 
 
 class Spent(Record):
@@ -39,28 +43,34 @@ class Spent(Record):
     usage: dict[str, Count]
 
 
-def place(file: Path, table: dict[str, Any], run: JudgedRun, limit: int) -> Path | None:
+def place(file: Path, table: dict[str, Any], run: JudgedRun, digests: dict[str, str], limit: int) -> Path | None:
     """Where a table is written: to ``file``, unless it is incomplete and a complete one of the same answers is there.
 
     Then a sample's table gets a file beside it, and any other is not written: None.
+
+    Args:
+        digests: of all files of predictions, as `judge_tables.answers_digest`.
     """
     before = _before(file, Written)
-    if table["complete"] or before is None or not (before.complete and _of_the_same_answers(before, run)):
+    if table["complete"] or before is None or not (before.complete and _of_the_same_answers(before, run, digests)):
         return file
     return file.with_name(f"{file.stem}-limit-{limit}.json") if limit else None
 
 
 def _before(file: Path, kind: type[T]) -> T | None:
-    """What a file holds; None where there is none, or something else, which a new table replaces."""
+    """What a file holds; None where there is none, or what has changed since or is no table: a new one replaces it."""
     try:
-        return read(file, kind, "") if file.is_file() else None
+        values = read(file, dict[str, Any], "") if file.is_file() else {}
+        whole = "sha256" not in values or judge_tables.sealed(values) == values
+        return convert(values, kind, file, "") if whole else None
     except UserError:
         return None
 
 
-def _of_the_same_answers(table: Written, run: JudgedRun) -> bool:
+def _of_the_same_answers(table: Written, run: JudgedRun, digests: dict[str, str]) -> bool:
     cells = {(cell.stage, cell.task): (cell.samples, cell.score, len(cell.errors)) for cell in run.cells}
-    return table.tasks == run.tasks and all(
+    same = table.predictions.items() <= digests.items() and table.tasks == run.tasks
+    return same and all(
         cells.get((cell.stage, cell.task)) == (cell.samples, cell.score, cell.errors) for cell in table.cells
     )
 

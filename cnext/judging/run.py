@@ -11,12 +11,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from cnext.errors import UserError, unknown
-from cnext.judging import asking, cells, client, output, statistics
+from cnext.errors import UserError, printable, unknown
+from cnext.judging import asking, cells, client, connection, output, statistics
 from cnext.judging.cache import Verdicts
 from cnext.judging.cases import Case
 from cnext.judging.estimates import estimates
 from cnext.judging.requests import REPLY_TOKENS, Prompts
+from cnext.runs import judge_tables
 from cnext.runs.checkpoint import write_json, write_text
 from cnext.tables import aggregate
 
@@ -32,7 +33,7 @@ class JudgeConfig:
     rule decides) or "replay:FILE" (the verdicts in a file).  model: the judge behind the URL.
     name: of the files written.  limit: ask about at most so many errors, stratified by stage and task (0: all).
     every_stage: not only the stages that Avg.HAL, Avg.IUF and Avg.OTH need.  concurrency: requests at a time.
-    timeout: seconds without data after which a request fails.  tries: of each request.  max_tokens: of a reply.
+    timeout: seconds that a request may take in all.  tries: of each request.  max_tokens: of a reply.
     dry_run: print the number of requests and tokens, and stop.
 
     Raises: UserError for an unknown judge and values out of range.
@@ -105,7 +106,7 @@ def judge_runs(given: Sequence[Path], config: JudgeConfig) -> bool:
     runs, left = aggregate.find(given), 0
     for run in runs:
         if len(runs) > 1:
-            print(run)
+            print(printable(str(run)))
         left += left_out(judge_run(run, config))
     return left == 0
 
@@ -126,15 +127,20 @@ def judge_run(run: Path, config: JudgeConfig) -> dict[str, Any] | None:
     answers = cells.JudgedRun.read(run)
     judged = answers.cells if config.kind == "rules" or config.every_stage else answers.decisive()
     cases = [case for cell in judged for case in cell.errors]
+    # Before the judge is asked, which may take hours.
+    names = {str(cell.file.relative_to(run)): cell.file for cell in answers.cells}
+    digests = {name: judge_tables.answers_digest(run, file) for name, file in names.items()}
     outcome = judge_cases(cases, config, run / "judge")
     if outcome is None:
         return None
     table = {**outcome.judge, **cells.table(answers, judged, outcome.labels), "reasons": dict(outcome.reasons)}
     if table["metrics"]["avg_hal"] is None and set(outcome.reasons) == {BEYOND}:
         table["estimates"] = estimates(answers, outcome.labels)
+    about = {str(cell.file.relative_to(run)) for cell in judged}
+    table["predictions"] = {name: digest for name, digest in digests.items() if name in about}
     (run / "judge").mkdir(exist_ok=True)
     usual = run / "judge" / f"{config.file_name}.json"
-    file = output.place(usual, table, answers, config.limit)
+    file = output.place(usual, table, answers, digests, config.limit)
     if config.kind == "rules":
         rows = [
             {**{field: getattr(case, field) for field in ("stage", "task", "index", "id")}, "error": label}
@@ -144,7 +150,7 @@ def judge_run(run: Path, config: JudgeConfig) -> dict[str, Any] | None:
     if file is not None:
         if config.kind == "openai":
             table["usage"] = output.usage(file, table, outcome.usage)
-        write_json(file, table)
+        write_json(file, judge_tables.sealed(table))
     if isinstance(outcome.stopped, UserError):
         state = f"{file} is incomplete" if file else f"{usual}, which is complete, stays as it is"
         raise UserError(f"{outcome.stopped}; verdicts so far are saved, {state}: run the command again")
@@ -190,6 +196,8 @@ def judge_cases(cases: Sequence[Case], config: JudgeConfig, folder: Path) -> Out
     replayed = config.kind == "replay"
     path = Path(config.where) if replayed else folder / f"{config.file_name}.jsonl"
     with closing(Verdicts(path, prompts, None if replayed else config.model)) as verdicts:
+        for note in verdicts.notes():
+            print(f"note: {note}")
         keyed = asking.keys(chosen, verdicts)
         to_ask = {key: case for case, (key, _) in keyed.items() if verdicts.error_type(key) is None}
         counts = f"{len(cases)} errors: {len(labels)} judged by rules, {len(chosen)} for the judge"
@@ -205,7 +213,7 @@ def judge_cases(cases: Sequence[Case], config: JudgeConfig, folder: Path) -> Out
         if not replayed and to_ask:
             try:
                 why = _ask(keyed, verdicts, config, prompts, len(to_ask), usage)
-            except (client.Unavailable, KeyboardInterrupt) as error:
+            except (connection.Unavailable, KeyboardInterrupt) as error:
                 stopped = error
         found = {case: key for case, (key, _) in keyed.items()}
         labels |= {case: verdicts.error_type(key) for case, key in found.items()}

@@ -27,6 +27,24 @@ class Stopped(KeyboardInterrupt):
         return [f"{type(self).__name__}: {self}"]
 
 
+@contextmanager
+def terminable() -> Iterator[None]:
+    """Context in which SIGTERM is as the interrupt key, for commands that save as they go."""
+
+    def interrupt(number: int, _: FrameType | None) -> None:
+        raise KeyboardInterrupt("stopped by SIGTERM; the same command continues from what was saved")
+
+    main = threading.current_thread() is threading.main_thread()
+    default = main and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    if default:
+        signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        if default:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
 class Stop:
     """Context in which SIGTERM and the interrupt key raise `Stopped`: at once, or inside `deferred` at `check`.
 

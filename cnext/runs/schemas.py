@@ -11,7 +11,7 @@ from typing import Annotated, Any, TypeVar
 from msgspec import Meta, field
 
 from cnext import records
-from cnext.errors import UserError, parse_json
+from cnext.errors import UserError, parse_json, printable
 from cnext.records import AnyPath, FileName, Finite, Record, RelativePath
 from cnext.regular_files import read_bytes
 from cnext.scoring.base import ERROR_TYPES, PROFILES
@@ -294,7 +294,7 @@ class Estimate(Record):
 
 class JudgeTable(Record, kw_only=True):
     """judge/<name>.json: averages of error types by a judge. unjudged: errors without a verdict.  estimates: by metric,
-    where only a sample of the errors was judged."""
+    where only a sample of the errors was judged.  predictions, sha256: see `runs.judge_tables`."""
 
     judge: str
     model: str | None = None
@@ -305,6 +305,8 @@ class JudgeTable(Record, kw_only=True):
     unjudged: int
     metrics: dict[str, Percent | None]
     estimates: dict[str, Estimate] | None = None
+    predictions: dict[str, str] = field(default_factory=dict)
+    sha256: str | None = None
 
     def __post_init__(self) -> None:
         if self.estimates and (missing := {"avg_hal", "avg_iuf", "avg_oth"} - self.estimates.keys()):
@@ -314,7 +316,7 @@ class JudgeTable(Record, kw_only=True):
     def name(self) -> str:
         """The judge's model and prompts."""
         prompts = f", prompts {self.prompts} ({(self.prompts_sha256 or '')[:8]})" if self.prompts else ""
-        return f"{self.model or self.judge}{prompts}"
+        return printable(f"{self.model or self.judge}{prompts}")
 
 
 def convert(value: Any, kind: type[T], where: str | Path) -> T:

@@ -194,6 +194,10 @@ def test_a_judge_table_of_something_else_is_named(tmp_path: Path) -> None:
     (folder / "judge" / "notes.json").write_text("{}")
     with pytest.raises(UserError, match=r"notes\.json: .* `judge`; expected what `cnext judge` writes"):
         ANALYSES["types"](study(tmp_path))
+    (folder / "judge" / "notes.json").unlink()
+    judged(folder, sha256="0" * 64)
+    with pytest.raises(UserError, match=r"vlm\.json has changed since `cnext judge` wrote it; judge the run again"):
+        ANALYSES["types"](study(tmp_path))
 
 
 @pytest.mark.parametrize(

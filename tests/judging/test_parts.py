@@ -55,7 +55,7 @@ def test_another_version_or_model_is_refused_by_name(tmp_path: Path) -> None:
     path = kept(tmp_path / "toy.jsonl", "a")
     with pytest.raises(UserError, match=r"toy\.jsonl holds .* of toy, expected those of big: .*; give another --name"):
         Verdicts(path, PROMPTS, "big")
-    old = json.loads(path.read_text()) | {"prompts": "v0", "prompts_sha256": "0" * 64}
+    old = json.loads(path.read_text()) | {"prompts": "v0", "prompts_sha256": "0" * 64, "sha256": ""}
     path.write_text(json.dumps(old) + "\n")
     for model in ("toy", None):
         with pytest.raises(UserError, match=r"verdicts of prompts v0 \(0{12}\), expected those of prompts v1"):

@@ -45,8 +45,8 @@ def no_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
 
 
-@pytest.fixture
-def run(tmp_path: Path) -> Path:
+@pytest.fixture(name="run")
+def three_tasks(tmp_path: Path) -> Path:
     """The folder of a run of three tasks: what a judge reads of it, scored by the package's own scorers."""
     run, source, order = tmp_path / "run", tmp_path / "source.png", list(TASKS)
     Image.new("RGB", (4, 4)).save(source)
