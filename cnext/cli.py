@@ -108,10 +108,15 @@ def _new_method(arguments: argparse.Namespace) -> None:
     print(f"pip install -e {folder} && pytest {folder} && cnext card {arguments.name}")
 
 
+def _mix(arguments: argparse.Namespace) -> tuple[bool, bool]:
+    """Whether runs of different environments, and runs on different data, may be averaged."""
+    return arguments.mix_environments, arguments.mix_data
+
+
 def _report(arguments: argparse.Namespace) -> None:
     from cnext.report import write_reports
 
-    for path in write_reports(arguments.run, arguments.out, arguments.baseline, arguments.mix_environments):
+    for path in write_reports(arguments.run, arguments.out, arguments.baseline, *_mix(arguments)):
         print(path)
 
 
@@ -121,7 +126,7 @@ def _plot(arguments: argparse.Namespace) -> None:
     if not 1 <= arguments.width <= 20:
         raise UserError(f"--width: expected a width from 1 to 20 inches, got {arguments.width:g}")
     given = (arguments.run, arguments.to, arguments.format, arguments.figures, arguments.width)
-    for path in write_figures(*given, arguments.mix_environments):
+    for path in write_figures(*given, *_mix(arguments)):
         print(path)
 
 
@@ -130,7 +135,7 @@ def _analyze(arguments: argparse.Namespace) -> None:
     from cnext.analysis.groups import RunGroups
     from cnext.tables import aggregate
 
-    study = RunGroups.read(aggregate.find(arguments.run), mix=arguments.mix_environments)
+    study = RunGroups.read(aggregate.find(arguments.run), None, *_mix(arguments))
     found = analyze(study, arguments.what)
     print(formats.FORMATS[arguments.format](found), end="")
     if arguments.format in ("csv", "latex"):
@@ -139,7 +144,6 @@ def _analyze(arguments: argparse.Namespace) -> None:
 
 
 def _table(arguments: argparse.Namespace) -> None:
-    from cnext.runs import fingerprint
     from cnext.tables import aggregate, columns, columns_formats, formats
 
     kind = formats.kind_of(arguments.out, arguments.format)
@@ -147,19 +151,17 @@ def _table(arguments: argparse.Namespace) -> None:
         raise UserError("--decimals is for --columns; name these too")
     found = {folder: aggregate.read(folder) for folder in aggregate.find(arguments.run)}
     runs, missing = [run for run in found.values() if run], [str(folder) for folder, run in found.items() if not run]
-    given = (arguments.baseline, arguments.mix_environments)
     if arguments.columns is None:
-        text = formats.WRITERS[kind](aggregate.tabulate(runs, given[0], missing, given[1]))
+        text = formats.WRITERS[kind](aggregate.tabulate(runs, arguments.baseline, missing, *_mix(arguments)))
     else:
-        chosen = columns.choose(aggregate.group(runs, *given), arguments.columns, missing)
+        chosen = columns.choose(aggregate.group(runs, arguments.baseline, *_mix(arguments)), arguments.columns, missing)
         text = columns_formats.written(chosen, kind, 1 if arguments.decimals is None else arguments.decimals)
     if arguments.out:
         formats.write(arguments.out, text)
         print(arguments.out)
     else:
         print(text, end="")
-    if note := fingerprint.older([run.fingerprint for run in runs]):
-        print(note, file=sys.stderr)
+    aggregate.note_older(runs)
 
 
 def _status(arguments: argparse.Namespace) -> None:
@@ -328,6 +330,7 @@ def _parser() -> argparse.ArgumentParser:
     help = "average runs made on different processors, versions or thread counts, and say so"
     for verb in (report, plot, analyze, table):
         verb.add_argument("--mix-environments", action="store_true", help=help)
+        verb.add_argument("--mix-data", action="store_true", help="average runs on different data, and say so")
     help = "method that the others are compared with (default: lora if present, else the first)"
     for verb in (report, table):
         verb.add_argument("--baseline", metavar="METHOD", help=help)

@@ -45,18 +45,20 @@ class RunGroups:
     tables: StudyTables
 
     @classmethod
-    def read(cls, folders: Iterable[Path], baseline: str | None = None, mix: bool = False) -> RunGroups:
+    def read(
+        cls, folders: Iterable[Path], baseline: str | None = None, mix: bool = False, mix_data: bool = False
+    ) -> RunGroups:
         """Reads run folders; those that are not finished are named in ``tables.missing``.
 
-        Args: mix: whether runs of different environments are averaged, and noted.
+        Args: mix: whether runs of different environments are averaged, and noted.  mix_data: the same of other data.
         Raises:
             UserError: no run is finished, files are damaged, a run is there twice, two runs are not comparable, or
-                their environments differ.
+                their environments or data differ.
         """
         listed = {folder: aggregate.read(folder) for folder in folders}
         finished = [run for run in listed.values() if run]
         missing = [str(folder) for folder, run in listed.items() if run is None]
-        table = aggregate.tabulate(finished, baseline, missing, mix)
+        table = aggregate.tabulate(finished, baseline, missing, mix, mix_data)
         runs = {str(run.folder): Run.read(run.folder) for run in finished}
         aggregate.check_comparable(
             {name: {key: getattr(run.results, key) for key in ("profile", "samples")} for name, run in runs.items()},

@@ -28,6 +28,9 @@ from cnext.tasks.tables import save_datasets
 RENAMED = {"block_steps": "checkpoint_interval"}
 """Fields of config.json and options.json that earlier versions wrote under another name, by that name."""
 
+DATA_KEY = "data_sha256"
+"""What a run adds to its config.json when it has read its data: the joint digest of them."""
+
 ADDED = {
     "lr_factor": 1.0,
     "trains": "roles",
@@ -185,7 +188,7 @@ def current_names(values: Mapping[str, Any]) -> dict[str, Any]:
 
 def completed(values: Mapping[str, Any], present: Mapping[str, Any]) -> dict[str, Any]:
     """A config.json of any version with the names and hyperparameters that ``present``, of this version, has."""
-    found = current_names(values)
+    found = {name: value for name, value in current_names(values).items() if name != DATA_KEY}
     if isinstance(own := found.get("hyperparameters"), dict) and found.get("method") == present["method"]:
         found["hyperparameters"] = {n: v for n, v in ADDED.items() if n in present["hyperparameters"]} | own
     return found

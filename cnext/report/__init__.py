@@ -45,7 +45,11 @@ SECTIONS = (
 
 
 def write_reports(
-    given: Sequence[Path], out: Path | None = None, baseline: str | None = None, mix: bool = False
+    given: Sequence[Path],
+    out: Path | None = None,
+    baseline: str | None = None,
+    mix: bool = False,
+    mix_data: bool = False,
 ) -> list[Path]:
     """Writes the report of one run folder, or that of the study made of several runs. Returns the files.
 
@@ -54,19 +58,20 @@ def write_reports(
         out: folder of the study's files; None: the common parent of ``given``.
         baseline: the method that a study's tables compare with; None: as ``tables.tabulate``.
         mix: whether a study may average over runs of different environments.
+        mix_data: whether it may average over runs on different data.
 
     Raises:
         UserError: there is no run, the runs are not comparable, or one run comes with options for a study.
     """
     [first, *others] = given
     if not others and out is None and is_run(first):
-        if baseline or mix:
+        if baseline or mix or mix_data:
             raise UserError(
-                f"{first} is one run, but --baseline and --mix-environments are for several; leave them out"
+                f"{first} is one run, but --baseline, --mix-environments and --mix-data are for several; leave them out"
             )
         return list(write_report(first))
     folders = aggregate.find(given)
-    return write_study(folders, out or _parent(given), baseline, mix)
+    return write_study(folders, out or _parent(given), baseline, mix, mix_data)
 
 
 def is_run(path: Path) -> bool:
@@ -74,17 +79,19 @@ def is_run(path: Path) -> bool:
     return any((path / f"{name}.json").is_file() for name in ("config", "results"))
 
 
-def write_study(folders: Sequence[Path], out: Path, baseline: str | None = None, mix: bool = False) -> list[Path]:
+def write_study(
+    folders: Sequence[Path], out: Path, baseline: str | None = None, mix: bool = False, mix_data: bool = False
+) -> list[Path]:
     """Writes a study's page, tables and analyses: study.html, study.md (.csv, .tex, .json), analysis.md. Returns them.
 
     Raises:
         UserError: as ``RunGroups.read``; nothing is written then.
     """
-    study = RunGroups.read(folders, baseline, mix)
+    study = RunGroups.read(folders, baseline, mix, mix_data)
     names = {kind: f"study.{suffix}" for kind, suffix in formats.SUFFIXES.items()}
     texts = {names[kind]: write(study.tables) for kind, write in formats.FORMATS.items()}
     analysis = analyze(study)
-    texts["study.html"] = page.html(sections(study, analysis, _command(folders, baseline, mix)))
+    texts["study.html"] = page.html(sections(study, analysis, _command(folders, baseline, mix, mix_data)))
     texts["analysis.md"] = analysis_formats.markdown(analysis)
     out.mkdir(parents=True, exist_ok=True)
     for name, text in texts.items():
@@ -97,7 +104,7 @@ def _parent(paths: Sequence[Path]) -> Path:
     return paths[0] if len(paths) == 1 else Path(os.path.commonpath([path.resolve() for path in paths]))
 
 
-def _command(folders: Sequence[Path], baseline: str | None, mix: bool) -> str:
+def _command(folders: Sequence[Path], baseline: str | None, mix: bool, mix_data: bool) -> str:
     """The command that writes a study's page: names the folder of the runs where it holds no others, else each run."""
     named = list(map(str, folders))
     if len(folders) > 1 and len({folder.is_absolute() for folder in folders}) == 1:
@@ -105,6 +112,7 @@ def _command(folders: Sequence[Path], baseline: str | None, mix: bool) -> str:
         if {path.resolve() for path in aggregate.find([above])} == {path.resolve() for path in folders}:
             named = [str(above)]
     options = [*(["--baseline", baseline] if baseline else []), *(["--mix-environments"] if mix else [])]
+    options += ["--mix-data"] if mix_data else []
     return shlex.join(["cnext", "report", *named, *options])
 
 

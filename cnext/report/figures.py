@@ -47,6 +47,7 @@ def write_figures(
     names: Sequence[str] | None = None,
     column: float = COLUMN,
     mix: bool = False,
+    mix_data: bool = False,
 ) -> list[Path]:
     """Writes the figures of one run, or of a study of several, in the order of its report. Returns the files.
 
@@ -56,12 +57,13 @@ def write_figures(
         names: of figures, or of all that are alike ("stages" for "stages_1" and so on); None: all.
         column: the greatest width in inches, of figures that can be so narrow.
         mix: whether a study may average over runs of different environments.
+        mix_data: whether it may average over runs on different data.
 
     Raises:
         UserError: there is no run, the runs are not comparable, or there is no figure of a name.
     """
     packages.require_installed("cnext plot", ["matplotlib"])
-    figures = _chosen(_found(given, mix), names)
+    figures = _chosen(_found(given, mix, mix_data), names)
     out.mkdir(parents=True, exist_ok=True)
     paths = []
     for figure in figures:
@@ -73,12 +75,12 @@ def write_figures(
     return [*paths, out / CAPTIONS]
 
 
-def _found(given: Sequence[Path], mix: bool) -> list[Figure]:
+def _found(given: Sequence[Path], mix: bool, mix_data: bool) -> list[Figure]:
     [first, *others] = given
     if not others and is_run(first):
         run = Run.read(first)
         return [figure for build in SECTIONS for figure in _of(build(run))]
-    study = RunGroups.read(aggregate.find(given), None, mix)
+    study = RunGroups.read(aggregate.find(given), None, mix, mix_data)
     return [figure for section in sections(study, analyze(study), "") for figure in _of(section)]
 
 

@@ -138,16 +138,23 @@ class StudyResult(Shown):
 
 
 def of_folders(
-    folders: Sequence[Path], out: Path, baseline: str | None = None, mix_environments: bool = False
+    folders: Sequence[Path],
+    out: Path,
+    baseline: str | None = None,
+    mix_environments: bool = False,
+    mix_data: bool = False,
 ) -> StudyResult:
     """The study of these run folders. Raises UserError as `open_study`."""
-    tables = aggregate.of_folders(folders, baseline, mix_environments)
+    tables = aggregate.of_folders(folders, baseline, mix_environments, mix_data)
     finished = [run for folder in folders if (run := aggregate.read(folder))]
     return StudyResult(out, tuple(open_run(run.folder) for run in finished), tables)
 
 
 def open_study(
-    *folders: str | os.PathLike[str], baseline: str | None = None, mix_environments: bool = False
+    *folders: str | os.PathLike[str],
+    baseline: str | None = None,
+    mix_environments: bool = False,
+    mix_data: bool = False,
 ) -> StudyResult:
     """The result of runs that were made before, in this process or by ``cnext-run``, as a study.
 
@@ -155,9 +162,10 @@ def open_study(
         folders: run folders, or folders that contain some.
         baseline: the method that ``tables.differences`` compares with; None: lora if it is there, else the first.
         mix_environments: average over runs made on different processors, versions or thread counts.
+        mix_data: average over runs on different data.
 
     Raises:
-        UserError: there is no finished run, runs are not comparable or of different environments, or a file is
+        UserError: there is no finished run, runs are not comparable or of different environments or data, or a file is
             damaged.
 
     Example::
@@ -166,4 +174,4 @@ def open_study(
     """
     paths = [Path(folder) for folder in folders or ("runs",)]
     out = paths[0] if len(paths) == 1 else Path(os.path.commonpath([path.resolve() for path in paths]))
-    return of_folders(aggregate.find(paths), out, baseline, mix_environments)
+    return of_folders(aggregate.find(paths), out, baseline, mix_environments, mix_data)

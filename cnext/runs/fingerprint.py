@@ -18,6 +18,8 @@ from cnext.runs import environment
 PACKAGES = ("python", "cnext", "torch", "transformers", "open_clip_torch", "numpy", "pillow")
 NOTES = {"error_rules": " (error types may differ, scores do not; null: version 1)"}
 """What is said of a field that differs, by its name."""
+DATA = "data"
+"""The joint digest of the data, which `data_alike` compares task by task."""
 UNKNOWN = "unknown"
 """The fingerprint of older results, which have none."""
 
@@ -58,10 +60,10 @@ def present(device: str, threads: int) -> dict[str, Any]:
     }
 
 
-def joined(parts: Iterable[Mapping[str, Any]]) -> dict[str, Any] | None:
+def joined(parts: Iterable[Mapping[str, Any]], data: str | None = None) -> dict[str, Any] | None:
     """The fingerprint of a run with parts in several environments: fields that differ have a list of values.
 
-    None for no parts.
+    None for no parts.  data: the joint digest of the data, the same for all parts.
     """
     parts = list(parts)
     fields = dict.fromkeys(name for part in parts for name in part)
@@ -70,6 +72,7 @@ def joined(parts: Iterable[Mapping[str, Any]]) -> dict[str, Any] | None:
         values = [part.get(name) for part in parts]
         once = [value for place, value in enumerate(values) if value not in values[:place]]
         found[name] = once[0] if len(once) == 1 else once
+    found |= {} if data is None else {DATA: data}
     return {**found, "sha256": digest(found)} if parts else None
 
 
@@ -91,11 +94,11 @@ def of_processes(file: Path) -> list[dict[str, Any]]:
 
 
 def differences(one: Mapping[str, Any] | None, other: Mapping[str, Any] | None) -> list[str]:
-    """One line per field in which two fingerprints differ."""
+    """One line per field of the environment in which two fingerprints differ."""
     if one is None or other is None:
         names = [UNKNOWN if each is None else "known" for each in (one, other)]
         return [] if one is other else [f"fingerprint: {' and '.join(names)}"]
-    fields = [name for name in dict.fromkeys([*one, *other]) if name != "sha256"]
+    fields = [name for name in dict.fromkeys([*one, *other]) if name not in ("sha256", DATA)]
     return [
         f"{name}: {json.dumps(one.get(name))} and {json.dumps(other.get(name))}{NOTES.get(name, '')}"
         for name in fields
@@ -119,7 +122,8 @@ def check_alike(fingerprints: Mapping[str, Mapping[str, Any] | None], mix: bool 
         )
     if not differing:
         return []
-    count = len({digest(found or {}) for found in fingerprints.values()})
+    environments = [{**(found or {}), DATA: None, "sha256": None} for found in fingerprints.values()]
+    count = len(set(map(digest, environments)))
     fields = dict.fromkeys(line for lines in differing.values() for line in lines)
     return [f"Averaged over runs of {count} different environments. {'; '.join(fields)}."]
 

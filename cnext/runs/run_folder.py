@@ -6,7 +6,7 @@ import fcntl
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import IO, Any, TypeVar
@@ -17,10 +17,12 @@ from cnext import durable, records
 from cnext.config.plan import completed
 from cnext.errors import UserError, parse_json
 from cnext.regular_files import read_bytes
-from cnext.runs import checkpoint, schemas
+from cnext.runs import checkpoint, data_file, schemas
 from cnext.runs.checkpoint import Damaged
 from cnext.runs.schemas import StageScore, TrainStep
 from cnext.runs.trackers.base import Tracker, final
+from cnext.tasks.base import Sample
+from cnext.tasks.data_digest import DataDigest
 
 STEPS, SCORES, EXTRA = "train.jsonl", "scores.jsonl", "extra_scores.jsonl"
 LEFT_OUT = "left_out.json"
@@ -99,7 +101,7 @@ class RunFolder:
         self._lock = self._locked()
         with ExitStack() as undo:
             undo.callback(self.close)
-            checkpoint.write_json(file, config)
+            checkpoint.write_json(file, data_file.kept(config, file))
             durable.make_folder(self.checkpoints)
             durable.restore(self.checkpoints)
             # What the process before was writing when it was killed, and resuming reads.
@@ -140,6 +142,11 @@ class RunFolder:
             checkpoint.write_json(file, rows)
         else:
             file.unlink(missing_ok=True)
+
+    def note_data(self, data: DataDigest, samples: Mapping[str, Mapping[str, Sequence[Sample]]]) -> str:
+        """`data_file.keep`: digests of the data, which must be those that the run's results come from."""
+        begun = any(_content(self.path / name) for name in LOGS) or any(self.checkpoints.glob("[!.]*"))
+        return data_file.keep(self.path, data, samples, begun)
 
     def furthest(self, say: Callable[[str], None]) -> tuple[Path, dict[str, dict[str, Tensor]], dict[str, Any]] | None:
         """(path, tensors, values) of the latest intact checkpoint, to resume from; None if there is none.

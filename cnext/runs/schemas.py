@@ -209,6 +209,13 @@ class Init(Record):
         return f"{self.name} (SHA-256 {self.sha256[:12]}){after}"
 
 
+class DataSummary(Record):
+    """The data of one task and split, in results.json. sha256: of the digests of the rows."""
+
+    sha256: str
+    rows: int
+
+
 class Results(Record):
     """results.json. tasks: in training order. reads, writes: modalities by task. joint: all tasks trained at once."""
 
@@ -236,6 +243,7 @@ class Results(Record):
     budget: str = ""
     order: str = ""
     split: str = ""
+    data: dict[str, dict[str, DataSummary]] | None = None
     init: Init | None = None
     before_learnt: Row | None = None
     held_out: HeldOut | None = None

@@ -52,6 +52,8 @@ class Flags(Options):
     """YAML file with any of these settings, for example run.yaml of a run folder. Flags win over it."""
     mix_environments: bool = False
     """Average runs made on different processors, versions or thread counts, and say so in the tables."""
+    mix_data: bool = False
+    """Average runs on different data, and say so in the tables."""
     help_all: bool = False
     """Show all flags, with the hyperparameters of the methods that --method names, and exit."""
     version: bool = False

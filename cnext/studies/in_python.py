@@ -31,6 +31,7 @@ def study(
     jobs: int | Literal["auto"] = 1,
     baseline: str | None = None,
     mix_environments: bool = False,
+    mix_data: bool = False,
 ) -> StudyResult:
     """Runs every method on every order with every seed, or resumes; what is finished is not run again.
 
@@ -45,6 +46,7 @@ def study(
             each in a process of its own; a script must then call this under ``if __name__ == "__main__":``.
         baseline: the method that the tables compare with; None: lora if it is there, else the first.
         mix_environments: average over runs made on different processors, versions or thread counts.
+        mix_data: average over runs on different data.
 
     Raises:
         UserError: as `cnext.run`; runs that cannot be compared; a value given twice; or a run failed by an error of
@@ -74,6 +76,7 @@ def study(
         jobs=str(jobs),
         baseline=baseline,
         mix_environments=mix_environments,
+        mix_data=mix_data,
         **{item.name: getattr(config, item.name) for item in dataclasses.fields(Options)},
     )
     if processes.launched() > 1:
@@ -87,8 +90,8 @@ def study(
         from cnext.report import write_study
 
         folders = [planned.config.folder for planned in plans]
-        write_study(folders, config.out, baseline, mix_environments)
-    return of_folders(folders, config.out, baseline, mix_environments)
+        write_study(folders, config.out, baseline, mix_environments, mix_data)
+    return of_folders(folders, config.out, baseline, mix_environments, mix_data)
 
 
 def _error(failures: list[Failure], total: int, config: RunConfig) -> Exception:

@@ -26,7 +26,7 @@ NAMED = {
         *("draws", "prompts", "checkpoint_interval"),
     ),
     "hardware": ("device", "threads", "device_map", "workers", "backbone_options", "gpus", "tflops"),
-    "launchers": ("launcher", "launcher_option", "mix_environments"),
+    "launchers": ("launcher", "launcher_option", "mix_environments", "mix_data"),
 }
 """Flags that are explained by --help-all alone."""
 WIDTH, INDENT, SPACE = 100, 26, "\xa0"

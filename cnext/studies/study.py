@@ -15,13 +15,13 @@ from cnext.config.plan import Plan, plan
 from cnext.distributed import collectives, processes
 from cnext.errors import UserError, unknown
 from cnext.monitoring.notebook import note
-from cnext.runs import command_line, fingerprint
+from cnext.runs import command_line, data_alike, fingerprint
 from cnext.studies.flags import Flags, configs
 from cnext.studies.local import Failure
 from cnext.tables import aggregate, formats
 from cnext.tasks import suites
 
-OF_A_STUDY = ("jobs", "launcher", "launcher_option", "baseline", "mix_environments")
+OF_A_STUDY = ("jobs", "launcher", "launcher_option", "baseline", "mix_environments", "mix_data")
 """Flags of a study alone that study.yaml repeats."""
 
 
@@ -94,8 +94,10 @@ def is_finished(planned: Plan) -> bool:
 
 
 def _check_environments(flags: Flags, plans: list[Plan]) -> None:
-    """Raises UserError if finished runs were made in different environments, unless --mix-environments is given."""
+    """Raises UserError if finished runs were made in different environments or on different data, unless
+    --mix-environments or --mix-data is given."""
     if done := aggregate.finished(planned.config.folder for planned in plans):
+        data_alike.check_alike({str(run.folder): run.results.data for run in done}, flags.mix_data)
         fingerprint.check_alike({str(run.folder): run.fingerprint for run in done}, flags.mix_environments)
 
 
@@ -117,10 +119,10 @@ def _write_tables(flags: Flags, plans: list[Plan]) -> None:
     if not finished or (flags.baseline and flags.baseline not in finished):
         print(f"no table: no run of {flags.baseline or 'the study'} is finished", file=sys.stderr)
         return
-    study = aggregate.of_folders(folders, flags.baseline, flags.mix_environments)
-    if older := fingerprint.older([run.fingerprint for run in runs]):
-        print(older, file=sys.stderr)
-    write_study(folders, flags.out, flags.baseline, flags.mix_environments)
+    mix = (flags.mix_environments, flags.mix_data)
+    study = aggregate.of_folders(folders, flags.baseline, *mix)
+    aggregate.note_older(runs)
+    write_study(folders, flags.out, flags.baseline, *mix)
     print(formats.markdown(study))
     print(f"tables: {flags.out / 'study.md'}, also as .csv, .tex and .json")
     print(f"report: {flags.out / 'study.html'}")

@@ -11,6 +11,7 @@ import math
 import os
 import random
 import statistics
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,8 +23,8 @@ from msgspec.structs import replace as changed
 
 from cnext.errors import UserError, unknown
 from cnext.records import Record
-from cnext.runs import fingerprint, schemas
-from cnext.runs.schemas import Cost, Percent
+from cnext.runs import data_alike, fingerprint, schemas
+from cnext.runs.schemas import Cost, DataSummary, Percent
 
 METRICS = {"avg_acc": "Avg.ACC", "forgetting": "Forgetting", "new_acc": "New.ACC"}
 BASELINE = "lora"
@@ -127,6 +128,7 @@ class TableResults(Record, kw_only=True):
     metrics: dict[str, Percent | None]
     cost: Cost
     fingerprint: dict[str, Any] | None = None
+    data: dict[str, dict[str, DataSummary]] | None = None
     profile: Any = "strict"
     joint: Any = False
     score_matrix: Any = None
@@ -187,7 +189,7 @@ class Groups:
     """Comparable finished runs by method, order and seed.
 
     An order has one name, however it was asked for; a method's has the hyperparameters in which its runs differ.
-    runs: all, with these names.  setting: what they have in common.  notes: on their environments.
+    runs: all, with these names.  setting: what they have in common.  notes: on their environments and data.
     """
 
     cells: dict[str, dict[str, dict[int, FinishedRun]]]
@@ -234,11 +236,20 @@ def finished(folders: Iterable[Path]) -> list[FinishedRun]:
     return [run for run in map(read, folders) if run]
 
 
-def of_folders(folders: Iterable[Path], baseline: str | None = None, mix: bool = False) -> StudyTables:
+def note_older(runs: Sequence[FinishedRun]) -> None:
+    """Prints what is not known of results of an earlier version."""
+    known = fingerprint.older([run.fingerprint for run in runs]), data_alike.older([run.results.data for run in runs])
+    for line in filter(None, known):
+        print(line, file=sys.stderr)
+
+
+def of_folders(
+    folders: Iterable[Path], baseline: str | None = None, mix: bool = False, mix_data: bool = False
+) -> StudyTables:
     """``tabulate`` of the finished runs in these folders; the others are named."""
     found = {folder: read(folder) for folder in folders}
     missing = [str(folder) for folder, run in found.items() if run is None]
-    return tabulate([run for run in found.values() if run], baseline, missing, mix)
+    return tabulate([run for run in found.values() if run], baseline, missing, mix, mix_data)
 
 
 def check_comparable(settings: Mapping[str, Mapping[str, Any]], keys: Sequence[str] = SETTING) -> None:
@@ -272,18 +283,21 @@ def _labelled(runs: Sequence[FinishedRun]) -> list[FinishedRun]:
     return labelled
 
 
-def group(runs: Sequence[FinishedRun], baseline: str | None = None, mix: bool = False) -> Groups:
+def group(
+    runs: Sequence[FinishedRun], baseline: str | None = None, mix: bool = False, mix_data: bool = False
+) -> Groups:
     """The runs of a study, grouped.
 
     Args: baseline: the method to compare with (None: lora where it is there, else the first).  mix: whether runs of
-    different environments are averaged.
-    Raises: UserError for no runs, runs that are not comparable or of different environments, a run twice, or an
-        unknown baseline.
+    different environments are averaged.  mix_data: whether runs on different data are.
+    Raises: UserError for no runs, runs that are not comparable or of different environments or data, a run twice, or
+        an unknown baseline.
     """
     if not runs:
         raise UserError("no finished run to make a table of")
     check_comparable({str(run.folder): run.setting for run in runs})
-    notes = fingerprint.check_alike({str(run.folder): run.fingerprint for run in runs}, mix)
+    notes = data_alike.check_alike({str(run.folder): run.results.data for run in runs}, mix_data)
+    notes += fingerprint.check_alike({str(run.folder): run.fingerprint for run in runs}, mix)
     runs = _labelled(runs)
     once: dict[Any, FinishedRun] = {}
     for run in runs:
@@ -303,10 +317,14 @@ def group(runs: Sequence[FinishedRun], baseline: str | None = None, mix: bool = 
 
 
 def tabulate(
-    runs: Sequence[FinishedRun], baseline: str | None = None, missing: Sequence[str] = (), mix: bool = False
+    runs: Sequence[FinishedRun],
+    baseline: str | None = None,
+    missing: Sequence[str] = (),
+    mix: bool = False,
+    mix_data: bool = False,
 ) -> StudyTables:
     """The tables of a study. missing: names of runs that are not finished, for the notes. The rest is as in `group`."""
-    study = group(runs, baseline, mix)
+    study = group(runs, baseline, mix, mix_data)
     cells, base = study.cells, study.baseline
     return StudyTables(
         setting=study.setting,

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from cnext.errors import UserError
-from cnext.runs import fingerprint
+from cnext.runs import data_alike, fingerprint, schemas
+from cnext.runs.schemas import DataSummary
 from cnext.scoring import published
 from cnext.scoring.matrix import ScoreMatrix, points, without_repeats
 from cnext.scoring.matrix_file import ScoreRecord, from_json, of_a_run, read, read_json
@@ -31,8 +32,8 @@ class Side:
     """One side of a comparison.
 
     deviations: standard deviations of some metrics over seeds.  digests: by stage and what it trained, in order.
-    fingerprint: of the environment, None where it is unknown.  matrix: whether it is a matrix from a file, which may
-    lack conditions.
+    fingerprint, data: of the environment and of the data, None where unknown.  matrix: whether it is a matrix from a
+    file, which may lack conditions.
     """
 
     name: str
@@ -44,6 +45,7 @@ class Side:
     digests: dict[tuple[int, str], str] = field(default_factory=dict)
     fingerprint: dict[str, Any] | None = None
     seed: int | None = None
+    data: data_alike.Known | None = None
     matrix: bool = False
 
     def score(self, stage: int, task: str) -> float | None:
@@ -174,8 +176,13 @@ def of_run(path: Path, profile: str | None = None) -> Side:
         record,
         digests=_digests(results.get("digests"), str(file)),
         fingerprint=here if isinstance(here, dict) else None,
+        data=_data(results.get("data"), str(file)),
         seed=seed if isinstance(seed, int) and not isinstance(seed, bool) else None,
     )
+
+
+def _data(value: Any, where: str) -> data_alike.Known | None:
+    return None if value is None else schemas.convert(value, dict[str, dict[str, DataSummary]], f"{where}, data")
 
 
 def _scored_by(folder: Path, suite: Any) -> dict[str, Any]:
@@ -268,6 +275,7 @@ def compare(here: Side, there: Side, anyway: bool = False) -> Comparison:
         for key, value in here.conditions.items()
         if key in there.conditions and value != there.conditions[key]
     ]
+    unlike += [Difference(*each) for each in data_alike.pairs(here.data, there.data)]
     if unlike and not anyway:
         listed = "\n".join(map(str, unlike))
         raise UserError(f"{here.name} and {there.name} are not comparable:\n{listed}\n--anyway compares all the same")

@@ -31,12 +31,12 @@ class ImageBytes:
     name: str = ""
 
     def file(self) -> Path:
-        """The file with these bytes in the cache, named by their SHA-256; it is written unless it is there."""
+        """The file with these bytes in the cache, named by their SHA-256; it is written unless it is there whole."""
         digest = hashlib.sha256(self.content).hexdigest()
         suffix = next((suffix for start, suffix in _SUFFIXES.items() if self.content.startswith(start)), "")
         suffix = ".wav" if self.content[8:12] == b"WAVE" else suffix
         path = cache().absolute() / "images" / digest[:2] / f"{digest}{suffix}"
-        if path.is_file() and path.stat().st_size == len(self.content):
+        if path.is_file() and path.read_bytes() == self.content:
             return path
         path.parent.mkdir(parents=True, exist_ok=True)
         descriptor, unfinished = tempfile.mkstemp(dir=path.parent)

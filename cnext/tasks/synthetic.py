@@ -8,7 +8,6 @@ Layout of the folder: ``<task>/annotations/train_001.jsonl``, ``<task>/questions
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
@@ -17,7 +16,7 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-from cnext.tasks import scenes
+from cnext.tasks import cached_folders, scenes
 from cnext.tasks.scenes import COLORS, ICONS, PLACES, SHAPES, SIZE, WORDS, Icon, Lettering, Scene, Thing, article
 
 SHORT = "Answer the question using a single word or phrase."
@@ -225,7 +224,7 @@ def _write_task(folder: Path, task: str, split: str, count: int, seed: int) -> N
 
 
 def write_next_tiny(folder: Path, train: int, test: int, seed: int = 0) -> Path:
-    """Writes the suite's six tasks and its held-out set to ``folder`` atomically, unless it exists.
+    """Writes the suite's six tasks and its held-out set to ``folder`` atomically, unless they are there unchanged.
 
     Args:
         train, test: samples per task; validation has as many as test.
@@ -233,7 +232,7 @@ def write_next_tiny(folder: Path, train: int, test: int, seed: int = 0) -> Path:
     Returns:
         The folder.
     """
-    if folder.is_dir():
+    if cached_folders.intact(folder):
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
     unfinished = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
@@ -244,12 +243,8 @@ def write_next_tiny(folder: Path, train: int, test: int, seed: int = 0) -> Path:
         for name in HELD_OUT:
             for split in ("test", "validation"):
                 _write_task(unfinished / name, name, split, test, seed)
-        try:
-            os.rename(unfinished, folder)
-        except OSError:
-            # Another process has finished the same folder, with the same files.
-            if not folder.is_dir():
-                raise
+        cached_folders.seal(unfinished)
+        cached_folders.place(unfinished, folder)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
     return folder

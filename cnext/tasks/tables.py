@@ -8,6 +8,7 @@ classes, which datasets writes with their names, become the names, and floats of
 from __future__ import annotations
 
 import csv
+import filecmp
 import hashlib
 import os
 import shutil
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from cnext.errors import UserError, listed, unknown
+from cnext.tasks import cached_folders
 from cnext.tasks.base import DataError, Suite
 from cnext.tasks.cells import Columns, features_of
 from cnext.tasks.kept_images import cache
@@ -170,14 +172,17 @@ def save_datasets(suite: Suite, given: Mapping[str, Mapping[str, Any]], tasks: S
         folder = cache() / "datasets" / digest.hexdigest()[:32]
         folder.parent.mkdir(exist_ok=True)
         unfinished.chmod(0o755)
-        try:
-            os.rename(unfinished, folder)
-        except OSError:
-            if not folder.is_dir():  # as another process, or an earlier run, has written the same rows
-                raise
+        if not _same_tables(unfinished, folder):  # as another process, or an earlier run, has written them
+            cached_folders.place(unfinished, folder)
         return folder
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def _same_tables(one: Path, other: Path) -> bool:
+    """Whether two folders have tables of the same names and bytes; what is beside these differs each time."""
+    names = [sorted(path.relative_to(folder) for path in folder.rglob("*.arrow")) for folder in (one, other)]
+    return names[0] == names[1] and all(filecmp.cmp(one / name, other / name, shallow=False) for name in names[0])
 
 
 def _places(suite: Suite, given: Mapping[str, Mapping[str, Any]], tasks: Sequence[str]) -> dict[str, tuple[str, str]]:

@@ -9,10 +9,11 @@ from typing import Any
 from cnext import records
 from cnext.config.plan import Plan
 from cnext.methods.base import Method
-from cnext.runs import environment, fingerprint
+from cnext.runs import data_file, environment, fingerprint
 from cnext.runs.schemas import StageScore
 from cnext.scoring.base import ERROR_TYPES, PROFILES
 from cnext.scoring.matrix import ScoreMatrix, metrics, reference_metrics
+from cnext.tasks.data_digest import DataDigest, joint
 from cnext.training.cost import Meter, highest, total
 from cnext.training.initial import described
 from cnext.training.state import RunState
@@ -21,7 +22,7 @@ SETTING = ("method", "hyperparameters", "backbone", "suite", "budget", "order", 
 """What results.json repeats of config.json."""
 
 
-def results(planned: Plan, method: Method, state: RunState, notes: list[str]) -> dict[str, Any]:
+def results(planned: Plan, method: Method, state: RunState, data: DataDigest, notes: list[str]) -> dict[str, Any]:
     """The content of results.json, see `cnext.run`. notes: on what the run starts from."""
     order, tasks, scores = planned.order, [planned.suite.task(name) for name in planned.order], state.scores
     config = planned.as_dict()
@@ -41,7 +42,8 @@ def results(planned: Plan, method: Method, state: RunState, notes: list[str]) ->
         "averaging": records.plain([row for row in state.averaging if row]),
         "cost": _cost(method, state),
         "digests": records.plain(state.digests),
-        "fingerprint": fingerprint.joined(state.fingerprints),
+        "fingerprint": fingerprint.joined(state.fingerprints, joint(data)),
+        "data": data_file.summary(data),
         "versions": environment.versions(),
     }
 

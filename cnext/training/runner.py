@@ -14,19 +14,20 @@ from msgspec.structs import replace
 from torch import Tensor, nn
 
 from cnext import report
-from cnext.config.plan import Plan, plan
+from cnext.config.plan import DATA_KEY, Plan, plan
 from cnext.config.run_config import RunConfig
 from cnext.distributed import collectives, processes
 from cnext.monitoring.progress import Progress
 from cnext.monitoring.resource_errors import as_user_errors
 from cnext.monitoring.signals import Stop
 from cnext.results import RunResult
-from cnext.runs import command_line, environment, fingerprint, trackers
+from cnext.runs import command_line, data_file, environment, fingerprint, trackers
 from cnext.runs.checkpoint import write_json
 from cnext.runs.run_folder import EXTRA, RunFolder
 from cnext.runs.schemas import SEPARABILITY, StageScore, TrainStep
 from cnext.runs.state_digests import StateDigest, digest
 from cnext.scoring.base import find_scorer, make_scorers
+from cnext.tasks import data_digest
 from cnext.tasks.base import Task
 from cnext.training import cost, results
 from cnext.training.evaluation import evaluate
@@ -44,10 +45,10 @@ def run(config: RunConfig, progress: Progress | None = None) -> RunResult:
     """Runs a configuration, or resumes it from its last checkpoint. A finished run is not run again.
 
     The run folder, ``config.folder``, gets config.json, options.json, run.yaml, results.json, cost.json,
-    environment.json, left_out.json (where rows of the data are left out), separability.json, scores.jsonl,
-    train.jsonl, predictions/, extra_scores.jsonl and extra/ (scores and answers that are in no score matrix),
-    checkpoints/ and report.html. A launcher's environment (torchrun, ``accelerate launch``) makes it one run in several
-    processes.
+    environment.json, data.json (digests of its rows), left_out.json (where rows of the data are left out),
+    separability.json, scores.jsonl, train.jsonl, predictions/, extra_scores.jsonl and extra/ (scores and answers that
+    are in no score matrix), checkpoints/ and report.html. A launcher's environment (torchrun, ``accelerate launch``)
+    makes it one run in several processes.
 
     Args:
         config: what to run.
@@ -68,6 +69,7 @@ def run(config: RunConfig, progress: Progress | None = None) -> RunResult:
         - ``averaging``: statistics of the moving average by task and branch.
         - ``init``: what the run started from, with ``init_from`` alone: name, kind, SHA-256, tasks learnt, and notes.
         - ``cost``: counts of parameters, optimizer steps, supervised tokens, and stored bytes.
+        - ``data``: SHA-256 and number of rows by task and split.
         - ``digests``: SHA-256 of the state after each stage. ``fingerprint``, ``versions``: the environment.
         - ``method``, ``hyperparameters``, ``backbone``, ``suite``, ``budget``, ``order``, ``seed``, ``split``,
           ``joint``, ``card``, ``finished``, ``profile``.
@@ -153,8 +155,11 @@ class Runner:
     def load(self) -> None:
         """Reads the data and loads backbone, method and scorers."""
         self.ready = prepare(self.plan)
+        self.data = data_digest.of_samples(self.ready.samples)
         if self.folder is not None:
             self.folder.note_left_out(self.ready.left_out.as_dict())
+            if note := self.folder.note_data(self.data, self.ready.samples):
+                self.progress.say(note)
         for line in self.ready.left_out.lines():
             self.progress.say(line)
         for line in reference_warnings(self.plan, self.ready.samples):
@@ -176,6 +181,9 @@ class Runner:
             self._add_digest(0, ZERO_SHOT, self.method.state_dict())
         else:
             path, self._restored, values = found
+            data = values.get(DATA_KEY)
+            if data not in (None, data_digest.joint(self.data)):
+                raise data_file.changed(path, ["  the checkpoint is of a run on other data"])
             self.state = RunState.from_manifest(values, path)
             if self.ready.initial is not None:
                 self.ready.initial.put_merged(self.backbone)
@@ -321,7 +329,8 @@ class Runner:
             self._add_digest(stage.number, stage.task.name, method)
             self.state.stored_by_stage[stage.task.name] = stored
         if self.folder is not None:
-            self.folder.save(tensors, self.state.to_manifest(), label)
+            data = {DATA_KEY: data_digest.joint(self.data)}
+            self.folder.save(tensors, self.state.to_manifest() | data, label)
 
     def _add_digest(self, stage: int, trained: str, method: dict[str, Tensor]) -> None:
         tensors = {"adapters": self.parameters, "method": method}
@@ -387,7 +396,7 @@ class Runner:
 
     def _write_results(self) -> dict[str, Any]:
         """Writes results.json, cost.json and environment.json. Returns the first one's content."""
-        outcome = results.results(self.plan, self.method, self.state, self.ready.notes)
+        outcome = results.results(self.plan, self.method, self.state, self.data, self.ready.notes)
         if self.folder is not None:
             write_json(self.folder.path / "results.json", outcome)
             seconds = time.perf_counter() - self.started

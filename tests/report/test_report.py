@@ -502,8 +502,8 @@ def test_two_runs_make_a_study_beside_them_and_one_a_report(study_page: Path, tm
 
 
 def test_options_of_a_study_are_refused_for_one_run(run: Path) -> None:
-    for options in ({"baseline": "lora"}, {"mix": True}):
-        with pytest.raises(UserError, match="is one run, but --baseline and --mix-environments are for several"):
+    for options in ({"baseline": "lora"}, {"mix": True}, {"mix_data": True}):
+        with pytest.raises(UserError, match="is one run, but --baseline, --mix-environments and --mix-data are for"):
             write_reports([run], **options)
 
 
