@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import ast
+import functools
 import hashlib
 import importlib
 import importlib.metadata
 import importlib.util
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
+from importlib.machinery import ModuleSpec
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from cnext.errors import UserError, unknown
+from cnext.errors import UserError, printable, unknown
 
 
 class Registry:
@@ -40,17 +42,8 @@ class Registry:
         self.kind, self.group, self.own, self.finish = kind, group, own, finish
 
     def places(self) -> dict[str, str]:
-        """Names to "module:attribute". Imports none of them.
-
-        Raises:
-            UserError: another package uses a name of cnext's.
-        """
-        others = {entry.name: entry.value for entry in importlib.metadata.entry_points(group=self.group)}
-        if taken := sorted(self.own.keys() & others.keys()):
-            raise UserError(
-                f"a package registers a {self.kind} as {', '.join(taken)}, which cnext has; it needs another name"
-            )
-        return {**self.own, **others}
+        """Names to "module:attribute". Imports none of them."""
+        return {**self.own, **registered(self.kind, self.group, self.own)}
 
     def __contains__(self, name: object) -> bool:
         return name in self.own or name in self.places()
@@ -108,20 +101,69 @@ class Registry:
             beside = f" {module}.py is expected beside suite.json in {folder}, or installed;" if folder else ""
             advice = f"{beside} correct it" if folder else "install its package again"
             raise UserError(f"{expected}: {error};{' ' * (not folder)}{advice}") from error
-        return self.finish(found)
+        try:
+            return self.finish(found)
+        except (TypeError, UserError) as error:
+            raise UserError(f"{place} is no {self.kind} to use as {name}: {error}; correct its package") from error
 
     def summary(self, name: str) -> str:
         """The first line of an object's docstring, read from the source without importing it; "" if there is none."""
         module, _, attribute = self.places()[name].partition(":")
         try:
-            spec = importlib.util.find_spec(module)
-        except ModuleNotFoundError:
-            spec = None
-        source = spec.loader.get_source(module) if spec and hasattr(spec.loader, "get_source") else None  # pyright: ignore
-        for node in ast.parse(source or "").body:
+            spec = spec_of(module)
+            source = spec.loader.get_source(module) if spec and hasattr(spec.loader, "get_source") else None  # pyright: ignore
+            nodes = ast.parse(source or "").body
+        except (ImportError, SyntaxError, ValueError) as error:
+            return f"registered by a package, but {module} cannot be read: {_reason(error)}"
+        for node in nodes:
             if isinstance(node, ast.ClassDef | ast.FunctionDef) and node.name == attribute:
                 return (ast.get_docstring(node) or "").partition("\n\n")[0].replace("\n", " ").rstrip(".")
         return ""
+
+
+def registered(kind: str, group: str, own: Container[str]) -> dict[str, str]:
+    """Names to places of what other packages register by entry points.
+
+    One whose name is taken, by cnext or by another package, is left out, and a note says so: others work on.
+    """
+    found: dict[str, str] = {}
+    for entry in importlib.metadata.entry_points(group=group):
+        if entry.name in own or found.setdefault(entry.name, entry.value) != entry.value:
+            has = "cnext" if entry.name in own else found[entry.name]
+            _note(f"note: the {kind} {entry.name} of {entry.value} is left out: {has} has that name")
+    return found
+
+
+@functools.cache
+def _note(text: str) -> None:
+    """Prints a line once."""
+    print(text, file=sys.stderr)
+
+
+def imported(module: str) -> ModuleType:
+    """A module by its name. Raises ImportError for whatever one of another package raises."""
+    if module.startswith("cnext."):
+        return importlib.import_module(module)
+    try:
+        return importlib.import_module(module)
+    except (ImportError, SyntaxError, UserError):
+        raise
+    except (Exception, SystemExit) as error:
+        raise ImportError(f"{module} raises {_reason(error)}") from error
+
+
+def spec_of(module: str) -> ModuleSpec | None:
+    """Where a module is, None if there is none. Raises ImportError for whatever the package around it raises."""
+    try:
+        return importlib.util.find_spec(module)
+    except ModuleNotFoundError:
+        return None
+    except (Exception, SystemExit) as error:
+        raise ImportError(f"{module}: the package around it raises {_reason(error)}") from error
+
+
+def _reason(error: BaseException) -> str:
+    return printable(f"{type(error).__name__}: {error}")[:200]
 
 
 def source_of(module: str, folder: str) -> Path | None:
@@ -156,10 +198,7 @@ def module_of(module: str, folder: str) -> ModuleType:
     if not all(part.isidentifier() for part in module.split(".")):
         raise ImportError(f"{module!r} is no name of a module")
     if file is None or not file.is_relative_to(folder):
-        try:
-            return importlib.import_module(module)
-        except SystemExit as error:
-            raise ImportError(f"{module} raises SystemExit: {error}") from error
+        return imported(module)
     content = file.read_bytes()
     name = f"{file.stem}_{hashlib.sha256(str(file.resolve()).encode() + content).hexdigest()[:16]}"
     if name not in sys.modules:

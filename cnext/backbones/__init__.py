@@ -17,6 +17,15 @@ from cnext.registry import Registry
 if TYPE_CHECKING:
     from cnext.tasks.base import ImageNeed, Task
 
+
+def _checked(found: Any) -> type:
+    from cnext.backbones.base import Backbone
+
+    if not (isinstance(found, type) and issubclass(found, Backbone)):
+        raise UserError(f"expected a subclass of cnext.backbones.base.Backbone, got {found!r:.100}")
+    return found
+
+
 BACKBONES = Registry(
     "backbone",
     "cnext.backbones",
@@ -27,6 +36,7 @@ BACKBONES = Registry(
         "seed-x": "cnext.backbones.seed_x.model:SeedX",
         "hf": "cnext.backbones.hf.model:HuggingFace",
     },
+    _checked,
 )
 
 

@@ -10,13 +10,12 @@ import ast
 import dataclasses
 import difflib
 import importlib
-import importlib.metadata
-import importlib.util
 import inspect
 from pathlib import Path
 from typing import Any, get_type_hints
 
 from cnext.errors import UserError, unknown
+from cnext.registry import imported, registered, spec_of
 
 GROUP = "cnext.methods"
 PAPER_NAMES = {"4-split": "ew-ga", "2-split": "two-split", "joint": "upper-bound"}
@@ -24,19 +23,13 @@ PAPER_NAMES = {"4-split": "ew-ga", "2-split": "two-split", "joint": "upper-bound
 
 
 def modules() -> dict[str, str]:
-    """Method names to the modules that define them, which are not imported.
-
-    Raises: UserError where another package's method has the name of one of ours.
-    """
+    """Method names to the modules that define them, which are not imported."""
     own = {
         path.stem.replace("_", "-"): f"{__name__}.{path.stem}"
         for path in sorted(Path(__file__).parent.glob("*.py"))
         if path.stem not in ("__init__", "base")
     }
-    others = {entry.name: entry.value.partition(":")[0] for entry in importlib.metadata.entry_points(group=GROUP)}
-    if taken := sorted(own.keys() & others.keys()):
-        raise UserError(f"a package registers a method as {', '.join(taken)}, which cnext has; it needs another name")
-    return own | others
+    return own | {name: place.partition(":")[0] for name, place in registered("method", GROUP, own).items()}
 
 
 def summary(name: str) -> str:
@@ -58,7 +51,7 @@ def load(name: str) -> type:
         hint = next((f"; perhaps you meant {other}" for other in near if other), "")
         raise UserError(f"{unknown('method', name, sorted(known))}{hint}")
     try:
-        module = importlib.import_module(known[name])
+        module = imported(known[name])
     except (ImportError, SyntaxError) as error:
         raise UserError(
             f"the method {name} cannot be imported from {known[name]}: {error}; install the package again"
@@ -70,7 +63,10 @@ def load(name: str) -> type:
     ]
     if len(classes) != 1:
         raise UserError(f"module {module.__name__} must define one subclass of Method, it defines {len(classes)}")
-    return classes[0]
+    kind = classes[0]
+    if not dataclasses.is_dataclass(kind) or inspect.isabstract(kind) or not hasattr(kind, "card"):
+        raise UserError(f"the method {name} must be a dataclass with a card, attach and trainable; complete its class")
+    return kind
 
 
 def declared(name: str) -> type:
@@ -155,8 +151,8 @@ def _fields(module: str, name: str) -> dict[str, tuple[str, Any, Any]]:
 def _source(module: str) -> ast.Module:
     """The syntax tree of a module that is not imported. Raises ValueError where there is no source of it."""
     try:
-        spec = importlib.util.find_spec(module)
-    except ModuleNotFoundError:  # of the package around it
+        spec = spec_of(module)
+    except ImportError:
         spec = None
     if spec is None or spec.origin is None or not spec.origin.endswith(".py"):
         raise ValueError(f"no source of module {module!r}")

@@ -132,13 +132,6 @@ def test_a_broken_module_is_one_message(source: str, installed: Path, monkeypatc
         methods.declared("l2-lora")
 
 
-def test_a_name_of_ours_is_not_taken(installed: Path) -> None:
-    """The name mage in a results file always means ours."""
-    register(installed, "mage = l2_lora")
-    with pytest.raises(UserError, match="a package registers a method as mage, which cnext has; it needs another name"):
-        methods.load("mage")
-
-
 def test_its_bad_values_are_one_message(installed: Path) -> None:
     with pytest.raises(UserError, match="strength must be at least 0, got -1"):
         methods.load("l2-lora")(strength=-1)
