@@ -102,17 +102,18 @@ def replaced(path: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def new_folder(folder: Path) -> Iterator[Path]:
+def new_folder(folder: Path, replace: bool = False) -> Iterator[Path]:
     """A folder to fill that becomes ``folder`` at the end of the block, or is removed if that raises.
 
-    A folder that is there is replaced; in between `restore` finds it.
+    Args:
+        replace: takes the place of a folder with files too; in between `restore` finds that one.
     """
     make_folder(folder.parent)
     _remove_leftovers(folder.parent)
     with _own(folder, is_folder=True) as unfinished:
         yield unfinished
         sync_all(unfinished)
-        old = _temporary(folder, REPLACED) if folder.exists() else None
+        old = _temporary(folder, REPLACED) if replace and folder.exists() else None
         if old:
             os.rename(folder, old)
         try:

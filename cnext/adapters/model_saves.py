@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from cnext import durable
 from cnext.adapters import hub, saving
 from cnext.adapters.attach import layers
 from cnext.adapters.exchange import without_branches
@@ -127,12 +128,11 @@ class SavePretrained:
             if whole or name in own
         }
         file, other = (folder / WEIGHTS, folder / OLD_WEIGHTS) if safe else (folder / OLD_WEIGHTS, folder / WEIGHTS)
-        unfinished = file.with_name(f".{file.name}.unfinished")
-        if safe:
-            save_file(tensors, unfinished, metadata={"format": "pt"})
-        else:
-            torch.save(tensors, unfinished)
-        os.replace(unfinished, file)
+        with durable.replaced(file) as unfinished:
+            if safe:
+                save_file(tensors, unfinished, metadata={"format": "pt"})
+            else:
+                torch.save(tensors, unfinished)
         other.unlink(missing_ok=True)
 
 

@@ -14,7 +14,7 @@ from typing import Annotated, Any
 from msgspec import Meta, field
 from torch import Tensor, nn
 
-from cnext import packages
+from cnext import durable, packages
 from cnext.adapters import exchange, exchange_peft
 from cnext.adapters.attach import adapter_parameters, layers
 from cnext.adapters.exchange import Branches
@@ -275,12 +275,15 @@ def _require_free(folder: Path, per_branch: bool) -> None:
 
 def move(source: Path, target: Path) -> None:
     """Moves files into a folder and its subfolders of the same names, over those that are there."""
+    durable.sync_all(source)
     for path in sorted(source.rglob("*")):
         place = target / path.relative_to(source)
         if path.is_dir():
             place.mkdir(exist_ok=True)
         else:
             os.replace(path, place)
+    for path in (source, *source.rglob("*")):  # the folders, now empty
+        durable.sync(target / path.relative_to(source))
 
 
 def _write_json(file: Path, value: Any) -> None:

@@ -15,7 +15,7 @@ import torch
 from msgspec import to_builtins
 from torch import Tensor, nn
 
-from cnext import backbones, methods, packages
+from cnext import backbones, durable, methods, packages
 from cnext.adapters import exchange, exchange_authors, exchange_peft
 from cnext.adapters.logit_check import reference
 from cnext.backbones.base import outer_model
@@ -150,14 +150,8 @@ def new_folder(folder: Path) -> Iterator[Path]:
     if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
         raise UserError(f"{folder} exists and is not empty; give another --to or delete it")
     folder = folder.absolute()
-    unfinished = folder.with_name(f".{folder.name}.unfinished")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    unfinished.mkdir(parents=True)
-    try:
+    with durable.new_folder(folder) as unfinished:
         yield unfinished
-        os.replace(unfinished, folder)
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
 
 
 def export(

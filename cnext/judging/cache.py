@@ -13,6 +13,7 @@ from typing import IO, Any
 from msgspec import field
 from msgspec.structs import asdict, replace
 
+from cnext import durable
 from cnext.errors import UserError, printable
 from cnext.judging.requests import Prompts, error_type, verdict_key
 from cnext.records import Record
@@ -140,13 +141,14 @@ class Verdicts:
         """
         if self._file is not None:
             return
-        self.path.parent.mkdir(parents=True, exist_ok=True)
+        durable.make_folder(self.path.parent)
         file = open(self.path, "ab")  # noqa: SIM115 (closed by close)
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             file.close()
             raise UserError(f"another process is writing {self.path}; wait for it or give another --name") from error
+        durable.sync(self.path.parent)
         self._file = file
         content = self.path.read_bytes()
         file.truncate(content.rfind(b"\n") + 1)

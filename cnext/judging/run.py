@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from cnext import durable
 from cnext.errors import UserError, printable, unknown
 from cnext.judging import asking, cells, client, connection, output, statistics
 from cnext.judging.cache import Verdicts
@@ -138,7 +139,7 @@ def judge_run(run: Path, config: JudgeConfig) -> dict[str, Any] | None:
         table["estimates"] = estimates(answers, outcome.labels)
     about = {str(cell.file.relative_to(run)) for cell in judged}
     table["predictions"] = {name: digest for name, digest in digests.items() if name in about}
-    (run / "judge").mkdir(exist_ok=True)
+    durable.make_folder(run / "judge")
     usual = run / "judge" / f"{config.file_name}.json"
     file = output.place(usual, table, answers, digests, config.limit)
     if config.kind == "rules":

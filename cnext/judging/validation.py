@@ -7,6 +7,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from cnext import durable
 from cnext.judging import output
 from cnext.judging.cases import Case, asked_by, rule
 from cnext.judging.run import JudgeConfig, judge_cases
@@ -66,7 +67,7 @@ def validate(config: JudgeConfig, folder: Path) -> dict[str, Any] | None:
     file = folder / f"{config.file_name}.json"
     if config.kind == "openai":
         found["usage"] = output.usage(file, found, outcome.usage)
-    folder.mkdir(parents=True, exist_ok=True)
+    durable.make_folder(folder)
     write_json(file, found)
     print(text(found))
     print(file)

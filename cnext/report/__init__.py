@@ -10,6 +10,7 @@ import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
+from cnext import durable
 from cnext.analysis import analyze
 from cnext.analysis import formats as analysis_formats
 from cnext.analysis.groups import RunGroups
@@ -93,7 +94,7 @@ def write_study(
     analysis = analyze(study)
     texts["study.html"] = page.html(sections(study, analysis, _command(folders, baseline, mix, mix_data)))
     texts["analysis.md"] = analysis_formats.markdown(analysis)
-    out.mkdir(parents=True, exist_ok=True)
+    durable.make_folder(out)
     for name, text in texts.items():
         write_text(out / name, text)
     return [out / name for name in texts]
@@ -132,7 +133,7 @@ def write_report(run: Path) -> tuple[Path, Path]:
     record = Run.read(run)
     found = [section for build in SECTIONS if (section := build(record)).blocks]
     html, text = run / "report.html", run / "report.md"
-    html.write_text(page.html(found), encoding="utf-8", errors="replace")
-    text.write_text(page.markdown(found), encoding="utf-8", errors="replace")
+    durable.write(html, page.html(found).encode(errors="replace"))
+    durable.write(text, page.markdown(found).encode(errors="replace"))
     page.write_pictures(found, run)
     return html, text

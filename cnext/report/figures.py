@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from cnext import packages
+from cnext import durable, packages
 from cnext.analysis import analyze
 from cnext.analysis.groups import RunGroups
 from cnext.analysis.run import Run
@@ -64,7 +64,7 @@ def write_figures(
     """
     packages.require_installed("cnext plot", ["matplotlib"])
     figures = _chosen(_found(given, mix, mix_data), names)
-    out.mkdir(parents=True, exist_ok=True)
+    durable.make_folder(out)
     paths = []
     for figure in figures:
         for kind in dict.fromkeys(kinds):

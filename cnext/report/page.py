@@ -8,6 +8,7 @@ import hashlib
 from pathlib import Path
 from typing import Any
 
+from cnext import durable
 from cnext.report import plots
 from cnext.report.blocks import Section
 from cnext.tables.formats import mark
@@ -66,10 +67,10 @@ def markdown(sections: list[Section]) -> str:
 
 def write_pictures(sections: list[Section], folder: Path) -> None:
     """Writes the pictures that the Markdown shows, and removes those of an earlier report."""
-    (folder / FILES).mkdir(exist_ok=True)
+    durable.make_folder(folder / FILES)
     pictures = {picture.name: picture.data for section in sections for picture in section.pictures()}
     for path in (folder / FILES).iterdir():
-        if path.is_file() and path.name not in pictures:
-            path.unlink()
-    for name, data in pictures.items():
-        (folder / FILES / name).write_bytes(data)
+        # What begins with a dot is being written, by another report of this run.
+        if path.is_file() and path.name not in pictures and not path.name.startswith("."):
+            path.unlink(missing_ok=True)
+    durable.write_all(folder / FILES, pictures.items())

@@ -61,7 +61,7 @@ def save(folder: Path, tensors: dict[str, dict[str, Tensor]], values: dict[str, 
     from safetensors.torch import save as serialize
 
     checksums = {}
-    with durable.new_folder(folder) as unfinished:
+    with durable.new_folder(folder, replace=True) as unfinished:
         for key, state in tensors.items():
             content = serialize({name: tensor.detach().contiguous() for name, tensor in state.items()})
             checksums[f"{key}.safetensors"] = _digest(content)

@@ -6,7 +6,6 @@ import csv
 import html as markup
 import io
 import json
-import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -15,6 +14,7 @@ from typing import Any
 
 from msgspec import UNSET, to_builtins
 
+from cnext import durable
 from cnext.errors import UserError
 from cnext.tables.aggregate import (
     LEAST_PAIRS,
@@ -327,6 +327,4 @@ def write(path: Path, text: str) -> None:
         raise UserError(
             f"{path}: expected a folder {path.parent} to write it into, found none; make it, or name another"
         )
-    part = path.with_name(f"{path.name}.part")
-    part.write_text(text, encoding="utf-8", errors="backslashreplace")
-    os.replace(part, path)
+    durable.write(path, text.encode(errors="backslashreplace"))

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 
+from cnext import durable
 from cnext.errors import UserError
 from cnext.tasks import suites
 from cnext.tasks.base import ImageNeed, any_size
@@ -121,6 +121,4 @@ def _listed(title: str, lines: list[str], shown: int = SHOWN) -> list[str]:
 def write_json(report: Report, path: Path) -> None:
     """Writes a report with every line and path, but at most ``UNREFERENCED_LISTED`` unreferenced images."""
     assert len(report.unreferenced_images) <= UNREFERENCED_LISTED
-    unfinished = path.with_name(f".{path.name}.unfinished")
-    unfinished.write_text(json.dumps(report.as_dict(), indent=1) + "\n", encoding="utf-8")
-    os.replace(unfinished, path)
+    durable.write(path, (json.dumps(report.as_dict(), indent=1) + "\n").encode())

@@ -9,10 +9,10 @@ import json
 import math
 import os
 import shutil
-import tempfile
 from pathlib import Path
 from typing import Any
 
+from cnext import durable
 from cnext.errors import UserError
 from cnext.image_files import inspect
 from cnext.registry import source_of
@@ -45,15 +45,9 @@ def write_subset(suite: Suite, data: Path, n: int, seed: int, out: Path, absolut
             raise UserError(f"{name} must be at least {least}, got {value}")
     if out.exists():
         raise UserError(f"{out} is there already; remove it, or name another folder with --out")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
-    try:
-        protocol = f"{suite.name}-n{n}-seed{seed}"
+    protocol = f"{suite.name}-n{n}-seed{seed}"
+    with durable.new_folder(out) as unfinished:
         _write(suite, data, n, seed, protocol, unfinished, None if absolute else os.path.realpath(out))
-        unfinished.chmod(0o755)
-        os.rename(unfinished, out)
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
     return protocol
 
 

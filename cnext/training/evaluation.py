@@ -5,9 +5,13 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from io import BytesIO
 from math import fsum
 from pathlib import Path
 
+import numpy as np
+
+from cnext import durable
 from cnext.distributed import collectives
 from cnext.methods.base import Method
 from cnext.runs.checkpoint import write_text
@@ -91,6 +95,14 @@ def question(sample: Sample) -> Sample:
     )
 
 
+def _png(pixels: np.ndarray) -> bytes:
+    from PIL import Image
+
+    content = BytesIO()
+    Image.fromarray(pixels).save(content, "PNG", compress_level=1)
+    return content.getvalue()
+
+
 def _write(
     run: Path,
     stage: str,
@@ -99,18 +111,15 @@ def _write(
     predictions: Sequence[Prediction],
     scores: Sequence[Score],
 ) -> None:
-    from PIL import Image
-
     folder = run / "predictions" / stage
-    folder.mkdir(parents=True, exist_ok=True)
-    rows = []
+    durable.make_folder(folder)
+    rows, images = [], []
     for index, (sample, prediction, score) in enumerate(zip(samples, predictions, scores, strict=True)):
         image = None
         if prediction.image is not None:
             # Numbered and not named by the sample's id, which comes from a file and may be no file name.
             image = f"predictions/{stage}/{task.name}/{index:06d}.png"
-            (folder / task.name).mkdir(exist_ok=True)
-            Image.fromarray(prediction.image).save(run / image, compress_level=1)
+            images.append((f"{index:06d}.png", prediction.image))
         released = {} if prediction.released_text is None else {"released_text": prediction.released_text}
         rows.append(
             {
@@ -127,4 +136,7 @@ def _write(
                 "error": score.error,
             }
         )
+    if images:
+        durable.make_folder(folder / task.name)
+        durable.write_all(folder / task.name, ((name, _png(pixels)) for name, pixels in images))
     write_text(folder / f"{task.name}.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
