@@ -162,7 +162,7 @@ def test_something_else_than_was_registered_is_named(installed: Path, group: str
     (installed.parents[1] / "kinds.py").write_text(KINDS)
     register(installed, group, f"bad = kinds:{what}")
     load = backbones.load if group == "backbones" else make_scorers().__getitem__
-    with pytest.raises(UserError, match=f"^kinds:{what} is no {group[:-1]} to use as bad: .*; correct its package$"):
+    with pytest.raises(UserError, match=f"^kinds:{what} is no {group[:-1]} to use as bad: "):
         load("bad")
 
 

@@ -88,6 +88,10 @@ def check_free(path: Path, config: dict[str, Any]) -> None:
         raise UserError(f"{path} is not empty and holds no config.json; give another --out")
 
 
+class InUse(UserError):
+    """Another process has the folder of a run."""
+
+
 class RunFolder:
     """Opens or makes the folder of a run. Raises UserError as `check_free`, and while another process uses it."""
 
@@ -117,7 +121,7 @@ class RunFolder:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             lock.close()
-            raise UserError(f"another process is running in {self.path}; wait for it or give another --out") from error
+            raise InUse(f"another process is running in {self.path}; wait for it or give another --out") from error
         return lock
 
     def close(self) -> None:

@@ -17,7 +17,7 @@ from cnext.errors import UserError, unknown
 from cnext.monitoring.notebook import note
 from cnext.runs import command_line, data_alike, fingerprint
 from cnext.studies.flags import Flags, configs
-from cnext.studies.local import Failure
+from cnext.studies.local import USER_ERROR, Failure
 from cnext.tables import aggregate, formats
 from cnext.tasks import suites
 
@@ -154,17 +154,22 @@ def _execute(flags: Flags, to_do: list[Plan]) -> list[Failure]:
 
 def execute(flags: Flags, plans: list[Plan]) -> list[Failure]:
     """Executes the runs that are not finished. Returns those that failed."""
-    from cnext.runs.run_folder import RunFolder
+    from cnext.runs.run_folder import InUse, RunFolder
 
-    to_do = [planned for planned in plans if not is_finished(planned)]
+    to_do, in_use = [planned for planned in plans if not is_finished(planned)], []
     _check_environments(flags, plans)
-    for planned in to_do:
-        # Before the first run starts: a folder that cannot be created, or that another process has locked, is an error.
-        RunFolder(planned.config.folder, planned.as_dict()).close()
-    _write_yaml(flags, plans)
     if len(to_do) < len(plans):
         note(f"{len(plans) - len(to_do)} of {len(plans)} runs are already finished")
-    return _execute(flags, to_do) if to_do else []
+    for planned in [*to_do]:
+        # Before the first run starts: a folder that cannot be created is an error. One in use is left to its process.
+        try:
+            RunFolder(planned.config.folder, planned.as_dict()).close()
+        except InUse as error:
+            to_do.remove(planned)
+            in_use.append(Failure(planned.config, USER_ERROR, "in use", [f"error: {error}"]))
+            note(f"left out: {error}")
+    _write_yaml(flags, plans)
+    return in_use + (_execute(flags, to_do) if to_do else [])
 
 
 def _study(flags: Flags, plans: list[Plan]) -> int:

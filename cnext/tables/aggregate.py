@@ -200,15 +200,19 @@ class Groups:
 
 
 def find(paths: Iterable[Path]) -> list[Path]:
-    """The run folders named, and those inside other folders named, each once.
+    """The run folders named, and those inside other folders named, each once. Symbolic links are followed.
 
     Raises: UserError where a path is no run folder and holds none.
     """
     found: dict[Path, Path] = {}
     for path in paths:
-        inside = []
-        for folder, folders, files in os.walk(path):
-            folders.sort()
+        inside, seen = [], set()
+        for folder, folders, files in os.walk(path, followlinks=True):
+            if (real := os.path.realpath(folder)) in seen:  # by a link
+                folders.clear()
+                continue
+            seen.add(real)
+            folders.sort(key=lambda name, within=folder: (os.path.islink(os.path.join(within, name)), name))
             if "config.json" in files or "results.json" in files:
                 inside.append(Path(folder))
                 folders.clear()

@@ -26,14 +26,17 @@ from studies.fake_child import CRASHES, ENDS_WELL, GOES_ON, KILLED, SAVES, USER_
 from training.toy import change
 
 from cnext.cli import run_main
-from cnext.config.plan import plan
+from cnext.config.plan import Plan, plan
 from cnext.config.run_config import RunConfig
 from cnext.errors import UserError
 from cnext.monitoring.eta import Estimate
 from cnext.monitoring.progress import Event, ForwardedProgress, StudyProgress
 from cnext.runs.run_folder import RunFolder
 from cnext.studies import local, resources
+from cnext.studies import study as studies
 from cnext.studies.flags import configs, parse
+from cnext.studies.in_python import study
+from cnext.studies.local import Failure
 from cnext.studies.study import is_finished
 from cnext.studies.usage_errors import line
 from cnext.training import runner
@@ -328,6 +331,31 @@ def test_a_folder_of_another_configuration_is_an_error(
     shown = capsys.readouterr().err
     assert f"{folder} holds a run of another configuration" in shown
     assert '  method: "mage" there, "lora" requested' in shown
+
+
+def test_a_run_in_use_is_left_to_its_process_and_the_others_go_on(
+    flags: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    done: list[int] = []
+
+    def execute(_: object, to_do: list[Plan]) -> list[Failure]:
+        done.extend(planned.config.seed for planned in to_do)
+        return []
+
+    monkeypatch.setattr(studies, "_execute", execute)
+    words = [*flags, "--method", "zero-shot", "--seeds", "0", "1", "2", "--out", str(tmp_path)]
+    taken = plan(configs(parse(words))[1])
+    with closing(RunFolder(taken.config.folder, taken.as_dict())):
+        assert run_main(words) == 2
+        shown = capsys.readouterr().err
+        assert done == [0, 2]
+        assert f"failed: zero-shot/{ORDER}/seed-1 (in use)" in shown
+        assert "1 of 3 runs failed" in shown
+        with pytest.raises(UserError, match="^1 of 3 runs failed(.|\n)*another process is running in .*seed-1; wait"):
+            study(taken.config, seeds=[0, 1, 2])
+        assert done == [0, 2, 0, 2]
+    assert run_main(words) == 0
+    assert done[4:] == [0, 1, 2]
 
 
 def test_checking_for_a_finished_run_changes_nothing(

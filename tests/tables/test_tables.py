@@ -319,3 +319,14 @@ def test_the_verb_table_needs_no_torch(runs: Path) -> None:
 def test_the_verb_table_has_formats(name: str, runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["table", str(runs), "--format", name, "--baseline", "mage"]) == 0
     assert capsys.readouterr().out == formats.FORMATS[name](study(runs, baseline="mage"))
+
+
+def test_linked_runs_are_found_once_and_loops_end(write: Write, tmp_path: Path) -> None:
+    run, elsewhere = write("lora", "paper", 0, 40.0), write("mage", "paper", 0, 45.0, out="elsewhere")
+    runs = tmp_path / "runs"
+    for name, target in {"again": run, "linked": elsewhere, "loop": runs, "dead": runs / "no", "self": "self"}.items():
+        (runs / name).symlink_to(target)
+    (runs / "lora" / "above").symlink_to("..")
+    assert aggregate.find([runs]) == [run, runs / "linked"]
+    with pytest.raises(UserError, match="self is no run folder and holds none"):
+        aggregate.find([runs / "self"])
