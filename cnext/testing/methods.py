@@ -147,28 +147,22 @@ def keeps_no_more_bytes_than_it_says(make: Make) -> None:
     assert extra >= bound / 1.1 - COUNTERS, f"{told}, `extra_bytes` says {bound:,}, which is far more"
 
 
-def resumes_to_the_same_bits(make: Make, stop: int | None) -> None:
-    """A run that is interrupted ends with the tensors of one that is not. stop: as of `resumed`."""
-    whole, second = make(), resumed(make, stop)
+def resumes_to_the_same_bits(make: Make, stops: tuple[int | None, ...] = (None, 1)) -> None:
+    """A run interrupted between two tasks, or after a task's first step, ends with the tensors of one that is not.
+
+    stops: as of `resumed`.
+    """
+    whole = make()
     whole.learn(*TASKS)
-    where = "between two tasks" if stop is None else f"after step {stop} of a task"
-    advice = "`state_dict` and `adapter_parameters` must have all that a resumed run needs"
-    one, other = second.state(), whole.state()
-    different = [name for name in other if name not in one or not torch.equal(one[name], other[name])]
-    assert same(one, other), f"a run resumed {where} ends with other parameters: {listed(different)}; {advice}"
-    assert same(second.method.state_dict(), whole.method.state_dict()), (
-        f"a run resumed {where} ends with another `state_dict` of the method; {advice}"
-    )
-
-
-def resumes_between_two_tasks(make: Make) -> None:
-    """A run that is interrupted between two tasks ends with the tensors of one that is not."""
-    resumes_to_the_same_bits(make, None)
-
-
-def resumes_within_a_task(make: Make) -> None:
-    """A run that is interrupted after a task's first step ends with the tensors of one that is not."""
-    resumes_to_the_same_bits(make, 1)
+    for stop, second in zip(stops, resumed(make, stops), strict=True):
+        where = "between two tasks" if stop is None else f"after step {stop} of a task"
+        advice = "`state_dict` and `adapter_parameters` must have all that a resumed run needs"
+        one, other = second.state(), whole.state()
+        different = [name for name in other if name not in one or not torch.equal(one[name], other[name])]
+        assert same(one, other), f"a run resumed {where} ends with other parameters: {listed(different)}; {advice}"
+        assert same(second.method.state_dict(), whole.method.state_dict()), (
+            f"a run resumed {where} ends with another `state_dict` of the method; {advice}"
+        )
 
 
 METHOD_CHECKS: dict[str, Callable[[Make], None]] = {
@@ -180,8 +174,7 @@ METHOD_CHECKS: dict[str, Callable[[Make], None]] = {
         sees_no_more_old_samples_than_its_card_says,
         needs_no_task_unless_its_card_says_so,
         keeps_no_more_bytes_than_it_says,
-        resumes_between_two_tasks,
-        resumes_within_a_task,
+        resumes_to_the_same_bits,
     )
 }
 """The checks of `check_method` by name: functions of a function that makes a `cnext.testing.sequence.Sequence`."""

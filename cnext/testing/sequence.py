@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -103,27 +103,28 @@ def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
     return one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
 
 
-def resumed(make: Callable[[], Sequence], stop: int | None) -> Sequence:
-    """All tasks learnt with an interruption after ``stop`` steps of the last one; None: before it.
+def resumed(make: Callable[[], Sequence], stops: Iterable[int | None]) -> Iterator[Sequence]:
+    """For each stop all tasks learnt with an interruption there.
 
-    make: gives the method on a fresh backbone.
+    make: gives the method on a fresh backbone. stops: steps of the last task, ascending; None, first: before the task.
     """
-    first = make()
+    first, trainer = make(), None
     first.learn(*TASKS[:2])
-    trainer = None if stop is None else first.open(TASKS[2])
-    for _ in range(stop or 0):
-        if trainer:
+    for stop in stops:
+        if stop is not None and trainer is None:
+            trainer = first.open(TASKS[2])
+        while trainer and trainer.step < (stop or 0):
             trainer.train_step()
-    kept = _stored(first.method.state_dict())
-    moments = _stored(trainer.state_dict()) if trainer else {}
-    second = make()
-    second.restore(first)
-    if stop is None:
-        second.method.load_state_dict(kept)
-    again = second.open(TASKS[2])
-    if stop is not None:
-        second.method.load_state_dict(kept)
-    if again:
-        again.load_state_dict(moments, stop or 0)
-    second.finish(again)
-    return second
+        kept = _stored(first.method.state_dict())
+        moments = _stored(trainer.state_dict()) if trainer else {}
+        second = make()
+        second.restore(first)
+        if stop is None:
+            second.method.load_state_dict(kept)
+        again = second.open(TASKS[2])
+        if stop is not None:
+            second.method.load_state_dict(kept)
+        if again:
+            again.load_state_dict(moments, stop or 0)
+        second.finish(again)
+        yield second

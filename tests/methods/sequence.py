@@ -66,7 +66,7 @@ def branches_of(parameters: dict[str, torch.Tensor]) -> set[str]:
 
 def resume(name: str, data: Path, stop: int | None) -> Sequence:
     """All tasks learnt with an interruption after ``stop`` steps of the last one; None: before it."""
-    return resumed(lambda: Sequence(name, data), stop)
+    return next(resumed(lambda: Sequence(name, data), [stop]))
 
 
 def questions(data: Path, task: str, count: int = 8) -> list[Sample]:
