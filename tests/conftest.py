@@ -15,7 +15,14 @@ from cnext.backbones.tiny.model import TinyBackbone
 from cnext.tasks import suites, synthetic
 
 torch.set_num_threads(1)
+ROOT = Path(__file__).parent
 TRAIN, TEST, STEPS = 32, 8, 4
+LONG = (
+    "distributed/test_processes", "methods/test_contract", "training/test_crashes", "distributed/test_lost_process",
+    "training/test_init_from", "test_benchmarks", "integrations/test_transformers", "integrations/test_killed",
+    "test_cli", "backbones/test_coded", "backbones/test_hf_runs", "training/test_trainer", "runs/test_command_line",
+)  # fmt: skip
+"""Files that take longer than a minute."""
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -28,11 +35,18 @@ def pytest_report_header() -> str:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """Whole files to a process, so that what a module sets up is set up once. As --dist in addopts it would switch the
-    benchmarks off."""
+    """Whole files to a process, so that what a module sets up is set up once, and in the order of collection. As --dist
+    in addopts it would switch the benchmarks off."""
     from xdist.scheduler import LoadFileScheduling
 
+    config.option.loadscopereorder = False
     return LoadFileScheduling(config, log)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Long files first: of several processes none is left alone with one at the end."""
+    long = {ROOT / f"{name}.py" for name in LONG}
+    items.sort(key=lambda item: item.path not in long)
 
 
 @pytest.fixture(scope="session")

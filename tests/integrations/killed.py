@@ -27,8 +27,11 @@ from transformers.trainer_utils import get_last_checkpoint
 from cnext.averaging import RULES
 from cnext.integrations.transformers import AveragingCallback
 
-KINDS = {"trainer": list(RULES), "sft": list(RULES), "peft": ["pema", "pema-kron"]}
-"""Trainer and TRL's SFTTrainer on `attach_mage`, and SFTTrainer on LoRA of peft: the rules that are tried with each."""
+KINDS = {"trainer": list(RULES), "sft": ["pema", "pema-step"], "peft": ["pema", "pema-kron"]}
+"""Trainer and TRL's SFTTrainer on `attach_mage`, and SFTTrainer on LoRA of peft: the rules that are tried with each.
+
+SFTTrainer has the loop of Trainer and saves as it does, so a rule that merges after a task and one that acts after each
+step stand for all."""
 KILLED = ((0, 3), (1, 5))
 """Tasks and their steps at which a process ends; a checkpoint is written every two steps."""
 
