@@ -115,7 +115,7 @@ def _child(config: RunConfig, kind: str | None, moment: int) -> None:
     report.write_report = lambda run: (run / "report.html", run / "report.md")
     fault = Fault(kind, moment)
     _watch(fault, config.out / "work")
-    status = cli._exit_status(lambda: runner.run(config) and None)
+    status = cli._exit_status([], lambda: runner.run(config) and None)
     (config.out / "events").write_text(str(fault.events))
     sys.exit(status)
 

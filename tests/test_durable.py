@@ -1,0 +1,115 @@
+"""Files and folders that are written whole, by several processes at once, and what dead ones leave behind."""
+
+from __future__ import annotations
+
+import errno
+import os
+import threading
+from pathlib import Path
+
+import pytest
+
+from cnext import durable
+from cnext.runs import checkpoint
+from cnext.runs.run_folder import RunFolder
+
+LEFT = ".file.0123abcd.unfinished"
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_files_written_at_once_are_each_whole(tmp_path: Path) -> None:
+    contents = [bytes([letter]) * 50_000 for letter in b"abcd"]
+
+    def again(content: bytes) -> None:
+        for _ in range(10):
+            durable.write(tmp_path / "file", content)
+
+    threads = [threading.Thread(target=again, args=(content,)) for content in contents]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert (tmp_path / "file").read_bytes() in contents
+    assert names(tmp_path) == ["file"]
+
+
+def test_what_a_dead_process_left_is_removed_and_what_another_writes_is_not(tmp_path: Path) -> None:
+    (tmp_path / LEFT).touch()
+    (tmp_path / ".folder.0123abcd.unfinished" / "more").mkdir(parents=True)
+    (tmp_path / ".mine.unfinished").touch()
+    with durable.replaced(tmp_path / "other") as living, durable.new_folder(tmp_path / "folder") as made:
+        durable.write(tmp_path / "file", b"1")
+        assert names(tmp_path) == sorted([".mine.unfinished", "file", living.name, made.name])
+    assert names(tmp_path) == [".mine.unfinished", "file", "folder", "other"]
+
+
+def test_nothing_is_left_where_writing_fails(tmp_path: Path) -> None:
+    for block in (durable.replaced, durable.new_folder):
+        with pytest.raises(KeyboardInterrupt), block(tmp_path / "made"):
+            raise KeyboardInterrupt
+    assert names(tmp_path) == []
+
+
+def test_a_new_folder_replaces_none_with_files(tmp_path: Path) -> None:
+    (tmp_path / "made").mkdir()
+    (tmp_path / "made" / "file").touch()
+    with pytest.raises(OSError, match="not empty"), durable.new_folder(tmp_path / "made"):
+        pass
+    assert names(tmp_path / "made") == ["file"]
+    assert names(tmp_path) == ["made"]
+
+
+@pytest.mark.parametrize("call", [1, 2])
+def test_a_checkpoint_that_is_not_replaced_stays(call: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither rename may fail, nor the process end between them."""
+    rename, calls = os.rename, []
+
+    def fails(source: Path, target: Path) -> None:
+        calls.append(source)
+        if len(calls) == call:
+            raise OSError(errno.EIO, "no")
+        rename(source, target)
+
+    checkpoint.save(tmp_path / "1_A", {}, {"tasks_done": 1, "step": 0, "which": "old"})
+    monkeypatch.setattr(os, "rename", fails)
+    with pytest.raises(OSError, match="no"):
+        checkpoint.save(tmp_path / "1_A", {}, {"tasks_done": 1, "step": 0, "which": "new"})
+    assert checkpoint.load(tmp_path / "1_A")[1]["which"] == "old"
+    assert names(tmp_path) == ["1_A"]
+
+
+def test_a_run_finds_the_checkpoint_that_was_being_replaced(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    RunFolder(run, {}).close()
+    checkpoint.save(run / "checkpoints" / "1_A", {}, {"tasks_done": 1, "step": 0})
+    os.rename(run / "checkpoints" / "1_A", run / "checkpoints" / ".1_A.0123abcd.replaced")
+    folder = RunFolder(run, {})
+    found = folder.furthest(print)
+    folder.close()
+    assert found
+    assert found[0].name == "1_A"
+
+
+def test_a_file_system_that_cannot_sync_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is written to all the same; an error of a file is not passed over."""
+    real = os.fsync
+
+    def fsync(descriptor: int) -> None:
+        if os.path.isdir(f"/proc/self/fd/{descriptor}"):
+            raise OSError(errno.EINVAL, "Invalid argument")
+        real(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    durable.write(tmp_path / "file", b"1")
+    assert (tmp_path / "file").read_bytes() == b"1"
+
+    def fails(descriptor: int) -> None:
+        raise OSError(errno.EINVAL, "Invalid argument")
+
+    monkeypatch.setattr(os, "fsync", fails)
+    with pytest.raises(OSError, match="Invalid"):
+        durable.write(tmp_path / "file", b"2")
+    assert (tmp_path / "file").read_bytes() == b"1"
