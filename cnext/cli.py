@@ -20,6 +20,9 @@ from cnext.errors import UserError, printable
 from cnext.monitoring.signals import Stop, Stopped, terminable
 from cnext.monitoring.streams import escape_unencodable, tolerate_closed_pipes
 
+LONGEST_LINE = 4000
+"""Characters of a line of a message."""
+
 
 def _exit_status(given: list[str], verb: Callable[[], int | None]) -> int:
     """Calls a verb. Errors of the user become one message and exit status 2, without a traceback."""
@@ -34,7 +37,7 @@ def _exit_status(given: list[str], verb: Callable[[], int | None]) -> int:
                 if sys.stdout is not None:
                     sys.stdout.flush()
         except UserError as error:
-            print(f"error: {error}", file=sys.stderr)
+            print("\n".join(map(_cut, f"error: {error}".split("\n"))), file=sys.stderr)
             return 2
         except OSError as error:
             where = f": {error.filename}" if error.filename else ""
@@ -46,6 +49,11 @@ def _exit_status(given: list[str], verb: Callable[[], int | None]) -> int:
         except KeyboardInterrupt as interrupt:
             print(str(interrupt) or "interrupted; the same command continues from what was saved", file=sys.stderr)
             return 130
+
+
+def _cut(line: str) -> str:
+    """A line of a message, which may repeat what was given: of a long one the beginning."""
+    return line if len(line) <= LONGEST_LINE else f"{line[:LONGEST_LINE]}... ({len(line):,} characters)"
 
 
 def _check_text(given: list[str]) -> None:

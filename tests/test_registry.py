@@ -176,7 +176,8 @@ def test_something_else_than_was_registered_is_named(installed: Path, group: str
     ],
 )
 def test_a_method_that_is_none_is_named(source: str, said: str, installed: Path) -> None:
-    top = "from dataclasses import dataclass\nfrom cnext.methods.base import Method\nfrom cnext.methods.lora import Lora\n"
+    top = "from dataclasses import dataclass\nfrom cnext.methods.base import Method\n"
+    top += "from cnext.methods.lora import Lora\n"
     name = f"method_{abs(hash(source))}"
     (installed.parents[1] / f"{name}.py").write_text(top + source)
     register(installed, "methods", f"bad = {name}")

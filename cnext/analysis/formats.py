@@ -40,7 +40,12 @@ def markdown(analysis: Analysis) -> str:
     """Each table under its definition, then what was left out and why."""
     tables = [as_table(result) for result in analysis.results]
     marked = [
-        replace(table, caption=mark(table.caption), rows=[[mark(cell) for cell in row] for row in table.rows])
+        replace(
+            table,
+            caption=mark(table.caption),
+            head=[mark(name) for name in table.head],
+            rows=[[mark(cell) for cell in row] for row in table.rows],
+        )
         for table in tables
     ]
     left = "".join(f"- {mark(f'{name}: {why}')}\n" for name, why in analysis.left_out.items())

@@ -30,7 +30,9 @@ def as_table(chosen: Chosen, decimals: int = 1) -> Table:
     rows, bold, breaks = [], set(), set()
     for place, row in enumerate(chosen.rows):
         names = [row.order, row.method] if several else [row.method]
-        rows.append([*names, *(_shown(head, row.values[head.key], decimals) for head in chosen.heads)])
+        rows.append(
+            [*map(formats.short, names), *(_shown(head, row.values[head.key], decimals) for head in chosen.heads)]
+        )
         bold |= {(place, words + i) for i, head in enumerate(chosen.heads) if head.key in row.best}
         if place and row.order != chosen.rows[place - 1].order:
             breaks.add(place)

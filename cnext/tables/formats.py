@@ -7,7 +7,7 @@ import html as markup
 import io
 import json
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,8 @@ from cnext.tables.aggregate import (
     Summary,
 )
 
+LONGEST = 200
+"""Characters of a name in a table."""
 NOTHING, MINUS = "\N{EN DASH}", "\N{MINUS SIGN}"
 LATEX = {
     **{character: f"\\{character}" for character in "&%$#_{}"},
@@ -72,6 +74,11 @@ class Table:
         return [f"{name} {title}".strip() for name, title in zip(self.head, over, strict=True)]
 
 
+def short(text: str) -> str:
+    """A name for a cell: what is longer than `LONGEST` is cut."""
+    return text if len(text) <= LONGEST else f"{text[: LONGEST - 1]}…"
+
+
 def mark(text: str) -> str:
     """Plain text escaped as one line of Markdown."""
     return re.sub(r"([\\`*_\[\]<>|#~$&!])", r"\\\1", " ".join(text.split()))
@@ -105,22 +112,27 @@ def setting_text(setting: dict[str, Any]) -> str:
     return f"{where}, {setting['split']} items, {setting['profile']} scores in percent."
 
 
-def blocks(study: StudyTables) -> Iterator[Table]:
-    """The tables of a study."""
-    caption = f"{setting_text(study.setting)} Mean ± sample standard deviation of n runs."
+def blocks(study: StudyTables, escape: Callable[[str], str] = str) -> Iterator[Table]:
+    """The tables of a study. escape: of names, which may be any text."""
+
+    def say(text: object) -> str:
+        return escape(short(str(text)))
+
+    setting = {name: say(value) for name, value in study.setting.items()}
+    caption = f"{setting_text(setting)} Mean ± sample standard deviation of n runs."
     if study.missing:
-        caption += f" Not finished and left out: {', '.join(study.missing)}."
-    caption += "".join(f" {note}" for note in study.notes or ())
-    rows = [[row.method, row.order, str(row.n), *_cells(row)] for row in study.rows]
+        caption += f" Not finished and left out: {', '.join(map(say, study.missing))}."
+    caption += "".join(f" {escape(note)}" for note in study.notes or ())
+    rows = [[say(row.method), say(row.order), str(row.n), *_cells(row)] for row in study.rows]
     yield Table(caption, ["method", "order", "n", *METRICS.values()], rows, words=2)
     if study.orders:
         caption = "Over the orders: mean of all runs, [minimum, maximum] of the orders' means."
-        rows = [[row.method, str(len(row.orders)), str(row.n), *_cells(row)] for row in study.orders]
+        rows = [[say(row.method), str(len(row.orders)), str(row.n), *_cells(row)] for row in study.orders]
         yield Table(caption, ["method", "orders", "n", *METRICS.values()], rows)
     if study.differences:
-        rows = [[row.method, str(row.n), *_cells(row, "+"), *_signs(row.avg_acc)] for row in study.differences]
+        rows = [[say(row.method), str(row.n), *_cells(row, "+"), *_signs(row.avg_acc)] for row in study.differences]
         head = ["method", "pairs", *METRICS.values(), f"{METRICS['avg_acc']} higher in", "p"]
-        yield Table(_difference_caption(study), head, rows)
+        yield Table(_difference_caption(study, say(study.baseline)), head, rows)
 
 
 def p_value(p: float | None) -> str:
@@ -131,8 +143,8 @@ def _signs(found: Differences) -> list[str]:
     return [f"{found.above} of {found.n}" if found.n else NOTHING, p_value(found.p)]
 
 
-def _difference_caption(study: StudyTables) -> str:
-    caption = f"Difference to {study.baseline}, paired by order and seed: mean ± sample standard deviation of pairs"
+def _difference_caption(study: StudyTables, baseline: str) -> str:
+    caption = f"Difference to {baseline}, paired by order and seed: mean ± sample standard deviation of pairs"
     pairs = [row.n for row in study.differences]
     if max(pairs) >= LEAST_PAIRS:
         caption += (
@@ -148,7 +160,7 @@ def _difference_caption(study: StudyTables) -> str:
 
 def markdown(study: StudyTables) -> str:
     """The study's tables as Markdown."""
-    return as_markdown(blocks(study))
+    return as_markdown(blocks(study, mark))
 
 
 def marked(table: Table) -> Table:
@@ -203,11 +215,13 @@ def as_latex(tables: Iterable[Table]) -> str:
 
 
 def _tex(text: str) -> str:
-    return text.translate(str.maketrans(LATEX))
+    return " ".join(text.split()).translate(str.maketrans(LATEX))
 
 
 def _tex_cell(table: Table, place: tuple[int, int], cell: str) -> str:
     shown = _tex(cell)
+    if shown[:1] in ("[", "*") and not place[1]:
+        shown = f"{{}}{shown}"  # or they would belong to the \\\\ before
     if place[1] < table.words or not table.narrow:
         return shown
     mean, spread, deviation = shown.partition(r" $\pm$ ")

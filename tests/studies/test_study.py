@@ -351,7 +351,7 @@ def test_a_run_in_use_is_left_to_its_process_and_the_others_go_on(
         assert done == [0, 2]
         assert f"failed: zero-shot/{ORDER}/seed-1 (in use)" in shown
         assert "1 of 3 runs failed" in shown
-        with pytest.raises(UserError, match="^1 of 3 runs failed(.|\n)*another process is running in .*seed-1; wait"):
+        with pytest.raises(UserError, match=r"^1 of 3 runs failed(.|\n)*another process is running in .*seed-1; wait"):
             study(taken.config, seeds=[0, 1, 2])
         assert done == [0, 2, 0, 2]
     assert run_main(words) == 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import html as markup
 import io
 import itertools
 import json
@@ -330,3 +331,43 @@ def test_linked_runs_are_found_once_and_loops_end(write: Write, tmp_path: Path) 
     assert aggregate.find([runs]) == [run, runs / "linked"]
     with pytest.raises(UserError, match="self is no run folder and holds none"):
         aggregate.find([runs / "self"])
+
+
+NAME = "a|b `c` <i>d</i> *e* _f_\\g & 50% {h} $i$ #j ~k ^l\n\n[m](n) ÿ"
+"""A name with what means something in Markdown, LaTeX, HTML or CSV."""
+
+
+def test_names_are_text_in_every_format(write: Write, tmp_path: Path) -> None:
+    change(write("mage", "paper", 0, 40.0) / "results.json", order=NAME, method=NAME)
+    change(write("lora", "paper", 0, 41.0) / "results.json", order=NAME)
+    study = aggregate.of_folders(aggregate.find([tmp_path / "runs"]), "lora")
+    one = " ".join(NAME.split())
+    shown = formats.WRITERS["markdown"](study)
+    bare = re.sub(r"\\.", "", shown)  # without what is escaped
+    for line in bare.splitlines():
+        assert not re.search(r"[`<]", line)
+        assert line.count("|") in (0, 7, 8), "the columns of the two tables"
+    assert one in re.sub(r"\\(.)", r"\1", shown)
+    tex = formats.WRITERS["latex"](study)
+    assert r"a$|$b `c` $<$i$>$d$<$/i$>$ *e* \_f\_\textbackslash{}g \& 50\% \{h\} \$i\$ \#j" in tex
+    assert "\n\n[m]" not in tex
+    assert markup.unescape(formats.WRITERS["html"](study)).count(f">{NAME}<") == 4
+    assert "<i>" not in formats.WRITERS["html"](study)
+    rows = list(csv.DictReader(io.StringIO(formats.WRITERS["csv"](study))))
+    assert {row["method"] for row in rows} == {NAME, "lora"}
+    assert json.loads(formats.WRITERS["json"](study))["rows"][0]["order"] == NAME
+
+
+@pytest.mark.parametrize("name", ["[x] y", "*"])
+def test_a_latex_row_does_not_begin_as_an_argument_of_the_one_before(name: str) -> None:
+    table = formats.Table("", ["method", "n"], [["a", "1"], [name, "2"]])
+    assert f"\n{{}}{name} & 2" in formats.as_latex([table])
+
+
+def test_long_names_are_cut(write: Write, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    change(write("mage", "paper", 0, 40.0) / "results.json", order="x" * 200_000)
+    for kind in ("markdown", "latex", "html"):
+        assert main(["table", str(tmp_path / "runs"), "--format", kind]) == 0
+        assert len(capsys.readouterr().out) < 10_000
+    assert main(["table", "y" * 200_000]) == 2
+    assert len(capsys.readouterr().err) < 5_000
