@@ -234,7 +234,9 @@ def test_unfinished_runs_are_left_out_and_named(write: Write) -> None:
     (empty / "results.json").unlink()
     found = study(done.parents[2])
     assert found.rows[0].seeds == [0]
-    assert f"Not finished and left out: {begun}, {empty}." in formats.markdown(found)
+    assert f"Not finished and left out: {formats.mark(str(begun))}, {formats.mark(str(empty))}." in formats.markdown(
+        found
+    )
     with pytest.raises(UserError, match="no finished run"):
         study(begun)
 
