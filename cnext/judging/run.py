@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from cnext import durable
-from cnext.errors import UserError, printable, unknown
+from cnext.errors import UserError, check_range, printable, unknown
 from cnext.judging import asking, cells, client, connection, output, statistics
 from cnext.judging.cache import Verdicts
 from cnext.judging.cases import Case
@@ -24,6 +24,14 @@ from cnext.tables import aggregate
 
 JUDGES = ("rules", "openai:URL", "replay:FILE")
 BEYOND = "beyond the limit"
+RANGES = {
+    "limit": (0, 2**53 - 1),
+    "concurrency": (1, 1000),
+    "timeout": (0.001, 10**6),
+    "tries": (1, 100),
+    "max_tokens": (1, 10**9),
+}
+"""The least and the greatest value of each number."""
 
 
 @dataclass(frozen=True)
@@ -54,11 +62,8 @@ class JudgeConfig:
     def __post_init__(self) -> None:
         if self.judge != "rules" and not (self.kind in ("openai", "replay") and self.where):
             raise unknown("judge", self.judge, JUDGES)
-        for name, least in (("limit", 0), ("concurrency", 1), ("tries", 1), ("max_tokens", 1)):
-            if getattr(self, name) < least:
-                raise UserError(f"{name} must be at least {least}, got {getattr(self, name)}")
-        if self.timeout <= 0:
-            raise UserError(f"timeout must be more than 0 seconds, got {self.timeout}")
+        for name, (least, most) in RANGES.items():
+            check_range(name, getattr(self, name), least, most)
         if self.name and not re.fullmatch(r"[\w.-]+", self.name):
             raise UserError(f"name must be letters, digits, '.', '_' and '-', got {self.name!r}")
 

@@ -403,7 +403,9 @@ def test_an_untrained_run_is_judged_by_its_zero_shot_answers(run: Path) -> None:
 
 BAD = ("--judge gpt", "--judge openai:", "--judge replay:", "--limit -1", "--concurrency 0", "--timeout 0", "--tries 0")
 BAD += ("--name ../up", "--judge replay:nowhere.jsonl")
-BAD += ("--judge openai:http://127.0.0.1:1 --max-tokens 0",)
+SERVER = "--judge openai:http://127.0.0.1:1"
+BAD += tuple(f"{SERVER} {over}" for over in ("--max-tokens 0", "--timeout inf", "--timeout nan", "--timeout 1e300"))
+BAD += tuple(f"{SERVER} {over}" for over in ("--tries 5000", "--concurrency 1000000000", "--limit " + "9" * 40))
 USELESS = (
     "--limit 5",
     "--max-tokens 99",
