@@ -132,7 +132,7 @@ def scan(task: Task, data: Path, split: str, advance: Callable[[int], None] | No
             except DataError:
                 raise
             except ValueError as error:
-                yield Line(origin, {}, None, str(error))
+                yield Line(origin, {}, None, f"{error!s:.1000}")  # which may repeat the row
             number += 1
 
 

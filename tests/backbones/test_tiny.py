@@ -56,6 +56,16 @@ def test_text_sequence(tiny: TinyBackbone) -> None:
     assert [token.tokens[label] for label in item.labels if label != IGNORED] == ["red", "ring", "</s>"]
 
 
+def test_a_row_of_very_many_words_is_refused_by_its_place(tiny: TinyBackbone) -> None:
+    for turns in ((Turn("word " * 40_000, "a"),), (Turn("q", "word " * 40_000),)):
+        with pytest.raises(
+            UserError, match=r"^a\.jsonl:7 has 40,\d+ tokens, and the tiny backbone reads at most 8,192;"
+        ):
+            tiny.assemble(Sample("1", turns, origin="a.jsonl:7"), None, None)
+    with pytest.raises(UserError, match="^'word word .*' has 40,00"):
+        tiny.generate([Sample("", (Turn("word " * 40_000 + "?"),))], 4)
+
+
 def test_image_sequence(tiny: TinyBackbone) -> None:
     """A picture to write is <img>, supervised, and 16 queries, which are not."""
     sample = Sample("1", (Turn("draw red ring"),), target_image=Path("picture"))

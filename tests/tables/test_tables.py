@@ -234,7 +234,8 @@ def test_unfinished_runs_are_left_out_and_named(write: Write) -> None:
     (empty / "results.json").unlink()
     found = study(done.parents[2])
     assert found.rows[0].seeds == [0]
-    assert f"Not finished and left out: {formats.mark(str(begun))}, {formats.mark(str(empty))}." in formats.markdown(
+    names = ", ".join(formats.mark(str(folder)) for folder in (begun, empty))
+    assert f"Not finished and left out: {names}." in formats.markdown(found)
         found
     )
     with pytest.raises(UserError, match="no finished run"):

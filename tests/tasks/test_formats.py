@@ -97,6 +97,13 @@ def test_bad_rows_name_file_line_and_reason(root: Path, row: Any, reason: str) -
     assert reason in str(error.value)
 
 
+def test_what_is_said_of_a_long_row_is_short(root: Path) -> None:
+    write(root, [{"image": "a.png", "k" * 200_000: 1}, {"image": "x" * 200_000, "data": ["q", "a"]}, "y" * 200_000])
+    with pytest.raises(DataError) as error:
+        formats.read_samples(CONVERSATION, root, "train")
+    assert len(str(error.value)) < 4000
+
+
 def test_all_bad_rows_are_named_at_once(root: Path) -> None:
     write(root, [row for row, _ in BAD.values()])
     with pytest.raises(DataError) as error:

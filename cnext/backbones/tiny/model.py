@@ -30,6 +30,8 @@ from cnext.tensor_files import read_tensors
 
 WEIGHTS = Path(__file__).parent / "weights.safetensors"
 BATCH = 100
+LONGEST = 8192
+"""Tokens of a sequence: attention over ten times as many takes gigabytes, and minutes for a sample."""
 """Samples per forward pass without gradient."""
 
 
@@ -57,6 +59,15 @@ class TinyInputs:
     def question(self) -> Tensor:
         """Ids of the first instruction: everything before the first token of its answer."""
         return self.ids[: int((self.labels != IGNORED).nonzero()[0])]
+
+
+def _bounded(ids: list[int], sample: Sample) -> list[int]:
+    if len(ids) > LONGEST:
+        raise UserError(
+            f"{sample.origin or repr(sample.turns[0].instruction[:60])} has {len(ids):,} tokens, and the tiny backbone "
+            f"reads at most {LONGEST:,}; shorten the row or leave it out"
+        )
+    return ids
 
 
 class TinyBackbone(Backbone):
@@ -162,7 +173,8 @@ class TinyBackbone(Backbone):
         """Ids of the first instruction: <s> [inst] <img> 16 <patch> </img> text [/inst]; no <img> without an image."""
         token = self.tokenizer
         image = [token["<img>"], *[token["<patch>"]] * TOKENS, token["</img>"]] if sample.image else []
-        return [token["<s>"], token["[inst]"], *image, *token.encode(sample.turns[0].instruction), token["[/inst]"]]
+        text = token.encode(sample.turns[0].instruction)
+        return _bounded([token["<s>"], token["[inst]"], *image, *text, token["[/inst]"]], sample)
 
     def _conversation(self, sample: Sample) -> tuple[list[int], list[int]]:
         token = self.tokenizer
@@ -213,6 +225,7 @@ class TinyBackbone(Backbone):
     def assemble(self, sample: Sample, features: Tensor | None, target: Tensor | None) -> TinyInputs:
         """A sample whose images are encoded already. features, target: see `TinyInputs`."""
         ids, labels = self._conversation(sample)
+        _bounded(ids, sample)
         return TinyInputs(torch.tensor(ids), torch.tensor(labels), features, target)
 
     def _embed(
