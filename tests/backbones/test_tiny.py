@@ -62,7 +62,7 @@ def test_a_row_of_very_many_words_is_refused_by_its_place(tiny: TinyBackbone) ->
             UserError, match=r"^a\.jsonl:7 has 40,\d+ tokens, and the tiny backbone reads at most 8,192;"
         ):
             tiny.assemble(Sample("1", turns, origin="a.jsonl:7"), None, None)
-    with pytest.raises(UserError, match="^'word word .*' has 40,00"):
+    with pytest.raises(UserError, match=r"^'word word .*' has 40,00"):
         tiny.generate([Sample("", (Turn("word " * 40_000 + "?"),))], 4)
 
 

@@ -236,8 +236,6 @@ def test_unfinished_runs_are_left_out_and_named(write: Write) -> None:
     assert found.rows[0].seeds == [0]
     names = ", ".join(formats.mark(str(folder)) for folder in (begun, empty))
     assert f"Not finished and left out: {names}." in formats.markdown(found)
-        found
-    )
     with pytest.raises(UserError, match="no finished run"):
         study(begun)
 
