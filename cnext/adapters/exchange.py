@@ -207,11 +207,12 @@ def merged(model: nn.Module) -> Iterator[nn.Module]:
     """Context in which each adapter layer is replaced by its base layer, with the active branches merged into it.
 
     Raises:
-        UserError: the branches are routed, a layer's weight is quantized, offloaded or another module's too, or a sum
-            is too large for the weight's dtype.
+        UserError: the branches are routed, or were changed after a merge; a layer's weight is quantized, offloaded or
+            another module's too; or a sum is too large for the weight's dtype.
     """
     refuse_routed(model, "a merged model")
     for name, layer in layers(model).items():
+        layer.require_current()
         if (reason := layer.unmergeable) is not None:
             raise UserError(f"merge: the branches of {name} {reason}")
     refuse_tied(model)

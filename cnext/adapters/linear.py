@@ -78,6 +78,9 @@ class AdapterLinear(nn.Module):
         self.observer: Callable[[Tensor], None] | None = None
         # In a tuple, so that it is no parameter of this module.
         self._unmerged: tuple[nn.Parameter] | None = None
+        self._merged_from: list[nn.Parameter] = []
+        self._versions: list[int] = []
+        """How often each of these parameters had been written when they were merged."""
         self._merge_after_loading = False
         self.register_load_state_dict_post_hook(_merge_again)
         self._join()
@@ -97,7 +100,8 @@ class AdapterLinear(nn.Module):
             (..., out_features), of the dtype of x, or of autocast.
 
         Raises:
-            UserError: a shape, dtype or device does not fit, or the base weight was unfrozen.
+            UserError: a shape, dtype or device does not fit; the base weight was unfrozen; or the branches were written
+                to after they had been merged.
 
         Example:
             >>> branches = {"one": Branch(torch.randn(2, 8), 4)}
@@ -108,6 +112,8 @@ class AdapterLinear(nn.Module):
             self.observer(x)
         base = self.base
         if self._unmerged is not None or not self.active:
+            if self._merged_from and not torch.compiler.is_compiling():
+                self.require_current()
             return base(x)
         branches, weight = [self.branches[name] for name in self.active], self.dense_weight
         y = ops.lora_branches(
@@ -181,6 +187,11 @@ class AdapterLinear(nn.Module):
                 "are beside a weight that is quantized or offloaded, which cannot take them up exactly; save them, "
                 "attach them to the model in bfloat16 or float32 without offloading, and merge them there"
             )
+        if "weight" not in self.base._parameters:
+            return (
+                "are beside a weight that was parametrized after they were attached; call "
+                "torch.nn.utils.parametrize.remove_parametrizations first"
+            )
         return None
 
     @property
@@ -191,7 +202,11 @@ class AdapterLinear(nn.Module):
     @property
     def unmerged_weight(self) -> nn.Parameter:
         """The base weight without the branches, merged or not."""
-        return self.base.get_parameter("weight") if self._unmerged is None else self._unmerged[0]
+        if self._unmerged is not None:
+            return self._unmerged[0]
+        if "weight" not in self.base._parameters:
+            raise UserError(f"the branches {self.unmergeable}")
+        return self.base.get_parameter("weight")
 
     @torch.inference_mode(mode=False)
     @torch.no_grad()
@@ -217,6 +232,7 @@ class AdapterLinear(nn.Module):
             branch = self.branches[name]
             rows.addmm_(branch.B.to(wide), branch.A.to(wide), alpha=self.scale)
         self._unmerged = (weight,)
+        self._remember()
         self.base.weight = nn.Parameter(total.to(weight.dtype), requires_grad=weight.requires_grad)
 
     def unmerge(self) -> None:
@@ -228,7 +244,25 @@ class AdapterLinear(nn.Module):
         if self._unmerged is None:
             raise UserError("unmerge: the branches are not merged; call merge first")
         (self.base.weight,) = self._unmerged
-        self._unmerged = None
+        self._unmerged, self._merged_from, self._versions = None, [], []
+
+    def _remember(self) -> None:
+        parameters = [each for name in self.active for each in self.branches[name].parameters()]
+        self._merged_from = [parameter for parameter in parameters if not parameter.is_inference()]
+        self._versions = [parameter._version for parameter in self._merged_from]
+
+    @property
+    def current(self) -> bool:
+        """Whether the branches are as they were merged: nothing has written to them since. True where not merged."""
+        return [parameter._version for parameter in self._merged_from] == self._versions
+
+    def require_current(self) -> None:
+        """Raises UserError where the merged weight is not that of the branches as they are."""
+        if not self.current:
+            raise UserError(
+                "the branches were trained, averaged or loaded after they had been merged, and the weights are not "
+                "those of the branches as they are; call unmerge, and merge again"
+            )
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """As of any module, with the unmerged weight where the branches are merged: loading cannot add them twice."""
@@ -256,8 +290,11 @@ class AdapterLinear(nn.Module):
                 part.data = row
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> AdapterLinear:
+        current = self.current
         super()._apply(fn, recurse)
         if self._unmerged is not None:
+            if current:
+                self._remember()
             (weight,) = nn.ParameterList(self._unmerged)._apply(fn, recurse)
             self._unmerged = (weight,)
         self._join()
@@ -265,6 +302,9 @@ class AdapterLinear(nn.Module):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        self._merged_from, self._versions = [], []
+        if self._unmerged is not None:
+            self._remember()
         self._join()
 
 

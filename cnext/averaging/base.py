@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping
@@ -12,8 +13,9 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
+from cnext.averaging import open_tasks
+from cnext.averaging import state as _state
 from cnext.averaging.task_parameters import named, require_past, require_supported
-from cnext.distributed.wrapped_names import without_wrappers
 from cnext.errors import UserError
 
 Rule = Literal["pema", "pema-kron", "pema-step", "pema-literal", "pema-released", "dema", "constant", "none"]
@@ -43,6 +45,10 @@ class MovingAverage(ABC):
     Parameters: float32, bfloat16 or float16, of any shape. Memory: see the rules. They are known by their names,
     without the prefixes of torch.compile, DistributedDataParallel and FSDP: a model may be wrapped between tasks.
 
+    Within a task an average is copied or pickled together with its model, as by ``copy.deepcopy((model, average))``;
+    the copies go on as the originals, to the bit. A copy of the average alone has nothing to average, and is refused.
+    Several averages may have a task over one parameter, but only the one begun last can end it.
+
     Example:
         >>> import torch
         >>> from cnext.averaging import Pema
@@ -61,8 +67,12 @@ class MovingAverage(ABC):
     """
 
     name: ClassVar[str]
+    kept: ClassVar[tuple[str, ...]] = ()
+    """The kinds of `slots` that are kept between tasks."""
     persistent_statistics: ClassVar[int] = 0
     """float32 values per parameter that the rule keeps between tasks."""
+    writes: ClassVar[bool] = True
+    """Whether the rule writes to the parameters."""
     reads_gradients: ClassVar[bool] = True
     """Whether the rule reads gradients, so that a task without any is an error."""
     place: Place = "before optimizer"
@@ -79,8 +89,30 @@ class MovingAverage(ABC):
         """What `update` was given."""
         self.statistics: Statistics = {}
         """What the last `end_task` returned."""
+        self.lost = ""
+        """Why the open task cannot go on: what has overwritten the values in training."""
         self._training_values: dict[str, Tensor] | None = None
         self._seen_gradient = False
+        self._known: frozenset[str] = frozenset()
+        """Of what there was a past before the open task."""
+        self._copied = False
+        """Whether this is a copy, made within a task, that has not been used yet."""
+
+    def __copy__(self) -> MovingAverage:
+        raise UserError(
+            "copy.copy of an average would share its state with it; use copy.deepcopy, and within a task copy the "
+            "model at once: copy.deepcopy((model, average))"
+        )
+
+    def __setstate__(self, state: dict[str, object]) -> None:
+        vars(self).update(state)
+        if self.steps:
+            self._copied = True
+            self.restore()
+            open_tasks.opened(self)
+        for kind in self.kept if not self.steps else ():
+            slot = self.slots()[kind]
+            slot.update({name: tensor.clone() for name, tensor in slot.items() if tensor.is_shared()})
 
     def task(
         self, parameters: nn.Module | Mapping[str, nn.Parameter], *, steps: int, untrained: bool = False
@@ -88,8 +120,8 @@ class MovingAverage(ABC):
         """`begin_task` and `end_task` as a context, which yields this average.
 
         `end_task` runs where the block ends normally; its result is ``statistics``. Where the block raises, the task is
-        cancelled as by `cancel_task`: the parameters keep the values that training left in them. Enter it once; tasks
-        cannot be nested.
+        aborted as by `abort_task`: the parameters keep the values that training left in them. A task that was ended or
+        aborted within the block stays so. Enter it once; tasks cannot be nested.
 
         Args:
             parameters: a module, of which the parameters that require a gradient are taken, or the parameters by name.
@@ -108,7 +140,7 @@ class MovingAverage(ABC):
             ...     model(torch.ones(1, 2)).sum().backward()
             ...     average.update()
         """
-        return _TaskContext(self, parameters, steps, untrained)
+        return open_tasks.TaskContext(self, parameters, steps, untrained)
 
     def begin_task(
         self, parameters: nn.Module | Mapping[str, nn.Parameter], steps: int, *, untrained: bool = False
@@ -125,21 +157,23 @@ class MovingAverage(ABC):
         Raises:
             UserError: a task is open, ``steps`` is not positive, there is nothing to train, or a parameter cannot be
                 averaged: it is integer, complex, float64 or sparse, on the meta device, or shares memory with another.
-                Or the names are those of earlier tasks with another prefix.
+                Or the names are those of earlier tasks with another prefix, or another average is swapped in.
 
         Warns:
             RuntimeWarning: no earlier task trained any of the parameters, though there were some.
         """
         if self.steps:
-            raise UserError(
-                "begin_task: a task is open, and tasks cannot be nested; call end_task or cancel_task first"
-            )
+            raise UserError("begin_task: a task is open, and tasks cannot be nested; call end_task or abort_task first")
         if isinstance(steps, bool) or not isinstance(steps, Integral) or steps < 1:
             raise UserError(f"begin_task: steps is {steps!r}; expected a whole number of at least 1")
         self.parameters, self.step, self.steps = named(parameters, self.past()), 0, int(steps)
+        self._known = frozenset(self.past())
         with ExitStack() as undo:
-            undo.callback(self.cancel_task)
+            undo.callback(self.abort_task)
             self.check_parameters()
+            if self.writes:
+                open_tasks.opened(self)
+                open_tasks.require_own_values(self, "begin_task")
             if not untrained:
                 past = {name: tensor.shape for name, tensor in self.past().items() if bool(tensor.any())}
                 require_past(self.sizes_of_past(), past)
@@ -156,8 +190,9 @@ class MovingAverage(ABC):
             rate: learning rate of this step over the schedule's largest, for a rule that pulls (`PemaKron`).
 
         Raises:
-            UserError: no task is open, it has had all its steps, the average is swapped in, the rate is not from 0 to
-                1, or no parameter has had a gradient since the task began.
+            UserError: no task is open, it has had all its steps, an average is swapped in, the rate is not from 0 to
+                1, no parameter has had a gradient since the task began, another average has ended a task over some of
+                the parameters meanwhile, or this is a copy without its model.
 
         Warns:
             RuntimeWarning: no parameter has a gradient, unlike in earlier steps.
@@ -166,7 +201,7 @@ class MovingAverage(ABC):
             raise UserError("update: no task is open; call begin_task first, or update inside `with average.task(...)`")
         if self.step >= self.steps:
             raise UserError(f"update: the task has {self.steps} steps and this is one more; begin it with its steps")
-        self._require_swapped_out("update")
+        self._require_usable("update")
         if not 0 <= rate <= 1:
             raise UserError(
                 f"update: expected rate, the learning rate over the schedule's largest, from 0 to 1, got {rate}"
@@ -184,32 +219,66 @@ class MovingAverage(ABC):
             ``statistics``.
 
         Raises:
-            UserError: no task is open, the average is swapped in, or `update` has seen too few of the task's steps:
-                none for a rule that averages at every step, at most half of them for `Pema` and `PemaKron`.
+            UserError: no task is open, an average is swapped in, another average has or had a task over some of the
+                parameters, or `update` has seen too few of the task's steps: none for a rule that averages at every
+                step, at most half of them for `Pema` and `PemaKron`. The squared gradients are out of float32's range.
+                Nothing is written then, and the task stays open.
 
         Warns:
             RuntimeWarning: a rule that averages at every step has seen fewer steps than the task was begun with.
         """
         if not self.steps:
             raise UserError("end_task: no task is open; call begin_task first")
-        self._require_swapped_out("end_task")
+        self._require_usable("end_task")
+        open_tasks.require_last(self)
         self.require_steps()
         self.statistics = self.finish()
+        open_tasks.written(self)
         self._close()
         return self.statistics
 
-    def cancel_task(self) -> None:
-        """Closes the open task without averaging; what is kept of earlier tasks stays.
+    def abort_task(self) -> None:
+        """Abandons the open task: the average is as before `begin_task`, and the task leaves no trace in later ones.
 
-        The parameters keep the values that training left in them. An average that is swapped in is swapped out first.
+        The parameters keep the values that training left in them: the average has no others to give back, but where it
+        is swapped in, which is undone first. To train the task anew, load the model's own checkpoint. Without an open
+        task nothing happens.
+
+        Example:
+            >>> import torch
+            >>> from cnext.averaging import Pema
+            >>> average = Pema()
+            >>> average.begin_task(torch.nn.Linear(2, 1), steps=4)
+            >>> average.abort_task()
+            >>> average.steps
+            0
         """
-        if self._training_values is not None:
+        if self.swapped_in:
             self.swap_out()
         self._close()
+        for kind in self.kept:
+            slot = self.slots()[kind]
+            for name in [name for name in slot.keys() - self._known if not slot[name].any()]:
+                del slot[name]
+
+    cancel_task = abort_task
+    """`abort_task` by its earlier name."""
 
     def _close(self) -> None:
         self.reset()
+        open_tasks.closed(self)
         self.parameters, self.step, self.steps, self._seen_gradient = {}, 0, 0, False
+        self.lost, self._copied = "", False
+
+    def _require_usable(self, what: str) -> None:
+        """Raises UserError where the parameters do not hold, or are not, what is trained."""
+        self._require_swapped_out(what)
+        if self._copied:
+            open_tasks.require_held(self.parameters, what)
+            self._copied = False
+        if self.lost:
+            raise UserError(f"{what}: {self.lost}; call abort_task")
+        open_tasks.require_own_values(self, what)
 
     def _require_gradient(self) -> None:
         """Raises UserError in a task's first step without a gradient or with sparse ones. Warns in a later one."""
@@ -242,6 +311,19 @@ class MovingAverage(ABC):
                 stacklevel=4,
             )
 
+    def require_range(self, total: float, size: int) -> None:
+        """Called at a task's end: raises UserError where its squared gradients over- or underflow float32.
+
+        Args:
+            total: their sum.
+            size: their number, so that size / total is what brings their mean to 1.
+        """
+        if not math.isfinite(total) or (total and size / total > torch.finfo(torch.float32).max):
+            raise UserError(
+                f"end_task: the squared gradients sum to {total:g}, out of float32's range, so {self.name} cannot "
+                "weigh the task; check the loss and its scale (fp16 gradients are unscaled first), and call abort_task"
+            )
+
     def check_parameters(self) -> None:
         """Called by `begin_task`: raises UserError for parameters that the rule cannot average."""
         require_supported(self.parameters)
@@ -268,6 +350,9 @@ class MovingAverage(ABC):
     def finish(self) -> Statistics:
         """Called by `end_task`: writes the average into the parameters, and returns as `end_task` does."""
 
+    def restore(self) -> None:
+        """Called on a copy made within a task: connects again what a pickle takes apart."""
+
     def reset(self) -> None:
         """Called where a task is closed: drops the state that belongs to the task alone."""
 
@@ -292,9 +377,9 @@ class MovingAverage(ABC):
         """Writes the average into the parameters and keeps a copy of their values. Call `swap_out` before training on.
 
         Raises:
-            UserError: the average is swapped in already.
+            UserError: an average is swapped in already, or as in `update`.
         """
-        self._require_swapped_out("swap_in")
+        self._require_usable("swap_in")
         self._training_values = {name: self.parameters[name].detach().clone() for name in self.evaluated()}
         for name, average in self.evaluated().items():
             self.parameters[name].copy_(average)
@@ -321,8 +406,13 @@ class MovingAverage(ABC):
         finally:
             self.swap_out()
 
+    @property
+    def swapped_in(self) -> bool:
+        """Whether the average is swapped in."""
+        return self._training_values is not None
+
     def _require_swapped_out(self, what: str) -> None:
-        if self._training_values is not None:
+        if self.swapped_in:
             raise UserError(f"{what}: the average is swapped in; call swap_out first")
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -332,90 +422,20 @@ class MovingAverage(ABC):
             UserError: the average is swapped in.
         """
         self._require_swapped_out("state_dict")
-        state = {"step": torch.tensor(self.step), "steps": torch.tensor(self.steps)}
-        for kind, tensors in self.slots().items():
-            state |= {f"{kind}.{name}": _unshared(tensor) for name, tensor in tensors.items()}
-        return state
+        return _state.flat(self)
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Restores what `state_dict` returned. For a state saved inside a task, first call `begin_task` as then.
 
-        The prefixes of wrappers in the names do not count.
+        What the average has of tasks that the state knows nothing of is dropped. The prefixes of wrappers in the names
+        do not count.
 
         Raises:
-            UserError: the state belongs to another rule, or to a task over other parameters or steps.
+            UserError: the state belongs to another rule, or to a task over other parameters or steps; a tensor has
+                another shape or dtype; or an average is swapped in. Nothing is changed then.
         """
-        if lost := {"step", "steps"} - state.keys():
-            raise UserError(f"load_state_dict: {min(lost)!r} is missing; expected what state_dict returned")
-        slots = self.slots()
-        loaded: dict[str, dict[str, Tensor]] = {kind: {} for kind in slots}
-        for key, tensor in state.items():
-            kind, _, name = key.partition(".")
-            if name and kind not in slots:
-                raise UserError(f"load_state_dict: {key!r} is not a state of rule {self.name!r}")
-            if name:
-                loaded[kind][name] = tensor
-        if int(state["steps"]) != self.steps:
-            raise UserError(
-                f"load_state_dict: the state was saved in a task of {int(state['steps'])} steps, and the open task has "
-                f"{self.steps} (0: no task); call begin_task with the same arguments first"
-            )
-        plain = {
-            kind: without_wrappers(tensors, f"load_state_dict: {kind}", slots[kind]) for kind, tensors in loaded.items()
-        }
-        for kind, tensors in plain.items():
-            self._load(kind, slots[kind], tensors)
-        self.step = int(state["step"])
-
-    def _load(self, kind: str, slot: dict[str, Tensor], tensors: Mapping[str, Tensor]) -> None:
-        current = set(self.current(kind))
-        if missing := [name for name in slot if name in current and name not in tensors]:
-            raise UserError(f"load_state_dict: no {kind} for {missing[0]!r}, which the open task trains")
-        for name, tensor in tensors.items():
-            if name in slot and slot[name].shape == tensor.shape and slot[name].dtype == tensor.dtype:
-                slot[name].copy_(tensor)
-            elif name not in slot and name not in current:
-                slot[name] = tensor.clone()
-            else:
-                here = f"{tuple(slot[name].shape)} {slot[name].dtype}" if name in slot else "no such state"
-                raise UserError(
-                    f"load_state_dict: {kind}.{name} is {tuple(tensor.shape)} {tensor.dtype}; expected {here}"
-                )
-
-
-class _TaskContext(AbstractContextManager[MovingAverage]):
-    """What `MovingAverage.task` returns."""
-
-    def __init__(
-        self,
-        average: MovingAverage,
-        parameters: nn.Module | Mapping[str, nn.Parameter],
-        steps: int,
-        untrained: bool,
-    ) -> None:
-        self.average, self.parameters, self.steps, self.untrained = average, parameters, steps, untrained
-        self.entered = False
-
-    def __enter__(self) -> MovingAverage:
-        if self.entered:
-            raise UserError("task: this context was entered before; call average.task(...) again for another task")
-        self.average.begin_task(self.parameters, self.steps, untrained=self.untrained)
-        self.entered = True
-        return self.average
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        try:
-            if kind is None:
-                self.average.end_task()
-        finally:
-            if self.average.steps:
-                self.average.cancel_task()
-
-
-def _unshared(tensor: Tensor) -> Tensor:
-    """The tensor, contiguous, in a storage of its own: safetensors refuses shared ones."""
-    tensor = tensor.detach().contiguous()
-    return tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()
+        self._require_swapped_out("load_state_dict")
+        _state.load(self, state)
 
 
 def by_kind(tensors: Mapping[str, Tensor]) -> Iterable[list[str]]:

@@ -18,6 +18,10 @@ Unit = Literal["step", "micro-batch", "sample"]
 UNITS: tuple[Unit, ...] = get_args(Unit)
 
 
+def _always() -> bool:
+    return True
+
+
 class FisherAccumulator:
     """F += g^2 for the gradient g of every unit of a step, per parameter.
 
@@ -65,26 +69,34 @@ class FisherAccumulator:
         self.unit = unit
         self.parameters: Mapping[str, nn.Parameter] = {}
         self.fisher: Mapping[str, Tensor] = {}
+        self.active: Callable[[], bool] = _always
         self._hooks: list[RemovableHandle] = []
         self._groups: list[tuple[list[nn.Parameter], ops.Prepared]] = []
         self._seen, self._ever_seen = False, False
 
+    def __copy__(self) -> FisherAccumulator:
+        raise UserError("copy.copy of an accumulator would add to the same tensors; use copy.deepcopy, with the model")
+
     def __getstate__(self) -> dict[str, object]:
-        # A copy has other tensors and prepares its own calls.
-        return {**self.__dict__, "_groups": []}
+        # A copy has other tensors: it prepares its own calls and registers its own hooks.
+        return {**self.__dict__, "_groups": [], "_hooks": []}
+
+    def __setstate__(self, state: dict[str, object]) -> None:
+        self.__dict__.update(state)
+        self._register()
 
     def open(
         self,
         parameters: Mapping[str, nn.Parameter],
         fisher: Mapping[str, Tensor],
-        active: Callable[[], bool] = lambda: True,
+        active: Callable[[], bool] = _always,
     ) -> None:
         """Starts accumulating.
 
         Args:
             parameters: the parameters whose gradients are read, by name.
             fisher: F by the same names, float32, of the parameters' shapes and strides; added to in place.
-            active: whether the present step counts.
+            active: whether the present step counts. A function with a name can be pickled.
         """
         distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
         if self.unit != "step" and distributed and torch.distributed.get_world_size() > 1:
@@ -94,8 +106,7 @@ class FisherAccumulator:
         self.parameters, self.fisher, self.active = parameters, fisher, active
         self._seen, self._ever_seen = False, False
         self._groups = self._prepared() if self.unit == "step" else []
-        if self.unit == "micro-batch":
-            self._hooks = [p.register_hook(self._hook(name)) for name, p in self._trained().items()]
+        self._register()
 
     def has_gradient(self) -> bool:
         """Whether there is a gradient to read. Those of samples are computed by `step`, which checks them."""
@@ -146,7 +157,11 @@ class FisherAccumulator:
         """Stops accumulating: removes the hooks and drops all references."""
         for hook in self._hooks:
             hook.remove()
-        self._hooks, self._groups, self.parameters, self.fisher = [], [], {}, {}
+        self._hooks, self._groups, self.parameters, self.fisher, self.active = [], [], {}, {}, _always
+
+    def _register(self) -> None:
+        if self.unit == "micro-batch":
+            self._hooks = [p.register_hook(self._hook(name)) for name, p in self._trained().items()]
 
     def _prepared(self) -> list[tuple[list[nn.Parameter], ops.Prepared]]:
         """For each device and dtype, the parameters and the prepared op."""

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from cnext import ops
 from cnext.averaging.base import MovingAverage, Statistics, match_strides
+from cnext.averaging.hyperparameters import LEAST, MOST, number
 from cnext.averaging.task_parameters import require_supported
 from cnext.distributed.wrapped_names import without_wrappers
 from cnext.errors import UserError
@@ -60,7 +61,7 @@ def groups_of(parameters: Mapping[str, Tensor], pattern: str = GROUPS) -> dict[s
     """
     try:
         compiled = re.compile(pattern)
-    except re.error as error:
+    except (re.error, TypeError) as error:
         raise UserError(f"PemaKron: the pattern {pattern!r} is no regular expression: {error}") from error
     if not compiled.groupindex:
         raise UserError(
@@ -192,6 +193,7 @@ class PemaKron(MovingAverage):
     """
 
     name = "pema-kron"
+    kept = ("rows_old", "factor_old")
 
     def __init__(
         self,
@@ -202,13 +204,12 @@ class PemaKron(MovingAverage):
         pattern: str = GROUPS,
     ) -> None:
         super().__init__()
-        if not 0 <= pull < math.inf or not c > 0 or not 0 < damping < math.inf or not 0 <= shrinkage <= 1:
-            raise UserError(
-                "PemaKron: expected a finite pull >= 0, c > 0, a finite damping > 0 and shrinkage in [0, 1], got "
-                f"pull={pull}, c={c}, damping={damping} and shrinkage={shrinkage}"
-            )
+        self.pull = number("PemaKron: pull", pull, 0, MOST)
+        self.c = number("PemaKron: c", c, LEAST, math.inf)
+        self.damping = number("PemaKron: damping", damping, LEAST, MOST)
+        self.shrinkage = number("PemaKron: shrinkage", shrinkage, 0, 1)
         groups_of({}, pattern)
-        self.pull, self.c, self.damping, self.shrinkage, self.pattern = pull, c, damping, shrinkage, pattern
+        self.pattern = pattern
         self.frozen: dict[str, nn.Parameter] = {}
         """Parameters beside the task's that do not move, by name: their gradients are read, where there are any."""
         self.groups: dict[str, Group] = {}
@@ -343,13 +344,18 @@ class PemaKron(MovingAverage):
         if self.step <= self.steps // 2:
             raise UserError(
                 f"end_task after {self.step} of {self.steps} steps: the Fisher information comes from the second half; "
-                "begin the task with the number of its steps, or call cancel_task"
+                "begin the task with the number of its steps, or call abort_task"
             )
 
     def finish(self) -> Statistics:
+        # Their product is a weight of the merge, so a factor's trace must be in range too.
+        sums = [tensor.sum() for new in (self.rows_new, self.factor_new) for tensor in new.values()]
+        finite = bool(torch.stack([each.isfinite().cpu() for each in sums]).all())
         total = float(torch.stack([rows.double().sum().cpu() for rows in self.rows_new.values()]).sum())
+        size = sum(group.n * group.r for group in self.groups.values())
+        self.require_range(total if finite else math.inf, size)
         self.warn_of_zeros(total)
-        scale = sum(group.n * group.r for group in self.groups.values()) / total if total > 0 else 0.0
+        scale = size / total if total > 0 else 0.0
         statistics = self._merged(scale) if self._past and self.c < math.inf else {}
         for new, old in ((self.rows_new, self.rows_old), (self.factor_new, self.factor_old)):
             for key, tensor in new.items():

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
 from cnext import ops
 from cnext.averaging.base import MovingAverage, Statistics, by_kind, mean_and_std
 from cnext.averaging.fisher import FisherAccumulator, Unit
+from cnext.averaging.hyperparameters import LEAST, MOST, number
 from cnext.errors import UserError
 
 
@@ -17,19 +20,19 @@ class Pema(MovingAverage):
     mu = F_old / c. F_t is the mean squared gradient over the second half of the task's steps, divided by its mean over
     all parameters of the task, so that tasks whose losses differ in scale weigh the same. F_old is the sum of F_t over
     earlier tasks, by name: beta is 0 where no earlier task trained a parameter, and the first task averages nothing.
-    Elements whose squared gradient is not finite are skipped.
+    Elements whose squared gradient is not finite are skipped, as of a step that overflows in mixed precision.
 
     Parameters: float32, bfloat16 or float16, of any shape. Memory: 4 bytes a parameter (F_old), and within a task 4
     more (F_t) and a copy of the parameters (theta_start).
 
     Args:
-        c: plasticity, without unit; larger keeps less of the old. 2 to 10 is a sensible range.
+        c: plasticity, without unit; larger keeps less of the old, infinity nothing. 2 to 10 is a sensible range.
         damping: lambda of Eq. 3, in units of F_t.
         unit: whose gradients are squared, see `FisherAccumulator`.
 
     Raises:
-        UserError: ``c`` is not positive, ``damping`` is negative, or the unit is unknown. `end_task`: at most half of
-            the task's steps were seen, so that there is no F_t.
+        UserError: ``c`` is not positive, ``damping`` is negative or infinite, or the unit is unknown. `end_task`: at
+            most half of the task's steps were seen, so that there is no F_t, or F_t is out of float32's range.
 
     Example:
         >>> import torch
@@ -47,13 +50,13 @@ class Pema(MovingAverage):
     """
 
     name = "pema"
+    kept = ("fisher_old",)
     persistent_statistics = 1
 
     def __init__(self, c: float = 5.0, damping: float = 1e-5, unit: Unit = "step") -> None:
         super().__init__()
-        if not c > 0 or not damping >= 0:
-            raise UserError(f"Pema: expected c > 0 and damping >= 0, got c={c} and damping={damping}")
-        self.c, self.damping = c, damping
+        self.c = number("Pema: c", c, LEAST, math.inf)
+        self.damping = number("Pema: damping", damping, 0, MOST)
         self.accumulator = FisherAccumulator(unit)
         self.fisher_old: dict[str, Tensor] = {}
         self.fisher_new: dict[str, Tensor] = {}
@@ -77,7 +80,10 @@ class Pema(MovingAverage):
             self.theta_start[name] = parameter.detach().clone()
             self.fisher_old[name] = past.to(parameter.device) if past is not zeros else zeros.clone()
             self.fisher_new[name] = zeros
-        self.accumulator.open(self.parameters, self.fisher_new, lambda: self.step >= self.steps // 2)
+        self.accumulator.open(self.parameters, self.fisher_new, self._counts)
+
+    def _counts(self) -> bool:
+        return self.step >= self.steps // 2
 
     def read_gradients(self, losses: Tensor | None) -> None:
         self.accumulator.step(losses)
@@ -86,14 +92,15 @@ class Pema(MovingAverage):
         if self.step <= self.steps // 2:
             raise UserError(
                 f"end_task after {self.step} of {self.steps} steps: the Fisher information comes from the second half; "
-                "begin the task with the number of its steps, or call cancel_task"
+                "begin the task with the number of its steps, or call abort_task"
             )
 
     def finish(self) -> Statistics:
         groups = list(by_kind(self.parameters))
         total = sum(float(ops.sums([self.fisher_new[name] for name in names]).sum()) for names in groups)
-        self.warn_of_zeros(total)
         size = sum(tensor.numel() for tensor in self.fisher_new.values())
+        self.require_range(total, size)
+        self.warn_of_zeros(total)
         statistics = {}
         for names in groups:
             operands = (self.parameters, self.theta_start, self.fisher_new, self.fisher_old)

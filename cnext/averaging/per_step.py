@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Mapping
 
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from cnext import ops
 from cnext.averaging.base import MovingAverage, Statistics, by_kind, mean_and_std
+from cnext.averaging.hyperparameters import LEAST, MOST, number
 from cnext.errors import UserError, unknown
 from cnext.ops import checks
 
@@ -75,7 +77,7 @@ class PerStepAverage(MovingAverage):
         if not self.step:
             raise UserError(
                 f"end_task: update was not called in this task of {self.steps} steps, so the average holds the values "
-                "from before it; call update at every step, or cancel_task to keep what was trained"
+                "from before it; call update at every step, or abort_task to keep what was trained"
             )
         if self.step < self.steps:
             warnings.warn(
@@ -86,10 +88,21 @@ class PerStepAverage(MovingAverage):
             )
 
     def finish(self) -> Statistics:
+        self.require_finite()
         with torch.no_grad():
             for name, parameter in self.parameters.items():
                 parameter.copy_(self.ema[name])
         return {}
+
+    def require_finite(self) -> None:
+        """Raises UserError where the average of finite parameters is not finite."""
+        for name, parameter in self.parameters.items():
+            if not bool(self.ema[name].isfinite().all()) and bool(parameter.isfinite().all()):
+                raise UserError(
+                    f"end_task: the average of {name!r} is not finite, and the parameter is: squared gradients, or "
+                    "parameters of an earlier step, were out of float32's range; call abort_task, which keeps what was "
+                    "trained, check the loss and its scale, and train the task again"
+                )
 
     def reset(self) -> None:
         for slot in self.slots().values():
@@ -136,9 +149,8 @@ class Constant(PerStepAverage):
 
     def __init__(self, retention: float = 0.13, beta: float | None = None, dtype: torch.dtype = torch.float32) -> None:
         super().__init__(dtype)
-        if not 0 < retention < 1 or not (beta is None or 0 <= beta <= 1):
-            raise UserError(f"Constant: expected retention in (0, 1) and beta in [0, 1], got {retention} and {beta}")
-        self.retention, self.beta = retention, beta
+        self.retention = number("Constant: retention", retention, 0, 1, inside=True)
+        self.beta = None if beta is None else number("Constant: beta", beta, 0, 1)
 
     def read_gradients(self, losses: Tensor | None) -> None:
         self._seen_gradient = self._seen_gradient or self.has_gradient()
@@ -183,7 +195,8 @@ class PemaStep(PerStepAverage):
         dtype: of ``ema``, see `PerStepAverage`.
 
     Raises:
-        UserError: ``retention`` or ``kappa`` is out of range.
+        UserError: ``retention`` or ``kappa`` is out of range. `begin_task`: so is the kappa of ``retention``.
+            `end_task`: the sum of squared gradients overflowed float32.
 
     Example:
         >>> import torch
@@ -201,9 +214,8 @@ class PemaStep(PerStepAverage):
 
     def __init__(self, retention: float = 0.05, kappa: float | None = None, dtype: torch.dtype = torch.float32) -> None:
         super().__init__(dtype)
-        if not 0 < retention < 1 or not (kappa is None or kappa > 0):
-            raise UserError(f"PemaStep: expected retention in (0, 1) and kappa > 0, got {retention} and {kappa}")
-        self.retention, self.kappa = retention, kappa
+        self.retention = number("PemaStep: retention", retention, 0, 1, inside=True)
+        self.kappa = None if kappa is None else number("PemaStep: kappa", kappa, LEAST, MOST)
         self.fisher: dict[str, Tensor] = {}
         self.level: dict[str, Tensor] = {}
 
@@ -213,7 +225,12 @@ class PemaStep(PerStepAverage):
     def start(self) -> None:
         super().start()
         beta = self.retention ** (1 / self.steps)
-        kappa = beta / (1 - beta) if self.kappa is None else self.kappa
+        kappa = self.kappa or (beta / (1 - beta) if beta < 1 else math.inf)
+        if not LEAST <= kappa <= MOST:
+            raise UserError(
+                f"begin_task: PemaStep's retention of {self.retention:g} over {self.steps} steps is kappa = {kappa:g}; "
+                f"expected one from {LEAST:g} to {MOST:g}: pass another retention, or kappa"
+            )
         self.fisher |= self.like(torch.float32)
         self._levels, self._factors, self._rows = [], [], []
         for names in self.groups:
@@ -222,7 +239,11 @@ class PemaStep(PerStepAverage):
             self._factors.append(kappa / torch.tensor(sizes, dtype=torch.float64, device=device))
             self._levels.append(torch.zeros(len(names), dtype=torch.float64, device=device))
             self._rows.append(torch.zeros(len(names), 4, dtype=torch.float64, device=device))
-            self.level |= dict(zip(names, self._levels[-1].unbind(), strict=True))
+        self.restore()
+
+    def restore(self) -> None:
+        for names, levels in zip(self.groups, self._levels, strict=True):
+            self.level |= dict(zip(names, levels.unbind(), strict=True))  # views
 
     def read_gradients(self, losses: Tensor | None) -> None:
         self._average(1.0)
@@ -261,12 +282,12 @@ class PemaLiteral(PerStepAverage):
 
     Args:
         guard: "fallback" takes the constant ``fallback``, "clamp" the nearer of 0 and 1.
-        fallback: beta of the guard "fallback".
-        damping: lambda of Eq. 3.
+        fallback: beta of the guard "fallback", in [0, 1].
+        damping: lambda of Eq. 3, positive.
         dtype: of ``ema``, see `PerStepAverage`.
 
     Raises:
-        UserError: the guard is unknown.
+        UserError: the guard is unknown, or ``fallback`` or ``damping`` is out of range.
 
     Example:
         >>> import torch
@@ -293,7 +314,11 @@ class PemaLiteral(PerStepAverage):
         super().__init__(dtype)
         if guard not in ops.GUARDS:
             raise unknown("guard", guard, ops.GUARDS)
-        self.options = {"guard": guard, "fallback": fallback, "damping": damping}
+        self.options = {
+            "guard": guard,
+            "fallback": number("PemaLiteral: fallback", fallback, 0, 1),
+            "damping": number("PemaLiteral: damping", damping, LEAST, MOST),
+        }
         self.fisher: dict[str, Tensor] = {}
         self.counts: dict[str, Tensor] = {}
         self.inside = float("nan")
@@ -308,7 +333,11 @@ class PemaLiteral(PerStepAverage):
         for names in self.groups:
             device = self.parameters[names[0]].device
             self._counted.append(torch.zeros(len(names), 4, dtype=torch.float64, device=device))
-            self.counts |= dict(zip(names, self._counted[-1].unbind(), strict=True))
+        self.restore()
+
+    def restore(self) -> None:
+        for names, counted in zip(self.groups, self._counted, strict=True):
+            self.counts |= dict(zip(names, counted.unbind(), strict=True))  # views
 
     def read_gradients(self, losses: Tensor | None) -> None:
         for k, names in enumerate(self.groups):

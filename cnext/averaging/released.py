@@ -7,6 +7,7 @@ from torch import Tensor
 
 from cnext import ops
 from cnext.averaging.base import MovingAverage, Statistics, match_strides
+from cnext.averaging.hyperparameters import LEAST, MOST, number
 from cnext.averaging.per_step import PerStepAverage
 
 WITHOUT_GRADIENT = 0.99
@@ -28,6 +29,9 @@ class Dema(PerStepAverage):
         after_optimizer: as released, `update` is called after the optimizer's step, while ``.grad`` is there. A
             gradient then meets the parameters that it led to, ``ema`` begins with the first step's result in place of
             the task's start, and `end_task` adds no last step.
+
+    Raises:
+        UserError: ``factor`` is not positive and finite, or ``fallback`` not in [0, 1].
 
     Example:
         >>> import torch
@@ -53,7 +57,8 @@ class Dema(PerStepAverage):
         after_optimizer: bool = False,
     ) -> None:
         super().__init__(dtype)
-        self.factor, self.fallback = factor, fallback
+        self.factor = number("Dema: factor", factor, LEAST, MOST)
+        self.fallback = number("Dema: fallback", fallback, 0, 1)
         self.place = "after optimizer" if after_optimizer else "before optimizer"
         self.grad_prev: dict[str, Tensor] = {}
 
@@ -109,7 +114,10 @@ class PemaReleased(PerStepAverage):
     a call also the inverse of a matrix as wide as the widest parameter, in float32.
 
     Args:
-        damping: lambda of Eq. 3, added to the matrix as released.
+        damping: lambda of Eq. 3, positive, added to the matrix as released.
+
+    Raises:
+        UserError: ``damping`` is out of range.
 
     Example:
         >>> import torch
@@ -131,7 +139,7 @@ class PemaReleased(PerStepAverage):
 
     def __init__(self, damping: float = 1e-5) -> None:
         super().__init__(dtype=None)
-        self.damping = damping
+        self.damping = number("PemaReleased: damping", damping, LEAST, MOST)
 
     def read_gradients(self, losses: Tensor | None) -> None:
         if self.step == 0:
@@ -172,6 +180,7 @@ class NoAverage(MovingAverage):
     """
 
     name = "none"
+    writes = False
     reads_gradients = False
 
     def check_parameters(self) -> None:

@@ -21,7 +21,8 @@ def named(parameters: nn.Module | Mapping[str, nn.Parameter], known: Collection[
     """A task's parameters by name, without the prefixes of wrappers. known: names of earlier tasks' parameters.
 
     Raises:
-        UserError: what came is neither a module nor a mapping, there is nothing to train, or two names are one.
+        UserError: what came is neither a module nor a mapping, there is nothing to train, adapters are merged, or two
+            names are one.
     """
     if isinstance(parameters, Mapping):
         found = without_wrappers(parameters, "begin_task", known)
@@ -30,6 +31,12 @@ def named(parameters: nn.Module | Mapping[str, nn.Parameter], known: Collection[
         # Frozen ones too say whether a first part of the names is a wrapper's.
         every = without_wrappers(dict(parameters.named_parameters()), "begin_task", known)
         found = {name: parameter for name, parameter in every.items() if parameter.requires_grad}
+        merged = [name for name, module in parameters.named_modules() if _is_merged(module)]
+        if merged:
+            raise UserError(
+                f"begin_task: the adapters of {listed(merged, 3)} are merged into the weights, where they get no "
+                "gradient; unmerge them first"
+            )
         nothing = "no parameter of the module requires a gradient; unfreeze those to train"
     else:
         kind = type(parameters).__name__
@@ -37,6 +44,11 @@ def named(parameters: nn.Module | Mapping[str, nn.Parameter], known: Collection[
     if not found:
         raise UserError(f"begin_task: {nothing}")
     return found
+
+
+def _is_merged(module: nn.Module) -> bool:
+    """Whether it is an adapter layer, of cnext or PEFT, that is merged though it is to be trained."""
+    return getattr(module, "merged", None) is True and any(p.requires_grad for p in module.parameters())
 
 
 def require_supported(parameters: Mapping[str, Tensor]) -> None:

@@ -104,9 +104,20 @@ class AveragingCallback(TrainerCallback):
         self._evaluations = 0
         """Evaluation sets that are still to see the average, while it is swapped in."""
         self._model: weakref.ref[nn.Module] | None = None
-        """The last task's."""
+        """The last task's; None in a copy."""
         self._ended: dict[str, str] = {}
         """Digests of what the tasks ended with, by parameter."""
+
+    def __copy__(self) -> AveragingCallback:
+        raise UserError("copy.copy of an AveragingCallback would share its average; use copy.deepcopy")
+
+    def __getstate__(self) -> dict[str, Any]:
+        if self._running:
+            raise UserError(
+                "AveragingCallback: a training is running, and its trainer and model are no part of a copy; copy or "
+                "pickle the callback between trainings, and resume a training from its checkpoint"
+            )
+        return {**self.__dict__, "_model": None, "_clipping": None}
 
     def save(self, folder: str | Path) -> None:
         """Writes the average's state between two tasks, for training without checkpoints. See `load`.
@@ -184,7 +195,7 @@ class AveragingCallback(TrainerCallback):
 
     def _warn_of_other_values(self, model: nn.Module, parameters: Mapping[str, Tensor]) -> None:
         """Warns of a model that is not the one of earlier tasks, nor has their values."""
-        if self._model is None or self._model() is model:
+        if self._model is not None and self._model() is model:
             return
         present = _digests({name: p for name, p in parameters.items() if name in self._ended})
         if other := [name for name, found in present.items() if found != self._ended[name]]:
@@ -209,7 +220,7 @@ class AveragingCallback(TrainerCallback):
                 stacklevel=2,
             )
         kept = [(p, p.detach().clone()) for p in average.parameters.values()] if resumed else []
-        average.cancel_task()
+        average.abort_task()
         with torch.no_grad():
             for parameter, value in kept:  # where the average was swapped in
                 parameter.copy_(value)

@@ -12,6 +12,7 @@ from torch import nn
 
 import cnext
 from cnext.adapters import AttachedMage, activate, activated, branch_parameters
+from cnext.averaging import Constant
 from cnext.errors import UserError
 
 TEXT = LANGUAGE | {"vocab_size": 64}
@@ -265,6 +266,35 @@ def test_what_has_no_effect_on_merged_branches_is_refused() -> None:
     with pytest.raises(UserError, match=r"set_trainable: the branches are merged into .* and 11 more"):
         handle.train_on(reads=["text"], writes=["text"])
     assert torch.equal(logits(plain), expected)
+
+
+def test_branches_that_change_after_a_merge_are_refused() -> None:
+    """As where an average is swapped in, or a task ends: the merged weights have the branches from before."""
+    plain, handle = merged_model()
+    handle.merge()
+    with (average := Constant()).task(branch_parameters(plain), steps=1):
+        average.update()
+        next(iter(average.parameters.values())).data.add_(1.0)  # in place of an optimizer's step
+    for call in (lambda: logits(plain), handle.merged):
+        with pytest.raises(UserError, match=r"averaged or loaded after they had been merged.*call unmerge, and merge"):
+            call()
+    handle.unmerge()
+    expected = logits(plain)
+    handle.merge()
+    plain.double().float()
+    for each in (plain, copy.deepcopy(plain), handle.merged()):
+        torch.testing.assert_close(logits(each), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("merged", [False, True])
+def test_a_weight_that_is_parametrized_after_attaching_is_not_merged(merged: bool) -> None:
+    plain, handle = merged_model()
+    expected = logits(plain)
+    nn.utils.parametrizations.weight_norm(next(iter(handle.layers.values())).base, "weight")
+    torch.testing.assert_close(logits(plain), expected, rtol=1e-4, atol=1e-4)
+    with pytest.raises(UserError, match=r"a weight that was parametrized after .*remove_parametrizations first"):
+        handle.merged() if merged else handle.merge()
+    assert not any(layer.merged for layer in handle.layers.values())
 
 
 def test_merging_changes_all_layers_or_none() -> None:

@@ -428,7 +428,7 @@ def test_misuse_is_refused():
     with pytest.raises(UserError, match="steps is 0; expected a whole number of at least 1"):
         average.begin_task({"w": weight}, 0)
     average.begin_task({"w": weight}, 2)
-    with pytest.raises(UserError, match=r"a task is open.*call end_task or cancel_task first"):
+    with pytest.raises(UserError, match=r"a task is open.*call end_task or abort_task first"):
         average.begin_task({"w": weight}, 2)
     weight.grad = torch.ones(3)
     average.update()

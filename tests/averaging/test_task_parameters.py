@@ -57,7 +57,7 @@ def test_an_update_without_any_gradient_is_refused(rule: type[MovingAverage]) ->
     with pytest.raises(UserError, match=r"every \.grad is None; call update after the backward pass .* on_step_end"):
         train(net, average, dict(net.named_parameters()), 0, late=True)
     assert average.step == 0
-    average.cancel_task()
+    average.abort_task()
     other = copy.deepcopy(net)
     with pytest.raises(UserError, match="with the parameters of the model that is trained"):
         train(net, average, dict(other.named_parameters()), 0)
@@ -234,7 +234,7 @@ def test_a_task_that_nothing_is_known_of_is_told(rule: type[MovingAverage]) -> N
     numbered = {f"p{index}": parameter for index, parameter in enumerate(net.parameters())}
     with pytest.warns(RuntimeWarning, match=r"no past is known of 'p0', 'p1', 'p2' and 1 more, only of"):
         average.begin_task(numbered, STEPS)
-    average.cancel_task()
+    average.abort_task()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         with average.task(numbered, steps=1, untrained=True):
@@ -255,7 +255,7 @@ def test_a_part_that_has_another_prefix_is_told() -> None:
 def test_a_cancelled_first_task_is_no_past() -> None:
     net, average = network(), Pema()
     average.begin_task(net, STEPS)
-    average.cancel_task()
+    average.abort_task()
     average.begin_task({f"p{index}": parameter for index, parameter in enumerate(net.parameters())}, STEPS)
 
 
@@ -347,9 +347,9 @@ def test_a_task_without_any_update_is_not_discarded(rule: type[MovingAverage], c
     task = average.task({"weight": weight}, steps=3)
     task.__enter__()
     weight.data.fill_(1.0)
-    with pytest.raises(UserError, match=r"update was not called in this task of 3 steps.*cancel_task to keep"):
+    with pytest.raises(UserError, match=r"update was not called in this task of 3 steps.*abort_task to keep"):
         task.__exit__(None, None, None) if context else average.end_task()
-    average.cancel_task()
+    average.abort_task()
     assert bool((weight == 1).all()), "what was trained stays"
 
 

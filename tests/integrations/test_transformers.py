@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 import runpy
 import sys
 from contextlib import nullcontext
@@ -253,6 +255,29 @@ def test_an_evaluation_that_does_not_see_the_average_says_so(tmp_path: Path) -> 
     ask = At(3, lambda control, context: setattr(control, "should_evaluate", True))
     with pytest.warns(RuntimeWarning, match="saw the parameters in training"):
         train(handle.model, arguments(tmp_path), 0, callback, ask, eval_dataset=rows(2))
+
+
+def test_a_copied_callback_goes_on_between_trainings(tmp_path: Path) -> None:
+    """As the original, but that it checks the values of the model, which it does not know."""
+    handle, callback = made("pema")
+    train(handle.model, arguments(tmp_path), 0, callback)
+    copied = pickle.loads(pickle.dumps(callback))
+    kept, again = callback.average.state_dict(), copied.average.state_dict()
+    assert kept.keys() == again.keys()
+    assert all(torch.equal(tensor, again[key]) for key, tensor in kept.items())
+    train(handle.model, arguments(tmp_path), 0, copied)
+    assert copied.average.statistics
+    copied = pickle.loads(pickle.dumps(copied))
+    with torch.no_grad():
+        for parameter in branch_parameters(handle.model).values():
+            parameter.add_(1)
+    with pytest.warns(RuntimeWarning, match="another model than in the task before, and other values"):
+        train(handle.model, arguments(tmp_path), 0, copied)
+    with pytest.raises(UserError, match="use copy"):
+        copy.copy(copied)
+    copied._running = True
+    with pytest.raises(UserError, match=r"a training is running.*between trainings"):
+        copy.deepcopy(copied)
 
 
 def test_the_average_after_a_task_is_loaded_for_the_next(tmp_path: Path) -> None:

@@ -69,7 +69,7 @@ def test_questions_find_their_tasks(data: Path) -> None:
     for task in TASKS:
         trainer = sequence.open(task)
         sequence.method.before_step(trainer.batches.encoded)
-        sequence.method.rule.cancel_task()
+        sequence.method.rule.abort_task()
     for number, task in enumerate(TASKS):
         x = pretrained([question(sample) for sample in sequence.samples(task)])
         assert sequence.method.by_question.likeliest(x).tolist() == [number] * len(x)
