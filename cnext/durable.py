@@ -118,11 +118,14 @@ def new_folder(folder: Path, replace: bool = False) -> Iterator[Path]:
             os.rename(folder, old)
         try:
             os.rename(unfinished, folder)
+            sync(folder.parent)
         except BaseException:
+            # As before, so that the same command is not refused because of a folder that is there.
+            if not unfinished.exists():
+                os.rename(folder, unfinished)
             if old:
                 os.rename(old, folder)
             raise
-    sync(folder.parent)
     if old:
         shutil.rmtree(old)
 

@@ -62,6 +62,22 @@ def test_a_new_folder_replaces_none_with_files(tmp_path: Path) -> None:
     assert names(tmp_path) == ["made"]
 
 
+def test_a_new_folder_that_cannot_be_synced_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Or the same command is refused, as the folder is there."""
+    (tmp_path / "in").mkdir()
+    real = durable.sync
+
+    def fails(path: Path) -> None:
+        real(path)
+        if (tmp_path / "in" / "made").exists():
+            raise OSError(errno.EIO, "no")
+
+    monkeypatch.setattr(durable, "sync", fails)
+    with pytest.raises(OSError, match="no"), durable.new_folder(tmp_path / "in" / "made"):
+        pass
+    assert names(tmp_path / "in") == []
+
+
 @pytest.mark.parametrize("call", [1, 2])
 def test_a_checkpoint_that_is_not_replaced_stays(call: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Neither rename may fail, nor the process end between them."""
