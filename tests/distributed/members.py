@@ -60,7 +60,7 @@ def _run(config: RunConfig, rank: int, environment: dict[str, str], end: End | N
     report.write_report = lambda run: (run / "report.html", run / "report.md")
     fault = Counted(end, end is not None and end.process == rank)
     faults._watch(fault, config.out / f"work-{rank}")
-    status = cli._exit_status(lambda: runner.run(config) and None)
+    status = cli._exit_status([], lambda: runner.run(config) and None)
     (config.out / f"events-{rank}").write_text("\n".join(fault.seen))
     sys.exit(status)
 
