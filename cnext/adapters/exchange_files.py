@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from pathlib import Path
 
-from cnext.adapters import exchange_authors, exchange_peft
+from cnext.adapters import exchange_authors, exchange_peft, export_sums
 from cnext.adapters.exchange_authors import Released
 from cnext.adapters.roles import modalities_of
 from cnext.errors import UserError
@@ -41,8 +41,9 @@ def read(path: Path, kind: str | None = None, beside: Collection[str] | None = N
         The content, and the kind.
 
     Raises:
-        UserError: there is no adapter, it cannot be read, or it is of another kind.
+        UserError: there is no adapter, it cannot be read, it is of another kind, or it is not as it was exported.
     """
+    export_sums.check(path if path.is_dir() else path.parent)
     if is_peft(path):
         if kind == "moelora":
             raise UserError("a PEFT adapter has no routers, which moelora needs; --method mage or lora")

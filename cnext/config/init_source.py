@@ -95,15 +95,16 @@ def find(path: Path) -> InitSource:
 
     Raises:
         UserError: it is none of these, or a checkpoint within a task; or the merged model that a run started from has
-            moved or changed.
+            moved or changed, or an export is not as it was written.
     """
-    from cnext.adapters import exchange_files, exchange_peft
+    from cnext.adapters import exchange_files, exchange_peft, export_sums
 
     try:
         if (path / MANIFEST).is_file():
             return _checkpoint(path.resolve())
         if (path / CONFIG).is_file() and (path / CHECKPOINTS).is_dir():
             return _checkpoint(_last(path.resolve()))
+        export_sums.check(path if path.is_dir() else path.parent, _of_file)
         if exchange_files.is_peft(path):
             there = [file for file in exchange_peft.files(path) if file.is_file()]
             files = {str(file.relative_to(path)): _of_file(file) for file in there}

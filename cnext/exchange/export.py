@@ -16,7 +16,7 @@ from msgspec import to_builtins
 from torch import Tensor, nn
 
 from cnext import backbones, durable, methods, packages
-from cnext.adapters import exchange, exchange_authors, exchange_peft
+from cnext.adapters import exchange, exchange_authors, exchange_peft, export_sums
 from cnext.adapters.logit_check import reference
 from cnext.backbones.base import outer_model
 from cnext.config import init_source
@@ -25,7 +25,7 @@ from cnext.config.plan import as_words, loading_options
 from cnext.errors import UserError, listed, unknown
 from cnext.exchange.model_card import FinalResults, RestorableConfig, card
 from cnext.methods.base import Method
-from cnext.runs import checkpoint, schemas
+from cnext.runs import checkpoint, checkpoint_fit, schemas
 from cnext.runs.checkpoint import EXTRAS
 from cnext.tasks.base import stand_in
 from cnext.training import merged_model
@@ -112,10 +112,11 @@ def restore(run: Path, label: str | None = None) -> Restored:
     held = method.adapter_parameters() | beside
     if changed := sorted(held.keys() ^ tensors["adapters"].keys()):
         raise UserError(f"{folder} does not fit {config.method} of this version: {listed(changed)}")
+    checkpoint_fit.require_fit(folder, tensors, held)
     with torch.no_grad():
         for name, parameter in held.items():
             parameter.copy_(tensors["adapters"][name])
-    method.load_state_dict(tensors["method"])
+    checkpoint_fit.restore(folder, method, tensors["method"])
     extras = _by_kind(outer_model(backbone), beside)
     for key, tensor in tensors.get(EXTRAS, {}).items():
         kind, _, name = key.partition(".")
@@ -217,6 +218,7 @@ def export(
             "license": license,
         }
         checkpoint.write_text(folder / "README.md", card(format, restored.config, restored.results, facts, kept))
+        checkpoint.write_json(folder / export_sums.FILE, to_builtins(export_sums.of_folder(folder)))
         names = sorted(path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
     return [to / name for name in names]
 

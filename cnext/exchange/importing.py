@@ -11,7 +11,16 @@ import torch
 from torch import Tensor
 
 from cnext import backbones, methods, packages
-from cnext.adapters import MODALITIES, exchange, exchange_authors, exchange_files, exchange_peft, layers, modalities_of
+from cnext.adapters import (
+    MODALITIES,
+    exchange,
+    exchange_authors,
+    exchange_files,
+    exchange_peft,
+    export_sums,
+    layers,
+    modalities_of,
+)
 from cnext.adapters.exchange import Branches
 from cnext.adapters.exchange_authors import BESIDE, LANGUAGE_MODEL
 from cnext.adapters.logit_check import Reference, agrees
@@ -77,7 +86,7 @@ def import_adapter(
     lines += [f"also imported: {kind}, {len(part)} tensors" for kind, part in found.extras.items()]
     lines += [f"ignored: {kind}, {number} tensors" for kind, number in found.ignored.items()]
     beside = exchange_peft.unread(path) if exchange_files.is_peft(path) else []
-    unread = [name for name in beside if name not in (REFERENCE, CONFIG)]
+    unread = [name for name in beside if name not in (REFERENCE, CONFIG, export_sums.FILE)]
     lines += [f"ignored files beside the adapter: {listed(unread)}"] if unread else []
     return "\n".join(lines)
 

@@ -23,7 +23,7 @@ from cnext.config.init_source import InitSource
 from cnext.config.plan import Plan
 from cnext.errors import UserError, listed
 from cnext.methods.base import Method
-from cnext.runs import checkpoint, schemas
+from cnext.runs import checkpoint, checkpoint_fit, schemas
 from cnext.runs.checkpoint import EXTRAS
 from cnext.tasks.base import Task, stand_in
 from cnext.training import merged_model
@@ -42,12 +42,14 @@ class Initial:
         state: of the method; None where there is none.
         notes: what the user should know of it.
         merged: folder of the model whose weights replace the frozen ones; None: these are as pretrained.
+        source: of the tensors, for messages.
     """
 
     tensors: dict[str, Tensor]
     state: dict[str, Tensor] | None = None
     notes: list[str] = field(default_factory=list)
     merged: Path | None = None
+    source: Path = Path()
 
     def put_merged(self, backbone: Backbone) -> None:
         """Replaces the frozen weights, and what is trained beside the branches. Saved values are put after it."""
@@ -72,7 +74,7 @@ class Initial:
         for name, tensor in self.tensors.items():
             parameters[name].copy_(tensor)
         if self.state is not None:
-            method.load_state_dict(self.state)
+            checkpoint_fit.restore(self.source, method, self.state)
 
 
 def tasks_of(planned: Plan) -> list[Task]:
@@ -141,7 +143,7 @@ def _of_run(planned: Plan, source: InitSource, backbone: Backbone, method: Metho
     for key, tensor in tensors.get(EXTRAS, {}).items():
         kind, _, name = key.partition(".")
         extras.setdefault(kind, {})[name] = tensor
-    return Initial(tensors["adapters"] | dict(_named(backbone, extras)), tensors["method"])
+    return Initial(tensors["adapters"] | dict(_named(backbone, extras)), tensors["method"], source=source.path)
 
 
 def _of_adapter(planned: Plan, source: InitSource, backbone: Backbone, method: Method) -> Initial:
@@ -208,6 +210,7 @@ def _check_names(
         for name, tensor in tensors.items()
         if name in parameters and tensor.shape != parameters[name].shape
     ]
+    wrong += [f"{name} is {tensor.dtype}" for name, tensor in tensors.items() if not tensor.is_floating_point()]
     problems += [listed(wrong)] if wrong else []
     if problems:
         raise UserError("; ".join(problems))

@@ -7,6 +7,7 @@ import signal
 import sys
 import time
 from contextlib import closing
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -21,7 +22,7 @@ from cnext.monitoring.progress import Progress
 from cnext.monitoring.resource_errors import as_user_errors
 from cnext.monitoring.signals import Stop
 from cnext.results import RunResult
-from cnext.runs import command_line, data_file, environment, fingerprint, trackers
+from cnext.runs import checkpoint_fit, command_line, data_file, environment, fingerprint, trackers
 from cnext.runs.checkpoint import write_json
 from cnext.runs.run_folder import EXTRA, RunFolder
 from cnext.runs.schemas import SEPARABILITY, StageScore, TrainStep
@@ -124,6 +125,8 @@ class Runner:
         self.state = RunState()
         self._restored: dict[str, dict[str, Tensor]] = {}
         """Tensors of the checkpoint that the run resumes from, until the stage under way is done."""
+        self._resumed = Path()
+        """This checkpoint."""
         self._unlogged: list[TrainStep] = []
         """Steps since the last checkpoint."""
 
@@ -184,14 +187,16 @@ class Runner:
             data = values.get(DATA_KEY)
             if data not in (None, data_digest.joint(self.data)):
                 raise data_file.changed(path, ["  the checkpoint is of a run on other data"])
-            self.state = RunState.from_manifest(values, path)
+            self._resumed, self.state = path, RunState.from_manifest(values, path)
+            known = {} if self.state.step else {row.stage: row.sha256 for row in self.state.digests}
+            checkpoint_fit.require_fit(path, self._restored, self.parameters, known.get(self.state.tasks_done))
             if self.ready.initial is not None:
                 self.ready.initial.put_merged(self.backbone)
             with torch.no_grad():
                 for name, parameter in self.parameters.items():
                     parameter.copy_(self._restored["adapters"][name])
             if not self.state.step:
-                self.method.load_state_dict(self._restored["method"])
+                checkpoint_fit.restore(path, self.method, self._restored["method"])
             self.progress.say(f"resuming from {path.name}")
         if self.folder is not None:
             self._cut_logs(self.folder)
@@ -282,7 +287,7 @@ class Runner:
         trainer = begin(self.plan, self.ready, stage.task, parameters, samples, stage.steps, memory)
         if self.state.step:
             trainer.load_state_dict(self._restored["optimizer"], self.state.step)
-            self.method.load_state_dict(self._restored["method"])
+            checkpoint_fit.restore(self._resumed, self.method, self._restored["method"])
         return trainer
 
     def _train_steps(self, stage: Stage, trainer: TaskTrainer) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -12,8 +13,10 @@ from backbones.small_folders import write_janus
 from torch import Tensor, nn
 
 from cnext import adapters, backbones, methods
+from cnext.adapters import exchange_files
 from cnext.backbones.tiny.model import TinyBackbone
 from cnext.cli import main
+from cnext.config import init_source
 from cnext.errors import UserError
 from cnext.exchange.export import FORMATS, export, restore, stand_in
 from cnext.exchange.importing import import_adapter
@@ -97,6 +100,24 @@ def test_an_export_gives_the_logits_of_the_run(run: Path, format: str, error: fl
     torch.testing.assert_close(answers(theirs), expected, rtol=0, atol=error * float(expected.abs().max()))
     if format != "merged":  # whose weights are rounded to float32
         torch.testing.assert_close(answers(theirs.double()), answers(ours.double()), rtol=0, atol=1e-6)
+
+
+def test_files_of_two_exports_are_refused(run: Path, tmp_path: Path) -> None:
+    """One branch's file is another's, or was left behind. A card may be edited, and logits left out."""
+    export(run, tmp_path / "out", "peft")
+    out = tmp_path / "out"
+    (out / "README.md").write_text("A card of one's own.")
+    (out / "reference.json").unlink()
+    assert exchange_files.read(out)[0].branches.ranks == dict.fromkeys(ROLES, 8)
+    weights = out / ROLES[1] / "adapter_model.safetensors"
+    shutil.copy(out / ROLES[0] / "adapter_model.safetensors", weights)
+    with pytest.raises(UserError, match=rf"not those of this export: {ROLES[1]}/adapter_model.safetensors; copy the"):
+        import_adapter(out, tmp_path / "back", method="mage")
+    shutil.rmtree(out / ROLES[1])
+    with pytest.raises(UserError, match=rf"missing: {ROLES[1]}/adapter_config.json, .*safetensors; copy the whole"):
+        init_source.find(out)
+    (out / "checksums.json").unlink()  # as in an export of an earlier version
+    assert len(exchange_files.read(out)[0].branches.ranks) == 3
 
 
 @pytest.mark.parametrize("format", ["peft", "peft-merged-rank", "authors"])
@@ -286,7 +307,7 @@ def test_the_verbs(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     out, back = tmp_path / "out", tmp_path / "back"
     asked = ["export", str(run), "--to", str(out), "--format", "peft-merged-rank"]
     assert main(asked) == 0
-    names = ["README.md", "adapter_config.json", "adapter_model.safetensors", "reference.json"]
+    names = ["README.md", "adapter_config.json", "adapter_model.safetensors", "checksums.json", "reference.json"]
     assert capsys.readouterr().out.split() == [str(out / name) for name in names]
     assert main(asked) == 2
     assert f"error: {out} exists and is not empty; give another --to or delete it" in capsys.readouterr().err
@@ -303,6 +324,9 @@ def test_the_verbs(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert "expected a file, or a folder with one of adapter_config.json" in capsys.readouterr().err
     config = json.loads((out / "reference.json").read_text())
     (out / "reference.json").write_text(json.dumps(config | {"sha256": "0"}))
+    assert main(["import", str(out), "--to", str(tmp_path / "x")]) == 2
+    assert "not those of this export: reference.json; copy the whole export again" in capsys.readouterr().err
+    (out / "checksums.json").unlink()
     assert main(["import", str(out), "--to", str(tmp_path / "x")]) == 2
     assert "the adapter is for another backbone, or was changed" in capsys.readouterr().err
     assert not (tmp_path / "x").exists()
