@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -83,7 +84,15 @@ def run_main(arguments: list[str] | None = None) -> int:
             return 0
         from cnext.studies import flags
 
-        parsed = flags.parse(given)
+        try:
+            parsed = flags.parse(given)
+        except UserError:
+            if os.environ.get("WORLD_SIZE", "1") != "1":
+                from cnext.distributed import processes
+
+                with processes.refusals():
+                    raise
+            raise
         if parsed.version:
             print(_version())
             return 0

@@ -139,6 +139,14 @@ class Plan:
         """The recipe of every task, in order."""
         return [self.recipe.of(task) for task in self.order]
 
+    def settings(self) -> dict[str, Any]:
+        """What all processes of a run must have in common: as `as_dict`, with the kind of device alone, prompts, and
+        the implementation of the ops."""
+        from cnext.ops import dispatch
+
+        kind = self.device.partition(":")[0]
+        return {**self.as_dict(), "device": kind, "prompts": self.config.prompts, "ops": dispatch.best(kind)}
+
     def as_dict(self) -> dict[str, Any]:
         """The content of config.json: everything that determines the results, and nothing else."""
         config = self.config

@@ -11,20 +11,23 @@ import importlib.util
 import os
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, distributed, nn
 
-from cnext.distributed import collectives
+from cnext.distributed import collectives, roll_call
 from cnext.distributed.deepspeed import zero_config
 from cnext.errors import RESUME, UserError
 
+T = TypeVar("T")
 TIMEOUT = timedelta(minutes=30)
 """Of a collective: rank 0 may be scoring the answers of a task while the others wait."""
+REFUSED = timedelta(seconds=60)
+"""That a process which cannot start waits for the others, to say so."""
 ROLL_CALL = (3.0, 30.0)
 """Seconds, at least and at most, that surviving ranks have to report after one is lost. The longest is for loaded
 machines, where some learn of it late."""
@@ -43,38 +46,97 @@ def launched() -> int:
 
 
 @contextmanager
-def process_group(device: str) -> Iterator[str]:
-    """Context with a process group of the launcher's processes. Yields this rank's device.
+def refusals() -> Iterator[None]:
+    """Context of what precedes `process_group`: a UserError of one process ends the others with its words."""
+    try:
+        yield
+    except UserError as error:
+        if os.environ.get("WORLD_SIZE", "1") not in ("", "1") and collectives.world_size() == 1:
+            # What the others say, or that they cannot be reached, is less than this.
+            with suppress(UserError):
+                _meet({}, str(error), REFUSED)
+        raise
 
-    Without a launcher there is no group.
 
-    Args:
-        device: "cpu", or "cuda" for the GPU of each local rank.
-
-    Raises:
-        UserError: the launcher's environment is incomplete, there are too few GPUs, the DeepSpeed configuration is not
-            supported, or a process of the group was lost.
-    """
-    if launched() == 1 or collectives.world_size() > 1:
-        yield own_device(device)
-        return
-    if ":" in device:
-        raise UserError(f"{device} is one GPU, and {launched()} processes need one each; give --device cuda")
-    if importlib.util.find_spec("accelerate") is None:
-        raise UserError("a run in several processes needs accelerate, not installed here: pip install 'cnext[hf]'")
-    from accelerate import PartialState
-
-    zero_config()
-    gpus = torch.cuda.device_count()
-    if device.startswith("cuda") and int(os.environ.get("LOCAL_RANK", "0")) >= gpus:
-        raise UserError(f"{launched()} processes need a GPU each; torch sees {gpus} here: start fewer, or --device cpu")
+def _meet(settings: Mapping[str, Any], problem: str = "", timeout: timedelta = TIMEOUT) -> distributed.Store:
+    """The store in which all processes have found that they were started alike. Raises UserError as `attend`."""
     missing = [name for name in LAUNCHED if not os.environ.get(name)]
     if missing:
         raise UserError(
             f"the environment says WORLD_SIZE={launched()} without {', '.join(missing)}: "
             "start by torchrun or accelerate launch, or unset it"
         )
+    rank = int(os.environ["RANK"])
+    store = roll_call.open_store(rank, launched(), timeout)
+    roll_call.attend(store, rank, launched(), settings, problem)
+    return store
+
+
+def _check_here(device: str) -> None:
+    """Raises UserError where this process cannot take part."""
+    if ":" in device:
+        raise UserError(f"{device} is one GPU, and {launched()} processes need one each; give --device cuda")
+    if importlib.util.find_spec("accelerate") is None:
+        raise UserError("a run in several processes needs accelerate, not installed here: pip install 'cnext[hf]'")
+    zero_config()
+    gpus = torch.cuda.device_count()
+    if device.startswith("cuda") and int(os.environ.get("LOCAL_RANK", "0")) >= gpus:
+        raise UserError(f"{launched()} processes need a GPU each; torch sees {gpus} here: start fewer, or --device cpu")
+
+
+def compare(settings: Mapping[str, Any], what: str) -> None:
+    """Raises UserError on every rank where one has other settings than rank 0. what: what these are, in words."""
+    if said := roll_call.verdict(dict(enumerate(collectives.gather_shards([settings]))), what):
+        raise UserError(said)
+
+
+@contextmanager
+def agreed() -> Iterator[None]:
+    """Context without collectives: a UserError or OSError in it on one rank is a UserError on the others."""
+    problem: UserError | OSError | None = None
+    try:
+        yield
+    except (UserError, OSError) as error:
+        problem = error
+    said = collectives.gather_shards([str(problem) if problem else ""])
+    if problem:
+        raise problem
+    if others := [f"rank {rank} cannot go on: {text}" for rank, text in enumerate(said) if text]:
+        raise UserError("\n".join(others))
+
+
+def first_alone(action: Callable[[], T]) -> T | None:
+    """What rank 0 gets by an action, which it does alone; None on the others, which its error ends too."""
+    with agreed():
+        return None if collectives.rank() else action()
+
+
+@contextmanager
+def process_group(device: str, settings: Mapping[str, Any] | None = None) -> Iterator[str]:
+    """Context with a process group of the launcher's processes. Yields this rank's device.
+
+    Without a launcher there is no group.
+
+    Args:
+        device: "cpu", or "cuda" for the GPU of each local rank.
+        settings: what all processes must have been started with, as JSON takes it.
+
+    Raises:
+        UserError: the launcher's environment is incomplete, its port is in use, processes were started with other
+            settings or versions, there are too few GPUs, the DeepSpeed configuration is not supported, or a process of
+            the group was lost.
+    """
+    if launched() == 1 or collectives.world_size() > 1:
+        compare(settings or {}, roll_call.SETTINGS)
+        yield own_device(device)
+        return
+    with refusals():
+        _check_here(device)
+    from accelerate import PartialState
+
+    store = _meet({**roll_call.environment(), **(settings or {})})
     PartialState(cpu=device == "cpu", timeout=TIMEOUT)
+    del store  # whose server the group's store shares
     try:
         # No rank leaves, as one does whose configuration is refused, while another still connects.
         distributed.barrier()

@@ -192,16 +192,18 @@ def _distributed(flags: Flags, plans: list[Plan]) -> None:
 
     if flags.launcher != "local":
         raise UserError(f"--launcher {flags.launcher} starts its own processes; use either it or torchrun")
-    with processes.process_group(plans[0].device):
+    settings = {"runs": {str(number): planned.settings() for number, planned in enumerate(plans)}}
+    with processes.process_group(plans[0].device, settings if len(plans) > 1 else plans[0].settings()):
         for planned in plans:
             processes.check(planned.recipes)
-        if collectives.rank() == 0 and len(plans) > 1:
-            _write_yaml(flags, plans)
+        if len(plans) > 1:
+            processes.first_alone(lambda: _write_yaml(flags, plans))
         for planned in plans:
-            if not collectives.broadcast_object(collectives.rank() == 0 and is_finished(planned)):
+            finished = processes.first_alone(lambda planned=planned: is_finished(planned))
+            if not collectives.broadcast_object(finished):
                 run(planned.config)
-        if collectives.rank() == 0 and len(plans) > 1:
-            _write_tables(flags, plans)
+        if len(plans) > 1:
+            processes.first_alone(lambda: _write_tables(flags, plans))
 
 
 def _dry_run(flags: Flags, plans: list[Plan]) -> None:
@@ -227,13 +229,14 @@ def _dry_run(flags: Flags, plans: list[Plan]) -> None:
 
 def main(flags: Flags) -> int:
     """Executes what the flags of `flags.parse` ask for, after all checks. Returns the exit status."""
-    for flag in ("method", "order", "seeds"):
-        if getattr(flags, flag) == []:
-            raise UserError(f"--{flag} needs at least one value")
     forecasting = flags.gpus is not None
     elsewhere = forecasting or (flags.launcher != "local" and not flags.dry_run)
-    plans = [plan(config, elsewhere, forecasting) for config in configs(flags)]
-    check(flags, plans)
+    with processes.refusals():
+        for flag in ("method", "order", "seeds"):
+            if getattr(flags, flag) == []:
+                raise UserError(f"--{flag} needs at least one value")
+        plans = [plan(config, elsewhere, forecasting) for config in configs(flags)]
+        check(flags, plans)
     if flags.dry_run:
         _dry_run(flags, plans)
         return 0

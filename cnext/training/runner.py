@@ -88,17 +88,19 @@ def run(config: RunConfig, progress: Progress | None = None) -> RunResult:
         print(result)
         result.metrics["forgetting"]
     """
-    planned = plan(config)
+    with processes.refusals():
+        planned = plan(config)
     torch.set_num_threads(config.threads)
-    with processes.process_group(planned.device) as device, Stop() as stop:
+    with processes.process_group(planned.device, planned.settings()) as device, Stop() as stop:
         local = dataclasses.replace(planned, device=device)
         processes.check(planned.recipes)
-        if collectives.rank():
+        opened = processes.first_alone(lambda: RunFolder(planned.config.folder, planned.as_dict()))
+        if opened is None:
             with Progress(quiet=True) as hidden:
                 return RunResult(planned.config.folder, Runner(local, None, hidden, stop).run())
         with (
             progress or Progress() as shown,
-            closing(RunFolder(planned.config.folder, planned.as_dict())) as folder,
+            closing(opened) as folder,
             shown.kept_in(folder.path),
             as_user_errors(folder.path, lambda: shown.doing, planned.recipe.batch_size),
         ):
@@ -157,12 +159,15 @@ class Runner:
 
     def load(self) -> None:
         """Reads the data and loads backbone, method and scorers."""
-        self.ready = prepare(self.plan)
-        self.data = data_digest.of_samples(self.ready.samples)
-        if self.folder is not None:
-            self.folder.note_left_out(self.ready.left_out.as_dict())
-            if note := self.folder.note_data(self.data, self.ready.samples):
-                self.progress.say(note)
+        with processes.agreed():
+            self.ready = prepare(self.plan)
+            self.data = data_digest.of_samples(self.ready.samples)
+        processes.compare({"data": data_file.summary(self.data)}, "the data that it reads")
+        with processes.agreed():
+            if self.folder is not None:
+                self.folder.note_left_out(self.ready.left_out.as_dict())
+                if note := self.folder.note_data(self.data, self.ready.samples):
+                    self.progress.say(note)
         for line in self.ready.left_out.lines():
             self.progress.say(line)
         for line in reference_warnings(self.plan, self.ready.samples):
@@ -179,7 +184,8 @@ class Runner:
 
     def resume(self) -> None:
         """Restores the furthest checkpoint, if there is one, and drops what the logs have after it."""
-        found = collectives.broadcast_object(self.folder and self.folder.furthest(self.progress.say))
+        folder, say = self.folder, self.progress.say
+        found = collectives.broadcast_object(processes.first_alone(lambda: folder and folder.furthest(say)))
         if found is None:
             self._add_digest(0, ZERO_SHOT, self.method.state_dict())
         else:
