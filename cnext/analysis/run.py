@@ -12,8 +12,9 @@ from msgspec.structs import asdict, replace
 
 from cnext.errors import UserError, printable
 from cnext.records import Record
-from cnext.runs import judge_tables, schemas
+from cnext.runs import judge_tables, results_file, schemas, seals
 from cnext.runs.schemas import (
+    SCORES,
     SEPARABILITY,
     Answer,
     Config,
@@ -25,6 +26,7 @@ from cnext.runs.schemas import (
     Results,
     Row,
     Separability,
+    StageScore,
     TrainStep,
 )
 from cnext.scoring.matrix import ScoreMatrix
@@ -67,14 +69,18 @@ class Run:
         file = path / "results.json"
         if not file.is_file():
             raise UserError(f"{file}: no such file; give a folder in which cnext-run has evaluated a stage")
-        results = schemas.read(file, Results)
+        results = schemas.convert(results_file.read(file), Results, file)
         file = path / "cost.json"
         measured = schemas.read(file, Cost) if file.is_file() else Cost()
         counted = {name: value for name, value in asdict(results.cost).items() if value not in (None, [])}
         files = {path / "config.json": Config, path / "environment.json": Environment, path / "options.json": Record}
         others = [schemas.read_object(file, kind) if file.is_file() else {} for file, kind in files.items()]
+        for found in others:
+            found.pop(seals.SEAL, None)
         file = path / "left_out.json"
-        left_out = schemas.read(file, dict[str, dict[str, dict[str, LeftOutRows]]]) if file.is_file() else {}
+        rows = schemas.read(file, dict[str, Any]) if file.is_file() else {}
+        rows.pop(seals.SEAL, None)
+        left_out = schemas.convert(rows, dict[str, dict[str, dict[str, LeftOutRows]]], file)
         return cls(path, results, replace(measured, **counted), *others, left_out=left_out)
 
     @property
@@ -152,8 +158,15 @@ class Run:
 
     def predictions(self, stage: int, task: str) -> list[Answer]:
         """The answers to a task's samples after a stage; empty where it was not evaluated."""
-        folder = self.path / "predictions" / self.stage(stage).replace(" ", "_", 1)
-        return schemas.read_rows(folder / f"{task}.jsonl", Answer)
+        path = self.path / "predictions" / self.stage(stage).replace(" ", "_", 1) / f"{task}.jsonl"
+        schemas.check_predictions(path, self._written.get((stage, task)))
+        return schemas.read_rows(path, Answer)
+
+    @cached_property
+    def _written(self) -> dict[tuple[int, str], str]:
+        """SHA-256 of the file of answers by (stage, task), where scores.jsonl has it."""
+        rows = schemas.read_log(self.path / SCORES, StageScore)
+        return {(row.stage, row.task): row.predictions for row in rows if row.predictions}
 
     @cached_property
     def separability(self) -> Separability | None:
@@ -191,7 +204,7 @@ class Run:
     def losses(self) -> dict[int, np.ndarray]:
         """Training loss per stage, in the order of the steps; of a step that was run twice, the later run."""
         stages: dict[int, dict[int, float]] = {}
-        for row in schemas.read_rows(self.path / "train.jsonl", TrainStep):
+        for row in schemas.read_log(self.path / "train.jsonl", TrainStep):
             if not 1 <= row.stage <= len(self.tasks):
                 raise UserError(f"{self.path / 'train.jsonl'}: expected stages 1 to {len(self.tasks)}, got {row.stage}")
             stages.setdefault(row.stage, {})[row.step] = row.loss

@@ -25,7 +25,7 @@ from cnext.config.plan import as_words, loading_options
 from cnext.errors import UserError, listed, unknown
 from cnext.exchange.model_card import FinalResults, RestorableConfig, card
 from cnext.methods.base import Method
-from cnext.runs import checkpoint, checkpoint_fit, schemas
+from cnext.runs import checkpoint, checkpoint_fit, results_file, schemas
 from cnext.runs.checkpoint import EXTRAS
 from cnext.tasks.base import stand_in
 from cnext.training import merged_model
@@ -96,8 +96,10 @@ def restore(run: Path, label: str | None = None) -> Restored:
     config = schemas.read(run / "config.json", RestorableConfig)
     folder = _checkpoint(run, label)
     file = run / "results.json"
-    results = schemas.read(file, FinalResults) if file.is_file() else None
+    found = results_file.read(file)
+    results = None if found is None else schemas.convert(found, FinalResults, file)
     tensors, values = checkpoint.load(folder)
+    results_file.check_stage(folder, values)
     packages.require_installed("cnext export", packages.MODELS)
     packages.require(*packages.MODELS)
     options = loading_options(config.backbone, as_words(config.backbone_options))

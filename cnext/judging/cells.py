@@ -15,7 +15,7 @@ from cnext.errors import UserError
 from cnext.judging.cases import Case, asked_by, rule
 from cnext.judging.statistics import wilson
 from cnext.records import FileName, Record
-from cnext.runs import schemas
+from cnext.runs import results_file, schemas
 from cnext.runs.schemas import Answer, StageScore
 from cnext.scoring import BOXES
 from cnext.scoring.base import ERROR_TYPES
@@ -69,9 +69,9 @@ class JudgedRun:
                     f"{path} is missing: a judge needs a complete run folder, with {file.name}, {scores.name} and "
                     "predictions/; give one, or run cnext-run again"
                 )
-        results = schemas.read(file, Modalities)
+        results = schemas.convert(results_file.read(file), Modalities, file)
         tasks = [*map(str, results.tasks)]
-        rows = {(row.stage, row.task): row for row in schemas.read_rows(scores, StageScore)}
+        rows = {(row.stage, row.task): row for row in schemas.read_log(scores, StageScore)}
         if strange := [key for key in rows if not 0 <= key[0] <= len(tasks) or key[1] not in tasks]:
             raise UserError(f"{scores}: expected the stages and tasks of {file.name}, got {strange[0]}")
         cells = [_cell(run, row, rows.get((0, row.task)), results.writes) for row in rows.values()]
@@ -94,12 +94,18 @@ class JudgedRun:
 def _cell(run: Path, row: StageScore, zero_shot: StageScore | None, writes: dict[str, list[str]]) -> Cell:
     stage, trained, task = row.stage, row.trained, row.task
     path = run / "predictions" / f"{stage}_{trained}" / f"{task}.jsonl"
-    if not path.is_file() and zero_shot and replace(zero_shot, stage=stage, trained=trained) == row:
+    sha256 = row.predictions
+    if not path.is_file() and zero_shot and replace(zero_shot, stage=stage, trained=trained, predictions=None) == row:
         # The answers of a method that trains nothing are the zero-shot ones, which are written once.
         path = run / "predictions" / f"0_{zero_shot.trained}" / f"{task}.jsonl"
+        sha256 = zero_shot.predictions
     if not path.is_file():
         raise UserError(f"{path}: a judge needs a run's predictions, found none; run cnext-run again")
+    schemas.check_predictions(path, sha256)
     answers = schemas.read_rows(path, Answer)
+    for answer in answers:
+        if answer.image:
+            schemas.check_image(run / answer.image, answer)
     score = fsum(answer.strict for answer in answers) / len(answers) if answers else -1.0
     if not isclose(score, row.strict, abs_tol=IDENTITY_TOLERANCE):
         raise UserError(

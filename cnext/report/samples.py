@@ -10,7 +10,7 @@ from cnext.analysis.run import Run, points
 from cnext.analysis.samples import most_changed
 from cnext.image_files import open_image
 from cnext.report.blocks import Block, Frame, Picture, Section, Strip, Text
-from cnext.runs.schemas import Answer
+from cnext.runs.schemas import Answer, check_image
 
 SMALL, LARGE = 128, 256
 """Images up to SMALL pixels a side are enlarged by whole pixels to at most 2 SMALL, larger ones shrunk to LARGE."""
@@ -39,7 +39,10 @@ def images(run: Run) -> Section:
         ]
         for stage, answer in chosen.items():
             name, label, verdict = f"image_{number}_{stage}.png", run.stage(stage), points(answer.strict)
-            if answer.image and (path := run.path / answer.image).is_file():
+            path = run.path / (answer.image or "")
+            if answer.image:
+                check_image(path, answer)
+            if answer.image and path.is_file():
                 frames.append(Frame(label, picture(path, name, f"{task}, generated at stage {label}"), verdict))
             else:
                 instead = f", but text: {_shorten(answer.text, 60)}" if answer.text else ""

@@ -14,7 +14,7 @@ import numpy as np
 from cnext.analysis.run import Run
 from cnext.errors import UserError, unknown
 from cnext.results.display import Shown, View, data_frame, drawn, figure
-from cnext.runs import schemas
+from cnext.runs import results_file, schemas
 from cnext.scoring.matrix import without_repeats
 from cnext.tables.aggregate import METRICS
 
@@ -210,4 +210,6 @@ def open_run(folder: str | os.PathLike[str]) -> RunResult:
     file = path / "results.json"
     if not file.is_file():
         raise UserError(f"{file}: no such file; give the folder of one run, or open a study with cnext.open_study")
-    return RunResult(path, schemas.read_object(file, schemas.Results))
+    content = results_file.read(file) or {}
+    schemas.convert(content, schemas.Results, file)
+    return RunResult(path, content)

@@ -13,6 +13,7 @@ from cnext import durable
 from cnext.errors import UserError, parse_json
 from cnext.records import Count, FileName, Record, convert
 from cnext.regular_files import LARGEST, read_bytes
+from cnext.runs import seals
 
 MANIFEST, EXTRAS = "manifest.json", "extras"
 """EXTRAS: the tensors of an imported adapter that are in no parameter of its method, as "<kind>.<name>"."""
@@ -87,7 +88,24 @@ def manifest(folder: Path) -> dict[str, Any]:
         named = False
     if not (whole and named):
         raise Damaged(f"the {MANIFEST} of the checkpoint {folder} has changed since it was written")
+    run = folder.parent.parent
+    if (run / seals.CONFIG).is_file() and sealed.get("run") != seals.run_of(run):
+        raise Damaged(
+            f"the checkpoint {folder} and {run / seals.CONFIG} are of different runs; copy the whole run again"
+        )
     return sealed
+
+
+def verified(file: Path) -> dict[str, Any]:
+    """The manifest of the checkpoint that a file is in, the file's checksum verified as well. Raises Damaged."""
+    values = manifest(file.parent)
+    try:
+        whole = values["files"].get(file.name) == seals.file_digest(file)
+    except OSError as error:
+        raise Damaged(f"{file} cannot be read: {error}") from error
+    if not whole:
+        raise Damaged(f"{file} has changed since it was written; copy the whole run folder again")
+    return values
 
 
 def load(folder: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:

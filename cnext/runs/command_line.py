@@ -15,6 +15,7 @@ from cnext.config.plan import ADDED_RECIPE, Plan, as_words, current_names
 from cnext.config.run_config import OVERRIDES, RunConfig
 from cnext.errors import UserError, parse_json
 from cnext.regular_files import read_text
+from cnext.runs import seals
 from cnext.runs.checkpoint import write_text
 from cnext.tasks import suites
 from cnext.tasks.base import PROMPTS
@@ -29,9 +30,10 @@ KEYS = {"preset": "budget"}
 """Fields of `RunConfig` with another name in config.json, where runs of all versions have the older one."""
 
 
-def write(config: RunConfig) -> Path:
-    """Writes the options of a run into its folder, unless they are there."""
-    path, text = config.folder / FILE, json.dumps(dataclasses.asdict(config), indent=2, default=str) + "\n"
+def write(config: RunConfig, run: str | None = None) -> Path:
+    """Writes the options of a run into its folder, unless they are there. run: for their seal, once it has begun."""
+    values = json.loads(json.dumps(dataclasses.asdict(config), default=str))
+    path, text = config.folder / FILE, json.dumps(seals.sealed(values, FILE, run), indent=2) + "\n"
     if not path.is_file() or path.read_bytes() != text.encode():
         write_text(path, text)
     return path
@@ -41,7 +43,7 @@ def read(path: str | Path) -> RunConfig:
     """The configuration that `write` wrote."""
     older = {key: name for name, key in KEYS.items()}
     values = current_names(parse_json(read_text(path)))
-    values = {older.get(name, name): value for name, value in values.items()}
+    values = {older.get(name, name): value for name, value in values.items() if name != seals.SEAL}
     for field in dataclasses.fields(RunConfig):
         value, kind = values.get(field.name), str(field.type)
         if value is not None and kind.startswith(("Path", "tuple")):

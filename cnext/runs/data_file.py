@@ -5,14 +5,13 @@ data.json has those of every row, so that the first one that has changed is name
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from cnext.config.plan import DATA_KEY
 from cnext.errors import UserError, parse_json
 from cnext.regular_files import read_bytes
-from cnext.runs.checkpoint import write_json
 from cnext.tasks.base import Sample
 from cnext.tasks.data_digest import WIDTH, DataDigest, SplitDigest, joint
 
@@ -35,12 +34,19 @@ def kept(config: dict[str, Any], file: Path) -> dict[str, Any]:
     return {**config, **({DATA_KEY: old[DATA_KEY]} if isinstance(old, dict) and DATA_KEY in old else {})}
 
 
-def keep(folder: Path, data: DataDigest, samples: Mapping[str, Mapping[str, Sequence[Sample]]], begun: bool) -> str:
+def keep(
+    folder: Path,
+    data: DataDigest,
+    samples: Mapping[str, Mapping[str, Sequence[Sample]]],
+    begun: bool,
+    write: Callable[[str, dict[str, Any]], object],
+) -> str:
     """Writes the digests into data.json and config.json of a run folder, and checks them against those there.
 
     Args:
         samples: by split and task, to name rows.
         begun: whether the folder has results, so that the data must be the same.
+        write: writes a JSON file of the folder, by its name.
 
     Returns: a note on what cannot be checked, or is written anew; "" for none.
     Raises:
@@ -55,8 +61,8 @@ def keep(folder: Path, data: DataDigest, samples: Mapping[str, Mapping[str, Sequ
         note = f"note: the run in {folder} is {UNKNOWN}"
     elif begun and old != found:
         note = f"{file} was lost or has changed; it is written anew, for the data are those of config.json"
-    write_json(file, {"rows": {t: {s: one.rows for s, one in splits.items()} for t, splits in data.items()}})
-    write_json(folder / "config.json", {**config, DATA_KEY: found})
+    write(FILE, {"rows": {t: {s: one.rows for s, one in splits.items()} for t, splits in data.items()}})
+    write("config.json", {**config, DATA_KEY: found})
     return note
 
 

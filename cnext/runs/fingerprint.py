@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from cnext.errors import UserError, parse_json
-from cnext.runs import environment
+from cnext.runs import environment, seals
 
 PACKAGES = ("python", "cnext", "torch", "transformers", "open_clip_torch", "numpy", "pillow")
 NOTES = {"error_rules": " (error types may differ, scores do not; null: version 1)"}
@@ -82,13 +82,16 @@ def digest(fingerprint: Mapping[str, Any]) -> str:
 
 
 def of_processes(file: Path) -> list[dict[str, Any]]:
-    """The fingerprints of the processes that worked on a run so far, from its environment.json."""
+    """The fingerprints of the processes that worked on a run so far, from its environment.json; none without the file.
+
+    Raises: UserError where it is no such file, or was changed.
+    """
     if not file.is_file():
         return []
     try:
-        found = parse_json(file.read_bytes())
+        found = seals.opened(parse_json(file.read_bytes()), file)
     except ValueError as error:
-        raise UserError(f"{file} is not JSON ({error}); delete it") from error
+        raise error if isinstance(error, UserError) else UserError(f"{file} is not JSON ({error})") from error
     listed = found.get("fingerprints") if isinstance(found, dict) else None
     return [part for part in listed if isinstance(part, dict)] if isinstance(listed, list) else []
 

@@ -3,33 +3,29 @@
 from __future__ import annotations
 
 import fcntl
-import hashlib
 import json
 import shutil
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import ExitStack, suppress
 from pathlib import Path
-from typing import IO, Any, TypeVar
+from typing import IO, Any
 
 from torch import Tensor
 
-from cnext import durable, records
+from cnext import durable
 from cnext.config.plan import completed
-from cnext.errors import UserError, parse_json
+from cnext.errors import RESUME, UserError, parse_json
 from cnext.regular_files import read_bytes
-from cnext.runs import checkpoint, data_file, schemas
+from cnext.runs import checkpoint, data_file, fingerprint, schemas, seals
 from cnext.runs.checkpoint import Damaged
-from cnext.runs.schemas import StageScore, TrainStep
+from cnext.runs.logs import Log
+from cnext.runs.schemas import SCORES, StageScore, TrainStep
 from cnext.runs.trackers.base import Tracker, final
 from cnext.tasks.base import Sample
 from cnext.tasks.data_digest import DataDigest
 
-STEPS, SCORES, EXTRA = "train.jsonl", "scores.jsonl", "extra_scores.jsonl"
-LEFT_OUT = "left_out.json"
-LOGS = (STEPS, SCORES, EXTRA)
-"""The append-only logs. A checkpoint has the length and the checksum that they had before it."""
-
-T = TypeVar("T")
+STEPS, EXTRA = "train.jsonl", "extra_scores.jsonl"
+RESULTS, ENVIRONMENT, LEFT_OUT = "results.json", "environment.json", "left_out.json"
 
 
 def _differences(old: Any, new: Any, path: str = "") -> list[str]:
@@ -39,21 +35,6 @@ def _differences(old: Any, new: Any, path: str = "") -> list[str]:
             line for key in keys for line in _differences(old.get(key), new.get(key), f"{path}.{key}" if path else key)
         ]
     return [] if old == new else [f"  {path}: {json.dumps(old)} there, {json.dumps(new)} requested"]
-
-
-def _append(path: Path, rows: Iterable[Any]) -> None:
-    durable.append(path, "".join(json.dumps(records.plain(row)) + "\n" for row in rows).encode())
-
-
-def _rows(path: Path, kind: type[T]) -> list[tuple[bytes, T]]:
-    """Lines and rows of an append-only log up to the first that is incomplete, as after an interruption."""
-    rows = []
-    for line in _content(path).split(b"\n")[:-1]:
-        try:
-            rows.append((line, schemas.convert(parse_json(line), kind, path)))
-        except ValueError:
-            break
-    return rows
 
 
 def _content(path: Path) -> bytes:
@@ -78,7 +59,9 @@ def check_free(path: Path, config: dict[str, Any]) -> None:
             old = parse_json(file.read_bytes())
         except ValueError as error:
             raise UserError(f"{file} is not JSON ({error}); give another --out or delete the folder") from error
-        changed = _differences(completed(old, config) if isinstance(old, dict) else old, config)
+        if isinstance(old, dict):
+            old = completed({key: value for key, value in old.items() if key != seals.SEAL}, config)
+        changed = _differences(old, config)
         if changed and (path / "scores.jsonl").exists():
             listed = "\n".join(changed)
             raise UserError(
@@ -93,25 +76,33 @@ class InUse(UserError):
 
 
 class RunFolder:
-    """Opens or makes the folder of a run. Raises UserError as `check_free`, and while another process uses it."""
+    """Opens or makes the folder of a run. Raises UserError as `check_free`, and while another process uses it.
+
+    Attributes:
+        run: its name, which all seals have; None where it was begun by an earlier version, without seals.
+    """
 
     def __init__(self, path: Path, config: dict[str, Any]) -> None:
         self.path = path
         self.checkpoints = path / "checkpoints"
         self.trackers: Sequence[Tracker] = ()
-        file = path / "config.json"
         check_free(path, config)
         durable.make_folder(path)
         self._lock = self._locked()
         with ExitStack() as undo:
             undo.callback(self.close)
-            checkpoint.write_json(file, data_file.kept(config, file))
+            self.run = self._name(config)
+            self.write_json(seals.CONFIG, data_file.kept(config, path / seals.CONFIG))
             durable.make_folder(self.checkpoints)
             durable.restore(self.checkpoints)
             # What the process before was writing when it was killed, and resuming reads.
-            for name in LOGS:
+            for name in (STEPS, SCORES, EXTRA):
                 if (path / name).is_file():
                     durable.sync(path / name)
+            self.steps = Log(path / STEPS, TrainStep, self.run)
+            self.scored = Log(path / SCORES, StageScore, self.run)
+            self.extra = Log(path / EXTRA, StageScore, self.run)
+            self.logs: dict[str, Log[Any]] = {log.path.name: log for log in (self.steps, self.scored, self.extra)}
             undo.pop_all()
 
     def _locked(self) -> IO[str]:
@@ -124,10 +115,33 @@ class RunFolder:
             raise InUse(f"another process is running in {self.path}; wait for it or give another --out") from error
         return lock
 
+    def _name(self, config: dict[str, Any]) -> str | None:
+        """The run's name: that of config.json where the run was begun; a new one where that has lost it."""
+        begun = _content(self.path / SCORES)
+        with suppress(seals.Changed):
+            if begun and ((there := seals.run_of(self.path)) or not seals.has_seal(begun.partition(b"\n")[0])):
+                return there
+        return seals.run_name(config)
+
     def close(self) -> None:
         for tracker in self.trackers:
             tracker.close()
         self._lock.close()
+
+    def check(self) -> None:
+        """Raises UserError where the folder or its lock was moved or deleted, so that nothing is written elsewhere."""
+        if not seals.still_there(self.path / ".lock", self._lock.fileno()):
+            raise UserError(
+                f"{self.path} was moved or deleted while the run was under way, or its file .lock was, so that the run "
+                f"ends here: move it back; {RESUME}"
+            )
+
+    def write_json(self, name: str, values: dict[str, Any]) -> dict[str, Any]:
+        """Writes a JSON file with its seal. Returns its content."""
+        self.check()
+        values = seals.sealed(values, name, self.run)
+        checkpoint.write_json(self.path / name, values)
+        return values
 
     def note_left_out(self, rows: dict[str, Any]) -> None:
         """Writes left_out.json, see `LeftOut.as_dict`; no file where nothing is left out.
@@ -136,21 +150,36 @@ class RunFolder:
         """
         file = self.path / LEFT_OUT
         old = schemas.read(file, dict[str, Any]) if file.is_file() else {}
-        if old != rows and _content(self.path / SCORES):
+        old.pop(seals.SEAL, None)
+        if old != rows and self.scored.rows:
             there = f"those in {LEFT_OUT} there" if old else "none"
             raise UserError(
                 f"{self.path} holds a run that left out other rows of the data ({there}): the data, or what "
                 "cnext reads of them, have changed since; restore them, give another --out or delete the folder"
             )
         if rows:
-            checkpoint.write_json(file, rows)
+            self.write_json(LEFT_OUT, rows)
         else:
             file.unlink(missing_ok=True)
 
     def note_data(self, data: DataDigest, samples: Mapping[str, Mapping[str, Sequence[Sample]]]) -> str:
         """`data_file.keep`: digests of the data, which must be those that the run's results come from."""
-        begun = any(_content(self.path / name) for name in LOGS) or any(self.checkpoints.glob("[!.]*"))
-        return data_file.keep(self.path, data, samples, begun)
+        begun = any(_content(self.path / name) for name in self.logs) or any(self.checkpoints.glob("[!.]*"))
+        return data_file.keep(self.path, data, samples, begun, self.write_json)
+
+    def fingerprints(self, say: Callable[[str], None]) -> list[dict[str, Any]]:
+        """The environments that the scores so far come from. Where it is not known, all of its fields are unknown."""
+        if not self.scored.rows:
+            return []
+        try:
+            known = fingerprint.of_processes(self.path / ENVIRONMENT)
+            if known or self.run is None:
+                return known
+            problem = f"{self.path / ENVIRONMENT} is missing"
+        except UserError as error:
+            problem = str(error)
+        say(f"warning: {problem}: the environment of the scores so far counts as {fingerprint.UNKNOWN!r}")
+        return [dict.fromkeys(fingerprint.PACKAGES, fingerprint.UNKNOWN)]
 
     def furthest(self, say: Callable[[str], None]) -> tuple[Path, dict[str, dict[str, Tensor]], dict[str, Any]] | None:
         """(path, tensors, values) of the latest intact checkpoint, to resume from; None if there is none.
@@ -163,7 +192,10 @@ class RunFolder:
         for _, path in reversed(found):
             try:
                 tensors, values = checkpoint.load(path)
-                self._check_logs(values.pop("logs", {}))
+                values.pop("run", None)
+                for name, kept in values.pop("logs", {}).items():
+                    if name in self.logs:
+                        self.logs[name].check(kept)
             except Damaged as error:
                 damaged.append(str(error))
                 continue
@@ -174,16 +206,6 @@ class RunFolder:
             listed = "\n".join(dict.fromkeys(damaged))
             raise UserError(f"no checkpoint of this run is intact:\n{listed}\ndelete {self.path} to start again")
         return None
-
-    def _check_logs(self, kept: dict[str, dict[str, Any]]) -> None:
-        for name in kept.keys() & set(LOGS):
-            content = _content(self.path / name)[: kept[name]["bytes"]]
-            if self._seal(content) != kept[name]:
-                raise Damaged(f"{self.path / name} has changed since it was written")
-
-    @staticmethod
-    def _seal(content: bytes) -> dict[str, Any]:
-        return {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
 
     def _whole(self) -> tuple[list[tuple[tuple[int, int], Path]], list[str]]:
         """Checkpoints with (tasks finished, steps done in the next), the latest last; and errors of damaged ones."""
@@ -198,8 +220,10 @@ class RunFolder:
 
     def save(self, tensors: dict[str, dict[str, Any]], values: dict[str, Any], label: str) -> None:
         """Writes a checkpoint. One earlier checkpoint inside a task is kept, in case it is damaged."""
-        logs = {name: self._seal(_content(self.path / name)) for name in LOGS}
-        checkpoint.save(self.checkpoints / label, tensors, {**values, "logs": logs})
+        self.check()
+        logs = {name: log.checksum() for name, log in self.logs.items()}
+        run = {} if self.run is None else {"run": self.run}
+        checkpoint.save(self.checkpoints / label, tensors, {**values, **run, "logs": logs})
         for other in self.checkpoints.glob(".*"):
             shutil.rmtree(other)
         whole, _ = self._whole()
@@ -216,10 +240,9 @@ class RunFolder:
     def mirror(self, trackers: Sequence[Tracker]) -> None:
         """Gives trackers what is logged, so far and from now on."""
         self.trackers = trackers
-        steps, scores = _rows(self.path / STEPS, TrainStep), _rows(self.path / SCORES, StageScore)
         for tracker in trackers:
-            tracker.steps([row for _, row in steps])
-            for _, row in scores:
+            tracker.steps(self.steps.rows)
+            for row in self.scored.rows:
                 tracker.score(row)
 
     def conclude(self, results: dict[str, Any]) -> None:
@@ -228,32 +251,33 @@ class RunFolder:
             tracker.metrics(final(results))
 
     def log_steps(self, rows: Sequence[TrainStep]) -> None:
-        _append(self.path / STEPS, rows)
+        self.check()
+        self.steps.append(rows)
         for tracker in self.trackers:
             tracker.steps(rows)
 
-    def cut_steps(self, stage: int, step: int) -> None:
-        """Drops logged steps after the checkpoint that training resumes from; they will be repeated."""
-        self._keep(STEPS, TrainStep, lambda row: (row.stage, row.step) <= (stage, step))
-
     def log_score(self, row: StageScore) -> None:
-        _append(self.path / SCORES, [row])
+        self.check()
+        self.scored.append([row])
         for tracker in self.trackers:
             tracker.score(row)
 
     def log_extra(self, row: StageScore) -> None:
-        _append(self.path / EXTRA, [row])
+        self.check()
+        self.extra.append([row])
 
-    def scores(self, stage: int, log: str = SCORES) -> dict[tuple[int, str], StageScore]:
-        """The rows of scores.jsonl, or of extra_scores.jsonl, by (stage, task); drops those of later stages than
-        this, from the file too."""
-        rows = self._keep(log, StageScore, lambda row: row.stage <= stage)
-        return {(row.stage, row.task): row for row in rows}
+    def cut(self, stage: int, step: tuple[int, int], say: Callable[[str], None]) -> None:
+        """Drops what the logs have after the state that the run resumes from, and what was changed; it is repeated.
 
-    def _keep(self, name: str, kind: type[T], wanted: Callable[[T], bool]) -> list[T]:
-        """The wanted rows of a log; the file is written anew with them alone."""
-        rows = [(line, row) for line, row in _rows(self.path / name, kind) if wanted(row)]
-        content = b"".join(line + b"\n" for line, _ in rows)
-        if content != _content(self.path / name):
-            checkpoint.write_bytes(self.path / name, content)
-        return [row for _, row in rows]
+        Args: stage: the last that is scored.  step: (stage, step) of the last step that is kept.
+        """
+        for log in self.logs.values():
+            if log.damage:
+                say(f"warning: {log.damage}; it and what follows are measured anew")
+        lost = any(row.stage > stage for row in self.scored.rows) or self.scored.damage
+        if lost:
+            # They have scores that are dropped here, until the next stage is done.
+            (self.path / RESULTS).unlink(missing_ok=True)
+        self.steps.keep(lambda row: (row.stage, row.step) <= step)
+        self.scored.keep(lambda row: row.stage <= stage)
+        self.extra.keep(lambda row: row.stage <= stage)

@@ -14,6 +14,7 @@ from cnext import records
 from cnext.errors import UserError, parse_json, printable
 from cnext.records import AnyPath, FileName, Finite, Record, RelativePath
 from cnext.regular_files import read_bytes
+from cnext.runs import seals
 from cnext.scoring.base import ERROR_TYPES, PROFILES
 
 T = TypeVar("T")
@@ -28,7 +29,8 @@ class StageScore(Record):
     """A row of scores.jsonl: the mean scores (percent) on a task after a stage.
 
     stage: 0 is zero-shot, t the model after the t-th task.  trained: what the stage trained on.  samples: evaluated.
-    errors: profile to error type to the percent of the score lost to it.
+    errors: profile to error type to the percent of the score lost to it.  predictions: SHA-256 of the file of answers;
+    None where they are those of zero-shot, or of an earlier version.
     """
 
     stage: int
@@ -39,6 +41,7 @@ class StageScore(Record):
     strict: Percent
     paper: Percent
     errors: dict[str, dict[str, Percent]]
+    predictions: str | None = None
 
     def __post_init__(self) -> None:
         for name in (self.trained, self.task):
@@ -70,7 +73,7 @@ class TrainStep(Record, kw_only=True):
 class Answer(Record, kw_only=True):
     """A row of predictions/<stage>/<task>.jsonl. image: generated, in the run folder; the others: of the data set.
 
-    released_text: what the profile paper scores, where it is not the text.
+    released_text: what the profile paper scores, where it is not the text.  image_sha256: of the generated image.
     """
 
     id: str
@@ -84,6 +87,7 @@ class Answer(Record, kw_only=True):
     paper: Percent = 0.0
     error: str
     released_text: str | None = None
+    image_sha256: str | None = None
 
 
 class HeldOut(Record):
@@ -104,7 +108,7 @@ class HeldOut(Record):
             raise ValueError(f"Expected rows of {len(self.tasks)} held-out sets")
 
 
-SEPARABILITY = "separability.json"
+SCORES, SEPARABILITY = "scores.jsonl", "separability.json"
 
 
 class Routed(Record):
@@ -333,8 +337,9 @@ def convert(value: Any, kind: type[T], where: str | Path) -> T:
 
 
 def read(path: Path, kind: type[T]) -> T:
-    """`records.read` of a file that a run wrote."""
-    return records.read(path, kind, ADVICE)
+    """`records.read` of a file that a run wrote. Raises UserError also where it was changed, see `seals.opened`."""
+    anything: Any = Any
+    return convert(seals.opened(records.read(path, anything, ADVICE), path), kind, path)
 
 
 def read_object(path: Path, kind: type[Record]) -> dict[str, Any]:
@@ -363,3 +368,37 @@ def read_rows(path: Path, kind: type[T], advice: str = ADVICE) -> list[T]:
         except ValueError as error:
             raise UserError(f"{where}: expected a JSON object ({error}); {advice}") from error
     return rows
+
+
+def read_log(path: Path, kind: type[T]) -> list[T]:
+    """`read_rows` of a log of a run. Raises UserError also for the first row that was changed, or is of another run."""
+    rows = read_rows(path, kind)
+    if rows:
+        lines = path.read_bytes().split(b"\n")[:-1]
+        whole = len(seals.intact(lines, seals.Chain(path.name, seals.run_of(path.parent))))
+        if whole < len(lines):
+            raise seals.Changed(
+                f"{path}:{whole + 1} was changed since it was written, or is of another run; restore the file, or run "
+                "the same command again, which says what it can measure anew"
+            )
+    return rows
+
+
+def check_predictions(path: Path, sha256: str | None) -> None:
+    """Raises UserError where a file of answers is not the one that was scored.
+
+    Args: sha256: `StageScore.predictions`; None where it is not known.
+    """
+    if sha256 is None or (path.is_file() and seals.file_digest(path) == sha256):
+        return
+    what = "has changed since it was scored" if path.is_file() else "is missing, though scores.jsonl has its score"
+    where = path.parents[1]
+    if path.is_file() or where.is_dir():
+        raise seals.Changed(f"{path} {what}; restore it, or delete {where}: the samples are then left out")
+
+
+def check_image(path: Path, row: Answer) -> None:
+    """Raises UserError where a generated image is not the one that was scored."""
+    if row.image_sha256 is not None and not (path.is_file() and seals.file_digest(path) == row.image_sha256):
+        what = "has changed since it was scored" if path.is_file() else "is missing"
+        raise seals.Changed(f"{path} {what}; restore it, or delete {path.parents[2]}: the samples are then left out")

@@ -23,7 +23,7 @@ from msgspec.structs import replace as changed
 
 from cnext.errors import UserError, unknown
 from cnext.records import Record
-from cnext.runs import data_alike, fingerprint, schemas
+from cnext.runs import data_alike, fingerprint, results_file, schemas
 from cnext.runs.schemas import Cost, DataSummary, Percent
 
 METRICS = {"avg_acc": "Avg.ACC", "forgetting": "Forgetting", "new_acc": "New.ACC"}
@@ -225,7 +225,8 @@ def find(paths: Iterable[Path]) -> list[Path]:
 def read(folder: Path) -> FinishedRun | None:
     """The run of a folder; None where it is not finished. Raises UserError where its files are damaged."""
     file = folder / "results.json"
-    results = schemas.read(file, TableResults) if file.is_file() else None
+    found = results_file.read(file)
+    results = None if found is None else schemas.convert(found, TableResults, file)
     if results is None or not results.finished:
         return None
     setting = asdict(schemas.read(folder / "config.json", Setting))

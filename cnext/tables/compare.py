@@ -12,6 +12,7 @@ from typing import Any
 
 from cnext.errors import UserError
 from cnext.runs import data_alike, fingerprint, schemas
+from cnext.runs.results_file import verified
 from cnext.runs.schemas import DataSummary
 from cnext.scoring import published
 from cnext.scoring.matrix import ScoreMatrix, points, without_repeats
@@ -150,7 +151,7 @@ def of_run(path: Path, profile: str | None = None) -> Side:
             f"{file}: expected the results of a run, found nothing; give a run folder, its results.json, "
             "or a score matrix in a .csv or .json file"
         )
-    results = read_json(file)
+    results = verified(read_json(file), file)
     needed = ("method", "tasks", "score_matrix", "profile", *CONDITIONS)
     missing = [key for key in needed if not isinstance(results, dict) or key not in results]
     if missing:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from io import BytesIO
 from math import fsum
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from msgspec.structs import replace
 
 from cnext import durable
 from cnext.distributed import collectives
@@ -49,8 +52,8 @@ def evaluate(
     predictions, score = collectives.gather_shards(answers), None
     if run is not None:
         scores = scorer(task, samples, predictions)
-        _write(run, f"{stage}_{trained}", task, samples, predictions, scores)
-        score = _mean(stage, trained, task, scores)
+        sha256 = _write(run, f"{stage}_{trained}", task, samples, predictions, scores)
+        score = replace(_mean(stage, trained, task, scores), predictions=sha256)
     score = collectives.broadcast_object(score)
     assert score is not None, "rank 0 has the run folder"
     return score
@@ -110,17 +113,23 @@ def _write(
     samples: Sequence[Sample],
     predictions: Sequence[Prediction],
     scores: Sequence[Score],
-) -> None:
+) -> str:
+    """Writes the answers. Returns the SHA-256 of their file."""
     folder = run / "predictions" / stage
-    durable.make_folder(folder)
-    rows, images = [], []
+    # Not its parents: where the run folder was moved, none is made in its place.
+    for place in (run, run / "predictions", folder):
+        place.mkdir(exist_ok=True)
+        durable.sync(place.parent)
+    rows: list[dict[str, Any]] = []
+    drawn: list[tuple[int, np.ndarray]] = []
     for index, (sample, prediction, score) in enumerate(zip(samples, predictions, scores, strict=True)):
-        image = None
+        image, released = None, {}
+        if prediction.released_text is not None:
+            released["released_text"] = prediction.released_text
         if prediction.image is not None:
             # Numbered and not named by the sample's id, which comes from a file and may be no file name.
             image = f"predictions/{stage}/{task.name}/{index:06d}.png"
-            images.append((f"{index:06d}.png", prediction.image))
-        released = {} if prediction.released_text is None else {"released_text": prediction.released_text}
+            drawn.append((index, prediction.image))
         rows.append(
             {
                 "id": sample.id,
@@ -136,7 +145,16 @@ def _write(
                 "error": score.error,
             }
         )
-    if images:
+
+    def pictures() -> Iterator[tuple[str, bytes]]:
+        for index, pixels in drawn:
+            content = _png(pixels)
+            rows[index]["image_sha256"] = hashlib.sha256(content).hexdigest()
+            yield f"{index:06d}.png", content
+
+    if drawn:
         durable.make_folder(folder / task.name)
-        durable.write_all(folder / task.name, ((name, _png(pixels)) for name, pixels in images))
-    write_text(folder / f"{task.name}.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+        durable.write_all(folder / task.name, pictures())
+    text = "".join(json.dumps(row) + "\n" for row in rows)
+    write_text(folder / f"{task.name}.jsonl", text)
+    return hashlib.sha256(text.encode()).hexdigest()

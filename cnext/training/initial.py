@@ -23,7 +23,7 @@ from cnext.config.init_source import InitSource
 from cnext.config.plan import Plan
 from cnext.errors import UserError, listed
 from cnext.methods.base import Method
-from cnext.runs import checkpoint, checkpoint_fit, schemas
+from cnext.runs import checkpoint, checkpoint_fit, results_file, schemas
 from cnext.runs.checkpoint import EXTRAS
 from cnext.tasks.base import Task, stand_in
 from cnext.training import merged_model
@@ -138,7 +138,8 @@ def _check_method(planned: Plan, source: InitSource, method: Method) -> None:
 
 
 def _of_run(planned: Plan, source: InitSource, backbone: Backbone, method: Method) -> Initial:
-    tensors, _ = checkpoint.load(source.path)
+    tensors, values = checkpoint.load(source.path)
+    results_file.check_stage(source.path, values)
     extras: dict[str, dict[str, Tensor]] = {}
     for key, tensor in tensors.get(EXTRAS, {}).items():
         kind, _, name = key.partition(".")

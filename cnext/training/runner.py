@@ -23,8 +23,7 @@ from cnext.monitoring.resource_errors import as_user_errors
 from cnext.monitoring.signals import Stop
 from cnext.results import RunResult
 from cnext.runs import checkpoint_fit, command_line, data_file, environment, fingerprint, trackers
-from cnext.runs.checkpoint import write_json
-from cnext.runs.run_folder import EXTRA, RunFolder
+from cnext.runs.run_folder import ENVIRONMENT, RESULTS, RunFolder
 from cnext.runs.schemas import SEPARABILITY, StageScore, TrainStep
 from cnext.runs.state_digests import StateDigest, digest
 from cnext.scoring.base import find_scorer, make_scorers
@@ -104,7 +103,7 @@ def run(config: RunConfig, progress: Progress | None = None) -> RunResult:
             shown.kept_in(folder.path),
             as_user_errors(folder.path, lambda: shown.doing, planned.recipe.batch_size),
         ):
-            command_line.write(planned.config)
+            command_line.write(planned.config, folder.run)
             command_line.write_yaml([planned], folder.path / command_line.YAML)
             shown.say(f"run folder: {folder.path}")
             return RunResult(folder.path, Runner(local, folder, shown, stop).run())
@@ -219,7 +218,7 @@ class Runner:
             given = (self.backbone, self.tasks, self.ready.samples, self.plan.config.split)
             found = separability(*given, self.uneven)
         if self.folder is not None:
-            write_json(self.folder.path / SEPARABILITY, found)
+            self.folder.write_json(SEPARABILITY, found)
         self._measure(ZERO_SHOT, "evaluate")
 
     def start_from_source(self) -> None:
@@ -242,8 +241,11 @@ class Runner:
     def _cut_logs(self, folder: RunFolder) -> None:
         done, step = self.state.tasks_done, self.state.step
         under_way = next((stage.number for stage in self.stages if stage.number > done), done)
-        folder.cut_steps(under_way if step else done, step or (sys.maxsize if done else 0))
-        self.state.scores, self.state.extra = folder.scores(done), folder.scores(done, EXTRA)
+        last = (under_way if step else done, step or (sys.maxsize if done else 0))
+        folder.cut(done, last, self.progress.say)
+        self.state.scores, self.state.extra = (
+            {(row.stage, row.task): row for row in log.rows} for log in (folder.scored, folder.extra)
+        )
         for task in self.tasks:
             if others := {row.scorer for row in self.state.scores.values() if row.task == task.name} - {task.scorer}:
                 before = f"{task.name} was scored by {', '.join(sorted(others))} and is by {task.scorer} from here"
@@ -259,7 +261,7 @@ class Runner:
 
     def _note_environment(self) -> None:
         """Adds this environment to those that the results come from, if anything is left to do."""
-        known = self.folder and fingerprint.of_processes(self.folder.path / "environment.json")
+        known = self.folder and self.folder.fingerprints(self.progress.say)
         fingerprints = self.state.fingerprints = collectives.broadcast_object(known) or []
         here = fingerprint.present(self.plan.device, self.plan.config.threads)
         if here in fingerprints or all((len(self.tasks), task.name) in self.state.scores for task in self.tasks):
@@ -390,7 +392,9 @@ class Runner:
         extra: whether the task's answers go into the folder extra/, as those of a task not learnt.
         """
         if self._untrained(number) and (known := (self.state.scores | self.state.extra).get((0, task.name))):
-            return replace(known, stage=number, trained=trained)
+            return replace(known, stage=number, trained=trained, predictions=None)
+        if self.folder is not None:
+            self.folder.check()
         samples = self.ready.samples[self.plan.config.split][task.name]
         with (
             self.progress.evaluating(number, trained, task.name, len(samples)),
@@ -409,13 +413,13 @@ class Runner:
         """Writes results.json, cost.json and environment.json. Returns the first one's content."""
         outcome = results.results(self.plan, self.method, self.state, self.data, self.ready.notes)
         if self.folder is not None:
-            write_json(self.folder.path / "results.json", outcome)
+            outcome = self.folder.write_json(RESULTS, outcome)
             seconds = time.perf_counter() - self.started
-            write_json(self.folder.path / "cost.json", results.costs(self.state, self.meter, seconds))
+            self.folder.write_json("cost.json", results.costs(self.state, self.meter, seconds))
             self._write_environment()
         return outcome
 
     def _write_environment(self) -> None:
         if self.folder is not None:
             described = environment.describe() | {"fingerprints": self.state.fingerprints}
-            write_json(self.folder.path / "environment.json", described)
+            self.folder.write_json(ENVIRONMENT, described)

@@ -204,8 +204,7 @@ def test_logs_of_a_run_that_goes_on(name: str, place: Path, fuzzed: Callable, re
     def use() -> None:
         folder = RunFolder(place / "going", {"a": 1})
         try:
-            folder.cut_steps(1, 1)
-            folder.scores(1)
+            folder.cut(1, (1, 1), lambda line: None)
         finally:
             folder.close()
 

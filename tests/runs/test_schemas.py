@@ -72,10 +72,12 @@ def test_a_log_is_cut_without_changing_its_rows(tmp_path: Path) -> None:
         json.dumps({**SCORE, "stage": stage, "later": [1.50]}, indent=None, separators=(",", ": "))
         for stage in (0, 1, 2)
     ]
-    folder = RunFolder(tmp_path, {})
+    (tmp_path / "config.json").write_text("{}")
     (tmp_path / "scores.jsonl").write_text("\n".join([*rows, '{"stage": 1']) + "\n")
-    assert [row.strict for row in folder.scores(1).values()] == [50, 50]
+    folder = RunFolder(tmp_path, {})
+    folder.cut(1, (1, 0), lambda line: None)
+    assert [row.strict for row in folder.scored.rows] == [50, 50]
     assert (tmp_path / "scores.jsonl").read_text() == "\n".join(rows[:2]) + "\n"
     folder.log_score(StageScore(**SCORE))
-    assert json.loads((tmp_path / "scores.jsonl").read_text().splitlines()[-1]) == SCORE
+    assert json.loads((tmp_path / "scores.jsonl").read_text().splitlines()[-1]) == {**SCORE, "predictions": None}
     folder.close()

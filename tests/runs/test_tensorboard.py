@@ -73,7 +73,7 @@ def test_a_resumed_run_has_every_step_once(tmp_path: Path) -> None:
     config = {"method": "lora"}
     for interrupted in (True, False):
         folder = RunFolder(tmp_path, config)
-        folder.cut_steps(1, 2)
+        folder.cut(1, (1, 2), lambda line: None)
         folder.mirror([EventLog(tmp_path / "tensorboard", ENDS, config)])
         if interrupted:
             folder.log_score(score(0, 5.0))
