@@ -99,9 +99,9 @@ def _cell(run: Path, row: StageScore, zero_shot: StageScore | None, writes: dict
         # The answers of a method that trains nothing are the zero-shot ones, which are written once.
         path = run / "predictions" / f"0_{zero_shot.trained}" / f"{task}.jsonl"
         sha256 = zero_shot.predictions
+    schemas.check_predictions(path, sha256)
     if not path.is_file():
         raise UserError(f"{path}: a judge needs a run's predictions, found none; run cnext-run again")
-    schemas.check_predictions(path, sha256)
     answers = schemas.read_rows(path, Answer)
     for answer in answers:
         if answer.image:

@@ -15,6 +15,7 @@ import msgspec
 
 from cnext import records
 from cnext.records import Count, Finite, Record
+from cnext.runs import seals
 
 LOG, FILE = "run.log", ".heartbeat.json"
 EVERY = 1.0
@@ -70,7 +71,9 @@ class Heartbeat:
     """Writes a run's heartbeat file. Errors of writing are ignored, so that they do not stop the run."""
 
     def __init__(self, folder: Path) -> None:
-        self.path = folder / FILE
+        self.path, self._run = folder / FILE, None
+        with suppress(seals.Changed):
+            self._run = seals.run_of(folder)
         pid, host = os.getpid(), socket.gethostname()
         self.beat = Beat(
             pid=pid, start_time=start_time(pid), host=host, time=time.time(), state=RUNNING, why="", doing="loading"
@@ -94,14 +97,19 @@ class Heartbeat:
         self.beat = msgspec.structs.replace(self.beat, time=time.time())
         unfinished = self.path.with_name(f"{FILE}.unfinished")
         with suppress(OSError):
-            unfinished.write_text(json.dumps(msgspec.structs.asdict(self.beat)), encoding="utf-8")
+            values = seals.sealed(msgspec.structs.asdict(self.beat), FILE, self._run)
+            unfinished.write_text(json.dumps(values), encoding="utf-8")
             os.replace(unfinished, self.path)
 
 
 def read(folder: Path) -> Beat | None:
     """The last heartbeat, or None if there is none. Raises UserError where the file is something else."""
     path = folder / FILE
-    return records.read(path, Beat, "delete it") if path.exists() else None
+    if not path.exists():
+        return None
+    anything: Any = Any
+    cure = "delete it"
+    return records.convert(seals.opened(records.read(path, anything, cure), path, cure=cure), Beat, path, cure)
 
 
 def alive(beat: Beat, now: float) -> bool:

@@ -128,6 +128,8 @@ class Runner:
         """Tensors of the checkpoint that the run resumes from, until the stage under way is done."""
         self._resumed = Path()
         """This checkpoint."""
+        self._has_extra = True
+        """Whether all stages have the scores that are in no score matrix; not in a run of an earlier version."""
         self._unlogged: list[TrainStep] = []
         """Steps since the last checkpoint."""
 
@@ -205,7 +207,8 @@ class Runner:
             self.progress.say(f"resuming from {path.name}")
         if self.folder is not None:
             self._cut_logs(self.folder)
-        self.state.scores, self.state.extra = collectives.broadcast_object((self.state.scores, self.state.extra))
+        known = (self.state.scores, self.state.extra, bool(self.folder and self.folder.run))
+        self.state.scores, self.state.extra, self._has_extra = collectives.broadcast_object(known)
 
     def separate_tasks(self) -> None:
         """Writes how separable the tasks are without training, where the run begins and has two tasks or more."""
@@ -356,7 +359,7 @@ class Runner:
             return
         trained = next((stage.task.name for stage in self.stages if stage.number == number), ZERO_SHOT)
         tasks = self.tasks[:number] if number else self.tasks
-        if any((number, task.name) not in self.state.scores for task in tasks):
+        if self._has_extra or any((number, task.name) not in self.state.scores for task in tasks):
             # First, so that a stage whose own scores are all there lacks none of these that it ever had.
             self._evaluate_extra(number, trained)
         for task in tasks:
