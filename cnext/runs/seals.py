@@ -17,8 +17,8 @@ from cnext.errors import UserError, parse_json
 from cnext.regular_files import read_bytes
 
 SEAL, CONFIG = "seal", "config.json"
-PLACES = ("data", "weights", "clip")
-"""Entries of config.json that may be paths, which are others on another machine."""
+NOT_OF_THE_RUN = ("data", "weights", "clip", "device", "threads", "checkpoint_interval")
+"""Entries of config.json that may be others where the same run is done again: paths, and what the machine allows."""
 AGAIN = "restore it, or run the same command again, which writes it anew"
 _MARK = b', "seal": "'
 
@@ -28,8 +28,8 @@ class Changed(UserError):
 
 
 def run_name(config: Mapping[str, Any]) -> str:
-    """The name of the run of a configuration: a SHA-256, the same wherever it is run."""
-    return _sha256({key: value for key, value in config.items() if key not in PLACES}, CONFIG, "")
+    """The name of the run of a configuration: a SHA-256, the same on every machine."""
+    return _sha256({key: value for key, value in config.items() if key not in NOT_OF_THE_RUN}, CONFIG, "")
 
 
 def sealed(values: Mapping[str, Any], name: str, run: str | None) -> dict[str, Any]:

@@ -8,6 +8,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+import sealing
 import torch
 from training.conftest import ORDER, Make
 from training.toy import change
@@ -101,7 +102,7 @@ def copy(run: Path, to: Path, **changes: object) -> Path:
     """The files of a run that tables and compare read, some values changed."""
     to.mkdir(parents=True)
     (to / "config.json").write_bytes((run / "config.json").read_bytes())
-    (to / "results.json").write_text(json.dumps(results(run) | changes))
+    sealing.write(to / "results.json", results(run) | changes)
     return to
 
 

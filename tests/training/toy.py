@@ -6,6 +6,8 @@ import json
 import shutil
 from pathlib import Path
 
+import sealing
+
 
 def copy_suite(toy_suite: Path, folder: Path, **budget: object) -> Path:
     """The toy suite in a new folder, with other values in its budget."""
@@ -16,8 +18,8 @@ def copy_suite(toy_suite: Path, folder: Path, **budget: object) -> Path:
 
 
 def change(file: Path, **values: object) -> None:
-    """Writes other values into the JSON object in a file."""
-    file.write_text(json.dumps(json.loads(file.read_text()) | values))
+    """Writes other values into the JSON object in a file, with its run's seal where it has one."""
+    sealing.change(file, **values)
 
 
 def rows(path: Path) -> list[dict]:
