@@ -160,7 +160,7 @@ def test_scores_after_a_damaged_checkpoint_are_remade(make: Make, whole: RunConf
 def test_a_run_folder_of_an_earlier_version_is_resumed(make: Make, whole: RunConfig) -> None:
     """Its config.json has the checkpoint interval under its old name, and lacks a hyperparameter."""
     made = make("earlier")
-    go(made, KILL, 60)
+    go(made, KILL, 70)
     assert checkpoints(made)
     path = made.folder / "config.json"
     values = json.loads(path.read_text().replace("checkpoint_interval", "block_steps"))
