@@ -140,9 +140,9 @@ class States:
             done, step = values["tasks_done"], values["step"]
             assert not said
             assert (done, step) >= saved, "what was saved is lost"
-            folder.cut_steps(done + 1 if step else done, step or (sys.maxsize if done else 0))
-            scores = folder.scores(done)
-            folder.scores(done, EXTRA)
+            folder.cut(done, (done + 1, step) if step else (done, sys.maxsize if done else 0), said.append)
+            scores = {(row.stage, row.task): row for row in folder.scored.rows}
+        assert not said
         assert {key for key in scored if key[0] <= done} <= scores.keys(), "what was scored is lost"
         steps = [line for line in self.logs["train.jsonl"] if self.trained(line, done, step)]
         assert (path / "train.jsonl").read_bytes() == b"".join(steps) if steps else True
