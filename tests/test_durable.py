@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import threading
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -99,12 +100,11 @@ def test_a_checkpoint_that_is_not_replaced_stays(call: int, tmp_path: Path, monk
 
 def test_a_run_finds_the_checkpoint_that_was_being_replaced(tmp_path: Path) -> None:
     run = tmp_path / "run"
-    RunFolder(run, {}).close()
-    checkpoint.save(run / "checkpoints" / "1_A", {}, {"tasks_done": 1, "step": 0})
+    with closing(RunFolder(run, {})) as folder:
+        folder.save({}, {"tasks_done": 1, "step": 0}, "1_A")
     os.rename(run / "checkpoints" / "1_A", run / "checkpoints" / ".1_A.0123abcd.replaced")
-    folder = RunFolder(run, {})
-    found = folder.furthest(print)
-    folder.close()
+    with closing(RunFolder(run, {})) as folder:
+        found = folder.furthest(print)
     assert found
     assert found[0].name == "1_A"
 
