@@ -131,7 +131,8 @@ def test_a_changed_log_stops_the_run(name: str, make: Make) -> None:
     before = path.read_bytes()
     status, said = go(made)
     assert status == 2
-    assert f"no checkpoint of this run is intact:\n{path} has changed since it was written\ndelete " in said
+    assert f"no checkpoint of this run is intact:\n{path}:" in said
+    assert f" is not as it was written (its seal is another)\ndelete {made.folder} to start again" in said
     assert path.read_bytes() == before
 
 
