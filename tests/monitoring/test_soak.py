@@ -6,11 +6,10 @@ import gc
 import os
 import statistics
 from pathlib import Path
-from typing import Any
 
 import pytest
 from rich.progress import ProgressSample
-from training.toy import copy_suite
+from training.toy import copy_suite, shallow
 
 from cnext import RunConfig, run
 from cnext.backbones.tiny.model import TinyBackbone
@@ -53,23 +52,11 @@ def growth(values: dict[int, int]) -> float:
     return statistics.median(last) - statistics.median(first)
 
 
-@pytest.fixture
-def shallow(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The tiny backbone with one layer of its four: what a step allocates is the same, and less of it."""
-    load = TinyBackbone.load
-
-    def loaded(*arguments: Any, **named: Any) -> TinyBackbone:
-        tiny = load(*arguments, **named)
-        tiny.language_model.layers = tiny.language_model.layers[:1]
-        tiny.language_model.config.num_hidden_layers = 1
-        return tiny
-
-    monkeypatch.setattr(TinyBackbone, "load", loaded)
-
-
-@pytest.mark.usefixtures("shallow")
 @pytest.mark.slow
-def test_memory_stays_flat_over_two_thousand_steps(tmp_path: Path, toy_suite: Path, data: Path) -> None:
+def test_memory_stays_flat_over_two_thousand_steps(
+    tmp_path: Path, toy_suite: Path, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(TinyBackbone, "load", shallow(TinyBackbone.load))
     budget = {"steps": {"VQAv2": STEPS}, "train_samples": 4, "test_samples": 1, "batch_size": 1}
     suite = copy_suite(toy_suite, tmp_path / "suite", **budget)
     config = RunConfig(
