@@ -16,7 +16,7 @@ from cnext import durable
 from cnext.config.plan import completed
 from cnext.errors import RESUME, UserError, parse_json
 from cnext.regular_files import read_bytes
-from cnext.runs import checkpoint, data_file, fingerprint, schemas, seals
+from cnext.runs import checkpoint, data_file, fingerprint, results_file, schemas, seals
 from cnext.runs.checkpoint import Damaged
 from cnext.runs.logs import Log
 from cnext.runs.schemas import SCORES, StageScore, TrainStep
@@ -149,8 +149,12 @@ class RunFolder:
         Raises: UserError where the run has results with other rows left out, so that its samples were others.
         """
         file = self.path / LEFT_OUT
-        old = schemas.read(file, dict[str, Any]) if file.is_file() else {}
-        old.pop(seals.SEAL, None)
+        try:
+            old = schemas.read(file, dict[str, Any]) if file.is_file() else {}
+        except seals.Changed:
+            # Written anew: `note_data` checks that the data are the same.
+            old = rows
+        old = {key: value for key, value in old.items() if key != seals.SEAL}
         if old != rows and self.scored.rows:
             there = f"those in {LEFT_OUT} there" if old else "none"
             raise UserError(
@@ -178,6 +182,11 @@ class RunFolder:
             problem = f"{self.path / ENVIRONMENT} is missing"
         except UserError as error:
             problem = str(error)
+        with suppress(UserError):
+            found = (results_file.read(self.path / RESULTS) or {}).get("fingerprint")
+            if found:
+                say(f"warning: {problem}: the environment of the scores so far is that of {RESULTS}")
+                return [{name: value for name, value in found.items() if name not in ("sha256", fingerprint.DATA)}]
         say(f"warning: {problem}: the environment of the scores so far counts as {fingerprint.UNKNOWN!r}")
         return [dict.fromkeys(fingerprint.PACKAGES, fingerprint.UNKNOWN)]
 

@@ -339,7 +339,8 @@ def convert(value: Any, kind: type[T], where: str | Path) -> T:
 def read(path: Path, kind: type[T]) -> T:
     """`records.read` of a file that a run wrote. Raises UserError also where it was changed, see `seals.opened`."""
     anything: Any = Any
-    return convert(seals.opened(records.read(path, anything, ADVICE), path), kind, path)
+    cure = "restore it, or delete it: that section is then left out" if path.name == SEPARABILITY else seals.AGAIN
+    return convert(seals.opened(records.read(path, anything, ADVICE), path, cure=cure), kind, path)
 
 
 def read_object(path: Path, kind: type[Record]) -> dict[str, Any]:

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import dataclasses
 import sys
+from pathlib import Path
 
 from cnext import backbones, packages
 from cnext.config.plan import Plan, plan
 from cnext.distributed import collectives, processes
 from cnext.errors import UserError, unknown
 from cnext.monitoring.notebook import note
-from cnext.runs import command_line, data_alike, fingerprint
+from cnext.runs import command_line, data_alike, fingerprint, seals
 from cnext.studies.flags import Flags, configs
 from cnext.studies.local import USER_ERROR, Failure
 from cnext.tables import aggregate, formats
@@ -80,6 +81,17 @@ def _note_missing_figures() -> None:
         note("note: the report has no figures without matplotlib: pip install 'cnext[report]'")
 
 
+def _as_written(folder: Path) -> aggregate.FinishedRun | None:
+    """The finished run of a folder; None where a file of it was changed, which running it again mends or refuses."""
+    from cnext.analysis.run import Run
+
+    try:
+        found = aggregate.read(folder)
+        return found and Run.read(folder) and found
+    except seals.Changed:
+        return None
+
+
 def is_finished(planned: Plan) -> bool:
     """Whether a run's folder holds its results and its report. Creates nothing and takes no lock.
 
@@ -90,13 +102,13 @@ def is_finished(planned: Plan) -> bool:
 
     folder = planned.config.folder
     check_free(folder, planned.as_dict())
-    return (folder / "report.html").is_file() and aggregate.read(folder) is not None
+    return (folder / "report.html").is_file() and _as_written(folder) is not None
 
 
 def _check_environments(flags: Flags, plans: list[Plan]) -> None:
     """Raises UserError if finished runs were made in different environments or on different data, unless
     --mix-environments or --mix-data is given."""
-    if done := aggregate.finished(planned.config.folder for planned in plans):
+    if done := [run for planned in plans if (run := _as_written(planned.config.folder))]:
         data_alike.check_alike({str(run.folder): run.results.data for run in done}, flags.mix_data)
         fingerprint.check_alike({str(run.folder): run.fingerprint for run in done}, flags.mix_environments)
 

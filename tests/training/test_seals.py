@@ -16,6 +16,7 @@ import pytest
 from cnext import open_run, run
 from cnext.analysis import updates
 from cnext.analysis.run import Run
+from cnext.cli import run_main
 from cnext.config import init_source
 from cnext.errors import UserError
 from cnext.judging.cells import JudgedRun
@@ -153,6 +154,33 @@ def test_a_changed_last_score_is_measured_again(
     assert f"warning: {path}:{len(lines) + 1} is not as it was written" in capsys.readouterr().err
     assert (made.folder / "results.json").read_bytes() == before
     assert path.read_text().splitlines() == [*lines, last]
+
+
+def test_the_same_command_mends_what_can_be_known(
+    finished: Path, config: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """All figures again from the logs and checkpoints. Nothing is trained or answered."""
+    shutil.copytree(finished.parents[2], tmp_path / "runs")
+    made = config(out=tmp_path / "runs")
+    results = (made.folder / "results.json").read_bytes()
+    names = ("results.json", "cost.json", "environment.json", "options.json")
+    for name in names:
+        content = (made.folder / name).read_bytes()
+        at = content.index(b"1", 200)
+        (made.folder / name).write_bytes(content[:at] + b"2" + content[at + 1 :])
+        with pytest.raises(UserError, match=f"{name} has changed since it was written"):
+            Run.read(made.folder)
+        if name != "environment.json":
+            (made.folder / name).write_bytes(content)
+    for name in ("cost.json", "options.json"):
+        (made.folder / name).write_text("{}")
+    flags = ["--suite", made.suite, "--data", made.data, "--order", made.order, "--device", "cpu", "--out", made.out]
+    assert run_main([*map(str, flags), "--checkpoint-interval", "1", "--seeds", "0"]) == 0
+    said = capsys.readouterr().err
+    assert "environment.json has changed since it was written" in said
+    assert "the environment of the scores so far is that of results.json" in said
+    assert (made.folder / "results.json").read_bytes() == results
+    assert Run.read(made.folder).results == Run.read(finished).results
 
 
 def seals_of_all(folder: Path) -> None:

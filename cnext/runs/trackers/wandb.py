@@ -12,6 +12,7 @@ from typing import Any
 
 from msgspec import field
 
+from cnext import records
 from cnext.records import Count, Record, plain
 from cnext.runs import schemas
 from cnext.runs.checkpoint import write_json
@@ -62,7 +63,9 @@ class WandbLog(Tracker):
     ) -> None:
         super().__init__(ends)
         self._file, self._say = folder / FILE, say
-        self._sent = schemas.read(self._file, Sent) if self._file.is_file() else Sent(uuid.uuid4().hex[:12])
+        self._sent = (
+            records.read(self._file, Sent, schemas.ADVICE) if self._file.is_file() else Sent(uuid.uuid4().hex[:12])
+        )
         self._run: Any = None
         if not self._sent.finished:
             with self._or_without():
