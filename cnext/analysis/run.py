@@ -208,4 +208,8 @@ class Run:
             if not 1 <= row.stage <= len(self.tasks):
                 raise UserError(f"{self.path / 'train.jsonl'}: expected stages 1 to {len(self.tasks)}, got {row.stage}")
             stages.setdefault(row.stage, {})[row.step] = row.loss
+        done, counted = sum(map(len, stages.values())), self.results.cost.optimizer_steps or 0
+        if stages and done < counted and seals.run_of(self.path) is not None:
+            file = self.path / "results.json"
+            raise seals.Changed(f"{self.path / 'train.jsonl'} has {done} steps, {file} counts {counted:g}; restore it")
         return {stage: np.array([steps[step] for step in sorted(steps)], float) for stage, steps in stages.items()}
