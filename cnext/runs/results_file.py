@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from cnext.errors import parse_json
 from cnext.runs import schemas, seals
-from cnext.runs.schemas import SCORES, StageScore
+from cnext.runs.schemas import EXTRA, SCORES, StageScore
 from cnext.runs.seals import AGAIN, Changed
 
 SETTING = ("method", "suite", "order", "seed", "split", "tasks")
@@ -25,30 +25,38 @@ def verified(values: Any, path: Path) -> Any:
     seals.opened(values, path)
     if not isinstance(values, dict) or seals.SEAL not in values:
         return values
-    config, scores = path.with_name(seals.CONFIG), path.with_name(SCORES)
+    config = path.with_name(seals.CONFIG)
     if config.is_file():
         there = parse_json(config.read_bytes())
         for name in SETTING:
             if name in there and there[name] != values.get(name):
                 raise Changed(f"{path} is of {name} {values.get(name)!r}, {config} of {there[name]!r}; {AGAIN}")
-    if scores.is_file():
-        _compare(values, path, schemas.read_log(scores, StageScore), scores)
+    profiles: dict[str, Any] = {values.get("profile", "strict"): values, **(values.get("profiles") or {})}
+    for name, cells in ((SCORES, _in_the_matrix), (EXTRA, _in_no_matrix)):
+        if (log := path.with_name(name)).is_file():
+            there = {(row.stage, row.task): row for row in schemas.read_log(log, StageScore)}
+            for profile, found in profiles.items():
+                for stage, task, score in cells(values["tasks"], found):
+                    row = there.get((stage, task))
+                    if score is not None and (row is None or row.score(profile) != score):
+                        known = "none" if row is None else row.score(profile)
+                        where = f"{task} after stage {stage} ({profile})"
+                        raise Changed(f"{path} has the score {score} of {where}, {log} has {known}; {AGAIN}")
     return values
 
 
-def _compare(values: Mapping[str, Any], path: Path, rows: list[StageScore], scores: Path) -> None:
-    """Raises Changed where a score of results.json is not that of scores.jsonl, which may have later ones."""
-    there = {(row.stage, row.task): row for row in rows}
-    tasks: list[str] = values["tasks"]
-    profiles: dict[str, Any] = {values.get("profile", "strict"): values, **(values.get("profiles") or {})}
-    for profile, found in profiles.items():
-        for stage, cells in enumerate([found["zero_shot"], *found["score_matrix"]]):
-            for task, cell in zip(tasks, cells or [], strict=False):
-                row = there.get((stage, task))
-                if cell is not None and (row is None or row.score(profile) != cell):
-                    known = "none" if row is None else row.score(profile)
-                    where = f"{task} after stage {stage} ({profile})"
-                    raise Changed(f"{path} has the score {cell} of {where}, {scores} has {known}; {AGAIN}")
+def _in_the_matrix(tasks: list[str], found: Mapping[str, Any]) -> Iterator[tuple[int, str, float | None]]:
+    """(stage, task, score) of a profile's score matrix and zero-shot row."""
+    for stage, row in enumerate([found["zero_shot"], *found["score_matrix"]]):
+        yield from ((stage, task, score) for task, score in zip(tasks, row or [], strict=False))
+
+
+def _in_no_matrix(tasks: list[str], found: Mapping[str, Any]) -> Iterator[tuple[int, str, float | None]]:
+    """(stage, task, score) of tasks before they are learnt, and of held-out sets."""
+    yield from ((stage, tasks[stage], score) for stage, score in enumerate(found.get("before_learnt") or []))
+    held_out = found.get("held_out") or {}
+    for stage, row in enumerate(held_out.get("scores", [])):
+        yield from ((stage, name, score) for name, score in zip(held_out["tasks"], row or [], strict=False))
 
 
 def read(path: Path) -> dict[str, Any] | None:

@@ -19,12 +19,12 @@ from cnext.regular_files import read_bytes
 from cnext.runs import checkpoint, data_file, fingerprint, results_file, schemas, seals
 from cnext.runs.checkpoint import Damaged
 from cnext.runs.logs import Log
-from cnext.runs.schemas import SCORES, StageScore, TrainStep
+from cnext.runs.schemas import EXTRA, SCORES, StageScore, TrainStep
 from cnext.runs.trackers.base import Tracker, final
 from cnext.tasks.base import Sample
 from cnext.tasks.data_digest import DataDigest
 
-STEPS, EXTRA = "train.jsonl", "extra_scores.jsonl"
+STEPS = "train.jsonl"
 RESULTS, ENVIRONMENT, LEFT_OUT = "results.json", "environment.json", "left_out.json"
 
 

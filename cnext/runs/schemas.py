@@ -108,7 +108,7 @@ class HeldOut(Record):
             raise ValueError(f"Expected rows of {len(self.tasks)} held-out sets")
 
 
-SCORES, SEPARABILITY = "scores.jsonl", "separability.json"
+SCORES, EXTRA, SEPARABILITY = "scores.jsonl", "extra_scores.jsonl", "separability.json"
 
 
 class Routed(Record):
