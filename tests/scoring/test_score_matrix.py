@@ -88,13 +88,13 @@ def test_forward_transfer_takes_scores_before_learnt_and_is_never_zero_without_t
 def test_metrics_against_other_scores_by_hand() -> None:
     matrix = ScoreMatrix.from_rows([[80, 15], [50, 60]])
     result = reference_metrics(
-        matrix, joint=[90, 40], single=[70, 50], chance=[50, 10], held_out=([30, 40, 50], [20, 45, 40])
+        matrix, joint=[90, 40], single=[70, 50], chance=[40, 10], held_out=([30, 40, 50], [20, 45, 40])
     )
     assert result == pytest.approx(
         {
             "fwt_chance": 15 - 10,
-            "forgetting_relative": 100 * 30 / 30,
-            "transfer_relative": (100 * 10 / 20 + 100 * 10 / 40) / 2,
+            "forgetting_relative": 100 * 30 / 40,
+            "transfer_relative": (100 * 10 / 30 + 100 * 10 / 40) / 2,
             "intransigence": ((90 - 80) + (40 - 60)) / 2,
             "omega": (80 / 90 + 55 / 65) / 2,
             "zero_shot_retention": (-10 + 5 - 10) / 3,
