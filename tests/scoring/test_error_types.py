@@ -189,3 +189,12 @@ def test_shares_weigh_each_shortfall() -> None:
     scores = [Score(100.0, 0.0), Score(25.0, 25.0, "hallucination"), Score(0.0, 50.0, "instruction_unfollowing")]
     assert error_shares(scores) == {"hallucination": 25.0, "instruction_unfollowing": 100 / 3, "other": 0.0}
     assert error_shares(scores, "paper") == {"hallucination": 25.0, "instruction_unfollowing": 50 / 3, "other": 100 / 3}
+
+
+def test_an_answer_that_is_formed_as_the_reference_is_not_malformed() -> None:
+    """It ends with the same word that ends no phrase, or begins with the same words of the question."""
+    assert not text_rules._breaks_off(Wrong(Prediction("grade b of a"), "blood group a", "", Asked()))
+    assert text_rules._breaks_off(Wrong(Prediction("grade b of a"), "blood group", "", Asked()))
+    asked = "what is it worth"
+    assert not text_rules._is_the_question(Wrong(Prediction("what is it for"), "what is it then", asked, Asked()))
+    assert text_rules._is_the_question(Wrong(Prediction("what is it for"), "it is then", asked, Asked()))

@@ -188,6 +188,12 @@ def test_challenge_form(text: str, form: str) -> None:
     assert challenge_form(text) == form
 
 
+def test_textvqa_scores_the_answer_and_not_what_the_papers_code_decodes() -> None:
+    known, sample = suites.load("coin").task("TextVQA"), Sample("1", (Turn("?", "stop"),), references=("stop",) * 10)
+    (score,) = SCORERS[known.scorer](known, [sample], [Prediction("stop", released_text="go")])
+    assert score.paper == 100
+
+
 @pytest.mark.parametrize("count", [1, 9, 11])
 def test_textvqa_needs_ten_answers(count: int) -> None:
     with pytest.raises(DataError, match=f"expected the answers of 10 people, .* got {count}"):
