@@ -189,9 +189,13 @@ def _status(arguments: argparse.Namespace) -> None:
 
 
 def _metrics(arguments: argparse.Namespace) -> None:
-    from cnext.scoring.matrix_file import read
+    from cnext.runs.results_file import verified
+    from cnext.scoring.matrix_file import read, read_json
     from cnext.scoring.metrics_text import metrics_text
 
+    file = arguments.matrix / "results.json" if arguments.matrix.is_dir() else arguments.matrix
+    if file.name == "results.json" and file.is_file():
+        verified(read_json(file), file)
     matrix = read(arguments.matrix, arguments.scale)
     print(json.dumps(matrix.metrics(), indent=2) if arguments.json else metrics_text(matrix))
 

@@ -283,6 +283,7 @@ def test_a_run_from_a_merged_model_goes_further(
 
 def test_a_merged_model_that_changed_is_refused(whole: tuple[Path, Path], config: Make, tmp_path: Path) -> None:
     folder = shutil.copytree(whole[1], tmp_path / "model")
+    (folder / "checksums.json").unlink()  # which names any change
     options = {"method": "lora", "order": "VQAv2,Flickr30k", "init_from": folder, "init_tasks": ("VQAv2",)}
     made = config(**options)
     run(made)
@@ -311,6 +312,7 @@ def test_another_model_is_refused_before_anything_runs(
     alter: Callable, message: str, whole: tuple[Path, Path], config: Make, tmp_path: Path
 ) -> None:
     folder = shutil.copytree(whole[1], tmp_path / "model")
+    (folder / "checksums.json").unlink()  # which names any change
     state = load_file(folder / "model.safetensors")
     alter(state)
     save_file(state, folder / "model.safetensors", {"format": "pt"})
@@ -322,6 +324,7 @@ def test_another_model_is_refused_before_anything_runs(
 
 def test_a_merged_model_of_another_kind_is_refused(whole: tuple[Path, Path], config: Make, tmp_path: Path) -> None:
     folder = shutil.copytree(whole[1], tmp_path / "model")
+    (folder / "checksums.json").unlink()  # which names any change
     change(folder / "config.json", rms_norm_eps=1e-3)
     (folder / "reference.json").unlink()
     [note] = run(config(method="lora", order="VQAv2", init_from=folder))["init"]["notes"]
@@ -451,6 +454,7 @@ def test_tasks_that_cannot_be_learnt_are_refused(changes: dict, message: str, co
 
 def test_another_backbones_adapter_is_refused_by_its_logits(files: Path, config: Make, tmp_path: Path) -> None:
     folder = shutil.copytree(files / "lora-peft", tmp_path / "lora")
+    (folder / "checksums.json").unlink()  # which names any change
     tensors = load_file(folder / "lora" / "adapter_model.safetensors")
     save_file({name: 3 * tensor for name, tensor in tensors.items()}, folder / "lora" / "adapter_model.safetensors")
     made = config(method="lora", init_from=folder)
