@@ -102,16 +102,16 @@ def test_an_output_folder_that_cannot_be_created(
 
 
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EROFS], ids=["full disk", "read-only"])
-@pytest.mark.parametrize("writes", [1, 6], ids=["at the start", "in the middle"])
+@pytest.mark.parametrize("syncs", [1, 40], ids=["at the start", "in the middle"])
 def test_a_disk_error_is_one_line_and_the_run_resumes(
-    code: int, writes: int, toy: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    code: int, syncs: int, toy: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     flags = [*toy, "--order", "VQAv2", "--checkpoint-interval", "1"]
     calls = []
 
     def failing(descriptor: int) -> None:
         calls.append(descriptor)
-        if len(calls) >= writes:
+        if len(calls) >= syncs:
             raise OSError(code, os.strerror(code), "some/file")
 
     with monkeypatch.context() as patch:
@@ -119,7 +119,7 @@ def test_a_disk_error_is_one_line_and_the_run_resumes(
         assert run_main(flags) == 2
     shown = capsys.readouterr().err
     full = ["): some/file", "free some space, then run the same command again to resume from the last checkpoint"]
-    expected = full if code == errno.ENOSPC and writes > 1 else [f"error: {os.strerror(code)}: some/file"]
+    expected = full if code == errno.ENOSPC and syncs > 1 else [f"error: {os.strerror(code)}: some/file"]
     assert all(line.endswith(end) for line, end in zip(shown.splitlines()[-len(expected) :], expected, strict=True))
     assert "Traceback" not in shown
     assert run_main(flags) == 0
