@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterable
+from itertools import takewhile
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -65,8 +66,8 @@ class Log(Generic[T]):
         durable.append(self.path, b"".join(line + b"\n" for line in lines))
 
     def keep(self, wanted: Callable[[T], bool]) -> list[T]:
-        """The rows that are wanted, which alone stay in the file."""
-        kept = [(line, row) for line, row in zip(self._lines, self.rows, strict=True) if wanted(row)]
+        """The rows up to the first that is not wanted, which alone stay in the file; their seals are of no others."""
+        kept = list(takewhile(lambda pair: wanted(pair[1]), zip(self._lines, self.rows, strict=True)))
         if len(kept) < len(self.rows) or not self._whole:
             self._lines, self.rows = [line for line, _ in kept], [row for _, row in kept]
             self._restart()
