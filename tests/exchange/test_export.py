@@ -267,7 +267,8 @@ def test_moelora_round_trip_keeps_routers(tmp_path: Path) -> None:
 def test_only_branches_of_learnt_tasks_are_exported(tmp_path: Path) -> None:
     run = made(tmp_path, "o-lora", learnt=1)
     export(run, tmp_path / "out", "peft")
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["README.md", "reference.json", "task-1"]
+    found = sorted(path.name for path in (tmp_path / "out").iterdir())
+    assert found == ["README.md", "checksums.json", "reference.json", "task-1"]
     text = (tmp_path / "out" / "README.md").read_text()
     assert "| VQAv2 | 50.0 |  |" in text
     assert "40.0" not in text, "scores of later stages"
