@@ -3,7 +3,7 @@
     python tests/corpus/make.py FOLDER
 
 makes tests/corpus/<version>.tar.xz by way of FOLDER, whose path is in some of the files. Run it once for each release:
-an archive that is there is never made again.
+an archive that is there is never made again. cnext must be installed, as environment.json names a source tree.
 """
 
 from __future__ import annotations
