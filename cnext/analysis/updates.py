@@ -19,7 +19,7 @@ from cnext.analysis.result import Unavailable
 from cnext.analysis.run import Run, mean_seen
 from cnext.errors import UserError
 from cnext.regular_files import require_regular
-from cnext.runs import checkpoint, results_file, seals
+from cnext.runs import results_file, seals
 
 RELATIONS = {
     (True, True): "same input, same output",
@@ -133,6 +133,8 @@ def read(run: Run) -> Updates:
             f"{run.path}: drift needs the checkpoint of every stage, checkpoints/ lacks {', '.join(missing)}; "
             "copy the whole run folder, or run it again"
         )
+    from cnext.runs import checkpoint  # imports torch
+
     for file in files if seals.run_of(run.path) is not None else ():
         results_file.check_stage(file.parent, checkpoint.verified(file))
     named = {_place(name): updates for name, updates in _products(files).items()}

@@ -102,6 +102,8 @@ def copy(run: Path, to: Path, **changes: object) -> Path:
     """The files of a run that tables and compare read, some values changed."""
     to.mkdir(parents=True)
     (to / "config.json").write_bytes((run / "config.json").read_bytes())
+    if "seed" in changes:
+        change(to / "config.json", seed=changes["seed"])
     sealing.write(to / "results.json", results(run) | changes)
     return to
 

@@ -34,9 +34,9 @@ from cnext.training.state import RunState, Trained
 def test_files_of_a_run(finished: Path) -> None:
     names = {path.name for path in finished.iterdir() if not path.name.startswith(".")}
     assert names == {
-        "config.json", "options.json", "run.yaml", "results.json", "cost.json", "environment.json", "scores.jsonl",
-        "train.jsonl", "separability.json", "extra_scores.jsonl", "extra", "predictions", "checkpoints", "report.html",
-        "report.md", "report_files", "run.log",
+        "config.json", "options.json", "run.yaml", "results.json", "cost.json", "environment.json", "data.json",
+        "scores.jsonl", "train.jsonl", "separability.json", "extra_scores.jsonl", "extra", "predictions", "checkpoints",
+        "report.html", "report.md", "report_files", "run.log",
     }  # fmt: skip
     assert sorted(path.name for path in (finished / "checkpoints").iterdir()) == ["1_VQAv2", "2_Flickr30k", "3_HQEdit"]
     generated = [row["image"] for row in rows(finished / "predictions/2_Flickr30k/Flickr30k.jsonl") if row["image"]]
