@@ -14,14 +14,17 @@ Known = Mapping[str, Mapping[str, DataSummary]]
 
 
 def pairs(one: Known | None, other: Known | None) -> list[tuple[str, str, str]]:
-    """(what, one, other) for each task and split whose data differ, or are in one alone; [] where one is unknown."""
+    """(what, one, other) for each task and split whose data differ; [] where one is unknown.
+
+    What is in one alone, as a held-out set that the other does not score, is no difference.
+    """
     if one is None or other is None:
         return []
     found = []
     for task in dict.fromkeys([*one, *other]):
         for split in dict.fromkeys([*one.get(task, {}), *other.get(task, {})]):
             here, there = one.get(task, {}).get(split), other.get(task, {}).get(split)
-            if here != there:
+            if here is not None and there is not None and here != there:
                 found.append((f"data of {task}, {split}", _said(here), _said(there)))
     return found
 
@@ -30,8 +33,8 @@ def _lines(one: Known, other: Known) -> list[str]:
     return [f"{what}: {here} and {there}" for what, here, there in pairs(one, other)]
 
 
-def _said(part: DataSummary | None) -> str:
-    return "none" if part is None else f"{part.rows} rows of SHA-256 {part.sha256[:12]}"
+def _said(part: DataSummary) -> str:
+    return f"{part.rows} rows of SHA-256 {part.sha256[:12]}"
 
 
 def check_alike(data: Mapping[str, Known | None], mix: bool = False) -> list[str]:
