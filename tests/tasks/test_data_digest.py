@@ -13,10 +13,16 @@ from cnext import RunConfig
 from cnext.config.plan import plan
 from cnext.errors import UserError
 from cnext.runs import data_file
+from cnext.runs.checkpoint import write_json
 from cnext.tasks import cached_folders, synthetic
 from cnext.tasks.base import DataError, Sample
 from cnext.tasks.data_digest import DataDigest, joint, of_samples
 from cnext.training.setup import read_suite
+
+
+def keep(folder: Path, data: DataDigest, samples: dict, begun: bool) -> str:
+    return data_file.keep(folder, data, samples, begun, lambda name, values: write_json(folder / name, values))
+
 
 Samples = dict[str, dict[str, list[Sample]]]
 TASK, TRAIN, TEST = "VQAv2", "VQAv2/annotations/train_001.jsonl", "VQAv2/questions/test.json"
@@ -92,8 +98,8 @@ def test_a_change_is_found_in_its_row(
     run = tmp_path / "run"
     run.mkdir()
     (run / "config.json").write_text("{}")
-    assert data_file.keep(run, before, samples, begun=False) == ""
-    assert data_file.keep(run, moved, samples, begun=True) == ""
+    assert keep(run, before, samples, begun=False) == ""
+    assert keep(run, moved, samples, begun=True) == ""
     kept = [(run / name).read_bytes() for name in ("config.json", data_file.FILE)]
     do, task, split, row, said = CHANGES[change]
     do(copied)
@@ -103,13 +109,13 @@ def test_a_change_is_found_in_its_row(
     assert differing == {(task, split)}
     assert before[task][split].first_difference(after[task][split]) == row
     with pytest.raises(UserError) as refused:
-        data_file.keep(run, after, samples, begun=True)
+        keep(run, after, samples, begun=True)
     (_, line, cure) = str(refused.value).splitlines()
     assert line.startswith(f"  task {task}, {split}: first row that differs: row {row + 1}, ")
     assert said in line
     assert "restore the data" in cure
     assert kept == [(run / name).read_bytes() for name in ("config.json", data_file.FILE)]
-    assert data_file.keep(run, after, samples, begun=False) == "", "a run without results may begin on other data"
+    assert keep(run, after, samples, begun=False) == "", "a run without results may begin on other data"
 
 
 def test_a_picture_that_vanishes_is_an_error(copied: Path, toy_suite: Path) -> None:
@@ -126,28 +132,26 @@ def test_digests_that_are_lost_or_edited_are_not_trusted(
     other = {**before, TASK: {**before[TASK], "test": before[TASK]["train"]}}
     config, file = tmp_path / "config.json", tmp_path / data_file.FILE
     config.write_text("{}")
-    assert "kept no digest of the data" in data_file.keep(tmp_path, before, samples, begun=True), (
-        "of an earlier version"
-    )
+    assert "kept no digest of the data" in keep(tmp_path, before, samples, begun=True), "of an earlier version"
     written = file.read_bytes()
     for damaged in (None, b"[", b'{"rows": {"VQAv2": {"test": 3}}}', written.replace(b'"train": "', b'"train": "ab')):
         file.write_bytes(damaged or b"")
         if damaged is None:
             file.unlink()
-        assert "is written anew" in data_file.keep(tmp_path, before, samples, begun=True)
+        assert "is written anew" in keep(tmp_path, before, samples, begun=True)
         assert file.read_bytes() == written
-    data_file.keep(tmp_path, other, samples, begun=False)
+    keep(tmp_path, other, samples, begun=False)
     edited = json.loads(config.read_text()) | {"data_sha256": joint(before)}
     config.write_text(json.dumps(edited))
-    assert "is written anew" in data_file.keep(tmp_path, before, samples, begun=True)
+    assert "is written anew" in keep(tmp_path, before, samples, begun=True)
     config.write_text(json.dumps(edited | {"data_sha256": joint(other)}))
     with pytest.raises(UserError, match=r"which rows is not known, for data\.json is lost or has changed"):
-        data_file.keep(tmp_path, before, samples, begun=True)
+        keep(tmp_path, before, samples, begun=True)
     config.write_text("{}")
-    assert data_file.keep(tmp_path, before, samples, begun=True) == ""
+    assert keep(tmp_path, before, samples, begun=True) == ""
     config.write_text("{}")
     with pytest.raises(UserError, match="task VQAv2, test: first row that differs: row 1, "):
-        data_file.keep(tmp_path, other, samples, begun=True)
+        keep(tmp_path, other, samples, begun=True)
 
 
 DAMAGE = {

@@ -15,7 +15,7 @@ from cnext import run
 from cnext.config.plan import Plan, plan
 from cnext.errors import UserError
 from cnext.monitoring.progress import Progress
-from cnext.runs import data_file, seals
+from cnext.runs import seals
 from cnext.scoring.matrix import metrics
 from cnext.tasks import suites
 from cnext.training import runner, separability
@@ -103,10 +103,9 @@ def test_a_run_of_an_earlier_version_is_resumed_without(finished: Path, config: 
     """What was not measured stays so: it is no zero, and nothing of it is done for the stages that are there."""
     made = config()
     with pytest.MonkeyPatch.context() as earlier:
-        earlier.setattr(Plan, "extra", lambda self, stage: ())
+        earlier.setattr(runner.Runner, "_evaluate_extra", lambda *_: None)
         earlier.setattr(runner.Runner, "separate_tasks", lambda self: None)
         earlier.setattr(seals, "run_name", lambda config: None)
-        earlier.setattr(data_file, "keep", lambda *_: "")
         run(made)
     shutil.rmtree(made.folder / "checkpoints" / "3_HQEdit")
     run(made)
