@@ -13,10 +13,10 @@ Known = Mapping[str, Mapping[str, DataSummary]]
 """By task and split."""
 
 
-def pairs(one: Known | None, other: Known | None) -> list[tuple[str, str, str]]:
+def pairs(one: Known | None, other: Known | None, alone: bool = True) -> list[tuple[str, str, str]]:
     """(what, one, other) for each task and split whose data differ; [] where one is unknown.
 
-    What is in one alone, as a held-out set that the other does not score, is no difference.
+    alone: whether what is in one alone is a difference, as a held-out set that the other does not score.
     """
     if one is None or other is None:
         return []
@@ -24,7 +24,7 @@ def pairs(one: Known | None, other: Known | None) -> list[tuple[str, str, str]]:
     for task in dict.fromkeys([*one, *other]):
         for split in dict.fromkeys([*one.get(task, {}), *other.get(task, {})]):
             here, there = one.get(task, {}).get(split), other.get(task, {}).get(split)
-            if here is not None and there is not None and here != there:
+            if here != there and (alone or (here and there)):
                 found.append((f"data of {task}, {split}", _said(here), _said(there)))
     return found
 
@@ -33,8 +33,8 @@ def _lines(one: Known, other: Known) -> list[str]:
     return [f"{what}: {here} and {there}" for what, here, there in pairs(one, other)]
 
 
-def _said(part: DataSummary) -> str:
-    return f"{part.rows} rows of SHA-256 {part.sha256[:12]}"
+def _said(part: DataSummary | None) -> str:
+    return "none" if part is None else f"{part.rows} rows of SHA-256 {part.sha256[:12]}"
 
 
 def check_alike(data: Mapping[str, Known | None], mix: bool = False) -> list[str]:

@@ -276,7 +276,7 @@ def compare(here: Side, there: Side, anyway: bool = False) -> Comparison:
         for key, value in here.conditions.items()
         if key in there.conditions and value != there.conditions[key]
     ]
-    unlike += [Difference(*each) for each in data_alike.pairs(here.data, there.data)]
+    unlike += [Difference(*each) for each in data_alike.pairs(here.data, there.data, alone=False)]
     if unlike and not anyway:
         listed = "\n".join(map(str, unlike))
         raise UserError(f"{here.name} and {there.name} are not comparable:\n{listed}\n--anyway compares all the same")

@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+import sealing
 from training.conftest import Make
 from training.test_repeatability import copy, results
 
@@ -26,8 +27,7 @@ def again(finished: Path, config: Make, data: Path, tmp_path: Path) -> RunConfig
     made.folder.parent.mkdir(parents=True)
     shutil.copytree(finished, made.folder)
     shutil.rmtree(made.folder / "checkpoints" / "3_HQEdit")
-    known = json.loads((made.folder / "config.json").read_text())
-    (made.folder / "config.json").write_text(json.dumps(known | {"data": str(made.data)}))
+    sealing.change(made.folder / "config.json", data=str(made.data))
     return made
 
 
