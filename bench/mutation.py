@@ -11,13 +11,13 @@ from __future__ import annotations
 
 import argparse
 import ast
+import copy
 import difflib
 import importlib.util
 import itertools
 import json
 import math
 import os
-import pickle
 import random
 import resource
 import signal
@@ -90,7 +90,7 @@ def mutants(source: str, generator: random.Random) -> Iterator[tuple[str, str]]:
     from cosmic_ray.operators.provider import OperatorProvider
 
     provider, tree, found = OperatorProvider(), get_ast(source), []
-    nodes, copied = list(ast_nodes(tree)), pickle.dumps(tree)  # sooner read than parsed again
+    nodes = list(ast_nodes(tree))
     for name in provider:
         if not provider[name].arguments():
             count = sum(1 for node in nodes for _ in provider[name]().mutation_positions(node))
@@ -98,7 +98,7 @@ def mutants(source: str, generator: random.Random) -> Iterator[tuple[str, str]]:
     generator.shuffle(found)
     seen = {meaning(source)}
     for name, number in found:
-        changed = MutationVisitor(number, provider[name]()).walk(pickle.loads(copied)).get_code()
+        changed = MutationVisitor(number, provider[name]()).walk(copy.deepcopy(tree)).get_code()
         try:
             meant = meaning(changed)
         except SyntaxError:  # as of "if not a := b"

@@ -48,6 +48,14 @@ def sync_all(folder: Path) -> None:
         sync(Path(place))
 
 
+def still_there(path: Path, opened_as: int) -> bool:
+    """Whether a path leads to the file that is open as this descriptor, which may have been moved or deleted."""
+    try:
+        return os.path.samestat(os.stat(path), os.fstat(opened_as))
+    except OSError:
+        return False
+
+
 def make_folder(folder: Path) -> None:
     """Makes a folder, and those above it that are missing, unless it is there."""
     missing = [each for each in folder.parents if not each.exists()]
@@ -119,7 +127,7 @@ def new_folder(folder: Path, replace: bool = False) -> Iterator[Path]:
         try:
             os.rename(unfinished, folder)
             sync(folder.parent)
-        except BaseException:
+        except OSError:
             # As before, so that the same command is not refused because of a folder that is there.
             if not unfinished.exists():
                 os.rename(folder, unfinished)

@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, distributed, nn
 
-from cnext.distributed import collectives, roll_call
+from cnext.distributed import collectives, start_check
 from cnext.distributed.deepspeed import zero_config
 from cnext.errors import RESUME, UserError
 
@@ -28,7 +28,7 @@ TIMEOUT = timedelta(minutes=30)
 """Of a collective: rank 0 may be scoring the answers of a task while the others wait."""
 REFUSED = timedelta(seconds=60)
 """That a process which cannot start waits for the others, to say so."""
-ROLL_CALL = (3.0, 30.0)
+REPORT_WITHIN = (3.0, 30.0)
 """Seconds, at least and at most, that surviving ranks have to report after one is lost. The longest is for loaded
 machines, where some learn of it late."""
 LAUNCHED = ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
@@ -67,8 +67,8 @@ def _meet(settings: Mapping[str, Any], problem: str = "", timeout: timedelta = T
             "start by torchrun or accelerate launch, or unset it"
         )
     rank = int(os.environ["RANK"])
-    store = roll_call.open_store(rank, launched(), timeout)
-    roll_call.attend(store, rank, launched(), settings, problem)
+    store = start_check.open_store(rank, launched(), timeout)
+    start_check.attend(store, rank, launched(), settings, problem)
     return store
 
 
@@ -86,7 +86,7 @@ def _check_here(device: str) -> None:
 
 def compare(settings: Mapping[str, Any], what: str) -> None:
     """Raises UserError on every rank where one has other settings than rank 0. what: what these are, in words."""
-    if said := roll_call.verdict(dict(enumerate(collectives.gather_shards([settings]))), what):
+    if said := start_check.verdict(dict(enumerate(collectives.gather_shards([settings]))), what):
         raise UserError(said)
 
 
@@ -127,14 +127,14 @@ def process_group(device: str, settings: Mapping[str, Any] | None = None) -> Ite
             the group was lost.
     """
     if launched() == 1 or collectives.world_size() > 1:
-        compare(settings or {}, roll_call.SETTINGS)
+        compare(settings or {}, start_check.SETTINGS)
         yield own_device(device)
         return
     with refusals():
         _check_here(device)
     from accelerate import PartialState
 
-    store = _meet({**roll_call.environment(), **(settings or {})})
+    store = _meet({**start_check.environment(), **(settings or {})})
     PartialState(cpu=device == "cpu", timeout=TIMEOUT)
     del store  # whose server the group's store shares
     try:
@@ -174,12 +174,12 @@ def _lost_ranks() -> str:
             return [other for other in range(size) if not store.check([f"cnext/{word}/{other}"])]
 
         store.set(f"cnext/here/{rank}", "")
-        while not passed(ROLL_CALL[0]) or (len(silent("here")) > 1 and not passed(ROLL_CALL[1])):
+        while not passed(REPORT_WITHIN[0]) or (len(silent("here")) > 1 and not passed(REPORT_WITHIN[1])):
             time.sleep(0.1)
         lost = silent("here")
         store.set(f"cnext/seen/{rank}", "")
         # Unless a launcher's agent keeps the store, rank 0 does, and leaves when all have looked.
-        while rank == 0 and silent("seen") != lost and not passed(2 * ROLL_CALL[1]):
+        while rank == 0 and silent("seen") != lost and not passed(2 * REPORT_WITHIN[1]):
             time.sleep(0.1)
     except RuntimeError:
         # The store was lost with rank 0.

@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from cnext.errors import UserError
+from cnext.runs import fingerprint
 from cnext.runs.schemas import DataSummary
 
 Known = Mapping[str, Mapping[str, DataSummary]]
@@ -46,18 +46,11 @@ def check_alike(data: Mapping[str, Known | None], mix: bool = False) -> list[str
     known = {name: one for name, one in data.items() if one is not None}
     if not known:
         return []
-    (first, expected), *others = known.items()
-    differing = {name: lines for name, found in others if (lines := _lines(expected, found))}
-    for name, lines in differing.items() if not mix else ():
-        listed = "\n".join(f"  {line}" for line in lines)
-        raise UserError(
-            f"{first} and {name} were run on different data, so that their scores do not compare:\n{listed}\n"
-            "--mix-data averages them nevertheless, with a note in the tables"
-        )
-    if not differing:
+    what = "on different data, so that their scores do not compare"
+    fields = fingerprint.unlike(known, _lines, what, "" if mix else "--mix-data")
+    if not fields:
         return []
     count = len({json.dumps({t: {s: p.sha256 for s, p in d.items()} for t, d in o.items()}) for o in known.values()})
-    fields = dict.fromkeys(line for lines in differing.values() for line in lines)
     return [f"Averaged over runs on {count} different sets of data. {'; '.join(fields)}."]
 
 

@@ -8,13 +8,14 @@ from __future__ import annotations
 import hashlib
 import json
 import platform
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from cnext.errors import UserError, parse_json
 from cnext.runs import environment, seals
 
+T = TypeVar("T")
 PACKAGES = ("python", "cnext", "torch", "transformers", "open_clip_torch", "numpy", "pillow")
 NOTES = {"error_rules": " (error types may differ, scores do not; null: version 1)"}
 """What is said of a field that differs, by its name."""
@@ -115,20 +116,36 @@ def check_alike(fingerprints: Mapping[str, Mapping[str, Any] | None], mix: bool 
     Args: fingerprints: by the runs' names.  mix: average different ones, and note it.
     Raises: UserError naming the fields that differ, without ``mix``.
     """
-    (first, expected), *others = fingerprints.items()
-    differing = {name: lines for name, found in others if (lines := differences(expected, found))}
-    for name, lines in differing.items() if not mix else ():
-        listed = "\n".join(f"  {line}" for line in lines)
-        raise UserError(
-            f"{first} and {name} were run in different environments, so that their scores may differ:\n{listed}\n"
-            "--mix-environments averages them nevertheless, with a note in the tables"
-        )
-    if not differing:
+    what = "in different environments, so that their scores may differ"
+    fields = unlike(fingerprints, differences, what, "" if mix else "--mix-environments")
+    if not fields:
         return []
     environments = [{**(found or {}), DATA: None, "sha256": None} for found in fingerprints.values()]
     count = len(set(map(digest, environments)))
-    fields = dict.fromkeys(line for lines in differing.values() for line in lines)
     return [f"Averaged over runs of {count} different environments. {'; '.join(fields)}."]
+
+
+def unlike(runs: Mapping[str, T], differ: Callable[[T, T], list[str]], what: str, flag: str) -> list[str]:
+    """The lines in which runs differ from the first, each once.
+
+    Args:
+        runs: what is compared, by the runs' names.
+        differ: the lines for two of them.
+        what: how they were run, for the message.
+        flag: the flag that averages them nevertheless; "" where it is given.
+
+    Raises:
+        UserError: two differ, and the flag is not given.
+    """
+    (first, expected), *others = runs.items()
+    differing = {name: lines for name, found in others if (lines := differ(expected, found))}
+    for name, lines in differing.items() if flag else ():
+        listed = "\n".join(f"  {line}" for line in lines)
+        raise UserError(
+            f"{first} and {name} were run {what}:\n{listed}\n"
+            f"{flag} averages them nevertheless, with a note in the tables"
+        )
+    return list(dict.fromkeys(line for lines in differing.values() for line in lines))
 
 
 def older(fingerprints: Sequence[Mapping[str, Any] | None]) -> str:

@@ -130,7 +130,7 @@ class RunFolder:
 
     def check(self) -> None:
         """Raises UserError where the folder or its lock was moved or deleted, so that nothing is written elsewhere."""
-        if not seals.still_there(self.path / ".lock", self._lock.fileno()):
+        if not durable.still_there(self.path / ".lock", self._lock.fileno()):
             raise UserError(
                 f"{self.path} was moved or deleted while the run was under way, or its file .lock was, so that the run "
                 f"ends here: move it back; {RESUME}"

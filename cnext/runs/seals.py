@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -147,11 +146,3 @@ def intact(lines: Iterable[bytes], chain: Chain) -> list[bytes]:
             break
         found.append(line)
     return found
-
-
-def still_there(path: Path, opened_as: int) -> bool:
-    """Whether a path leads to the file that is open as this descriptor, which may have been moved or deleted."""
-    try:
-        return os.path.samestat(os.stat(path), os.fstat(opened_as))
-    except OSError:
-        return False

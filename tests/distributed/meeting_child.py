@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from cnext.distributed import collectives, processes, roll_call
+from cnext.distributed import collectives, processes, start_check
 from cnext.errors import UserError
 
 SHORT = 3.0
@@ -36,7 +36,7 @@ def main() -> None:
     rank, ports, out = int(os.environ["RANK"]), sys.argv[1:-1], Path(sys.argv[-1])
     found = []
     if len(ports) == 1:  # which another program uses
-        roll_call.HANDSHAKE = SHORT
+        start_check.HANDSHAKE = SHORT
         os.environ["MASTER_PORT"] = ports[0]
         found.append(said(lambda: meet({})))
     else:

@@ -16,7 +16,7 @@ from torch import distributed
 
 from cnext import RunConfig
 from cnext.config.plan import plan
-from cnext.distributed import roll_call
+from cnext.distributed import start_check
 from cnext.errors import UserError
 from cnext.ops import dispatch
 
@@ -26,8 +26,8 @@ SETTINGS = {"seed": 0, "order": "a,b", "recipe": {"learning_rate": 0.1}, "enviro
 
 @pytest.fixture(autouse=True)
 def short(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(roll_call, "HANDSHAKE", 0.5)
-    monkeypatch.setattr(roll_call, "GRACE", 0.5)
+    monkeypatch.setattr(start_check, "HANDSHAKE", 0.5)
+    monkeypatch.setattr(start_check, "GRACE", 0.5)
     monkeypatch.setenv("MASTER_ADDR", "host")
     monkeypatch.setenv("MASTER_PORT", "29500")
 
@@ -52,7 +52,7 @@ def attended(*members: Callable[[distributed.Store], Any]) -> list[str]:
 
 
 def member(rank: int, size: int = 3, problem: str = "", **changes: Any) -> Callable[[distributed.Store], None]:
-    return lambda store: roll_call.attend(store, rank, size, SETTINGS | changes, problem, turn=0)
+    return lambda store: start_check.attend(store, rank, size, SETTINGS | changes, problem, turn=0)
 
 
 def test_processes_that_were_started_alike_go_on() -> None:
@@ -103,7 +103,7 @@ def test_a_store_of_another_run_is_not_taken_for_its_own() -> None:
 def test_what_is_compared_is_the_configuration_and_what_computes(monkeypatch: pytest.MonkeyPatch, data: Path) -> None:
     monkeypatch.setenv("CNEXT_ANY", "1")
     monkeypatch.setenv("CNEXT_CACHE", "elsewhere")
-    here = roll_call.environment()
+    here = start_check.environment()
     assert {"cnext", "torch"} <= here.keys()
     assert here["environment"]["CNEXT_ANY"] == "1"
     assert "CNEXT_CACHE" not in here["environment"]
