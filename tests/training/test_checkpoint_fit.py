@@ -74,7 +74,7 @@ def runner(path: Path, said: list[str]) -> Runner:
     made.parameters = {name: nn.Parameter(torch.zeros_like(each)) for name, each in stored()["adapters"].items()}
     made.ready, made.method, made.state = SimpleNamespace(initial=None), Method(), RunState()  # pyright: ignore
     made.progress = SimpleNamespace(say=said.append)  # pyright: ignore
-    made.folder = SimpleNamespace(furthest=lambda _: (path, *checkpoint.load(path)))  # pyright: ignore
+    made.folder = SimpleNamespace(run=None, furthest=lambda _: (path, *checkpoint.load(path)))  # pyright: ignore
     made.data = {}
     made._cut_logs = lambda folder: None
     return made
