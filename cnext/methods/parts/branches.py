@@ -39,6 +39,8 @@ class RoleBranches(LowRank):
         "Plasticity of pema and pema-kron: weight of a new task's Fisher information against that of earlier tasks.",
     ] = 5.0
 
+    ranges: ClassVar[Mapping[str, tuple[float, float]]] = {"c": (1e-9, 1e30)}
+    """Of c up to where the average takes all of the new task and none of the earlier ones."""
     sides: ClassVar[tuple[str, ...]] = ("general", "expert")
     """The sides on which every modality of the suite has a branch."""
     options: ClassVar[Mapping[str, tuple[str, ...]]] = {"c": ("pema", "pema-kron")}
