@@ -63,18 +63,23 @@ PLAIN = (
 )  # fmt: skip
 """Methods that read and run the frozen model as lora and mage do, so that sharding it is no other case."""
 SHARDED = [name for name in NAMES if name not in PLAIN]
-CASES = [("replicated", name) for name in NAMES]
-CASES += [pytest.param("sharded", name, marks=pytest.mark.slow) for name in SHARDED]
+
+
+def together(names: list[str], data: Path, out: Path, **engine: str) -> Path:
+    """What two processes train with these methods, one after another."""
+    finish(start([str(CHILD), ",".join(names), str(data), str(out)], **engine))
+    return out
 
 
 @pytest.fixture(scope="module")
-def together(request: pytest.FixtureRequest, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What two processes train with these methods, the frozen model replicated or sharded by FSDP2."""
-    out = tmp_path_factory.mktemp(request.param)
-    asked = FSDP if request.param == "sharded" else {}
-    names = SHARDED if asked else NAMES
-    finish(start([str(CHILD), ",".join(names), str(data), str(out)], **asked))
-    return out
+def replicated(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return together(NAMES, data, tmp_path_factory.mktemp("replicated"))
+
+
+@pytest.fixture(scope="module")
+def sharded(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """As replicated, with the frozen model sharded by FSDP2."""
+    return together(SHARDED, data, tmp_path_factory.mktemp("sharded"), **FSDP)
 
 
 @pytest.fixture(scope="module")
@@ -82,10 +87,16 @@ def alone(data: Path) -> dict[str, dict[str, torch.Tensor]]:
     return {method: learnt(method, data) for method in NAMES}
 
 
-@pytest.mark.parametrize(("together", "method"), CASES, indirect=["together"])
-def test_two_processes_train_as_one(together: Path, alone: dict[str, dict[str, torch.Tensor]], method: str) -> None:
+@pytest.mark.parametrize("method", NAMES)
+def test_two_processes_train_as_one(replicated: Path, alone: dict[str, dict[str, torch.Tensor]], method: str) -> None:
     """Shards of 2 and 2 against batches of 4, 8 steps. AdamW amplifies small differences of small gradients."""
-    compare(method, load_file(together / f"{method}.safetensors"), alone[method])
+    compare(method, load_file(replicated / f"{method}.safetensors"), alone[method])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", SHARDED)
+def test_a_sharded_model_trains_as_one(sharded: Path, alone: dict[str, dict[str, torch.Tensor]], method: str) -> None:
+    compare(method, load_file(sharded / f"{method}.safetensors"), alone[method])
 
 
 def compare(method: str, found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
@@ -115,7 +126,7 @@ def test_zero_trains_as_one_process(
 ) -> None:
     """Moments partitioned by stages 1 and 2, the frozen model by stage 3."""
     names = ["ewc", "mage", "osf", "pgp", "sdft"]
-    finish(start([str(CHILD), ",".join(names), str(data), str(tmp_path)], **zero(stage, tmp_path)))
+    together(names, data, tmp_path, **zero(stage, tmp_path))
     for method in names:
         compare(method, load_file(tmp_path / f"{method}.safetensors"), alone[method])
 
