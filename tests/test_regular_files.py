@@ -125,6 +125,17 @@ def test_a_shard_that_is_no_file_does_not_shorten_the_data(kind: str, tmp_path: 
         rows.files(tmp_path, "x-*.jsonl")
 
 
+def test_settings_are_read_from_a_pipe_that_a_shell_has_opened() -> None:
+    """As of --config <(...); one with a name may have no writer, and is not waited for."""
+    reading, writing = os.pipe()
+    os.write(writing, b"batch_size: 8")
+    os.close(writing)
+    try:
+        assert settings_file.read(f"/dev/fd/{reading}", {"batch_size": int}).values == {"batch_size": 8}
+    finally:
+        os.close(reading)
+
+
 def test_the_command_line_tells_it_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = make("a named pipe", tmp_path / "x.yaml")
     assert cli.run_main(["--config", str(path), "--method", "lora"]) == 2

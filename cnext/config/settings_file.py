@@ -13,7 +13,9 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import os
 import re
+import stat
 import types
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -97,7 +99,7 @@ def read(path: str | Path, kinds: Mapping[str, Any]) -> Settings:
     import yaml
 
     try:
-        content = read_bytes(path)
+        content = _read_pipe(path) if _is_open_pipe(path) else read_bytes(path)
         if len(content) > LONGEST:
             raise UserError(f"{path}: expected a small YAML file of settings, it has {len(content):,} bytes")
         root = yaml.compose(content.decode("utf-8"), Loader=yaml.SafeLoader)
@@ -115,6 +117,16 @@ def read(path: str | Path, kinds: Mapping[str, Any]) -> Settings:
     if root is not None:
         reader.all(root)
     return reader.settings
+
+
+def _is_open_pipe(path: str | Path) -> bool:
+    """Whether a shell has opened it for this process, as of ``--config <(...)`` and ``/dev/stdin``: it has a writer."""
+    return str(path).startswith(("/dev/fd/", "/dev/stdin", "/proc/self/fd/")) and stat.S_ISFIFO(os.stat(path).st_mode)
+
+
+def _read_pipe(path: str | Path) -> bytes:
+    with open(path, "rb") as pipe:
+        return pipe.read(LONGEST + 1)
 
 
 class _Wrong(Exception):
