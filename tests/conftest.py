@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +13,13 @@ import pytest
 import tested_versions
 import torch
 
+from cnext import report
 from cnext.backbones.tiny.model import TinyBackbone
 from cnext.tasks import suites, synthetic
 
 torch.set_num_threads(1)
+# A tenth of the time of a small run, and no power is cut here. What is synced, training/test_power_cuts.py checks.
+os.fsync = lambda _: None
 ROOT = Path(__file__).parent
 TRAIN, TEST, STEPS = 32, 8, 4
 LONG = (
@@ -71,3 +76,11 @@ def toy_suite(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def tiny() -> TinyBackbone:
     """The pretrained tiny backbone, fresh."""
     return TinyBackbone.load()
+
+
+@pytest.fixture(scope="module")
+def without_reports() -> Iterator[None]:
+    """Runs write no report, which takes a third of the time of a small one."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(report, "write_report", lambda run: (run / "report.html", run / "report.md"))
+        yield

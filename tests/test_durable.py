@@ -5,7 +5,8 @@ from __future__ import annotations
 import errno
 import os
 import threading
-from contextlib import closing
+from collections.abc import Callable
+from contextlib import AbstractContextManager, closing
 from pathlib import Path
 
 import pytest
@@ -37,14 +38,33 @@ def test_files_written_at_once_are_each_whole(tmp_path: Path) -> None:
     assert names(tmp_path) == ["file"]
 
 
+def left_by_a_process_that_dies(block: Callable[[Path], AbstractContextManager[Path]], path: Path) -> None:
+    child = os.fork()
+    if not child:
+        with block(path):
+            os._exit(0)
+    assert os.waitpid(child, 0)[1] == 0
+    assert [name for name in names(path.parent) if name.startswith(f".{path.name}.")], "it has left something"
+
+
 def test_what_a_dead_process_left_is_removed_and_what_another_writes_is_not(tmp_path: Path) -> None:
-    (tmp_path / LEFT).touch()
-    (tmp_path / ".folder.0123abcd.unfinished" / "more").mkdir(parents=True)
     (tmp_path / ".mine.unfinished").touch()
+    left_by_a_process_that_dies(durable.replaced, tmp_path / "file")
+    left_by_a_process_that_dies(durable.new_folder, tmp_path / "folder")
+    os.mkfifo(tmp_path / LEFT)  # not waited for
     with durable.replaced(tmp_path / "other") as living, durable.new_folder(tmp_path / "folder") as made:
         durable.write(tmp_path / "file", b"1")
         assert names(tmp_path) == sorted([".mine.unfinished", "file", living.name, made.name])
     assert names(tmp_path) == [".mine.unfinished", "file", "folder", "other"]
+
+
+def test_a_file_that_was_moved_is_not_there_any_more(tmp_path: Path) -> None:
+    with open(tmp_path / "file", "w") as file:
+        assert durable.still_there(tmp_path / "file", file.fileno())
+        (tmp_path / "file").rename(tmp_path / "other")
+        assert not durable.still_there(tmp_path / "file", file.fileno())
+        (tmp_path / "file").touch()
+        assert not durable.still_there(tmp_path / "file", file.fileno())
 
 
 def test_nothing_is_left_where_writing_fails(tmp_path: Path) -> None:
@@ -129,3 +149,16 @@ def test_a_file_system_that_cannot_sync_folders(tmp_path: Path, monkeypatch: pyt
     with pytest.raises(OSError, match="Invalid"):
         durable.write(tmp_path / "file", b"2")
     assert (tmp_path / "file").read_bytes() == b"1"
+
+
+def test_a_folder_that_may_not_be_read_is_not_synced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Writing into it needs no right to read it; a file that may not be read is an error."""
+    durable.write(tmp_path / "file", b"1")
+
+    def denied(*_: object) -> None:
+        raise PermissionError(errno.EACCES, "denied")
+
+    monkeypatch.setattr(os, "open", denied)
+    durable.sync(tmp_path)
+    with pytest.raises(PermissionError):
+        durable.sync(tmp_path / "file")

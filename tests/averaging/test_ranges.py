@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable
 from contextlib import suppress
@@ -51,6 +52,22 @@ def trained(average: MovingAverage, given: Callable[[int], torch.Tensor], tasks:
                 average.update()
                 weight.data.sub_(0.1)
     return weight
+
+
+DEFAULTS: dict[Callable[..., Any], dict[str, object]] = {
+    Pema: {"c": 5, "damping": 1e-5, "unit": "step"},
+    PemaKron: {"pull": 0.01, "c": 5, "damping": 0.01, "shrinkage": 0.1},
+    PemaStep: {"retention": 0.05, "kappa": None},
+    Constant: {"retention": 0.13, "beta": None},
+    Dema: {"factor": 2, "fallback": 0.01, "after_optimizer": False},
+    PemaReleased: {"damping": 1e-5},
+}
+
+
+@pytest.mark.parametrize("rule", DEFAULTS)
+def test_defaults_are_those_that_the_reference_results_have(rule: Callable[..., Any]) -> None:
+    taken = {name: parameter.default for name, parameter in inspect.signature(rule).parameters.items()}
+    assert DEFAULTS[rule].items() <= taken.items()
 
 
 @pytest.mark.parametrize(("made", "name"), RANGES, ids=lambda value: getattr(value, "__name__", value))
@@ -147,6 +164,25 @@ def damaged(state: dict[str, torch.Tensor], how: str) -> dict[str, Any]:
 
 
 HOW = ("shape", "dtype", "name", "rule", "list", "no step", "steps of several", "step of a fraction")
+
+
+@every
+def test_the_bytes_that_it_keeps_are_known_beforehand(rule: Any) -> None:
+    average = rule()
+    weight = trained(average, gradients)
+    found = sum(tensor.nbytes for kind in average.kept for tensor in average.slots()[kind].values())
+    assert found == average.kept_bytes({"w": weight})
+
+
+@pytest.mark.parametrize("shape", [(2, 2), (4, 2), (3, 1), (3, 2, 1)], ids=str)
+@pytest.mark.parametrize("rule", [Pema, PemaKron], ids=lambda rule: rule.__name__)
+def test_a_parameter_of_another_shape_than_before_is_refused(rule: Any, shape: tuple[int, ...]) -> None:
+    average = rule()
+    trained(average, gradients)
+    with pytest.raises(
+        UserError, match=r"'w' has shape .*; it was \(3, 2\) before|the group 'w' has .* before; a group"
+    ):
+        average.begin_task({"w": nn.Parameter(torch.ones(shape))}, STEPS)
 
 
 @every

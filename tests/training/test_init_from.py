@@ -22,12 +22,16 @@ from cnext.errors import UserError
 from cnext.exchange.evaluation import evaluate
 from cnext.exchange.export import export
 from cnext.exchange.importing import import_adapter
+from cnext.report import write_report
 from cnext.studies import dry_run, forecast
 from cnext.training.trainer import TaskTrainer
 
 FIRST, SECOND = "1_VQAv2", "2_Flickr30k"
-# By PEFT, of transformers' newer releases.
-pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+pytestmark = [
+    pytest.mark.usefixtures("without_reports"),
+    # By PEFT, of transformers' newer releases.
+    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),
+]
 
 
 def results(folder: Path) -> dict:
@@ -163,7 +167,7 @@ def test_an_exported_adapter_goes_on_as_its_run(
         assert note.startswith("it has none of what mage keeps (the averaging rule's state; of pema-kron the factors")
         adapters = [load_file(run / "checkpoints" / FIRST / "adapters.safetensors") for run in (before, made.folder)]
         assert all(torch.equal(adapters[1][name], tensor) for name, tensor in adapters[0].items())
-        assert "What it started from: it has none of what mage keeps" in (made.folder / "report.md").read_text()
+        assert "What it started from: it has none of what mage keeps" in write_report(made.folder)[1].read_text()
     else:
         assert found["init"]["notes"] == []
         assert found["digests"] == expected["digests"]
@@ -478,7 +482,7 @@ def test_weights_and_rates_may_differ_and_are_named(runs: Runs, config: Make) ->
         hyperparameters={"penalty": 0.5},
     )  # fmt: skip
     assert run(made)["init"]["notes"] == ["its run was trained otherwise: ewc.penalty: 0.108 there, 0.5 here"]
-    assert "Started from 1_VQAv2 of seed-0 (SHA-256 " in (made.folder / "report.html").read_text()
+    assert "Started from 1_VQAv2 of seed-0 (SHA-256 " in write_report(made.folder)[0].read_text()
     export(made.folder, made.folder / "out", "peft")
     assert "| started from | 1_VQAv2 of seed-0 (SHA-256 " in (made.folder / "out" / "README.md").read_text()
 
