@@ -68,7 +68,7 @@ def test_what_is_sealed_is_opened_beside_its_config_alone(tmp_path: Path) -> Non
     def read(path: Path, folder: Path | None = None) -> Any:
         return seals.opened(json.loads(path.read_text()), path, folder)
 
-    cost = put("cost.json", {"hours": 1}, "1f")
+    cost, answers = put("cost.json", {"hours": 1}, "1f"), put("answers.json", {}, "2f")
     assert read(cost)["hours"] == 1
     assert seals.run_of(tmp_path) is None
     config = put("config.json", CONFIG, "1f")
@@ -80,6 +80,8 @@ def test_what_is_sealed_is_opened_beside_its_config_alone(tmp_path: Path) -> Non
     (tmp_path / "in").mkdir()
     with pytest.raises(seals.Changed, match=r"cost.json and .*config.json are of different runs; restore it"):
         read(put("cost.json", {"hours": 1}, "2f"))
+    with pytest.raises(seals.Changed, match=r"answers.json and .*config.json are of different runs"):
+        read(answers)
     (tmp_path / "in" / "cost.json").write_text(cost.read_text())
     assert read(tmp_path / "in" / "cost.json")["hours"] == 1
     with pytest.raises(seals.Changed, match="of different runs"):
@@ -117,6 +119,7 @@ def test_a_chain_binds_each_row_to_those_before_it() -> None:
     assert all(map(seals.has_seal, lines))
     assert seals.intact(lines, seals.Chain("x.jsonl", "1f")) == lines
     assert seals.intact([lines[0], lines[2], lines[1]], seals.Chain("x.jsonl", "1f")) == lines[:1]
+    assert seals.intact([lines[0], b"{", *lines[1:]], seals.Chain("x.jsonl", "1f")) == lines[:1]
     for other in (seals.Chain("y.jsonl", "1f"), seals.Chain("x.jsonl", "2f"), seals.Chain("x.jsonl", None)):
         assert seals.intact(lines, other) == []
     assert not seals.Chain("x.jsonl", "1f").follows(b'{"a": 1}')
@@ -158,12 +161,16 @@ def test_a_log_is_read_as_it_was_written(run: str | None, tmp_path: Path) -> Non
 
 
 def test_a_log_that_is_whole_is_not_written_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    log = Log(tmp_path / "train.jsonl", TrainStep, "1f")
-    log.append([step(1)])
+    path = tmp_path / "train.jsonl"
+    Log(path, TrainStep, "1f").append([step(1), step(2)])
+    cut = Log(path, TrainStep, "1f")
+    cut.keep(lambda row: row.step < 2)
     monkeypatch.setattr(checkpoint, "write_bytes", lambda *_: pytest.fail("written again"))
-    assert log.keep(lambda row: True) == [step(1)]
-    log.append([step(2)])
-    assert len(Log(log.path, TrainStep, "1f").rows) == 2
+    cut.append([step(2)])
+    log = Log(path, TrainStep, "1f")
+    assert log.keep(lambda row: True) == [step(1), step(2)]
+    log.append([step(3)])
+    assert len(Log(path, TrainStep, "1f").rows) == 3
 
 
 @pytest.mark.parametrize("first", ["append", "keep"])
