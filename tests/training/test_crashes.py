@@ -61,7 +61,7 @@ KINDS = (KILL, KILL, TERM, INTERRUPT, FULL, MEMORY)
 SAID = {FULL: "no space left on the disk", MEMORY: "out of memory", TERM: "stopped by SIGTERM", INTERRUPT: "by SIGINT"}
 
 
-@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("seed", [0, 1, *(pytest.param(seed, marks=pytest.mark.slow) for seed in (2, 3, 4))])
 def test_interrupted_runs_end_with_the_same_bits(seed: int, make: Make, whole: RunConfig) -> None:
     """Interrupted six times at random moments and in random ways, 30 times in all, and then not any more."""
     draw, made, ended = random.Random(seed), make(f"ended-{seed}"), 0
@@ -100,7 +100,7 @@ def checkpoints(config: RunConfig) -> list[Path]:
 
 
 @pytest.mark.parametrize("cut", [True, False], ids=["cut short", "a bit flipped"])
-@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_a_damaged_checkpoint_is_not_used(seed: int, cut: bool, make: Make, whole: RunConfig) -> None:
     """It is named, the run resumes from the one before it, and the results are the same."""
     draw, made, damaged = random.Random(seed), make(f"damaged-{seed}-{cut}"), 0
