@@ -261,7 +261,7 @@ def test_errors_are_found_before_any_run_starts(
     [
         (["--mage.rank", "x"], "--mage.rank: invalid literal for int() with base 10: 'x'; expected --mage.rank INT"),
         (["--mage.rank", "1.5"], "'1.5'; expected --mage.rank INT"),
-        (["--mage.c", "-1"], "mage: expected c > 0, got c=-1.0"),
+        (["--mage.c", "-1"], "mage: c must be at least 1e-09, got -1.0"),
         (["--mage.cc", "1"], "Unrecognized options: --mage.cc, 1; perhaps you meant --mage.c FLOAT"),
         (
             ["--mage.strength", "1"],
