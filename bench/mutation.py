@@ -62,8 +62,8 @@ TESTS = {
     },
 }
 """By group and module: the files in tests/ that are run, those that fail sooner first."""
-SECONDS = 20
-"""That a mutant may take beyond five times what the module itself takes."""
+SECONDS, ASLEEP = 20, 60
+"""Of a processor, that a mutant may take beyond five times what the module itself takes; and that it may wait."""
 NOTHING_COLLECTED = 5
 """Status of pytest where all tests were left to children."""
 SURVIVED, KILLED, SLOW = "survived", "killed", "timeout"
@@ -122,10 +122,9 @@ class Changed(SourceFileLoader):
         return importlib.util.spec_from_file_location(name, self.path, loader=self) if name == self.name else None
 
 
-def forked(module: str, source: str, seconds: float, wall: float, temporary: Path) -> tuple[str, float, float] | None:
-    """What became of a mutant, and the seconds of a processor and of the clock that its tests took; None in the child,
-    which runs them. A mutant has as many of both, for one that waits for a lock takes no processor."""
-    before, started = resource.getrusage(resource.RUSAGE_CHILDREN), time.monotonic()
+def forked(module: str, source: str, seconds: float, temporary: Path) -> tuple[str, float] | None:
+    """What became of a mutant, and the processor's seconds of its tests; None in the child, which runs them."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
     child = os.fork()
     if not child:
         os.setpgid(0, 0)
@@ -136,20 +135,22 @@ def forked(module: str, source: str, seconds: float, wall: float, temporary: Pat
             os.dup2(output, descriptor)
         sys.meta_path.insert(0, Changed(f"cnext.{module}", source))  # pyright: ignore[reportArgumentType]
         return None
-    status = None
+    status, awake = None, time.monotonic()
     while status is None:
         ended, found = os.waitpid(child, os.WNOHANG)
         if ended:
             status = found
-        elif time.monotonic() - started > wall:
+            break
+        if Path(f"/proc/{child}/stat").read_text().rpartition(")")[2].split()[0] == "R":  # or it waits for a processor
+            awake = time.monotonic()
+        if time.monotonic() - awake > ASLEEP:  # it waits for a lock, or the end of another
             os.killpg(child, signal.SIGKILL)
-        else:
-            time.sleep(0.02)
+        time.sleep(0.02)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     took = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
     if os.WIFSIGNALED(status) and os.WTERMSIG(status) in (signal.SIGXCPU, signal.SIGKILL):
-        return SLOW, took, time.monotonic() - started
-    return SURVIVED if status == 0 else KILLED, took, time.monotonic() - started
+        return SLOW, took
+    return SURVIVED if status == 0 else KILLED, took
 
 
 class Fork:
@@ -161,15 +162,15 @@ class Fork:
     def pytest_collection(self) -> bool | None:
         """None in a child, which goes on to the tests; True once all mutants are done."""
         source = source_file(self.module).read_text(encoding="utf-8")
-        if (found := forked(self.module, source, 1800, 1800, self.temporary)) is None:
+        if (found := forked(self.module, source, 1800, self.temporary)) is None:
             return None
         if found[0] != SURVIVED:
             print((self.temporary / "output.txt").read_text(encoding="utf-8"))
             raise RuntimeError(f"the tests of {self.module} fail without a mutant")
-        limits = SECONDS + 5 * found[1], SECONDS + 5 * found[2]
+        seconds = SECONDS + 5 * found[1]
         generator = random.Random(f"{self.options.seed} {self.module}")
         for operator, changed in itertools.islice(mutants(source, generator), self.options.sample):
-            if (found := forked(self.module, changed, *limits, self.temporary)) is None:
+            if (found := forked(self.module, changed, seconds, self.temporary)) is None:
                 return None
             line, code = line_changed(source, changed)
             row = {"module": self.module, "operator": operator, "line": line, "code": code, "result": found[0]}
