@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from torch import nn
 
 from cnext.errors import UserError, listed, parse_json
 from cnext.regular_files import LARGEST, read_bytes
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+MOST = 10_000
+"""Layers and experts of a model."""
 LOCAL = {"local_files_only": True, "trust_remote_code": False}
 """Arguments of ``from_pretrained``: nothing is downloaded, and no code in the folder is executed."""
 
@@ -134,7 +137,13 @@ def load_parts(
 
     import transformers
 
+    def empty() -> nn.Module:
+        config = transformers.AutoConfig.from_pretrained(folder, **LOCAL)
+        with torch.device("meta"):
+            return getattr(transformers, model_class)(config)
+
     with _as_user_errors(folder, model_class, released):
+        require_same_size(folder, empty)
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **LOCAL)
         # The pixels do not depend on whether torchvision is installed.
         image_processor = transformers.AutoImageProcessor.from_pretrained(folder, backend="pil", **LOCAL)
@@ -183,10 +192,39 @@ def _as_user_errors(folder: Path, model_class: str, released: str) -> Iterator[N
 
     try:
         yield
+    except UserError:
+        raise
     except (OSError, TypeError, ValueError, RuntimeError, SafetensorError, StrictDataclassError) as error:
         raise UserError(
             f"{folder} cannot be loaded as {model_class}: {error}\nexpected {released}; copy the broken file again"
         ) from error
+
+
+def require_same_size(folder: Path, empty: Callable[[], nn.Module]) -> None:
+    """Raises UserError where config.json is of a larger model than the weights, before memory for it is taken.
+
+    empty: makes the model on the meta device; not called where config.json has more layers or experts than any model.
+    """
+    wrong = [f"{name} is {count:,}" for name, count in _counts(read_json(folder / "config.json")) if count > MOST]
+    if not wrong:
+        parameters = sum(parameter.numel() for parameter in empty().parameters())
+        size = sum(file.stat().st_size for file in weight_files(folder))
+        if parameters > size:  # a number takes a byte or more
+            wrong = [f"it is of a model of {parameters:,} parameters, and the weights have {size:,} bytes"]
+    if wrong:
+        raise UserError(
+            f"{folder}/config.json does not fit the weights: {listed(wrong)}; config.json and weights must be of the "
+            "same model: copy both again"
+        )
+
+
+def _counts(values: dict[str, Any]) -> Iterator[tuple[str, int]]:
+    """Numbers of layers and experts in a configuration and its parts."""
+    for name, value in values.items():
+        if isinstance(value, dict):
+            yield from _counts(value)
+        elif isinstance(value, int) and any(part in name for part in ("layer", "depth", "experts")):
+            yield name, value
 
 
 def check_tensors(folder: Path, loading_info: dict[str, Any]) -> None:

@@ -205,10 +205,23 @@ def load_backbone(planned: Plan) -> Backbone:
         checkpointing=recipe.checkpointing,
         **loading_options(config.backbone, config.backbone_options),
     )
+    require_finite(backbone, config.weights)
     backbone.seed = config.seed
     if any("image" in planned.suite.task(name).writes for name in [*planned.order, *planned.held_out]):
         backbone.require_drawing()
     return backbone
+
+
+def require_finite(model: nn.Module, weights: Path | None) -> None:
+    """Raises UserError where a parameter is infinite or not a number: every score would be that of noise."""
+    for name, value in model.named_parameters():
+        if not value.is_floating_point() or value.is_meta or value.sum(dtype=torch.float32).isfinite():
+            continue
+        if count := int((~value.isfinite()).sum()):  # or the sum alone is out of range
+            raise UserError(
+                f"{weights or 'embedded model'}: {count:,} of {value.numel():,} numbers of {name} are infinite or no "
+                "number; copy the weights again, or give another --precision"
+            )
 
 
 def trained_beside(backbone: Backbone, trainable: str) -> dict[str, nn.Parameter]:

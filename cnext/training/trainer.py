@@ -210,9 +210,13 @@ class TaskTrainer:
     def _check_finite(self, name: str, value: float) -> None:
         if not math.isfinite(value):
             ids = ", ".join(self.batches.ids(self.step))
+            remedy = "the last checkpoint is good; a lower --learning-rate is the usual remedy"
+            if not self.step:
+                remedy = (
+                    "no step was done on this task: check these samples and the weights, or give another --precision"
+                )
             raise UserError(
-                f"the {name} is {value} at step {self.step + 1} of {self.steps}; samples of the batch: {ids}\n"
-                "the last checkpoint is good; a lower --learning-rate is the usual remedy"
+                f"the {name} is {value} at step {self.step + 1} of {self.steps}; samples of the batch: {ids}\n{remedy}"
             )
 
     def state_dict(self) -> dict[str, Tensor]:

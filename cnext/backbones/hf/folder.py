@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from cnext.backbones.folders import LOCAL, check_tensors, read_json, refuse_adapter, weight_files
+from cnext.backbones.folders import LOCAL, check_tensors, read_json, refuse_adapter, require_same_size, weight_files
 from cnext.errors import UserError
 
 EXPECTED = (
@@ -149,6 +149,8 @@ def load_model(source: Source, dtype: torch.dtype, device_map: str | None) -> An
     """The model, frozen, in evaluation mode. Raises UserError where a file is broken, or tensors are missing."""
     import transformers
 
+    if not source.gguf:
+        require_same_size(source.folder, lambda: empty_model(source))
     with _as_user_errors(source.folder):
         model, loading_info = getattr(transformers, source.auto).from_pretrained(
             source.folder,
