@@ -121,12 +121,12 @@ def test_a_checkpoint_that_is_not_replaced_stays(call: int, tmp_path: Path, monk
 def test_a_run_finds_the_checkpoint_that_was_being_replaced(tmp_path: Path) -> None:
     run = tmp_path / "run"
     with closing(RunFolder(run, {})) as folder:
-        folder.save({}, {"tasks_done": 1, "step": 0}, "1_A")
-    os.rename(run / "checkpoints" / "1_A", run / "checkpoints" / ".1_A.0123abcd.replaced")
+        folder.save({}, {"tasks_done": 1, "step": 0}, "1_ImageNet.A")
+    os.rename(run / "checkpoints" / "1_ImageNet.A", run / "checkpoints" / ".1_ImageNet.A.0123abcd.replaced")
     with closing(RunFolder(run, {})) as folder:
         found = folder.furthest(print)
     assert found
-    assert found[0].name == "1_A"
+    assert found[0].name == "1_ImageNet.A"
 
 
 def test_a_file_system_that_cannot_sync_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -162,3 +162,23 @@ def test_a_folder_that_may_not_be_read_is_not_synced(tmp_path: Path, monkeypatch
     durable.sync(tmp_path)
     with pytest.raises(PermissionError):
         durable.sync(tmp_path / "file")
+
+
+def test_folders_and_what_is_in_them_are_synced_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A name before what it names may be lost with it; of a folder that another has made too, which may have died."""
+    synced: list[str] = []
+    monkeypatch.setattr(durable, "sync", lambda path: synced.append(str(path.relative_to(tmp_path))))
+    durable.make_folder(tmp_path / "a" / "b" / "c")
+    assert synced == ["a/b", "a", "."]
+    durable.make_folder(tmp_path / "a" / "b" / "c")
+    assert synced == ["a/b", "a", ".", "a/b"]
+    synced.clear()
+    (tmp_path / "a" / "b" / "c" / "file").touch()
+    durable.sync_all(tmp_path / "a")
+    assert synced == ["a/b/c/file", "a/b/c", "a/b", "a"]
+    synced.clear()
+    durable.append(tmp_path / "log", b"1")
+    assert synced == ["."], "the folder has a new name"
+    durable.append(tmp_path / "log", b"2")
+    assert synced == ["."]
+    assert (tmp_path / "log").read_bytes() == b"12"

@@ -110,3 +110,15 @@ def test_misuse_is_refused():
         accumulator.step()
     with pytest.raises(UserError, match="expects no losses; got losses"):
         accumulator.step(losses(net, torch.ones(1, 3)))
+
+
+@pytest.mark.parametrize("unit", UNITS)
+@pytest.mark.parametrize("processes", [None, 1, 2])
+def test_several_processes_read_reduced_gradients_alone(unit, processes, monkeypatch):
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: processes is not None)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: processes or pytest.fail("there is no group"))
+    if unit == "step" or processes != 2:
+        setup(unit)
+        return
+    with pytest.raises(UserError, match=f"unit '{unit}' reads gradients before their reduction.*use unit 'step'"):
+        setup(unit)

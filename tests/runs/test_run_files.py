@@ -20,6 +20,7 @@ from cnext.runs.run_folder import InUse, RunFolder
 from cnext.runs.schemas import StageScore, TrainStep
 from cnext.runs.trackers.base import Tracker
 from cnext.scoring.base import ERROR_TYPES, PROFILES
+from cnext.tasks.data_digest import WIDTH, SplitDigest
 
 CONFIG = {"method": "sft", "seed": 0, "threads": 1}
 VALUES = {"tasks_done": 1, "step": 0}
@@ -359,6 +360,7 @@ def test_the_newest_checkpoint_is_found_and_one_inside_a_task_is_kept(tmp_path: 
         folder.log_steps([step(1)])
         for label, done, at in (("0_zero", 0, 0), ("1_10", 0, 10), ("1_9", 0, 9), ("1_11", 0, 11), ("1_A", 1, 0)):
             if label == "1_A":
+                assert labels(folder) == ["0_zero", "1_10", "1_11"]
                 (folder.checkpoints / ".left").mkdir()
             folder.save({"method": {"a": torch.ones(1)}}, {"tasks_done": done, "step": at}, label)
         assert labels(folder) == ["0_zero", "1_11", "1_A"]
@@ -376,6 +378,29 @@ def test_the_newest_checkpoint_is_found_and_one_inside_a_task_is_kept(tmp_path: 
         change(folder.checkpoints / "0_zero" / checkpoint.MANIFEST, b'"step": 0', b'"step": 1')
         with pytest.raises(UserError, match=r"^no checkpoint of this run is intact:\n.*0_zero has changed.*\ndelete"):
             folder.furthest(said.append)
+
+
+def test_a_checkpoint_takes_the_place_of_one_of_the_same_label(tmp_path: Path) -> None:
+    for number in (1.0, 2.0):
+        checkpoint.save(tmp_path / "1_A", {"adapters": {"a": torch.full((1,), number)}}, VALUES)
+    assert checkpoint.load(tmp_path / "1_A")[0]["adapters"]["a"].item() == 2
+    assert [path.name for path in tmp_path.iterdir()] == ["1_A"]
+
+
+@pytest.mark.parametrize("begins", ["log", "checkpoint"])
+def test_a_run_that_has_begun_is_on_the_same_data(begins: str, tmp_path: Path) -> None:
+    one, other = ({"A": {"train": SplitDigest(digit * WIDTH)}} for digit in "12")
+    with opened(tmp_path / "run") as folder:
+        assert folder.note_data(one, {}) == folder.note_data(other, {}) == ""
+        (folder.checkpoints / ".left").mkdir()
+        assert folder.note_data(one, {}) == "", "what is unfinished is no result"
+        if begins == "log":
+            folder.log_steps([step(1)])
+        else:
+            folder.save({}, VALUES, "1_A")
+        assert folder.note_data(one, {}) == ""
+        with pytest.raises(UserError, match=r"have changed since it began:\n  task A, train: .* row 1, no longer"):
+            folder.note_data(other, {})
 
 
 def test_a_checkpoint_is_of_its_run_and_its_logs(tmp_path: Path) -> None:
