@@ -236,8 +236,10 @@ def test_constant_keeps_its_retention():
     assert start.item() == pytest.approx(0.3)
 
 
-def test_pema_step_is_the_rule_written_out():
-    result, pairs, last = run_rule(PemaStep(kappa=4.0))
+@pytest.mark.parametrize("options", [{"kappa": 4.0}, {"retention": (4 / 5) ** STEPS}], ids=["kappa", "retention"])
+def test_pema_step_is_the_rule_written_out(options):
+    """Where all squared gradients are equal, beta is kappa / (1 + kappa), which keeps the retention in all steps."""
+    result, pairs, last = run_rule(PemaStep(**options))
     ema, fisher, level = pairs[0][0], torch.zeros(4, 5, dtype=torch.float64), 0.0
     for theta, gradient in [*pairs, (last, torch.zeros(4, 5))]:
         fisher = fisher + gradient.square()
