@@ -375,6 +375,10 @@ def _unknown_text(comparison: Comparison) -> list[str]:
     neither = [key for key in ("profile", *CONDITIONS) if all(key in of for of in comparison.unknown.values())]
     if len(comparison.unknown) == 2 and neither:
         lines += [f"NOT CHECKED, as neither file says it: {', '.join(neither)}"]
+    sides = (comparison.here, comparison.there)
+    lacking = [side.name for side in sides if side.data is None and side.seed is not None]
+    if lacking and any(side.data is not None for side in sides):
+        lines.append(f"NOT CHECKED: the data, of which {lacking[0]} has no digest, as a run of an earlier version")
     return lines
 
 

@@ -333,6 +333,17 @@ def test_two_seeds_of_one_method(tmp_path: Path) -> None:
     assert "seeds:" not in text(same)
 
 
+def test_data_that_one_run_has_no_digest_of_are_named(tmp_path: Path) -> None:
+    """Only of runs: what is printed in a paper has none, which its other conditions say."""
+    digest = {"data": {"VQAv2": {"test": {"sha256": "0" * 64, "rows": 4}}}}
+    old, new = (of_run(run(tmp_path / name, results(**more))) for name, more in (("old", {}), ("new", digest)))
+    for sides in ((old, new), (new, old)):
+        assert f"NOT CHECKED: the data, of which {old.name} has no digest" in text(compare(*sides))
+    for one in (old, new):
+        assert "NOT CHECKED" not in text(compare(one, one))
+    assert "NOT CHECKED" not in text(compare(of_run(tmp_path / "new", "paper"), of_paper("mage-paper")))
+
+
 def test_json_has_both_sides_and_the_difference(tmp_path: Path) -> None:
     shown = json.loads(as_json(compare(of_run(run(tmp_path, results()), "paper"), of_paper("mage-paper"))))
     assert shown["metrics"]["avg_acc"]["difference"] == pytest.approx(DELTA)
