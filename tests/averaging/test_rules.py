@@ -284,8 +284,9 @@ def test_literal_rule_warns_where_its_guard_decides(guard):
         weight.grad = torch.full((100,), 1e-3)
         average.update()
         weight.data += 1e-3
-    with pytest.warns(RuntimeWarning, match=r"100.00% of beta lay outside \(0, 1\)"):
+    with pytest.warns(RuntimeWarning, match=r"100.00% of beta lay outside \(0, 1\)") as warned:
         average.end_task()
+    assert warned[0].filename == __file__, "the line that called end_task is shown"
     torch.testing.assert_close(weight.data, torch.full((100,), 1e-5 if guard == "fallback" else 0.0))
 
 

@@ -98,8 +98,9 @@ def test_a_later_step_without_any_gradient_is_told(rule: type[MovingAverage]) ->
     for step in range(4):
         weight.grad = None if step == 1 else torch.ones(3, 2)
         if step == 1:
-            with pytest.warns(RuntimeWarning, match=r"every \.grad is None; .* It counts as zero"):
+            with pytest.warns(RuntimeWarning, match=r"every \.grad is None; .* It counts as zero") as warned:
                 average.update()
+            assert warned[0].filename == __file__, "the line that called it is shown"
         else:
             average.update()
     average.end_task()
@@ -113,8 +114,11 @@ def test_gradients_that_are_all_zero_are_told_at_the_end(rule: type[MovingAverag
     for _ in range(2):
         weight.grad = torch.zeros(3, 2)
         average.update()
-    with pytest.warns(RuntimeWarning, match=f"{rule.name}: every gradient that was read was zero or not finite"):
+    with pytest.warns(
+        RuntimeWarning, match=f"{rule.name}: every gradient that was read was zero or not finite"
+    ) as warned:
         average.end_task()
+    assert {one.filename for one in warned} == {__file__}
 
 
 @pytest.mark.parametrize("unit", UNITS)
