@@ -122,3 +122,9 @@ def test_several_processes_read_reduced_gradients_alone(unit, processes, monkeyp
         return
     with pytest.raises(UserError, match=f"unit '{unit}' reads gradients before their reduction.*use unit 'step'"):
         setup(unit)
+
+
+def test_sums_of_another_dtype_are_refused_before_the_task():
+    weight = nn.Parameter(torch.ones(2))
+    with pytest.raises(UserError, match=r"fisher\[0\] has dtype torch.float64; expected torch.float32"):
+        FisherAccumulator().open({"w": weight}, {"w": torch.zeros(2, dtype=torch.float64)})
