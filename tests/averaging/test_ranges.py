@@ -30,12 +30,12 @@ RANGES: dict[tuple[Callable[..., Any], str], tuple[tuple[float, ...], tuple[floa
     (PemaStep, "retention"): ((1e-9, 0.999), (0, 1, -1)),
     (PemaStep, "kappa"): ((1e-12, 1), (0, -1, math.inf, 1e308, 1e-320)),
     (Constant, "retention"): ((0.5,), (0, 1, math.inf)),
-    (Constant, "beta"): ((0, 1), (-1, 2)),
-    (PemaLiteral, "fallback"): ((0, 1), (-1, 2, math.inf)),
+    (Constant, "beta"): ((0, 1), (-1, 1.5)),
+    (PemaLiteral, "fallback"): ((0, 1), (-1, 1.5, math.inf)),
     (PemaLiteral, "damping"): ((1e-5,), (0, -1, math.inf)),
     (PemaReleased, "damping"): ((1e-5,), (0, -1, math.inf)),
     (Dema, "factor"): ((0.01, 2), (0, -1, math.inf)),
-    (Dema, "fallback"): ((0, 1), (-1, 7)),
+    (Dema, "fallback"): ((0, 1), (-1, 1.5)),
 }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -107,12 +108,13 @@ def test_a_later_step_without_any_gradient_is_told(rule: type[MovingAverage]) ->
 
 
 @every(WATCHING)
-def test_gradients_that_are_all_zero_are_told_at_the_end(rule: type[MovingAverage]) -> None:
+@pytest.mark.parametrize("value", [0.0, math.nan, math.inf, -math.inf])
+def test_gradients_that_are_all_zero_are_told_at_the_end(value: float, rule: type[MovingAverage]) -> None:
     """As after ``zero_grad(set_to_none=False)``."""
     weight, average = nn.Parameter(torch.ones(3, 2)), rule()
     average.begin_task({"weight": weight}, 2)
     for _ in range(2):
-        weight.grad = torch.zeros(3, 2)
+        weight.grad = torch.full((3, 2), value)
         average.update()
     with pytest.warns(
         RuntimeWarning, match=f"{rule.name}: every gradient that was read was zero or not finite"
