@@ -71,8 +71,19 @@ def test_the_peak_may_be_at_the_end_or_before_it() -> None:
 
 
 def test_transfer_is_a_mean_over_tasks_of_means_over_stages() -> None:
-    matrix = ScoreMatrix.from_rows([[80, 10, 20, 0], [70, 60, 40, 3], [60, 50, 90, 6], [50, 40, 80, 70]])
-    assert metrics(matrix)["transfer"] == pytest.approx((10 + (20 + 40) / 2 + (0 + 3 + 6) / 3) / 3)
+    matrix = ScoreMatrix.from_rows([[80, 10, 20, 0], [70, 60, 40, 3], [60, 50, 90, 7], [50, 40, 80, 70]])
+    assert metrics(matrix)["transfer"] == pytest.approx((10 + (20 + 40) / 2 + (0 + 3 + 7) / 3) / 3)
+
+
+def test_forgetting_of_each_stage() -> None:
+    matrix = ScoreMatrix.from_rows([[80, None, None], [70.5, 60, None], [50, 40.5, 70]])
+    first, *others = matrix.stage_forgetting()
+    assert math.isnan(first)
+    assert others == pytest.approx([9.5, (30 + 19.5) / 2])
+    matrix.set(1, 0, math.nan)
+    _, gap, last = matrix.stage_forgetting()
+    assert math.isnan(gap)
+    assert last == pytest.approx((30 + 19.5) / 2)
 
 
 def test_forward_transfer_takes_scores_before_learnt_and_is_never_zero_without_them() -> None:
@@ -165,7 +176,9 @@ def test_error_shares_of_other_answers_are_refused() -> None:
     matrix = random_matrix(3, 0)
     errors = random_errors(matrix, 0)
     errors["other"].set(2, 0, errors["other"][2, 0] + 1e-3)
-    with pytest.raises(UserError, match="task 1 after stage 3"):
+    lost = 100 - matrix[2, 0]
+    said = rf"task 1 after stage 3 to add up to 100 minus its score, {lost:.6f}, got {lost + 1e-3:.6f}; compute"
+    with pytest.raises(UserError, match=said):
         metrics(matrix, error_matrices=errors)
 
 
@@ -203,6 +216,7 @@ def test_one_task_has_no_forgetting() -> None:
 def test_nothing_evaluated_leaves_everything_undefined() -> None:
     assert set(metrics(ScoreMatrix(3)).values()) == {None}
     assert set(metrics(ScoreMatrix.from_rows([])).values()) == {None}
+    assert len(ScoreMatrix.from_rows([])) == 0
 
 
 def test_every_metric_has_a_formula_of_one_line() -> None:
