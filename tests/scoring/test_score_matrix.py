@@ -80,7 +80,7 @@ def test_forgetting_of_each_stage() -> None:
     first, *others = matrix.stage_forgetting()
     assert math.isnan(first)
     assert others == pytest.approx([9.5, (30 + 19.5) / 2])
-    matrix.set(1, 0, math.nan)
+    matrix = ScoreMatrix.from_rows([[80, None, None], [None, 60, None], [50, 40.5, 70]])
     _, gap, last = matrix.stage_forgetting()
     assert math.isnan(gap)
     assert last == pytest.approx((30 + 19.5) / 2)
