@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import IO, Any
 
@@ -142,17 +143,19 @@ class Verdicts:
         if self._file is not None:
             return
         durable.make_folder(self.path.parent)
-        file = open(self.path, "ab")  # noqa: SIM115 (closed by close)
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            file.close()
-            raise UserError(f"another process is writing {self.path}; wait for it or give another --name") from error
-        durable.sync(self.path.parent)
-        self._file = file
-        content = self.path.read_bytes()
-        file.truncate(content.rfind(b"\n") + 1)
-        self._take(self._read())
+        with ExitStack() as undo:
+            file = undo.enter_context(self.path.open("ab"))
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                said = f"another process is writing {self.path}; wait for it or give another --name"
+                raise UserError(said) from error
+            durable.sync(self.path.parent)
+            content = self.path.read_bytes()
+            file.truncate(content.rfind(b"\n") + 1)
+            self._take(self._read())
+            undo.pop_all()  # closed by close
+            self._file = file
 
     def add(self, row: Verdict) -> None:
         """Appends a verdict, on the disk when this returns. Raises UserError as ``open``, and if the file is gone."""

@@ -10,6 +10,7 @@ import threading
 from pathlib import Path
 
 import pytest
+from failing_calls import SOME, Command, fails_once
 from judging.judge_server import Judge, serving
 from PIL import Image
 from training.toy import rows as read_rows
@@ -482,3 +483,29 @@ def test_validate_that_is_incomplete(tmp_path: Path, capsys: pytest.CaptureFixtu
         assert len(judge.requests) == 5
     [file] = tmp_path.glob("*.json")
     assert json.loads(file.read_text())["usage"]["requests"] == 5
+
+
+class Judging(Command):
+    """Repeated, it asks for less: the tokens used, and with them the table's checksum, are others."""
+
+    def files(self) -> dict[str, bytes]:
+        found = super().files()
+        for name in [name for name in found if name.endswith("toy.json")]:
+            kept = {key: value for key, value in json.loads(found[name]).items() if key not in ("usage", "sha256")}
+            found[name] = json.dumps(kept).encode()
+        return found
+
+
+@SOME
+def test_calls_for_files_that_fail(some: int | None, run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """While a model is asked. One request at a time, so that verdicts are kept in one order."""
+    copy = run.with_name("copy") / "run"
+    with serving(Judge()) as judge:
+
+        def begin() -> None:
+            judge.requests.clear()
+            shutil.rmtree(copy.parent, ignore_errors=True)
+            shutil.copytree(run, copy)
+
+        command = Judging(copy.parent, begin, lambda: main([*judging(copy, judge), "--concurrency", "1"]))
+        assert fails_once(command, capsys, some) > 10
