@@ -129,7 +129,7 @@ def forked(module: str, source: str, seconds: float, temporary: Path) -> tuple[s
     if not child:
         os.setpgid(0, 0)
         resource.setrlimit(resource.RLIMIT_CPU, (math.ceil(seconds), math.ceil(seconds) + 5))
-        resource.setrlimit(resource.RLIMIT_DATA, (8 << 30, 8 << 30))
+        resource.setrlimit(resource.RLIMIT_DATA, (24 << 30, 24 << 30))
         output = os.open(temporary / "output.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         for descriptor in (1, 2):
             os.dup2(output, descriptor)
