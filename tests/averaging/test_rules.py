@@ -8,6 +8,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from cnext.averaging import RULES, Constant, Dema, Pema, PemaLiteral, PemaReleased, PemaStep, Rule
+from cnext.averaging.base import mean_and_std
 from cnext.errors import UserError
 
 STEPS = 6
@@ -458,3 +459,30 @@ def test_misuse_is_refused():
     ):
         with pytest.raises(UserError):
             bad()
+
+
+def test_an_average_before_and_in_a_task():
+    average = Constant()
+    assert (average.step, average.steps, average.statistics) == (0, 0, {})
+    weight = nn.Parameter(torch.ones(3))
+    with pytest.raises(TypeError):
+        average.task({"w": weight}, 2)
+    with pytest.raises(TypeError):
+        average.begin_task({"w": weight}, 3, True)
+    average.begin_task({"w": weight}, 3)
+    for rate in (0, 0.5, 1):
+        weight.grad = torch.ones(3)
+        average.update(rate=rate)
+        assert average.rate == rate
+    average.end_task()
+    average.begin_task({"w": weight}, 1)
+    weight.grad = torch.ones(3)
+    for rate in (-0.1, 1.1, float("nan")):
+        with pytest.raises(UserError, match="the learning rate over the schedule's largest, from 0 to 1, got"):
+            average.update(rate=rate)
+    assert average.step == 0
+
+
+def test_statistics_of_nothing_are_zero():
+    assert mean_and_std([0.0, 0.0, 0.0]) == (0, 0)
+    assert mean_and_std([4.0, 6.0, 14.0]) == (1.5, pytest.approx((14 / 4 - 1.5**2) ** 0.5))
