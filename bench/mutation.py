@@ -31,7 +31,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-RULES = "averaging/test_rules averaging/test_ranges averaging/test_copies"
+RULES = "averaging/test_rules averaging/test_ranges averaging/test_task_parameters averaging/test_copies"
 TESTS = {
     "metrics": {"scoring.matrix": "scoring/test_score_matrix"},
     "scoring": {
@@ -53,7 +53,7 @@ TESTS = {
         "runs.run_folder": "runs/test_run_files",
     },
     "averaging": {
-        "averaging.base": f"{RULES} averaging/test_task_parameters",
+        "averaging.base": RULES,
         "averaging.pema": RULES,
         "averaging.fisher": f"averaging/test_fisher_units {RULES}",
         "averaging.released": RULES,
