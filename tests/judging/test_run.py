@@ -507,5 +507,5 @@ def test_calls_for_files_that_fail(some: int | None, run: Path, capsys: pytest.C
             shutil.rmtree(copy.parent, ignore_errors=True)
             shutil.copytree(run, copy)
 
-        command = Judging(copy.parent, begin, lambda: main([*judging(copy, judge), "--concurrency", "1"]))
+        command = Judging(copy.parent, begin, lambda: main(judging(copy, judge)))
         assert fails_once(command, capsys, some) > 10
