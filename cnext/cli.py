@@ -247,6 +247,13 @@ def _data_subset(arguments: argparse.Namespace) -> None:
     print(f"{name}: cnext-run --suite {out} --data {out}")
 
 
+def _data_generate(arguments: argparse.Namespace) -> None:
+    from cnext.tasks import generated, suites
+
+    suite = suites.load(arguments.suite)
+    print(generated.write_folder(suite, arguments.preset, arguments.out or Path(suite.name)))
+
+
 def _export(arguments: argparse.Namespace) -> None:
     from cnext.exchange.export import export
 
@@ -407,7 +414,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     verb.add_argument("--out", type=Path, help="output folder of `validate` (default: ./judge)")
 
-    text = "check the files of a suite, or write a random sample of them as a suite"
+    text = "check the files of a suite, sample them as a suite of its own, or write those of a generated suite"
     data = verbs.add_parser("data", help=text, description=text[0].upper() + text[1:] + ".")
     parts = data.add_subparsers(dest="part", required=True, metavar="part")
     text = "read and count every file of a suite; exit status 0: no problems, 1: problems found, 2: wrong usage"
@@ -420,6 +427,10 @@ def _parser() -> argparse.ArgumentParser:
     check.add_argument(
         "--weights", type=Path, metavar="PATH", help="weights of that backbone, where it depends on them"
     )
+    generate = add("generate", _data_generate, "write the files of a generated suite, with Croissant metadata", parts)
+    generate.add_argument("--suite", default="next-real", help="next-real (default) or next-tiny")
+    generate.add_argument("--preset", default="default", help="training settings, for the numbers of items")
+    generate.add_argument("--out", type=Path, help="output folder, which must not exist (default: ./<suite>)")
     subset = add("subset", _data_subset, "write a random sample of every split as a suite of its own", parts)
     subset.add_argument("--n", type=int, default=500, help="rows per split (default: 500)")
     subset.add_argument("--seed", type=int, default=0, help="random seed of the sample (default: 0)")
@@ -465,7 +476,9 @@ def _parser() -> argparse.ArgumentParser:
     verb.add_argument("--suite", help="suite of tasks (default: the run's; next-tiny)")
     verb.add_argument("--data", type=Path, metavar="DIR", help="folder with the suite's files")
     verb.add_argument("--tasks", metavar="A,B", help="tasks to score (default: those learnt; all of the suite)")
-    verb.add_argument("--split", choices=("test", "validation"), help="split that is scored (default: test)")
+    verb.add_argument(
+        "--split", choices=("test", "validation", "reworded"), help="split that is scored (default: test)"
+    )
     verb.add_argument(
         "--method", help="method of an adapter: mage, mage-paper, moelora or lora (default: by its branches)"
     )
@@ -486,7 +499,7 @@ def _parser() -> argparse.ArgumentParser:
     text = "check whether a run can start here: packages, devices, kernels, weights, data, CLIP, memory, disk"
     verb = add("doctor", _doctor, text)
     verb.epilog = "Exit status 0: a run can start; 1: it cannot."
-    verb.add_argument("--backbone", default="tiny", help="backbone of the run (default: tiny)")
+    verb.add_argument("--backbone", default="auto", help="backbone of the run (default: the suite's)")
     verb.add_argument("--weights", type=Path, metavar="PATH", help="folder or file of the backbone's weights")
     verb.add_argument("--suite", default="next-tiny", help="suite of the run (default: next-tiny)")
     verb.add_argument("--data", type=Path, metavar="DIR", help="folder with the suite's files")

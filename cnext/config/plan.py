@@ -15,7 +15,7 @@ from typing import Any
 from cnext import packages
 from cnext.config import init_source
 from cnext.config.init_source import InitSource
-from cnext.config.run_config import LOGS, OVERRIDES, RANGES, SPLITS, Options, RunConfig
+from cnext.config.run_config import LOGS, OVERRIDES, RANGES, SPLITS, Options, RunConfig, with_backbone
 from cnext.errors import UserError, check_range, parse_json, unknown
 from cnext.regular_files import read_bytes
 from cnext.scoring.base import find_scorer, make_scorers
@@ -50,7 +50,7 @@ class Plan:
     """A RunConfig with every name resolved, as `plan` returns it.
 
     Attributes:
-        config: the configuration; its order is never None, and its data is a folder or None.
+        config: the configuration; its backbone is never "auto", its order never None, and its data is a folder or None.
         suite: with the configuration's prompts and CLIP model.
         order: names of the tasks in training order.
         recipe: the preset's, with what the configuration overrides, and no steps for the tasks of ``init_tasks``.
@@ -213,6 +213,7 @@ def plan(config: RunConfig, elsewhere: bool = False, forecast: bool = False) -> 
         UserError: a name is unknown (the valid ones are listed) or a value is out of range.
     """
     suite = _suite(config)
+    config = with_backbone(config, suite)
     if config.order is None:
         config = dataclasses.replace(config, order=suites.default_order(suite))
     order = suites.order(suite, config.order or "")
@@ -270,7 +271,7 @@ def _source(
 
 def _suite(config: RunConfig) -> Suite:
     """The suite, with the configuration's prompts and CLIP model."""
-    from cnext.tasks.synthetic import GENERATORS
+    from cnext.tasks.generated import GENERATORS
 
     suite = suites.load(config.suite)
     if config.clip is not None:

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, get_type_hints
+from typing import Any, Literal, TypeVar, get_type_hints
 
 from cnext.config import settings_file
 from cnext.config.given import converted
 from cnext.errors import UserError
 from cnext.tasks import suites
-from cnext.tasks.base import LARGEST_BATCH, LEARNING_RATES
+from cnext.tasks.base import LARGEST_BATCH, LEARNING_RATES, Suite
 
-SPLITS = ("test", "validation")
+SPLITS = ("test", "validation", "reworded")
 LOGS = ("jsonl", "tensorboard", "wandb")
 OVERRIDES = (
     "learning_rate",
@@ -43,13 +43,13 @@ RANGES = {
 class Options:
     """Options that the runs of a study share. Each field is a flag of ``cnext-run``."""
 
-    backbone: str = "tiny"
-    """Model to train; `cnext list` shows them."""
+    backbone: str = "auto"
+    """Model to train (see `cnext list`); auto: the suite's."""
     suite: str = "next-tiny"
     """Suite of tasks: a name that `cnext list` shows, or a folder with suite.json."""
     preset: str = "default"
     """Training settings of the suite, as `cnext list` shows: "default", "paper", or "smoke" for a quick check."""
-    split: Literal["test", "validation"] = "test"
+    split: Literal["test", "validation", "reworded"] = "test"
     """Split that is scored. Choose hyperparameters on validation."""
     out: Path = Path("runs")
     """Output folder; a run is written to `<out>/<method>/<order>/seed-<seed>`."""
@@ -87,7 +87,7 @@ class Options:
     """Random places of images and phrases in training: one draw per sample, or per epoch as the authors' code. None:
     the preset's."""
     weights: Path | None = None
-    """Folder or file of the backbone's weights. The tiny backbone needs none."""
+    """Folder or file of the backbone's weights; tiny and small need none."""
     backbone_options: tuple[str, ...] = ()
     """Options for loading the backbone as name=value, for example edit_stage=second for seed-x."""
     device_map: str | None = None
@@ -103,6 +103,14 @@ class Options:
     branches on it."""
     init_tasks: tuple[str, ...] = ()
     """The first tasks of the order, which --init-from has learnt: they are evaluated and not trained."""
+
+
+T = TypeVar("T", bound=Options)
+
+
+def with_backbone(options: T, suite: Suite) -> T:
+    """The options with the suite's backbone in the place of "auto"."""
+    return replace(options, backbone=suite.backbone) if options.backbone == "auto" else options
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from cnext import packages
-from cnext.config.run_config import Options
+from cnext.config.run_config import Options, with_backbone
 from cnext.errors import UserError, unknown
 from cnext.packages import ERROR, NOTE, OK, Check
 from cnext.tasks.base import DataError, Suite
@@ -50,9 +50,10 @@ def check_run(run: Options) -> list[Check]:
     from cnext import backbones as known
     from cnext.tasks import suites
 
+    suite = suites.load(run.suite)
+    run = with_backbone(run, suite)
     if run.backbone not in known.modules():
         raise unknown("backbone", run.backbone, sorted(known.modules()))
-    suite = suites.load(run.suite)
     checks = packages.check_packages(packages.needed(run.backbone), run.backbone)
     broken = {check.name for check in failed(checks)}
     if {"torch", "numpy"} & broken:
@@ -176,10 +177,10 @@ def scorers(suite: Suite, clip: str | None, found: Sequence[Check] = ()) -> list
     name = clip or suite.clip
     if not any("image" in task.writes for task in suite.tasks):
         return [Check("scorers", "rules", OK, "no task of the suite writes images")]
-    if name == "tiny":
-        return [Check("scorers", "CLIP", OK, "tiny, installed with cnext")]
-    from cnext.scoring.clip import load_clip, needs_open_clip
+    from cnext.scoring.clip import EMBEDDED, load_clip, needs_open_clip
 
+    if name in EMBEDDED:
+        return [Check("scorers", "CLIP", OK, f"{name}, installed with cnext")]
     if needs_open_clip(name):
         lacking = [check for check in found if check.name in ("torchvision", "open_clip_torch") and check.state != OK]
         if lacking:

@@ -12,7 +12,7 @@ from typing import Any
 from cnext import backbones
 from cnext.config import settings_file
 from cnext.config.plan import Plan, plan
-from cnext.config.run_config import Options, RunConfig
+from cnext.config.run_config import Options, RunConfig, with_backbone
 from cnext.config.settings_file import Settings
 from cnext.doctor import checks
 from cnext.errors import UserError
@@ -106,6 +106,7 @@ def _around(found: Settings, plans: list[Plan]) -> Iterator[tuple[int, str]]:
         suite = plans[0].suite if plans else suites.load(options.suite)
     except UserError:
         return
+    options = with_backbone(options, suite)
     if options.data is not None:
         for text in _missing(suite, options, plans):
             yield found.lines["data"], text

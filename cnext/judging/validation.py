@@ -16,7 +16,7 @@ from cnext.runs.checkpoint import write_json
 from cnext.scoring import BOXES
 from cnext.scoring.base import ERROR_TYPES
 from cnext.scoring.matrix_file import read_json
-from cnext.tasks import scenes, suites, synthetic
+from cnext.tasks import generated, scenes, suites, synthetic
 
 FOLDER = Path(__file__).with_name("labelled")
 SETS = {
@@ -128,7 +128,7 @@ def _cases(place: int, labelled: list[dict[str, Any]], folder: Path, draw: bool)
         def picture(index: int, name: str, task: str = task.name, examples: list = examples) -> Path:
             path = folder / f"{task}-{index}-{name}.png"
             if draw and not path.exists():
-                _save(scenes.draw(getattr(examples[index], name)), path)
+                generated.save(scenes.draw(getattr(examples[index], name)), path)
             return path
 
         draws = "image" in task.writes
@@ -144,9 +144,3 @@ def _cases(place: int, labelled: list[dict[str, Any]], folder: Path, draw: bool)
             )
             cases[number] = Case(place, task.name, number, str(row["index"]), kind, *said, *pictures, by_rule)
     return [cases[number] for number in range(len(labelled))]
-
-
-def _save(pixels: Any, path: Path) -> None:
-    from PIL import Image
-
-    Image.fromarray(pixels).save(path, compress_level=1)

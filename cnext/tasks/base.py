@@ -118,7 +118,8 @@ class Task:
     reads, writes: modalities of the suite: "text", "image" or both, unless the suite declares others.
     format: name of a reader in ``cnext.tasks.readers.READERS``, or "module:function".
     scorer: name of a scorer in ``cnext.scoring.make_scorers()``, or "module:function".
-    train, test, validation: paths or glob patterns relative to the data folder.
+    train, test, validation, reworded: paths or glob patterns relative to the data folder. reworded: the items of test
+        in wordings that training does not have.
     train_images, test_images: image folders relative to the data folder, or absolute; "": the data folder.
     max_new_tokens: most text tokens of an answer.
     references: a file with several answers per test item. In COCO's format, captions of item k have image_id k, from 1;
@@ -146,6 +147,7 @@ class Task:
     train_images: str = ""
     test_images: str = ""
     validation: str = ""
+    reworded: str = ""
     max_new_tokens: Annotated[int, Meta(ge=1, le=2**20)] = 32
     description: str = ""
     references: str = ""
@@ -168,7 +170,7 @@ class Task:
     @property
     def splits(self) -> tuple[str, ...]:
         """The splits that the task has files for."""
-        return tuple(split for split in ("train", "test", "validation") if getattr(self, split))
+        return tuple(split for split in ("train", "test", "validation", "reworded") if getattr(self, split))
 
     def image_folder(self, split: str) -> str:
         """The image folder of a split, relative to the data folder or absolute."""
@@ -260,6 +262,7 @@ class Suite:
 
     synthetic: name of the generator of the data folder, "" if the user supplies the data.
     clip: the CLIP model that scores images, see ``cnext.scoring.make_scorers``.
+    backbone: the one that is trained where none is named.
     modalities: what its tasks may read and write, see ``cnext.adapters.branch_roles``.
     held_out: sets that no task trains, scored at every stage: how much of its general ability the model keeps.
     source, license: of the annotations; "" if unknown.
@@ -272,6 +275,7 @@ class Suite:
     budgets: dict[str, Recipe]
     synthetic: str = ""
     clip: str = "openai/ViT-B-32"
+    backbone: str = "tiny"
     modalities: tuple[str, ...] = ("text", "image")
     source: str = ""
     license: str = ""

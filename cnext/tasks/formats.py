@@ -228,7 +228,7 @@ def read_samples(
 
     Args:
         data: the data folder.
-        split: "train", "test" or "validation".
+        split: "train", "test", "validation" or "reworded".
         limit: most samples; 0: all.
         need: of the backbone that will read the images.
         skip: whether rows that cannot be used are left out, and not refused.

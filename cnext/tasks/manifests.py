@@ -14,7 +14,7 @@ from cnext.tasks.base import Recipe, Suite, Task
 
 T = TypeVar("T", Task, Recipe)
 ADVICE = "correct the manifest"
-FILES, FOLDERS = ("train", "test", "validation", "references"), ("train_images", "test_images")
+FILES, FOLDERS = ("train", "test", "validation", "reworded", "references"), ("train_images", "test_images")
 
 
 class SuiteManifest(Record):
@@ -27,6 +27,7 @@ class SuiteManifest(Record):
     description: str = ""
     synthetic: str = ""
     clip: str = Suite.clip
+    backbone: FileName = FileName(Suite.backbone)
     modalities: list[ModalityName] = field(default_factory=lambda: list(map(ModalityName, Suite.modalities)))
     source: str = ""
     license: str = ""
@@ -102,6 +103,7 @@ def read_suite(folder: Path) -> Suite:
         budgets=recipes,
         synthetic=manifest.synthetic,
         clip=manifest.clip,
+        backbone=str(manifest.backbone),
         modalities=tuple(map(str, manifest.modalities)),
         source=manifest.source,
         license=manifest.license,

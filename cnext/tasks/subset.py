@@ -79,6 +79,7 @@ def _write(suite: Suite, data: Path, n: int, seed: int, protocol: str, folder: P
         "source": suite.source,
         "license": suite.license,
         "clip": suite.clip,
+        "backbone": suite.backbone,
         "modalities": suite.modalities,
         "tasks": [task.name for task in suite.tasks],
         "held_out": [one.name for one in suite.held_out],

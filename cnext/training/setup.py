@@ -16,8 +16,9 @@ from cnext.config.plan import Plan, loading_options
 from cnext.errors import UserError
 from cnext.methods.base import Method
 from cnext.scoring.clip import load_clip, needs_open_clip
-from cnext.tasks import formats, synthetic
+from cnext.tasks import formats
 from cnext.tasks.base import DataError, Sample
+from cnext.tasks.generated import generator
 from cnext.tasks.kept_images import cache
 from cnext.tasks.left_out import RELEASED_LENGTH, TOO_LONG, LeftOut
 from cnext.training import initial
@@ -100,10 +101,9 @@ def data_folder(planned: Plan, generated: Path | None = None) -> Path:
     recipe = planned.recipe
     if planned.config.data is not None:
         return planned.config.data
-    name = f"{planned.suite.name}-v{synthetic.FOLDER_VERSION}-{recipe.train_samples}-{recipe.test_samples}"
-    return synthetic.GENERATORS[planned.suite.synthetic](
-        (generated or cache()) / name, recipe.train_samples, recipe.test_samples
-    )
+    made = generator(planned.suite.synthetic)
+    name = f"{planned.suite.name}-v{made.version}-{recipe.train_samples}-{recipe.test_samples}"
+    return made.write((generated or cache()) / name, recipe.train_samples, recipe.test_samples)
 
 
 def read_suite(planned: Plan, data: Path, left: LeftOut | None = None) -> Samples:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import functools
 import json
 import shutil
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,7 +17,7 @@ from cnext import backbones
 from cnext.backbones.tiny.model import WEIGHTS, TinyBackbone
 from cnext.cli import run_main
 from cnext.errors import UserError
-from cnext.tasks import synthetic
+from cnext.tasks import generated, synthetic
 from cnext.training import trainer
 from cnext.training.trainer import TaskTrainer
 
@@ -127,11 +129,14 @@ def test_a_synthetic_suite_is_made_by_its_own_generator(
 ) -> None:
     drawn = []
 
-    def generator(folder: Path, train: int, test: int) -> Path:
-        drawn.append((train, test))
-        return synthetic.write_next_tiny(folder, train, test, seed=1)
+    class Other(generated.Generator):
+        def write(self, folder: Path, train: int, test: int, seed: int = 1) -> Path:
+            drawn.append((train, test))
+            return super().write(folder, train, test, seed)
 
-    monkeypatch.setitem(synthetic.GENERATORS, "other", generator)
+    other = SimpleNamespace(GENERATOR=Other(**vars(synthetic.GENERATOR)))
+    monkeypatch.setitem(sys.modules, "other_suite", other)
+    monkeypatch.setitem(generated.GENERATORS, "other", "other_suite")
     folder = shutil.copytree(toy_suite, tmp_path / "suite")
     change(folder / "suite.json", synthetic="other")
     assert run_main(["--suite", str(folder), "--order", "VQAv2", "--dry-run"]) == 0

@@ -63,7 +63,7 @@ def test_it_says_what_is_declared(full: str) -> None:
         "seeds INT ...": "0",
         "suite STR": "next-tiny",
         "out PATH": "runs",
-        "split {test,validation}": "test",
+        "split {test,validation,reworded}": "test",
         "log {jsonl,tensorboard,wandb} ...": "jsonl",
     }.items():
         assert re.search(rf"--{re.escape(flag)} ((?! --).)*\(default: {default}\)", told), flag

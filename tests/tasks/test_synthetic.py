@@ -14,7 +14,7 @@ from PIL import Image
 from pretraining import corpus
 
 from cnext.backbones.tiny.tokenizer import TinyTokenizer
-from cnext.tasks import formats, scenes, suites, synthetic
+from cnext.tasks import formats, generated, scenes, suites, synthetic
 
 SPLITS = ("train", "test", "validation")
 TASKS = list(synthetic.EXAMPLES)
@@ -148,7 +148,7 @@ def test_an_interrupted_writer_leaves_nothing(tmp_path: Path, monkeypatch: pytes
     def broken(*_: object) -> None:
         raise OSError("disk full")
 
-    monkeypatch.setattr(synthetic, "_save", broken)
+    monkeypatch.setattr(generated, "save", broken)
     with pytest.raises(OSError, match="disk full"):
         synthetic.write_next_tiny(tmp_path / "data", 2, 2)
     assert list(tmp_path.iterdir()) == []
