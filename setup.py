@@ -222,7 +222,7 @@ class NinjaBuild(build_ext):
 
 
 PACKAGES = find_packages(include=["cnext", "cnext.*"])
-DATA = ["*.json", "*.css", "*.js", "*.safetensors", "*.md", "*.txt", "*.j2", "*.toml", "py.typed"]
+DATA = ["*.json", "*.css", "*.js", "*.png", "*.safetensors", "*.md", "*.txt", "*.j2", "*.toml", "py.typed"]
 MODULES = {"cpp": "_cpu", "cuda": "_cuda"}
 EXTENSIONS = [
     Extension(f"cnext.{module}", sorted(map(str, CSRC.glob(f"{module[1:]}/*.c*"))), depends=HEADERS)

@@ -1,0 +1,1 @@
+"""The suite `next-real`: six tasks on real pictures, words in real fonts and handwritten digits."""
