@@ -49,7 +49,7 @@ def test_help_of_a_method_shows_its_hyperparameters(capsys: pytest.CaptureFixtur
 ERRORS = {
     "method": (["--method", "mag"], "unknown method 'mag'; valid: "),
     "suite": (["--suite", "coins"], "unknown suite 'coins'; valid: coin, continual-next, mllm-cl-ability"),
-    "backbone": (["--backbone", "huge"], "unknown backbone 'huge'; valid: emu3, hf, janus, seed-x, tiny"),
+    "backbone": (["--backbone", "huge"], "unknown backbone 'huge'; valid: emu3, hf, janus, seed-x, small, tiny"),
     "preset": (["--preset", "large"], "unknown preset 'large'; valid: default, smoke"),
     "old name of --preset": (["--budget=smoke"], "--budget is now --preset: use --preset smoke"),
     "old name of --checkpoint-interval": (["--block-steps", "7"], "--block-steps is now --checkpoint-interval: use"),
@@ -76,7 +76,10 @@ ERRORS = {
     "data": (["--data", "nowhere"], "no file matches nowhere/VQAv2/annotations/*.jsonl; nowhere holds nothing: it is"),
     "data in a file": (["--data", "file"], "no file matches file/VQAv2/annotations/*.jsonl; file is a file, no folder"),
     "device map": (["--device-map", "balanced"], "the tiny backbone runs on one device and takes no device map, got"),
-    "clip": (["--clip", "nowhere.pt"], "unknown CLIP 'nowhere.pt', and no such file; valid: tiny, a file or folder"),
+    "clip": (
+        ["--clip", "nowhere.pt"],
+        "unknown CLIP 'nowhere.pt', and no such file; valid: tiny, small, a file or folder",
+    ),
 }
 
 
@@ -240,7 +243,7 @@ def test_metrics_and_compare_read_a_run(toy: list[str], tmp_path: Path, capsys: 
 @pytest.mark.parametrize(
     ("verb", "message"),
     [
-        (["doctor", "--backbone", "huge"], "unknown backbone 'huge'; valid: emu3, hf, janus, seed-x, tiny"),
+        (["doctor", "--backbone", "huge"], "unknown backbone 'huge'; valid: emu3, hf, janus, seed-x, small, tiny"),
         (["doctor", "--suite", "coins"], "unknown suite 'coins'"),
         (["judge", "validate", "--every-stage", "--out", "judge"], "--every-stage needs run folders; leave it out"),
         (["report", "none"], "none is no run folder and holds none; expected config.json"),

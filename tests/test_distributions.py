@@ -76,13 +76,13 @@ def test_the_metadata_names_what_can_be_looked_up(sdist: Path) -> None:
     assert f'__version__ = "{PROJECT["project"]["version"]}"' in code
 
 
-def test_a_wheel_of_the_cpp_part_has_at_most_five_megabytes() -> None:
+def test_a_wheel_of_the_cpp_part_has_at_most_ten_megabytes() -> None:
     """By the files that it has, each compressed as wheels compress them."""
     names = {name for name in tracked() if name.startswith(("cnext/", "kernels/triton/"))}
     built = [*Path(cnext.__file__).parent.glob("_cpu*.so")]
     assert built
     sizes = {path: len(zlib.compress(path.read_bytes(), 6)) for path in [*(ROOT / name for name in names), *built]}
-    assert sum(sizes.values()) < 5e6, sorted(sizes.items(), key=lambda item: -item[1])[:5]
+    assert sum(sizes.values()) < 1e7, sorted(sizes.items(), key=lambda item: -item[1])[:5]
 
 
 def test_wheels_are_built_for_every_python_that_is_declared() -> None:

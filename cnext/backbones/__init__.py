@@ -31,6 +31,7 @@ BACKBONES = Registry(
     "cnext.backbones",
     {
         "tiny": "cnext.backbones.tiny.model:TinyBackbone",
+        "small": "cnext.backbones.small.model:SmallBackbone",
         "janus": "cnext.backbones.janus:JanusBackbone",
         "emu3": "cnext.backbones.emu3:Emu3Backbone",
         "seed-x": "cnext.backbones.seed_x.model:SeedX",

@@ -1,4 +1,4 @@
-"""CLIP models: pretrained weights through open_clip, and the small model that scores the embedded suite.
+"""CLIP models: pretrained weights through open_clip, and the small models that score the embedded suites.
 
 A small CLIP is a folder of three files: ``model.json`` (open_clip's model configuration without the vocabulary size),
 ``vocabulary.json`` (a list of words, the id of each its place: 0 pads, 1 is unknown, the last ends the text, so that
@@ -27,8 +27,9 @@ from cnext.tensor_files import read_tensors
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-TINY_CLIP = Path(__file__).parent / "tiny_clip"
-"""The folder of the small CLIP that is installed with cnext."""
+TINY_CLIP, SMALL_CLIP = (Path(__file__).parent / name for name in ("tiny_clip", "small_clip"))
+"""The folders of the small CLIPs that are installed with cnext: of next-tiny and of next-real."""
+EMBEDDED = {"tiny": TINY_CLIP, "small": SMALL_CLIP}
 
 MODEL_FILE, VOCABULARY_FILE, WEIGHTS_FILE = "model.json", "vocabulary.json", "weights.safetensors"
 _NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
@@ -95,7 +96,7 @@ class Clip:
 
 def needs_open_clip(name: str) -> bool:
     """Whether the CLIP of that name, as `load_clip` takes it, is loaded by open_clip: all but small ones are."""
-    return name != "tiny" and not (Path(name).is_dir() and weights_in(Path(name)) is None)
+    return name not in EMBEDDED and not (Path(name).is_dir() and weights_in(Path(name)) is None)
 
 
 @cache
@@ -103,7 +104,7 @@ def load_clip(name: str, device: str) -> Clip:
     """The CLIP model of that name, loaded once per process.
 
     Args:
-        name: "tiny", the small CLIP installed with cnext; "<tag>/<model>", weights that open_clip knows and downloads
+        name: "tiny" or "small", which come with cnext; "<tag>/<model>", weights that open_clip knows and downloads
             on first use, as "openai/ViT-B-32" of the benchmark; the path of such weights or of their folder, or of
             transformers' (see ``clip_weights``); a small CLIP's folder; or the name of a repository in Hugging Face's
             cache on this machine, as "openai/clip-vit-base-patch32" or "hf-hub:laion/...".
@@ -115,7 +116,7 @@ def load_clip(name: str, device: str) -> Clip:
     path = Path(name)
     transform: Any
     if not needs_open_clip(name):
-        return _clip(_load_folder(TINY_CLIP if name == "tiny" else path), device)
+        return _clip(_load_folder(EMBEDDED.get(name, path)), device)
     packages.require_installed(f"CLIP {name}", ["open_clip_torch"])
     import open_clip
 
@@ -143,8 +144,8 @@ def load_clip(name: str, device: str) -> Clip:
         model, transform, tokenizer = load_weights(weights)
     else:
         raise UserError(
-            f"unknown CLIP {name!r}, and no such file; valid: tiny, a file or folder with {' or '.join(WEIGHTS_FILES)}"
-            f", a folder with {MODEL_FILE}, {VOCABULARY_FILE} and {WEIGHTS_FILE}, "
+            f"unknown CLIP {name!r}, and no such file; valid: {', '.join(EMBEDDED)}, a file or folder with "
+            f"{' or '.join(WEIGHTS_FILES)}, a folder with {MODEL_FILE}, {VOCABULARY_FILE} and {WEIGHTS_FILE}, "
             "<tag>/<model> as open_clip.list_pretrained() has them, as in openai/ViT-B-32, or a repository in Hugging "
             "Face's cache on this machine, into which `hf download openai/clip-vit-base-patch32` puts one"
         )

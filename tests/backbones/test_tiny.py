@@ -11,11 +11,13 @@ from torch.nn import functional as F
 from cnext.backbones.base import Backbone
 from cnext.backbones.tiny.model import IGNORED, TinyBackbone, pixels
 from cnext.backbones.tiny.tokenizer import TinyTokenizer
-from cnext.backbones.tiny.vision import TOKENS
+from cnext.backbones.tiny.vision import SIZES
 from cnext.errors import UserError
 from cnext.scoring.base import Prediction
 from cnext.tasks import formats, suites
 from cnext.tasks.base import Sample, Turn
+
+TOKENS = SIZES.tokens
 
 TASKS = ("VQAv2", "ImageNet", "Flickr30k", "OCRVQA", "RefCOCO", "HQEdit")
 

@@ -2,7 +2,8 @@
 
 A frozen visual encoder gives 16 features per image. A LLaMA decoder reads them through an input projection. It writes
 an image as the token ``<img>`` followed by 16 query positions; an output projection regresses their last hidden states
-to the features of the target image. A de-tokenizer decodes features to pixels.
+to the features of the target image. A de-tokenizer decodes features to pixels. `cnext.backbones.small` is the same in
+another size.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from cnext.backbones.decoding import greedy, pad_left
 from cnext.backbones.pretrained import LLAMA_LINEARS, checkpoint_activations
 from cnext.backbones.tiny.decoder import Config, Llama, as_transformers
 from cnext.backbones.tiny.tokenizer import TinyTokenizer
-from cnext.backbones.tiny.vision import TOKENS, WIDTH, Detokenizer, VisualEncoder, to_image, to_input
+from cnext.backbones.tiny.vision import SIZES, Detokenizer, Sizes, VisualEncoder, to_image, to_input
 from cnext.errors import UserError
 from cnext.image_files import open_image
 from cnext.scoring.base import Prediction
@@ -30,24 +31,24 @@ from cnext.tensor_files import read_tensors
 
 WEIGHTS = Path(__file__).parent / "weights.safetensors"
 BATCH = 100
+"""Samples per forward pass without gradient."""
 LONGEST = 8192
 """Tokens of a sequence: attention over ten times as many takes gigabytes, and minutes for a sample."""
-"""Samples per forward pass without gradient."""
 
 
-def pixels(path: Path) -> Tensor:
-    """An image file as (48, 48, 3) uint8."""
+def pixels(path: Path, side: int = SIZES.side) -> Tensor:
+    """An image file as (side, side, 3) uint8."""
     import numpy
 
-    return torch.from_numpy(numpy.array(open_image(path).resize((48, 48))))
+    return torch.from_numpy(numpy.array(open_image(path).resize((side, side))))
 
 
 @dataclass(frozen=True)
 class TinyInputs:
     """One sample as model inputs.
 
-    ids, labels: (L,) int64.  features: of the image read.  target: of the image to write. (16, 64) float32, or None;
-    as prepared, (48, 48, 3) uint8 pixels.
+    ids, labels: (L,) int64.  features: of the image read.  target: of the image to write. (tokens, width) float32, or
+    None; as prepared, (side, side, 3) uint8 pixels. Tiny: 16 tokens of width 64, and a side of 48 pixels.
     """
 
     ids: Tensor
@@ -61,56 +62,66 @@ class TinyInputs:
         return self.ids[: int((self.labels != IGNORED).nonzero()[0])]
 
 
-def _bounded(ids: list[int], sample: Sample) -> list[int]:
-    if len(ids) > LONGEST:
-        raise UserError(
-            f"{sample.origin or repr(sample.turns[0].instruction[:60])} has {len(ids):,} tokens, and the tiny backbone "
-            f"reads at most {LONGEST:,}; shorten the row or leave it out"
-        )
-    return ids
-
-
 class TinyBackbone(Backbone):
     """0.87 M parameters, embedded, shaped like SEED-X; learns six tasks on a CPU in minutes."""
 
     name: ClassVar[str] = "tiny"
     encodes_ahead: ClassVar[bool] = True
-    picture_tokens: ClassVar[tuple[int, int]] = (TOKENS + 2, TOKENS + 1)
+    picture_tokens: ClassVar[tuple[int, int]] = (SIZES.tokens + 2, SIZES.tokens + 1)
     targets: ClassVar[tuple[str, ...]] = LLAMA_LINEARS
     connection_names: ClassVar[tuple[str, ...]] = (
         *("input_projection.", "input_position", "image_queries", "output_projection."),
     )
 
-    def __init__(self) -> None:
+    sizes: ClassVar[Sizes] = SIZES
+    own_weights: ClassVar[Path] = WEIGHTS
+    pretraining: ClassVar[str] = "bench/pretrain_tiny.py"
+
+    def __init__(self, tokenizer: TinyTokenizer | None = None) -> None:
         super().__init__()
-        self.tokenizer = token = TinyTokenizer()
+        self.tokenizer = token = tokenizer or self.new_tokenizer()
         self.pad_id = token["<pad>"]
         self.stop_ids = (token["</s>"], token["<img>"])
         self.banned_ids = (token["<pad>"], token["<s>"], token["<patch>"])
-        hidden = 128
+        sizes = self.sizes
+        hidden, width = sizes.hidden, sizes.width
         self.decoder = Llama(
             Config(
                 vocab_size=len(token),
                 hidden_size=hidden,
-                intermediate_size=344,
-                num_hidden_layers=4,
-                num_attention_heads=4,
+                intermediate_size=sizes.intermediate,
+                num_hidden_layers=sizes.layers,
+                num_attention_heads=sizes.heads,
                 max_position_embeddings=512,
                 bos_token_id=token["<s>"],
                 eos_token_id=token["</s>"],
                 pad_token_id=token["<pad>"],
             )
         )
-        self.encoder = VisualEncoder()
-        self.detokenizer = Detokenizer()
-        self.input_projection = nn.Linear(WIDTH, hidden)
-        self.input_position = nn.Parameter(torch.zeros(TOKENS, hidden))
-        self.image_queries = nn.Parameter(torch.randn(TOKENS, hidden) * 0.02)
-        self.output_projection = nn.Sequential(nn.Linear(hidden, hidden), nn.GELU(), nn.Linear(hidden, WIDTH))
+        self.encoder, self.detokenizer = self.new_vision()
+        self.input_projection = nn.Linear(width, hidden)
+        self.input_position = nn.Parameter(torch.zeros(sizes.tokens, hidden))
+        self.image_queries = nn.Parameter(torch.randn(sizes.tokens, hidden) * 0.02)
+        self.output_projection = nn.Sequential(nn.Linear(hidden, hidden), nn.GELU(), nn.Linear(hidden, width))
+
+    @classmethod
+    def new_tokenizer(cls) -> TinyTokenizer:
+        """The tokenizer that belongs to the weights."""
+        return TinyTokenizer()
+
+    @classmethod
+    def new_vision(cls) -> tuple[nn.Module, nn.Module]:
+        """Encoder and de-tokenizer with random weights."""
+        return VisualEncoder(), Detokenizer()
+
+    @classmethod
+    def stored(cls, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The state in float32 of what is in a file of weights."""
+        return {name: tensor.float() for name, tensor in tensors.items()}
 
     @classmethod
     def check(cls, weights: Path | None) -> list[Path]:
-        return [weights or WEIGHTS]
+        return [weights or cls.own_weights]
 
     @classmethod
     def load(
@@ -124,13 +135,13 @@ class TinyBackbone(Backbone):
     ) -> TinyBackbone:
         """The pretrained model, frozen; visual parts stay in float32. Raises UserError for another model's weights."""
         if device_map is not None:
-            raise UserError(f"the tiny backbone runs on one device and takes no device map, got {device_map!r}")
-        model, file = cls(), weights or WEIGHTS
+            raise UserError(f"the {cls.name} backbone runs on one device and takes no device map, got {device_map!r}")
+        model, file = cls(), weights or cls.own_weights
         try:
-            model.load_state_dict({name: tensor.float() for name, tensor in read_tensors(file).items()})
+            model.load_state_dict(cls.stored(read_tensors(file)))
         except (RuntimeError, UserError) as error:
             raise UserError(
-                f"--weights {file}: expected weights of the tiny backbone, from bench/pretrain_tiny.py: {error}\n"
+                f"--weights {file}: expected weights of the {cls.name} backbone, from {cls.pretraining}: {error}\n"
                 "leave out --weights for those that come with cnext, or name another --backbone"
             ) from error
         nn.Module.to(model.decoder, dtype)
@@ -170,11 +181,19 @@ class TinyBackbone(Backbone):
         return self.image_queries.device
 
     def prompt(self, sample: Sample) -> list[int]:
-        """Ids of the first instruction: <s> [inst] <img> 16 <patch> </img> text [/inst]; no <img> without an image."""
+        """Ids of the first instruction: <s> [inst] <img> <patch>... </img> text [/inst]; no <img> without an image."""
         token = self.tokenizer
-        image = [token["<img>"], *[token["<patch>"]] * TOKENS, token["</img>"]] if sample.image else []
+        image = [token["<img>"], *[token["<patch>"]] * self.sizes.tokens, token["</img>"]] if sample.image else []
         text = token.encode(sample.turns[0].instruction)
-        return _bounded([token["<s>"], token["[inst]"], *image, *text, token["[/inst]"]], sample)
+        return self._bounded([token["<s>"], token["[inst]"], *image, *text, token["[/inst]"]], sample)
+
+    def _bounded(self, ids: list[int], sample: Sample) -> list[int]:
+        if len(ids) > LONGEST:
+            raise UserError(
+                f"{sample.origin or repr(sample.turns[0].instruction[:60])} has {len(ids):,} tokens, and the "
+                f"{self.name} backbone reads at most {LONGEST:,}; shorten the row or leave it out"
+            )
+        return ids
 
     def _conversation(self, sample: Sample) -> tuple[list[int], list[int]]:
         token = self.tokenizer
@@ -189,8 +208,8 @@ class TinyBackbone(Backbone):
             ids += answer
             labels += answer
         if sample.target_image:
-            ids += [token["<img>"], *[token["<patch>"]] * TOKENS]
-            labels += [token["<img>"], *[IGNORED] * TOKENS]
+            ids += [token["<img>"], *[token["<patch>"]] * self.sizes.tokens]
+            labels += [token["<img>"], *[IGNORED] * self.sizes.tokens]
         else:
             ids.append(token["</s>"])
             labels.append(token["</s>"])
@@ -198,16 +217,18 @@ class TinyBackbone(Backbone):
 
     @torch.no_grad()
     def features(self, images: Sequence[Tensor]) -> Tensor:
-        """Features (N, 16, 64) of images as `pixels` gives them, by the frozen encoder, on the model's device."""
+        """Features (N, tokens, width) of images as `pixels` gives them, by the encoder, on the model's device."""
         parts = [
             self.encoder(to_input(torch.stack(list(images[start : start + BATCH])).to(self.device)))
             for start in range(0, len(images), BATCH)
         ]
-        return torch.cat(parts) if parts else torch.empty(0, TOKENS, WIDTH, device=self.device)
+        return torch.cat(parts) if parts else torch.empty(0, self.sizes.tokens, self.sizes.width, device=self.device)
 
     def prepare(self, sample: Sample) -> TinyInputs:
         """The sample with pixels in place of features."""
-        read, written = (pixels(path) if path else None for path in (sample.image, sample.target_image))
+        read, written = (
+            pixels(path, self.sizes.side) if path else None for path in (sample.image, sample.target_image)
+        )
         return self.assemble(sample, read, written)
 
     def encode_prepared(self, prepared: Sequence[TinyInputs]) -> list[TinyInputs]:
@@ -225,7 +246,7 @@ class TinyBackbone(Backbone):
     def assemble(self, sample: Sample, features: Tensor | None, target: Tensor | None) -> TinyInputs:
         """A sample whose images are encoded already. features, target: see `TinyInputs`."""
         ids, labels = self._conversation(sample)
-        _bounded(ids, sample)
+        self._bounded(ids, sample)
         return TinyInputs(torch.tensor(ids), torch.tensor(labels), features, target)
 
     def _embed(
@@ -234,7 +255,7 @@ class TinyBackbone(Backbone):
         """Input embeddings (B, L, hidden), and the mask (B, L) of the query positions that write an image.
 
         Args:
-            ids: (B, L).  features: of the image that each sample reads, (16, 64) or None.
+            ids: (B, L).  features: of the image that each sample reads, (tokens, width) or None.
             targets: whether each sample writes an image.
             written: (B, L) bool, positions that hold or predict a token of an answer.
         """
@@ -242,7 +263,7 @@ class TinyBackbone(Backbone):
         slots = ids == self.tokenizer["<patch>"]
         ordinal = slots.cumsum(1)
         reads = torch.tensor([feature is not None for feature in features], device=ids.device)
-        read_slots = slots & reads[:, None] & (ordinal <= TOKENS)
+        read_slots = slots & reads[:, None] & (ordinal <= self.sizes.tokens)
         write_slots = slots & ~read_slots
         stacked = [feature for feature in features if feature is not None]
         if stacked:
@@ -269,9 +290,9 @@ class TinyBackbone(Backbone):
         )
         # Attention is causal and padding is on the right: no position that counts sees padding, so no mask is needed.
         hidden = self.decoder.model(inputs_embeds=embeddings, use_cache=False).last_hidden_state
-        image_pred = hidden.new_empty(0, TOKENS, WIDTH)
+        image_pred = hidden.new_empty(0, self.sizes.tokens, self.sizes.width)
         if targets:
-            image_pred = self.output_projection(hidden[write_slots].float()).unflatten(0, (-1, TOKENS))
+            image_pred = self.output_projection(hidden[write_slots].float()).unflatten(0, (-1, self.sizes.tokens))
         image_target = torch.stack(targets) if targets else image_pred
         logits = self.lm_head(hidden[:, :-1][supervised]).float()
         return Output(logits, labels[:, 1:][supervised], image_pred, image_target)
@@ -316,7 +337,7 @@ class TinyBackbone(Backbone):
 
     def _generate(self, samples: Sequence[Sample], max_new_tokens: int) -> list[Prediction]:
         prompts = [torch.tensor(self.prompt(sample)) for sample in samples]
-        read = iter(self.features([pixels(sample.image) for sample in samples if sample.image]))
+        read = iter(self.features([pixels(sample.image, self.sizes.side) for sample in samples if sample.image]))
         features = [next(read) if sample.image else None for sample in samples]
         ids = pad_left(prompts, self.pad_id, self.device)
         last = torch.arange(ids.shape[1], device=self.device).expand_as(ids) == ids.shape[1] - 1
@@ -338,12 +359,12 @@ class TinyBackbone(Backbone):
     def _images(
         self, prompts: Sequence[Tensor], answers: Sequence[list[int]], features: Sequence[Tensor | None]
     ) -> Tensor:
-        """Images (N, 48, 48, 3) uint8 of answers that end in <img>, by one pass over the 16 query positions after it.
+        """Images (N, side, side, 3) uint8 of answers that end in <img>, by one pass over the query positions after it.
 
         Args:
-            prompts: (L,) ids each.  answers: ids.  features: of the image that each reads, (16, 64) or None.
+            prompts: (L,) ids each.  answers: ids.  features: of the image that each reads, (tokens, width) or None.
         """
-        slots = [self.tokenizer["<patch>"]] * TOKENS
+        slots = [self.tokenizer["<patch>"]] * self.sizes.tokens
         sequences = [torch.cat([p, torch.tensor(a + slots)]) for p, a in zip(prompts, answers, strict=True)]
         ids = nn.utils.rnn.pad_sequence(sequences, True, self.pad_id).to(self.device)
         index = torch.arange(ids.shape[1], device=self.device)
@@ -352,5 +373,5 @@ class TinyBackbone(Backbone):
         embeddings, write_slots = self._embed(ids, features, [True] * len(ids), (index >= begin) & (index < end))
         hidden = self.decoder.model(inputs_embeds=embeddings, use_cache=False).last_hidden_state
         return to_image(
-            self.detokenizer(self.output_projection(hidden[write_slots].float()).unflatten(0, (-1, TOKENS)))
+            self.detokenizer(self.output_projection(hidden[write_slots].float()).unflatten(0, (-1, self.sizes.tokens)))
         )

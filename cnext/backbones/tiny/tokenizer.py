@@ -1,4 +1,4 @@
-"""Tokenizer of the tiny backbone: a closed vocabulary; other words are spelled letter by letter."""
+"""Tokenizer of the embedded backbones: a closed vocabulary; other words are spelled letter by letter."""
 
 from __future__ import annotations
 
@@ -27,10 +27,13 @@ _PIECES = re.compile(r"<pad>|</?s>|\[/?inst\]|</?img>|<patch>|0\.(?=\d)|[a-z]+|\
 
 
 class TinyTokenizer:
-    """Encodes text to ids and decodes ids. Case is folded; characters outside the vocabulary are dropped."""
+    """Encodes text to ids and decodes ids. Case is folded; characters outside the vocabulary are dropped.
 
-    def __init__(self) -> None:
-        self.tokens = SPECIAL + PUNCTUATION + DIGITS + LETTERS + WORDS
+    words: those with a token of their own.
+    """
+
+    def __init__(self, words: tuple[str, ...] = WORDS) -> None:
+        self.tokens = SPECIAL + PUNCTUATION + DIGITS + LETTERS + words
         self.ids = {token: index for index, token in enumerate(self.tokens)}
         assert len(self.ids) == len(self.tokens), "a token is listed twice"
 

@@ -2,21 +2,46 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-TOKENS, WIDTH, GRID = 16, 64, 4
-"""An image is a 4 x 4 grid of 16 features of width 64."""
+
+@dataclass(frozen=True)
+class Sizes:
+    """The sizes of an embedded backbone.
+
+    side: width and height of an image in pixels.  grid: features per row and column.  width: of a feature.
+    hidden, intermediate, layers, heads: of the decoder.
+    """
+
+    side: int
+    grid: int
+    width: int
+    hidden: int
+    intermediate: int
+    layers: int
+    heads: int
+
+    @property
+    def tokens(self) -> int:
+        """Features of an image."""
+        return self.grid**2
+
+
+SIZES = Sizes(side=48, grid=4, width=64, hidden=128, intermediate=344, layers=4, heads=4)
+WIDTH, GRID = SIZES.width, SIZES.grid
 
 
 def to_input(images: Tensor) -> Tensor:
-    """Images (B, 48, 48, 3) uint8 to inputs of the encoder, (B, 3, 48, 48) float32 in [-1, 1]."""
+    """Images (B, side, side, 3) uint8 to inputs of the encoder, (B, 3, side, side) float32 in [-1, 1]."""
     return images.permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
 def to_image(pixels: Tensor) -> Tensor:
-    """Outputs of the de-tokenizer, (B, 3, 48, 48) in [-1, 1], to images (B, 48, 48, 3) uint8."""
+    """Outputs of the de-tokenizer, (B, 3, side, side) in [-1, 1], to images (B, side, side, 3) uint8."""
     return ((pixels.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1)
 
 
