@@ -2,6 +2,7 @@
 
     python bench/tune.py                       # every method
     python bench/tune.py --method ewc --jobs 1
+    python bench/tune.py --suite next-real --coarse
 
 Successive halving over the grid that a method's card declares (`cnext.methods.base.Card`):
 
@@ -9,13 +10,15 @@ Successive halving over the grid that a method's card declares (`cnext.methods.b
 2. The best three also with seeds 11 and 12, and with seed 10 in reverse order: 9 runs.
 
 The combination with the best mean Avg.ACC over its four runs is chosen; of those within half a point of the best, the
-one with the smallest scale. Test items are never read. Every run is written to results/next-tiny/tuning.json as
-it comes; run again, the program continues there. Runs of one process share data, encoded samples and the frozen model.
+one with the smallest scale. With --coarse each method has the first rung alone, on every other value of its last
+hyperparameter: 6 runs. Test items are never read. Every run is written to results/<suite>/tuning.json as it comes; run
+again, the program continues there. Runs of one process share data, encoded samples and the frozen model.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import multiprocessing
 import os
@@ -29,7 +32,7 @@ from typing import Any
 from cnext import methods
 from cnext.config.run_config import RunConfig
 
-RESULTS = Path(__file__).resolve().parent.parent / "results" / "next-tiny" / "tuning.json"
+RESULTS = Path(__file__).resolve().parent.parent / "results"
 FIRST = (10, "paper")
 MORE = ((11, "paper"), (12, "paper"), (10, "reverse"))
 FINALISTS = 3
@@ -41,28 +44,32 @@ Run = tuple[str, dict[str, float], int, str]
 _TRIALS: Any = None
 
 
-def _load(preset: str) -> None:
+def _load(suite: str, preset: str) -> None:
     """Loads, in a worker, what its runs share."""
     global _TRIALS
     from trials import Trials
 
-    _TRIALS = Trials(RunConfig(split="validation", preset=preset))
+    _TRIALS = Trials(RunConfig(suite=suite, split="validation", preset=preset))
 
 
 def _run(method: str, settings: dict[str, float], seed: int, order: str) -> dict[str, float]:
     return _TRIALS.run(method, settings, seed, order)
 
 
-def grid(method: str) -> list[dict[str, float]]:
-    """All settings of the first rung."""
-    return methods.load(method)().card.settings()
+def grid(method: str, coarse: bool = False) -> list[dict[str, float]]:
+    """All settings of the first rung. coarse: with every other value of the last hyperparameter."""
+    card = methods.load(method)().card
+    if coarse and card.grid:
+        name, values = [*card.grid.items()][-1]
+        card = dataclasses.replace(card, grid={**card.grid, name: values[::2]})
+    return card.settings()
 
 
 class Table:
     """The runs in a file, by method."""
 
-    def __init__(self, path: Path) -> None:
-        self.path, self.lock = path, threading.Lock()
+    def __init__(self, path: Path, coarse: bool = False) -> None:
+        self.path, self.coarse, self.lock = path, coarse, threading.Lock()
         self.methods: dict[str, dict[str, Any]] = json.loads(path.read_text()) if path.is_file() else {}
 
     def score(self, method: str, settings: dict[str, float], seed: int, order: str) -> float | None:
@@ -80,10 +87,11 @@ class Table:
             self.write()
 
     def choose(self, method: str) -> dict[str, float]:
-        """The settings with the best mean over their four runs, recorded as chosen."""
+        """The settings with the best mean over their runs, recorded as chosen."""
         means = {}
         for settings in finalists(self, method):
-            scores = [self.score(method, settings, seed, order) for seed, order in (FIRST, *MORE)]
+            runs = (FIRST,) if self.coarse else (FIRST, *MORE)
+            scores = [self.score(method, settings, seed, order) for seed, order in runs]
             means[json.dumps(settings)] = sum(score for score in scores if score is not None) / len(scores)
         tied = [json.loads(text) for text, mean in means.items() if mean >= max(means.values()) - TIE]
         chosen = min(tied, key=lambda settings: (settings.get("scale", 0), -means[json.dumps(settings)]))
@@ -101,14 +109,15 @@ class Table:
 
 def finalists(table: Table, method: str) -> list[dict[str, float]]:
     """The best settings of the first rung."""
-    scored = [(table.score(method, settings, *FIRST), settings) for settings in grid(method)]
+    scored = [(table.score(method, settings, *FIRST), settings) for settings in grid(method, table.coarse)]
     return [settings for _, settings in sorted(scored, key=lambda one: -one[0])[:FINALISTS]]  # type: ignore[operator]
 
 
 def rungs(table: Table, method: str) -> Iterator[list[Run]]:
     """The runs of a method, rung by rung; the second depends on the scores of the first."""
-    yield [(method, settings, *FIRST) for settings in grid(method)]
-    yield [(method, settings, *where) for settings in finalists(table, method) for where in MORE]
+    yield [(method, settings, *FIRST) for settings in grid(method, table.coarse)]
+    if not table.coarse:
+        yield [(method, settings, *where) for settings in finalists(table, method) for where in MORE]
 
 
 def one(processes: Any, table: Table, name: str) -> None:
@@ -123,7 +132,7 @@ def one(processes: Any, table: Table, name: str) -> None:
     print(f"{name:<14} chosen: {table.choose(name)}", flush=True)
 
 
-def tune(names: list[str], table: Table, preset: str, jobs: int) -> None:
+def tune(names: list[str], table: Table, suite: str, preset: str, jobs: int) -> None:
     """Tunes several methods at a time. Where one fails, that is shown at once, and raised when the others are done."""
 
     def tuned(name: str) -> None:
@@ -134,7 +143,7 @@ def tune(names: list[str], table: Table, preset: str, jobs: int) -> None:
             raise
 
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(jobs, context, _load, (preset,)) as processes, ThreadPoolExecutor(jobs) as threads:
+    with ProcessPoolExecutor(jobs, context, _load, (suite, preset)) as processes, ThreadPoolExecutor(jobs) as threads:
         list(threads.map(tuned, names))
 
 
@@ -145,14 +154,17 @@ def main() -> None:
     parser.add_argument(
         "--method", nargs="+", choices=tunable, default=tunable, metavar="METHOD", help=f"default: all of {listed}"
     )
+    parser.add_argument("--suite", default="next-tiny", help="suite of the runs (default: %(default)s)")
+    parser.add_argument("--coarse", action="store_true", help="6 runs of each method, one of each setting")
     parser.add_argument("--preset", default="default", help="training settings of the runs (default: %(default)s)")
-    help = "file of all runs (default: results/next-tiny/tuning.json)"
-    parser.add_argument("--out", type=Path, default=RESULTS, help=help)
+    help = "file of all runs (default: results/<suite>/tuning.json)"
+    parser.add_argument("--out", type=Path, help=help)
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, one thread each (default: %(default)s)")
     arguments = parser.parse_args()
-    if arguments.out.is_dir():
-        parser.error(f"expected a file for the runs, {arguments.out} is a folder; give another --out")
-    tune(arguments.method, Table(arguments.out), arguments.preset, arguments.jobs)
+    out = arguments.out or RESULTS / arguments.suite / "tuning.json"
+    if out.is_dir():
+        parser.error(f"expected a file for the runs, {out} is a folder; give another --out")
+    tune(arguments.method, Table(out, arguments.coarse), arguments.suite, arguments.preset, arguments.jobs)
 
 
 if __name__ == "__main__":

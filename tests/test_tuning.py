@@ -36,7 +36,7 @@ def test_every_method_has_as_many_settings() -> None:
 
 def test_the_defaults_are_what_was_chosen() -> None:
     """By the program, from the runs in the file, with every run of the protocol there."""
-    table = tune.Table(tune.RESULTS)
+    table = tune.Table(tune.RESULTS / "next-tiny" / "tuning.json")
     assert set(table.methods) == {name for name in methods.modules() if tune.grid(name) != [{}]}
     for name, found in table.methods.items():
         wanted = [run for rung in tune.rungs(table, name) for run in rung]
@@ -46,6 +46,16 @@ def test_the_defaults_are_what_was_chosen() -> None:
         assert table.choose(name) == kept["chosen"]
         defaults = dataclasses.asdict(methods.load(name)())
         assert {key: defaults[key] for key in kept["chosen"]} == kept["chosen"], name
+
+
+def test_a_coarse_table_has_six_runs_of_each_and_chooses_by_them(tmp_path: Path) -> None:
+    pool, table = Fake(), tune.Table(tmp_path / "tuning.json", coarse=True)
+    tune.one(pool, table, "ewc")
+    assert len(pool.ran) == 6
+    assert {(scale, *where) for scale, _, *where in pool.ran} == {(scale, *tune.FIRST) for scale in (1, 3, 6)}
+    assert table.methods["ewc"]["chosen"]["scale"] == 6
+    for name in methods.modules():
+        assert len(tune.grid(name, coarse=True)) == 6 or name == "zero-shot", name
 
 
 def test_a_penalty_grows_as_the_squared_scale() -> None:
@@ -80,7 +90,7 @@ def test_a_run_that_fails_is_shown_at_once_and_ends_the_program(
 
     monkeypatch.setattr(tune, "one", one)
     with pytest.raises(UserError, match="lora failed"):
-        tune.tune(["lora", "ewc"], tune.Table(tmp_path / "runs.json"), "smoke", jobs=1)
+        tune.tune(["lora", "ewc"], tune.Table(tmp_path / "runs.json"), "next-tiny", "smoke", jobs=1)
     assert capsys.readouterr().err == "lora: lora failed\n"
 
 
