@@ -197,7 +197,7 @@ def suite(place: Path) -> Path:
 
 
 @pytest.mark.parametrize("pattern", ["../other/*", "/etc/*", "a/../../other/*", "**/**/**/x", "a**b", "\x00"])
-@pytest.mark.parametrize("field", ["train", "test", "validation", "references"])
+@pytest.mark.parametrize("field", ["train", "test", "validation", "reworded", "references"])
 def test_patterns_outside_are_refused(field: str, pattern: str, suite: Path, refused_or_taken: Try) -> None:
     (suite / "VQAv2.json").write_bytes(dumped(TASK | {field: pattern}))
     assert not refused_or_taken(lambda: suites.load(str(suite)))

@@ -92,7 +92,7 @@ REFUSED = {
     "preset: {a: 1}": "2: preset: expected a text, got names and values",
     "seeds: [0, [1]]": "2: seeds: expected a whole number, got a list",
     "seeds: [0, null]": "2: seeds: expected a whole number, got nothing",
-    "split: train": "2: split: expected one of test, validation, got 'train'",
+    "split: train": "2: split: expected one of test, validation, reworded, got 'train'",
     "seeds: 1\npreset: smoke\nseeds: 2": "4: seeds is there twice, first in line 2; remove one",
     "mage: {c: 1, c: 2}": "2: mage.c is there twice, first in line 2; remove one",
     "[a, b]": "2: expected names and values, as in `name: value`, got a list",

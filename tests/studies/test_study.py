@@ -267,7 +267,7 @@ def test_errors_are_found_before_any_run_starts(
             ["--mage.strength", "1"],
             "hyperparameters of these methods: --mage.rank, --mage.scale, --mage.dropout, --mage.lr-factor,",
         ),
-        (["--split", "train"], "Expected one of ('test', 'validation')"),
+        (["--split", "train"], "Expected one of ('test', 'validation', 'reworded')"),
         (["--mage.average", "foo"], "unknown averaging rule 'foo'; valid: pema"),
         (["--lora.rank", "3"], "Unrecognized options: --lora.rank"),
         (["--seeds", "x"], "['x']; expected --seeds [INT [INT ...]]"),
