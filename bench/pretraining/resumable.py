@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 import time
 from collections import deque
@@ -16,7 +15,6 @@ from torch import Tensor, nn
 
 INTERVAL = 200
 """Steps between two checkpoints."""
-M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4  # of malloc.h
 AVERAGED = 100
 """Steps over which the last values are averaged."""
 Step = Callable[[Random], tuple[Tensor, dict[str, Tensor]]]
@@ -49,7 +47,7 @@ def train(
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=steps, pct_start=warmup)
     done, before, recent = 0, 0.0, deque[dict[str, float]](maxlen=AVERAGED)
     if file.is_file():
-        saved: dict[str, Any] = torch.load(file, weights_only=False)
+        saved: dict[str, Any] = torch.load(file, weights_only=True)
         if saved["steps"] != steps:
             raise SystemExit(f"{file} is of a stage of {saved['steps']} steps, not {steps}; delete it to begin anew")
         module.load_state_dict(saved["module"])
@@ -90,16 +88,6 @@ def train(
             os.replace(part, file)
             before, started = seconds, time.perf_counter()
     return {"seconds": round(before, 1), **{key: round(value, 4) for key, value in _means(recent).items()}}
-
-
-def keep_memory() -> None:
-    """Lets glibc keep freed memory: asked for anew at every step, its pages cost more than the arithmetic."""
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (AttributeError, OSError, TypeError):  # another C library
-        return
-    for option, value in ((M_TRIM_THRESHOLD, 2**31 - 1), (M_TOP_PAD, 2**28), (M_MMAP_MAX, 0)):
-        mallopt(option, value)
 
 
 def _means(recent: deque[dict[str, float]]) -> dict[str, float]:

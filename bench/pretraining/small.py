@@ -19,7 +19,7 @@ from cnext.backbones.small.model import SmallBackbone, packed, unpacked
 from cnext.backbones.tiny.tokenizer import TinyTokenizer
 from cnext.scoring import clip as scorers
 from cnext.tasks.next_real import material
-from pretraining.resumable import keep_memory, train
+from pretraining.resumable import train
 from pretraining.small_corpus import narrow_things, seen_things, vocabulary
 from pretraining.small_stages import Vision, clip_step, clip_vocabulary, decoder_step
 
@@ -49,7 +49,6 @@ def pretrain(out: Path, seed: int = 0, scale: float = 1.0, threads: int = 2) -> 
     """
     # First, as the stages take an hour and an error should come before them.
     out.mkdir(parents=True, exist_ok=True)
-    keep_memory()
     torch.set_num_threads(threads)
     scratch, metrics = out / ".pretraining", {}
     steps = {name: max(round(count * scale), 1) for name, (count, _) in STAGES.items()}
