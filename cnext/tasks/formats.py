@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
@@ -97,8 +98,12 @@ class _References:
             raise ValueError(f"'question_id' must be one of those in {self.path}, got {question}")
 
 
-def scan(task: Task, data: Path, split: str, advance: Callable[[int], None] | None = None) -> Iterator[Line]:
+def scan(
+    task: Task, data: Path, split: str, advance: Callable[[int], None] | None = None
+) -> Generator[Line, None, None]:
     """Yields every row of a task's files of one split, malformed rows included; images are not checked.
+
+    A file is open until the generator ends: close it where the rows are not all read.
 
     Args:
         advance: called with the number of bytes read.
@@ -116,24 +121,25 @@ def scan(task: Task, data: Path, split: str, advance: Callable[[int], None] | No
     further = [name for name in task.reads if name not in Suite.modalities]
     number = 0
     for path in files(data, pattern):
-        for origin, row in rows(path, advance):
-            try:
-                if isinstance(row, ValueError):
-                    raise row
-                if references:
-                    references.add_to(row, number + 1)
-                name = str(row.get("question_id", row.get("id", f"{task.name}-{split}-{number:06d}")))
-                media = {key: _file(row, key, root) for key in further}
-                sample = reader({key: row[key] for key in row.keys() - media}, root, name, origin)
-                sample = _with_category(replace(sample, media=media), row)
-                if split != "train" and len(sample.turns) > 1:
-                    raise ValueError(f"asks {len(sample.turns)} questions; in a test each must be a row of its own")
-                yield Line(origin, row, _with_image_position(_with_prompts(sample, task, split), task, split), "")
-            except DataError:
-                raise
-            except ValueError as error:
-                yield Line(origin, {}, None, f"{error!s:.1000}")  # which may repeat the row
-            number += 1
+        with closing(rows(path, advance)) as lines:
+            for origin, row in lines:
+                try:
+                    if isinstance(row, ValueError):
+                        raise row
+                    if references:
+                        references.add_to(row, number + 1)
+                    name = str(row.get("question_id", row.get("id", f"{task.name}-{split}-{number:06d}")))
+                    media = {key: _file(row, key, root) for key in further}
+                    sample = reader({key: row[key] for key in row.keys() - media}, root, name, origin)
+                    sample = _with_category(replace(sample, media=media), row)
+                    if split != "train" and len(sample.turns) > 1:
+                        raise ValueError(f"asks {len(sample.turns)} questions; in a test each must be a row of its own")
+                    yield Line(origin, row, _with_image_position(_with_prompts(sample, task, split), task, split), "")
+                except DataError:
+                    raise
+                except ValueError as error:
+                    yield Line(origin, {}, None, f"{error!s:.1000}")  # which may repeat the row
+                number += 1
 
 
 def _file(row: Row, name: str, root: Path) -> Path:
@@ -245,18 +251,19 @@ def read_samples(
     looked: dict[str, Inspection] = {}
     left = LeftOut() if left is None else left
     check = None if split == "train" else reference_check(task)
-    for line in scan(task, data, split):
-        if limit and len(samples) >= limit:
-            break
-        problem = row_problem(line, looked, need, check)
-        if problem and skip:
-            left.add(task.name, split, problem.reason, f"{line.origin}: {problem.text}")
-        elif problem or line.sample is None:
-            problems.append(f"{line.origin}: {problem.text if problem else line.problem}")
-        elif why := left_out(line.sample, task, split):
-            left.add(task.name, split, RELEASED_SIZE, f"{line.origin}: {why}")
-        else:
-            samples.append(line.sample)
+    with closing(scan(task, data, split)) as lines:
+        for line in lines:
+            if limit and len(samples) >= limit:
+                break
+            problem = row_problem(line, looked, need, check)
+            if problem and skip:
+                left.add(task.name, split, problem.reason, f"{line.origin}: {problem.text}")
+            elif problem or line.sample is None:
+                problems.append(f"{line.origin}: {problem.text if problem else line.problem}")
+            elif why := left_out(line.sample, task, split):
+                left.add(task.name, split, RELEASED_SIZE, f"{line.origin}: {why}")
+            else:
+                samples.append(line.sample)
     if problems:
         raise UnusableRows("\n".join([f"task {task.name}: {len(problems)} unusable rows", *problems]))
     if not samples:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
+from contextlib import closing
 from math import isfinite
 from pathlib import Path
 from typing import Any
@@ -122,8 +123,12 @@ def _require_file(path: Path) -> None:
         raise DataError(f"{path}: {error.strerror}; put a file there, or correct the path in the suite") from error
 
 
-def rows(path: Path, advance: Callable[[int], None] | None = None) -> Iterator[tuple[str, Row | ValueError]]:
+def rows(
+    path: Path, advance: Callable[[int], None] | None = None
+) -> Generator[tuple[str, Row | ValueError], None, None]:
     """Yields (origin, row or ValueError) for every row of a file; spaces in keys become underscores.
+
+    The file is open until the generator ends: close it where the rows are not all read.
 
     Args:
         path: JSONL, Parquet, CSV by their suffixes, or the folder of a saved dataset; else JSON.
@@ -133,16 +138,17 @@ def rows(path: Path, advance: Callable[[int], None] | None = None) -> Iterator[t
     for file in tables.files(path):
         require_regular(file)
     read = tables.lines(path, advance) or (_lines if path.suffix.lower() == ".jsonl" else _list)(path, advance)
-    for origin, value in read:
-        if isinstance(value, dict):
-            row = {key.replace(" ", "_"): field for key, field in value.items()}
-            twice = sorted(key for key in value.keys() - row.keys() if key.replace(" ", "_") in value)
-            problem = f"has the keys {listed(twice)} with a space and with an underscore, which are one; keep one"
-            yield origin, ValueError(problem) if twice else row
-        elif isinstance(value, ValueError):
-            yield origin, value
-        else:
-            yield origin, ValueError(f"must be a JSON object, got {type(value).__name__}")
+    with closing(read):
+        for origin, value in read:
+            if isinstance(value, dict):
+                row = {key.replace(" ", "_"): field for key, field in value.items()}
+                twice = sorted(key for key in value.keys() - row.keys() if key.replace(" ", "_") in value)
+                problem = f"has the keys {listed(twice)} with a space and with an underscore, which are one; keep one"
+                yield origin, ValueError(problem) if twice else row
+            elif isinstance(value, ValueError):
+                yield origin, value
+            else:
+                yield origin, ValueError(f"must be a JSON object, got {type(value).__name__}")
 
 
 def _parsed(content: bytes) -> Any:
@@ -158,7 +164,7 @@ def _parsed(content: bytes) -> Any:
         return ValueError(f"is not JSON: {error}")
 
 
-def _lines(path: Path, advance: Callable[[int], None]) -> Iterator[tuple[str, Any]]:
+def _lines(path: Path, advance: Callable[[int], None]) -> tables.Lines:
     with path.open("rb") as file:
         for number, line in enumerate(file, 1):
             advance(len(line))
@@ -167,7 +173,7 @@ def _lines(path: Path, advance: Callable[[int], None]) -> Iterator[tuple[str, An
                 yield f"{path}:{number}", _without_surrogates(value) if _SURROGATE.search(line) else value
 
 
-def _list(path: Path, advance: Callable[[int], None]) -> Iterator[tuple[str, Any]]:
+def _list(path: Path, advance: Callable[[int], None]) -> tables.Lines:
     content = path.read_bytes()
     value = _parsed(content)
     advance(len(content))

@@ -13,9 +13,9 @@ import hashlib
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from cnext.errors import UserError, listed, unknown
 from cnext.tasks import cached_folders
@@ -28,7 +28,7 @@ SAVED, SAVED_SPLITS = "state.json", "dataset_dict.json"
 """The files that ``save_to_disk`` writes into the folder of a dataset, and of a dictionary of them."""
 BATCH = 64
 """Rows that are in memory at a time, with their images."""
-Lines = Iterator[tuple[str, Any]]
+Lines = Generator[tuple[str, Any], None, None]
 Advance = Callable[[int], None]
 
 
@@ -58,11 +58,15 @@ def lines(path: Path, advance: Advance) -> Lines | None:
 
 
 def _csv(path: Path, advance: Advance, separator: str) -> Lines:
+    with path.open("rb") as file:
+        yield from _cells(path, file, advance, separator)
+
+
+def _cells(path: Path, file: BinaryIO, advance: Advance, separator: str) -> Lines:
     def decoded() -> Iterator[str]:
-        with path.open("rb") as file:
-            for number, line in enumerate(file):
-                advance(len(line))
-                yield line.decode("utf-8" if number else "utf-8-sig")
+        for number, line in enumerate(file):
+            advance(len(line))
+            yield line.decode("utf-8" if number else "utf-8-sig")
 
     reader = csv.reader(decoded(), delimiter=separator, strict=True)
     line = 1

@@ -225,7 +225,7 @@ def test_the_benchmark_clip_has_its_own_activation(monkeypatch: pytest.MonkeyPat
 
 
 def test_an_unknown_clip_is_refused() -> None:
-    with pytest.raises(UserError, match=r"valid: tiny, a file or folder .* openai/ViT-B-32"):
+    with pytest.raises(UserError, match=r"valid: tiny, small, a file or folder .* openai/ViT-B-32"):
         load_clip("openai/ViT-Z-1", "cpu")
 
 

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable
 from decimal import Decimal
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import datasets
@@ -25,7 +26,7 @@ from cnext.cli import main
 from cnext.config.plan import plan
 from cnext.errors import UserError
 from cnext.image_files import open_image
-from cnext.tasks import formats, rows, subset, suites
+from cnext.tasks import formats, rows, subset, suites, tables
 from cnext.tasks.base import DataError, Sample, Task
 
 QUESTIONS = [
@@ -62,6 +63,25 @@ def read(data: Path, train: str = "rows.parquet", reader: str = "conversation", 
 
 def problems(data: Path, name: str, reader: str = "conversation") -> list[str]:
     return [f"{line.origin}: {line.problem}" for line in formats.scan(task(name, reader), data, "test") if line.problem]
+
+
+@pytest.mark.parametrize(
+    ("module", "reader", "suffix"), [(formats, "rows", "csv"), (tables, "lines", "csv"), (rows, "_lines", "jsonl")]
+)
+def test_files_are_closed_where_reading_ends_early(
+    module: ModuleType, reader: str, suffix: str, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where a traceback keeps the generators: left to the garbage collector, they leave a file open until then."""
+    pandas.DataFrame(QUESTIONS).to_csv(data / "rows.csv", index=False)
+    (data / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in QUESTIONS))
+    kept: list[Any] = []
+    read = getattr(module, reader)
+    monkeypatch.setattr(module, reader, lambda *given: kept.append(read(*given)) or kept[-1])
+    lines = formats.scan(task(f"rows.{suffix}"), data, "train")
+    assert next(lines).sample is not None
+    assert kept[0].gi_frame is not None
+    lines.close()
+    assert kept[0].gi_frame is None
 
 
 def write_parquet(path: Path, listed: list[dict]) -> None:
