@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 from torch.nn import functional as F
 
 from cnext.backbones.base import Backbone
+from cnext.backbones.tiny import model as tiny_model
 from cnext.backbones.tiny.model import IGNORED, TinyBackbone, pixels
 from cnext.backbones.tiny.tokenizer import TinyTokenizer
 from cnext.backbones.tiny.vision import SIZES
@@ -145,6 +147,41 @@ def test_generation_equals_a_loop_without_cache(tiny: TinyBackbone, data: Path) 
     )
     for sample, answer in zip(mixed, tiny.generate(mixed, 20), strict=True):
         assert_greedy(tiny, sample, answer)
+
+
+def test_images_of_questions_are_encoded_once(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As long as files, weights and the batch are the same; the answers are those without."""
+    model, (first, second, *_) = TinyBackbone.load(), samples(data, "ImageNet", "test")
+    path, encoded = tmp_path / "picture.png", list[int]()
+    path.write_bytes(first.image.read_bytes())
+    asked = [replace(first, image=path), replace(second, turns=(Turn("what is this"),), image=None)]
+    features = model.features
+    monkeypatch.setattr(model, "features", lambda images: encoded.append(len(images)) or features(images))
+
+    def answered(again: bool) -> list[Prediction]:
+        before = len(encoded)
+        found = model.generate(asked, 3)
+        assert len(encoded) == before + again
+        return found
+
+    assert answered(True) == answered(False)
+    path.write_bytes(second.image.read_bytes())
+    model._kept, of_first = {}, dict(model._kept)
+    fresh = answered(True)
+    model._kept = of_first
+    assert answered(True) == fresh
+    with torch.no_grad():
+        next(model.encoder.parameters()).mul_(2)
+    answered(True)
+    asked.append(asked[0])
+    answered(True)
+    answered(False)
+    with torch.autocast("cpu", torch.bfloat16):
+        answered(True)
+    monkeypatch.setattr(tiny_model, "KEPT_BYTES", sum(kept.nbytes for kept in model._kept.values()))
+    asked.append(asked[0])
+    answered(True)
+    answered(True)
 
 
 def test_generation_reads_no_target(tiny: TinyBackbone, data: Path) -> None:

@@ -32,6 +32,8 @@ from cnext.tensor_files import read_tensors
 WEIGHTS = Path(__file__).parent / "weights.safetensors"
 BATCH = 100
 """Samples per forward pass without gradient."""
+KEPT_BYTES = 2**28
+"""Most bytes of encoded images that a model keeps for questions that it is asked again."""
 LONGEST = 8192
 """Tokens of a sequence: attention over ten times as many takes gigabytes, and minutes for a sample."""
 
@@ -99,6 +101,8 @@ class TinyBackbone(Backbone):
             )
         )
         self.encoder, self.detokenizer = self.new_vision()
+        self._kept: dict[tuple[Any, ...], Tensor] = {}
+        """Features of the images of questions, see `_features_of`."""
         self.input_projection = nn.Linear(width, hidden)
         self.input_position = nn.Parameter(torch.zeros(sizes.tokens, hidden))
         self.image_queries = nn.Parameter(torch.randn(sizes.tokens, hidden) * 0.02)
@@ -224,6 +228,23 @@ class TinyBackbone(Backbone):
         ]
         return torch.cat(parts) if parts else torch.empty(0, self.sizes.tokens, self.sizes.width, device=self.device)
 
+    def _features_of(self, images: Sequence[Path]) -> Tensor:
+        """`features` of image files. Those of a test are asked for after every task, and are encoded once.
+
+        What is kept is of the same files together, as the last bits of a convolution may depend on its batch, and of
+        the same contents, weights, device and precision.
+        """
+        weights = tuple((p.data_ptr(), p._version) for p in self.encoder.parameters())
+        files = tuple((image, (at := image.stat()).st_mtime_ns, at.st_size) for image in images)
+        key = (files, weights, self.device, torch.is_autocast_enabled(self.device.type))
+        if (kept := self._kept.get(key)) is not None:
+            return kept
+        found = self.features([pixels(image, self.sizes.side) for image in images])
+        # What is asked for in a cycle would push itself out of a memory that drops the oldest.
+        if sum(each.nbytes for each in self._kept.values()) + found.nbytes <= KEPT_BYTES:
+            self._kept[key] = found
+        return found
+
     def prepare(self, sample: Sample) -> TinyInputs:
         """The sample with pixels in place of features."""
         read, written = (
@@ -337,7 +358,7 @@ class TinyBackbone(Backbone):
 
     def _generate(self, samples: Sequence[Sample], max_new_tokens: int) -> list[Prediction]:
         prompts = [torch.tensor(self.prompt(sample)) for sample in samples]
-        read = iter(self.features([pixels(sample.image, self.sizes.side) for sample in samples if sample.image]))
+        read = iter(self._features_of([sample.image for sample in samples if sample.image]))
         features = [next(read) if sample.image else None for sample in samples]
         ids = pad_left(prompts, self.pad_id, self.device)
         last = torch.arange(ids.shape[1], device=self.device).expand_as(ids) == ids.shape[1] - 1
