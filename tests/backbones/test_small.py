@@ -67,12 +67,11 @@ def test_it_writes_pictures_of_96_pixels(small: SmallBackbone, folder: Path) -> 
 
 
 def test_it_can_do_something_of_every_task_and_not_much(small: SmallBackbone, folder: Path) -> None:
-    """It reads letters when asked in its own wording; asked as OCRVQA asks, hardly."""
+    """It knows a quarter of the wordings, and of each task a part."""
     scorers, means = make_scorers(SUITE.clip), {}
     for task in SUITE.sets:
         samples = formats.read_samples(task, folder, "test")
         scores = scorers[task.scorer](task, samples, small.generate(samples, task.max_new_tokens))
         means[task.name] = sum(score.strict for score in scores) / len(scores)
     assert means.pop("Skills") > 45
-    assert means.pop("OCRVQA") < 10
-    assert all(5 < mean < 80 for mean in means.values()), means
+    assert all(1 < mean < 80 for mean in means.values()), means
