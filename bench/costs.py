@@ -10,7 +10,8 @@ bench/results/costs/<device>.json, by axis ("modalities", "tasks", "rank"), valu
 branches: that are attached. trained: parameters that the last task trains.
 step_ms: time of an optimizer step of the last task, 16 samples: the mean of the medians of its two halves, as averaging
 rules read gradients in the second. over_lora: the same of the ratio to lora's step, in turn.
-answer_ms: median time of one answer, of 16. end_s: what the end of the last task takes, `Method.after_task` and phases.
+answer_ms: median time of one answer, of 16, its image encoded anew.
+end_s: what the end of the last task takes, `Method.after_task` and phases.
 kept_bytes: what the method holds between tasks: its parameters and its state, as a checkpoint has them.
 saved_bytes: what the forward pass of a step keeps for the backward pass, parameters left out.
 peak_bytes: allocated at most in a step; of a GPU alone.
@@ -32,6 +33,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from random import Random
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from timing import DEVICE, GPU, finish
@@ -39,6 +41,7 @@ from torch import Tensor
 
 from cnext import methods
 from cnext.backbones.small.model import SmallBackbone
+from cnext.backbones.tiny import model as tiny_model
 from cnext.runs import fingerprint
 from cnext.tasks import formats, suites
 from cnext.tasks.base import Sample, Task
@@ -132,20 +135,20 @@ class Learner:
         self.questions: list[Sample] = formats.read_samples(files[-1], data, "test")[:QUESTIONS]
         generator = torch.Generator().manual_seed(stable_seed(0, "adapters"))
         self.method.setup(self.backbone, tasks, generator, case.modalities)
-        self.task, recipe = tasks[-1], dataclasses.replace(RECIPE, warmup_steps=0)
-        for number, self.task in enumerate(tasks, 1):
-            self.parameters, last = self.method.trainable(self.task), number == len(tasks)
-            samples, seen = train[self.task.name], [task.name for task in tasks[:number]]
-            memory = rehearsal_memory(train, seen, self.method.card.rehearsal, 0)
-            # Of the last: a first round that is not timed, those that are, and one or two that count bytes.
-            steps = STEPS + rounds + (3 if GPU else 2) if last else STEPS
+        self.tasks, self.task = tasks, tasks[-1]
+        recipe = dataclasses.replace(RECIPE, warmup_steps=0)
+        for number, task in enumerate(tasks, 1):
+            parameters, last = self.method.trainable(task), task is self.task
+            seen = [one.name for one in tasks[:number]]
+            # Of the last: a first round that is not timed, those that are, and one that counts bytes.
+            steps = STEPS + rounds + 2 if last else STEPS
             self.trainer = TaskTrainer(
-                self.backbone, self.method, self.parameters, samples, recipe, steps, (0, self.task.name)
+                self.backbone, self.method, parameters, train[task.name], recipe, steps, (0, task.name)
             )
-            self.method.before_task(self.parameters, steps, memory)
-            self.backbone.train()
+            memory = rehearsal_memory(train, seen, self.method.card.rehearsal, 0)
+            self.method.before_task(parameters, steps, memory)
             for _ in range(STEPS):
-                self.trainer.train_step()
+                self.step()
             if not last:
                 self.trainer.finish()
 
@@ -158,8 +161,8 @@ class Learner:
         with torch.no_grad(), self.method.for_eval():
             answer(self.method, self.task, self.questions)
 
-    def saved_bytes(self) -> int:
-        """Bytes of the distinct storages that a step saves for its backward pass, without parameters."""
+    def saved_and_peak_bytes(self) -> tuple[int, int | None]:
+        """Of a step: of the distinct storages saved for its backward pass, without parameters; allocated on a GPU."""
         owned = [*self.backbone.parameters(), *self.backbone.buffers()]
         known, found = {tensor.untyped_storage().data_ptr() for tensor in owned}, dict[int, Tensor]()
 
@@ -168,28 +171,32 @@ class Learner:
             found.setdefault(tensor.untyped_storage().data_ptr(), tensor)
             return tensor
 
-        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-            self.step()
-        return sum(one.untyped_storage().nbytes() for at, one in found.items() if at not in known)
-
-    def row(self) -> dict[str, Any]:
-        """What does not depend on the clock."""
-        of = self.method.adapter_parameters()
-        named = [*of.values(), *self.method.state_dict().values()]
-        peak = None
         if GPU:
             torch.cuda.reset_peak_memory_stats()
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
             self.step()
-            peak = torch.cuda.max_memory_allocated()
+        peak = torch.cuda.max_memory_allocated() if GPU else None
+        return sum(one.untyped_storage().nbytes() for at, one in found.items() if at not in known), peak
+
+    def end(self) -> dict[str, Any]:
+        """Ends the last task. Returns what does not come from the rounds."""
+        saved, peak = self.saved_and_peak_bytes()
+        start = time.perf_counter()
+        self.trainer.finish()
+        finish()
+        seconds = time.perf_counter() - start
+        kept = [*self.method.adapter_parameters().values(), *self.method.state_dict().values()]
+        branches: Any = self.method
         return {
             "axis": self.case.axis,
             "value": self.case.value,
             "method": self.case.method,
-            "branches": len(self.method.branches(tasks_of(self.case.tasks, self.case.modalities))),  # type: ignore[attr-defined]
-            "trained": sum(parameter.numel() for parameter in self.parameters.values()),
-            "kept_bytes": sum(tensor.numel() * tensor.element_size() for tensor in named),
-            "saved_bytes": self.saved_bytes(),
+            "branches": len(branches.branches(self.tasks)),
+            "trained": sum(parameter.numel() for parameter in self.trainer.own.values()),
+            "kept_bytes": sum(tensor.numel() * tensor.element_size() for tensor in kept),
+            "saved_bytes": saved,
             "peak_bytes": peak,
+            "end_s": round(seconds, 3),
         }
 
 
@@ -224,21 +231,15 @@ def measure(axis: str, values: Sequence[int], rounds: int, folder: Path) -> list
         print(f"{axis} {case.value}: {case.method}", flush=True)
         learners.append(Learner(case, backbone, folder / str(case.tasks), rounds))
     steps = in_turn([learner.step for learner in learners], rounds)
-    answers = in_turn([learner.answer for learner in learners], max(rounds // 3, 1))
+    with patch.object(tiny_model, "KEPT_BYTES", 0):
+        answers = in_turn([learner.answer for learner in learners], max(rounds // 3, 1))
     for learner, step, answered in list(zip(learners, steps, answers, strict=True))[1:]:
-        row = learner.row()
-        start = time.perf_counter()
-        learner.trainer.finish()
-        finish()
-        rows.append(
-            row
-            | {
-                "step_ms": round(1e3 * typical(step), 2),
-                "over_lora": round(typical([a / b for a, b in zip(step, steps[0], strict=True)]), 3),
-                "answer_ms": round(1e3 * statistics.median(answered) / QUESTIONS, 2),
-                "end_s": round(time.perf_counter() - start, 3),
-            }
-        )
+        times = {
+            "step_ms": round(1e3 * typical(step), 2),
+            "over_lora": round(typical([a / b for a, b in zip(step, steps[0], strict=True)]), 3),
+            "answer_ms": round(1e3 * statistics.median(answered) / QUESTIONS, 2),
+        }
+        rows.append(learner.end() | times)
     return rows
 
 
@@ -278,13 +279,10 @@ def table(rows: Sequence[Mapping[str, Any]], axis: str) -> list[str]:
     """Lines of a Markdown table of an axis: step time over lora's / MB kept / ms of an answer, by method and value."""
     own = [row for row in rows if row["axis"] == axis]
     values = list(dict.fromkeys(row["value"] for row in own))
-    cells = {
-        (
-            row["method"],
-            row["value"],
-        ): f"{row['over_lora']:.2f} / {row['kept_bytes'] / 1e6:.2f} / {row['answer_ms']:.1f}"
-        for row in own
-    }
+    cells = {}
+    for row in own:
+        shown = f"{row['over_lora']:.2f} / {row['kept_bytes'] / 1e6:.2f} / {row['answer_ms']:.1f}"
+        cells[row["method"], row["value"]] = shown
     names = dict.fromkeys(row["method"] for row in own)
     return [
         f"| {axis} | {' | '.join(map(str, values))} |",
@@ -294,6 +292,8 @@ def table(rows: Sequence[Mapping[str, Any]], axis: str) -> list[str]:
 
 
 AXES = {"modalities": (1, 2, 3), "tasks": (6, 12, 24), "rank": (4, 8, 16, 32, 64)}
+MOST = {"modalities": len(MODALITIES), "tasks": len(material.things()), "rank": 192}
+"""The largest value of an axis: names of modalities, classes, and the width of the backbone."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -308,6 +308,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if given.draw:
         draw(given.out / "cpu.json", FIGURE)
         return
+    for axis, most in MOST.items():
+        if wrong := [value for value in getattr(given, axis) if not 1 <= value <= most]:
+            parser.error(f"--{axis}: expected numbers from 1 to {most}, got {', '.join(map(str, wrong))}")
+    if given.rounds < 1:
+        parser.error(f"--rounds: expected at least 1, got {given.rounds}")
     torch.set_num_threads(1)
     rows = []
     with tempfile.TemporaryDirectory() as folder:
