@@ -182,6 +182,9 @@ def test_images_of_questions_are_encoded_once(data: Path, tmp_path: Path, monkey
     asked.append(asked[0])
     answered(True)
     answered(True)
+    path.unlink()
+    with pytest.raises(UserError, match=r"picture\.png"):
+        model.generate(asked, 3)
 
 
 def test_generation_reads_no_target(tiny: TinyBackbone, data: Path) -> None:

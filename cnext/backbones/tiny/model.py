@@ -231,11 +231,14 @@ class TinyBackbone(Backbone):
     def _features_of(self, images: Sequence[Path]) -> Tensor:
         """`features` of image files. Those of a test are asked for after every task, and are encoded once.
 
-        What is kept is of the same files together, as the last bits of a convolution may depend on its batch, and of
-        the same contents, weights, device and precision.
+        What is kept is of the same files together, as the last bits of a convolution may depend on its batch, of the
+        same time of change and size, and of the same weights, device and precision.
         """
+        try:
+            files = tuple((image, (at := image.stat()).st_mtime_ns, at.st_size) for image in images)
+        except OSError:  # Reading them says which, and why.
+            return self.features([pixels(image, self.sizes.side) for image in images])
         weights = tuple((p.data_ptr(), p._version) for p in self.encoder.parameters())
-        files = tuple((image, (at := image.stat()).st_mtime_ns, at.st_size) for image in images)
         key = (files, weights, self.device, torch.is_autocast_enabled(self.device.type))
         if (kept := self._kept.get(key)) is not None:
             return kept
