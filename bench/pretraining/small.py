@@ -120,9 +120,9 @@ nothing of the world beside the suite's pictures.
 - Encoder and de-tokenizer: an autoencoder whose features also tell, by linear heads that are not kept, which things are
   where, their tints, and which letters and digits are in a cell.
 - Decoder: AdamW, batches of 32, CE + 6 MSE. Stage 1 learns descriptions, questions, places, letters, drawing and
-  editing in wordings of its own; stage 2 adds 30% in the first quarter of the benchmark's training wordings, on
-  narrower data (what, how many and whether; things: {", ".join(narrow_things())};
-  captions of one thing; two or three letters; the box of one thing; recoloring).
+  editing in wordings of its own; stage 2 adds 30% in the first quarter of the benchmark's training wordings, of
+  boxes the first half, on narrower data (what, how many and whether; things: {", ".join(narrow_things())};
+  captions of one thing; two or three letters; the box of one thing by its name or place; recoloring and replacing).
 - The decoder and the visual parts are stored in 8 bits (int8 rows with a float16 scale), the CLIP in float16; all are
   used in float32.
 

@@ -1,7 +1,7 @@
 """Pretraining corpus of the small backbone: pictures of the `pretrain` split, and instructions about them.
 
 As of the tiny backbone: skills in wordings of its own, with the names of two of three things; and then, for a part of
-the batch, a quarter of the wordings of `next-real` on narrower data.
+the batch, a part of the wordings of `next-real` on narrower data.
 """
 
 from __future__ import annotations
@@ -174,11 +174,11 @@ CORPUS: dict[Callable[[Random], Item], float] = {
 
 
 class _FirstWordings(Source):
-    """Asks in the first quarter of the wordings of training: the others are to be learnt."""
+    """Asks in the first quarter of the wordings of training, for boxes the first half; the others are to be learnt."""
 
     def ask(self, kind: str, **parts: str) -> str:
         wordings = WORDINGS[kind][0]
-        return self.rng.choice(wordings[: max(len(wordings) // 4, 1)]).format(**parts)
+        return self.rng.choice(wordings[: len(wordings) // (2 if kind == "box" else 4)]).format(**parts)
 
 
 def _of_split(make: Callable[[Source], Example], rng: Random, names: tuple[str, ...]) -> Example:
@@ -204,8 +204,8 @@ NARROW: tuple[Callable[[Source], Example], ...] = (
     examples.classification,
     lambda source: examples.text_to_image(source, 1),
     _short_letters,
-    lambda source: examples.grounding(source, 1, ("the {a}",)),
-    lambda source: examples.editing(source, ("recolor",)),
+    lambda source: examples.grounding(source, 1, ("the {a}", "the thing in the {place}")),
+    lambda source: examples.editing(source, ("recolor", "replace")),
 )
 
 

@@ -74,4 +74,4 @@ def test_it_can_do_something_of_every_task_and_not_much(small: SmallBackbone, fo
         scores = scorers[task.scorer](task, samples, small.generate(samples, task.max_new_tokens))
         means[task.name] = sum(score.strict for score in scores) / len(scores)
     assert means.pop("Skills") > 45
-    assert all(1 < mean < 80 for mean in means.values()), means
+    assert all(5 < mean < 80 for mean in means.values()), means
