@@ -31,6 +31,24 @@ def test_a_slow_child_is_waited_for_longer_than_it_may_idle() -> None:
     assert (quick.returncode, slow.returncode) == (1, 0)
 
 
+SHORT = """
+import os, time
+for child in range(30):
+    if not os.fork():
+        while time.process_time() < 0.01: pass
+        time.sleep(0.1)
+        os._exit(0)
+    os.wait()
+"""
+
+
+def test_a_child_that_waits_for_one_short_process_after_another_makes_progress() -> None:
+    """None of them computes as long as a process must in the time that it may be idle."""
+    one = child(SHORT)
+    assert outputs([one], idle=1.0) == [("", "")]
+    assert one.returncode == 0
+
+
 def test_a_hanging_child_is_killed_with_its_descendants() -> None:
     inner = "import subprocess, sys; print('before', flush=True); import time; time.sleep(1000)"
     waits, other = child(inner), child("import time; time.sleep(1000)")

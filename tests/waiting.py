@@ -18,7 +18,10 @@ MOST = 1200.0
 
 
 def processor_time(pids: Sequence[int]) -> float:
-    """Seconds that these processes and their descendants have computed."""
+    """Seconds that these processes and their descendants have computed, those that have ended included.
+
+    Without those, a process that starts many short ones would seem to make no progress.
+    """
     total = 0.0
     for pid in pids:
         with suppress(psutil.NoSuchProcess):
@@ -26,7 +29,7 @@ def processor_time(pids: Sequence[int]) -> float:
             for one in (process, *process.children(recursive=True)):
                 with suppress(psutil.NoSuchProcess, psutil.ZombieProcess):
                     times = one.cpu_times()
-                    total += times.user + times.system
+                    total += times.user + times.system + times.children_user + times.children_system
     return total
 
 
