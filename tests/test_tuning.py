@@ -14,6 +14,7 @@ from trials import Trials
 from cnext import RunConfig, methods, run
 from cnext.config.plan import plan
 from cnext.errors import UserError
+from cnext.tasks import suites
 
 
 def test_a_trial_has_the_metrics_of_a_run(data: Path, toy_suite: Path, tmp_path: Path) -> None:
@@ -46,6 +47,24 @@ def test_the_defaults_are_what_was_chosen() -> None:
         assert table.choose(name) == kept["chosen"]
         defaults = dataclasses.asdict(methods.load(name)())
         assert {key: defaults[key] for key in kept["chosen"]} == kept["chosen"], name
+
+
+def test_the_presets_of_next_real_are_what_was_chosen() -> None:
+    """By six runs of each method that the reference results have, of which the suite's presets take what was chosen."""
+    table = tune.Table(tune.RESULTS / "next-real" / "tuning.json", coarse=True)
+    assert set(table.methods) == {"lora", "ewc", "o-lora", "replay", "mage", "mage-experts", "upper-bound"}
+    chosen = {}
+    for name, found in table.methods.items():
+        wanted = [run for rung in tune.rungs(table, name) for run in rung]
+        assert all(table.score(*run) is not None for run in wanted)
+        assert len(found["runs"]) == len(wanted) == 6
+        chosen[name], table.write = found["chosen"], lambda: None
+        assert table.choose(name) == chosen[name]
+    assert all(preset.hyperparameters == chosen for preset in suites.load("next-real").budgets.values())
+    readme = (table.path.parent / "README.md").read_text(encoding="utf-8")
+    for name, found in sorted(table.methods.items(), key=lambda one: -one[1]["mean"]):
+        values = ", ".join(f"{key} {value:g}" for key, value in found["chosen"].items())
+        assert f"| `{name}` | {values} | {found['mean']:.1f} |" in readme
 
 
 def test_a_coarse_table_has_six_runs_of_each_and_chooses_by_them(tmp_path: Path) -> None:
