@@ -41,6 +41,7 @@ from torch import Tensor
 
 from cnext import methods
 from cnext.backbones.small.model import SmallBackbone
+from cnext.backbones.small.vision import SIZES
 from cnext.backbones.tiny import model as tiny_model
 from cnext.runs import fingerprint
 from cnext.tasks import formats, suites
@@ -292,7 +293,7 @@ def table(rows: Sequence[Mapping[str, Any]], axis: str) -> list[str]:
 
 
 AXES = {"modalities": (1, 2, 3), "tasks": (6, 12, 24), "rank": (4, 8, 16, 32, 64)}
-MOST = {"modalities": len(MODALITIES), "tasks": len(material.things()), "rank": 192}
+MOST = {"modalities": len(MODALITIES), "tasks": len(material.things()), "rank": SIZES.hidden}
 """The largest value of an axis: names of modalities, classes, and the width of the backbone."""
 
 
